@@ -1,0 +1,49 @@
+"""Write README.md from nbs/index.ipynb: `python tools/readme.py [OUT]`.
+
+Left out: cells with `#| hide` or the tag `hide`, the code of cells with `#| echo: false` or the tag `hide_input`, and
+the directives themselves. Relative links of the notebook, which count from nbs/, are made to count from the README.
+Figures are files (nbs/images/*.png) that Markdown cells name, not outputs: a README cannot carry those.
+"""
+import posixpath
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIVE = re.compile(r"^#\|\s*(.+?)\s*\n?$", re.M)
+LINK = re.compile(r"(\]\(|\b(?:src|href)=\")(?!\w+:|#|/)([^)\s\"]+)")
+
+
+def shown(cell):
+    "The cell as the README shows it, or None where it is hidden."
+    cell = nbformat.from_dict(cell)
+    words = set(cell.metadata.get("tags", [])) | {d.replace(" ", "") for d in DIRECTIVE.findall(cell.source)}
+    if "hide" in words: return None
+    cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+    if words & {"hide_input", "echo:false"}: cell.metadata["transient"] = {"remove_source": True}
+    return cell
+
+
+def readme(notebook=ROOT / "nbs" / "index.ipynb"):
+    "Text of the README that `notebook` makes."
+    nb = nbformat.read(notebook, as_version=4)
+    nb.cells = [cell for cell in map(shown, nb.cells) if cell is not None]
+    text_first = ["text/markdown", "text/html", "text/plain"]
+    exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": text_first + ["image/png"]}}))
+    text, resources = exporter.from_notebook_node(nb)
+    if resources.get("outputs"):
+        raise SystemExit(f"{notebook}: {len(resources['outputs'])} output(s) are pictures; save them under nbs/images "
+                         "and name them in a Markdown cell.")
+    text = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    note = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n"
+    return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "README.md"
+    out.write_text(readme(), encoding="utf-8")
