@@ -291,10 +291,10 @@ def _split_json(text:str)->list[str]:
     "Split at blanks that stand outside quotes, and keep the quotes that JSON needs."
     return re.findall(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+', text)
 
-# %% ../nbs/00_core.ipynb #8aef14db
+# %% ../nbs/00_core.ipynb #63a7d800
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
 
-PRESETS['edge'] = {'data.source': 'ucsd'}
+PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4}
 
 PRESETS['demo'] = {}
 
@@ -330,7 +330,7 @@ def notebooks_dir()->Path:
     if not places: raise KdoctError("The stage notebooks of kdoct are not here.", fix="Install kdoct from a wheel or a checkout.")
     return places[0]
 
-# %% ../nbs/00_core.ipynb #76c62ccb
+# %% ../nbs/00_core.ipynb #b4805321
 _PACKAGES = 'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
 
 def _version(package:str)->str|None:
@@ -342,7 +342,7 @@ def _git_commit()->str|None:
     root = Path(kdoct.__file__).parent.parent
     if not (root/'.git').exists(): return None
     def git(*a): return subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
-    commit = git('rev-parse', 'HEAD')
+    commit = git('rev-parse', '--verify', 'HEAD')
     return commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '') if commit else None
 
 def _processor()->str:

@@ -8,8 +8,9 @@ __all__ = ['ROLE_COLOUR', 'interval_text', 'table_of', 'shown', 'protocol_of', '
            'mistakes_figure', 'counts_of', 'counts_figure', 'folds_figure', 'fold_models', 'complete_folds',
            'fold_figures', 'evaluate_fold', 'show_figures', 'shown_folds', 'evaluate_run']
 
-# %% ../nbs/05_evaluate.ipynb #99f9af66
+# %% ../nbs/05_evaluate.ipynb #5f594547
 import io
+import os
 import textwrap
 import time
 from contextlib import contextmanager
@@ -26,10 +27,10 @@ from sklearn.metrics import roc_curve
 
 from .core import ROLES, EvaluateRecipe, KdoctError, Run, atomic_path, open_run, open_stage, read_json, sha256_file
 from .core import stage_command, write_json
+from .data import decode_image, open_fold, prepare_data, read_folds, read_image_bytes
 from .metrics import HEADLINE, bootstrap, classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import paired_difference, read_predictions, reliability_bins, targets_of
-from .sources import load_table
 
 # %% ../nbs/05_evaluate.ipynb #85a5d2dd
 _SHOWN = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'specificity': 'macro specificity %', 'auc': 'AUC'}
@@ -120,7 +121,7 @@ def shown_differences(
     titles = {m: t.replace('%', '(points)') for m, t in _SHOWN.items()}
     return pd.DataFrame({t: {p: text(diff.loc[(p, m)], m) for p in diff.index.unique('pair')} for m, t in titles.items()})
 
-# %% ../nbs/05_evaluate.ipynb #8f84965f
+# %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
 ROLE_COLOUR = {'teacher': _CB[0], 'student': _CB[1], 'baseline': _CB[2]}
 _ROLE_LINE = {'teacher': '-', 'student': '-', 'baseline': '--'}
@@ -138,6 +139,7 @@ def _axes(width, height, rows=1, cols=1, **kw):
 
 def _colour(name, i): return ROLE_COLOUR.get(name, _CB[(i + 3) % len(_CB)])
 
+# %% ../nbs/05_evaluate.ipynb #2d548aa3
 def save_figure(
     fig:Figure,  # what to save
     path:str|Path,  # a .png
@@ -275,7 +277,7 @@ def _load_or_reason(load_image, path):
     try: return np.asarray(load_image(path))
     except (OSError, KdoctError) as e: return f'not readable: {e}'  # shown in the picture's place
 
-# %% ../nbs/05_evaluate.ipynb #d646ad26
+# %% ../nbs/05_evaluate.ipynb #e784764d
 def mistakes_figure(
     df:pd.DataFrame,  # predictions of one model
     load_image,  # path -> uint8 array (H, W) or (H, W, 3)
@@ -292,8 +294,7 @@ def mistakes_figure(
         for ax, (_, r) in zip(axes.flat, worst.iterrows(), strict=False):
             ax.set_axis_on(); _show(ax, _load_or_reason(load_image, r.path))
             ax.set_title(f'{r.label} taken for {r.predicted}\n{100*r.confidence:.1f} %', fontsize=8.5)
-            file = r.path.split('/')[-1]
-            ax.set_xlabel(file if len(file) <= 34 else f'{file[:12]}…{file[-20:]}', fontsize=7)
+            ax.set_xlabel(r.path if len(r.path) <= 36 else f'…{r.path[-35:]}', fontsize=7)
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #285b7835
@@ -343,8 +344,12 @@ def folds_figure(
         axes[0][0].set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - .4, -.6))
     return fig
 
-# %% ../nbs/05_evaluate.ipynb #ac6f5f26
+# %% ../nbs/05_evaluate.ipynb #a05e731c
 def _opened(run): return run if isinstance(run, Run) else open_run(run)
+
+def _finished(run, fold, role):
+    "Training writes the predictions first and model.json last."
+    return all((run.stage_dir(fold, role)/f).is_file() for f in ('predictions.parquet', 'model.json'))
 
 def fold_models(
     run:Run|str,  # run or its name
@@ -354,7 +359,7 @@ def fold_models(
     run, out = _opened(run), {}
     for role in ROLES:
         path = run.stage_dir(fold, role)/'predictions.parquet'
-        if not path.is_file():
+        if not _finished(run, fold, role):
             raise KdoctError(f"Fold {fold} of run '{run.name}' has no predictions of the {role} ({path}).",
                              fix=f'Train it first: {stage_command(role, run, fold)}')
         out[role] = df = read_predictions(path)
@@ -363,12 +368,13 @@ def fold_models(
                              fix=f'Delete its folder and train again: {stage_command(role, run, fold)}')
     return out
 
+# %% ../nbs/05_evaluate.ipynb #9e987015
 def complete_folds(
     run:Run|str,  # run or its name
 ) -> list[int]:  # folds, ascending
     "Folds in which all three models have predictions."
     run = _opened(run)
-    return [k for k in range(run.recipe.data.n_folds) if all((run.stage_dir(k, r)/'predictions.parquet').is_file() for r in ROLES)]
+    return [k for k in range(run.recipe.data.n_folds) if all(_finished(run, k, r) for r in ROLES)]
 
 # %% ../nbs/05_evaluate.ipynb #13d146e9
 def _n_parameters(run, fold):
@@ -387,7 +393,7 @@ def _histories(run, fold):
     paths = {r: run.stage_dir(fold, r)/'history.csv' for r in ROLES}
     return {r: pd.read_csv(p) for r, p in paths.items() if p.is_file()}
 
-# %% ../nbs/05_evaluate.ipynb #92e817b1
+# %% ../nbs/05_evaluate.ipynb #4a47db68
 def _simulated_predictions(table, role, fold):
     "Logits of a simulated model for the rows of an image table."
     rng, classes = np.random.default_rng([fold, ROLES.index(role)]), sorted(table.label.unique())
@@ -397,22 +403,19 @@ def _simulated_predictions(table, role, fold):
     return df.assign(**{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)})
 
 def _simulated_stages(run, fold):
-    "folds.csv, and the bundles of three simulated models of a fold."
+    "The data stage, and the bundles of three simulated models of a fold."
     if run.recipe.name != 'tiny': raise KdoctError(f"Run '{run.name}' is not a test.", fix='Simulate models in runs of the preset tiny only.')
-    table, n = load_table(run.recipe.data).table, run.recipe.data.n_folds
-    groups = table.drop_duplicates('group')
-    part = table.group.map(dict(zip(groups.group, groups.groupby('label').cumcount() % n, strict=True)))
-    folds = pd.concat([table.assign(fold=k, role=np.select([part == k, part == (k + 1) % n], ['test', 'val'], 'train')) for k in range(n)])
-    with atomic_path(run.folds_csv) as tmp: folds[['path', 'group', 'fold', 'role']].to_csv(tmp, index=False)
+    prepare_data(run)
+    test = open_fold(run, fold).rows('test')
     for role in ROLES:
         folder = run.stage_dir(fold, role)
-        with atomic_path(folder/'predictions.parquet') as tmp: _simulated_predictions(table[part == fold], role, fold).to_parquet(tmp)
+        with atomic_path(folder/'predictions.parquet') as tmp: _simulated_predictions(test, role, fold).to_parquet(tmp)
         write_json(folder/'model.json', dict(arch='simulated', parameters=300_000 if role == 'teacher' else 100_000))
         e = np.arange(1, 4); soft = 2/e if role == 'student' else np.nan
         pd.DataFrame(dict(epoch=e, train_loss=1/e, train_hard=1/e, train_soft=soft, valid_loss=1.2/e, accuracy=1 - .4/e, lr=1e-3,
                           seconds=1.)).to_csv(folder/'history.csv', index=False)
 
-# %% ../nbs/05_evaluate.ipynb #6b910db0
+# %% ../nbs/05_evaluate.ipynb #9b67e9f6
 def _numbers(t):
     "A frame as nested dicts: row -> column -> value, a row's tuple joined."
     return {' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()}
@@ -425,33 +428,35 @@ def fold_figures(
     labels:pd.Series,  # class name of every image of folds.csv, indexed by path
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
-    folds = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str})
+    folds = read_folds(run.folds_csv)
     out = dict(confusion=confusion_figure(models), roc=roc_figure(models), reliability=reliability_figure(models))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(models['student'], load_image)
     out['counts'] = counts_figure(counts_of(folds[folds.fold == fold], labels), classes_of(models['student']))
     return out
 
-# %% ../nbs/05_evaluate.ipynb #9bd6253f
-def _images_of(run):
-    "Reader of an image by its path, and the class name of every image, from the run's source."
-    listing = load_table(run.recipe.data)
-    def load(path):
-        with PILImage.open(listing.root/path) as im: return np.asarray(im.convert('L'))
-    return load, listing.table.set_index('path').label
+# %% ../nbs/05_evaluate.ipynb #890aca7a
+def _images_of(run, fold):
+    "Reader of an original image by its path, and the class name of every image, from the run's data stage."
+    table, root = open_fold(run, fold).table, Path(run.stage('data')['root'])
+    def load(path): return np.asarray(decode_image(read_image_bytes(root/path))[0])
+    return load, table.set_index('path').label
 
-# %% ../nbs/05_evaluate.ipynb #d214ba76
+# %% ../nbs/05_evaluate.ipynb #ef1360d9
 def _say(run, protocol, table, diff, files):
     "Print what was found, and the files that hold it."
-    print(shown(table).to_string(), shown_differences(diff).to_string(), textwrap.fill(protocol, 118), sep='\n\n')
+    notes = [f'note on {m}: {n}' for m, n in table.note.items() if n]
+    print('\n'.join([shown(table).drop(columns='note', errors='ignore').to_string(), *notes]), shown_differences(diff).to_string(),
+          textwrap.fill(protocol, 118), sep='\n\n')
     print(f"\nwritten in run '{run.name}':", *(f.relative_to(run.path).as_posix() for f in files), sep='\n  ')
 
-# %% ../nbs/05_evaluate.ipynb #2b94aa1e
+# %% ../nbs/05_evaluate.ipynb #c0b18dae
 def evaluate_fold(
     run:Run|str,  # run or its name
     fold:int,  # counted from 0
     load_image=None,  # path -> uint8 array (H, W); None: as the run's data stage reads them
     labels:pd.Series|None=None,  # class name of every image, indexed by path; None: from the run's image table
+    verbose:bool=True,  # print the table, the differences and the files
 ) -> dict:  # table, differences, estimates, protocol, figures (name -> path), models
     "Evaluate a fold: print the table, write evaluation.json and figures/*.png, return everything."
     run, t0 = _opened(run), time.perf_counter()
@@ -460,7 +465,7 @@ def evaluate_fold(
     table, diff = table_of(models, params, e, protocol, seed), differences_of(models, e, seed)
     estimates = {r: evaluate_predictions(df) for r, df in models.items()}
     if load_image is None or labels is None:
-        own = _images_of(run); load_image, labels = load_image or own[0], own[1] if labels is None else labels
+        own = _images_of(run, fold); load_image, labels = load_image or own[0], own[1] if labels is None else labels
     figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in fold_figures(run, fold, models, load_image, labels).items()}
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
         run=run.name, fold=fold, protocol=protocol, parameters=params, table=_numbers(table), estimates=estimates,
@@ -468,7 +473,7 @@ def evaluate_fold(
         predictions={r: sha256_file(run.stage_dir(fold, r)/'predictions.parquet') for r in ROLES}))
     run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
                accuracy={r: estimates[r]['accuracy'] for r in ROLES})
-    _say(run, protocol, table, diff, [run.fold_dir(fold)/'evaluation.json', *figures.values()])
+    if verbose: _say(run, protocol, table, diff, [run.fold_dir(fold)/'evaluation.json', *figures.values()])
     return dict(run=run.name, fold=fold, protocol=protocol, table=table, differences=diff, estimates=estimates, figures=figures, models=models)
 
 # %% ../nbs/05_evaluate.ipynb #34f131a9
@@ -496,10 +501,11 @@ def shown_folds(
         else f'{100*r["mean"]:.2f} ± {100*r["sd"]:.2f}'
     return pd.DataFrame({t: {n: text(summary.loc[(n, m)], m) for n in summary.index.unique('model')} for m, t in _SHOWN.items()})
 
-# %% ../nbs/05_evaluate.ipynb #a7b0b34d
+# %% ../nbs/05_evaluate.ipynb #06210d44
 def evaluate_run(
     run:Run|str,  # run or its name
     folds:list[int]|None=None,  # folds to pool; None: all in which the three models have predictions
+    verbose:bool=True,  # print the tables and the files
 ) -> dict:  # table, differences, folds (mean and sd), per_fold, protocol, figures
     "Pool the folds: print the tables, write summary.json and figures/*.png, return everything."
     run, t0 = _opened(run), time.perf_counter()
@@ -518,6 +524,6 @@ def evaluate_run(
         run=run.name, folds=folds, protocol=protocol, table=_numbers(table), differences=_numbers(diff), mean_sd=_numbers(summary),
         per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
     run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
-    print('mean ± sd over folds', shown_folds(summary).to_string(), 'all test images', sep='\n\n', end='\n\n')
-    _say(run, protocol, table, diff, [run.path/'summary.json', *figures.values()])
+    if verbose and len(folds) > 1: print(f'mean ± sd over {len(folds)} folds', shown_folds(summary).to_string(), 'all test images', sep='\n\n', end='\n\n')
+    if verbose: _say(run, protocol, table, diff, [run.path/'summary.json', *figures.values()])
     return dict(table=table, differences=diff, folds=summary, per_fold=per_fold, protocol=protocol, figures=figures)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #6cf4bfa5
+# %% ../nbs/05b_report.ipynb #dcf65ec8
 import base64
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import jinja2
 import pandas as pd
 
 from .core import ROLES, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
-from .evaluate import complete_folds, evaluate_fold, evaluate_run, shown, shown_differences, shown_folds
+from .evaluate import _finished, complete_folds, evaluate_fold, evaluate_run, shown, shown_differences, shown_folds
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -26,14 +26,14 @@ def _table(
     rows = [([str(i)] if first is not None else []) + [str(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
     return dict(head=head, rows=rows, caption=caption)
 
-# %% ../nbs/05b_report.ipynb #1c2c13ff
+# %% ../nbs/05b_report.ipynb #7407ce10
 def _flat(d, prefix=''):
     "Leaves of nested dicts as (dotted name, text); a list of plain values is one leaf, of dicts its length."
     for k, v in d.items():
         if isinstance(v, dict) and v: yield from _flat(v, f'{prefix}{k}.')
         elif isinstance(v, (list, tuple)):
             yield f'{prefix}{k}', f'{len(v)} entries' if any(isinstance(x, (dict, list)) for x in v) else ', '.join(map(str, v)) or 'none'
-        else: yield f'{prefix}{k}', '' if v is None else f'{v:g}' if isinstance(v, float) else str(v)
+        else: yield f'{prefix}{k}', '' if v is None else f'{v:g}' if isinstance(v, float) else 'none' if v == {} else str(v)
 
 # %% ../nbs/05b_report.ipynb #811490c2
 _ALT = {
@@ -55,7 +55,12 @@ def _pictures(folder, where):
     order = list(_ALT)
     return [_picture(p, where) for p in sorted(folder.glob('*.png'), key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem))]
 
-# %% ../nbs/05b_report.ipynb #80a3c815
+# %% ../nbs/05b_report.ipynb #794b768d
+def _is_evaluated(run, fold):
+    "Whether the figures of a fold are there and not older than the predictions."
+    result = run.fold_dir(fold)/'evaluation.json'
+    return result.is_file() and all((run.stage_dir(fold, r)/'predictions.parquet').stat().st_mtime <= result.stat().st_mtime for r in ROLES)
+
 def _figures(run, folds):
     "Sections of figures: all folds together where there are several, then each fold."
     pooled = [('All folds', _pictures(run.path/'figures', 'all folds'))] if len(folds) > 1 else []
@@ -73,10 +78,10 @@ def _sentence(table, diff):
         s += f' The student is {verdict} ({100*r.difference:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]).'
     return s
 
-# %% ../nbs/05b_report.ipynb #ad05cba0
+# %% ../nbs/05b_report.ipynb #a195b606
 def _results(run, folds):
     "Sentence, protocol and tables of the complete folds."
-    r = evaluate_run(run, folds)
+    r = evaluate_run(run, folds, verbose=False)
     per = r['per_fold'].copy()
     for c in ('accuracy', 'sensitivity', 'specificity'): per[f'{c} %'] = [f'{100*v:.1f}' for v in per[c]]
     per['AUC'], per['test images'] = [f'{v:.3f}' for v in per.auc], per.n_images
@@ -90,15 +95,15 @@ def _results(run, folds):
     notes = [f'{m}: {n}' for m, n in r['table'].note.items() if n]
     return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes)
 
-# %% ../nbs/05b_report.ipynb #965c7ee3
+# %% ../nbs/05b_report.ipynb #0d408824
 def _data_tables(run):
     "Parts of every fold, and the audit's summary where there is one."
     out = []
     if run.folds_csv.is_file():
         f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str})
         n = f.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
-        text = (n.images.astype(str) + ' of ' + n.groups.astype(str)).unstack('role').reindex(columns=['train', 'val', 'test'])
-        out.append(_table(text.fillna('none'), 'fold', 'Images of groups (patients) in each part of each fold.'))
+        text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=['train', 'val', 'test'])
+        out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold.'))
     if (path := run.path/'audit.json').is_file():
         out.append(_table(pd.DataFrame(_flat(read_json(path)), columns=['fact', 'value']), None, 'Audit of the images.'))
     if (path := run.path/'audit.csv').is_file():
@@ -107,7 +112,7 @@ def _data_tables(run):
         out.append(_table(a.head(50), None, f'Findings of the audit ({"by problem" if "problem" in a else "the first 50"}); the list is audit.csv.'))
     return out
 
-# %% ../nbs/05b_report.ipynb #69b67c97
+# %% ../nbs/05b_report.ipynb #d79037d3
 def _recipe_table(run):
     "Every field of the recipe with its value and meaning."
     known, rows = recipe_fields(), []
@@ -117,27 +122,32 @@ def _recipe_table(run):
         rows.append((name, value, changed, meaning))
     return _table(pd.DataFrame(rows, columns=['field', 'value', 'changed', 'meaning']), None, 'The recipe as run; • marks a value other than the default.')
 
+# %% ../nbs/05b_report.ipynb #2699bfc6
 def _stage_table(facts):
     "Stages with status, time and what else they noted in single values."
     rows = []
     for key, d in facts.get('stages', {}).items():
-        rest = '; '.join(f'{k} {v}' for k, v in _flat({k: v for k, v in d.items() if k not in ('status', 'seconds')}))
-        rows.append((key, d.get('status', ''), d.get('seconds', ''), rest if len(rest) <= 300 else rest[:299] + '…'))
+        hide = {'status', 'seconds'} | ({'error', 'notebook'} if d.get('status') != 'failed' else set())  # of an earlier attempt
+        rest = '; '.join(f'{k} {v}' for k, v in _flat(d) if k not in hide and not k.endswith('sha256'))
+        seconds = f"{d['seconds']:.1f}" if 'seconds' in d else ''
+        rows.append((key, d.get('status', ''), seconds, rest if len(rest) <= 300 else rest[:299] + '…'))
     return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None, 'Stages in the order in which they first reported.')
 
-# %% ../nbs/05b_report.ipynb #86864b66
+# %% ../nbs/05b_report.ipynb #3abf0203
 def _troubles(run, facts, folds):
     "Failed stages, and models missing from the folds asked for or begun."
     out = [f'{key} failed: {d.get("error", "no message was recorded")}' + (f' (see {d["notebook"]})' if d.get('notebook') else '')
            for key, d in facts.get('stages', {}).items() if d.get('status') == 'failed']
+    out += [f'{key} has not finished: it is still running or was interrupted.' for key, d in facts.get('stages', {}).items()
+            if d.get('status') == 'running']
     begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in ROLES)}
     for k in sorted(begun | set(folds)):
         for r in ROLES:
-            if not (run.stage_dir(k, r)/'predictions.parquet').is_file():
+            if not _finished(run, k, r):
                 out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
     return out
 
-# %% ../nbs/05b_report.ipynb #5a793e53
+# %% ../nbs/05b_report.ipynb #3a2a1d9f
 _CSS = '''
 :root{--ink:#1c1f23;--soft:#5b6470;--line:#d7dce2;--tint:#f4f6f8;--accent:#0b5cad}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
@@ -147,26 +157,26 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .25rem}h2{font-size:1.3rem;margin
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem}p{max-width:46rem}.lead{font-size:1.08rem}.soft{color:var(--soft);font-size:.92rem}
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;list-style:none;padding:0;margin:1rem 0}a{color:var(--accent)}
 .scroll{overflow-x:auto;margin:1rem 0 1.5rem}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem}
+caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;white-space:nowrap}
 th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
 .numbers td,tbody th{white-space:nowrap}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
 .bad{border-left:4px solid #b3261e;padding:.1rem 0 .1rem 1rem}ul.bad{padding-left:2rem}ul.bad li{overflow-wrap:anywhere;max-width:52rem}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}figure,tr{break-inside:avoid}
-.scroll{overflow:visible}table{font-size:8pt}.numbers td,thead th{white-space:normal}th,td{padding:.2rem .4rem}a{color:inherit;text-decoration:none}}
+.scroll{overflow:visible}table{font-size:8pt}.numbers td,thead th,caption{white-space:normal}th,td{padding:.2rem .4rem}a{color:inherit;text-decoration:none}}
 '''
 
-# %% ../nbs/05b_report.ipynb #93167f65
+# %% ../nbs/05b_report.ipynb #136d462d
 _PIECES = '''
 {% macro table(t, kind) %}<div class="scroll" tabindex="0" role="region" aria-label="{{ t.caption }}">
 <table class="{{ kind }}"><caption>{{ t.caption }}</caption><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
-<tbody>{% for r in t.rows %}<tr><th scope="row">{{ r[0] }}</th>{% for c in r[1:] %}<td>{{ c }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endmacro %}
+<tbody>{% for r in t.rows %}
+<tr><th scope="row">{{ r[0] }}</th>{% for c in r[1:] %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #effc4173
+# %% ../nbs/05b_report.ipynb #8033656e
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('data', 'Data'), ('recipe', 'Recipe'),
              ('machine', 'Stages and machine'))
 
@@ -174,7 +184,9 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>kdoct run {{ run }}</title><style>{{ css|safe }}</style></head><body>
 <header><h1>Knowledge distillation, run {{ run }}</h1>
-<p class="soft">Made {{ created }} with kdoct{% if version %} {{ version }}{% endif %}{% if git %}, commit {{ git[:12] }}{% endif %}. For research; not for diagnosis.</p></header>
+<p class="soft">Made {{ created }} with kdoct
+{%- if version %} {{ version }}{% endif %}
+{%- if git %}, commit {{ git[:12] }}{% endif %}. For research; not for diagnosis.</p></header>
 <nav aria-label="Sections"><ul>{% for id, title in sections %}<li><a href="#{{ id }}">{{ title }}</a></li>{% endfor %}</ul></nav>
 <main><section id="results"><h2>Results</h2>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
@@ -191,7 +203,7 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 </main></body></html>
 '''
 
-# %% ../nbs/05b_report.ipynb #b74136b9
+# %% ../nbs/05b_report.ipynb #f8f1054c
 def report_html(
     run:Run|str,  # run or its name
     folds:list[int]|None=None,  # folds to report; None: all in which the three models have predictions
@@ -203,7 +215,7 @@ def report_html(
     asked = sorted(set(done if folds is None else folds))
     use = [k for k in asked if k in done]
     for k in use:
-        if not (run.fold_dir(k)/'evaluation.json').is_file(): evaluate_fold(run, k, load_image)
+        if not _is_evaluated(run, k): evaluate_fold(run, k, load_image, verbose=False)
     results = _results(run, use) if use else None
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}

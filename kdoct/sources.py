@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'PHANTOM_SEED',
            'check_table', 'image_table', 'finding', 'Listing', 'make_listing', 'walk_images', 'source', 'load_table',
-           'ucsd', 'folder', 'csv', 'phantom']
+           'ucsd', 'folder', 'csv', 'usable_cores', 'phantom']
 
 # %% ../nbs/01b_sources.ipynb #aa9fd925
 import errno
@@ -92,7 +92,7 @@ def make_listing(
     found = pd.DataFrame(findings, columns=list(FINDING_COLUMNS)).astype('str')
     return Listing(Path(root).resolve(), image_table(rows, source), found.sort_values(['path', 'problem'], ignore_index=True))
 
-# %% ../nbs/01b_sources.ipynb #9b55356c
+# %% ../nbs/01b_sources.ipynb #ef50b0d9
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
 
 def walk_images(
@@ -114,6 +114,7 @@ def walk_images(
     visit(root, '')
     return sorted(paths), found
 
+# %% ../nbs/01b_sources.ipynb #49694f39
 def _links_to_folder(entry:os.DirEntry)->bool:
     "Is this a symbolic link to a folder? A link in a circle, or to nothing, is not."
     try: return entry.is_symlink() and entry.is_dir()
@@ -216,7 +217,7 @@ def folder(
               "images, they will be spread over training and test, and the results will be too good.")
     return make_listing(root, rows, found, 'folder')
 
-# %% ../nbs/01b_sources.ipynb #fdc8b3ca
+# %% ../nbs/01b_sources.ipynb #2f43b36c
 def _read_csv(file:Path)->pd.DataFrame:
     "A CSV file with all cells as text; `KdoctError` where it is none."
     try: return pd.read_csv(file, dtype=str, keep_default_na=False, encoding='utf-8-sig')
@@ -239,7 +240,8 @@ def _our_columns(df:pd.DataFrame, columns:dict[str, str], file:Path)->pd.DataFra
     out = {c: _column(df, columns.get(c, c)) for c in ours}
     lost = [c for c in columns if out[c] is None] + [c for c in ('path', 'label') if out[c] is None and c not in columns]
     if out['patient'] is None and out['group'] is None: lost += ['patient (or group)']
-    if lost: raise KdoctError(f"{file} does not give {', '.join(lost)}.", fix=f"{there} Say which is which: data.columns={{\"path\":\"...\",\"label\":\"...\"}}")
+    if lost: raise KdoctError(f"{file} does not give {', '.join(lost)}.",
+                              fix=f"{there} Say which is which: data.columns={{\"path\":\"...\",\"label\":\"...\"}}")
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})
 
 # %% ../nbs/01b_sources.ipynb #17dc4a33
@@ -287,7 +289,12 @@ def csv(
         if row: rows.append(row)
     return make_listing(file.parent, rows, found, 'csv')
 
-# %% ../nbs/01b_sources.ipynb #6bab5973
+# %% ../nbs/01b_sources.ipynb #baebed9b
+def usable_cores()->int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+# %% ../nbs/01b_sources.ipynb #11989bd0
 PHANTOM_SEED = 0
 
 @source('phantom')
@@ -299,9 +306,5 @@ def phantom(
     made = dict(seed=PHANTOM_SEED, **data.phantom.model_dump())
     key = 'p{patients}-s{slices}-{height}x{width}-seed{seed}'.format(**made)
     root = Path(data.root).expanduser() if data.root else outputs_root()/'phantom'/key
-    table = write_phantom(root, **made, processes=_cores())
+    table = write_phantom(root, **made, processes=usable_cores())
     return make_listing(root, table.to_dict('records'), [], 'phantom')
-
-def _cores()->int:
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

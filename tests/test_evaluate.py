@@ -25,17 +25,19 @@ def models(n=60, classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'), fold=0):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    "A tiny run, two of its three folds complete; one image has lost its file."
+def made(tmp_path_factory):
+    "A tiny run, two of its three folds with models, the first evaluated; and what that printed."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('toy', preset('tiny'))
         for k in (0, 1): E._simulated_stages(run, k)
-        yield run
+        return run, *quiet(E.evaluate_fold, run, 0)
 
 
-@pytest.fixture(scope='module')
-def fold(run): return quiet(E.evaluate_fold, run, 0)
+@pytest.fixture
+def run(made, monkeypatch):
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(made[0].path.parent))
+    return made[0]
 
 
 def test_table_holds_the_numbers_of_metrics():
@@ -74,7 +76,7 @@ def test_figures_for_few_and_many_classes(tmp_path, classes):
 def test_figures_with_an_absent_class():
     m = {r: df[df.label != 'DME'].reset_index(drop=True) for r, df in models().items()}
     assert 'no image of this class' in E.roc_figure(m).axes[1].texts[0].get_text()
-    assert E.confusion_figure(m).axes[0].texts[4].get_text() == '0'
+    assert len(E.confusion_figure(m).axes[0].texts) == 12  # the row of the absent class stays empty
 
 
 def test_no_pyplot_figure_is_left_open():
@@ -94,7 +96,7 @@ def test_worst_mistakes_are_errors_surest_first_and_repeatable():
 def test_an_unreadable_picture_says_so_in_its_place():
     def gone(path): raise KdoctError(f'{path} is truncated', fix='copy it again')
     fig = E.mistakes_figure(simulate_predictions(40, 2.), gone, n=3)
-    assert all('is truncated' in a.texts[0].get_text() for a in fig.axes[:3])
+    assert all('is truncated' in ' '.join(a.texts[0].get_text().split()) for a in fig.axes[:3])
 
 
 def test_a_model_without_mistakes_has_a_figure(tmp_path):
@@ -110,8 +112,8 @@ def test_counts_refuse_an_image_without_label():
     with pytest.raises(KdoctError, match='no label'): E.counts_of(folds, pd.Series({'a': 'X'}))
 
 
-def test_fold_writes_every_number_and_figure(run, fold):
-    result, said = fold
+def test_fold_writes_every_number_and_figure(made):
+    run, result, said = made
     saved = read_json(run.fold_dir(0)/'evaluation.json')
     df = read_predictions(run.stage_dir(0, 'student')/'predictions.parquet')
     for m in HEADLINE: assert saved['estimates']['student'][m] == pytest.approx(evaluate_predictions(df)[m])
@@ -124,16 +126,17 @@ def test_fold_writes_every_number_and_figure(run, fold):
     assert result['table'].index.tolist() == list(ROLES)
 
 
-def test_fold_is_evaluated_the_same_twice(run, fold):
+def test_fold_is_evaluated_the_same_twice(run):
     before = (run.fold_dir(0)/'evaluation.json').read_text()
     quiet(E.evaluate_fold, 'toy', 0)
     assert (run.fold_dir(0)/'evaluation.json').read_text() == before
 
 
+@pytest.mark.parametrize('missing', ['predictions.parquet', 'model.json'])
 @pytest.mark.parametrize('role,notebook,option', [('teacher', '03_teacher.ipynb', ''), ('student', '04_distill.ipynb', ''),
                                                   ('baseline', '04_distill.ipynb', ' -p role baseline')])
-def test_a_missing_model_is_answered_with_its_command(run, role, notebook, option):
-    path = run.stage_dir(1, role)/'predictions.parquet'
+def test_a_missing_model_is_answered_with_its_command(run, role, notebook, option, missing):
+    path = run.stage_dir(1, role)/missing
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
         with pytest.raises(KdoctError, match=f'no predictions of the {role}') as e: E.evaluate_fold(run, 1)
@@ -159,7 +162,7 @@ def test_run_pools_folds_and_keeps_their_spread(run):
     assert r['table'].accuracy['student'] == pytest.approx(np.average([e['accuracy'] for e in each], weights=n))
     summary = read_json(run.path/'summary.json')
     assert summary['folds'] == [0, 1] and len(summary['per_fold']) == 6
-    assert 'mean ± sd over folds' in said and 'same fold only' in said
+    assert 'mean ± sd over 2 folds' in said and 'same fold only' in said
 
 
 def test_a_patient_tested_in_two_folds_is_refused():
@@ -172,10 +175,11 @@ def test_simulated_models_never_enter_a_real_run(run, monkeypatch):
     with pytest.raises(KdoctError, match='not a test'): E._simulated_stages(other, 0)
 
 
-def test_report_is_one_file_without_a_network(run, fold):
+def test_report_is_one_file_without_a_network(run):
     run.record('fold_2/teacher', status='failed', error='term <soft> is not finite', notebook='fold_2/notebooks/teacher.ipynb')
     (run.path/'audit.json').write_text(json.dumps({'images': 48, 'problems': {'truncated': 1}}))
-    path, _ = quiet(R.report_html, run, [0, 1, 2])
+    path, said = quiet(R.report_html, run, [0, 1, 2])
+    assert said == ''
     html = path.read_text()
     assert path == run.path/'report.html'
     assert not re.search(r'(?:src|href)="(?!data:|#)', html) and 'url(' not in html and '<script' not in html

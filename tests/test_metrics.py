@@ -47,7 +47,7 @@ def test_published_tables_follow_from_their_confusion_matrices(text, expected):
     assert {m: f"{100*s['mean'][m]:.2f} ± {100*s['sd'][m]:.2f}" for m in expected} == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(0, 2))
 def test_point_estimates_equal_scikit_learn(seed, k, digits):
     "Coarsely rounded logits make ties, which count one half."
@@ -65,7 +65,7 @@ def test_point_estimates_equal_scikit_learn(seed, k, digits):
     assert e['specificity'] == pytest.approx(np.mean([skm.recall_score(y != c, p.argmax(1) != c) for c in present]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40))
 def test_weighted_auc_equals_scikit_learn(rows):
     score, pos, w = (np.array(c) for c in zip(*rows, strict=True))

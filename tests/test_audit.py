@@ -1,0 +1,280 @@
+"Audit: broken files are told apart one by one, nothing crashes, nothing is replaced."
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdoct.core import DataRecipe, KdoctError
+from kdoct.data import MAX_PIXELS, PROBLEMS, audit, decode_image, inspect_file, read_image_bytes
+from kdoct.sources import load_table, make_listing
+
+RNG = np.random.default_rng(0)
+
+
+def scan(h=80, w=100, channels=0):
+    "A picture of its own at every call."
+    return RNG.integers(0, 255, (h, w, channels) if channels else (h, w), np.uint8)
+
+
+def coded(image, format, **kw):
+    "An image as the bytes of a file."
+    f = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(f, format, **kw)
+    return f.getvalue()
+
+
+def png_chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_bomb(side):
+    "A PNG of a few bytes that claims side x side pixels."
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b"")
+
+
+def png_16bit_rgb():
+    "PIL writes none, and reads one as 8 bits without a word."
+    head, raw = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0), b"".join(b"\0" + RNG.bytes(64 * 6) for _ in range(64))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b"")
+
+
+def png_wrong_crc():
+    data = bytearray(coded(scan(), "PNG"))
+    data[data.index(b"IEND") - 5] ^= 0xFF  # the check sum of the last IDAT
+    return bytes(data)
+
+
+def rgba(opaque):
+    a = np.dstack([scan(channels=3), np.full((80, 100), 255, np.uint8)])
+    if not opaque: a[:9, :, 3] = 100
+    return coded(a, "PNG")
+
+
+def with_orientation(n):
+    exif = Image.Exif()
+    exif[0x0112] = n
+    return coded(scan(), "JPEG", exif=exif)
+
+
+def frames(format): return coded(Image.fromarray(scan()), format, save_all=True, append_images=[Image.fromarray(scan()) for _ in range(2)])
+
+
+def flip_middle(data): return data[:len(data) // 2] + bytes(64) + data[len(data) // 2 + 64:]
+
+
+FILES = {  # name -> (bytes, the problems that the audit must report, and no other)
+    "ok.png": (coded(scan(), "PNG"), ""),
+    "ok.jpeg": (coded(scan(), "JPEG"), ""),
+    "colour.png": (coded(scan(channels=3), "PNG"), ""),
+    "progressive.jpg": (coded(scan(), "JPEG", progressive=True), ""),
+    "ok.bmp": (coded(scan(), "BMP"), ""),
+    "ok.webp": (coded(scan(channels=3), "WEBP", lossless=True), ""),
+    "one frame.gif": (coded(scan(), "GIF"), "converted?"),
+    "lzw.tif": (coded(scan(), "TIFF", compression="tiff_lzw"), ""),
+    "UPPER.PNG": (coded(scan(), "PNG"), ""),
+    "double.tar.png": (coded(scan(), "PNG"), ""),
+    "ünï cödé 眼.png": (coded(scan(), "PNG"), ""),
+    "two  spaces '\"$.png": (coded(scan(), "PNG"), ""),
+    "jpeg called.png": (coded(scan(), "JPEG"), ""),
+    "zero.png": (b"", "empty"),
+    "one byte.png": (b"\x89", "not-an-image"),
+    "text.png": (b"CNV, 3 of 5\n" * 40, "not-an-image"),
+    "page.jpg": (b"<html><body>404 Not Found</body></html>", "not-an-image"),
+    "zip.tif": (b"PK\x03\x04" + RNG.bytes(500), "not-an-image"),
+    "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "not-an-image"),  # PIL would start ghostscript
+    "cut.jpg": (coded(scan(), "JPEG")[:-2000], "truncated"),
+    "cut.png": (coded(scan(), "PNG")[:-2000], "truncated"),
+    "cut.bmp": (coded(scan(), "BMP")[:-2000], "truncated"),
+    "cut.tif": (coded(scan(), "TIFF")[:-2000], "truncated|corrupt"),
+    "cut.webp": (coded(scan(channels=3), "WEBP", lossless=True)[:-2000], "truncated|corrupt"),
+    "header only.png": (coded(scan(), "PNG")[:20], "truncated|corrupt"),
+    "header only.jpg": (coded(scan(), "JPEG")[:30], "truncated|corrupt"),
+    "bits flipped.png": (flip_middle(coded(scan(), "PNG")), "corrupt|truncated"),
+    "crc.png": (png_wrong_crc(), "corrupt"),
+    "16 bit.png": (coded(scan().astype(np.uint16) * 257, "PNG"), "wrong-mode"),
+    "16 bit.tif": (coded(scan().astype(np.uint16) * 257, "TIFF"), "wrong-mode"),
+    "16 bit rgb.png": (png_16bit_rgb(), "wrong-mode"),
+    "32 bit.tif": (coded(scan().astype(np.int32), "TIFF"), "wrong-mode"),
+    "float.tif": (coded(scan().astype(np.float32), "TIFF"), "wrong-mode"),
+    "opaque.png": (rgba(True), "converted"),
+    "transparent.png": (rgba(False), "transparent"),
+    "cmyk.jpg": (coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), "converted"),
+    "palette.png": (coded(Image.fromarray(scan(channels=3)).convert("P"), "PNG"), "converted"),
+    "one bit.png": (coded(Image.fromarray(scan() > 90), "PNG"), "converted"),
+    "dot.png": (coded(scan(1, 1), "PNG"), "suspicious-size"),
+    "line.png": (coded(scan(1, 20000), "PNG"), "suspicious-size"),
+    "band.png": (coded(scan(40, 20000), "PNG"), "suspicious-size"),
+    "animated.png": (frames("GIF"), "several-frames"),
+    "pages.tiff": (frames("TIFF"), "several-frames"),
+    "bomb.png": (png_bomb(40_000), "decompression-bomb"),
+    "small bomb.png": (png_bomb(10_000), "decompression-bomb"),  # PIL itself would only warn
+    "turned.jpg": (with_orientation(6), "exif-rotated"),
+    "garbage behind.jpg": (coded(scan(), "JPEG") + b"vendor data", "trailing-data"),
+    "black.png": (coded(np.zeros((80, 100), np.uint8), "PNG"), "blank"),
+    "black too.png": (coded(np.zeros((80, 100), np.uint8), "PNG"), "blank"),
+}
+BESIDE = {"CNV/loop.png": "symlink-loop", "CNV/dangling.png": "missing", "CNV/folder.png": "not-a-file", "CNV/pipe.png": "not-a-file",
+          "CNV/._ok.png": "hidden", "CNV/notes.txt": "other-file", "CNV/linked": "linked-folder", "stray.png": "no-class-folder"}
+
+
+@pytest.fixture(scope="module")
+def wreck(tmp_path_factory):
+    "A folder of nearly everything that can be wrong."
+    root = tmp_path_factory.mktemp("wreck")
+    cnv = root / "CNV"
+    cnv.mkdir()
+    for name, (data, _) in FILES.items(): (cnv / name).write_bytes(data)
+    (cnv / "loop.png").symlink_to("loop.png")
+    (cnv / "dangling.png").symlink_to("nowhere.png")
+    (cnv / "folder.png").mkdir()
+    os.mkfifo(cnv / "pipe.png")
+    (cnv / "._ok.png").write_bytes(b"\0\x05\x16\x07 Mac OS X")
+    (cnv / "notes.txt").write_text("not an image")
+    (cnv / "linked").symlink_to(root)
+    (root / "stray.png").write_bytes(coded(scan(), "PNG"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def wrecked(wreck): return audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")))
+
+
+def kinds(findings, path): return set(findings.problem[findings.path == path])
+
+
+def test_there_are_more_than_40_broken_files(): assert len([p for _, p in FILES.values() if p]) + len(BESIDE) >= 40
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_is_reported_as_what_it_is(wrecked, name):
+    want, got = FILES[name][1], kinds(wrecked.findings, f"CNV/{name}")
+    if want.endswith("?"): assert got <= {want[:-1]}  # a grey GIF is L or P, as PIL's version has it
+    elif "|" in want: assert len(got) == 1 and got < set(want.split("|"))
+    else: assert got == ({want} if want else set())
+
+
+@pytest.mark.parametrize("path", BESIDE)
+def test_what_is_no_file_at_all_is_reported_too(wrecked, path): assert kinds(wrecked.findings, path) == {BESIDE[path]}
+
+
+def test_errors_stop_the_run_and_the_message_tells_how_to_go_on(wrecked, wreck):
+    with pytest.raises(KdoctError) as e: wrecked.check()
+    text = str(e.value)
+    assert "3 suspicious-size" in text and "data.leave_out=[" in text
+    stops = set(wrecked.findings.problem[wrecked.findings.severity == "error"])
+    lenient = audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")), leave_out=tuple(stops)).check()
+    good = {f"CNV/{n}" for n, (_, p) in FILES.items() if not p or PROBLEMS.get(p.rstrip("?"), ("error",))[0] == "note"}
+    assert set(lenient.table.path) == good == set(wrecked.table.path)
+    assert (lenient.findings.action != "stops the run").all()
+
+
+def test_findings_do_not_depend_on_the_number_of_threads(wrecked, wreck):
+    other = audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")), workers=7)
+    assert other.findings.equals(wrecked.findings) and other.table.equals(wrecked.table)
+
+
+def test_a_bomb_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"), raising=False)
+    assert 10_000**2 > MAX_PIXELS
+    with pytest.raises(KdoctError, match="decompression-bomb"): decode_image(png_bomb(10_000))
+
+
+def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
+    f = tmp_path / "x.png"
+    f.write_bytes(coded(scan(), "PNG"))
+    f.chmod(0)
+    if os.access(f, os.R_OK):  # root reads everything: let the opener refuse instead
+        def refuse(path, mode="r"): raise PermissionError(13, "Permission denied", str(path))
+        monkeypatch.setattr("kdoct.data.open", refuse, raising=False)
+    assert inspect_file(f)["problems"] == [("unreadable", "Permission denied")]
+
+
+def test_names_that_no_file_can_have_are_missing(tmp_path):
+    for name in ("a\0b.png", "no/such/x.png"):
+        with pytest.raises(KdoctError, match="missing"): read_image_bytes(f"{tmp_path}/{name}")
+    assert inspect_file(tmp_path / ("x" * 300))["problems"][0][0] == "unreadable"
+
+
+def test_exif_orientation_is_applied():
+    assert decode_image(with_orientation(6))[0].size == (80, 100)
+
+
+def test_library_switch_that_hides_truncation_is_refused(monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(KdoctError, match="LOAD_TRUNCATED_IMAGES"): decode_image(FILES["cut.jpg"][0])
+
+
+@pytest.mark.parametrize("step", range(0, 100, 7))
+def test_a_file_cut_anywhere_never_passes_and_never_crashes(step):
+    whole = coded(np.add.outer(np.arange(70), np.arange(90)).astype(np.uint8), "PNG")
+    with pytest.raises(KdoctError): decode_image(whole[:len(whole) * step // 100])
+
+
+def listed(root, **files):
+    "A table of files CLASS_PATIENT_NAME -> bytes."
+    for name, data in files.items(): (root / name).write_bytes(data)
+    keys = [n.split("_") for n in files]
+    return make_listing(root, [dict(path="_".join(k), label=k[0], patient=k[1]) for k in keys], [], "test")
+
+
+def test_shared_pixels_merge_groups_through_a_chain(tmp_path):
+    a, b, c = scan(), scan(), scan()
+    files = dict(A_p3_1=coded(a, "PNG"), A_p2_1=coded(a, "BMP"), A_p2_2=coded(b, "PNG"), A_p1_1=coded(b, "PNG"), A_p4_1=coded(c, "PNG"))
+    result = audit(listed(tmp_path, **files)).check()
+    assert dict(zip(result.table.path, result.table.group, strict=True)) == {
+        "A_p1_1": "p1", "A_p2_1": "p1", "A_p2_2": "p1", "A_p3_1": "p1", "A_p4_1": "p4"}
+    f = result.findings
+    assert set(f.problem) == {"duplicate-across-groups"} and len(f) == 2 and f.action.str.contains("merged").all()
+    assert set(f.detail.str.split(" as ").str[0]) == {"same pixels", "same bytes"}
+
+
+def test_a_duplicate_in_its_own_group_is_noted_and_kept_or_left_out_on_request(tmp_path):
+    one = coded(scan(), "PNG")
+    table = listed(tmp_path, A_p1_1=one, A_p1_2=one, A_p2_1=coded(scan(), "PNG"))
+    kept, left = audit(table).check(), audit(table, leave_out=("duplicate",)).check()
+    assert list(kept.findings.problem) == ["duplicate"] and len(kept.table) == 3
+    assert list(left.table.path) == ["A_p1_1", "A_p2_1"]
+
+
+def test_same_pixels_under_two_labels_stop_or_are_left_out_altogether(tmp_path):
+    torn, more, c = coded(scan(), "PNG"), coded(scan(), "PNG"), coded(scan(), "PNG")
+    table = listed(tmp_path, A_p1_1=torn, B_p2_1=torn, A_p1_2=more, B_p2_2=c)
+    with pytest.raises(KdoctError, match="2 same-pixels-two-labels"): audit(table).check()
+    left = audit(table, leave_out=("same-pixels-two-labels",)).check().table
+    assert list(left.path) == ["A_p1_2", "B_p2_2"] and set(left.group) == {"p1"}  # the patients stay together all the same
+
+
+def test_two_black_images_do_not_make_two_patients_one(tmp_path):
+    black = coded(np.zeros((64, 64), np.uint8), "PNG")
+    table = listed(tmp_path, A_p1_1=black, B_p2_1=black, A_p1_2=coded(scan(), "PNG"), B_p2_2=coded(scan(), "PNG"))
+    assert list(audit(table, leave_out=("blank",)).check().table.group) == ["p1", "p2"]
+
+
+def test_unknown_labels_stop_and_are_never_renamed(tmp_path):
+    table = listed(tmp_path, CNV_1_1=coded(scan(), "PNG"), cnv_2_1=coded(scan(), "PNG"), DME_3_1=coded(scan(), "PNG"))
+    result = audit(table, classes=("CNV", "DME"))
+    assert list(result.findings.path) == ["cnv_2_1"] and list(result.findings.problem) == ["unknown-label"]
+    with pytest.raises(KdoctError, match="1 unknown-label"): result.check()
+    assert set(audit(table, classes=("CNV", "DME"), leave_out=("unknown-label",)).check().table.label) == {"CNV", "DME"}
+
+
+def test_a_mistyped_problem_in_leave_out_is_refused(tmp_path):
+    with pytest.raises(KdoctError, match="truncate"): audit(listed(tmp_path, A_1_1=coded(scan(), "PNG")), leave_out=("truncate",))
+
+
+def test_a_coloured_scale_bar_leaves_the_data_grey_and_a_photograph_does_not(tmp_path):
+    bar = np.repeat(scan(496, 768)[..., None], 3, 2)
+    bar[456:490, 5:75] = (255, 60, 60)
+    assert audit(listed(tmp_path, A_1_1=coded(bar, "PNG"))).channels == 1
+    assert audit(listed(tmp_path, A_1_1=coded(bar, "PNG"), A_2_1=coded(scan(channels=3), "PNG"))).channels == 3
+
+
+def test_the_real_images_pass_in_one_go(shared_data):
+    result = audit(load_table(DataRecipe(source="ucsd", root=str(shared_data / "ucsd_oct")))).check()
+    assert len(result.table) == 800 and result.channels == 1
+    assert list(result.findings.problem) == ["other-file"]  # its manifest.csv
