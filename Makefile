@@ -17,7 +17,7 @@ demo: .venv/.installed-offline ## install and run the whole pipeline on simulate
 
 test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev-test --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need

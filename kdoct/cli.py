@@ -6,14 +6,15 @@
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
            'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'main']
 
-# %% ../nbs/10_cli.ipynb #6d1fccbb
+# %% ../nbs/10_cli.ipynb #3f3b7d56
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .core import PRESETS, KdoctError, create_run, open_run, outputs_root, parse_overrides, preset, recipe_fields
+from .core import PRESETS, KdoctError, atomic_path, create_run, open_run, outputs_root, parse_overrides, preset, recipe_fields
 
 # %% ../nbs/10_cli.ipynb #54187f9b
 app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.", no_args_is_help=True,
@@ -36,7 +37,8 @@ def _recipe(preset_name:str, source:str, data_root:str, changes:list[str]):
 def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str]):
     "The run that the options describe."
     recipe = _recipe(preset_name, source, data_root, changes)
-    return create_run(run or (preset_name if recipe.data.source == preset(preset_name).data.source == 'phantom' else f'{preset_name}-{recipe.data.source}'), recipe)
+    default = preset_name if recipe.data.source == 'phantom' else f'{preset_name}-{recipe.data.source}'
+    return create_run(run or default, recipe)
 
 # %% ../nbs/10_cli.ipynb #a147c5f5
 def _all_stages(run, folds:str, notebooks):
@@ -73,25 +75,41 @@ def crossval(
     "Data, teacher, student, baseline and evaluation of several folds; the same command continues after an interruption."
     _all_stages(_run(preset_name, run, source, data_root, changes), folds, notebooks)
 
-# %% ../nbs/10_cli.ipynb #f3c96713
+# %% ../nbs/10_cli.ipynb #8af043c1
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', changes:SetOption=[],  # noqa: B006
     out:Annotated[Path|None, typer.Option(help="Write the findings as CSV.")]=None,
 ):
-    "Look at every file: unreadable, truncated, duplicated, mislabelled; exit status 1 if something must be decided."
-    from kdoct.data import audit_source
-    raise typer.Exit(audit_source(_recipe(preset_name, source, data_root, changes), out))
+    "Look at every file: unreadable, truncated, duplicated, mislabelled; exit status 1 if something would stop a run."
+    from kdoct.data import audit as look
+    from kdoct.sources import load_table
+    data = _recipe(preset_name, source, data_root, changes).data
+    result = look(load_table(data), data.classes, data.leave_out)
+    found = result.findings
+    typer.echo(f"{len(result.table)} images can be used, of {result.table.group.nunique()} groups (patients).")
+    for (problem, action), rows in found.groupby(['problem', 'action']):
+        typer.echo(f"{len(rows):6} x {problem}: {action}; {', '.join(rows.path[:3])}{' ...' if len(rows) > 3 else ''}")
+    if out:
+        with atomic_path(out) as tmp: found.to_csv(tmp, index=False)
+        typer.echo(f"All findings: {_short(out)}")
+    if stops := sorted(set(found.problem[found.action == 'stops the run'])):
+        raise KdoctError(f"A run would stop here: {', '.join(stops)}.",
+                         fix=f"Mend the files, or leave these images out: --set 'data.leave_out={json.dumps(stops)}'")
 
 @app.command()
 def folds(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', run:RunOption='', changes:SetOption=[],  # noqa: B006
 ):
     "Make the folds of a run, grouped by patient, and show what is in each."
-    from kdoct.data import fold_counts, prepare_data
+    import pandas as pd
+
+    from kdoct.data import prepare_data, read_folds
     the_run = _run(preset_name, run, source, data_root, changes)
     prepare_data(the_run)
-    typer.echo(fold_counts(the_run).to_string())
+    rows = read_folds(the_run.folds_csv).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
+    typer.echo('\nImages of each class:')
+    typer.echo(pd.crosstab([rows.fold, rows.role], rows.label, margins=False).to_string())
     typer.echo(f"\nWritten to {_short(the_run.folds_csv)}")
 
 # %% ../nbs/10_cli.ipynb #d9b2a067

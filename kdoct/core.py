@@ -291,12 +291,12 @@ def _split_json(text:str)->list[str]:
     "Split at blanks that stand outside quotes, and keep the quotes that JSON needs."
     return re.findall(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+', text)
 
-# %% ../nbs/00_core.ipynb #63a7d800
+# %% ../nbs/00_core.ipynb #08bb153c
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
 
 PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4}
 
-PRESETS['demo'] = {}
+PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-4}
 
 PRESETS['tiny'] = {
     'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 24, 'data.phantom.slices': 1,

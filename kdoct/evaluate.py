@@ -10,7 +10,6 @@ __all__ = ['ROLE_COLOUR', 'interval_text', 'table_of', 'shown', 'protocol_of', '
 
 # %% ../nbs/05_evaluate.ipynb #5f594547
 import io
-import os
 import textwrap
 import time
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from sklearn.metrics import roc_curve
 
-from .core import ROLES, EvaluateRecipe, KdoctError, Run, atomic_path, open_run, open_stage, read_json, sha256_file
+from .core import ROLES, EvaluateRecipe, KdoctError, Run, atomic_path, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, open_fold, prepare_data, read_folds, read_image_bytes
 from .metrics import HEADLINE, bootstrap, classes_of, evaluate_predictions
@@ -202,7 +201,7 @@ def roc_figure(
     cols = min(4, len(classes)); rows = -(-len(classes)//cols)
     with _style():
         fig, axes = _axes(2.4*cols + .3, 2.4*rows + .3, rows, cols, sharex=True, sharey=True)
-        lowest = min(_roc_panel(ax, models, c, k) for k, (ax, c) in enumerate(zip(axes.flat, classes)))
+        lowest = min(_roc_panel(ax, models, c, k) for k, (ax, c) in enumerate(zip(axes.flat, classes, strict=False)))
         edge = 1. if lowest < .9 else .3
         for ax in axes.flat: ax.set(xlim=(-.01*edge, edge), ylim=(1 - edge, 1 + .01*edge))
         for ax in axes.flat[len(classes):]: ax.set_visible(False)

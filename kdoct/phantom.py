@@ -10,7 +10,7 @@ __all__ = ['PHANTOM_VERSION', 'CLASSES', 'EYES', 'LAYERS', 'BOUNDARIES', 'FIELD_
 # %% ../nbs/01a_phantom.ipynb #6b571199
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
