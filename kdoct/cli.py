@@ -162,4 +162,4 @@ def main(
         typer.echo('kdoct: interrupted; the same command goes on from here.', err=True)
         sys.exit(130)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()  # `python -m kdoct.cli`; a notebook has no __file__

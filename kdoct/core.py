@@ -396,13 +396,12 @@ def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
 )->Run:
-    "Make the run folder, or open it if it has the very same recipe; `KdoctError` if it has another."
+    "Make the run folder, or open it; `KdoctError` if it has results of another recipe."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
         raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
     path = outputs_root()/name
     with locked(path/'.run', what=f"run '{name}'", wait=30):
-        if (path/'run.json').exists():
-            run = open_run(name)
+        if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):
             if diff := _differences(run.recipe, recipe):
                 raise KdoctError(f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
                                  fix=f"Give a new run another name, or delete {path} to start over.")

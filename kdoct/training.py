@@ -134,7 +134,7 @@ class History(Callback):
         if not self.training:
             self.logits.append(self.pred.float().cpu()); self.targets.append(self.yb[0].cpu())
             return
-        terms = {'loss': self.loss, **(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss})}
+        terms = {**(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}), 'loss': self.loss}  # the sum last: it does not say which
         n = len(self.yb[0])
         for name, value in terms.items():
             value = value.item()
@@ -269,6 +269,8 @@ class ResumableLearner(Learner):
     "A fastai Learner whose fit starts at `first_epoch`, which a callback may set before the fit."
     first_epoch = 0
     def _do_fit(self):
+        bar = getattr(getattr(self, 'progress', None), 'mbar', None)
+        if bar and self.first_epoch: bar.update(0)  # fastprogress counts from its first update, which must be 0
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = self.dls.train.epoch = epoch
             if not self.checkpoint._impatient(): self._with_events(self._do_epoch, 'epoch', _Never)
