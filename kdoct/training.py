@@ -256,7 +256,10 @@ def _after_epoch(self:Checkpoint):
         if old != self.best_file(self.best_epoch): old.unlink()
     if self._impatient(): raise CancelFitException
 
-def _impatient(self:Checkpoint)->bool: return 0 < self.recipe.patience <= len(self.learn.history.rows) - 1 - self.best_epoch
+def _impatient(self:Checkpoint)->bool:
+    "Whether patience is at its end (also asked after a resume, before the next epoch)."
+    waited = 0 if self.best_epoch is None else len(self.learn.history.rows) - 1 - self.best_epoch
+    return 0 < self.recipe.patience <= waited
 
 def _after_fit(self:Checkpoint):
     "Training ends with the best weights."
