@@ -373,7 +373,7 @@ def train_role(
         data = open_fold(run, fold)
         folds = sha256_file(run.folds_csv)
         if _finished(folder, folds):
-            print(f"The {role} of fold {fold} is finished already: {folder}")
+            print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, stage = time.perf_counter(), f'fold_{fold}/{role}'
         run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds)
