@@ -299,7 +299,7 @@ PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4}
 PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-4}
 
 PRESETS['tiny'] = {
-    'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 24, 'data.phantom.slices': 1,
+    'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 40, 'data.phantom.slices': 1,
     'data.phantom.height': 128, 'data.phantom.width': 128, 'evaluate.n_boot': 100,
     **{f'{who}.{k}': v for who in ('teacher', 'student') for k, v in dict(
         arch='test_efficientnet', weights='none', epochs=2, batch_size=8, warmup=0.5, precision='fp32').items()}}
