@@ -280,7 +280,10 @@ class ResumableLearner(Learner):
 
 class _Never(Exception): "No callback cancels an epoch here."
 
-def accuracy(pred:torch.Tensor, target:torch.Tensor)->torch.Tensor:
+def accuracy(
+    pred:torch.Tensor,    # (n, classes) logits
+    target:torch.Tensor,  # (n,) class numbers
+)->torch.Tensor:          # scalar in [0, 1]
     "Share of images whose largest logit is the label's (for fastai's table; the records are made by `History`)."
     return (pred.argmax(1) == target).float().mean()
 
