@@ -13,7 +13,7 @@ from .core import DistillRecipe, KdoctError, Run
 from .losses import distillation_loss, soft_loss
 from .models import Classifier
 from .teacher import load_teacher
-from .training import autocast, train_role
+from .training import train_role
 
 # %% ../nbs/04_distill.ipynb #a441a6a7
 class Distill(Callback):
@@ -22,15 +22,15 @@ class Distill(Callback):
     def __init__(self,
         teacher:Classifier,    # trained network; its parameters are frozen here
         recipe:DistillRecipe,  # alpha, beta, temperature
-        precision:str='fp32',  # fp32 or bf16, as the student's
-    ):
-        self.teacher, self.recipe, self.precision = teacher.eval().requires_grad_(False), recipe, precision
+    ): self.teacher, self.recipe = teacher.eval().requires_grad_(False), recipe
 
-    def before_fit(self): self.teacher.to(self.dls.device).eval()
+    def before_fit(self):
+        self.teacher.to(self.dls.device).eval()
+        self.teacher.precision = self.learn.model.precision
 
     def teacher_logits(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
         "What the teacher says to a batch."
-        with torch.no_grad(), autocast(self.precision, x.device): return self.teacher(x).float()
+        with torch.no_grad(): return self.teacher(x)
 
     def after_loss(self):
         hard, soft = self.loss_grad, soft_loss(self.pred, self.teacher_logits(self.xb[0]), self.recipe.temperature)
@@ -51,7 +51,7 @@ def train_student(
     if role == 'baseline': return train_role(run, fold, role)
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
     teacher, _ = load_teacher(run, fold)
-    return train_role(run, fold, role, cbs=lambda device, precision: [Distill(teacher.to(device), run.recipe.distill, precision)])
+    return train_role(run, fold, role, cbs=[Distill(teacher, run.recipe.distill)])
 
 def train_baseline(
     run:Run,      # run whose data stage is done
