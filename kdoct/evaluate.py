@@ -92,7 +92,7 @@ def protocol_of(
     r, folds = run.recipe, sorted(predictions.fold.unique())
     which = f'fold {folds[0]}' if len(folds) == 1 else 'folds ' + ', '.join(map(str, folds))
     return (f'Data {r.data.source}, {len(classes_of(predictions))} classes; {r.data.n_folds}-fold cross-validation split by group '
-            f'(patient); {which}, {len(predictions)} test images of {predictions.group.nunique()} groups; seed {r.seed}; one view '
+            f'(patient); {which}: {len(predictions)} test images of {predictions.group.nunique()} groups; seed {r.seed}; one view '
             f'an image (test-time views: none); intervals: {100*r.evaluate.level:g} %, percentile bootstrap over groups, '
             f'{r.evaluate.n_boot} resamples.')
 
