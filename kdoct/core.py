@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_jso
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
+import atexit
 import difflib
 import hashlib
 import importlib.metadata
@@ -19,6 +20,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -493,7 +495,8 @@ def open_stage(
 
 def _test_stage(before:tuple)->tuple[Run, int]:
     "A tiny run in a temporary folder, brought to the point where this stage starts."
-    os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
+    folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     out = create_run('tiny', preset('tiny'))
     for stage in before: stage(out, 0)
     return out, 0
