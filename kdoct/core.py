@@ -434,7 +434,9 @@ def record(
     "Merge facts about a stage into run.json, safely beside other processes that do the same."
     with locked(run.path/'.run', what=f"run.json of '{run.name}'", wait=60):
         d = read_json(run.json)
-        d['stages'].setdefault(key, {}).update(_plain(facts))
+        stage = d['stages'].setdefault(key, {})
+        if facts.get('status', 'failed') != 'failed': stage.pop('error', None)  # a stage that goes on has no error any more
+        stage.update(_plain(facts))
         write_json(run.json, d)
     return d['stages'][key]
 
