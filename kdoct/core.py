@@ -6,7 +6,8 @@
 __all__ = ['PRESETS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'locked',
            'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe', 'TrainRecipe', 'DistillRecipe',
            'EvaluateRecipe', 'Recipe', 'recipe_fields', 'parse_overrides', 'preset', 'outputs_root', 'notebooks_dir',
-           'provenance', 'Run', 'create_run', 'open_run', 'record', 'stage_command', 'open_stage']
+           'usable_cores', 'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command',
+           'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -347,6 +348,10 @@ def _git_commit()->str|None:
     commit = git('rev-parse', '--verify', 'HEAD')
     return commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '') if commit else None
 
+def usable_cores()->int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 def _processor()->str:
     "Name of the processor as the system gives it."
     info = Path('/proc/cpuinfo')
@@ -358,8 +363,7 @@ def provenance()->dict:
     import torch
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return dict(git=_git_commit(), python=platform.python_version(), packages={p: _version(p) for p in _PACKAGES},
-                machine=dict(system=f'{platform.system()} {platform.machine()}', processor=_processor(), cores=len(psutil.Process().cpu_affinity())
-                             if hasattr(psutil.Process(), 'cpu_affinity') else os.cpu_count(),
+                machine=dict(system=f'{platform.system()} {platform.machine()}', processor=_processor(), cores=usable_cores(),
                              memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpu=gpu, threads=torch.get_num_threads()))
 
 # %% ../nbs/00_core.ipynb #52b27ea3
@@ -441,6 +445,22 @@ def record(
     return d['stages'][key]
 
 Run.record = record
+
+def is_finished(
+    run:Run,     # existing run
+    stage:str,   # data, teacher, student, baseline or evaluate
+    fold:int=0,  # fold, counted from 0
+)->bool:
+    "Whether a stage has left its results; an evaluation older than the predictions it read is not finished."
+    if stage == 'data': return run.folds_csv.exists() and 'folds_sha256' in run.stage('data')
+    read = [run.stage_dir(fold, role)/'predictions.parquet' for role in ROLES]
+    if stage == 'evaluate':
+        result = run.fold_dir(fold)/'evaluation.json'
+        return result.exists() and all(p.exists() and p.stat().st_mtime <= result.stat().st_mtime for p in read)
+    # training writes the predictions first and model.json last
+    return all((run.stage_dir(fold, stage)/f).exists() for f in ('predictions.parquet', 'model.json'))
+
+Run.is_finished = is_finished
 
 # %% ../nbs/00_core.ipynb #b565d31c
 STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', 'baseline': '04_distill', 'evaluate': '05_evaluate'}

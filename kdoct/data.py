@@ -31,7 +31,7 @@ import pandas as pd
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .core import KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, write_json
+from .core import KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
 from kdoct.sources import (
     FINDING_COLUMNS,
     LISTING_PROBLEMS,
@@ -40,7 +40,6 @@ from kdoct.sources import (
     check_table,
     finding,
     load_table,
-    usable_cores,
 )
 
 # %% ../nbs/01_data.ipynb #f3524e6f
@@ -547,7 +546,7 @@ def prepare_data(
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = decode_cache(table, listing.root, data.size, result.channels, workers)
         val_lacks = {str(k): lost for k in range(data.n_folds) if (lost := _val_lacks(folds[folds.fold == k], table))}
-        facts = run.record('data', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
+        facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks,

@@ -346,10 +346,6 @@ def folds_figure(
 # %% ../nbs/05_evaluate.ipynb #a05e731c
 def _opened(run): return run if isinstance(run, Run) else open_run(run)
 
-def _finished(run, fold, role):
-    "Training writes the predictions first and model.json last."
-    return all((run.stage_dir(fold, role)/f).is_file() for f in ('predictions.parquet', 'model.json'))
-
 def fold_models(
     run:Run|str,  # run or its name
     fold:int,  # counted from 0
@@ -358,7 +354,7 @@ def fold_models(
     run, out = _opened(run), {}
     for role in ROLES:
         path = run.stage_dir(fold, role)/'predictions.parquet'
-        if not _finished(run, fold, role):
+        if not run.is_finished(role, fold):
             raise KdoctError(f"Fold {fold} of run '{run.name}' has no predictions of the {role} ({path}).",
                              fix=f'Train it first: {stage_command(role, run, fold)}')
         out[role] = df = read_predictions(path)
@@ -373,7 +369,7 @@ def complete_folds(
 ) -> list[int]:  # folds, ascending
     "Folds in which all three models have predictions."
     run = _opened(run)
-    return [k for k in range(run.recipe.data.n_folds) if all(_finished(run, k, r) for r in ROLES)]
+    return [k for k in range(run.recipe.data.n_folds) if all(run.is_finished(r, k) for r in ROLES)]
 
 # %% ../nbs/05_evaluate.ipynb #13d146e9
 def _n_parameters(run, fold):

@@ -13,7 +13,7 @@ import jinja2
 import pandas as pd
 
 from .core import ROLES, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
-from .evaluate import _finished, complete_folds, evaluate_fold, evaluate_run, shown, shown_differences, shown_folds
+from .evaluate import complete_folds, evaluate_fold, evaluate_run, shown, shown_differences, shown_folds
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -56,11 +56,6 @@ def _pictures(folder, where):
     return [_picture(p, where) for p in sorted(folder.glob('*.png'), key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem))]
 
 # %% ../nbs/05b_report.ipynb #794b768d
-def _is_evaluated(run, fold):
-    "Whether the figures of a fold are there and not older than the predictions."
-    result = run.fold_dir(fold)/'evaluation.json'
-    return result.is_file() and all((run.stage_dir(fold, r)/'predictions.parquet').stat().st_mtime <= result.stat().st_mtime for r in ROLES)
-
 def _figures(run, folds):
     "Sections of figures: all folds together where there are several, then each fold."
     pooled = [('All folds', _pictures(run.path/'figures', 'all folds'))] if len(folds) > 1 else []
@@ -143,7 +138,7 @@ def _troubles(run, facts, folds):
     begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in ROLES)}
     for k in sorted(begun | set(folds)):
         for r in ROLES:
-            if not _finished(run, k, r):
+            if not run.is_finished(r, k):
                 out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
     return out
 
@@ -215,7 +210,7 @@ def report_html(
     asked = sorted(set(done if folds is None else folds))
     use = [k for k in asked if k in done]
     for k in use:
-        if not _is_evaluated(run, k): evaluate_fold(run, k, load_image, verbose=False)
+        if not run.is_finished('evaluate', k): evaluate_fold(run, k, load_image, verbose=False)
     results = _results(run, use) if use else None
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}

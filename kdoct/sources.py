@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'PHANTOM_SEED',
            'check_table', 'image_table', 'finding', 'Listing', 'make_listing', 'walk_images', 'source', 'load_table',
-           'ucsd', 'folder', 'csv', 'usable_cores', 'phantom']
+           'ucsd', 'folder', 'csv', 'phantom']
 
 # %% ../nbs/01b_sources.ipynb #aa9fd925
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from .core import DataRecipe, KdoctError, outputs_root
+from .core import DataRecipe, KdoctError, outputs_root, usable_cores
 
 # %% ../nbs/01b_sources.ipynb #ba1c9e91
 TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
@@ -288,11 +288,6 @@ def csv(
         found += notes
         if row: rows.append(row)
     return make_listing(file.parent, rows, found, 'csv')
-
-# %% ../nbs/01b_sources.ipynb #baebed9b
-def usable_cores()->int:
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/01b_sources.ipynb #11989bd0
 PHANTOM_SEED = 0

@@ -163,9 +163,12 @@ def load_resume(
     path:Path,                      # file of `save_resume`
     model:Classifier,               # network, changed in place
     opt:torch.optim.Optimizer,      # its optimiser, changed in place
+    key:str='',                     # what about['key'] must be; '' asks for nothing
 )->dict:                            # what was `about`
-    "Restore network, optimiser and random state."
+    "Restore network, optimiser and random state; `KdoctError`, before anything is changed, if they belong to something else."
     with safe_open(path, 'pt') as f: about = json.loads(f.metadata()['about'])
+    if key and about['key'] != key:
+        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe or other folds.", fix=f"Delete {path.parent} to start over.")
     tensors = load_file(path)
     part = lambda p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
     model.body.load_state_dict(part('model.'))
@@ -189,9 +192,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.state.exists(): return
-        about = load_resume(self.state, self.model, self.opt.opt)
-        if about['key'] != self.key:
-            raise KdoctError(f"The resume state in {self.folder} belongs to another recipe or other folds.", fix=f"Delete {self.folder} to start over.")
+        about = load_resume(self.state, self.model, self.opt.opt, self.key)
         self.best, self.best_epoch = about['best'], about['best_epoch']
         self.learn.history.rows, self.learn.history.sums = about['rows'], about['sums']
         self.learn.first_epoch, self.dls.train.start = about['epoch'], about['batch']
@@ -308,9 +309,10 @@ def _batches(data:FoldData, role:str, recipe:TrainRecipe, seed:int, device)->Bat
     if role == 'train': return Batches(data.images, data.labels, ids, data.idx[role], recipe.batch_size, recipe.augment, seed, device)
     return Batches(data.images, data.labels, ids, data.idx[role], 2*recipe.batch_size, device=device)
 
-def _finished(folder:Path, folds_sha256:str)->bool:
-    "Whether the role was trained to the end on these very folds."
-    if not all((folder/f).exists() for f in ('model.json', 'model.safetensors', 'predictions.parquet')): return False
+def _finished(run:Run, fold:int, role:str, folds_sha256:str)->bool:
+    "Whether the role was trained to the end; `KdoctError` if it was on other folds."
+    folder = run.stage_dir(fold, role)
+    if not (run.is_finished(role, fold) and (folder/'model.safetensors').exists()): return False
     if read_json(folder/'model.json')['folds_sha256'] != folds_sha256:
         raise KdoctError(f"{folder} was trained on other folds.", fix=f"Delete {folder} to train it again.")
     return True
@@ -339,7 +341,7 @@ def train_role(
     with run.lock(fold, role):
         data = open_fold(run, fold)
         folds = sha256_file(run.folds_csv)
-        if _finished(folder, folds):
+        if _finished(run, fold, role, folds):
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, stage = time.perf_counter(), f'fold_{fold}/{role}'

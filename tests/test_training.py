@@ -82,6 +82,8 @@ def recipe(): return preset('tiny').student.model_copy(update=dict(epochs=3, lr=
 def test_resume_state_of_another_recipe_is_refused(tmp_path, recipe):
     fit(learner(tmp_path, recipe))
     with pytest.raises(KdoctError, match='another recipe'): fit(learner(tmp_path, recipe, key='other'))
+    other = recipe.model_copy(update=dict(arch='test_resnet'))  # said as clearly where not even the tensors would fit
+    with pytest.raises(KdoctError, match='another recipe'): fit(learner(tmp_path, other, key='other'))
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, recipe):
