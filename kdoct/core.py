@@ -158,40 +158,70 @@ class PhantomRecipe(Part):
 # %% ../nbs/00_core.ipynb #d6e7657a
 class DataRecipe(Part):
     "Where the images come from, what may be left out, and how they are split (notebooks 01a, 01b, 01)."
-    source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, folder, csv")
+    source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, neh, folder, csv")
     root:str|None = Field(None, description="folder of the images (csv: the table, or its folder); phantom: made here if empty")
     classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
     group_pattern:str|None = Field(None, description="source folder: regular expression on the relative path; its first group is the patient")
     columns:dict[str, str] = Field({}, description="source csv: our column name -> the file's column name")
     leave_out:tuple[str, ...] = Field((), description="audit problems whose images are left out instead of stopping the run")
     size:int = Field(224, ge=32, le=1024, description="side of the square image given to the networks [px]")
-    n_folds:int = Field(5, ge=2, description="cross-validation folds by group; fold k tests on part k")
-    val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]")
+    margin:int = Field(0, ge=0, le=256, description="images are stored this much larger than `size`, so that random crops have real pixels [px]")
+    resize:Literal['squash', 'crop', 'pad'] = Field('squash', description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad")
+    fill_white:bool = Field(False, description="replace white padding at the border (it tells the class) by background")
+    mask_scale_bar:bool = Field(False, description="cover the burned-in scale bar at the bottom left (NEH) with background")
+    worst_case_train:bool = Field(False, description="NEH: train and validate only on slices that show the patient's diagnosis (Class == Label)")
+    worst_case_test:bool = Field(False, description="NEH: test only on such slices; false: on all, and the score on such slices is given too")
+    protocol:Literal['grouped-cv', 'official'] = Field('grouped-cv', description="which images are tested: part k by group, or the source's official test images")
+    official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
+    n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
+    val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
+    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the worst slice of a patient; empty: no such score")
     phantom:PhantomRecipe = PhantomRecipe()
 
 # %% ../nbs/00_core.ipynb #1a1f788c
 class AugmentRecipe(Part):
     "Random changes of a training image (notebook 01d); all zero: none."
     hflip:float = Field(0.5, ge=0, le=1, description="probability of a left-right flip (right eye <-> left eye)")
+    vflip:float = Field(0., ge=0, le=1, description="probability of an up-down flip")
     rotate:float = Field(10., ge=0, le=180, description="largest rotation, drawn uniformly in +- [degrees]")
     scale:float = Field(0.15, ge=0, lt=1, description="largest zoom, factor drawn uniformly in 1 +- this [fraction]")
     shift:float = Field(0.08, ge=0, lt=1, description="largest shift along each axis, drawn uniformly in +- [fraction of the side]")
     shear:float = Field(0., ge=0, lt=45, description="largest x-shear, drawn uniformly in +- [degrees]")
+    fill:Literal['reflect', 'black'] = Field('reflect', description="what a warp puts where the image ends")
+    ops:int = Field(0, ge=0, le=6, description="how many of the RandAugment operations are applied, drawn without repetition")
+    ops_factor:float = Field(0.3, ge=0, lt=1, description="RandAugment: largest brightness, contrast, sharpness, saturation change, factor in 1 +- this")
+    ops_rotate:float = Field(9., ge=0, le=180, description="RandAugment: largest rotation, drawn uniformly in +- [degrees]")
+    ops_shift:float = Field(0.09, ge=0, lt=1, description="RandAugment: largest shift along each axis, drawn uniformly in +- [fraction of the side]")
+    ops_names:tuple[Literal['brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift'], ...] = Field(
+        ('brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift'),
+        description="RandAugment: operations to draw from; saturation is left out for grey images")
     brightness:float = Field(0.15, ge=0, lt=1, description="largest additive change, drawn in +- [fraction of the grey range]")
+    gain:float = Field(0., ge=0, lt=1, description="largest multiplicative change (brightness of ColorJitter), factor drawn in 1 +- this")
     contrast:float = Field(0.2, ge=0, lt=1, description="largest contrast change, factor drawn in 1 +- this about the image's mean")
-    erase:float = Field(0., ge=0, le=1, description="probability that a random rectangle (2-10 % of the area) is set to the mean")
+    saturation:float = Field(0., ge=0, lt=1, description="largest saturation change, factor drawn in 1 +- this; colour images only")
+    hue:float = Field(0., ge=0, le=0.5, description="largest hue change, drawn in +- [fraction of the colour circle]; colour images only")
+    blur:float = Field(0., ge=0, le=1, description="probability of a Gaussian blur, 3 x 3, sigma drawn in 0.1 to 2 [px]")
+    posterize:float = Field(0., ge=0, le=1, description="probability that grey values are cut to 4 bits")
+    erase:float = Field(0., ge=0, le=1, description="probability that a random rectangle is erased")
+    erase_area:float = Field(0.1, gt=0.02, lt=1, description="largest rectangle; the smallest is 0.02 [fraction of the area]")
+    erase_fill:Literal['mean', 'black'] = Field('mean', description="what is put into the rectangle")
 
 # %% ../nbs/00_core.ipynb #d4112e1c
 class TrainRecipe(Part):
     "One network and how it is trained (notebooks 02, 02b, 03, 04)."
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
-    weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, or a .safetensors/.pth file")
+    weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
+                         "a .safetensors/.pth file, or the folder of a bundle (of another run)")
     drop_rate:float = Field(0.2, ge=0, lt=1, description="dropout before the classifier [probability]")
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
     class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part")
     label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
+    mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
+    mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
+    cutmix:float = Field(1., ge=0, description="alpha of the Beta distribution of cutmix; 0: none")
+    mix_switch:float = Field(0.5, ge=0, le=1, description="probability that a mixed batch is mixed by cutmix, where both are on")
     epochs:int = Field(8, ge=1, description="passes over the training part")
     patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
     monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
@@ -200,12 +230,27 @@ class TrainRecipe(Part):
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
     lr_head:float|None = Field(None, gt=0, description="peak learning rate of the classifier; empty: the backbone's")
     weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases have none")
+    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the classifier learns and the backbone is in eval mode")
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
-    lr_floor:float = Field(0.01, ge=0, lt=1, description="where the cosine ends [fraction of the peak]")
+    warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
+    lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
+    average:Literal['none', 'swa', 'ema'] = Field('none', description="averaged weights as a second candidate beside the best epoch; validation decides")
+    swa_start:int = Field(0, ge=0, description="SWA: first epoch whose weights are averaged; the cosine ends here. 0: not used")
+    swa_lr:float = Field(1e-5, gt=0, description="SWA: learning rate of the classifier while averaging; the backbone's keeps its ratio to it")
+    swa_anneal:int = Field(10, ge=0, description="SWA: epochs of the cosine from the floor to swa_lr")
+    ema_decay:float = Field(0.999, gt=0, lt=1, description="EMA: share of the old average kept at each optimiser step")
     clip:float = Field(1., ge=0, description="largest gradient norm; 0: no clipping")
     precision:Literal['auto', 'fp32', 'bf16'] = Field('auto', description="arithmetic of the networks; auto: bf16 on a GPU or AMX processor, else fp32")
     checkpoint_minutes:float = Field(5., gt=0, description="save the resume state within an epoch at this interval [minutes]")
     augment:AugmentRecipe = AugmentRecipe()
+
+    @model_validator(mode='after')
+    def _consistent(self):
+        if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
+            raise ValueError(f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the last of {self.epochs}")
+        if self.mix_prob > 0 and self.mixup == self.cutmix == 0: raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
+        if self.freeze_epochs >= self.epochs: raise ValueError(f"freeze_epochs is {self.freeze_epochs} of {self.epochs}: the backbone would never learn")
+        return self
 
 # %% ../nbs/00_core.ipynb #a60acebb
 class DistillRecipe(Part):
@@ -220,7 +265,8 @@ class DistillRecipe(Part):
         return self
 
 class EvaluateRecipe(Part):
-    "Intervals (notebooks 05a, 05)."
+    "Test-time views and intervals (notebooks 01d, 05a, 05)."
+    views:tuple[str, ...] = Field((), description="test-time views whose logits are averaged as a second result: identity, hflip, vflip, crop1.1, rotate+5, ...")
     n_boot:int = Field(1000, ge=100, description="bootstrap resamples of the groups")
     level:float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals [fraction]")
 
@@ -294,12 +340,12 @@ def _split_json(text:str)->list[str]:
     "Split at blanks that stand outside quotes, and keep the quotes that JSON needs."
     return re.findall(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+', text)
 
-# %% ../nbs/00_core.ipynb #08bb153c
+# %% ../nbs/00_core.ipynb #dedd5d2c
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
 
-PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4}
+PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4, 'teacher.lr_floor': 5e-6}
 
-PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-4}
+PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-4, 'teacher.lr_floor': 5e-6}
 
 PRESETS['tiny'] = {
     'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 40, 'data.phantom.slices': 1,
@@ -307,6 +353,44 @@ PRESETS['tiny'] = {
     **{f'{who}.{k}': v for who in ('teacher', 'student') for k, v in dict(
         arch='test_efficientnet', weights='none', epochs=2, batch_size=8, warmup=0.5, precision='fp32').items()}}
 
+# %% ../nbs/00_core.ipynb #6ed68b48
+def _named(prefix:str, **fields)->dict:
+    "Fields of one part under their dotted names."
+    return {f'{prefix}.{k}': v for k, v in fields.items()}
+
+_KD_OCT = {  # arXiv 2512.09069, its README and code
+    **_named('data', size=384, margin=32, n_folds=5, val_fraction=0.2),
+    **_named('teacher', arch='convnextv2_large.fcmae_ft_in22k_in1k', weights='hub', drop_rate=0.3, drop_path_rate=0.3,
+             loss='focal', focal_gamma=2., class_weights='balanced', epochs=150, patience=25, monitor='balanced_accuracy',
+             lr=2e-5, lr_head=1e-4, weight_decay=0.05, freeze_epochs=5, warmup=10., warmup_from=0.1, lr_floor=1e-7,
+             average='swa', swa_start=100, swa_lr=1e-5, swa_anneal=10),
+    **_named('teacher.augment', hflip=0.5, vflip=0.3, rotate=20., shear=15., scale=0.15, shift=0., fill='black',
+             ops=2, ops_factor=0.3, ops_rotate=9., ops_shift=0.09, brightness=0., gain=0.3, contrast=0.3, saturation=0.2, hue=0.05,
+             blur=0.2, posterize=0.2, erase=0.25, erase_area=0.15, erase_fill='black'),
+    **_named('student', arch='efficientnet_b2.ra_in1k', weights='hub', drop_rate=0.3, epochs=100, patience=20, monitor='balanced_accuracy',
+             lr=1e-3, weight_decay=0.01, warmup=5., warmup_from=0.2, lr_floor=1e-6),
+    **_named('student.augment', hflip=0.5, rotate=15., scale=0., shift=0., fill='black',
+             ops=2, ops_factor=7/30, ops_rotate=14/3, ops_shift=0.07, ops_names=('brightness', 'contrast', 'rotate', 'shift'),
+             brightness=0., gain=0.2, contrast=0.2, saturation=0.2, erase=0.2, erase_area=0.1, erase_fill='black'),
+    **_named('distill', alpha=0.7, beta=0.3, temperature=4.),
+    'evaluate.views': ('identity', 'hflip', 'vflip', 'crop1.1', 'rotate+5', 'rotate-5'),
+}
+
+_NEH = _named('data', source='neh', classes=('NORMAL', 'DRUSEN', 'CNV'), severity=('NORMAL', 'DRUSEN', 'CNV'), worst_case_train=True)
+_UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'), severity=('NORMAL', 'DRUSEN', 'DME', 'CNV'), protocol='official')
+_SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
+
+def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
+    "Images a forward pass and passes a step, of teacher and student."
+    return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
+            for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
+
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
+PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((64, 1), (16, 2))
+PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
+PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL | _batches((32, 2), (32, 1))
+
+# %% ../nbs/00_core.ipynb #08bb153c
 def preset(
     name:str,     # one of `PRESETS`
     **overrides,  # changes by dotted name
@@ -499,13 +583,15 @@ def open_stage(
     fold:int=0,                  # fold, counted from 0
     data_root:str='',            # folder of the images; '' means the recipe's
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
+    teacher:str='',              # timm name of the teacher; '' means the recipe's
+    student:str='',              # timm name of the student; '' means the recipe's
     before:tuple=(),             # in a test only: earlier stages, each called with (run, fold)
     extra:tuple[str, ...]=(),    # names of further parameters of this notebook
 )->tuple[Run, int]:              # the run and the fold
     "Make or open the run that a stage notebook's parameters describe; `KdoctError` where they contradict each other."
-    _check_names(_injected_names(), {'preset', 'run', 'fold', 'data_root', 'overrides', *extra})
+    _check_names(_injected_names(), {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
     if os.environ.get('IN_TEST'): return _test_stage(before)
-    changes = parse_overrides(overrides) | ({'data.root': str(data_root)} if data_root else {})
+    changes = parse_overrides(overrides) | {k: str(v) for k, v in {'data.root': data_root, 'teacher.arch': teacher, 'student.arch': student}.items() if v}
     name = run or preset_name or 'demo'
     if (outputs_root()/name/'run.json').exists():
         base = preset(preset_name) if preset_name else open_run(name).recipe

@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "kdoct").glob("*.py") if not p.name.startswith("_"))
 STAGES = ["01_data", "03_teacher", "04_distill", "05_evaluate"]
-PARAMETERS = ["preset", "run", "fold", "data_root", "overrides"]
+PARAMETERS = ["preset", "run", "fold", "data_root", "overrides", "teacher", "student"]
 
 
 def run(*command, cwd):
