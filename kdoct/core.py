@@ -386,9 +386,9 @@ def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
 PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
-PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((64, 1), (16, 2))
+PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
-PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL | _batches((32, 2), (32, 1))
+PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
 
 # %% ../nbs/00_core.ipynb #08bb153c
 def preset(

@@ -6,15 +6,19 @@ import sys
 import textwrap
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from kdoct.augment import Batches
-from kdoct.core import KdoctError, preset
-from kdoct.losses import cross_entropy
-from kdoct.models import create_classifier
-from kdoct.training import make_learner, param_groups, warmup_cosine
+from kdoct.augment import Batches, apply_view
+from kdoct.core import KdoctError, Run, create_run, preset
+from kdoct.data import open_fold, prepare_data
+from kdoct.losses import cross_entropy, hard_loss
+from kdoct.models import create_classifier, load_bundle
+from kdoct.teacher import train_teacher
+from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
 
 # One training in a process of its own. It prints a line after every batch, so that the test can kill it at a known place.
 SCRIPT = textwrap.dedent('''
@@ -26,11 +30,12 @@ SCRIPT = textwrap.dedent('''
     from kdoct.losses import cross_entropy
     from kdoct.models import create_classifier
     from kdoct.training import make_learner
-    folder, out, every = sys.argv[1:]
+    folder, out, every, average = sys.argv[1:]
     torch.set_num_threads(1)
     g = np.random.default_rng(0)
     images, labels, ids = g.integers(0, 255, (60, 32, 32), dtype=np.uint8), np.arange(60) % 3, np.arange(60, dtype=np.uint64)
-    recipe = preset('tiny').student.model_copy(update=dict(epochs=3, batch_size=8, accumulate=2, checkpoint_minutes=float(every)))
+    recipe = preset('tiny').student.model_copy(update=dict(epochs=3, batch_size=8, accumulate=2, checkpoint_minutes=float(every),
+                                                           average=average, swa_start=1, freeze_epochs=1, mix_prob=.5))
     seed_everything(1)
     class Tell(Callback):
         order, run_valid = 100, False
@@ -38,13 +43,14 @@ SCRIPT = textwrap.dedent('''
     learn = make_learner(create_classifier(recipe, 3, 32), Batches(images, labels, ids, np.arange(48), 8, recipe.augment, 1),
                          Batches(images, labels, ids, np.arange(48, 60), 8), cross_entropy, recipe, folder, 'k', [Tell()])
     with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
-    save_file({k: v.contiguous() for k, v in learn.model.body.state_dict().items()}, out)
+    average = learn.averaging.average.state_dict() if learn.averaging.ready else {}
+    save_file({k: v.clone().contiguous() for k, v in {**learn.model.body.state_dict(), **average}.items()}, out)
 ''')
 
 
-def train(folder, out, every, kill_at=None):
+def train(folder, out, every, average, kill_at=None):
     "Run the script; kill it with SIGKILL as soon as it has printed `kill_at`. Returns whether it ended by itself."
-    p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder), str(out), str(every)], stdout=subprocess.PIPE, text=True,
+    p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder), str(out), str(every), average], stdout=subprocess.PIPE, text=True,
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     for line in p.stdout:
         if line.strip() == kill_at:
@@ -54,12 +60,14 @@ def train(folder, out, every, kill_at=None):
     return p.wait() == 0
 
 
-@pytest.mark.parametrize('every', [1e-9, 60], ids=['saved within the epoch', 'saved after the epoch'])
-def test_kill_in_the_middle_of_an_epoch_changes_nothing(tmp_path, every):
-    assert train(tmp_path/'a', tmp_path/'a.safetensors', 60)
-    assert not train(tmp_path/'b', tmp_path/'b.safetensors', every, kill_at='1 3')
-    assert train(tmp_path/'b', tmp_path/'b.safetensors', every)
+@pytest.mark.parametrize(('every', 'average'), [(1e-9, 'swa'), (1e-9, 'ema'), (60, 'swa')],
+                         ids=['saved within the epoch, SWA', 'saved within the epoch, EMA', 'saved after the epoch, SWA'])
+def test_kill_in_the_middle_of_an_epoch_changes_nothing(tmp_path, every, average):
+    assert train(tmp_path/'a', tmp_path/'a.safetensors', 60, average)
+    assert not train(tmp_path/'b', tmp_path/'b.safetensors', every, average, kill_at='2 3')
+    assert train(tmp_path/'b', tmp_path/'b.safetensors', every, average)
     a, b = load_file(tmp_path/'a.safetensors'), load_file(tmp_path/'b.safetensors')
+    assert any(k.startswith('module.') for k in a)   # the average is among them
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -118,3 +126,103 @@ def test_bf16_gives_float32_logits_to_the_loss(tmp_path, recipe):
         return cross_entropy(z, y)
     fit(learner(tmp_path, recipe.model_copy(update=dict(precision='bf16', epochs=1)), loss=loss))
     assert set(seen) == {torch.float32}
+
+
+class AtEpochEnd(Callback):
+    "Keeps the body's weights after every epoch, before they are overwritten."
+    order = 40
+    def __init__(self): self.states = []
+    def after_epoch(self): self.states.append({k: v.clone() for k, v in self.model.body.state_dict().items()})
+
+
+def fit_with(tmp_path, recipe):
+    "A fitted learner, and the body's weights after each epoch."
+    learn, seen = learner(tmp_path, recipe), AtEpochEnd()
+    learn.add_cb(seen)
+    return fit(learn), seen.states
+
+
+def test_a_frozen_backbone_does_not_move_its_statistics_neither(tmp_path, recipe):
+    torch.manual_seed(0)
+    learn = learner(tmp_path, recipe.model_copy(update=dict(freeze_epochs=2)))
+    start, seen = {k: v.clone() for k, v in learn.model.body.state_dict().items()}, AtEpochEnd()
+    learn.add_cb(seen)
+    fit(learn)
+    frozen, free = ({k for k in start if not torch.equal(start[k], seen.states[e][k])} for e in (1, 2))
+    assert frozen == {'classifier.weight', 'classifier.bias'}
+    assert any('running_mean' in k for k in free) and {k for k, p in learn.model.body.named_parameters()} <= free
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+
+def test_the_swa_average_is_the_mean_of_its_epochs(tmp_path, recipe):
+    learn, states = fit_with(tmp_path, recipe.model_copy(update=dict(epochs=4, average='swa', swa_start=1)))
+    mean = torch.stack([s['conv_stem.weight'] for s in states[1:]]).mean(0)
+    assert torch.allclose(learn.averaging.average.module.conv_stem.weight, mean, atol=1e-6)
+
+
+def test_patience_brings_averaging_forward_and_does_not_cut_it(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr('kdoct.training._validation_scores', lambda *_: dict(valid_loss=1., accuracy=.5, balanced_accuracy=.5))
+    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=20, patience=2, average='swa', swa_start=17))))
+    assert learn.checkpoint.best_epoch == 0 and learn.checkpoint.swa_from == 3
+    assert len(learn.history.rows) == 6 and int(learn.averaging.average.n_averaged) == 3
+
+
+def test_the_rates_of_both_groups_end_at_the_floor(tmp_path, recipe):
+    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(lr=1e-3, lr_head=1e-2, lr_floor=1e-5))))
+    assert learn.history.rows[-1]['lr'] == pytest.approx(1e-5) == learn.history.rows[-1]['lr_head']
+
+
+@pytest.mark.parametrize('how', [dict(mixup=0.), dict(cutmix=0.), dict()], ids=['cutmix', 'mixup', 'either'])
+@pytest.mark.parametrize('loss', ['ce', 'focal'])
+def test_mixed_batches_reach_the_loss_as_distributions(tmp_path, recipe, how, loss):
+    seen = []
+    r = recipe.model_copy(update=dict(mix_prob=1., loss=loss, epochs=1, **how))
+    def spy(z, y):
+        seen.append(y)
+        return hard_loss(r, np.arange(24) % 3, 3)(z, y)
+    fit(learner(tmp_path, r, loss=spy))
+    mixed = torch.cat([y for y in seen if y.ndim == 2])
+    assert torch.allclose(mixed.sum(1), torch.ones(len(mixed))) and ((mixed > 0) & (mixed < 1)).any()
+    assert any(y.ndim == 1 for y in seen)   # validation is not mixed
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A tiny teacher with everything on, its folder and the recipe."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('t', preset('tiny', **{'teacher.average': 'swa', 'teacher.swa_start': 1, 'evaluate.views': ['identity', 'hflip'],
+                                                'data.margin': 8}))
+        prepare_data(run)
+        return train_teacher(run, 0), run.stage_dir(0, 'teacher')
+
+
+def test_both_candidates_are_scored_and_the_better_is_kept(trained):
+    about, _ = trained
+    scores = about['metrics']['candidates']
+    assert set(scores) == {'checkpoint', 'swa'}
+    assert score_of(scores[about['metrics']['kept']], 'loss') == max(score_of(s, 'loss') for s in scores.values())
+    assert about['metrics']['validation'] == scores[about['metrics']['kept']]
+
+
+def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
+    about, folder = trained
+    v, p = pd.read_parquet(folder/'variants.parquet'), pd.read_parquet(folder/'predictions.parquet')
+    kept = about['metrics']['kept']
+    assert set(zip(v.weights, v['view'], strict=True)) == {(w, x) for w in ('checkpoint', 'swa') for x in ('identity', 'averaged')} | {(kept, 'retina blanked')}
+    one = v[(v.weights == kept) & (v['view'] == 'identity')].drop(columns=['weights', 'view']).reset_index(drop=True)
+    pd.testing.assert_frame_equal(one, p)
+    other = v[(v.weights == kept) & (v['view'] == 'averaged')]
+    assert list(other.path) == list(p.path) and not np.allclose(other.filter(like='logit'), p.filter(like='logit'))
+
+
+def test_the_saved_bundle_gives_the_saved_predictions(trained):
+    _, folder = trained
+    p = pd.read_parquet(folder/'predictions.parquet')
+    run = Run(folder.parent.parent, preset('tiny', **{'data.margin': 8}))
+    data = open_fold(run, 0)
+    model, _ = load_bundle(folder)
+    rows = data.idx['test']
+    x = apply_view(torch.from_numpy(np.asarray(data.images[rows]))[:, None].float()/255, 'identity', 64)
+    with torch.inference_mode(): logits = model(x).numpy()
+    assert np.allclose(logits, p.filter(like='logit'), atol=1e-4)
