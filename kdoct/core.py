@@ -376,7 +376,9 @@ _KD_OCT = {  # arXiv 2512.09069, its README and code
     'evaluate.views': ('identity', 'hflip', 'vflip', 'crop1.1', 'rotate+5', 'rotate-5'),
 }
 
-_NEH = _named('data', source='neh', classes=('NORMAL', 'DRUSEN', 'CNV'), severity=('NORMAL', 'DRUSEN', 'CNV'), worst_case_train=True)
+# NEH holds some volumes twice, under two classes: slices whose two labels contradict each other are left out, and counted
+_NEH = _named('data', source='neh', classes=('NORMAL', 'DRUSEN', 'CNV'), severity=('NORMAL', 'DRUSEN', 'CNV'), worst_case_train=True,
+              leave_out=('same-pixels-two-labels',))
 _UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'), severity=('NORMAL', 'DRUSEN', 'DME', 'CNV'), protocol='official')
 _SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
 

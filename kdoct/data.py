@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE',
-           'FOLD_COLUMNS', 'ROLE_NAMES', 'RESIZE', 'BadImage', 'read_image_bytes', 'decode_image', 'inspect_file',
-           'merge_groups', 'Audit', 'audit', 'make_folds', 'check_folds', 'write_folds', 'read_folds', 'to_square',
-           'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'prepare_data', 'FoldData',
-           'open_fold']
+           'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'RESIZE', 'BadImage', 'read_image_bytes', 'decode_image',
+           'inspect_file', 'merge_groups', 'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'to_square', 'DecodeCache', 'cache_facts',
+           'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
 
-# %% ../nbs/01_data.ipynb #51ca11cc
+# %% ../nbs/01_data.ipynb #3632d005
 import errno
 import hashlib
 import io
@@ -31,7 +31,7 @@ import pandas as pd
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from sklearn.model_selection import StratifiedGroupKFold
 
-from .core import KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
+from .core import DataRecipe, KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
 from kdoct.sources import (
     FINDING_COLUMNS,
     LISTING_PROBLEMS,
@@ -42,9 +42,8 @@ from kdoct.sources import (
     load_table,
 )
 
-# %% ../nbs/01_data.ipynb #f3524e6f
+# %% ../nbs/01_data.ipynb #5aa493e4
 PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
-    'missing': ('error', "the file is not there, or its link leads nowhere"),
     'symlink-loop': ('error', "the link leads to itself"),
     'unreadable': ('error', "the file may not be read"),
     'not-a-file': ('error', "a folder or a device, not a file"),
@@ -59,13 +58,13 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'transparent': ('error', "partly transparent: what lies behind would be a guess"),
     'suspicious-size': ('error', "a side below 32 px, or more than 8 times as long as the other"),
     'blank': ('error', "all pixels are equal"),
-    'unknown-label': ('error', "a label that data.classes does not have"),
     'same-pixels-two-labels': ('error', "the same pixels occur under another label"),
     'converted': ('note', "palette, CMYK, 1-bit or opaque alpha: converted without loss of meaning"),
     'exif-rotated': ('note', "turned upright as its EXIF orientation says"),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
     'duplicate-across-groups': ('note', "the same pixels occur in another group: the groups are merged"),
+    'official-overlap': ('note', "not in the official test part, but of a group that has images there"),
 }
 
 # %% ../nbs/01_data.ipynb #491db5ff
@@ -226,6 +225,14 @@ def merge_groups(
         for t in tops[1:]: parent[t] = tops[0]
     return group.map(top)
 
+# %% ../nbs/01_data.ipynb #8de40c19
+def official_overlap(
+    table:pd.DataFrame,  # group, split
+)->np.ndarray:           # bool (N,)
+    "Images outside the official test part whose group has images in it."
+    test = table.split == 'test'
+    return (~test & table.group.isin(table.group[test])).to_numpy()
+
 # %% ../nbs/01_data.ipynb #064961ae
 @dataclass(frozen=True)
 class Audit:
@@ -278,6 +285,9 @@ def audit(
     table.loc[table.path.isin(bad), 'pixels'] = ''
     found += _duplicates(table)
     table['group'] = merge_groups(table.group, table.pixels)
+    gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
+    shared = table[~table.path.isin(gone)].pipe(lambda t: t[official_overlap(t)])
+    found += [finding(r.path, 'official-overlap', f"group {r.group}", 'see data.official_overlap', PROBLEMS) for r in shared.itertuples()]
     findings = _decided(found, leave_out)
     gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
     kept = table[~table.path.isin(gone)].reset_index(drop=True)
@@ -300,9 +310,19 @@ def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_ou
                 actions=findings.action.where(~findings.action.str.endswith(' merged'), 'groups merged').value_counts().sort_index().to_dict(),
                 sizes=dict(Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(10)))
 
-# %% ../nbs/01_data.ipynb #bc81edc5
-FOLD_COLUMNS, ROLE_NAMES = ('path', 'group', 'fold', 'role'), ('train', 'val', 'test')
+# %% ../nbs/01_data.ipynb #1ccded8b
+FOLD_COLUMNS, ROLE_NAMES, OUT = ('path', 'group', 'fold', 'role'), ('train', 'val', 'test'), 'out'
 
+def shows_diagnosis(
+    table:pd.DataFrame,  # label, and patient_label where the source knows it
+)->np.ndarray:           # bool (N,)
+    "Images whose label is their patient's diagnosis (NEH: Class == Label); `KdoctError` if no diagnosis is known."
+    if 'patient_label' not in table:
+        raise KdoctError("The worst-case rule needs each patient's diagnosis, the column patient_label; this source has none.",
+                         fix="Set data.worst_case_train and data.worst_case_test to false, or give the column (source csv).")
+    return (table.label == table.patient_label).to_numpy()
+
+# %% ../nbs/01_data.ipynb #bc81edc5
 def _check_enough(table:pd.DataFrame, n_folds:int):
     "`KdoctError` if some class has too few groups for all parts of all folds."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
@@ -314,31 +334,61 @@ def _check_enough(table:pd.DataFrame, n_folds:int):
                          fix="Add patients, or make fewer folds: data.n_folds=" + str(max(2, min(few.values()) - 1)))
 
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
-    "Row numbers of each part, by group, classes balanced."
+    "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
         raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction.")
     rows = np.zeros(len(table))
-    return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.label, table.group)]
+    return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
+
+# %% ../nbs/01_data.ipynb #dfd646b5
+def _check_official(table:pd.DataFrame):
+    "`KdoctError` unless every image has an official part, and some are for testing and some are not."
+    parts = table.split.value_counts()
+    if strange := set(parts.index) - set(ROLE_NAMES):
+        n = int(parts[list(strange)].sum())
+        raise KdoctError(f"data.protocol is official, but {n} of {len(table)} images are in none of the source's parts train, val and test.",
+                         fix="Take data.protocol=grouped-cv, or give the official folders (UCSD: DIR/train/CLASS and DIR/test/CLASS; csv: column split).")
+    if 'test' not in parts or len(parts) < 2:
+        raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
+                         fix="Give both official parts, or take data.protocol=grouped-cv.")
+
+def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str)->Iterator[np.ndarray]:
+    "The role of every row, fold after fold, before the worst-case rule."
+    official = protocol == 'official'
+    test, out = (t.split == 'test').to_numpy() & official, official_overlap(t) & (official and overlap == 'remove')
+    rest = np.flatnonzero(~test & ~out)
+    for part in [rest[p] for p in _split(t.iloc[rest], n_folds, seed)]:
+        role = np.full(len(t), 'train', object)
+        role[test], role[out], role[part] = 'test', OUT, 'val' if official else 'test'
+        if not official:
+            others = np.setdiff1d(rest, part)
+            role[others[_split(t.iloc[others], round(1/val_fraction), seed)[0]]] = 'val'
+        yield role
 
 # %% ../nbs/01_data.ipynb #ea984aee
 def make_folds(
-    table:pd.DataFrame,       # path, label, group
-    n_folds:int=5,            # 2 or more
-    val_fraction:float=0.2,   # share of the groups not tested on; the nearest 1/n is taken
-    seed:int=43,              # 0 to 2**32-1
-)->pd.DataFrame:              # path, group, fold, role: one row an image and fold
-    "Cross-validation by group; `KdoctError` if groups or classes are too few."
-    t = table[['path', 'label', 'group']].sort_values('path', ignore_index=True)
-    _check_enough(t, n_folds)
+    table:pd.DataFrame,            # path, label, group; split and patient_label where they are needed
+    n_folds:int=5,                 # 2 or more
+    val_fraction:float=0.2,        # grouped-cv: share of the groups not tested on; the nearest 1/n is taken
+    seed:int=43,                   # 0 to 2**32-1
+    protocol:str='grouped-cv',     # or official
+    overlap:str='remove',          # official: training images of groups that are tested on: remove or keep (a leak)
+    worst_case:tuple[bool, bool]=(False, False),  # whether the rule holds in training and validation, and in the test part
+)->pd.DataFrame:                   # path, group, fold, role: one row an image and fold
+    "Folds by group; `KdoctError` if groups or classes are too few."
+    t = table.sort_values('path', ignore_index=True)
+    worst = shows_diagnosis(t) if any(worst_case) else np.ones(len(t), bool)
+    t['stratum'] = t.label.where(worst, t.label + ', not the diagnosis')
+    if protocol == 'official': _check_official(t)
+    _check_enough(t[worst & (t.split != 'test').to_numpy()] if protocol == 'official' else t[worst], n_folds)
     folds = []
-    for k, test in enumerate(_split(t, n_folds, seed)):
-        rest = np.setdiff1d(np.arange(len(t)), test)
-        val = rest[_split(t.iloc[rest], round(1/val_fraction), seed)[0]]
-        role = np.full(len(t), 'train', object)
-        role[test], role[val] = 'test', 'val'
+    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap)):
+        for rule, part in zip(worst_case, (('train', 'val'), ('test',)), strict=True):
+            if rule: role[np.isin(role, part) & ~worst] = OUT
         _check_classes(t.label, role, k)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
-    return check_folds(pd.concat(folds, ignore_index=True).astype({'role': 'str'}))
+    folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
+    return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')
 
 # %% ../nbs/01_data.ipynb #1d037789
 def _check_classes(label:pd.Series, role:np.ndarray, fold:int):
@@ -348,35 +398,77 @@ def _check_classes(label:pd.Series, role:np.ndarray, fold:int):
             raise KdoctError(f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
                              fix="Add patients of that class, or make fewer folds: data.n_folds")
 
+# %% ../nbs/01_data.ipynb #301c7d17
+def _times(folds:pd.DataFrame)->pd.DataFrame:
+    "How often each image has each role, one column a role."
+    roles, (rows, paths) = [*ROLE_NAMES, OUT], pd.factorize(folds.path)
+    at = rows*len(roles) + pd.Categorical(folds.role, roles).codes
+    return pd.DataFrame(np.bincount(at, minlength=len(paths)*len(roles)).reshape(-1, len(roles)), index=paths, columns=roles)
+
+def protocol_of(
+    folds:pd.DataFrame,  # path, group, fold, role
+)->str:                  # grouped-cv or official
+    "Official if the images that are tested are the same in all folds."
+    n = _times(folds).test
+    return 'official' if (n[n > 0] == folds.fold.nunique()).all() else 'grouped-cv'
+
+def _official_fault(times:pd.DataFrame, n:int)->str:
+    "What contradicts the official protocol; '' if nothing does."
+    right = (times.test == n) | (times.out == n) | ((times.val == 1) & (times.train == n - 1))
+    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained on"
+
+def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
+    "What contradicts grouped cross-validation; '' if nothing does."
+    group = folds.drop_duplicates('path').set_index('path').group.reindex(times.index)
+    in_folds = folds[folds.role == 'test'].groupby('group').fold.nunique().reindex(group).fillna(0).to_numpy()
+    if (in_folds > 1).any(): return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
+    out_there = (times.test == 0) & (times.out > 0)  # in the fold that tests the group, or would if not all of it were out
+    if (once := times.test + out_there).ne(1).any(): return f"image {once.ne(1).idxmax()} is not tested on exactly once"
+    if (odd := ~(times.out - out_there).isin([0, n - 1])).any(): return f"image {odd.idxmax()} is out in some folds only"
+    out = folds[(folds.role == OUT) & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])]
+    if (out.groupby('group').fold.nunique() > 1).any(): return "a group is never tested, and not out in one fold as a whole"
+    return ''
+
 # %% ../nbs/01_data.ipynb #c6b4b4d3
 def check_folds(
     folds:pd.DataFrame,  # path, group, fold, role
+    protocol:str='',     # grouped-cv or official; '': what the folds look like
+    leak:bool=False,     # official: tested groups may be trained on, as the recipe declares (official_overlap=keep)
 )->pd.DataFrame:         # the same
-    "Prove that no group has two roles in a fold and every image is tested on exactly once; `KdoctError` otherwise."
+    "Prove that no group has two roles in a fold and that the test parts are what the protocol says; `KdoctError` otherwise."
     def refuse(what): raise KdoctError(f"These folds are not valid: {what}.", fix="Delete folds.csv and make it again with notebook 01_data.")
     if tuple(folds.columns) != FOLD_COLUMNS: refuse(f"the columns are {', '.join(map(str, folds.columns))}")
     if len(folds) == 0 or folds.isna().any(axis=None) or (folds[['path', 'group']] == '').any(axis=None): refuse("there are gaps")
-    if strange := set(folds.role) - set(ROLE_NAMES): refuse(f"role {strange.pop()!r}")
+    if strange := set(folds.role) - {*ROLE_NAMES, OUT}: refuse(f"role {strange.pop()!r}")
     n = int(folds.fold.max()) + 1
-    if set(folds.fold) != set(range(n)): refuse(f"folds are {sorted(set(folds.fold))}, not 0 to {n-1}")
+    if n < 2 or set(folds.fold) != set(range(n)): refuse(f"folds are {sorted(set(folds.fold))}, not 0 to {max(n, 2) - 1}")
     if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique(): refuse("an image is missing from a fold, or in it twice")
-    roles = folds.groupby(['fold', 'group']).role.nunique()
+    if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique(): refuse("an image is in two groups")
+    used = folds[folds.role != OUT]
+    parts = used.groupby('fold').role.nunique().reindex(range(n), fill_value=0)
+    if parts.min() < len(ROLE_NAMES): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(ROLE_NAMES)}")
+    official = (protocol or protocol_of(folds)) == 'official'
+    roles = (used[used.role != 'test'] if leak and official else used).groupby(['fold', 'group']).role.nunique()
     if (roles > 1).any(): refuse("group {1} has two roles in fold {0}".format(*roles.idxmax()))
-    if (folds.groupby('path').group.nunique() > 1).any(): refuse("an image is in two groups")
-    if (folds.path[folds.role == 'test'].value_counts().reindex(folds.path.unique(), fill_value=0) != 1).any(): refuse("an image is not tested on exactly once")
+    times = _times(folds)
+    if fault := _official_fault(times, n) if official else _grouped_fault(folds, times, n): refuse(fault)
     return folds
 
 # %% ../nbs/01_data.ipynb #7596074c
 def write_folds(
     folds:pd.DataFrame,  # path, group, fold, role
     path:str|Path,       # file to write, atomically
+    protocol:str='',     # as for `check_folds`
+    leak:bool=False,     # as for `check_folds`
 ):
     "Check folds and write them as CSV, the same bytes on every machine."
-    with atomic_path(path) as tmp: check_folds(folds).to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8')
+    with atomic_path(path) as tmp: check_folds(folds, protocol, leak).to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8')
 
 def read_folds(
-    path:str|Path,  # folds.csv
-)->pd.DataFrame:    # path, group, fold, role
+    path:str|Path,     # folds.csv
+    protocol:str='',   # as for `check_folds`
+    leak:bool=False,   # as for `check_folds`
+)->pd.DataFrame:       # path, group, fold, role
     "Read folds and prove them; `KdoctError` if they are missing or leak."
     if not Path(path).exists(): raise KdoctError(f"{path} does not exist.", fix="Make it with notebook 01_data.")
     try: folds = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8')
@@ -384,7 +476,7 @@ def read_folds(
         raise KdoctError(f"{path} is not a table of folds: {e}.", fix="Delete it and make it again with notebook 01_data.") from e
     if 'fold' not in folds or not folds.fold.str.fullmatch(r'\d+').all():
         raise KdoctError(f"{path} has no whole number of a fold in every row.", fix="Delete it and make it again with notebook 01_data.")
-    return check_folds(folds.astype({'fold': 'int64'}))
+    return check_folds(folds.astype({'fold': 'int64'}), protocol, leak)
 
 # %% ../nbs/01_data.ipynb #afc3616c
 RESIZE = 'squash-bicubic-1'  # a part of the key: change it when `to_square` changes
@@ -502,19 +594,51 @@ def _same_or_first(run:Run, name:str, now:str):
         raise KdoctError(f"Run '{run.name}' was made with other data: {name} was {before[:12]}, now it is {now[:12]}.",
                          fix="Restore the files, or start a new run with another name: -p run NEW")
 
+# %% ../nbs/01_data.ipynb #1dcc7a2f
+def _rules(data:DataRecipe)->dict:
+    "What `check_folds` is to prove for this recipe."
+    return dict(protocol=data.protocol, leak=data.protocol == 'official' and data.official_overlap == 'keep')
+
+def folds_of(
+    run:Run,  # a run whose data stage is done
+)->pd.DataFrame:  # path, group, fold, role
+    "A run's folds, proved to be what its recipe says."
+    return read_folds(run.folds_csv, **_rules(run.recipe.data))
+
+def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
+    "Are these folds of these images, and in each role only those that the recipe allows there?"
+    have, want = folds[folds.fold == 0].set_index('path').group, table.set_index('path').group
+    if not have.sort_index().equals(want.sort_index().astype(have.dtype)) or folds.fold.max() + 1 != data.n_folds: return False
+    rules = (data.worst_case_train, data.worst_case_test)
+    worst = shows_diagnosis(table) if any(rules) else np.ones(len(table), bool)
+    official, shared = (table.split == 'test').to_numpy(), official_overlap(table) & (data.protocol == 'official' and data.official_overlap == 'remove')
+    facts = pd.DataFrame(dict(learn=worst | (not rules[0]), test=worst | (not rules[1]), official=official, shared=shared), index=table.path).loc[folds.path]
+    f, learns = facts.set_axis(folds.index), folds.role.isin(['train', 'val'])
+    right = (folds.role == OUT) & (~f.learn | ~f.test | f.shared) | learns & f.learn & ~f.shared | (folds.role == 'test') & f.test
+    return bool(right.all()) and (data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns].any()))
+
 # %% ../nbs/01_data.ipynb #7a783a85
 def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
-    "The run's folds: those it has, if they fit the table, else new ones."
+    "The run's folds: those it has, if they fit the table and the recipe, else new ones."
     data = run.recipe.data
     if not run.folds_csv.exists():
-        write_folds(make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed), run.folds_csv)
-    folds = read_folds(run.folds_csv)
+        made = make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed, data.protocol, data.official_overlap,
+                          (data.worst_case_train, data.worst_case_test))
+        write_folds(made, run.folds_csv, **_rules(data))
+    folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
-    have, want = folds[folds.fold == 0].set_index('path').group, table.set_index('path').group
-    if not have.sort_index().equals(want.sort_index().astype(have.dtype)) or folds.fold.max() + 1 != data.n_folds:
+    if not _fits(folds, table, data):
         raise KdoctError(f"{run.folds_csv} does not fit the images or the recipe of run '{run.name}'.",
                          fix="Delete it, or start a new run with another name: -p run NEW")
     return folds
+
+def leak_of(
+    folds:pd.DataFrame,  # path, group, fold, role
+)->dict|None:            # groups and images that are trained or validated on and of a tested group; None: none are
+    "The size of a declared leak."
+    f = folds[folds.fold == 0]
+    shared = f[f.role.isin(['train', 'val']) & f.group.isin(f.group[f.role == 'test'])]
+    return dict(groups=shared.group.nunique(), images=len(shared)) if len(shared) else None
 
 def _counts(folds:pd.DataFrame)->dict:
     "Images and groups a role, by fold."
@@ -544,12 +668,12 @@ def prepare_data(
         _same_or_first(run, 'table_sha256', digest := table_hash(table))
         folds = _folds_for(run, table)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
-        cache = decode_cache(table, listing.root, data.size, result.channels, workers)
+        cache = decode_cache(table, listing.root, data.size + data.margin, result.channels, workers)
         val_lacks = {str(k): lost for k in range(data.n_folds) if (lost := _val_lacks(folds[folds.fold == k], table))}
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
-                           val_lacks=val_lacks,
+                           val_lacks=val_lacks, protocol=data.protocol, leak=leak_of(folds), overlap=int(official_overlap(table).sum()),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
@@ -566,7 +690,9 @@ def _print_summary(facts:dict):
     print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
     for k, roles in facts['per_fold'].items():
-        print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in ROLE_NAMES if r in roles))
+        print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
+    if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "
+                            "the scores will be too good".format(**facts['leak']))
     for k, lost in facts['val_lacks'].items(): print(f"WARNING: the validation part of fold {k} has no {', '.join(lost)}")
 
 # %% ../nbs/01_data.ipynb #82c1e1a8
@@ -603,13 +729,13 @@ def open_fold(
     fold:int,  # counted from 0
 )->FoldData:
     "Images, labels and roles of one fold; `KdoctError` if the data stage has not run or its files were changed."
-    facts, folds = _data_facts(run), read_folds(run.folds_csv)
+    facts, folds = _data_facts(run), folds_of(run)
     if fold not in set(folds.fold): raise KdoctError(f"There is no fold {fold!r}.", fix=f"Folds are 0 to {folds.fold.max()}.")
     table = check_table(pd.read_parquet(_table_path(run)).astype({c: 'str' for c in TABLE_COLUMNS if c != 'slice'}))
     if table_hash(table) != facts['table_sha256']:
         raise KdoctError(f"{_table_path(run)} was changed after run '{run.name}' had begun.", fix=f"Make it again: {stage_command('data', run)}")
     table['role'] = table.path.map(folds[folds.fold == fold].set_index('path').role)
-    cache = decode_cache(table, facts['root'], facts['size'], facts['channels'])
+    cache = decode_cache(table, facts['root'], run.recipe.data.size + run.recipe.data.margin, facts['channels'])
     row = cache.rows(table.sha256)
     labels, groups = np.full(len(cache.images), -1, np.int64), np.full(len(cache.images), '', object)
     labels[row], groups[row] = table.label.map({c: i for i, c in enumerate(facts['classes'])}), table.group
