@@ -7,7 +7,7 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy', 'make_learner',
            'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #9d21ef41
+# %% ../nbs/02b_training.ipynb #1c9c34d1
 import ctypes
 import json
 import math
@@ -33,7 +33,7 @@ from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_eve
 from .data import FoldData, open_fold
 from .losses import hard_loss
 from .mixing import Mix
-from .models import Classifier, check_origin, create_classifier, save_bundle, weights_origin
+from .models import Classifier, check_origin, create_classifier, data_identity, save_bundle, weights_origin
 from .probe import blank_retina
 
 # %% ../nbs/02b_training.ipynb #9f2ebeba
@@ -459,8 +459,9 @@ def train_role(
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, stage, origin = time.perf_counter(), f'fold_{fold}/{role}', weights_origin(recipe)
-        check_origin(origin, run.recipe.data.source, folds, fold)
-        run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds)
+        notes = check_origin(origin, data_identity(run.recipe.data), folds, fold)
+        for note in notes: print(f'WARNING: {note}')
+        run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds, weights_from=origin, **(dict(notes=notes) if notes else {}))
         learn = _fold_learner(run, data, role, recipe, key=f'{run.recipe.key} {folds} {role}', cbs=cbs)
         learn.fit(recipe.epochs)
         about = _write_results(run, data, role, learn, recipe, origin)
