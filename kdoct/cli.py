@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
-           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'main']
+           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'main']
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import json
@@ -148,6 +148,37 @@ def runs():
         about = read_json(p)
         done = [k for k, v in about['stages'].items() if v.get('status') == 'done']
         typer.echo(f"{about['name']}: {about['recipe']['data']['source']}, done: {', '.join(done) or 'nothing'}")
+
+# %% ../nbs/10_cli.ipynb #48938fd1
+@app.command('import')
+def import_(
+    file:Annotated[Path, typer.Argument(help="State dict of a timm model: .pth, .pt, .bin or .safetensors. Nothing in it is executed.")],
+    model:Annotated[str, typer.Option(help="timm model name, e.g. efficientnet_b2.")],
+    classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's authors: NORMAL,DRUSEN,CNV (NEH), CNV,DME,DRUSEN,NORMAL (UCSD).")],
+    size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
+    role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
+    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
+):
+    "Make a bundle of somebody else's state dict, after checking every name and shape."
+    from kdoct.models import import_bundle
+    folder = out or outputs_root()/'imported'/file.stem
+    about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role)
+    typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}\n"
+               f"Which images it was trained on is not known. To start from it: --set {'teacher' if role == 'teacher' else 'student'}.weights={_short(folder)}")
+
+@app.command()
+def control(
+    run:Annotated[str, typer.Argument(help="Name of the run; its data stage must be done.")],
+    folds:Annotated[str, typer.Option(help="Folds, counted from 0: 0,1 or 0-4 or all.")]='all',
+):
+    "Fit HOG + SVM, the cheap control, on the folds of a run; evaluation then shows it beside the networks."
+    from kdoct.control import run_control
+    from kdoct.crossval import parse_folds
+    the_run = open_run(run)
+    for k in parse_folds(folds, the_run.recipe.data.n_folds):
+        about = run_control(the_run, k)
+        score = about['metrics']['validation']['balanced_accuracy']
+        typer.echo(f"fold {k}: C {about['C']:g}, validation balanced accuracy {score:.3f}: {_short(the_run.stage_dir(k, 'hog_svm'))}")
 
 # %% ../nbs/10_cli.ipynb #29f2b8f2
 def main(
