@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE',
-           'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'RESIZE', 'BadImage', 'read_image_bytes', 'decode_image',
-           'inspect_file', 'merge_groups', 'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds',
-           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'to_square', 'DecodeCache', 'cache_facts',
-           'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE', 'NEAR', 'DECODER',
+           'FRAMING', 'BadImage', 'read_image_bytes', 'decode_image', 'inspect_file', 'merge_groups',
+           'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of', 'check_folds',
+           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'to_square', 'DecodeCache',
+           'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data',
+           'FoldData', 'open_fold']
 
-# %% ../nbs/01_data.ipynb #3632d005
+# %% ../nbs/01_data.ipynb #575c99c6
 import errno
 import hashlib
 import io
@@ -28,7 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from scipy import ndimage
+from scipy.spatial import cKDTree
 from sklearn.model_selection import StratifiedGroupKFold
 
 from .core import DataRecipe, KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
@@ -220,7 +225,8 @@ def merge_groups(
     def top(g):
         while parent[g] != g: parent[g] = g = parent[parent[g]]
         return g
-    for _, gs in group[pixels != ''].groupby(pixels[pixels != ''], sort=False):
+    shared = pixels[(pixels != '') & pixels.duplicated(keep=False)]
+    for _, gs in group[shared.index].groupby(shared, sort=False):
         tops = sorted({top(g) for g in gs})
         for t in tops[1:]: parent[t] = tops[0]
     return group.map(top)
@@ -275,7 +281,7 @@ def audit(
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
     table = listing.table.copy()
-    seen = pd.DataFrame(list(_in_order(inspect_file, (listing.root/p for p in table.path), workers)), index=table.index)
+    seen = pd.DataFrame(list(_in_order(inspect_file, (os.path.join(listing.root, p) for p in table.path), workers)), index=table.index)
     found = listing.findings.to_dict('records')
     found += [finding(p, kind, detail, problems=PROBLEMS) for p, ps in zip(table.path, seen.problems, strict=True) for kind, detail in ps]
     if classes: found += [finding(r.path, 'unknown-label', f"{r.label!r} is not one of {', '.join(classes)}", problems=PROBLEMS)
@@ -478,16 +484,90 @@ def read_folds(
         raise KdoctError(f"{path} has no whole number of a fold in every row.", fix="Delete it and make it again with notebook 01_data.")
     return check_folds(folds.astype({'fold': 'int64'}), protocol, leak)
 
-# %% ../nbs/01_data.ipynb #afc3616c
-RESIZE = 'squash-bicubic-1'  # a part of the key: change it when `to_square` changes
+# %% ../nbs/01_data.ipynb #c4bf883f
+WHITE, CONTACT, REACH, FRINGE = 230, 31, 12, 4  # grey value; border pixels; specks this near belong to it [px]; width of the fringe [px]
+
+def white_padding(
+    grey:np.ndarray,  # uint8 (H, W)
+)->np.ndarray:        # bool (H, W)
+    "White areas that run along the border, with their fringe."
+    white, out = grey >= WHITE, np.zeros(grey.shape, bool)
+    for turn in range(4):
+        seen, drawn = np.rot90(white, turn), np.rot90(out, turn)  # views
+        depth = np.where(seen.all(axis=0), len(seen), seen.argmin(axis=0))
+        depth = ndimage.grey_opening(depth, CONTACT, mode='nearest')  # no peak narrower than CONTACT
+        drawn |= np.arange(len(seen))[:, None] < depth
+    if not out.any(): return out
+    parts, _ = ndimage.label(out | white & ndimage.maximum_filter(out, 2*REACH + 1))
+    return ndimage.maximum_filter(np.isin(parts, np.unique(parts[out])), 2*FRINGE + 1)
+
+def scale_bar(
+    shape:tuple[int, ...],  # (H, W) or (H, W, 3)
+)->np.ndarray:              # bool (H, W)
+    "Where the NEH images have their scale bar: rows from 455 of 496, columns to 80 of 768, at the bottom left."
+    out = np.zeros(shape[:2], bool)
+    out[int(shape[0]*455/496):, :-(-shape[1]*80//768)] = True
+    return out
+
+# %% ../nbs/01_data.ipynb #8ff3e202
+TILE, NEAR = 16, 48  # side of a piece of background [px]; how many of the nearest are drawn from
+
+def _dark_tiles(a:np.ndarray, hidden:np.ndarray, side:int)->np.ndarray:
+    "Upper left corners of squares without a hidden pixel, the darkest third, as (n, 2)."
+    step = max(1, side//2)
+    def means(x): return ndimage.uniform_filter(x.astype(np.float32), side, origin=-(side//2))[:len(x) - side + 1:step, :x.shape[1] - side + 1:step]
+    free = sliding_window_view(hidden, (side, side))[::step, ::step].any(axis=(2, 3))
+    mean = np.where(free, np.inf, means(a if a.ndim == 2 else a.mean(axis=2)))
+    n = int(np.isfinite(mean).sum())
+    return np.stack(np.unravel_index(np.argsort(mean, axis=None, kind='stable')[:-(-n//3)], mean.shape), axis=1)*step
+
+def cover(
+    a:np.ndarray,       # uint8 (H, W) or (H, W, 3)
+    hidden:np.ndarray,  # bool (H, W), what is to be covered
+)->np.ndarray:          # uint8, as `a`
+    "Cover part of an image with pieces of its own dark background; `KdoctError` if all of it is hidden."
+    if not hidden.any(): return a
+    tiles, side = next(((t, s) for s in (TILE, TILE//2, TILE//4, 1) if len(t := _dark_tiles(a, hidden, s)) >= (32 if s > 1 else 1)), (None, 0))
+    if tiles is None: raise KdoctError("All of the image is white padding or scale bar.", fix="Leave it out, or set data.fill_white to false.")
+    cells = np.argwhere(np.logical_or.reduceat(np.logical_or.reduceat(hidden, range(0, len(a), side), 0), range(0, a.shape[1], side), 1))*side
+    near = cKDTree(tiles).query(cells, min(NEAR, len(tiles)))[1].reshape(len(cells), -1)
+    drawn = np.random.default_rng(zlib.crc32(a.tobytes())).integers(near.shape[1], size=len(cells))
+    out = a.copy()
+    for (y, x), (i, j) in zip(cells, tiles[near[np.arange(len(cells)), drawn]], strict=True):
+        where = hidden[y:y + side, x:x + side]
+        out[y:y + side, x:x + side][where] = a[i:i + side, j:j + side][:where.shape[0], :where.shape[1]][where]
+    return out
+
+# %% ../nbs/01_data.ipynb #6c8375b8
+def _pad(a:np.ndarray, hidden:np.ndarray)->tuple[np.ndarray, np.ndarray]:
+    "Widen an image to a square around its middle; what is new is hidden."
+    h, w = hidden.shape
+    (top, left), side = ((max(h, w) - n)//2 for n in (h, w)), max(h, w)
+    by = [(top, side - h - top), (left, side - w - left)]
+    return np.pad(a, by + [(0, 0)]*(a.ndim - 2)), np.pad(hidden, by, constant_values=True)
 
 def to_square(
-    im:Image.Image,  # mode L or RGB
-    size:int,        # side [px]
-    channels:int,    # 1 or 3
-)->np.ndarray:       # uint8, (size, size) or (size, size, 3)
-    "Squash an image to a square; the aspect ratio is given up."
-    return np.asarray(im.convert('L' if channels == 1 else 'RGB').resize((size, size), Image.Resampling.BICUBIC))
+    im:Image.Image,             # mode L or RGB
+    size:int,                   # side [px]
+    channels:int,               # 1 or 3
+    resize:str='squash',        # squash: give the aspect ratio up; crop: the middle square; pad: background above and below
+    fill_white:bool=False,      # cover white padding with background
+    mask_scale_bar:bool=False,  # cover the corner of the NEH scale bar with background
+)->np.ndarray:                  # uint8, (size, size) or (size, size, 3)
+    "An image as a square, by PIL's antialiased bicubic filter."
+    a = np.asarray(im.convert('L' if channels == 1 else 'RGB'))
+    hidden = white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
+    if mask_scale_bar: hidden |= scale_bar(a.shape)
+    if resize == 'pad': a, hidden = _pad(a, hidden)
+    a = cover(a, hidden)
+    if resize == 'crop':
+        side, (h, w) = min(a.shape[:2]), a.shape[:2]
+        a = a[(h - side)//2:, (w - side)//2:][:side, :side]
+    return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
+
+# %% ../nbs/01_data.ipynb #f3745e81
+DECODER = 'bicubic-2'  # a part of the key: change it when `to_square` changes
+FRAMING = dict(resize='squash', fill_white=False, mask_scale_bar=False)
 
 # %% ../nbs/01_data.ipynb #e06e8656
 @dataclass(frozen=True)
@@ -509,10 +589,11 @@ def cache_facts(
     sha256:Iterable[str],  # hashes of the files
     size:int,              # side [px]
     channels:int,          # 1 or 3
+    **framing,             # resize, fill_white, mask_scale_bar, as for `to_square`
 )->dict:                   # what the cache's .json says; `key` is the hash of the rest
     "What a cache of these files holds; rows are in the order of the hashes."
     shas = sorted(set(sha256))
-    facts = dict(resize=RESIZE, shape=[len(shas), size, size] + ([channels] if channels > 1 else []), sha256=shas)
+    facts = dict(decoder=DECODER, framing=FRAMING | framing, shape=[len(shas), size, size] + ([channels] if channels > 1 else []), sha256=shas)
     return dict(key=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24], **facts)
 
 # %% ../nbs/01_data.ipynb #0dd2ea0e
@@ -525,12 +606,13 @@ def _open_cache(path:Path, facts:dict)->DecodeCache|None:
     if list(images.shape) != facts['shape'] or images.dtype != np.uint8: return None
     return DecodeCache(path, images, {s: i for i, s in enumerate(facts['sha256'])})
 
-def _square_of(file:Path, sha256:str, size:int, channels:int)->np.ndarray:
+def _square_of(file:Path, sha256:str, size:int, channels:int, framing:dict)->np.ndarray:
     "One row of the cache; `KdoctError` if the file is not the one that was audited."
     data = read_image_bytes(file)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise KdoctError(f"{file} has changed since the audit.", fix="Run notebook 01_data again, in a new run.")
-    return to_square(decode_image(data)[0], size, channels)
+    try: return to_square(decode_image(data)[0], size, channels, **framing)
+    except KdoctError as e: raise KdoctError(f"{file}: {e.problem}", fix=e.fix) from e
 
 # %% ../nbs/01_data.ipynb #d9017b87
 def _write_cache(path:Path, facts:dict, files:dict[str, Path], workers:int):
@@ -540,7 +622,7 @@ def _write_cache(path:Path, facts:dict, files:dict[str, Path], workers:int):
     try:
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
             np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=tuple(facts['shape'])))
-            for row in _in_order(lambda s: _square_of(files[s], s, size, channels), facts['sha256'], workers): f.write(row.tobytes())
+            for row in _in_order(lambda s: _square_of(files[s], s, size, channels, facts['framing']), facts['sha256'], workers): f.write(row.tobytes())
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise KdoctError(f"No space for the decode cache in {path.parent} ({np.prod(facts['shape'])/2**20:.0f} MiB needed).",
@@ -555,9 +637,10 @@ def decode_cache(
     channels:int=1,        # 1 (grey) or 3 (colour)
     workers:int=0,         # threads; 0: one a core, 8 at most
     wait:float=3600,       # how long to wait for another process that is building the same cache [s]
+    **framing,             # resize, fill_white, mask_scale_bar, as for `to_square`
 )->DecodeCache:
     "Open the cache of these images, or build it under outputs/cache."
-    facts = cache_facts(table.sha256, size, channels)
+    facts = cache_facts(table.sha256, size, channels, **framing)
     path = outputs_root()/'cache'/f"{facts['key']}.npy"
     if (cache := _open_cache(path, facts)) is not None: return cache
     with locked(path, what=f"the decode cache {path.name}", wait=wait):
@@ -640,6 +723,10 @@ def leak_of(
     shared = f[f.role.isin(['train', 'val']) & f.group.isin(f.group[f.role == 'test'])]
     return dict(groups=shared.group.nunique(), images=len(shared)) if len(shared) else None
 
+def _cache(data:DataRecipe, table:pd.DataFrame, root:str|Path, channels:int, workers:int=0)->DecodeCache:
+    "The decode cache that a recipe wants."
+    return decode_cache(table, root, data.size + data.margin, channels, workers, **{k: getattr(data, k) for k in FRAMING})
+
 def _counts(folds:pd.DataFrame)->dict:
     "Images and groups a role, by fold."
     c = folds.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
@@ -668,7 +755,7 @@ def prepare_data(
         _same_or_first(run, 'table_sha256', digest := table_hash(table))
         folds = _folds_for(run, table)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
-        cache = decode_cache(table, listing.root, data.size + data.margin, result.channels, workers)
+        cache = _cache(data, table, listing.root, result.channels, workers)
         val_lacks = {str(k): lost for k in range(data.n_folds) if (lost := _val_lacks(folds[folds.fold == k], table))}
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
@@ -699,11 +786,11 @@ def _print_summary(facts:dict):
 @dataclass(frozen=True)
 class FoldData:
     "One fold. Arrays are in the order of `images`; `idx[role]` picks from them, in the order of `rows(role)`."
-    images:np.ndarray           # uint8, (N, size, size) or (N, size, size, 3), mapped read-only
+    images:np.ndarray           # uint8, (N, side, side) or (N, side, side, 3), side = data.size + data.margin, mapped read-only
     labels:np.ndarray           # int64 (N,), index into `classes`
     groups:np.ndarray           # str (N,), group of each image
     classes:list[str]           # in the order of the logits
-    idx:dict[str, np.ndarray]   # 'train', 'val', 'test' -> int64 rows of `images`
+    idx:dict[str, np.ndarray]   # 'train', 'val', 'test' -> int64 rows of `images`; images that are 'out' are in none
     table:pd.DataFrame          # image table with column `role`
     fold:int                    # counted from 0
     folds_sha256:str            # hash of folds.csv
@@ -735,7 +822,7 @@ def open_fold(
     if table_hash(table) != facts['table_sha256']:
         raise KdoctError(f"{_table_path(run)} was changed after run '{run.name}' had begun.", fix=f"Make it again: {stage_command('data', run)}")
     table['role'] = table.path.map(folds[folds.fold == fold].set_index('path').role)
-    cache = decode_cache(table, facts['root'], run.recipe.data.size + run.recipe.data.margin, facts['channels'])
+    cache = _cache(run.recipe.data, table, facts['root'], facts['channels'])
     row = cache.rows(table.sha256)
     labels, groups = np.full(len(cache.images), -1, np.int64), np.full(len(cache.images), '', object)
     labels[row], groups[row] = table.label.map({c: i for i, c in enumerate(facts['classes'])}), table.group
