@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #dcf65ec8
+# %% ../nbs/05b_report.ipynb #ac65d488
 import base64
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
-from .core import ROLES, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
-from .evaluate import complete_folds, evaluate_fold, evaluate_run, shown, shown_differences, shown_folds
+from .core import ROLES, KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
+from .data import OUT, ROLE_NAMES
+from .evaluate import complete_folds, evaluate_fold, evaluate_run
+from .tables import shown, shown_differences, shown_folds
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -43,7 +45,8 @@ _ALT = {
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',
-    'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and model, with means'}
+    'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and model, with means',
+    'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best epoch and averaged weights; filled marks are the weights kept'}
 
 def _picture(path, where):
     "A PNG as data for the page, with caption and alternative text."
@@ -73,22 +76,30 @@ def _sentence(table, diff):
         s += f' The student is {verdict} ({100*r.difference:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]).'
     return s
 
-# %% ../nbs/05b_report.ipynb #a195b606
-def _results(run, folds):
+# %% ../nbs/05b_report.ipynb #c40044a7
+def _per_fold(per):
+    "Every fold and model, for reading."
+    out = per[['fold', 'model']].assign(**{'test images': per.n_images})
+    for m in ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1'):
+        out[f'{"F1" if m == "f1" else m} %'] = [f'{100*v:.1f}' if v == v else 'undefined' for v in per[m]]
+    return out.assign(AUC=[f'{v:.3f}' if v == v else 'undefined' for v in per.auc])
+
+def _section(s):
+    "A section of the results: heading, tables, caption; the notes of its rows become a text below."
+    notes = [f'{m}: {n}' for m, n in s.table.note.items() if n] if 'note' in s.table else []
+    return dict(title=s.title, text=s.caption, notes=notes, tables=[_table(s.texts.drop(columns='note', errors='ignore'), '', s.title)])
+
+def _results(result, folds):
     "Sentence, protocol and tables of the complete folds."
-    r = evaluate_run(run, folds, verbose=False)
-    per = r['per_fold'].copy()
-    for c in ('accuracy', 'sensitivity', 'specificity'): per[f'{c} %'] = [f'{100*v:.1f}' for v in per[c]]
-    per['AUC'], per['test images'] = [f'{v:.3f}' for v in per.auc], per.n_images
-    per = per[['fold', 'model', 'test images', 'accuracy %', 'sensitivity %', 'specificity %', 'AUC']]
-    what = f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together'
+    r, what = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together'
     tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.')]
     if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.'))
     tables.append(_table(shown_differences(r['differences']), 'difference',
                          'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.'))
-    if len(folds) > 1: tables.append(_table(per, None, 'Every fold and model; sensitivity and specificity are macro, one-vs-rest.'))
+    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity, specificity, precision and F1 are macro, one-vs-rest.'))
     notes = [f'{m}: {n}' for m, n in r['table'].note.items() if n]
-    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes)
+    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes,
+                sections=[_section(s) for s in r['sections'].values()])
 
 # %% ../nbs/05b_report.ipynb #0d408824
 def _data_tables(run):
@@ -97,8 +108,8 @@ def _data_tables(run):
     if run.folds_csv.is_file():
         f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str})
         n = f.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
-        text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=['train', 'val', 'test'])
-        out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold.'))
+        text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
+        out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold; out: not used in that fold.'))
     if (path := run.path/'audit.json').is_file():
         out.append(_table(pd.DataFrame(_flat(read_json(path)), columns=['fact', 'value']), None, 'Audit of the images.'))
     if (path := run.path/'audit.csv').is_file():
@@ -171,7 +182,7 @@ _PIECES = '''
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #8033656e
+# %% ../nbs/05b_report.ipynb #e94005ee
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('data', 'Data'), ('recipe', 'Recipe'),
              ('machine', 'Stages and machine'))
 
@@ -187,6 +198,8 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
+{% for s in results.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers') }}{% endfor %}
+{% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
 <section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>
 {% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}</section>
@@ -203,6 +216,7 @@ def report_html(
     run:Run|str,  # run or its name
     folds:list[int]|None=None,  # folds to report; None: all in which the three models have predictions
     load_image=None,  # path -> uint8 array, for the figures of a fold that was not evaluated yet; None: from the run's data
+    result:dict|None=None,  # from `evaluate_run` on these folds; None: it is called here
 ) -> Path:  # outputs/RUN/report.html
     "Write report.html, one self-contained page; folds and models that are missing are named in it."
     run = run if isinstance(run, Run) else open_run(run)
@@ -211,7 +225,9 @@ def report_html(
     use = [k for k in asked if k in done]
     for k in use:
         if not run.is_finished('evaluate', k): evaluate_fold(run, k, load_image, verbose=False)
-    results = _results(run, use) if use else None
+    if result is not None and sorted(set(result['per_fold'].fold)) != use:
+        raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.", fix='Give the result of `evaluate_run` on the same folds.')
+    results = _results(result or evaluate_run(run, use, verbose=False), use) if use else None
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(

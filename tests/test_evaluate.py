@@ -10,14 +10,27 @@ import pytest
 from PIL import Image
 
 from kdoct import evaluate as E
+from kdoct import patients as P
 from kdoct import report as R
-from kdoct.core import ROLES, KdoctError, create_run, preset, read_json
-from kdoct.metrics import HEADLINE, bootstrap, evaluate_predictions, read_predictions, simulate_predictions
+from kdoct import tables as T
+from kdoct.core import ROLES, KdoctError, create_run, preset, read_json, write_json
+from kdoct.metrics import (
+    HEADLINE,
+    bootstrap,
+    evaluate_predictions,
+    log_softmax,
+    logits_of,
+    read_predictions,
+    simulate_predictions,
+)
 
 
 def quiet(f, *args, **kw):
     "Call `f`; return its result and what it printed."
     with contextlib.redirect_stdout(io.StringIO()) as out: return f(*args, **kw), out.getvalue()
+
+
+def log_probs(df): return log_softmax(logits_of(df))
 
 
 def models(n=60, classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'), fold=0):
@@ -42,7 +55,7 @@ def run(made, monkeypatch):
 
 def test_table_holds_the_numbers_of_metrics():
     m = models()
-    t, ci = E.table_of(m, dict.fromkeys(ROLES, 7_700_000)), bootstrap(m['student'])
+    t, ci = T.table_of(m, dict.fromkeys(ROLES, 7_700_000)), bootstrap(m['student'])
     assert list(t.index) == list(ROLES)
     assert t.loc['student', 'auc_low'] == ci.low['auc'] and t.loc['student', 'nll'] == ci.estimate['nll']
     low, high = (100*ci.loc['accuracy', c] for c in ('low', 'high'))
@@ -53,15 +66,15 @@ def test_table_holds_the_numbers_of_metrics():
 def test_table_says_what_a_reader_must_know():
     df = models()['student']
     df = df[df.label != 'DME'].reset_index(drop=True)
-    note = E.table_of({'student': df}, {'student': 1}).note['student']
+    note = T.table_of({'student': df}, {'student': 1}).note['student']
     assert 'macro over 3 classes: no image of DME' in note
     rare = pd.concat([df, models()['student'].query('label == "DME"').head(1)], ignore_index=True)
-    assert re.search(r'\d+ of 1000 resamples lacked a class', E.table_of({'student': rare}, {'student': 1}).note['student'])
+    assert re.search(r'\d+ of 1000 resamples lacked a class', T.table_of({'student': rare}, {'student': 1}).note['student'])
 
 
 def test_differences_need_the_same_images():
     m = models()
-    with pytest.raises(KdoctError, match='not the same images'): E.differences_of(m | {'baseline': m['baseline'].iloc[1:]})
+    with pytest.raises(KdoctError, match='not the same images'): T.differences_of(m | {'baseline': m['baseline'].iloc[1:]})
 
 
 @pytest.mark.parametrize('classes', [('A', 'B'), ('COVID-19', 'Viral pneumonia', 'Lung opacity', 'Normal', 'E', 'F', 'G')], ids=['two', 'seven'])
@@ -117,6 +130,7 @@ def test_fold_writes_every_number_and_figure(made):
     saved = read_json(run.fold_dir(0)/'evaluation.json')
     df = read_predictions(run.stage_dir(0, 'student')/'predictions.parquet')
     for m in HEADLINE: assert saved['estimates']['student'][m] == pytest.approx(evaluate_predictions(df)[m])
+    assert list(saved['sections']) == ['patients', 'blanked', 'costs']  # one view, one set of weights, no diagnosis of the patient
     assert set(saved['figures']) == {'confusion', 'roc', 'reliability', 'training', 'mistakes', 'counts'}
     assert all((run.path/p).is_file() for p in saved['figures'].values())
     assert saved['parameters'] == {'teacher': 300_000, 'student': 100_000, 'baseline': 100_000}
@@ -170,6 +184,220 @@ def test_a_patient_tested_in_two_folds_is_refused():
     with pytest.raises(KdoctError, match='more than one fold'): E._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
 
 
+VIEWS = {'teacher.average': 'swa', 'teacher.swa_start': 1, 'evaluate.views': ['identity', 'hflip'], 'data.severity': ['NORMAL', 'DRUSEN', 'DME', 'CNV']}
+
+
+@pytest.fixture(scope='module')
+def viewed(tmp_path_factory):
+    "Two folds whose models have two views, the teacher averaged weights too; a classical model in fold 0."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('views', preset('tiny', **VIEWS))
+        for k in (0, 1): E._simulated_stages(run, k)
+        folder = run.stage_dir(0, 'hog_svm')
+        folder.mkdir()
+        read_predictions(run.stage_dir(0, 'baseline')/'predictions.parquet').to_parquet(folder/'predictions.parquet')
+        write_json(folder/'model.json', dict(parameters=None))
+        return run, quiet(E.evaluate_fold, run, 0)[0], quiet(E.evaluate_run, run)[0]
+
+
+def test_views_and_weights_are_those_of_variants_parquet(viewed):
+    run, fold, _ = viewed
+    t = fold['sections']['views'].table
+    weights = dict(teacher=('checkpoint', 'swa'), student=('checkpoint',), baseline=('checkpoint',))
+    assert t.index.tolist() == [f'{m}, {w}, {v}' for m, ws in weights.items() for w in ws for v in ('one view', 'averaged views')]
+    assert t.kept['teacher, swa, one view'] == 'yes' and t.kept['teacher, checkpoint, one view'] == ''
+    v = pd.read_parquet(run.stage_dir(0, 'teacher')/'variants.parquet').query('weights == "swa" and view == "averaged"')
+    assert t.accuracy['teacher, swa, averaged views'] == evaluate_predictions(v)['accuracy']
+    d, a = fold['sections']['views_differences'].table.difference, t.accuracy
+    assert d['teacher, one view: swa - checkpoint', 'accuracy'] == pytest.approx(a['teacher, swa, one view'] - a['teacher, checkpoint, one view'])
+    assert 'views identity, hflip' in fold['protocol'] and (run.figures_dir(0)/'views.png').exists()
+
+
+def test_main_table_is_of_the_kept_weights_in_one_view(viewed):
+    t, main = viewed[1]['sections']['views'].table, viewed[1]['table']
+    assert main.accuracy['teacher'] == t.accuracy['teacher, swa, one view'] and main.nll['student'] == t.nll['student, checkpoint, one view']
+
+
+def test_a_further_model_is_a_row_of_its_fold_and_named_where_it_cannot_be_pooled(viewed):
+    run, fold, pooled = viewed
+    assert fold['table'].index.tolist() == [*ROLES, 'hog_svm'] and fold['table'].parameters['hog_svm'] == '–'
+    assert 'hog_svm, worst slice' in fold['sections']['patients'].table.index
+    assert 'hog_svm' not in pooled['table'].index and 'hog_svm is not in every fold' in pooled['protocol'].lower()
+
+
+def test_a_further_model_on_other_images_is_refused(viewed, monkeypatch):
+    run = viewed[0]
+    path = run.stage_dir(0, 'hog_svm')/'predictions.parquet'
+    right = path.read_bytes()
+    try:
+        pd.read_parquet(path).iloc[1:].to_parquet(path)
+        with pytest.raises(KdoctError, match='other images than the student'): E.fold_models(run, 0)
+    finally: path.write_bytes(right)
+
+
+@pytest.mark.parametrize('change,says', [
+    (lambda t: t.iloc[1:], 'not about the images'),
+    (lambda t: t.drop(columns='view'), 'view missing'),
+    (lambda t: t.assign(logit_CNV=t.logit_CNV + 1), 'not those of predictions.parquet'),
+    (lambda t: t[t.weights != 'swa'], r'kept weights \(swa\) are missing'),
+], ids=['other images', 'no view', 'other logits', 'kept weights missing'])
+def test_variants_that_do_not_belong_are_refused(viewed, tmp_path, change, says):
+    run = viewed[0]
+    change(pd.read_parquet(run.stage_dir(0, 'teacher')/'variants.parquet')).to_parquet(tmp_path/'variants.parquet')
+    with pytest.raises(KdoctError, match=says): T.read_variants(tmp_path/'variants.parquet', E.fold_models(run, 0)['teacher'], 'swa')
+
+
+def test_a_model_without_variants_is_named(viewed):
+    run = viewed[0]
+    models = E.fold_models(run, 0)
+    variants, kept = E.fold_variants(run, 0, models)
+    del variants['baseline']
+    pooled, _, notes = E.pool_variants({0: (variants, kept)})
+    assert notes == ['baseline: no variants.parquet'] and 'baseline' not in pooled
+
+
+def test_blanked_retina_stands_beside_chance(viewed):
+    run, _, pooled = viewed
+    t = pooled['sections']['blanked'].table
+    df = pd.concat(E.fold_models(run, k)['student'] for k in (0, 1))
+    assert t.largest_class['student'] == df.label.value_counts(normalize=True).max() and t.balanced_chance['student'] == 1/4
+    assert (t.chance == 'not above').all() and t.n_images['student'] == len(df)
+
+
+def test_no_ensemble_over_the_folds_of_a_cross_validation(viewed):
+    run, _, pooled = viewed
+    with pytest.raises(KdoctError, match='no image is left') as e: E.ensemble(run, 'student')
+    n, g = (pooled['table'][c]['student'] for c in ('n_images', 'n_groups'))
+    assert f'{n} of {n} test images ({g} of {g} groups)' in str(e.value) and 'No ensemble over folds' in pooled['protocol']
+
+
+def official_run(name, seen_groups=0):
+    "A run of the official protocol: 3 models on the same 40 groups; `seen_groups` of them are trained on too."
+    keep = {'data.official_overlap': 'keep'} if seen_groups else {}
+    run = create_run(name, preset('tiny', **{'data.protocol': 'official', 'data.severity': VIEWS['data.severity'], **keep}))
+    test, other = simulate_predictions(40), [f'other-{i}' for i in range(9)]
+    seen = test.group.unique()[:seen_groups]
+    rows = [(p, g, k, 'test') for k in range(3) for p, g in zip(test.path, test.group, strict=True)]
+    rows += [(o, o, k, 'val' if i % 3 == k else 'train') for k in range(3) for i, o in enumerate(other)]
+    rows += [(f'train-{g}', g, k, 'val' if i % 3 == k else 'train') for k in range(3) for i, g in enumerate(seen)]
+    pd.DataFrame(rows, columns=['path', 'group', 'fold', 'role']).to_csv(run.folds_csv, index=False)
+    for k in range(3):
+        for i, role in enumerate(ROLES):
+            df = simulate_predictions(40, 3 - i/2, model=10*k + i).assign(fold=k)
+            run.stage_dir(k, role).mkdir(parents=True)
+            df.to_parquet(run.stage_dir(k, role)/'predictions.parquet')
+            write_json(run.stage_dir(k, role)/'model.json', dict(arch='simulated', parameters=1000))
+    return run
+
+
+def test_official_models_are_pooled_on_the_same_test_images():
+    run = official_run('official')
+    r, _ = quiet(E.evaluate_run, run)
+    assert '3 models on the same test images' in r['protocol'] and 'test-time views: none' in r['protocol']
+    n = len(simulate_predictions(40))
+    assert r['table'].n_images['student'] == 3*n and r['table'].n_groups['student'] == 40
+    patients = r['sections']['patients']
+    assert patients.table.n_images['student, mean of slices'] == 120 and '40 patients' in patients.caption and 'called by 3 models' in patients.caption
+
+
+def test_official_ensemble_is_the_mean_of_the_members_probabilities():
+    run = official_run('official')
+    e = E.ensemble(run, 'student')
+    each = [read_predictions(run.stage_dir(k, 'student')/'predictions.parquet').sort_values('path') for k in range(3)]
+    mean = np.mean([np.exp(log_probs(t)) for t in each], axis=0)
+    np.testing.assert_allclose(np.exp(log_probs(e)), mean, rtol=1e-9)
+    assert e.path.tolist() == each[0].path.tolist() and set(e.fold) == {-1}
+    r, _ = quiet(E.evaluate_run, run)
+    assert r['sections']['ensemble'].table.accuracy['student, ensemble of 3'] == evaluate_predictions(e)['accuracy'] > r['table'].accuracy['student']
+    assert 'No ensemble' not in r['protocol']
+
+
+def test_ensemble_leaves_out_patients_that_a_member_was_trained_on():
+    run = official_run('leaky', seen_groups=15)
+    e, test = E.ensemble(run, 'student'), simulate_predictions(40)
+    assert set(e.group) == set(test.group.unique()[15:])
+    r, _ = quiet(E.evaluate_run, run)
+    assert f'{len(e)} of {len(test)} test images' in r['sections']['ensemble'].caption
+
+
+def test_ensemble_is_refused_where_every_patient_is_known():
+    with pytest.raises(KdoctError, match='40 of 40 groups'): E.ensemble(official_run('all-seen', seen_groups=40), 'student')
+
+
+def test_official_folds_must_test_the_same_images():
+    m = models()
+    with pytest.raises(KdoctError, match='not tested in every fold'):
+        E._pool({0: m, 1: {r: df.iloc[1:].assign(fold=1) for r, df in m.items()}}, 'official')
+
+
+def test_mean_of_slices_is_one_row_a_patient_with_the_mean_probability():
+    df = simulate_predictions(40, 1.)
+    p, lost = P.mean_of_slices(df)
+    want = pd.DataFrame(np.exp(log_probs(df))).groupby(df.patient.to_numpy()).mean()
+    np.testing.assert_allclose(np.exp(log_probs(p)), want.loc[p.patient], rtol=1e-9)
+    assert lost == [] and p.n_slices.sum() == len(df) and bootstrap(p, 100).n_groups.iloc[0] == 40
+
+
+def test_worst_slice_calls_the_most_severe_class_of_any_slice():
+    df, order = simulate_predictions(60, 1.), ['NORMAL', 'DRUSEN', 'DME', 'CNV']
+    w = P.worst_slice(df.sample(frac=1, random_state=0), order)
+    calls = np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(df).argmax(1)]
+    want = pd.Series([order.index(c) for c in calls]).groupby(df.patient.to_numpy()).max().loc[w.patient]
+    assert np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(w).argmax(1)].tolist() == [order[i] for i in want]
+
+
+def test_patients_with_contradicting_slices_are_named_or_take_the_worst():
+    df = simulate_predictions(30)
+    df.loc[df.index[df.patient == df.patient.value_counts().index[0]][0], 'label'] = 'DME'
+    name = df.groupby('patient').label.nunique().idxmax()
+    p, lost = P.mean_of_slices(df)
+    assert lost == [name] and name not in set(p.patient)
+    s = T.patients_section({'student': df}, preset('tiny').evaluate)
+    assert f'1 patients ({name})' in s.caption and 'worst slice: not given' in s.caption
+    assert name in set(P.mean_of_slices(df, ('NORMAL', 'DRUSEN', 'DME', 'CNV'))[0].patient)
+    known, lost = P.mean_of_slices(df.assign(patient_label='CNV'))
+    assert lost == [] and set(known.label) == {'CNV'}
+
+
+def test_a_patient_in_two_groups_is_refused():
+    df = simulate_predictions(20)
+    df['group'] = df.path
+    with pytest.raises(KdoctError, match='in several groups'): P.mean_of_slices(df)
+
+
+def test_the_published_selection_stands_beside_all_slices(tmp_path):
+    df = simulate_predictions(60).assign(patient_label=lambda t: t.label)
+    assert T.selection_section({'student': df}, preset('tiny').evaluate) is None  # every slice shows the diagnosis
+    df.loc[df.slice == 0, 'label'] = 'NORMAL'
+    s = T.selection_section({'student': df}, preset('tiny').evaluate)
+    kept = df[df.label == df.patient_label]
+    assert s.table.accuracy['student, published selection'] == evaluate_predictions(kept)['accuracy']
+    assert s.table.accuracy['student, all slices'] == evaluate_predictions(df)['accuracy']
+    assert f'{len(kept)} of {len(df)}' in s.caption
+
+
+@pytest.mark.parametrize('overrides,says', [
+    ({'data.fill_white': True, 'data.mask_scale_bar': True}, 'white padding replaced by background; scale bar covered'),
+    ({'data.resize': 'pad'}, 'made square by pad'),
+    ({'data.worst_case_train': True}, "training on only slices that show the patient's diagnosis, test on all slices"),
+    ({'evaluate.views': ['identity', 'vflip']}, 'the mean of logits over the views identity, vflip'),
+    ({}, 'test-time views: none'),
+])
+def test_protocol_names_what_is_not_default(overrides, says):
+    run = create_run('p', preset('tiny', **overrides))
+    assert says in T.protocol_of(run, simulate_predictions(20).assign(patient_label='CNV'))
+
+
+def test_protocol_tells_of_a_kept_leak():
+    run = official_run('leaky', seen_groups=5)
+    run.record('data', leak=dict(groups=5, images=7), overlap=7)
+    assert 'leak is kept: 5 tested groups were trained on too, with 7 images' in T.protocol_of(run, simulate_predictions(20))
+    clean = official_run('clean')
+    clean.record('data', leak=None, overlap=7)
+    assert '7 images of tested groups outside the test part were left out' in T.protocol_of(clean, simulate_predictions(20))
+
+
 def test_simulated_models_never_enter_a_real_run(run, monkeypatch):
     other = create_run('real', preset('edge', **{'data.source': 'phantom'}))
     with pytest.raises(KdoctError, match='not a test'): E._simulated_stages(other, 0)
@@ -188,6 +416,15 @@ def test_report_is_one_file_without_a_network(run):
     assert 'term &lt;soft&gt; is not finite' in html and 'Fold 2 has no predictions of the teacher' in html
     assert 'problems.truncated' in html and 'distill.temperature' in html and 'test-time views: none' in html
     assert html.count('<h1>') == 1 and '<html lang="en">' in html
+
+
+def test_report_takes_a_result_that_is_there(viewed, monkeypatch):
+    run, _, result = viewed
+    monkeypatch.setattr(R, 'evaluate_run', lambda *a, **k: pytest.fail('evaluated again'))
+    for k in (0, 1): (run.fold_dir(k)/'evaluation.json').touch()
+    html = R.report_html(run, [0, 1], result=result).read_text()
+    for s in result['sections'].values(): assert f'<h3>{s.title}</h3>' in html
+    with pytest.raises(KdoctError, match='the report of'): R.report_html(run, [0], result=result)
 
 
 def test_report_before_any_model(run):
