@@ -11,7 +11,7 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data',
            'FoldData', 'open_fold']
 
-# %% ../nbs/01_data.ipynb #575c99c6
+# %% ../nbs/01_data.ipynb #b805bee1
 import errno
 import hashlib
 import io
@@ -20,6 +20,7 @@ import os
 import stat
 import struct
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -291,13 +292,14 @@ def audit(
     table.loc[table.path.isin(bad), 'pixels'] = ''
     found += _duplicates(table)
     table['group'] = merge_groups(table.group, table.pixels)
+    merged = _merged(listing.table.group, table.group)
     gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
     shared = table[~table.path.isin(gone)].pipe(lambda t: t[official_overlap(t)])
     found += [finding(r.path, 'official-overlap', f"group {r.group}", 'see data.official_overlap', PROBLEMS) for r in shared.itertuples()]
     findings = _decided(found, leave_out)
     gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
     kept = table[~table.path.isin(gone)].reset_index(drop=True)
-    return Audit(kept, findings, _summary(listing, kept, findings, leave_out))
+    return Audit(kept, findings, _summary(listing, kept, findings, leave_out) | dict(merged_groups=merged))
 
 # %% ../nbs/01_data.ipynb #531a0d2b
 def _decided(found:list[dict], leave_out:tuple[str, ...])->pd.DataFrame:
@@ -305,6 +307,12 @@ def _decided(found:list[dict], leave_out:tuple[str, ...])->pd.DataFrame:
     df = pd.DataFrame(found, columns=list(FINDING_COLUMNS)).astype('str')
     action = np.where(df.problem.isin(leave_out), 'left out', np.where(df.severity == 'error', 'stops the run', df.action.where(df.action != '', 'kept')))
     return df.assign(action=pd.Series(action, index=df.index, dtype='str')).sort_values(['path', 'problem'], ignore_index=True)
+
+def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
+    "The groups that several became, with the names of these."
+    pairs = pd.DataFrame(dict(before=before, after=after)).drop_duplicates()
+    pairs = pairs[pairs.after.duplicated(keep=False)]
+    return {k: sorted(v) for k, v in pairs.groupby('after').before}
 
 def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...])->dict:
     "The audit in numbers."
@@ -344,7 +352,9 @@ def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     if (n := table.group.nunique()) < parts:
         raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction.")
     rows = np.zeros(len(table))
-    return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
+        return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
 
 # %% ../nbs/01_data.ipynb #dfd646b5
 def _check_official(table:pd.DataFrame):
@@ -761,6 +771,7 @@ def prepare_data(
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks, protocol=data.protocol, leak=leak_of(folds), overlap=int(official_overlap(table).sum()),
+                           merged_groups=len(result.summary['merged_groups']),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
@@ -776,6 +787,8 @@ def _print_summary(facts:dict):
     print(f"{facts['images']} images of {facts['groups']} groups (patients): {classes}")
     print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
+    if facts['merged_groups']: print(f"{facts['merged_groups']} groups hold several patients who share pixels; audit.json names them")
+    if facts['overlap']: print(f"{facts['overlap']} images are outside the official test part, and of patients in it")
     for k, roles in facts['per_fold'].items():
         print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
     if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "

@@ -278,3 +278,17 @@ def test_the_real_images_pass_in_one_go(shared_data):
     result = audit(load_table(DataRecipe(source="ucsd", root=str(shared_data / "ucsd_oct")))).check()
     assert len(result.table) == 800 and result.channels == 1
     assert list(result.findings.problem) == ["other-file"]  # its manifest.csv
+
+
+def test_training_images_of_people_in_the_official_test_part_are_noted_and_can_be_left_out(tmp_path):
+    same, rows = coded(scan(), "PNG"), []
+    for name, patient, part, data in [("a", "1", "train", None), ("b", "1", "test", None), ("c", "2", "train", same), ("d", "3", "test", same),
+                                      ("e", "4", "val", None), ("f", "5", "train", None), ("g", "5", "test", b"")]:
+        (tmp_path / f"{name}.png").write_bytes(coded(scan(), "PNG") if data is None else data)
+        rows.append(dict(path=f"{name}.png", label="A", patient=patient, split=part))
+    listing = make_listing(tmp_path, rows, [], "t")
+    noted, gone = audit(listing, leave_out=("empty",)), audit(listing, leave_out=("empty", "official-overlap"))
+    f = noted.findings
+    assert list(f.path[f.problem == "official-overlap"]) == ["a.png", "c.png"]  # by number, by pixels; not for a test image that is left out
+    assert len(noted.check().table) == 6 and set(gone.check().table.path) == {"b.png", "d.png", "e.png", "f.png"}
+    assert noted.summary["merged_groups"] == {"2": ["2", "3"]}

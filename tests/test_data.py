@@ -12,15 +12,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdoct.core import KdoctError, create_run, preset, sha256_file
+from kdoct.core import KdoctError, create_run, preset, read_json, sha256_file
 from kdoct.data import (
     check_folds,
+    cover,
     decode_cache,
+    folds_of,
+    leak_of,
     make_folds,
     open_fold,
     prepare_data,
     read_folds,
+    scale_bar,
     to_square,
+    white_padding,
     write_folds,
 )
 from kdoct.sources import image_table
@@ -325,3 +330,307 @@ def test_real_images_patients_under_two_classes_stay_together(shared_data):
         two = table[table.groupby("group").label.transform("nunique") > 1]
         assert two.group.nunique() == 19 and (two.groupby("group").role.nunique() == 1).all()
         assert table.role.value_counts().to_dict() == {"train": 512, "val": 128, "test": 160}
+
+
+ROLES = ("train", "val", "test")
+
+
+def official_table(patients):
+    "An image table from (label, official part, number of images) a patient; several of these may follow."
+    return image_table([dict(path=f"{part}/{label}/{p:03d}-{k}-{i}.png", label=label, patient=f"{p:03d}", split=part)
+                        for p, visits in enumerate(patients) for k, (label, part, n) in enumerate(visits) for i in range(n)])
+
+
+visit_of = st.tuples(st.sampled_from("AB"), st.sampled_from(["train", "train", "val", "test"]), st.integers(1, 4))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.lists(visit_of, min_size=1, max_size=3), min_size=16, max_size=40), st.integers(2, 4), st.integers(0, 99))
+def test_official_folds_test_the_same_images_and_train_on_nobody_of_them(patients, n_folds, seed):
+    t = official_table(patients)
+    try: folds = make_folds(t, n_folds, seed=seed, protocol="official")
+    except KdoctError: assume(False)
+    tested, groups = set(t.path[t.split == "test"]), set(t.group[t.split == "test"])
+    rest = set(t.path[(t.split != "test") & ~t.group.isin(groups)])
+    for _, f in folds.groupby("fold"):
+        assert set(f.path[f.role == "test"]) == tested and not groups & set(f.group[f.role.isin(["train", "val"])])
+        assert set(f.path[f.role.isin(["train", "val"])]) == rest and not set(f.group[f.role == "train"]) & set(f.group[f.role == "val"])
+    assert sorted(folds.path[folds.role == "val"]) == sorted(rest)
+
+
+@settings(max_examples=25)
+@given(patients, st.sampled_from([(True, True), (True, False), (False, True)]), st.integers(2, 4), st.data())
+def test_the_worst_case_rule_takes_slices_out_where_it_holds_and_nowhere_else(patients, rule, n_folds, data):
+    t = table_of(patients).assign(patient_label=lambda d: d.patient.map({p: data.draw(st.sampled_from("AB")) for p in d.patient.unique()}))
+    try: folds = make_folds(t, n_folds, worst_case=rule)
+    except KdoctError: assume(False)
+    shows = t.set_index("path").eval("label == patient_label")
+    f = folds.assign(shows=folds.path.map(shows))
+    learns, out = f[f.role.isin(["train", "val"])], f[f.role == "out"]
+    assert not out.shows.any() and (learns.shows.all() or not rule[0]) and (f.shows[f.role == "test"].all() or not rule[1])
+    assert set(f.path[f.role == "test"]) == set(t.path if not rule[1] else shows.index[shows])
+    used = f[f.role != "out"]
+    assert (used.groupby(["fold", "group"]).role.nunique() == 1).all() and len(f) == n_folds * len(t)
+
+
+def test_without_the_rule_folds_are_the_same_whether_or_not_the_diagnosis_is_known():
+    t = table_of([[("AB"[p % 2], p % 4 + 1)] for p in range(24)])
+    assert make_folds(t, 3).equals(make_folds(t.assign(patient_label="A"), 3))
+
+
+def test_the_rule_without_a_known_diagnosis_and_official_without_parts_are_refused_with_a_remedy():
+    t = table_of([[("AB"[p % 2], 2)] for p in range(20)])
+    with pytest.raises(KdoctError, match="patient_label"): make_folds(t, 3, worst_case=(True, False))
+    with pytest.raises(KdoctError, match="(?s)40 of 40 images .*data.protocol=grouped-cv"): make_folds(t, 3, protocol="official")
+    for part in ("test", "train"):
+        with pytest.raises(KdoctError, match=f"all images are in part {part}"): make_folds(t.assign(split=part), 3, protocol="official")
+    half = t.assign(split=["test" if i % 4 else "elsewhere" for i in range(len(t))])
+    with pytest.raises(KdoctError, match="10 of 40 images are in none"): make_folds(half, 3, protocol="official")
+
+
+OFFICIAL = official_table([[("AB"[p % 2], "train", 2), *([("AB"[p % 2], "test", 1)] if p < 6 else [])] for p in range(30)])
+
+
+def test_groups_merged_by_pixels_count_as_overlap_too():
+    "A patient whose picture is in the test part under another number is not trained on."
+    merged = OFFICIAL.assign(group=OFFICIAL.group.replace({"020": "000"}))
+    folds = make_folds(merged, 3, protocol="official")
+    assert set(folds.role[folds.path.str.contains("/020-")]) == {"out"} and set(folds.role[folds.path.str.contains("/021-")]) == {"train", "val"}
+
+
+def test_a_leak_is_accepted_only_where_it_is_declared(tmp_path):
+    leaky = make_folds(OFFICIAL, 3, protocol="official", overlap="keep")
+    assert leak_of(leaky) == dict(groups=6, images=12) and leak_of(make_folds(OFFICIAL, 3, protocol="official")) is None
+    write_folds(leaky, tmp_path / "folds.csv", "official", leak=True)
+    assert read_folds(tmp_path / "folds.csv", "official", leak=True).equals(leaky)
+    for declared in ({}, dict(protocol="official"), dict(protocol="grouped-cv"), dict(protocol="grouped-cv", leak=True)):
+        with pytest.raises(KdoctError, match="two roles"): read_folds(tmp_path / "folds.csv", **declared)
+    f = leaky.copy()
+    f.loc[f.index[(f.fold == 0) & (f.role == "train") & f.path.str.contains("/020-")][:1], "role"] = "val"
+    with pytest.raises(KdoctError): check_folds(f, "official", leak=True)  # between training and validation nothing may leak
+
+
+def spoil_official(f, what):
+    f, tested = f.copy(), f.path[f.role == "test"].iloc[0]
+    if what == "a test image missing in one fold": f.loc[(f.path == tested) & (f.fold == 1), "role"] = "out"
+    elif what == "a training image tested once": f.loc[f.index[(f.role == "train") & (f.fold == 0)][0], "role"] = "test"
+    elif what == "out in one fold only": f.loc[f.index[(f.role == "train") & (f.fold == 2)][0], "role"] = "out"
+    elif what == "a fold without validation": f.loc[(f.fold == 1) & (f.role == "val"), "role"] = "train"
+    elif what == "an overlap trained on": f.loc[f.index[(f.role == "out") & (f.fold == 0)][0], "role"] = "train"
+    return f
+
+
+@pytest.mark.parametrize("what", ["a test image missing in one fold", "a training image tested once", "out in one fold only",
+                                  "a fold without validation", "an overlap trained on"])
+@pytest.mark.parametrize("protocol", ["official", ""])
+def test_spoiled_official_folds_are_refused(what, protocol):
+    good = make_folds(OFFICIAL, 3, protocol="official")
+    assert check_folds(good, protocol) is good
+    with pytest.raises(KdoctError): check_folds(spoil_official(good, what), protocol)
+
+
+def test_grouped_folds_are_not_official_ones_nor_the_other_way_round():
+    with pytest.raises(KdoctError): check_folds(GOOD, "official")
+    with pytest.raises(KdoctError): check_folds(make_folds(OFFICIAL, 3, protocol="official"), "grouped-cv")
+
+
+WORST = table_of([[("AB"[p % 2], 2), ("AB"[(p + 1) % 2], 2)] for p in range(20)]).assign(patient_label=lambda d: d.patient.map(lambda p: "AB"[int(p) % 2]))
+
+
+@pytest.mark.parametrize("what", ["out in one training fold only", "a group never tested", "one image never tested"])
+def test_out_cannot_hide_an_image_from_the_test(what):
+    f = make_folds(WORST, 3, worst_case=(False, True))
+    assert check_folds(f, "grouped-cv") is f
+    group = f.group[(f.role == "test") & (f.fold == 0)].iloc[0]
+    mine, test = f.group == group, f.role == "test"
+    if what == "out in one training fold only": f.loc[f.index[mine & (f.fold == 1)][0], "role"] = "out"
+    elif what == "a group never tested": f.loc[mine & (f.fold == 0), "role"] = "train"
+    else:
+        path = f.path[mine & test].iloc[0]
+        f.loc[(f.path == path) & (f.fold == 0), "role"], f.loc[(f.path == path) & (f.fold == 1), "role"] = "out", "out"
+    with pytest.raises(KdoctError): check_folds(f, "grouped-cv")
+
+
+def write_ucsd(folder, n=24):
+    "A small UCSD: every fourth patient of the training folder is tested too, and patient 3 under another number (same pixels)."
+    rng = np.random.default_rng(0)
+    def put(part, p, i, a):
+        path = folder / part / "AB"[p % 2] / f"{'AB'[p % 2]}-{p}-{i}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(a).save(path, "PNG")
+    scans = rng.integers(0, 200, (n + 8, 3, 40, 60)).astype(np.uint8)
+    for p in range(n):
+        for i in (1, 2): put("train", p, i, scans[p, i])
+        if p % 4 == 0: put("test", p, 3, scans[p, 0])
+    for p in range(n, n + 8): put("test", p, 1, scans[p, 0] if p != n + 1 else scans[3, 1])
+    return folder
+
+
+def ucsd_run(folder, name, **changes):
+    data = {"data.root": str(folder), "data.n_folds": 3, "data.size": 32, "data.margin": 0, "data.classes": None, "data.severity": None}
+    return create_run(name, preset("small-ucsd", **data | {"data." + k: v for k, v in changes.items()}))
+
+
+def test_the_official_protocol_runs_reports_the_overlap_and_leaves_it_out(tmp_path, capsys):
+    run = ucsd_run(write_ucsd(tmp_path / "d"), "r")
+    facts = prepare_data(run)
+    assert facts["protocol"] == "official" and facts["leak"] is None and facts["overlap"] == 14 and facts["merged_groups"] == 1
+    assert facts["per_fold"]["0"]["out"] == {"images": 14, "groups": 7} and facts["per_fold"]["0"]["test"]["images"] == 14
+    said = capsys.readouterr().out
+    assert "14 images are outside the official test part" in said and "out 14 images / 7 groups" in said and "leak" not in said
+    audit = pd.read_csv(run.path / "audit.csv")
+    assert (audit.problem == "official-overlap").sum() == 14
+    data = open_fold(run, 1)
+    assert set(data.idx) == set(ROLES) and len(data.rows("out")) == 14 and not set(data.groups[data.idx["train"]]) & set(data.groups[data.idx["test"]])
+    assert prepare_data(run)["folds_sha256"] == facts["folds_sha256"]
+
+
+def test_the_published_leak_is_kept_only_on_demand_and_said_loudly(tmp_path, capsys):
+    run = ucsd_run(write_ucsd(tmp_path / "d"), "r", official_overlap="keep")
+    facts = prepare_data(run)
+    assert facts["leak"] == {"groups": 7, "images": 14} and "out" not in facts["per_fold"]["0"]
+    assert "WARNING: the published leak is kept: 7 patients" in capsys.readouterr().out
+    assert leak_of(folds_of(run)) == facts["leak"] and len(open_fold(run, 0).rows("train"))
+    with pytest.raises(KdoctError, match="two roles"): read_folds(run.folds_csv)
+
+
+def test_grouped_cv_uses_both_official_folders_and_tests_every_image_once(tmp_path):
+    run = ucsd_run(write_ucsd(tmp_path / "d"), "r", protocol="grouped-cv")
+    facts, folds = prepare_data(run), folds_of(run)
+    assert facts["images"] == 62 and sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0]) and facts["leak"] is None
+
+
+@pytest.mark.parametrize("change", [dict(protocol="grouped-cv"), dict(official_overlap="keep")])
+def test_folds_of_another_rule_are_not_taken_over(tmp_path, change):
+    folder = write_ucsd(tmp_path / "d")
+    theirs, mine = ucsd_run(folder, "theirs"), ucsd_run(folder, "mine", **change)
+    prepare_data(theirs)
+    mine.folds_csv.write_bytes(theirs.folds_csv.read_bytes())
+    with pytest.raises(KdoctError): prepare_data(mine)
+    back = ucsd_run(folder, "back")
+    prepare_data(ucsd_run(folder, "other", **change))
+    back.folds_csv.write_bytes((back.path.parent / "other" / "folds.csv").read_bytes())
+    with pytest.raises(KdoctError): prepare_data(back)
+
+
+def write_neh(folder):
+    "A small NEH: 8 patients a class with slices of several labels; CNV/1 and DRUSEN/1 hold the same pictures."
+    rng, rows = np.random.default_rng(0), []
+    for c, other in (("NORMAL", "DRUSEN"), ("DRUSEN", "NORMAL"), ("CNV", "DRUSEN")):
+        for n in range(1, 9):
+            for i, y in enumerate([c, c, other, "NORMAL"]):
+                a, name = rng.integers(0, 200, (40, 60), np.uint8), f"{c}/{n}/{i:03d}_{y.title() if y != 'CNV' else y}.{'tif' if n % 2 else 'jpg'}"
+                (folder / c / str(n)).mkdir(parents=True, exist_ok=True)
+                if (c, n) == ("CNV", 1): (folder / name).write_bytes(next((folder / "DRUSEN" / "1").glob(f"{i:03d}_*")).read_bytes())
+                else: Image.fromarray(a).convert("RGB").save(folder / name, **({"quality": 95} if n % 2 == 0 else {}))
+                rows.append(f"{n},{c},OD,{i},{y},{name}")
+    (folder / "data_information.csv").write_text("Patient ID,Class,Eye,B-scan,Label,Directory\n" + "\n".join(rows))
+    return folder
+
+
+def neh_run(folder, name, **changes):
+    data = {"data.root": str(folder), "data.n_folds": 3, "data.size": 32, "data.margin": 3}
+    return create_run(name, preset("small-neh", **data | {"data." + k: v for k, v in changes.items()}))
+
+
+def test_neh_runs_with_one_preset_and_says_what_it_left_out(tmp_path, capsys):
+    run = neh_run(write_neh(tmp_path / "d"), "r")
+    facts = prepare_data(run)
+    # slices 0, 1 and 2 of CNV/1 and DRUSEN/1 have two labels; slice 3 is NORMAL in both
+    assert facts["images"] == 96 - 6 and facts["problems"]["same-pixels-two-labels"] == 6 and facts["merged_groups"] == 1 and facts["groups"] == 23
+    assert "same-pixels-two-labels" in capsys.readouterr().out and read_json(run.path / "audit.json")["merged_groups"] == {"CNV/1": ["CNV/1", "DRUSEN/1"]}
+    folds = folds_of(run)
+    for k in range(3):
+        data = open_fold(run, k)
+        for role in ("train", "val"): assert (data.rows(role).label == data.rows(role).patient_label).all()
+        assert (data.rows("test").label != data.rows("test").patient_label).any()
+        assert data.images.shape[1:] == (35, 35)  # size and margin
+    assert sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0])
+
+
+def test_neh_the_published_rule_tests_on_such_slices_only_and_a_contradiction_stops_without_leave_out(tmp_path):
+    folder = write_neh(tmp_path / "d")
+    run = neh_run(folder, "r", worst_case_test=True)
+    prepare_data(run)
+    rows = pd.concat([open_fold(run, k).rows("test") for k in range(3)])
+    assert (rows.label == rows.patient_label).all() and len(rows) == 24 * 2 + 8 - 4  # a NORMAL patient's last slice is NORMAL too
+    with pytest.raises(KdoctError, match="(?s)6 same-pixels-two-labels .*leave_out"): prepare_data(neh_run(folder, "strict", leave_out=[]))
+
+
+def test_framings_are_caches_of_their_own_and_the_recipe_chooses(images, tmp_path):
+    folder, table = images
+    ways = [{}, dict(resize="crop"), dict(resize="pad"), dict(fill_white=True), dict(mask_scale_bar=True)]
+    caches = [decode_cache(table, folder, 48, **w) for w in ways]
+    assert len({c.path for c in caches}) == 5
+    for c, w in zip(caches, ways, strict=True):
+        assert (c.images[c.rows([table.sha256[7]])[0]] == to_square(Image.open(folder / table.path[7]), 48, 1, **w)).all()
+    run = a_run(make_images(tmp_path / "d"), resize="pad", margin=4)
+    prepare_data(run)
+    first = open_fold(run, 0).rows("train").path[0]
+    data = open_fold(run, 0)
+    assert (data.images[data.idx["train"][0]] == to_square(Image.open(tmp_path / "d" / first), 36, 1, resize="pad")).all()
+
+
+def scan_with(white=0, bar=False, h=200, w=300):
+    "A drawn B-scan: noise, a bright layer; `white` rows of padding above and as many columns at the left; a red bar."
+    rng = np.random.default_rng(1)
+    a = rng.normal(30, 8, (h, w)) + 150 * np.exp(-((np.arange(h)[:, None] - h / 2) / 12) ** 2)
+    a = np.repeat(a.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if white: a[:white], a[:, :white] = 255, 255
+    if bar: a[int(.95 * h):int(.97 * h), 4:w // 12] = (250, 60, 60)
+    return a
+
+
+def test_white_padding_is_found_whole_and_the_retina_is_not(tmp_path):
+    a = scan_with(white=20)
+    found = white_padding(a[..., 0])
+    assert found[:20].all() and found[:, :20].all() and not found[26:, 26:].any()
+    assert not white_padding(scan_with()[..., 0]).any()
+    bright = scan_with()[..., 0].copy()
+    bright[90:112] = 255  # a saturated layer from border to border
+    assert not white_padding(bright).any()
+    Image.fromarray(a).save(tmp_path / "a.jpg", quality=70)  # specks and a grey fringe
+    saved = np.asarray(Image.open(tmp_path / "a.jpg").convert("L"))
+    assert cover(saved, white_padding(saved))[:, :20].max() < 235 and cover(saved, white_padding(saved))[:20].max() < 235
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_covered_looks_like_the_background_and_the_rest_is_untouched(channels):
+    a = scan_with(white=20, bar=True) if channels == 3 else scan_with(white=20)[..., 0]
+    hidden = white_padding(a if channels == 1 else a[..., 0]) | scale_bar(a.shape)
+    b = cover(a, hidden)
+    assert (b[~hidden] == a[~hidden]).all() and (cover(a, hidden) == b).all() and b.shape == a.shape
+    new, background = b[hidden].astype(float), a[180:188, 40:].astype(float)
+    assert abs(new.mean() - background.mean()) < 3 and abs(new.std() - background.std()) < 2
+    other = a.copy()
+    other[100, 100] ^= 1
+    assert (cover(other, hidden) != b)[hidden].mean() > 0.5  # drawn by content: not one pattern for all images
+
+
+@pytest.mark.parametrize("shape", [(100, 160), (160, 100), (100, 100), (101, 32)])
+def test_crop_keeps_the_middle_and_pad_keeps_everything(shape):
+    a = scan_with(h=shape[0], w=shape[1])[..., 0]
+    h, w, side = *shape, min(shape)
+    crop, pad = to_square(Image.fromarray(a), side, 1, resize="crop"), to_square(Image.fromarray(a), max(shape), 1, resize="pad")
+    assert (crop == a[(h - side) // 2:, (w - side) // 2:][:side, :side]).all()
+    top, left = (max(shape) - h) // 2, (max(shape) - w) // 2
+    assert (pad[top:top + h, left:left + w] == a).all() and pad.shape == (max(shape),) * 2
+    if h != w: assert 0 < np.delete(pad, np.s_[top:top + h] if h < w else np.s_[left:left + w], axis=0 if h < w else 1).mean() < 60
+
+
+def test_an_image_that_is_all_padding_is_an_error_that_names_it(tmp_path):
+    a = np.full((64, 64), 255, np.uint8)
+    a[30, 30] = 250
+    Image.fromarray(a).save(tmp_path / "white.png")
+    table = pd.DataFrame(dict(path=["white.png"], sha256=[sha256_file(tmp_path / "white.png")]))
+    with pytest.raises(KdoctError, match="white.png: All of the image"): decode_cache(table, tmp_path, 32, fill_white=True)
+
+
+def test_on_real_scans_the_white_at_the_border_is_gone(shared_data):
+    left = []
+    for p in sorted((shared_data / "ucsd_oct").glob("*/*-1.jpeg"))[::25]:
+        a = np.asarray(Image.open(p).convert("L"))
+        b = cover(a, white_padding(a))
+        left.append([(np.concatenate([x[:3].ravel(), x[-3:].ravel(), x[:, :3].ravel(), x[:, -3:].ravel()]) >= 240).mean() for x in (a, b)])
+    before, after = np.mean(left, axis=0)
+    assert before > 0.15 and after < 0.002

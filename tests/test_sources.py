@@ -107,7 +107,7 @@ def test_csv_that_is_no_table_says_what_is_missing(tmp_path, text, says):
     assert says in str(e.value)
 
 
-@pytest.mark.parametrize("source", ["ucsd", "folder", "csv"])
+@pytest.mark.parametrize("source", ["ucsd", "neh", "folder", "csv"])
 def test_missing_or_empty_root_names_the_expected_layout(tmp_path, source):
     for root in (None, str(tmp_path / "no"), str(tmp_path)):
         with pytest.raises(KdoctError) as e: load_table(DataRecipe(source=source, root=root))
@@ -148,3 +148,109 @@ def test_real_lung_and_chest_tables_are_read_as_csv(shared_data):
     listing = load_table(data)
     assert len(listing.table) == 2429 and listing.table.group.nunique() == 120
     assert all((listing.root / p).is_file() for p in listing.table.path)
+
+
+def neh_tree(folder, rows, files=None, deeper=True):
+    "A NEH of empty files: rows of (Patient ID, Class, Eye, Label, Directory); files, if not those of the rows."
+    base = folder / "NEH_UT_2021RetinalOCTDataset" if deeper else folder
+    lay_out(base, *(files if files is not None else dict.fromkeys(r[-1] for r in rows)))
+    write_csv(folder / "data_information.csv",
+              [{"Patient ID": p, "Class": c, "Eye": e, "B-scan": i, "Label": y, "Directory": d} for i, (p, c, e, y, d) in enumerate(rows)])
+    return load_table(DataRecipe(source="neh", root=str(folder)))
+
+
+def test_neh_numbers_restart_in_each_class_and_the_label_is_the_slices(tmp_path):
+    t = neh_tree(tmp_path, [("1", "CNV", "OS", "DRUSEN", "CNV/1/000_Drusen.jpg"), ("1", "CNV", "OD", "CNV", "CNV/1/OD/001_CNV.jpg"),
+                            ("1", "DRUSEN", "OD", "NORMAL", "DRUSEN/1/OD/000_Normal.tif"), ("01", "NORMAL", "OS", "NORMAL", "NORMAL/1/007_Normal.tif")]).table
+    assert list(t.group) == list(t.patient) == ["CNV/1", "CNV/1", "DRUSEN/1", "NORMAL/1"]
+    assert list(t.label) == ["DRUSEN", "CNV", "NORMAL", "NORMAL"] and list(t.patient_label) == ["CNV", "CNV", "DRUSEN", "NORMAL"]
+    assert list(t.eye) == ["OS", "OD", "OD", "OS"] and list(t.volume) == ["CNV/1/OS", "CNV/1/OD", "DRUSEN/1/OD", "NORMAL/1/OS"]
+    assert list(t["slice"]) == [0, 1, 0, 7] and tuple(t.columns[:10]) == TABLE_COLUMNS
+
+
+def test_neh_images_may_lie_beside_the_table_or_one_folder_deeper(tmp_path):
+    rows = [("1", "CNV", "OS", "CNV", "CNV/1/000_CNV.jpg"), ("1", "NORMAL", "OS", "NORMAL", "NORMAL/1/000_Normal.jpg")]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    flat, deep = neh_tree(tmp_path / "a", rows, deeper=False), neh_tree(tmp_path / "b", rows)
+    assert flat.table.equals(deep.table) and len(flat.table) == 2 and not len(flat.findings)
+    images = load_table(DataRecipe(source="neh", root=str(deep.root)))  # the folder of the images itself
+    assert images.table.equals(deep.table)
+
+
+def test_neh_path_typos_are_resolved_against_the_real_folder(tmp_path):
+    rows = [("2", "NORMAL", "OS", "NORMAL", "NORMAL/2/000_NOrmal.jpg"), ("2", "NORMAL", "OS", "NORMAL", r"Normal\2\001_Normal.jpg"),
+            ("3", "DRUSEN", "OS", "DRUSEN", "DRUSEN/3/000_DRusen.TIF"), ("3", "DRUSEN", "OS", "DRUSEN", "DRUSEN/3/001_Drusen.tif"),
+            ("3", "DRUSEN", "OS", "DRUSEN", "DRUSEN/3/002_Drusen.tif")]
+    listing = neh_tree(tmp_path, rows, ["NORMAL/2/000_Normal.jpg", "NORMAL/2/001_Normal.jpg", "DRUSEN/3/000_Drusen.tif", "DRUSEN/3/001_Drusen.tif"])
+    assert list(listing.table.path) == ["DRUSEN/3/000_Drusen.tif", "DRUSEN/3/001_Drusen.tif", "NORMAL/2/000_Normal.jpg", "NORMAL/2/001_Normal.jpg"]
+    assert problems(listing) == {"DRUSEN/3/000_Drusen.tif": "path-by-case", "DRUSEN/3/002_Drusen.tif": "missing",
+                                 "NORMAL/2/000_Normal.jpg": "path-by-case", "NORMAL/2/001_Normal.jpg": "path-by-case"}
+
+
+CLASH = [("59", "DRUSEN", "OD", "DRUSEN", "DRUSEN/59/010_Drusen.jpg"), ("59", "DRUSEN", "OD", "DRUSEN", "DRUSEN/59/010_DRusen.jpg")]
+
+
+def test_neh_two_names_that_became_one_file_are_one_row_and_two_files_are_two(tmp_path):
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    one, two = neh_tree(tmp_path / "one", CLASH, [CLASH[0][-1]]), neh_tree(tmp_path / "two", CLASH)
+    assert list(one.table.path) == ["DRUSEN/59/010_Drusen.jpg"] and sorted(one.findings.problem) == ["path-by-case", "repeated-row"]
+    assert sorted(two.table.path) == ["DRUSEN/59/010_DRusen.jpg", "DRUSEN/59/010_Drusen.jpg"] and not len(two.findings)
+
+
+def test_neh_a_name_that_could_be_two_files_is_not_guessed(tmp_path):
+    listing = neh_tree(tmp_path, [*CLASH, ("59", "DRUSEN", "OD", "DRUSEN", "DRUSEN/59/010_DRUSEN.jpg")], [r[-1] for r in CLASH])
+    assert problems(listing) == {"DRUSEN/59/010_DRUSEN.jpg": "ambiguous-path"} and len(listing.table) == 2
+
+
+def test_neh_repeated_rows_are_dropped_and_contradicting_ones_taken_out(tmp_path):
+    one, other = ("58", "CNV", "OD", "CNV", "CNV/58/000_CNV.jpg"), ("58", "CNV", "OD", "CNV", "CNV/58/001_CNV.jpg")
+    eyes = ("58", "CNV", "OD", "CNV", "CNV/58/002_CNV.jpg")
+    listing = neh_tree(tmp_path, [one, one, other, (*other[:3], "NORMAL", other[4]), eyes, (*eyes[:2], "OS", *eyes[3:])])
+    t = listing.table.set_index("path")
+    assert list(t.index) == ["CNV/58/000_CNV.jpg", "CNV/58/002_CNV.jpg"] and t.eye["CNV/58/002_CNV.jpg"] == ""
+    f = listing.findings
+    assert set(zip(f.path, f.problem, f.severity, strict=True)) == {
+        ("CNV/58/000_CNV.jpg", "repeated-row", "note"), ("CNV/58/001_CNV.jpg", "contradictory-rows", "error"),
+        ("CNV/58/002_CNV.jpg", "repeated-row", "note"), ("CNV/58/002_CNV.jpg", "eye-unclear", "note")}
+
+
+@pytest.mark.parametrize(("row", "problem"), [
+    (("1", "CNV", "OS", "DRUSEN", "CNV/1/000_CNV.jpg"), "contradicts-path"), (("1", "DRUSEN", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"),
+    (("2", "CNV", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"), (("1", "CNV", "OS", "AMD", "CNV/1/000_AMD.jpg"), "unknown-label"),
+    (("1", "CNV", "OS", "", "CNV/1/000_CNV.jpg"), "no-label"), (("1", "CNV", "OS", "CNV", "CNV/1/CNV.jpg"), "unparsable-name")])
+def test_neh_rows_that_contradict_their_path_stop_the_run(tmp_path, row, problem):
+    listing = neh_tree(tmp_path, [row, ("9", "CNV", "od", "Cnv", "CNV/9/000_CNV.jpg")])
+    assert list(listing.table.path) == ["CNV/9/000_CNV.jpg"] and listing.table.label[0] == "CNV"
+    assert list(listing.findings.problem) == [problem] and list(listing.findings.severity) == ["error"]
+
+
+def test_neh_images_that_the_table_does_not_list_are_noted_and_the_eye_is_the_tables(tmp_path):
+    listing = neh_tree(tmp_path, [("1", "CNV", "OS", "CNV", "CNV/1/OD/000_CNV.jpg"), ("2", "CNV", "", "CNV", "CNV/2/000_CNV.jpg")],
+                       ["CNV/1/OD/000_CNV.jpg", "CNV/2/000_CNV.jpg", "CNV/2/cover.jpg", "CNV/2/Thumbs.db"])
+    assert problems(listing) == {"CNV/1/OD/000_CNV.jpg": "eye-unclear", "CNV/2/000_CNV.jpg": "eye-unclear", "CNV/2/cover.jpg": "unlisted",
+                                 "CNV/2/Thumbs.db": "other-file"}
+    assert list(listing.table.eye) == ["OS", ""] and list(listing.table.volume) == ["CNV/1/OS", "CNV/2"]
+
+
+def test_neh_without_its_table_folders_or_columns_says_what_is_expected(tmp_path):
+    with pytest.raises(KdoctError, match="0 folders with class folders"): load_table(DataRecipe(source="neh", root=str(tmp_path)))
+    lay_out(tmp_path, "CNV/1/000_CNV.jpg")
+    with pytest.raises(KdoctError, match="no data_information.csv"): load_table(DataRecipe(source="neh", root=str(tmp_path)))
+    (tmp_path / "data_information.csv").write_text("Directory,Class,Label\n")
+    with pytest.raises(KdoctError, match="no column Patient ID, Eye"): load_table(DataRecipe(source="neh", root=str(tmp_path)))
+
+
+def test_neh_reads_the_real_layout(tmp_path, shared_data):
+    "Rows of the published table as another project keeps them, laid out as empty files."
+    real = pd.read_csv(shared_data / "tables" / "neh_listing_excerpt.csv", dtype=str)
+    listing = neh_tree(tmp_path, [(g.split("_")[1], c, e, y, d) for g, c, e, y, d in
+                                  zip(real.global_patient_id, real.Class, real.Eye, real.Label, real.Directory, strict=True)])
+    assert len(listing.table) == 152 and not len(listing.findings)
+    assert sorted(listing.table.group.unique()) == ["CNV/1", "CNV/10", "NORMAL/104", "NORMAL/98", "NORMAL/99"]
+    assert list(listing.table["slice"]) == list(real.set_index("Directory")["B-scan"].astype(int)[listing.table.path])
+
+
+def test_csv_gives_the_patients_diagnosis_where_it_is_named(tmp_path):
+    file = write_csv(tmp_path / "t.csv", [dict(path="a.png", label="NORMAL", patient="1", diagnosis="CNV")])
+    t = load_table(DataRecipe(source="csv", root=file, columns=dict(patient_label="diagnosis"))).table
+    assert list(t.patient_label) == ["CNV"] and "patient_label" not in load_table(DataRecipe(source="csv", root=file)).table
