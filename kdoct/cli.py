@@ -75,17 +75,25 @@ def crossval(
     "Data, teacher, student, baseline and evaluation of several folds; the same command continues after an interruption."
     _all_stages(_run(preset_name, run, source, data_root, changes), folds, notebooks)
 
-# %% ../nbs/10_cli.ipynb #8af043c1
+# %% ../nbs/10_cli.ipynb #06040fc7
+def _echo_probe(table, root):
+    "Print what the shortcut probe finds, or why it cannot be asked."
+    from kdoct.probe import probe_shortcuts
+    try: typer.echo(probe_shortcuts(table, root)['sentence'])
+    except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
+
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', changes:SetOption=[],  # noqa: B006
     out:Annotated[Path|None, typer.Option(help="Write the findings as CSV.")]=None,
+    probe:Annotated[bool, typer.Option(help="Ask how well the class can be told from what is not retina.")]=True,
 ):
-    "Look at every file: unreadable, truncated, duplicated, mislabelled; exit status 1 if something would stop a run."
+    "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
     from kdoct.data import audit as look
     from kdoct.sources import load_table
     data = _recipe(preset_name, source, data_root, changes).data
-    result = look(load_table(data), data.classes, data.leave_out)
+    listing = load_table(data)
+    result = look(listing, data.classes, data.leave_out)
     found = result.findings
     typer.echo(f"{len(result.table)} images can be used, of {result.table.group.nunique()} groups (patients).")
     for (problem, action), rows in found.groupby(['problem', 'action']):
@@ -93,6 +101,7 @@ def audit(
     if out:
         with atomic_path(out) as tmp: found.to_csv(tmp, index=False)
         typer.echo(f"All findings: {_short(out)}")
+    if probe: _echo_probe(result.table, listing.root)
     if stops := sorted(set(found.problem[found.action == 'stops the run'])):
         raise KdoctError(f"A run would stop here: {', '.join(stops)}.",
                          fix=f"Mend the files, or leave these images out: --set 'data.leave_out={json.dumps(stops)}'")
