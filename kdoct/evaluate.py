@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_figure', 'reliability_figure', 'history_figure',
            'worst_mistakes', 'mistakes_figure', 'counts_of', 'counts_figure', 'folds_figure', 'views_figure',
-           'fold_models', 'complete_folds', 'fold_variants', 'pool_variants', 'sections_of', 'fold_figures',
-           'evaluate_fold', 'show_figures', 'ensemble', 'ensemble_section', 'evaluate_run']
+           'fold_models', 'complete_folds', 'fold_variants', 'pool_variants', 'costs_of', 'ensemble',
+           'ensemble_section', 'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
 
-# %% ../nbs/05_evaluate.ipynb #29cc8d8c
+# %% ../nbs/05_evaluate.ipynb #c1d0e8b8
 import io
 import textwrap
 import time
@@ -24,10 +24,9 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from sklearn.metrics import roc_curve
 
-from .core import ROLES, KdoctError, Run, atomic_path, open_run, read_json, sha256_file
+from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
-from .efficiency import run_efficiency
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, targets_of
@@ -329,10 +328,10 @@ def _histories(run, fold):
     return {r: pd.read_csv(p) for r, p in paths.items() if p.is_file()}
 
 # %% ../nbs/05_evaluate.ipynb #4a47db68
-def _simulated_predictions(table, role, fold, margin=0., draw=0):
+def _simulated_predictions(table, role, fold, change=0., draw=0):
     "Logits of a simulated model for the rows of an image table."
     rng, classes = np.random.default_rng([fold, ROLES.index(role), draw]), sorted(table.label.unique())
-    margin += {'teacher': 4., 'student': 3.4, 'baseline': 2.4}[role]
+    margin = max({'teacher': 4., 'student': 3.4, 'baseline': 2.4}[role] + change, 0)
     z = rng.normal(size=(len(table), len(classes))) + margin*(table.label.to_numpy()[:, None] == np.array(classes))
     columns = [c for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice') if c in table]
     return table[columns].assign(fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)})
@@ -341,7 +340,7 @@ def _simulated_variants(run, table, role, fold, main):
     "What training writes beside predictions.parquet: other weights and views, as the recipe has them; and which weights are kept."
     train, views = run.recipe.teacher if role == 'teacher' else run.recipe.student, run.recipe.evaluate.views
     kept = 'checkpoint' if train.average == 'none' else train.average
-    out = {(kept, ONE): main, (kept, BLANKED): _simulated_predictions(table, role, fold, -4., 1)}
+    out = {(kept, ONE): main, (kept, BLANKED): _simulated_predictions(table, role, fold, -9., 4)}
     if kept != 'checkpoint': out['checkpoint', ONE] = _simulated_predictions(table, role, fold, -.3, 2)
     if views: out |= {(w, MANY): _simulated_predictions(table, role, fold, .2, 3) for w in {w for w, _ in out}}
     return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
@@ -395,13 +394,83 @@ def pool_variants(
 
 def _folds_text(folds): return ('fold ' if len(folds) == 1 else 'folds ') + ', '.join(map(str, folds))
 
+# %% ../nbs/05_evaluate.ipynb #26493c0c
+def _not_measured(about, folder):
+    "Why a model cannot be measured; '' if it can."
+    if about.get('arch') == 'simulated': return 'simulated predictions, there is no network'
+    return '' if (folder/'model.safetensors').exists() else 'no model.safetensors'
+
+def costs_of(
+    run:Run,  # the run
+    fold:int,  # a fold with finished models
+    models,  # their names
+    repeats:int=30,  # passes that are timed
+) -> dict[str, dict]:  # model -> as `kdoct.efficiency.efficiency`, or only parameters and `not_measured`
+    "What each model costs; measured once a run and architecture."
+    path, out = run.path/'efficiency.json', {}
+    with locked(path, what=f"the timing of run '{run.name}'", wait=600):
+        known = read_json(path) if path.exists() else {}
+        for m in models:
+            folder = run.stage_dir(fold, m)
+            about = read_json(folder/'model.json')
+            if reason := _not_measured(about, folder): out[m] = dict(parameters=about.get('parameters'), not_measured=reason)
+            else:
+                key = f"{about['arch']}, {len(about['classes'])} classes, {about['input_size']} px"
+                if key not in known: write_json(path, known := known | {key: _measured(folder, repeats)})
+                out[m] = known[key]
+    return out
+
+def _measured(folder, repeats):
+    from kdoct.efficiency import efficiency  # here, so that reading results does not wait for torch
+    return efficiency(folder, repeats)
+
+# %% ../nbs/05_evaluate.ipynb #d8923987
+def ensemble(
+    run:Run|str,  # run or its name
+    role:str,  # teacher, student or baseline
+    folds:list[int]|None=None,  # the members; None: all folds in which the three models have predictions
+) -> pd.DataFrame:  # predictions, fold -1: logarithms of the mean probabilities
+    "The mean of the members' probabilities on images that none of them has seen; `KdoctError` where there is no such image."
+    run = _opened(run)
+    folds = complete_folds(run) if folds is None else sorted(set(folds))
+    if len(folds) < 2: raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
+    parts = folds_of(run).query('fold in @folds')
+    seen, tests = set(parts.group[parts.role.isin(['train', 'val'])]), parts[parts.role == 'test']
+    common, images = set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))), tests.drop_duplicates('path')
+    clean = common & set(images.path[~images.group.isin(seen)])
+    if not clean:
+        met = images[images.group.isin(seen)]
+        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training or '
+                         'validation part of another member, and no image is left that all members test and none has seen.',
+                         fix='After a cross-validation there can be no ensemble over folds: what one fold tests, the others learn from. '
+                             'Use data.protocol=official, or images of other patients.')
+    each = [_read_role(run, k, role).pipe(lambda t: t[t.path.isin(clean)]).sort_values('path', ignore_index=True) for k in folds]
+    if lost := [k for k, t in zip(folds, each, strict=True) if len(t) != len(clean)]:
+        raise KdoctError(f'The {role} of {_folds_text(lost)} has not predicted all {len(clean)} images.', fix='Train it again on this folds.csv.')
+    logp = np.logaddexp.reduce([log_softmax(logits_of(t)) for t in each]) - np.log(len(each))
+    return each[0].assign(fold=-1, **{f'logit_{c}': logp[:, i] for i, c in enumerate(classes_of(each[0]))})
+
+# %% ../nbs/05_evaluate.ipynb #82bd4353
+def ensemble_section(
+    run:Run,  # the run
+    folds:list[int],  # the members
+    models:dict[str, pd.DataFrame],  # pooled predictions
+) -> tuple[Section|None, str]:  # the section, or None and the reason
+    "Ensembles of the three models where they are legal."
+    try: rows = {f'{role}, ensemble of {len(folds)}': ensemble(run, role, folds) for role in ROLES}
+    except KdoctError as e: return None, f'No ensemble over folds: {e.problem}'
+    n, of = len(next(iter(rows.values()))), models['student'].path.nunique()
+    return scores_section('Ensemble over folds', rows, f'Mean of the probabilities of {len(folds)} models on {n} of {of} test images, those of groups that no '
+                          'member has met in training or validation. The main table shows the same models one by one.',
+                          run.recipe.evaluate, run.recipe.seed), ''
+
 # %% ../nbs/05_evaluate.ipynb #7482e915
 def sections_of(
     run:Run,  # the run
     models:dict[str, pd.DataFrame],  # predictions, of a fold or pooled
     variants:dict,  # model -> (weights, view) -> predictions
     kept:dict,  # (model, weights) -> where they are kept, in words
-    costs:dict[str, dict],  # from `run_efficiency`
+    costs:dict[str, dict],  # from `costs_of`
 ) -> dict[str, Section]:  # those that there are
     "The published selection, patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
@@ -410,13 +479,31 @@ def sections_of(
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
     return {k: s for k, s in made.items() if s is not None}
 
-# %% ../nbs/05_evaluate.ipynb #9b67e9f6
+# %% ../nbs/05_evaluate.ipynb #31722e62
+def _tables(run, each, models, notes=()):
+    "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
+    e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
+    variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
+    sections, notes = sections_of(run, models, variants, kept, costs_of(run, folds[0], models)), [*missing, *notes]
+    if len(folds) > 1:
+        together, reason = ensemble_section(run, folds, models)
+        if together: sections = dict(ensemble=together) | sections
+        else: notes.append(reason)
+    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}'.rstrip('.') + '.' for n in notes)])
+    params = {m: d.get('parameters') for m, d in _about(run, folds[0], models).items()}
+    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
+                sections=sections)
+
+def _plain_tables(result):
+    "The same as JSON wants it."
+    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in result['sections'].items()}
+    return dict(protocol=result['protocol'], table=_numbers(result['table']), differences=_numbers(result['differences']), sections=plain)
+
 def _numbers(t):
     "A frame as nested dicts: row -> column -> value, a row's tuple joined."
     return {' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()}
 
-def _plain_sections(sections): return {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in sections.items()}
-
+# %% ../nbs/05_evaluate.ipynb #cd04dd5a
 def fold_figures(
     run:Run,  # the run
     fold:int,  # counted from 0
@@ -463,23 +550,19 @@ def evaluate_fold(
 ) -> dict:  # table, differences, sections, estimates, protocol, figures (name -> path), models
     "Evaluate a fold: print the tables, write evaluation.json and figures/*.png, return everything."
     run, t0 = _opened(run), time.perf_counter()
-    models, e, seed = fold_models(run, fold), run.recipe.evaluate, run.recipe.seed
-    params = {m: d.get('parameters') for m, d in _about(run, fold, models).items()}
-    variants, kept, notes = pool_variants({fold: fold_variants(run, fold, models)})
-    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
-    table, diff = table_of(models, params, e, protocol, seed), differences_of(models, e, seed)
-    sections, estimates = sections_of(run, models, variants, kept, run_efficiency(run, fold, models)), {r: evaluate_predictions(df) for r, df in models.items()}
+    models = fold_models(run, fold)
+    made, estimates = _tables(run, {fold: models}, models), {m: evaluate_predictions(df) for m, df in models.items()}
     if load_image is None or labels is None:
         own = _images_of(run, fold); load_image, labels = load_image or own[0], own[1] if labels is None else labels
-    drawn = fold_figures(run, fold, models, load_image, labels) | ({'views': views_figure(sections['views'])} if 'views' in sections else {})
+    drawn = fold_figures(run, fold, models, load_image, labels) | ({'views': views_figure(made['sections']['views'])} if 'views' in made['sections'] else {})
     figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in drawn.items()}
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
-        run=run.name, fold=fold, protocol=protocol, parameters=params, table=_numbers(table), estimates=estimates,
-        differences=_numbers(diff), sections=_plain_sections(sections), figures={n: p.relative_to(run.path) for n, p in figures.items()},
-        predictions={r: sha256_file(run.stage_dir(fold, r)/'predictions.parquet') for r in models}))
+        run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
+        figures={n: p.relative_to(run.path) for n, p in figures.items()},
+        predictions={m: sha256_file(run.stage_dir(fold, m)/'predictions.parquet') for m in models}))
     run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
-               accuracy={r: estimates[r]['accuracy'] for r in models})
-    result = dict(run=run.name, fold=fold, protocol=protocol, table=table, differences=diff, sections=sections, estimates=estimates, figures=figures, models=models)
+               accuracy={m: v['accuracy'] for m, v in estimates.items()})
+    result = dict(run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models)
     if verbose: _say(run, result, [run.fold_dir(fold)/'evaluation.json', *figures.values()])
     return result
 
@@ -505,45 +588,6 @@ def _pool(per_fold, protocol='grouped-cv'):
                          fix='Evaluate the folds one by one, or make folds whose test parts share no patient (01_data).')
     return pooled
 
-# %% ../nbs/05_evaluate.ipynb #d8923987
-def ensemble(
-    run:Run|str,  # run or its name
-    role:str,  # teacher, student or baseline
-    folds:list[int]|None=None,  # the members; None: all folds in which the three models have predictions
-) -> pd.DataFrame:  # predictions, fold -1: logarithms of the mean probabilities
-    "The mean of the members' probabilities on images that none of them has seen; `KdoctError` where there is no such image."
-    run = _opened(run)
-    folds = complete_folds(run) if folds is None else sorted(set(folds))
-    if len(folds) < 2: raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
-    parts = folds_of(run).query('fold in @folds')
-    seen, tests = set(parts.group[parts.role.isin(['train', 'val'])]), parts[parts.role == 'test']
-    common, images = set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))), tests.drop_duplicates('path')
-    clean = common & set(images.path[~images.group.isin(seen)])
-    if not clean:
-        met = images[images.group.isin(seen)]
-        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training or validation part of '
-                         'another member, and no image is left that all members test and none has seen.',
-                         fix='After a cross-validation there can be no ensemble over folds: what one fold tests, the others learn from. Use data.protocol=official, '
-                             'or images of other patients.')
-    each = [_read_role(run, k, role).pipe(lambda t: t[t.path.isin(clean)]).sort_values('path', ignore_index=True) for k in folds]
-    if lost := [k for k, t in zip(folds, each, strict=True) if len(t) != len(clean)]:
-        raise KdoctError(f'The {role} of {_folds_text(lost)} has not predicted all {len(clean)} images.', fix='Train it again on this folds.csv.')
-    logp = np.logaddexp.reduce([log_softmax(logits_of(t)) for t in each]) - np.log(len(each))
-    return each[0].assign(fold=-1, **{f'logit_{c}': logp[:, i] for i, c in enumerate(classes_of(each[0]))})
-
-# %% ../nbs/05_evaluate.ipynb #82bd4353
-def ensemble_section(
-    run:Run,  # the run
-    folds:list[int],  # the members
-    models:dict[str, pd.DataFrame],  # pooled predictions
-) -> tuple[Section|None, str]:  # the section, or None and the reason
-    "Ensembles of the three models where they are legal."
-    try: rows = {f'{role}, ensemble of {len(folds)}': ensemble(run, role, folds) for role in ROLES}
-    except KdoctError as e: return None, f'No ensemble over folds: {e.problem}'
-    n, of = len(next(iter(rows.values()))), models['student'].path.nunique()
-    return scores_section('Ensemble over folds', rows, f'Mean of the probabilities of {len(folds)} models on {n} of {of} test images, those of groups that no '
-                          'member has met in training or validation. The main table shows the same models one by one.', run.recipe.evaluate, run.recipe.seed), ''
-
 # %% ../nbs/05_evaluate.ipynb #06210d44
 def evaluate_run(
     run:Run|str,  # run or its name
@@ -555,28 +599,19 @@ def evaluate_run(
     folds = complete_folds(run) if folds is None else sorted(set(folds))
     if not folds: raise KdoctError(f"No fold of run '{run.name}' has predictions of all three models.",
                                    fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
-    each, e, seed = {k: fold_models(run, k) for k in folds}, run.recipe.evaluate, run.recipe.seed
+    each = {k: fold_models(run, k) for k in folds}
     models = _pool(each, run.recipe.data.protocol)
-    variants, kept, notes = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
-    notes += [f'{m} is not in every fold and is left out here' for m in FURTHER if m not in models and any(m in some for some in each.values())]
-    sections = sections_of(run, models, variants, kept, run_efficiency(run, folds[0], models))
-    if len(folds) > 1:
-        together, reason = ensemble_section(run, folds, models)
-        if together: sections = dict(ensemble=together) | sections
-        else: notes.append(reason)
-    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}'.rstrip('.') + '.' for n in notes)])
-    params = {m: d.get('parameters') for m, d in _about(run, folds[0], models).items()}
-    table, diff = table_of(models, params, e, protocol, seed), differences_of(models, e, seed)
+    made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in FURTHER
+                                       if m not in models and any(m in some for some in each.values())])
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
-    made = dict(confusion=confusion_figure(models), reliability=reliability_figure(models), folds=folds_figure(per_fold))
-    if 'views' in sections: made['views'] = views_figure(sections['views'])
-    figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in made.items()}
-    write_json(run.path/'summary.json', dict(
-        run=run.name, folds=folds, protocol=protocol, table=_numbers(table), differences=_numbers(diff), mean_sd=_numbers(summary),
-        sections=_plain_sections(sections), per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
+    drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure(models), folds=folds_figure(per_fold))
+    if 'views' in made['sections']: drawn['views'] = views_figure(made['sections']['views'])
+    figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
+    write_json(run.path/'summary.json', dict(run=run.name, folds=folds, **_plain_tables(made), mean_sd=_numbers(summary),
+                                             per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
     run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
-    result = dict(table=table, differences=diff, sections=sections, folds=summary, per_fold=per_fold, protocol=protocol, figures=figures)
+    result = made | dict(folds=summary, per_fold=per_fold, figures=figures)
     if verbose and len(folds) > 1: print(f'mean ± sd over {len(folds)} folds', shown_folds(summary).T.to_string(), 'all test images', sep='\n\n', end='\n\n')
     if verbose: _say(run, result, [run.path/'summary.json', *figures.values()])
     return result

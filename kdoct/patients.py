@@ -60,7 +60,8 @@ def _by_patient(df, severity):
     code = truth.index.get_indexer(keys)
     groups = df.group.astype(str).groupby(code)
     if (n := groups.nunique()).loc[0:].max() > 1:
-        raise KdoctError(f'Patient {truth.index[n.loc[0:].idxmax()][1]} is in several groups.', fix='Merge the groups of a patient (01_data), then train again.')
+        raise KdoctError(f'Patient {truth.index[n.loc[0:].idxmax()][1]} is in several groups.',
+                         fix='Merge the groups of a patient (01_data), then train again.')
     table = truth.rename('label').reset_index()
     table.insert(0, 'path', table.patient)
     return table.assign(group=groups.first().loc[0:].to_numpy(), n_slices=np.bincount(code[code >= 0], minlength=len(table))), code, lost

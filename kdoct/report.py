@@ -96,7 +96,7 @@ def _results(result, folds):
     if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.'))
     tables.append(_table(shown_differences(r['differences']), 'difference',
                          'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.'))
-    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity, specificity, precision and F1 are macro, one-vs-rest.'))
+    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.'))
     notes = [f'{m}: {n}' for m, n in r['table'].note.items() if n]
     return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes,
                 sections=[_section(s) for s in r['sections'].values()])
@@ -226,7 +226,8 @@ def report_html(
     for k in use:
         if not run.is_finished('evaluate', k): evaluate_fold(run, k, load_image, verbose=False)
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
-        raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.", fix='Give the result of `evaluate_run` on the same folds.')
+        raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
+                         fix='Give the result of `evaluate_run` on the same folds.')
     results = _results(result or evaluate_run(run, use, verbose=False), use) if use else None
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}

@@ -208,15 +208,21 @@ def patients_section(
     rows = {f'{n}, mean of slices': t for n, (t, _) in means.items()}
     if severity: rows |= {f'{n}, worst slice': worst_slice(df, severity) for n, df in models.items()}
     table, lost = next(iter(means.values()))
-    models_on = f' Each is called by {table.fold.nunique()} models.' if table.patient.nunique() < len(table) else ''
-    truth = 'the diagnosis of the patient' if 'patient_label' in next(iter(models.values())) else \
-        'the most severe label of the slices' if severity else 'the label that all slices share'
-    out = f' Left out for slices of several classes, with no order in data.severity: {len(lost)} patients ({", ".join(lost[:10])}{", ..." if len(lost) > 10 else ""}).' if lost else ''
-    worst = f'worst slice: the most severe class called on any slice ({" < ".join(severity)}), a call without probabilities, hence no AUC' if severity \
-        else 'worst slice: not given, because data.severity says no order of the classes'
-    return scores_section('Patients', rows, f'{table.patient.nunique()} patients, {int(table.n_slices.median())} slices each (median).{models_on} Truth: {truth}. Mean of '
-                   f'slices: probabilities averaged, the largest wins; {worst}. Intervals over groups.{out}', evaluate, seed,
-                   lambda name: CALLS if name.endswith('worst slice') else HEADLINE)
+    caption = _patients_caption(table, lost, severity, 'patient_label' in next(iter(models.values())))
+    return scores_section('Patients', rows, caption, evaluate, seed, lambda name: CALLS if name.endswith('worst slice') else HEADLINE)
+
+def _patients_caption(table, lost, severity, diagnosis):
+    "How patients were called, and which could not be."
+    n, times = table.patient.nunique(), table.fold.nunique()
+    truth = 'the diagnosis of the patient' if diagnosis else 'the most severe label of the slices' if severity else 'the label that all slices share'
+    out = [f'{n} patients, {int(table.n_slices.median())} slices each (median).', *([f'Each is called by {times} models.'] if n < len(table) else []),
+           f'Truth: {truth}.', 'Mean of slices: probabilities averaged, the largest wins.']
+    if severity: out.append(f'Worst slice: the most severe class called on any slice ({" < ".join(severity)}), a call without probabilities, hence no AUC.')
+    else: out.append('Worst slice: not given, because data.severity names no order of the classes.')
+    out.append('Intervals over groups.')
+    if lost: out.append(f'Left out for slices of several classes, with no order in data.severity: {len(lost)} patients ({", ".join(lost[:10])}'
+                        f'{", ..." if len(lost) > 10 else ""}).')
+    return ' '.join(out)
 
 # %% ../nbs/05e_tables.ipynb #9fd607d7
 ONE, MANY, BLANKED = 'identity', 'averaged', 'retina blanked'
@@ -258,7 +264,8 @@ def views_section(
     names = {f'{m}, {w}, {_VIEWED[v]}': (m, w, v) for m, w, v in rows}
     caption = (f'Averaged views: mean of logits over {", ".join(views)}. ' if any(v == MANY for _, _, v in rows) else 'No averaged views. ') + \
         'Weights: checkpoint is the best epoch by validation, swa and ema are averages over training; validation, never this table, decides which are kept.'
-    return scores_section('Views and weights', {n: rows[k] for n, k in names.items()}, caption, evaluate, seed, kept=[kept.get((m, w), '') for m, w, _ in names.values()])
+    return scores_section('Views and weights', {n: rows[k] for n, k in names.items()}, caption, evaluate, seed,
+                          kept=[kept.get((m, w), '') for m, w, _ in names.values()])
 
 def views_differences(
     variants:dict[str, dict],        # model -> (weights, view) -> predictions
@@ -271,8 +278,8 @@ def views_differences(
               if v == ONE and w != 'checkpoint' and ('checkpoint', ONE) in some}
     if not pairs: return None
     diff = _differences(pairs, evaluate, seed)
-    return Section('What views and averaged weights change', diff, shown_differences(diff), 'Paired differences on the same resamples of groups: points of percent (AUC: absolute), interval, '
-                   'two-sided bootstrap p. Averaging n views costs n times the time.')
+    return Section('What views and averaged weights change', diff, shown_differences(diff), 'Paired differences on the same resamples of groups: points of '
+                   'percent (AUC: absolute), interval, two-sided bootstrap p. Averaging n views costs n times the time.')
 
 # %% ../nbs/05e_tables.ipynb #93db7963
 def blanked_section(
@@ -287,28 +294,33 @@ def blanked_section(
     s = scores_section('Without a retina', rows, '', evaluate, seed)
     above = s.table.sensitivity_low > 1/len(share)
     table = s.table.assign(chance=np.where(above, 'above', 'not above'), largest_class=float(share.max()), balanced_chance=1/len(share))
-    return Section(s.title, table, shown(table).drop(columns='note', errors='ignore'), f'The same test images with the retina covered by background. Chance: always answering {share.index[0]} is right on '
-                   f'{100*share.max():.1f} %; macro sensitivity without any knowledge is {100/len(share):.1f} % (1/{len(share)}). "Above" means that the interval of macro sensitivity lies above that: '
-                   'then the class shows in margins, padding, scale bar or grey level, and a part of the main score may come from there and not from the eye. '
-                   'A score at chance does not prove the contrary: a covered image is one that the model has never seen the like of.')
+    caption = (f'The same test images with the retina covered by background. Chance: always answering {share.index[0]} is right on {100*share.max():.1f} %; '
+               f'macro sensitivity without any knowledge is {100/len(share):.1f} % (1/{len(share)}). "Above" means that the interval of macro sensitivity lies '
+               'above that: then the class shows in margins, padding, scale bar or grey level, and a part of the main score may come from there and not from '
+               'the eye. A score at chance does not prove the contrary: no model has seen covered images in training.')
+    return Section(s.title, table, shown(table).drop(columns='note', errors='ignore'), caption)
 
 # %% ../nbs/05e_tables.ipynb #ce125109
 def _cost_texts(c):
     "What one model costs, for reading."
     latency = {f"one image [ms], {t['device']}": f"{t['median_ms']:.1f} [{t['p10_ms']:.1f}, {t['p90_ms']:.1f}]" for t in c.get('latency', [])}
-    return {'parameters': f"{c['parameters']/1e6:.2f} M" if c['parameters'] else '–', 'multiply-adds': f"{c['macs']/1e9:.3f} G" if 'macs' in c else 'not measured',
-            'weights on disk': f"{c['bytes']/2**20:.1f} MiB" if c.get('bytes') else 'not measured', **latency}
+    return {'parameters': f"{c['parameters']/1e6:.2f} M" if c['parameters'] else '–',
+            'multiply-adds': f"{c['macs']/1e9:.3f} G" if 'macs' in c else 'not measured',
+            'weights on disk': f"{c['bytes']/1e6:.1f} MB" if c.get('bytes') else 'not measured', **latency}
 
 def costs_section(
-    costs:dict[str, dict],  # model -> as `kdoct.efficiency.run_efficiency` gives it
+    costs:dict[str, dict],  # model -> as `kdoct.efficiency.efficiency` gives it, or only parameters and `not_measured`
 )->Section:
     "Parameters, multiply-adds, bytes, time."
     out = [f'{m} was not measured: {c["not_measured"]}.' for m, c in costs.items() if 'not_measured' in c]
-    timed = [t for c in costs.values() for t in c.get('latency', [])]
-    t, s = costs.get('teacher', {}), costs.get('student', {})
+    t, s, timed = costs.get('teacher', {}), costs.get('student', {}), [t for c in costs.values() for t in c.get('latency', [])]
     if 'macs' in t and 'macs' in s:
-        out.append(f'The student has {t["parameters"]/s["parameters"]:.1f} times fewer parameters than the teacher and needs {t["macs"]/s["macs"]:.1f} times fewer multiply-adds.')
-    if timed: out.append('Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix products) and normalisations as fvcore counts them. Time of one '
-                         f'image, batch 1: median [10 %, 90 %] of {min(x["n"] for x in timed)} passes or more, {timed[0]["precision"]}, {timed[0]["threads"]} CPU threads.')
+        out.append(f'The student has {t["parameters"]/s["parameters"]:.1f} times fewer parameters than the teacher and needs '
+                   f'{t["macs"]/s["macs"]:.1f} times fewer multiply-adds.')
+    if timed:
+        where = ' and '.join(sorted({f'{x["device"]}: {x["processor"]}' for x in timed}))
+        out.append('Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix products), normalisations as fvcore counts them. Time of '
+                   f'one image, batch 1: median [10 %, 90 %] of {min(x["n"] for x in timed)} passes or more after a warm-up, {timed[0]["precision"]}, '
+                   f'{timed[0]["threads"]} CPU threads ({where}).')
     texts = pd.DataFrame({m: _cost_texts(c) for m, c in costs.items()}).T.fillna('not measured')
-    return Section('What a model costs', pd.DataFrame({m: {k: v for k, v in c.items() if k != 'latency'} | {'latency': c.get('latency', [])} for m, c in costs.items()}).T, texts, ' '.join(out))
+    return Section('What a model costs', pd.DataFrame({m: pd.Series(c, dtype=object) for m, c in costs.items()}).T, texts, ' '.join(out))

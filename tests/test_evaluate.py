@@ -214,6 +214,22 @@ def test_views_and_weights_are_those_of_variants_parquet(viewed):
     assert 'views identity, hflip' in fold['protocol'] and (run.figures_dir(0)/'views.png').exists()
 
 
+def test_each_architecture_is_measured_once_and_noted(monkeypatch):
+    from kdoct.core import TrainRecipe
+    from kdoct.models import create_classifier, save_bundle
+    run, net = create_run('cost', preset('tiny')), create_classifier(TrainRecipe(arch='test_efficientnet', weights='none'), 4, 64)
+    for role in ('student', 'baseline'): save_bundle(run.stage_dir(0, role), net, role, run.recipe, list('abcd'))
+    write_json(run.stage_dir(0, 'hog_svm')/'model.json', dict(parameters=None))
+    c = E.costs_of(run, 0, ('student', 'baseline', 'hog_svm'), repeats=5)
+    assert c['student'] == c['baseline'] and c['student']['parameters'] == sum(p.numel() for p in net.parameters())
+    assert c['student']['bytes'] == (run.stage_dir(0, 'student')/'model.safetensors').stat().st_size
+    assert c['hog_svm'] == dict(parameters=None, not_measured='no model.safetensors')
+    s = T.costs_section(c)
+    assert 'hog_svm was not measured: no model.safetensors' in s.caption and s.texts.loc['student', 'weights on disk'] == '0.4 MB'
+    monkeypatch.setattr(E, '_measured', lambda *a: pytest.fail('measured twice'))
+    assert E.costs_of(run, 0, ('student',))['student'] == read_json(run.path/'efficiency.json')['test_efficientnet, 4 classes, 64 px']
+
+
 def test_main_table_is_of_the_kept_weights_in_one_view(viewed):
     t, main = viewed[1]['sections']['views'].table, viewed[1]['table']
     assert main.accuracy['teacher'] == t.accuracy['teacher, swa, one view'] and main.nll['student'] == t.nll['student, checkpoint, one view']
@@ -291,6 +307,12 @@ def official_run(name, seen_groups=0):
     return run
 
 
+def official_tables(run):
+    "What `evaluate_run` computes, without its figures."
+    each = {k: E.fold_models(run, k) for k in range(3)}
+    return E._tables(run, each, E._pool(each, 'official'))
+
+
 def test_official_models_are_pooled_on_the_same_test_images():
     run = official_run('official')
     r, _ = quiet(E.evaluate_run, run)
@@ -308,7 +330,7 @@ def test_official_ensemble_is_the_mean_of_the_members_probabilities():
     mean = np.mean([np.exp(log_probs(t)) for t in each], axis=0)
     np.testing.assert_allclose(np.exp(log_probs(e)), mean, rtol=1e-9)
     assert e.path.tolist() == each[0].path.tolist() and set(e.fold) == {-1}
-    r, _ = quiet(E.evaluate_run, run)
+    r = official_tables(run)
     assert r['sections']['ensemble'].table.accuracy['student, ensemble of 3'] == evaluate_predictions(e)['accuracy'] > r['table'].accuracy['student']
     assert 'No ensemble' not in r['protocol']
 
@@ -317,7 +339,7 @@ def test_ensemble_leaves_out_patients_that_a_member_was_trained_on():
     run = official_run('leaky', seen_groups=15)
     e, test = E.ensemble(run, 'student'), simulate_predictions(40)
     assert set(e.group) == set(test.group.unique()[15:])
-    r, _ = quiet(E.evaluate_run, run)
+    r = official_tables(run)
     assert f'{len(e)} of {len(test)} test images' in r['sections']['ensemble'].caption
 
 
@@ -354,7 +376,7 @@ def test_patients_with_contradicting_slices_are_named_or_take_the_worst():
     p, lost = P.mean_of_slices(df)
     assert lost == [name] and name not in set(p.patient)
     s = T.patients_section({'student': df}, preset('tiny').evaluate)
-    assert f'1 patients ({name})' in s.caption and 'worst slice: not given' in s.caption
+    assert f'1 patients ({name})' in s.caption and 'Worst slice: not given' in s.caption
     assert name in set(P.mean_of_slices(df, ('NORMAL', 'DRUSEN', 'DME', 'CNV'))[0].patient)
     known, lost = P.mean_of_slices(df.assign(patient_label='CNV'))
     assert lost == [] and set(known.label) == {'CNV'}
