@@ -7,7 +7,7 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy', 'make_learner',
            'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #1c9c34d1
+# %% ../nbs/02b_training.ipynb #ddcdc14f
 import ctypes
 import json
 import math
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .augment import Batches, image_ids
-from .averaging import Averaging, refresh_norms
+from .averaging import Averaging, average_candidates
 from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_everything, sha256_file
 from .data import FoldData, open_fold
 from .losses import hard_loss
@@ -384,15 +384,12 @@ def _blanked_logits(model:Classifier, data:FoldData, size:int, device, chunk:int
                                                          device=device, size=size)) for x in parts])
 
 # %% ../nbs/02b_training.ipynb #36db35b1
-def _candidates(learn:ResumableLearner, recipe:TrainRecipe, clean:Batches)->dict[str, dict]:
+def _candidates(run:Run, data:FoldData, learn:ResumableLearner, recipe:TrainRecipe)->dict[str, dict]:
     "Weights that may be kept: those of the best epoch, and the average with BatchNorm statistics of its own."
     own = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
-    out = {'checkpoint': own}
-    if learn.averaging.ready:
-        learn.model.body.load_state_dict(learn.averaging.average.module.state_dict())
-        refresh_norms(learn.model, clean)
-        out[recipe.average] = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
-    return out
+    if not learn.averaging.ready: return {'checkpoint': own}
+    clean, augmented = _batches(data, 'train', run, recipe, learn.dls.device), _training_batches(data, run, recipe, learn.dls.device)
+    return {'checkpoint': own, **average_candidates(learn.model, learn.averaging.average, recipe.average, clean, augmented)}
 
 def _validated(learn:ResumableLearner, weights:dict, batches:Batches)->dict:
     "Validation scores of some weights, which stay in the network."
@@ -432,7 +429,7 @@ def _finished(run:Run, fold:int, role:str, folds_sha256:str)->bool:
 def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, origin:dict)->dict:
     "History, predictions of the test part, bundle (last: it says that the role is finished)."
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
-    candidates = _candidates(learn, recipe, _batches(data, 'train', run, recipe, device))
+    candidates = _candidates(run, data, learn, recipe)
     scores = {name: _validated(learn, w, _batches(data, 'val', run, recipe, device)) for name, w in candidates.items()}
     kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))   # the best epoch where they are equal
     _write_predictions(run, data, role, learn, recipe, candidates, kept)

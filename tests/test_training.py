@@ -200,7 +200,7 @@ def trained(tmp_path_factory):
 def test_both_candidates_are_scored_and_the_better_is_kept(trained):
     about, _ = trained
     scores = about['metrics']['candidates']
-    assert set(scores) == {'checkpoint', 'swa'}
+    assert set(scores) == {'checkpoint', 'swa', 'swa-augmented'}
     assert score_of(scores[about['metrics']['kept']], 'loss') == max(score_of(s, 'loss') for s in scores.values())
     assert about['metrics']['validation'] == scores[about['metrics']['kept']]
 
@@ -209,7 +209,7 @@ def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
     about, folder = trained
     v, p = pd.read_parquet(folder/'variants.parquet'), pd.read_parquet(folder/'predictions.parquet')
     kept = about['metrics']['kept']
-    assert set(zip(v.weights, v['view'], strict=True)) == {(w, x) for w in ('checkpoint', 'swa') for x in ('identity', 'averaged')} | {(kept, 'retina blanked')}
+    assert set(zip(v.weights, v['view'], strict=True)) == {(w, x) for w in ('checkpoint', 'swa', 'swa-augmented') for x in ('identity', 'averaged')} | {(kept, 'retina blanked')}
     one = v[(v.weights == kept) & (v['view'] == 'identity')].drop(columns=['weights', 'view']).reset_index(drop=True)
     pd.testing.assert_frame_equal(one, p)
     other = v[(v.weights == kept) & (v['view'] == 'averaged')]
