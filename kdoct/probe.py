@@ -173,7 +173,7 @@ def _blank_one(image):
     else:
         rng, shape = np.random.default_rng(zlib.crc32(image.tobytes())), [-(-s // q) for s in grey.shape]
         depth = ((np.arange(shape[0])[:, None] + .5) * q - band.argmax(0)[::q]) / np.maximum(band.sum(0)[::q], 1)
-        want, k = level[0] + np.clip(depth, 0, 1) * (level[-1] - level[0]), max(n // 8, 48)
+        want, k = level[0] + np.clip(depth, 0, 1) * (level[-1] - level[0]), max(n // 20, 48)
         pick = np.searchsorted(value, want) + rng.integers(-k, k + 1, shape)
         b = place[np.clip(pick, 0, n - 1)][r // q, c // q]
         out[r, c] = image[b // width + r % q, b % width + c % q]
