@@ -47,7 +47,7 @@ FACTORS = torch.tensor([0.0, 0.7, 1.0, 1.9])
     (A.gain, tv.adjust_brightness), (A.contrast, tv.adjust_contrast), (A.sharpness, tv.adjust_sharpness)])
 def test_factor_is_torchvisions(ours, theirs, channels):
     x = picture(4, channels)
-    close(ours(x, FACTORS), one_by_one(x, theirs, FACTORS))
+    close(ours(x.clone(), FACTORS), one_by_one(x, theirs, FACTORS))
 
 
 def test_saturation_and_hue_are_torchvisions():
@@ -66,8 +66,9 @@ def test_posterize_is_that_of_8_bit_images():
     x = torch.arange(256).float().view(1, 1, 16, 16) / 255
     levels = (x[0, 0] * 255).round().byte()
     pil = np.asarray(ImageOps.posterize(Image.fromarray(levels.numpy()), 4))
-    assert torch.equal((A.posterize(x)[0, 0] * 255).round().byte(), torch.from_numpy(pil.copy()))
-    assert torch.equal((A.posterize(x)[0, 0] * 255).round().byte(), tv.posterize(levels[None], 4)[0])
+    ours = A.posterize(x)[0, 0]
+    close(ours, tv.posterize(levels[None], 4)[0] / 255)
+    assert torch.equal((ours * 255).round().byte(), torch.from_numpy(pil.copy()))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
