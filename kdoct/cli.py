@@ -22,7 +22,7 @@ app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillat
 
 PresetOption = Annotated[str, typer.Option('--preset', help=f"Recipe to start from: {', '.join(PRESETS)}.")]
 RunOption = Annotated[str, typer.Option('--run', help="Name of the run, a folder in outputs/. Default: the preset's name, with the source's.")]
-SourceOption = Annotated[str, typer.Option('--source', help="Where images come from: phantom, ucsd, folder, csv. Default: the preset's.")]
+SourceOption = Annotated[str, typer.Option('--source', help="Where images come from: phantom, ucsd, neh, folder, csv. Default: the preset's.")]
 RootOption = Annotated[str, typer.Option('--data-root', help="Folder of the images (csv: the table).")]
 SetOption = Annotated[list[str], typer.Option('--set', help="Change a recipe field: --set student.epochs=3. Repeatable. `kdoct recipe` lists all.")]
 NotebooksOption = Annotated[Path|None, typer.Option('--notebooks', help="Folder of edited stage notebooks, see `kdoct notebooks`.")]
@@ -37,7 +37,8 @@ def _recipe(preset_name:str, source:str, data_root:str, changes:list[str]):
 def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str]):
     "The run that the options describe."
     recipe = _recipe(preset_name, source, data_root, changes)
-    default = preset_name if recipe.data.source == 'phantom' else f'{preset_name}-{recipe.data.source}'
+    named = recipe.data.source == 'phantom' or preset_name.endswith(f'-{recipe.data.source}')   # paper-neh says its source already
+    default = preset_name if named else f'{preset_name}-{recipe.data.source}'
     return create_run(run or default, recipe)
 
 # %% ../nbs/10_cli.ipynb #a147c5f5
