@@ -441,6 +441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdoct.probe._sentence': ('probe.html#_sentence', 'kdoct/probe.py'),
                              'kdoct.probe._sources': ('probe.html#_sources', 'kdoct/probe.py'),
                              'kdoct.probe._tissue': ('probe.html#_tissue', 'kdoct/probe.py'),
+                             'kdoct.probe._where': ('probe.html#_where', 'kdoct/probe.py'),
                              'kdoct.probe._window_means': ('probe.html#_window_means', 'kdoct/probe.py'),
                              'kdoct.probe.blank_retina': ('probe.html#blank_retina', 'kdoct/probe.py'),
                              'kdoct.probe.features_table': ('probe.html#features_table', 'kdoct/probe.py'),

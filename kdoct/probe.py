@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'retina_mask', 'blank_retina', 'jpeg_quality', 'pixel_features', 'shortcut_features', 'features_table',
            'probe_shortcuts', 'probe_run', 'probe_table', 'probe_figure']
 
-# %% ../nbs/01e_probe.ipynb #a28958de
+# %% ../nbs/01e_probe.ipynb #1e5f1af1
 import io
 import time
 import zlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy import ndimage
 from sklearn.base import clone
@@ -138,16 +139,15 @@ def retina_mask(
 
 # %% ../nbs/01e_probe.ipynb #3aa0daa5
 def _window_means(grey, free, q):
-    "Mean of every `q` x `q` square, and whether all of it is `free`."
-    def total(a):
-        s = np.zeros((a.shape[0] + 1, a.shape[1] + 1), np.int32)
-        np.cumsum(a.cumsum(0, dtype=np.int32), 1, out=s[1:, 1:])
-        return s[q:, q:] - s[:-q, q:] - s[q:, :-q] + s[:-q, :-q]
-    return total(grey) / np.float32(q * q), total(free) == q * q
+    "Mean of every `q` x `q` square (q <= 40), and whether all of it is `free`."
+    s = np.zeros((grey.shape[0] + 1, grey.shape[1] + 1), np.int32) # what overflows here cancels below
+    np.where(free, grey, np.int32(1 << 20)).cumsum(0, dtype=np.int32).cumsum(1, out=s[1:, 1:])
+    means = (s[q:, q:] - s[:-q, q:] - s[q:, :-q] + s[:-q, :-q]) / np.float32(q * q)
+    return means, means < 256
 
 def _sources(grey, band, keep):
     "Side of the free squares, as large as the image has; their places by rising mean, the means, and those next to the band."
-    q, free = max(6, len(grey) // 28), ~(band | keep)
+    q, free = int(np.clip(len(grey) // 28, 6, 40)), ~(band | keep)
     if len(v := grey[free]): free &= grey <= v.mean() + 5 * v.std() # no reflections
     means, full = _window_means(grey, free, q)
     while q > 1 and full.sum() < 16: means, full = _window_means(grey, free, q := q // 2)
@@ -167,17 +167,16 @@ def _blank_one(image):
     band, keep = _band(grey, _padding(grey))
     if not band.any(): return image.copy()
     q, place, value, level = _sources(grey, band, keep)
-    r, c = np.nonzero(band)
-    out, n, width = image.copy(), len(place), grey.shape[1] - q + 1
-    if not n: out[r, c] = np.percentile(grey, 5) # nothing but retina: there is no background to copy
-    else:
-        rng, shape = np.random.default_rng(zlib.crc32(image.tobytes())), [-(-s // q) for s in grey.shape]
-        depth = ((np.arange(shape[0])[:, None] + .5) * q - band.argmax(0)[::q]) / np.maximum(band.sum(0)[::q], 1)
-        want, k = level[0] + np.clip(depth, 0, 1) * (level[-1] - level[0]), max(n // 20, 48)
-        pick = np.searchsorted(value, want) + rng.integers(-k, k + 1, shape)
-        b = place[np.clip(pick, 0, n - 1)][r // q, c // q]
-        out[r, c] = image[b // width + r % q, b % width + c % q]
-    return out
+    if not (n := len(place)): return _where(band, np.percentile(grey, 5).astype(np.uint8), image) # there is no background to copy
+    rng, shape = np.random.default_rng(zlib.crc32(image.tobytes())), [-(-s // q) for s in grey.shape]
+    depth = ((np.arange(shape[0])[:, None] + .5) * q - band.argmax(0)[::q]) / np.maximum(band.sum(0)[::q], 1)
+    want, k = level[0] + np.clip(depth, 0, 1) * (level[-1] - level[0]), max(n // 20, 48)
+    pick = place[np.clip(np.searchsorted(value, want) + rng.integers(-k, k + 1, shape), 0, n - 1)]
+    squares = sliding_window_view(image, (q, q), (0, 1))[np.divmod(pick, grey.shape[1] - q + 1)] # rows, columns, [channels], q, q
+    squares = np.moveaxis(squares, (-2, -1), (1, 3)).reshape(shape[0] * q, shape[1] * q, *image.shape[2:])
+    return _where(band, squares[:len(grey), :grey.shape[1]], image)
+
+def _where(mask, new, old): return np.where(mask if old.ndim == 2 else mask[..., None], new, old)
 
 def blank_retina(
     images:np.ndarray, # (n, H, W) or (n, H, W, 3) uint8, sides >= 32
