@@ -174,12 +174,14 @@ def weighted_auc(
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) weight of pairs in order, (B,) weight of all pairs
     "Numerator and denominator of the AUC for B weightings of the same images; ties count one half."
     weights, groups = np.asarray(weights, dtype=np.float64), np.arange(len(score)) if groups is None else groups
-    pos, neg, gp, gn = score[positive], score[~positive], groups[positive], groups[~positive]
-    steps, g = np.unique(pos), weights.shape[1]
+    up = np.flatnonzero(~positive)[np.argsort(score[~positive])]  # negative images, worst first
+    gp, gn, g = groups[positive], groups[up], weights.shape[1]
     total = (weights @ np.bincount(gp, minlength=g)) * (weights @ np.bincount(gn, minlength=g))
-    first, after = np.searchsorted(steps, neg, 'left'), np.searchsorted(steps, neg, 'right')  # equal: half at the step, half after it
-    p = _counts(np.searchsorted(steps, pos), gp, 1., (len(steps) + 1, g))
-    n = _counts(np.r_[first, after], np.r_[gn, gn], .5, (len(steps) + 1, g))
+    below, upto = (np.searchsorted(score[up], score[positive], side) for side in ('left', 'right'))  # negatives below each positive, and not above
+    steps, at = np.unique(below * (len(up) + 1) + upto, return_inverse=True)  # positives with the same negatives below share a step
+    below, upto, i = steps // (len(up) + 1), steps % (len(up) + 1), np.arange(len(up))
+    p = _counts(at, gp, 1., (len(steps) + 1, g))
+    n = _counts(np.r_[np.searchsorted(upto, i, 'right'), np.searchsorted(below, i, 'right')], np.r_[gn, gn], .5, (len(steps) + 1, g))
     parts = [np.ascontiguousarray(weights[i:i + chunk].T) for i in range(0, len(weights), chunk)]
     return np.concatenate([np.einsum('nb,nb->b', p @ w, np.cumsum(n @ w, axis=0)) for w in parts]), total
 
