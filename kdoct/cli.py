@@ -114,10 +114,10 @@ def folds(
     "Make the folds of a run, grouped by patient, and show what is in each."
     import pandas as pd
 
-    from kdoct.data import prepare_data, read_folds
+    from kdoct.data import folds_of, prepare_data
     the_run = _run(preset_name, run, source, data_root, changes)
     prepare_data(the_run)
-    rows = read_folds(the_run.folds_csv).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
+    rows = folds_of(the_run).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
     typer.echo('\nImages of each class:')
     typer.echo(pd.crosstab([rows.fold, rows.role], rows.label, margins=False).to_string())
     typer.echo(f"\nWritten to {_short(the_run.folds_csv)}")

@@ -171,7 +171,7 @@ class DataRecipe(Part):
     mask_scale_bar:bool = Field(False, description="cover the burned-in scale bar at the bottom left (NEH) with background")
     worst_case_train:bool = Field(False, description="NEH: train and validate only on slices that show the patient's diagnosis (Class == Label)")
     worst_case_test:bool = Field(False, description="NEH: test only on such slices; false: on all, and the score on such slices is given too")
-    protocol:Literal['grouped-cv', 'official'] = Field('grouped-cv', description="which images are tested: part k by group, or the source's official test images")
+    protocol:Literal['grouped-cv', 'official'] = Field('grouped-cv', description="what is tested: part k by group, or the source's official test images")
     official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
     n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
     val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
@@ -266,7 +266,7 @@ class DistillRecipe(Part):
 
 class EvaluateRecipe(Part):
     "Test-time views and intervals (notebooks 01d, 05a, 05)."
-    views:tuple[str, ...] = Field((), description="test-time views whose logits are averaged as a second result: identity, hflip, vflip, crop1.1, rotate+5, ...")
+    views:tuple[str, ...] = Field((), description="test-time views, averaged as a second result: identity, hflip, vflip, crop1.1, rotate+5, ...")
     n_boot:int = Field(1000, ge=100, description="bootstrap resamples of the groups")
     level:float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals [fraction]")
 

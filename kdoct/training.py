@@ -436,7 +436,8 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
     metrics = dict(kept=kept, best_epoch=learn.checkpoint.best_epoch, validation=scores[kept], candidates=scores)
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
-    if len(scores) > 1: print('validation: ' + '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()) + f'; {kept} kept')
+    if len(scores) > 1:
+        print('validation:', '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()), f'; {kept} kept')
     return save_bundle(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=sha256_file(run.folds_csv), fold=data.fold,
                        precision=learn.model.precision, metrics=metrics, weights_from=origin)
 
@@ -458,7 +459,7 @@ def train_role(
         began, stage, origin = time.perf_counter(), f'fold_{fold}/{role}', weights_origin(recipe)
         notes = check_origin(origin, data_identity(run.recipe.data), folds, fold)
         for note in notes: print(f'WARNING: {note}')
-        run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds, weights_from=origin, **(dict(notes=notes) if notes else {}))
+        run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds, weights_from=origin, notes=notes)
         learn = _fold_learner(run, data, role, recipe, key=f'{run.recipe.key} {folds} {role}', cbs=cbs)
         learn.fit(recipe.epochs)
         about = _write_results(run, data, role, learn, recipe, origin)
@@ -474,5 +475,6 @@ def _fold_learner(run:Run, data:FoldData, role:str, recipe:TrainRecipe, key:str,
     seed_everything(run.recipe.seed)
     device = best_device()
     model = create_classifier(recipe, len(data.classes), run.recipe.data.size, device)
-    return make_learner(model, _training_batches(data, run, recipe, device), _batches(data, 'val', run, recipe, device), hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device), recipe,
+    train, valid = _training_batches(data, run, recipe, device), _batches(data, 'val', run, recipe, device)
+    return make_learner(model, train, valid, hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device), recipe,
                         run.stage_dir(data.fold, role)/'resume', key, cbs)

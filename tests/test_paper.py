@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdoct.core import KdoctError, PRESETS, create_run, preset, read_json
+from kdoct.core import PRESETS, KdoctError, create_run, preset, read_json
 from kdoct.data import open_fold, prepare_data, read_folds
 from kdoct.distill import train_baseline, train_student
 from kdoct.evaluate import evaluate_fold, evaluate_run

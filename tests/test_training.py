@@ -209,7 +209,8 @@ def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
     about, folder = trained
     v, p = pd.read_parquet(folder/'variants.parquet'), pd.read_parquet(folder/'predictions.parquet')
     kept = about['metrics']['kept']
-    assert set(zip(v.weights, v['view'], strict=True)) == {(w, x) for w in ('checkpoint', 'swa', 'swa-augmented') for x in ('identity', 'averaged')} | {(kept, 'retina blanked')}
+    both = {(w, x) for w in ('checkpoint', 'swa', 'swa-augmented') for x in ('identity', 'averaged')}
+    assert set(zip(v.weights, v['view'], strict=True)) == both | {(kept, 'retina blanked')}
     one = v[(v.weights == kept) & (v['view'] == 'identity')].drop(columns=['weights', 'view']).reset_index(drop=True)
     pd.testing.assert_frame_equal(one, p)
     other = v[(v.weights == kept) & (v['view'] == 'averaged')]
