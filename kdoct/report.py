@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #ac65d488
+# %% ../nbs/05b_report.ipynb #8cd3214a
 import base64
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pandas as pd
 from .core import ROLES, KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
 from .evaluate import complete_folds, evaluate_fold, evaluate_run
+from .probe import probe_table
 from .tables import shown, shown_differences, shown_folds
 
 # %% ../nbs/05b_report.ipynb #a28114e5
@@ -116,7 +117,15 @@ def _data_tables(run):
         a = pd.read_csv(path, dtype=str).fillna('')
         if 'problem' in a: a = a.groupby('problem').size().rename('files').to_frame().reset_index()
         out.append(_table(a.head(50), None, f'Findings of the audit ({"by problem" if "problem" in a else "the first 50"}); the list is audit.csv.'))
+    if (path := run.path/'probe.json').is_file(): out.append(_probe_table(read_json(path)))
     return out
+
+def _probe_table(probe):
+    "The features that tell most of the class without being retina."
+    t = probe_table(probe).head(8)
+    numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
+    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {probe['sentence']} Columns: balanced accuracy "
+                  'of the feature alone on held-out patients, and its mean in each class.')
 
 # %% ../nbs/05b_report.ipynb #d79037d3
 def _recipe_table(run):
@@ -153,7 +162,7 @@ def _troubles(run, facts, folds):
                 out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
     return out
 
-# %% ../nbs/05b_report.ipynb #3a2a1d9f
+# %% ../nbs/05b_report.ipynb #0eb47b08
 _CSS = '''
 :root{--ink:#1c1f23;--soft:#5b6470;--line:#d7dce2;--tint:#f4f6f8;--accent:#0b5cad}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
@@ -168,6 +177,7 @@ th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
 .numbers td,tbody th{white-space:nowrap}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
+.titled caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .bad{border-left:4px solid #b3261e;padding:.1rem 0 .1rem 1rem}ul.bad{padding-left:2rem}ul.bad li{overflow-wrap:anywhere;max-width:52rem}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}figure,tr{break-inside:avoid}
 .scroll{overflow:visible}table{font-size:8pt}.numbers td,thead th,caption{white-space:normal}th,td{padding:.2rem .4rem}a{color:inherit;text-decoration:none}}
@@ -182,7 +192,7 @@ _PIECES = '''
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #e94005ee
+# %% ../nbs/05b_report.ipynb #74c27e9d
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('data', 'Data'), ('recipe', 'Recipe'),
              ('machine', 'Stages and machine'))
 
@@ -198,7 +208,7 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
-{% for s in results.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers') }}{% endfor %}
+{% for s in results.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
 {% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
 <section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>

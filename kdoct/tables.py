@@ -263,7 +263,7 @@ def views_section(
     rows = dict(sorted(rows.items(), key=lambda r: (list(variants).index(r[0][0]), r[0][1] != 'checkpoint', r[0][2] == MANY)))
     names = {f'{m}, {w}, {_VIEWED[v]}': (m, w, v) for m, w, v in rows}
     caption = (f'Averaged views: mean of logits over {", ".join(views)}. ' if any(v == MANY for _, _, v in rows) else 'No averaged views. ') + \
-        'Weights: checkpoint is the best epoch by validation, swa and ema are averages over training; validation, never this table, decides which are kept.'
+        'Weights: checkpoint is the best epoch by validation, swa and ema are averages over training (with BatchNorm statistics of clean images; -augmented: of augmented ones); validation, never this table, decides which are kept.'
     return scores_section('Views and weights', {n: rows[k] for n, k in names.items()}, caption, evaluate, seed,
                           kept=[kept.get((m, w), '') for m, w, _ in names.values()])
 
@@ -314,13 +314,13 @@ def costs_section(
     "Parameters, multiply-adds, bytes, time."
     out = [f'{m} was not measured: {c["not_measured"]}.' for m, c in costs.items() if 'not_measured' in c]
     t, s, timed = costs.get('teacher', {}), costs.get('student', {}), [t for c in costs.values() for t in c.get('latency', [])]
-    if 'macs' in t and 'macs' in s:
+    if 'macs' in t and 'macs' in s and t['macs'] > s['macs']:
         out.append(f'The student has {t["parameters"]/s["parameters"]:.1f} times fewer parameters than the teacher and needs '
                    f'{t["macs"]/s["macs"]:.1f} times fewer multiply-adds.')
     if timed:
         where = ' and '.join(sorted({f'{x["device"]}: {x["processor"]}' for x in timed}))
         out.append('Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix products), normalisations as fvcore counts them. Time of '
-                   f'one image, batch 1: median [10 %, 90 %] of {min(x["n"] for x in timed)} passes or more after a warm-up, {timed[0]["precision"]}, '
+                   f'one image, batch 1: median [10 %, 90 %] of at least {min(x["n"] for x in timed)} passes after a warm-up, {timed[0]["precision"]}, '
                    f'{timed[0]["threads"]} CPU threads ({where}).')
     texts = pd.DataFrame({m: _cost_texts(c) for m, c in costs.items()}).T.fillna('not measured')
     return Section('What a model costs', pd.DataFrame({m: pd.Series(c, dtype=object) for m, c in costs.items()}).T, texts, ' '.join(out))
