@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_figure', 'reliability_figure', 'history_figure',
            'worst_mistakes', 'mistakes_figure', 'counts_of', 'counts_figure', 'folds_figure', 'views_figure',
-           'fold_models', 'complete_folds', 'fold_variants', 'pool_variants', 'costs_of', 'ensemble',
+           'fold_models', 'complete_folds', 'is_evaluated', 'fold_variants', 'pool_variants', 'costs_of', 'ensemble',
            'ensemble_section', 'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
 
 # %% ../nbs/05_evaluate.ipynb #c1d0e8b8
@@ -312,6 +312,15 @@ def complete_folds(
     run = _opened(run)
     return [k for k in range(run.recipe.data.n_folds) if all(run.is_finished(r, k) for r in ROLES)]
 
+# %% ../nbs/05_evaluate.ipynb #f3a7bbd8
+def is_evaluated(
+    run:Run,  # the run
+    fold:int,  # counted from 0
+) -> bool:
+    "Whether a fold's evaluation is of the predictions that are there now, further models included."
+    here = {*ROLES, *(m for m in FURTHER if run.is_finished(m, fold))}
+    return run.is_finished('evaluate', fold) and set(read_json(run.fold_dir(fold)/'evaluation.json')['predictions']) == here
+
 # %% ../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
     "model.json of each model; `KdoctError` where it does not say the number of parameters."
@@ -342,7 +351,7 @@ def _simulated_variants(run, table, role, fold, main):
     kept = 'checkpoint' if train.average == 'none' else train.average
     out = {(kept, ONE): main, (kept, BLANKED): _simulated_predictions(table, role, fold, -9., 4)}
     if kept != 'checkpoint': out['checkpoint', ONE] = _simulated_predictions(table, role, fold, -.3, 2)
-    if views: out |= {(w, MANY): _simulated_predictions(table, role, fold, .2, 3) for w in {w for w, _ in out}}
+    if views: out |= {(w, MANY): _simulated_predictions(table, role, fold, .2, 3) for w in dict.fromkeys(w for w, _ in out)}
     return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
 
 def _simulated_stages(run, fold):
@@ -458,7 +467,7 @@ def ensemble_section(
 ) -> tuple[Section|None, str]:  # the section, or None and the reason
     "Ensembles of the three models where they are legal."
     try: rows = {f'{role}, ensemble of {len(folds)}': ensemble(run, role, folds) for role in ROLES}
-    except KdoctError as e: return None, f'No ensemble over folds: {e.problem}'
+    except KdoctError as e: return None, f'No ensemble over folds: {e.problem.rstrip(".")}'
     n, of = len(next(iter(rows.values()))), models['student'].path.nunique()
     return scores_section('Ensemble over folds', rows, f'Mean of the probabilities of {len(folds)} models on {n} of {of} test images, those of groups that no '
                           'member has met in training or validation. The main table shows the same models one by one.',
@@ -489,8 +498,11 @@ def _tables(run, each, models, notes=()):
         together, reason = ensemble_section(run, folds, models)
         if together: sections = dict(ensemble=together) | sections
         else: notes.append(reason)
-    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}'.rstrip('.') + '.' for n in notes)])
-    params = {m: d.get('parameters') for m, d in _about(run, folds[0], models).items()}
+    about = _about(run, folds[0], models)
+    notes += [f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax' for m, d in about.items()
+              if d.get('calibrated') is False]
+    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
+    params = {m: d.get('parameters') for m, d in about.items()}
     return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
                 sections=sections)
 
@@ -513,7 +525,7 @@ def fold_figures(
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
     folds = folds_of(run)
-    out = dict(confusion=confusion_figure(models), roc=roc_figure(models), reliability=reliability_figure(models))
+    out = dict(confusion=confusion_figure(models), roc=roc_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(models['student'], load_image)
     out['counts'] = counts_figure(counts_of(folds[folds.fold == fold], labels), classes_of(models['student']))
@@ -605,7 +617,7 @@ def evaluate_run(
                                        if m not in models and any(m in some for some in each.values())])
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
-    drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure(models), folds=folds_figure(per_fold))
+    drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}), folds=folds_figure(per_fold))
     if 'views' in made['sections']: drawn['views'] = views_figure(made['sections']['views'])
     figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
     write_json(run.path/'summary.json', dict(run=run.name, folds=folds, **_plain_tables(made), mean_sd=_numbers(summary),

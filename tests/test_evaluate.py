@@ -197,7 +197,7 @@ def viewed(tmp_path_factory):
         folder = run.stage_dir(0, 'hog_svm')
         folder.mkdir()
         read_predictions(run.stage_dir(0, 'baseline')/'predictions.parquet').to_parquet(folder/'predictions.parquet')
-        write_json(folder/'model.json', dict(parameters=None))
+        write_json(folder/'model.json', dict(parameters=None, calibrated=False))
         return run, quiet(E.evaluate_fold, run, 0)[0], quiet(E.evaluate_run, run)[0]
 
 
@@ -239,7 +239,20 @@ def test_a_further_model_is_a_row_of_its_fold_and_named_where_it_cannot_be_poole
     run, fold, pooled = viewed
     assert fold['table'].index.tolist() == [*ROLES, 'hog_svm'] and fold['table'].parameters['hog_svm'] == '–'
     assert 'hog_svm, worst slice' in fold['sections']['patients'].table.index
+    assert 'Hog_svm gives margins, no probabilities' in fold['protocol'] and E.is_evaluated(run, 0)
     assert 'hog_svm' not in pooled['table'].index and 'hog_svm is not in every fold' in pooled['protocol'].lower()
+
+
+def test_an_evaluation_without_a_further_model_is_out_of_date(viewed):
+    run = viewed[0]
+    path = run.fold_dir(0)/'evaluation.json'
+    text = path.read_text()
+    try:
+        saved = json.loads(text)
+        del saved['predictions']['hog_svm']
+        path.write_text(json.dumps(saved))
+        assert run.is_finished('evaluate', 0) and not E.is_evaluated(run, 0)
+    finally: path.write_text(text)
 
 
 def test_a_further_model_on_other_images_is_refused(viewed, monkeypatch):
@@ -443,7 +456,7 @@ def test_report_is_one_file_without_a_network(run):
 def test_report_takes_a_result_that_is_there(viewed, monkeypatch):
     run, _, result = viewed
     monkeypatch.setattr(R, 'evaluate_run', lambda *a, **k: pytest.fail('evaluated again'))
-    for k in (0, 1): (run.fold_dir(k)/'evaluation.json').touch()
+    monkeypatch.setattr(R, 'is_evaluated', lambda run, fold: True)
     html = R.report_html(run, [0, 1], result=result).read_text()
     for s in result['sections'].values(): assert f'<h3>{s.title}</h3>' in html
     with pytest.raises(KdoctError, match='the report of'): R.report_html(run, [0], result=result)
