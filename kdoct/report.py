@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #8cd3214a
+# %% ../nbs/05b_report.ipynb #cf961c11
 import base64
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from .core import ROLES, KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
-from .evaluate import complete_folds, evaluate_fold, evaluate_run
+from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated
 from .probe import probe_table
 from .tables import shown, shown_differences, shown_folds
 
@@ -234,7 +234,7 @@ def report_html(
     asked = sorted(set(done if folds is None else folds))
     use = [k for k in asked if k in done]
     for k in use:
-        if not run.is_finished('evaluate', k): evaluate_fold(run, k, load_image, verbose=False)
+        if not is_evaluated(run, k): evaluate_fold(run, k, load_image, verbose=False)
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
         raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
                          fix='Give the result of `evaluate_run` on the same folds.')

@@ -263,7 +263,8 @@ def views_section(
     rows = dict(sorted(rows.items(), key=lambda r: (list(variants).index(r[0][0]), r[0][1] != 'checkpoint', r[0][2] == MANY)))
     names = {f'{m}, {w}, {_VIEWED[v]}': (m, w, v) for m, w, v in rows}
     caption = (f'Averaged views: mean of logits over {", ".join(views)}. ' if any(v == MANY for _, _, v in rows) else 'No averaged views. ') + \
-        'Weights: checkpoint is the best epoch by validation, swa and ema are averages over training (with BatchNorm statistics of clean images; -augmented: of augmented ones); validation, never this table, decides which are kept.'
+        ('Weights: checkpoint is the best epoch by validation, swa and ema are averages over training (with BatchNorm statistics of clean images; '
+         '-augmented: of augmented ones); validation, never this table, decides which are kept.')
     return scores_section('Views and weights', {n: rows[k] for n, k in names.items()}, caption, evaluate, seed,
                           kept=[kept.get((m, w), '') for m, w, _ in names.values()])
 
