@@ -215,7 +215,7 @@ def _patients_caption(table, lost, severity, diagnosis):
     "How patients were called, and which could not be."
     n, times = table.patient.nunique(), table.fold.nunique()
     truth = 'the diagnosis of the patient' if diagnosis else 'the most severe label of the slices' if severity else 'the label that all slices share'
-    out = [f'{n} patients, {int(table.n_slices.median())} slices each (median).', *([f'Each is called by {times} models.'] if n < len(table) else []),
+    out = [f'{n} patients, slices each: {int(table.n_slices.min())} to {int(table.n_slices.max())}, median {table.n_slices.median():g}.', *([f'Each is called by {times} models.'] if n < len(table) else []),
            f'Truth: {truth}.', 'Mean of slices: probabilities averaged, the largest wins.']
     if severity: out.append(f'Worst slice: the most severe class called on any slice ({" < ".join(severity)}), a call without probabilities, hence no AUC.')
     else: out.append('Worst slice: not given, because data.severity names no order of the classes.')
@@ -260,7 +260,7 @@ def views_section(
     "One view and the mean of several; the best epoch and the averaged weights."
     rows = {(m, w, v): df for m, some in variants.items() for (w, v), df in some.items() if v in _VIEWED}
     if len(rows) <= len(variants): return None
-    rows = dict(sorted(rows.items(), key=lambda r: (list(variants).index(r[0][0]), r[0][1] != 'checkpoint', r[0][2] == MANY)))
+    rows = dict(sorted(rows.items(), key=lambda r: (list(variants).index(r[0][0]), r[0][1] != 'checkpoint', r[0][1], r[0][2] == MANY)))
     names = {f'{m}, {w}, {_VIEWED[v]}': (m, w, v) for m, w, v in rows}
     caption = (f'Averaged views: mean of logits over {", ".join(views)}. ' if any(v == MANY for _, _, v in rows) else 'No averaged views. ') + \
         ('Weights: checkpoint is the best epoch by validation, swa and ema are averages over training (with BatchNorm statistics of clean images; '
