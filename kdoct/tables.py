@@ -215,8 +215,8 @@ def _patients_caption(table, lost, severity, diagnosis):
     "How patients were called, and which could not be."
     n, times = table.patient.nunique(), table.fold.nunique()
     truth = 'the diagnosis of the patient' if diagnosis else 'the most severe label of the slices' if severity else 'the label that all slices share'
-    out = [f'{n} patients, slices each: {int(table.n_slices.min())} to {int(table.n_slices.max())}, median {table.n_slices.median():g}.', *([f'Each is called by {times} models.'] if n < len(table) else []),
-           f'Truth: {truth}.', 'Mean of slices: probabilities averaged, the largest wins.']
+    out = [f'{n} patients, slices each: {table.n_slices.min()} to {table.n_slices.max()}, median {table.n_slices.median():g}.',
+           *([f'Each is called by {times} models.'] if n < len(table) else []), f'Truth: {truth}.', 'Mean of slices: probabilities averaged, the largest wins.']
     if severity: out.append(f'Worst slice: the most severe class called on any slice ({" < ".join(severity)}), a call without probabilities, hence no AUC.')
     else: out.append('Worst slice: not given, because data.severity names no order of the classes.')
     out.append('Intervals over groups.')
