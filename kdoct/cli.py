@@ -50,8 +50,7 @@ def _all_stages(run, folds:str, notebooks):
     crossval(run, numbers, notebooks)
     from kdoct.evaluate import evaluate_run
     from kdoct.report import report_html
-    evaluate_run(run, numbers)
-    report = report_html(run, numbers)
+    report = report_html(run, numbers, result=evaluate_run(run, numbers))
     typer.echo("\nFiles:")
     for p in [report, run.json, *sorted(run.path.glob('fold_*/notebooks/*.ipynb')), *sorted(run.path.glob('fold_*/figures/*.png'))]:
         typer.echo(f'  {_short(p)}')
