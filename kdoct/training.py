@@ -7,7 +7,7 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy', 'make_learner',
            'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #ddcdc14f
+# %% ../nbs/02b_training.ipynb #6a0f4778
 import ctypes
 import json
 import math
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from .augment import Batches, image_ids
 from .averaging import Averaging, average_candidates
-from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_everything, sha256_file
+from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_everything
 from .data import FoldData, open_fold
 from .losses import hard_loss
 from .mixing import Mix
@@ -367,14 +367,14 @@ def predictions_frame(
 # %% ../nbs/02b_training.ipynb #e061dc48
 def _batches(data:FoldData, role:str, run:Run, recipe:TrainRecipe, device, view:str='identity')->Batches:
     "One part of a fold in order, as a test-time view shows it."
-    rows, ids = data.idx[role], np.zeros(len(data.images), np.uint64)
-    ids[rows] = image_ids(data.rows(role).sha256)
-    return Batches(data.images, data.labels, ids, rows, 2*recipe.batch_size, device=device, size=run.recipe.data.size, view=view)
+    unnamed = np.zeros(len(data.images), np.uint64)   # only random views ask for an image's name
+    return Batches(data.images, data.labels, unnamed, data.idx[role], 2*recipe.batch_size, device=device, size=run.recipe.data.size, view=view)
 
 def _training_batches(data:FoldData, run:Run, recipe:TrainRecipe, device)->Batches:
     "The training part, shuffled and augmented."
-    plain = _batches(data, 'train', run, recipe, device)
-    return Batches(data.images, data.labels, plain.ids, plain.rows, recipe.batch_size, recipe.augment, run.recipe.seed, device, run.recipe.data.size)
+    rows, ids = data.idx['train'], np.zeros(len(data.images), np.uint64)
+    ids[rows] = image_ids(data.rows('train').sha256)
+    return Batches(data.images, data.labels, ids, rows, recipe.batch_size, recipe.augment, run.recipe.seed, device, run.recipe.data.size)
 
 def _blanked_logits(model:Classifier, data:FoldData, size:int, device, chunk:int=256)->np.ndarray:
     "Logits of the test part with the retina covered."
@@ -438,7 +438,7 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
     if len(scores) > 1:
         print('validation:', '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()), f'; {kept} kept')
-    return save_bundle(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=sha256_file(run.folds_csv), fold=data.fold,
+    return save_bundle(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
                        precision=learn.model.precision, metrics=metrics, weights_from=origin)
 
 # %% ../nbs/02b_training.ipynb #64a7d9a6
@@ -452,7 +452,7 @@ def train_role(
     recipe, folder = run.recipe.teacher if role == 'teacher' else run.recipe.student, run.stage_dir(fold, role)
     with run.lock(fold, role):
         data = open_fold(run, fold)
-        folds = sha256_file(run.folds_csv)
+        folds = data.folds_sha256
         if _finished(run, fold, role, folds):
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
