@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'locked',
            'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe', 'TrainRecipe', 'DistillRecipe',
-           'EvaluateRecipe', 'Recipe', 'recipe_fields', 'parse_overrides', 'preset', 'outputs_root', 'notebooks_dir',
-           'usable_cores', 'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command',
-           'open_stage']
+           'ExplainRecipe', 'EvaluateRecipe', 'Recipe', 'recipe_fields', 'parse_overrides', 'preset', 'outputs_root',
+           'notebooks_dir', 'usable_cores', 'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished',
+           'stage_command', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -158,11 +158,15 @@ class PhantomRecipe(Part):
 # %% ../nbs/00_core.ipynb #d6e7657a
 class DataRecipe(Part):
     "Where the images come from, what may be left out, and how they are split (notebooks 01a, 01b, 01)."
-    source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, neh, folder, csv")
+    source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv")
     root:str|None = Field(None, description="folder of the images (csv: the table, or its folder); phantom: made here if empty")
     classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
     group_pattern:str|None = Field(None, description="source folder: regular expression on the relative path; its first group is the patient")
     columns:dict[str, str] = Field({}, description="source csv: our column name -> the file's column name")
+    near_duplicates:Literal['auto', 'group', 'separate'] = Field('auto', description="copies that were turned, flipped, cropped or compressed again: one "
+        "group, or groups of their own; auto: one group for the sources known to hold such copies (lc25000, covid_qu_ex)")
+    groups:str|None = Field(None, description="CSV file with columns path and group: what must stay together, instead of what the source and "
+                            "near_duplicates say")
     leave_out:tuple[str, ...] = Field((), description="audit problems whose images are left out instead of stopping the run")
     size:int = Field(224, ge=32, le=1024, description="side of the square image given to the networks [px]")
     margin:int = Field(0, ge=0, le=256, description="images are stored this much larger than `size`, so that random crops have real pixels [px]")
@@ -212,6 +216,7 @@ class TrainRecipe(Part):
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
     weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
                          "a .safetensors/.pth file, or the folder of a bundle (of another run)")
+    size:int|None = Field(None, ge=32, le=1024, description="side of this network's input [px]; empty: data.size")
     drop_rate:float = Field(0.2, ge=0, lt=1, description="dropout before the classifier [probability]")
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
@@ -258,11 +263,23 @@ class DistillRecipe(Part):
     alpha:float = Field(0.7, ge=0, description="weight of the soft term")
     beta:float = Field(0.3, ge=0, description="weight of the hard term")
     temperature:float = Field(4., gt=0, description="T, softens both distributions")
+    combine:Literal['probabilities', 'logits', 'nll', 'turn'] = Field('probabilities', description="several teachers: mean of the softened probabilities, "
+        "mean of the logits, mean of the probabilities weighted by exp(-validation NLL), or one teacher a batch in turn")
 
     @model_validator(mode='after')
     def _some_loss(self):
         if self.alpha + self.beta == 0: raise ValueError("alpha and beta are both 0: there is nothing to learn from")
         return self
+
+class ExplainRecipe(Part):
+    "Where the networks look, and what that is worth (notebooks 06a, 06b, 06)."
+    images:int = Field(48, ge=1, description="test images of a fold that are explained, drawn by class and group")
+    methods:tuple[Literal['score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion'], ...] = Field(
+        ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures")
+    layers:dict[str, str] = Field({}, description="role -> name of the layer whose maps are weighed; empty: the last one with a map")
+    score:Literal['logit', 'probability'] = Field('logit', description="Score-CAM: what a masked image is given as its score")
+    tolerance:float = Field(1e-3, ge=0, lt=1, description="Score-CAM: largest expected error of a map in [0, 1]; 0: every mask in full precision")
+    steps:int = Field(24, ge=4, description="insertion and deletion: steps from nothing to all of the image")
 
 class EvaluateRecipe(Part):
     "Test-time views and intervals (notebooks 01d, 05a, 05)."
@@ -277,9 +294,35 @@ class Recipe(Part):
     seed:int = Field(43, ge=0, lt=2**32, description="seed of folds, initial weights, order and augmentation")
     data:DataRecipe = DataRecipe()
     teacher:TrainRecipe = TrainRecipe(arch='tf_efficientnet_lite2')
+    teachers:dict[str, dict] = Field({}, description="further teachers: name -> what differs from `teacher`, e.g. "
+                                     '{"visformer": {"arch": "visformer_small"}}')
     student:TrainRecipe = TrainRecipe()
     distill:DistillRecipe = DistillRecipe()
     evaluate:EvaluateRecipe = EvaluateRecipe()
+    explain:ExplainRecipe = ExplainRecipe()
+
+    @model_validator(mode='after')
+    def _known_teachers(self):
+        for name in self.teachers:
+            if not re.fullmatch(r'[a-z0-9_]+', name): raise ValueError(f"teachers: '{name}' is no name; use small letters, digits and '_'")
+            self.training(f'teacher-{name}')
+        return self
+
+    @property
+    def teacher_roles(self)->tuple[str, ...]:  # 'teacher', then 'teacher-NAME' for each further one
+        "Roles of all teachers."
+        return ('teacher', *(f'teacher-{name}' for name in self.teachers))
+
+    def training(self, role:str)->TrainRecipe:  # teacher, teacher-NAME, student or baseline
+        "How the network of a role is trained."
+        if role in ('student', 'baseline'): return self.student
+        if role == 'teacher': return self.teacher
+        name = role.removeprefix('teacher-')
+        if name not in self.teachers:
+            raise KdoctError(f"The recipe has no role '{role}'.", fix=f"It has: {', '.join((*self.teacher_roles, 'student', 'baseline'))}")
+        changes = self.teachers[name]
+        augment = self.teacher.augment.model_dump() | changes.get('augment', {})
+        return TrainRecipe.model_validate(self.teacher.model_dump() | changes | dict(augment=augment))
 
     def override(self, **changes)->'Recipe':  # values by dotted name, e.g. **{'student.epochs': 3}
         "A copy with some fields changed; `KdoctError` for an unknown name or a value out of range."
@@ -398,6 +441,32 @@ PRESETS['edge-paper'] = _KD_OCT | _UCSD | {  # the same for two cores: small net
              freeze_epochs=1, warmup=1., swa_start=10, swa_anneal=1, swa_lr=1e-4),
     **_named('student', arch='tf_efficientnet_lite0', weights='package', epochs=10, patience=3, batch_size=16, warmup=0.5, lr_floor=1e-5)}
 
+# %% ../nbs/00_core.ipynb #07ae56d9
+_EXPLAINABLE = {  # arXiv 2508.15251; all numbers are ours, the abstract has none
+    **_named('data', size=224, margin=19, n_folds=5),
+    **_named('teacher', arch='vgg19.tv_in1k', weights='hub', drop_rate=0.2, epochs=30, patience=8, monitor='balanced_accuracy', batch_size=32,
+             lr=5e-5, lr_head=5e-4, weight_decay=0.05, warmup=2., lr_floor=1e-7),
+    'teachers': dict(visformer=dict(arch='visformer_small.in1k'), autoformer=dict(arch='autoformerv2_tiny')),
+    **_named('student', arch='ofa595', weights='none', drop_rate=0.2, epochs=100, patience=20, monitor='balanced_accuracy', batch_size=32,
+             lr=1e-3, weight_decay=0.01, warmup=5., lr_floor=1e-6),
+    **_named('distill', alpha=0.7, beta=0.3, temperature=4., combine='probabilities')}
+
+def _both(**fields)->dict:
+    "The same augmentation for teachers and student."
+    return _named('teacher.augment', **fields) | _named('student.augment', **fields)
+
+_XRAY = _both(hflip=0.5, rotate=10., scale=0.1, shift=0.05, brightness=0.1, contrast=0.2)
+_HISTOLOGY = _both(hflip=0.5, vflip=0.5, rotate=45., scale=0.1, shift=0.05, brightness=0., gain=0.1, contrast=0.1, saturation=0.1, hue=0.02)
+
+PRESETS['explainable-covid'] = _EXPLAINABLE | _XRAY | _named('data', source='covid_qu_ex', classes=('COVID-19', 'Non-COVID', 'Normal'), protocol='official')
+PRESETS['explainable-lc25000'] = _EXPLAINABLE | _HISTOLOGY | _named('data', source='lc25000')
+
+PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores: one small teacher, small pictures, two folds
+    **_named('data', source='csv', size=96, margin=8, n_folds=2), 'teachers': {},
+    **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=8, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
+             warmup=1., lr_floor=1e-6),
+    **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5)}
+
 # %% ../nbs/00_core.ipynb #08bb153c
 def preset(
     name:str,     # one of `PRESETS`
@@ -485,7 +554,7 @@ def _differences(a:Recipe, b:Recipe)->list[str]:
     "Fields in which two recipes differ, as 'name: a, not b'."
     def flat(d, prefix=''):
         for k, v in d.items():
-            if isinstance(v, dict) and k != 'columns': yield from flat(v, f'{prefix}{k}.')
+            if isinstance(v, dict) and prefix + k not in ('data.columns', 'teachers', 'explain.layers'): yield from flat(v, f'{prefix}{k}.')
             else: yield prefix + k, v
     fa, fb = dict(flat(a.model_dump(mode='json'))), dict(flat(b.model_dump(mode='json')))
     return [f"{k}: {fa.get(k)}, not {fb.get(k)}" for k in {**fa, **fb} if k != 'name' and fa.get(k) != fb.get(k)]
@@ -555,7 +624,8 @@ def is_finished(
 Run.is_finished = is_finished
 
 # %% ../nbs/00_core.ipynb #b565d31c
-STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', 'baseline': '04_distill', 'evaluate': '05_evaluate'}
+STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', 'baseline': '04_distill', 'evaluate': '05_evaluate',
+          'explain': '06_explain'}
 
 def stage_command(
     stage:str,  # key of `STAGES`
