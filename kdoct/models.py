@@ -8,7 +8,7 @@ __all__ = ['IMAGENET', 'resolve_precision', 'autocast', 'Classifier', 'map_lite_
            'count_parameters', 'save_bundle', 'load_bundle', 'data_identity', 'weights_origin', 'check_origin',
            'import_bundle']
 
-# %% ../nbs/02_models.ipynb #fac2bdbc
+# %% ../nbs/02_models.ipynb #775c9c77
 import importlib
 import importlib.util
 import re
@@ -23,6 +23,7 @@ from torch import nn
 
 from .compared import MultiScale
 from .core import ROLES, DataRecipe, KdoctError, Recipe, TrainRecipe, atomic_path, provenance, read_json, sha256_file, write_json
+from .ofa import map_ofa_names
 
 # %% ../nbs/02_models.ipynb #6a161677
 def resolve_precision(
@@ -238,9 +239,15 @@ def _load_all_but_head(body:nn.Module, state:dict, what:str, arch:str)->nn.Modul
     part.load_state_dict({k: v if k.startswith(but) else state[k] for k, v in part.state_dict().items()})
     return body
 
+_RENAMED = {'ofa595': map_ofa_names}  # architectures whose published weights have other names than timm's
+
+def _state_for(arch:str, path:str|Path)->dict:
+    "Tensors of a weight file under timm's names."
+    return _RENAMED.get(arch.split('.')[0], dict)(read_state(path))
+
 def _from_file(path:str, arch:str, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."
-    return _load_all_but_head(_timm_model(arch, **kwargs), read_state(path), Path(path).name, arch)
+    return _load_all_but_head(_timm_model(arch, **kwargs), _state_for(arch, path), Path(path).name, arch)
 
 # %% ../nbs/02_models.ipynb #a803b65f
 def read_bundle(
@@ -389,7 +396,7 @@ def import_bundle(
     if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a bundle already.", fix="Name another folder: --out DIR")
     if role not in ROLES: raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)): raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once.")
-    body, state = _timm_model(arch, num_classes=len(classes)), read_state(path)
+    body, state = _timm_model(arch, num_classes=len(classes)), _state_for(arch, path)
     last = next((k for k in state if k.startswith(_head_names(body)) and k.endswith('bias')), None)
     if last and len(state[last]) != len(classes):
         raise KdoctError(f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} ({', '.join(classes)}).", fix="Name as many, in their order.")
