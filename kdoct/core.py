@@ -463,9 +463,9 @@ PRESETS['explainable-lc25000'] = _EXPLAINABLE | _HISTOLOGY | _named('data', sour
 
 PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores: one small teacher, small pictures, two folds
     **_named('data', source='csv', size=96, margin=8, n_folds=2), 'teachers': {},
-    **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=8, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
-             warmup=1., lr_floor=1e-6),
-    **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5)}
+    **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=6, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
+             warmup=1., lr_floor=1e-6, precision='fp32'),
+    **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5, precision='fp32')}
 
 # %% ../nbs/00_core.ipynb #08bb153c
 def preset(
