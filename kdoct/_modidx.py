@@ -112,6 +112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdoct.core.Recipe._known_teachers': ('core.html#recipe._known_teachers', 'kdoct/core.py'),
                             'kdoct.core.Recipe.key': ('core.html#recipe.key', 'kdoct/core.py'),
                             'kdoct.core.Recipe.override': ('core.html#recipe.override', 'kdoct/core.py'),
+                            'kdoct.core.Recipe.roles': ('core.html#recipe.roles', 'kdoct/core.py'),
                             'kdoct.core.Recipe.teacher_roles': ('core.html#recipe.teacher_roles', 'kdoct/core.py'),
                             'kdoct.core.Recipe.training': ('core.html#recipe.training', 'kdoct/core.py'),
                             'kdoct.core.Run': ('core.html#run', 'kdoct/core.py'),

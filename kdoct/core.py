@@ -313,6 +313,11 @@ class Recipe(Part):
         "Roles of all teachers."
         return ('teacher', *(f'teacher-{name}' for name in self.teachers))
 
+    @property
+    def roles(self)->tuple[str, ...]:
+        "Roles of all networks that a run trains, teachers first."
+        return (*self.teacher_roles, 'student', 'baseline')
+
     def training(self, role:str)->TrainRecipe:  # teacher, teacher-NAME, student or baseline
         "How the network of a role is trained."
         if role in ('student', 'baseline'): return self.student
@@ -609,12 +614,13 @@ Run.record = record
 
 def is_finished(
     run:Run,     # existing run
-    stage:str,   # data, teacher, student, baseline or evaluate
+    stage:str,   # data, teacher, teacher-NAME, student, baseline or evaluate
     fold:int=0,  # fold, counted from 0
 )->bool:
     "Whether a stage has left its results; an evaluation older than the predictions it read is not finished."
     if stage == 'data': return run.folds_csv.exists() and 'folds_sha256' in run.stage('data')
-    read = [run.stage_dir(fold, role)/'predictions.parquet' for role in ROLES]
+    files = {role: run.stage_dir(fold, role)/'predictions.parquet' for role in run.recipe.roles}
+    read = [p for role, p in files.items() if role in ROLES or p.exists()]   # further teachers are shown where they are
     if stage == 'evaluate':
         result = run.fold_dir(fold)/'evaluation.json'
         return result.exists() and all(p.exists() and p.stat().st_mtime <= result.stat().st_mtime for p in read)
@@ -628,15 +634,17 @@ STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', '
           'explain': '06_explain'}
 
 def stage_command(
-    stage:str,  # key of `STAGES`
+    stage:str,  # key of `STAGES`, or teacher-NAME
     run:Run,    # the run
     fold:int=0, # fold, counted from 0
 )->str:         # a command for the shell
     "The papermill command that runs a stage of this run."
-    nb = Path(os.path.relpath(notebooks_dir()/f'{STAGES[stage]}.ipynb')).as_posix()
+    kind, _, name = stage.partition('-')
+    nb = Path(os.path.relpath(notebooks_dir()/f'{STAGES[kind]}.ipynb')).as_posix()
     out = Path(os.path.relpath(run.notebooks_dir(fold)/f'{stage}.ipynb')).as_posix()
     options = (['-p', 'run', run.name] if run.name != 'demo' else []) + (['-p', 'fold', str(fold)] if stage != 'data' else [])
     if stage == 'baseline': options += ['-p', 'role', 'baseline']
+    if name: options += ['-p', 'name', name]
     return ' '.join(['papermill', nb, out, *options])
 
 # %% ../nbs/00_core.ipynb #453803bd
