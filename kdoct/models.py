@@ -136,33 +136,64 @@ def require_weights(
         case path if not Path(path).is_file():
             raise KdoctError(f"There is no weight file {path}, and no bundle.", fix="Give package, hub, none, an existing file, or the folder of a bundle.")
 
-def _from_package(arch:str, **kwargs)->nn.Module:
+def _from_package(arch:str, size:int, **kwargs)->nn.Module:
     "A lite model with the weights of its installed package, checked numerically."
     _require_package(arch)
     package = importlib.import_module(_OFFLINE[arch])
     finder = next(v for k, v in vars(package).items() if k.endswith('ModelFile'))
     state = torch.load(finder.get_model_file_path(), map_location='cpu', weights_only=True)
-    body = _timm_model(arch, **kwargs)
+    body = _timm_model(arch, size, **kwargs)
     body.load_state_dict(map_lite_names(state, tuple(len(stage) for stage in body.blocks)))
     check_numbers(body, arch)
     return body
 
+# %% ../nbs/02_models.ipynb #d638b54d
+_SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)  # what networks raise for a size that is not theirs
+
+def _is_fixed(body:nn.Module)->bool:
+    "Whether timm made a network for one input size (tables of positions, windows)."
+    return bool(getattr(body, 'pretrained_cfg', {}).get('fixed_input_size'))
+
+def _takes(body:nn.Module, size:int)->bool:
+    "Whether a network can be asked about pictures of a size."
+    try:
+        with torch.no_grad(): body.eval()(torch.zeros(1, 3, size, size))
+    except _SIZE_ERRORS: return False
+    finally: body.train()
+    return True
+
+def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->nn.Module:
+    "A network that can be asked at `size` [px]: `body` itself if it can, else made anew for that size."
+    own = body.pretrained_cfg['input_size'][-1] if _is_fixed(body) else size
+    if size == own or _takes(body, size): return body
+    def made(side, pretrained):
+        try: out = timm.create_model(arch, pretrained, **kwargs, img_size=side)
+        except _SIZE_ERRORS: return None
+        return out if _takes(out, side) else None
+    if (out := made(size, pretrained)) is not None: return out
+    if pretrained and made(size, False) is not None: fit, what = [own], f"The weights of '{arch}' are"
+    else: fit, what = sorted({s for s in (size//32*32, -(-size//32)*32, own) if s >= 32 and made(s, False) is not None}), f"'{arch}' is"
+    raise KdoctError(f"{what} not for pictures of {size} px, but of {' or '.join(map(str, fit))} px.",
+                     fix=f"Give this network a size of its own, to which pictures are resized: teacher.size={fit[-1]}, student.size, "
+                         'or "size" in teachers.')
+
 # %% ../nbs/02_models.ipynb #c4c418c9
-def _timm_model(arch:str, pretrained:bool=False, **kwargs)->nn.Module:
-    "timm's model; `KdoctError` for an unknown name or tag, or a rate that the network does not have."
+def _timm_model(arch:str, size:int, pretrained:bool=False, **kwargs)->nn.Module:
+    "timm's model for an input size [px]; `KdoctError` for an unknown name or tag, a rate that it does not have, or a size that it cannot take."
     if not timm.is_model(arch.split('.')[0]):
         near = timm.list_models(f"*{arch.split('_')[0]}*")[:5]
         raise KdoctError(f"timm knows no model '{arch}'.", fix=f"For example: {', '.join(near) or 'see timm.list_models()'}")
     if '.' in arch and arch not in timm.list_pretrained(f"{arch.split('.')[0]}.*"):
         raise KdoctError(f"timm knows no weights '{arch}'.", fix=f"It knows: {', '.join(timm.list_pretrained(arch.split('.')[0] + '.*')) or 'none'}")
-    try: return timm.create_model(arch, pretrained, **kwargs)
+    try: body = timm.create_model(arch, pretrained, **kwargs)
     except TypeError as e:
         if 'drop_path_rate' not in str(e): raise
         raise KdoctError(f"'{arch}' has no stochastic depth.", fix="Set it to 0: teacher.drop_path_rate=0 or student.drop_path_rate=0") from e
+    return _at_size(body, arch, size, pretrained, kwargs)
 
-def _from_hub(arch:str, **kwargs)->nn.Module:
+def _from_hub(arch:str, size:int, **kwargs)->nn.Module:
     "timm's own pretrained weights; an unreachable hub is said, never replaced by random weights."
-    try: return _timm_model(arch, pretrained=True, **kwargs)
+    try: return _timm_model(arch, size, pretrained=True, **kwargs)
     except (OSError, RuntimeError, ValueError) as e:
         raise KdoctError(f"The hub did not give weights for '{arch}' ({type(e).__name__}: {str(e).splitlines()[0]}).",
                          fix="Check the network, or give a file: teacher.weights=PATH.safetensors") from e
@@ -218,8 +249,9 @@ def check_fit(
         kinds = {kind: [b for b in bad if kind in b] for kind in (' is missing', ' is not known', ', not (')}
         few = '; '.join(b for found in kinds.values() for b in found[:2])
         counts = ', '.join(f"{len(found)} {name}" for found, name in zip(kinds.values(), ('missing', 'not known', 'of another shape'), strict=True) if found)
+        fixed = " It is made for one input size: weights of another size do not fit." if _is_fixed(body) else ''
         raise KdoctError(f"{what} does not fit {arch}: {counts} of {len(body.state_dict())} tensors. {few}.",
-                         fix="Give the weights of this very architecture, with timm's names.")
+                         fix="Give the weights of this very architecture, with timm's names." + fixed)
     if odd := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise KdoctError(f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.", fix="That training has failed; use another file.")
 
@@ -245,9 +277,9 @@ def _state_for(arch:str, path:str|Path)->dict:
     "Tensors of a weight file under timm's names."
     return _RENAMED.get(arch.split('.')[0], dict)(read_state(path))
 
-def _from_file(path:str, arch:str, **kwargs)->nn.Module:
+def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."
-    return _load_all_but_head(_timm_model(arch, **kwargs), _state_for(arch, path), Path(path).name, arch)
+    return _load_all_but_head(_timm_model(arch, size, **kwargs), _state_for(arch, path), Path(path).name, arch)
 
 # %% ../nbs/02_models.ipynb #a803b65f
 def read_bundle(
@@ -265,11 +297,11 @@ def _require_same_arch(about:dict, folder:str, arch:str):
     if about['arch'].split('.')[0] != arch.split('.')[0]:
         raise KdoctError(f"The bundle in {folder} is a {about['arch']}, not a {arch}.", fix=f"Ask for that one ({about['arch']}), or give other weights.")
 
-def _from_bundle(folder:str, arch:str, **kwargs)->nn.Module:
+def _from_bundle(folder:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with a bundle's weights and normalisation, all but the classifier."
     about, state = read_bundle(folder)
     _require_same_arch(about, folder, arch)
-    body = _load_all_but_head(_timm_model(arch, **kwargs), state, f'The bundle in {folder}', arch)
+    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The bundle in {folder} ({about['input_size']} px)", arch)
     body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
     return body
 
@@ -284,10 +316,10 @@ def create_classifier(
     require_weights(recipe)
     kwargs = dict(drop_rate=recipe.drop_rate, **({'drop_path_rate': recipe.drop_path_rate} if recipe.drop_path_rate else {}))
     match recipe.weights:
-        case 'none': body = _timm_model(recipe.arch, **kwargs)
-        case 'package': body = _from_package(recipe.arch, **kwargs)
-        case 'hub': body = _from_hub(recipe.arch, **kwargs)
-        case path: body = (_from_bundle if Path(path).is_dir() else _from_file)(path, recipe.arch, **kwargs)
+        case 'none': body = _timm_model(recipe.arch, size, **kwargs)
+        case 'package': body = _from_package(recipe.arch, size, **kwargs)
+        case 'hub': body = _from_hub(recipe.arch, size, **kwargs)
+        case path: body = (_from_bundle if Path(path).is_dir() else _from_file)(path, recipe.arch, size, **kwargs)
     cfg = timm.data.resolve_data_config({}, model=body)
     body.reset_classifier(n_classes)
     net = Classifier(body, size, cfg['mean'], cfg['std'], cfg['interpolation'], resolve_precision(recipe.precision, device))
@@ -318,14 +350,13 @@ def _write_bundle(
 def save_bundle(
     folder:str|Path,     # where the two files go
     model:Classifier,    # trained network
-    role:str,            # teacher, student or baseline
+    role:str,            # one of the recipe's roles
     recipe:Recipe,       # the whole recipe of the run
     classes:list[str],   # in the order of the logits
     **facts,             # e.g. folds_sha256, metrics
 )->dict:                 # what stands in model.json
     "The bundle of a network that a run has trained."
-    train = recipe.teacher if role == 'teacher' else recipe.student
-    return _write_bundle(folder, model, role=role, arch=train.arch, classes=list(classes), data=data_identity(recipe.data),
+    return _write_bundle(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
                          recipe=recipe.model_dump(mode='json'), **facts)
 
 def load_bundle(
@@ -333,7 +364,7 @@ def load_bundle(
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU, and its model.json
     "Read a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
     about, state = read_bundle(folder)
-    body = _timm_model(about['arch'], num_classes=len(about['classes']))
+    body = _timm_model(about['arch'], about['input_size'], num_classes=len(about['classes']))
     check_fit(body, state, f'The bundle in {folder}', about['arch'])
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
@@ -396,7 +427,7 @@ def import_bundle(
     if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a bundle already.", fix="Name another folder: --out DIR")
     if role not in ROLES: raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)): raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once.")
-    body, state = _timm_model(arch, num_classes=len(classes)), _state_for(arch, path)
+    body, state = _timm_model(arch, size, num_classes=len(classes)), _state_for(arch, path)
     last = next((k for k in state if k.startswith(_head_names(body)) and k.endswith('bias')), None)
     if last and len(state[last]) != len(classes):
         raise KdoctError(f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} ({', '.join(classes)}).", fix="Name as many, in their order.")
