@@ -5,32 +5,46 @@
 # %% auto #0
 __all__ = ['Distill', 'train_student', 'train_baseline']
 
-# %% ../nbs/04_distill.ipynb #bccf745d
+# %% ../nbs/04_distill.ipynb #2c1dc975
 import torch
 from fastai.callback.core import Callback
 
 from .core import DistillRecipe, KdoctError, Run
-from .losses import distillation_loss, soft_loss
+from .losses import combine, distillation_loss, soft_loss, teacher_weights
 from .models import Classifier
-from .teacher import load_teacher
-from .training import train_role
+from .teacher import load_teachers
+from .training import batch_number, train_role
 
 # %% ../nbs/04_distill.ipynb #a441a6a7
 class Distill(Callback):
-    "Adds the teacher's soft targets to the training loss and reports both terms."
+    "Adds the teachers' soft targets to the training loss and reports both terms."
     order, run_valid = 5, False  # before History (15), which checks and records the terms
     def __init__(self,
-        teacher:Classifier,    # trained network; its parameters are frozen here
-        recipe:DistillRecipe,  # alpha, beta, temperature
-    ): self.teacher, self.recipe = teacher.eval().requires_grad_(False), recipe
+        teachers:dict[str, Classifier],  # role -> trained network; its parameters are frozen here
+        recipe:DistillRecipe,            # alpha, beta, temperature, how to combine
+        weights:torch.Tensor|None=None,  # (teachers,) where the recipe weighs them
+    ): self.teachers, self.recipe, self.weights = {r: t.eval().requires_grad_(False) for r, t in teachers.items()}, recipe, weights
 
     def before_fit(self):
-        self.teacher.to(self.dls.device).eval()
-        self.teacher.precision = self.learn.model.precision
+        for teacher in self.teachers.values():
+            teacher.to(self.dls.device).eval()
+            teacher.precision = self.learn.model.precision
+
+    def asked(self)->list[str]:
+        "Roles of the teachers that are asked about this batch."
+        roles = list(self.teachers)
+        return [roles[batch_number(self.learn)[0] % len(roles)]] if self.recipe.combine == 'turn' else roles
+
+    def answer(self, role:str, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
+        "What one teacher says to a batch; `KdoctError` if it is no number."
+        with torch.no_grad(): z = self.teachers[role](x)
+        if z.isfinite().all(): return z
+        raise KdoctError(f"The logits of the {role} are not finite in epoch {self.epoch}, batch {self.dls.train.start + self.iter}.",
+                         fix="Look at the images of that batch, set student.precision to fp32, or train that teacher again.")
 
     def teacher_logits(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
-        "What the teacher says to a batch."
-        with torch.no_grad(): return self.teacher(x)
+        "What the teachers say to a batch, together."
+        return combine([self.answer(role, x) for role in self.asked()], self.recipe, self.weights)
 
     def after_loss(self):
         hard, soft = self.loss_grad, soft_loss(self.pred, self.teacher_logits(self.xb[0]), self.recipe.temperature)
@@ -41,17 +55,27 @@ class Distill(Callback):
     def after_fit(self): self.learn.loss_terms = None
     after_cancel_fit = after_fit
 
-# %% ../nbs/04_distill.ipynb #cfd19d81
+# %% ../nbs/04_distill.ipynb #f6571118
+def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
+    "Share of each teacher, sum 1."
+    if how != 'nll': return torch.full((len(found),), 1/len(found))
+    losses = {role: about['metrics']['validation']['valid_loss'] for role, (_, about) in found.items()}
+    if bad := [role for role, v in losses.items() if v is None]:
+        raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.", fix="Train it again, or set distill.combine to probabilities.")
+    return teacher_weights(list(losses.values()))
+
 def train_student(
     run:Run,              # run whose data and teacher stages are done
     fold:int=0,           # fold, counted from 0
-    role:str='student',   # student: with the teacher; baseline: the same without
+    role:str='student',   # student: with the teachers; baseline: the same without
 )->dict:                  # model.json of the network
-    "Train the small network of one fold; `KdoctError` naming the command if the teacher is missing."
+    "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
-    teacher, _ = load_teacher(run, fold)
-    return train_role(run, fold, role, cbs=[Distill(teacher, run.recipe.distill)])
+    recipe, found = run.recipe.distill, load_teachers(run, fold)
+    weights = _weights(found, recipe.combine)
+    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w) for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)}
+    return train_role(run, fold, role, [Distill({r: model for r, (model, _) in found.items()}, recipe, weights)], taught_by=taught_by)
 
 def train_baseline(
     run:Run,      # run whose data stage is done

@@ -130,6 +130,57 @@ def test_the_true_networks_take_a_step_at_384_px_and_round_trip(arch, drop_path,
     assert models.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
 
 
+SECOND = {'vgg19.tv_in1k': 139_582_531, 'vgg19_bn.tv_in1k': 139_593_539, 'visformer_small.in1k': 39_452_899, 'autoformerv2_tiny': 27_561_981}
+
+
+@pytest.mark.parametrize('arch', SECOND)
+def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, tmp_path):
+    if psutil.virtual_memory().available < 3*2**30: pytest.skip("less than 3 GiB of memory is free")
+    recipe = preset('tiny', **{'teacher.arch': arch})
+    logits, x, net = {}, torch.rand(2, 1, 64, 64), None
+    for size in (224, 96):
+        if net is None or models._is_fixed(net.body): net = models.create_classifier(recipe.teacher, 3, size).eval()
+        net.size = size
+        with torch.no_grad(): logits[size] = net(x)
+        assert logits[size].shape == (2, 3) and logits[size].isfinite().all()
+        if size == 224: assert models.count_parameters(net) == SECOND[arch]
+    about = models.save_bundle(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
+    assert about['input_size'] == 96
+    again, _ = models.load_bundle(tmp_path)
+    with torch.no_grad(): assert torch.equal(again(x), logits[96])
+
+
+def test_a_size_that_a_network_cannot_take_is_refused_with_those_that_it_can():
+    recipe = preset('tiny', **{'teacher.arch': 'test_vit'}).teacher
+    with pytest.raises(KdoctError, match='not for pictures of 100 px, but of 96 or 128 or 160 px') as e:
+        models.create_classifier(recipe, 3, 100)
+    assert 'teacher.size=160' in e.value.fix
+
+
+def test_weights_for_another_size_are_refused_with_theirs(tmp_path, monkeypatch):
+    # Visformer's tables of positions cannot follow; the hub is played by a file
+    weights, real = timm.create_model('visformer_tiny', num_classes=1000).state_dict(), timm.create_model
+    def hub(name, pretrained=False, **kwargs):
+        body = real(name, False, **kwargs)
+        if pretrained: body.load_state_dict(weights)
+        return body
+    monkeypatch.setattr(timm, 'create_model', hub)
+    recipe = preset('tiny', **{'teacher.arch': 'visformer_tiny', 'teacher.weights': 'hub'}).teacher
+    with pytest.raises(KdoctError, match="weights of 'visformer_tiny' are not for pictures of 96 px, but of 224 px"): models.create_classifier(recipe, 3, 96)
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path/'w.safetensors')
+    with pytest.raises(KdoctError, match='(?s)pos_embed.*made for one input size'):
+        models.create_classifier(recipe.model_copy(update=dict(weights=str(tmp_path/'w.safetensors'))), 3, 96)
+
+
+def test_swin_is_the_same_network_at_its_own_size_whatever_the_way():
+    recipe = preset('tiny', **{'teacher.arch': 'swin_s3_tiny_224'}).teacher
+    nets = []
+    for arch in ('swin_s3_tiny_224', 'autoformerv2_tiny'):
+        torch.manual_seed(0)
+        nets.append(models.create_classifier(recipe.model_copy(update=dict(arch=arch)), 3, 224).body.state_dict())
+    assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+
+
 def test_a_rate_that_a_network_lacks_is_refused():
     recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.drop_path_rate': .3}).teacher
     with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'): models.create_classifier(recipe, 3, 64)
