@@ -58,16 +58,17 @@ class _LocalKernel(KernelManager):
 
 def run_stage(
     run:Run,                     # existing run
-    stage:str,                   # data, teacher, student, baseline or evaluate
+    stage:str,                   # data, teacher, teacher-NAME, student, baseline or evaluate
     fold:int,                    # fold, counted from 0
     notebooks:Path|None=None,    # folder of edited stage notebooks; None: kdoct's own
 )->Path:                         # the executed notebook
     "Run one stage of one fold in a process of its own; `KdoctError` naming the notebook if it fails."
-    source = Path(notebooks or notebooks_dir())/f'{STAGES[stage]}.ipynb'
+    kind, _, name = stage.partition('-')
+    source = Path(notebooks or notebooks_dir())/f'{STAGES[kind]}.ipynb'
     if not source.exists(): raise KdoctError(f"There is no {source}.", fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.")
     out = run.notebooks_dir(fold)/f'{stage}.ipynb'
     with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
-    given = dict(run=run.name, fold=fold) | (dict(role=stage) if stage in ('student', 'baseline') else {})
+    given = dict(run=run.name, fold=fold) | (dict(role=stage) if stage in ('student', 'baseline') else dict(name=name) if name else {})
     env = {k: os.environ.get(k) for k in ('KDOCT_OUTPUTS', 'IN_TEST')}
     os.environ['KDOCT_OUTPUTS'] = str(outputs_root().resolve())   # the kernel must look for the run where we do
     os.environ.pop('IN_TEST', None)
@@ -93,8 +94,8 @@ def crossval(
     notebooks:Path|None=None,    # folder of edited stage notebooks; None: kdoct's own
 )->Run:
     "Run every unfinished stage of these folds, in order."
-    for recipe in (run.recipe.teacher, run.recipe.student): require_weights(recipe)  # now, not after an hour
-    stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in ('teacher', 'student', 'baseline', 'evaluate'))]
+    for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
+    stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in (*run.recipe.roles, 'evaluate'))]
     for stage, fold in stages:
         name = 'data' if stage == 'data' else f'fold {fold} {stage}'
         if run.is_finished(stage, fold):

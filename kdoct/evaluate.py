@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_figure', 'reliability_figure', 'history_figure',
            'worst_mistakes', 'mistakes_figure', 'counts_of', 'counts_figure', 'folds_figure', 'views_figure',
-           'fold_models', 'complete_folds', 'is_evaluated', 'fold_variants', 'pool_variants', 'costs_of', 'ensemble',
-           'ensemble_section', 'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
+           'teachers_together', 'fold_models', 'complete_folds', 'is_evaluated', 'fold_variants', 'pool_variants',
+           'costs_of', 'ensemble', 'ensemble_section', 'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures',
+           'evaluate_run']
 
-# %% ../nbs/05_evaluate.ipynb #c1d0e8b8
+# %% ../nbs/05_evaluate.ipynb #91162170
 import io
 import textwrap
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from .data import decode_image, folds_of, open_fold, prepare_data, read_image_by
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, targets_of
-from .tables import BLANKED, COMPARED, MANY, ONE, Section, blanked_section, costs_section, differences_of
+from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, costs_section, differences_of
 from .tables import patients_section, protocol_of, read_variants, scores_section, selection_section, shown
 from .tables import shown_differences, shown_folds, table_of, views_differences, views_section
 
@@ -284,25 +286,45 @@ def _read_role(run, fold, role):
     path, df = run.stage_dir(fold, role)/'predictions.parquet', read_predictions(run.stage_dir(fold, role)/'predictions.parquet')
     if other := sorted(set(df.fold) - {fold}):
         raise KdoctError(f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
-                         fix='Delete its folder and train again' + (f': {stage_command(role, run, fold)}' if role in ROLES else '.'))
+                         fix='Delete its folder and train again' + (f': {stage_command(role, run, fold)}' if role in run.recipe.roles else '.'))
     return df
+
+def teachers_together(
+    run:Run,  # the run
+    fold:int,  # counted from 0
+    models:dict[str, pd.DataFrame],  # predictions of the fold
+) -> pd.DataFrame|None:  # predictions; None for a single teacher, or where one is missing
+    "What several teachers taught the student, on the test images: combined as in training, at T = 1 (in turn: mean of probabilities)."
+    roles = run.recipe.teacher_roles
+    if len(roles) == 1 or not set(roles) <= set(models): return None
+    taught_by = read_json(run.stage_dir(fold, 'student')/'model.json').get('taught_by', {})
+    if set(taught_by) != set(roles):
+        raise KdoctError(f"The student of fold {fold} was taught by {', '.join(taught_by) or 'nobody that is known'}, not by {', '.join(roles)}.",
+                         fix=f"Delete {run.stage_dir(fold, 'student')} and train again: {stage_command('student', run, fold)}")
+    import torch
+
+    from kdoct.losses import combine  # both here, so that reading results does not wait for torch
+    first, weights = models[roles[0]], torch.tensor([taught_by[r]['weight'] for r in roles])
+    z = combine([torch.from_numpy(logits_of(models[r].set_index('path').loc[first.path])) for r in roles],
+                run.recipe.distill.model_copy(update=dict(temperature=1.)), weights).numpy()
+    return first.assign(**{f'logit_{c}': z[:, i] for i, c in enumerate(classes_of(first))})
 
 def fold_models(
     run:Run|str,  # run or its name
     fold:int,  # counted from 0
-) -> dict[str, pd.DataFrame]:  # teacher, student, baseline, and further models that there are -> predictions
+) -> dict[str, pd.DataFrame]:  # teacher, student, baseline, and further teachers and models that there are -> predictions
     "Predictions of the models of a fold; `KdoctError` with the command for the first of the three that is missing."
-    run, out = _opened(run), {}
+    run = _opened(run)
     for role in ROLES:
         if not run.is_finished(role, fold):
             raise KdoctError(f"Fold {fold} of run '{run.name}' has no predictions of the {role} ({run.stage_dir(fold, role)/'predictions.parquet'}).",
                              fix=f'Train it first: {stage_command(role, run, fold)}')
-        out[role] = _read_role(run, fold, role)
-    out |= {m: _read_role(run, fold, m) for m in FURTHER if run.is_finished(m, fold)}
-    for m in FURTHER:
-        if m in out and sorted(out[m].path) != sorted(out['student'].path):
+    out = {m: _read_role(run, fold, m) for m in (*run.recipe.roles, *FURTHER) if run.is_finished(m, fold)}
+    for m in out:
+        if m not in ROLES and sorted(out[m].path) != sorted(out['student'].path):
             raise KdoctError(f'{m} has predicted other images than the student in fold {fold}.', fix=f'Delete {run.stage_dir(fold, m)} and make it again.')
-    return out
+    if (taught := teachers_together(run, fold, out)) is None: return out
+    return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: taught} | out
 
 # %% ../nbs/05_evaluate.ipynb #9e987015
 def complete_folds(
@@ -318,14 +340,14 @@ def is_evaluated(
     fold:int,  # counted from 0
 ) -> bool:
     "Whether a fold's evaluation is of the predictions that are there now, further models included."
-    here = {*ROLES, *(m for m in FURTHER if run.is_finished(m, fold))}
+    here = {*ROLES, *(m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(m, fold))}
     return run.is_finished('evaluate', fold) and set(read_json(run.fold_dir(fold)/'evaluation.json')['predictions']) == here
 
 # %% ../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
     "model.json of each model; `KdoctError` where it does not say the number of parameters."
-    out = {m: read_json(run.stage_dir(fold, m)/'model.json') for m in models}
-    for role in ROLES:
+    out = {m: read_json(run.stage_dir(fold, m)/'model.json') for m in models if m != TOGETHER}
+    for role in (r for r in run.recipe.roles if r in out):
         if not isinstance(out[role].get('parameters'), int):
             raise KdoctError(f'{run.stage_dir(fold, role)/"model.json"} does not say the number of parameters.',
                              fix=f'Delete its folder and train again: {stage_command(role, run, fold)}')
@@ -333,21 +355,22 @@ def _about(run, fold, models):
 
 def _histories(run, fold):
     "history.csv of each model that has one (a model from elsewhere has none)."
-    paths = {r: run.stage_dir(fold, r)/'history.csv' for r in ROLES}
+    paths = {r: run.stage_dir(fold, r)/'history.csv' for r in run.recipe.roles}
     return {r: pd.read_csv(p) for r, p in paths.items() if p.is_file()}
 
 # %% ../nbs/05_evaluate.ipynb #4a47db68
 def _simulated_predictions(table, role, fold, change=0., draw=0):
     "Logits of a simulated model for the rows of an image table."
-    rng, classes = np.random.default_rng([fold, ROLES.index(role), draw]), sorted(table.label.unique())
-    margin = max({'teacher': 4., 'student': 3.4, 'baseline': 2.4}[role] + change, 0)
+    number = ROLES.index(role) if role in ROLES else 3 + zlib.crc32(role.encode())
+    rng, classes = np.random.default_rng([fold, number, draw]), sorted(table.label.unique())
+    margin = max({'teacher': 4., 'student': 3.4, 'baseline': 2.4}.get(role, 3.) + change, 0)
     z = rng.normal(size=(len(table), len(classes))) + margin*(table.label.to_numpy()[:, None] == np.array(classes))
     columns = [c for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice') if c in table]
     return table[columns].assign(fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)})
 
 def _simulated_variants(run, table, role, fold, main):
     "What training writes beside predictions.parquet: other weights and views, as the recipe has them; and which weights are kept."
-    train, views = run.recipe.teacher if role == 'teacher' else run.recipe.student, run.recipe.evaluate.views
+    train, views = run.recipe.training(role), run.recipe.evaluate.views
     kept = 'checkpoint' if train.average == 'none' else train.average
     out = {(kept, ONE): main, (kept, BLANKED): _simulated_predictions(table, role, fold, -9., 4)}
     if kept != 'checkpoint': out['checkpoint', ONE] = _simulated_predictions(table, role, fold, -.3, 2)
@@ -355,16 +378,18 @@ def _simulated_variants(run, table, role, fold, main):
     return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
 
 def _simulated_stages(run, fold):
-    "The data stage, and the bundles of three simulated models of a fold."
+    "The data stage, and the bundles of simulated models of a fold."
     if run.recipe.name != 'tiny': raise KdoctError(f"Run '{run.name}' is not a test.", fix='Simulate models in runs of the preset tiny only.')
     prepare_data(run)
-    test = open_fold(run, fold).rows('test')
-    for role in ROLES:
+    test, teachers = open_fold(run, fold).rows('test'), run.recipe.teacher_roles
+    for role in run.recipe.roles:
         folder, main = run.stage_dir(fold, role), _simulated_predictions(test, role, fold)
         kept, variants = _simulated_variants(run, test, role, fold, main)
         for name, frame in (('variants', variants), ('predictions', main)):
             with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
-        write_json(folder/'model.json', dict(arch='simulated', parameters=300_000 if role == 'teacher' else 100_000, metrics=dict(kept=kept)))
+        taught_by = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
+        parameters = 300_000 if role in teachers else 100_000
+        write_json(folder/'model.json', dict(arch='simulated', parameters=parameters, metrics=dict(kept=kept), taught_by=taught_by))
         e = np.arange(1, 4); soft = 2/e if role == 'student' else np.nan
         pd.DataFrame(dict(epoch=e, train_loss=1/e, train_hard=1/e, train_soft=soft, valid_loss=1.2/e, accuracy=1 - .4/e, lr=1e-3,
                           seconds=1.)).to_csv(folder/'history.csv', index=False)
@@ -377,7 +402,7 @@ def fold_variants(
 ) -> tuple[dict, dict]:  # model -> (weights, view) -> predictions; model -> weights kept
     "What `variants.parquet` of each model holds, where there is one."
     variants, kept = {}, {}
-    for role in ROLES:
+    for role in (r for r in run.recipe.roles if r in models):
         folder = run.stage_dir(fold, role)
         if (folder/'variants.parquet').exists():
             kept[role] = read_json(folder/'model.json').get('metrics', {}).get('kept')
@@ -389,7 +414,7 @@ def pool_variants(
 ) -> tuple[dict, dict, list[str]]:  # model -> (weights, view) -> predictions; (model, weights) -> where kept; what could not be pooled
     "Variants that every fold has, pooled."
     pooled, kept, notes = {}, {}, []
-    for role in ROLES:
+    for role in dict.fromkeys([*(r for variants, _ in each.values() for r in variants), *ROLES]):
         has = {k: {('kept', v) if v == BLANKED else (w, v): df for (w, v), df in variants.get(role, {}).items()} for k, (variants, _) in each.items()}
         for key in dict.fromkeys(key for some in has.values() for key in some):
             there = [k for k in has if key in has[k]]
@@ -419,7 +444,7 @@ def costs_of(
     path, out = run.path/'efficiency.json', {}
     with locked(path, what=f"the timing of run '{run.name}'", wait=600):
         known = read_json(path) if path.exists() else {}
-        for m in models:
+        for m in (m for m in models if m != TOGETHER):
             folder = run.stage_dir(fold, m)
             about = read_json(folder/'model.json')
             if reason := _not_measured(about, folder): out[m] = dict(parameters=about.get('parameters'), not_measured=reason)
@@ -499,12 +524,19 @@ def _tables(run, each, models, notes=()):
         if together: sections = dict(ensemble=together) | sections
         else: notes.append(reason)
     about = _about(run, folds[0], models)
+    if run.recipe.distill.combine == 'nll' and TOGETHER in models: notes.append(_weights_text(run, folds))
     notes += [f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax' for m, d in about.items()
               if d.get('calibrated') is False]
     protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
     params = {m: d.get('parameters') for m, d in about.items()}
+    if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
     return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
                 sections=sections)
+
+def _weights_text(run, folds):
+    "How much each teacher counted, fold by fold."
+    taught_by = {k: read_json(run.stage_dir(k, 'student')/'model.json')['taught_by'] for k in folds}
+    return 'weights of the teachers: ' + '; '.join(f'fold {k} ' + ', '.join(f'{r} {t["weight"]:.3f}' for r, t in by.items()) for k, by in taught_by.items())
 
 def _plain_tables(result):
     "The same as JSON wants it."
@@ -571,7 +603,7 @@ def evaluate_fold(
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
         run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
         figures={n: p.relative_to(run.path) for n, p in figures.items()},
-        predictions={m: sha256_file(run.stage_dir(fold, m)/'predictions.parquet') for m in models}))
+        predictions={m: sha256_file(run.stage_dir(fold, m)/'predictions.parquet') for m in models if m != TOGETHER}))
     run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
                accuracy={m: v['accuracy'] for m, v in estimates.items()})
     result = dict(run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models)
@@ -613,8 +645,8 @@ def evaluate_run(
                                    fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
     each = {k: fold_models(run, k) for k in folds}
     models = _pool(each, run.recipe.data.protocol)
-    made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in FURTHER
-                                       if m not in models and any(m in some for some in each.values())])
+    made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in dict.fromkeys(m for some in each.values() for m in some)
+                                       if m not in models])
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
     drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}), folds=folds_figure(per_fold))
