@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #cf961c11
+# %% ../nbs/05b_report.ipynb #4b0446b6
 import base64
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
-from .core import ROLES, KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
+from .core import KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
 from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated
 from .probe import probe_table
-from .tables import shown, shown_differences, shown_folds
+from .tables import TOGETHER, shown, shown_differences, shown_folds
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -70,7 +70,8 @@ def _sentence(table, diff):
     "The main result in words."
     level = ' (accuracy, with interval)'
     s = (f'The distilled student classifies {table["accuracy %"]["student"]} % of the test images correctly{level}, '
-         f'the teacher {table["accuracy %"]["teacher"]} %, the same student without a teacher {table["accuracy %"]["baseline"]} %.')
+         f'the teacher {table["accuracy %"]["teacher"]} %, '
+         + (f'all teachers together {table["accuracy %"][TOGETHER]} %, ' if TOGETHER in table.index else '') + f'the same student without a teacher {table["accuracy %"]["baseline"]} %.')
     for pair, what in (('student - baseline', 'baseline'), ('student - teacher', 'teacher')):
         r = diff.loc[(pair, 'accuracy')]
         verdict = f'above the {what}' if r.low > 0 else f'below the {what}' if r.high < 0 else f'not distinguishable from the {what} on these patients'
@@ -155,9 +156,9 @@ def _troubles(run, facts, folds):
            for key, d in facts.get('stages', {}).items() if d.get('status') == 'failed']
     out += [f'{key} has not finished: it is still running or was interrupted.' for key, d in facts.get('stages', {}).items()
             if d.get('status') == 'running']
-    begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in ROLES)}
+    begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in run.recipe.roles)}
     for k in sorted(begun | set(folds)):
-        for r in ROLES:
+        for r in run.recipe.roles:
             if not run.is_finished(r, k):
                 out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
     return out
