@@ -68,10 +68,9 @@ def _figures(run, folds):
 # %% ../nbs/05b_report.ipynb #a9a461ac
 def _sentence(table, diff):
     "The main result in words."
-    level = ' (accuracy, with interval)'
+    level, all_teachers = ' (accuracy, with interval)', f'all teachers together {table["accuracy %"][TOGETHER]} %, ' if TOGETHER in table.index else ''
     s = (f'The distilled student classifies {table["accuracy %"]["student"]} % of the test images correctly{level}, '
-         f'the teacher {table["accuracy %"]["teacher"]} %, '
-         + (f'all teachers together {table["accuracy %"][TOGETHER]} %, ' if TOGETHER in table.index else '') + f'the same student without a teacher {table["accuracy %"]["baseline"]} %.')
+         f'the teacher {table["accuracy %"]["teacher"]} %, {all_teachers}the same student without a teacher {table["accuracy %"]["baseline"]} %.')
     for pair, what in (('student - baseline', 'baseline'), ('student - teacher', 'teacher')):
         r = diff.loc[(pair, 'accuracy')]
         verdict = f'above the {what}' if r.low > 0 else f'below the {what}' if r.high < 0 else f'not distinguishable from the {what} on these patients'
