@@ -227,7 +227,7 @@ def map_numbers(
     steps:int=24,            # insertion and deletion: steps
     tolerance:float=0,       # pointing game [px]
     batch:int=32,            # pictures a pass
-)->pd.DataFrame:             # a row an image: columns of `NUMBERS`, and `probability` of the explained class
+)->pd.DataFrame:             # a row an image: columns of `NUMBERS`, `probability` of the explained class, and both curves as lists
     "Insertion, deletion, drop, increase, and with masks pointing and energy, ready for a long frame."
     curves, conf = insertion_deletion(model, x, maps, classes, steps, batch=batch), confidence_change(model, x, maps, classes, batch)
     out = dict(probability=conf.full, insertion=curves.insertion_auc, deletion=curves.deletion_auc, drop=conf.drop, increase=100*conf.increase)
@@ -235,7 +235,7 @@ def map_numbers(
         hit, chance = pointing_game(maps, masks, tolerance)
         e = energy_in_mask(maps, masks)
         out |= dict(pointing=100*hit, pointing_chance=100*chance, energy=100*e.inside, area=100*e.area)
-    return pd.DataFrame(out).astype(float)
+    return pd.DataFrame(out).astype(float).assign(insertion_curve=curves.insertion.tolist(), deletion_curve=curves.deletion.tolist())
 
 # %% ../nbs/06b_faithfulness.ipynb #2bafbc0a
 class _Pictures(NamedTuple):
@@ -271,7 +271,7 @@ def randomised(
 
 # %% ../nbs/06b_faithfulness.ipynb #418edf8a
 def _grid(maps, side=64):
-    "Maps shrunk by area to at most `side` cells along each axis, (n, h*w) and (n, h, w)."
+    "Maps (n, h, w), shrunk by area to at most `side` cells along each axis."
     t = torch.from_numpy(check_maps(maps))[:, None]
     return F.adaptive_avg_pool2d(t, [min(side, s) for s in t.shape[2:]])[:, 0].numpy()
 
@@ -355,7 +355,8 @@ class Measure(NamedTuple):
     title:str    # heading of its column
     digits:int   # decimals shown
     meaning:str  # definition, and what is good
-    over:str=''  # column of the denominators; the table shows the ratio of sums
+    of:str=''    # column of the frame; '': named as the number
+    over:str=''  # column of the denominators: the table shows the ratio of sums
 
 NUMBERS = {
     'insertion': Measure('insertion AUC', 3, 'mean probability of the explained class while the most important pixels are put into the blurred image; '
@@ -364,10 +365,10 @@ NUMBERS = {
     'drop': Measure('average drop %', 1, 'share of the probability lost when the image is multiplied by the map; low is good (Chattopadhay et al. 2018)'),
     'increase': Measure('increase in confidence %', 1, 'images whose probability rises then; high is good'),
     'pointing': Measure('pointing game %', 1, "images whose map has its highest pixel in the mask (Zhang et al. 2018)"),
-    'pointing_chance': Measure('chance of that %', 1, 'what a highest pixel at random would get'),
+    'pointing_chance': Measure('pointing by chance %', 1, 'what a highest pixel at random would get'),
     'energy': Measure('energy in mask %', 1, "share of the map's sum inside the mask (Wang et al. 2020)"),
     'area': Measure('area of mask %', 1, 'share of the image that the mask covers: what a map that knows nothing gets as energy'),
-    'energy_ratio': Measure('energy / area', 2, 'the two before divided, sums over images first; 1 is chance', 'area'),
+    'energy_ratio': Measure('energy / area', 2, 'the two before divided, sums over images first; 1 is chance', 'energy', 'area'),
     'sanity_rank': Measure('rank correlation after randomisation', 2, 'Spearman correlation with the map of the same network with shuffled weights; '
                            'near 0 is good (Adebayo et al. 2018)'),
     'sanity_ssim': Measure('SSIM after randomisation', 2, 'structural similarity with that map; low is good'),
@@ -380,10 +381,10 @@ def _text(r, digits, sign=''):
     f = f'{{:{sign}.{digits}f}}'
     return f.format(r['estimate']) + (f' [{f}, {f}]'.format(r['low'], r['high']) if np.isfinite(r['low']) else ' (no interval)')
 
-def _note(rows, n_images):
+def _note(rows, measures, n_images):
     "What a reader must know of one row: numbers left out, few groups."
     lost, out = {}, []
-    for name, r in rows.items(): lost.setdefault(r['lost'], []).append(NUMBERS[name].title if name in NUMBERS else name)
+    for name, r in rows.items(): lost.setdefault(r['lost'], []).append(measures[name].title)
     out += [f'without {", ".join(names)}: {n} of {n_images} images' for n, names in lost.items() if n]
     if few := min((r['n_groups'] for r in rows.values() if r['n']), default=0):
         if few < FEW: out.append(f'too few groups ({few}) for an interval to rely on')
@@ -391,12 +392,12 @@ def _note(rows, n_images):
 
 def _row(part, measures, evaluate, seed, sign=''):
     "One row of a table: texts, then NAME, NAME_low, NAME_high, n_images, n_groups, note."
-    rows = {k: mean_interval(part[k if k in part else k.partition('_')[0]], part.group, evaluate, seed, part[m.over] if m.over else None)
+    rows = {k: mean_interval(part[m.of or k], part.group, evaluate, seed, part[m.over] if m.over else None)
             for k, m in measures.items()}
     texts = {m.title: _text(rows[k], m.digits, sign) for k, m in measures.items()}
     numbers = {f'{k}{end}': r[v] for k, r in rows.items() for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))}
     return {'images': len(part), 'groups': part.group.nunique(), **texts, **numbers, 'n_images': len(part), 'n_groups': part.group.nunique(),
-            'note': _note(rows, len(part))}
+            'note': _note(rows, measures, len(part))}
 
 # %% ../nbs/06b_faithfulness.ipynb #bb4a584f
 def _minus(part, a, b, measures):
@@ -420,10 +421,10 @@ def explanation_table(
     "Numbers of every role and method with intervals over groups, and student minus the others, paired; `KdoctError` if there are none."
     if lost := [c for c in ('path', 'group', 'role', 'method') if c not in frame]:
         raise KdoctError(f'column(s) {", ".join(lost)} missing', fix='give a row an image, role and method')
-    there = {k: m for k, m in NUMBERS.items() if k in frame or (m.over in frame and k.partition('_')[0] in frame)}
+    there = {k: m for k, m in NUMBERS.items() if {m.of or k, m.over or m.of or k} <= set(frame)}
     if not there: raise KdoctError('no numbers of maps', fix=f'give at least one of the columns {", ".join(NUMBERS)}')
     if frame.empty: raise KdoctError('no image was explained', fix='raise explain.images')
-    paired = {k: m for k, m in there.items() if k in frame and k not in ('area', 'pointing_chance')}
+    paired = {k: m for k, m in there.items() if not m.of and k not in ('area', 'pointing_chance')}  # the masks are the same
     rows = {}
     for method, part in frame.groupby('method', sort=False):
         for role, p in part.groupby('role', sort=False): rows[f'{method}, {role}'] = _row(p, there, evaluate, seed)
@@ -502,9 +503,8 @@ _AGREEMENT = {
     'iou_other': Measure('IoU with another image', 3, "the IoU with the teacher's map of an image of another group"),
 }
 
-def _contrast(part, measures, e, seed):
+def _contrast(some, measures, e, seed):
     "Mean where both are right minus mean where the student alone is wrong, groups drawn together."
-    some = part[part.correctness.isin(CORRECTNESS[:2])]
     names, codes = np.unique(some.group.astype(str), return_inverse=True)
     out, sides = {}, [some.correctness == c for c in CORRECTNESS[:2]]
     for k in measures:
@@ -540,7 +540,8 @@ def agreement_table(
 
 def _contrast_row(part, there, e, seed):
     "The difference of the two parts as a row of the table."
-    some, made = part[part.correctness.isin(CORRECTNESS[:2])], _contrast(part, ('rank', 'iou'), e, seed)
+    some = part[part.correctness.isin(CORRECTNESS[:2])]
+    made = _contrast(some, ('rank', 'iou'), e, seed)
     numbers = {f'{k}{end}': r[v] for k, r in made.items() for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))}
     return {'images': len(some), 'groups': some.group.nunique(), **{there[k].title: _text(r, there[k].digits, '+') for k, r in made.items()}, **numbers,
             'n_images': len(some), 'n_groups': some.group.nunique(), 'note': ''}
