@@ -305,7 +305,7 @@ def teachers_together(
 
     from kdoct.losses import combine  # both here, so that reading results does not wait for torch
     first, weights = models[roles[0]], torch.tensor([taught_by[r]['weight'] for r in roles])
-    z = combine([torch.from_numpy(logits_of(models[r].set_index('path').loc[first.path])) for r in roles],
+    z = combine([torch.tensor(logits_of(models[r].set_index('path').loc[first.path])) for r in roles],
                 run.recipe.distill.model_copy(update=dict(temperature=1.)), weights).numpy()
     return first.assign(**{f'logit_{c}': z[:, i] for i, c in enumerate(classes_of(first))})
 
