@@ -85,12 +85,13 @@ def default_layer(
         raise KdoctError(f"It is not known which layer of {type(body).__name__} has the last maps.", fix="Name one: layer='blocks.3'.")
     name = body.feature_info[-1]['module']
     stem, _, number = name.rpartition('.')
-    if isinstance(body.get_submodule(name), nn.MaxPool2d) or type(body).__name__ == 'MobileNetV3': return f'{stem}.{int(number) - 1}'
+    pooled = isinstance(dict(body.named_modules()).get(name), nn.MaxPool2d | None)  # FPN-VGG16 has cut the layer off and pools itself
+    if pooled or type(body).__name__ == 'MobileNetV3': return f'{stem}.{int(number) - 1}'
     return f'{name}.norm1' if getattr(body, 'global_pool', '') == 'token' else name
 
 # %% ../nbs/06a_cam.ipynb #c96588a5
-def _map_layers(body:nn.Module, size:int)->dict[str, tuple]:
-    "Name -> layout of all layers with maps."
+def _map_layers(body:nn.Module, size:int)->list[str]:
+    "Names of layers with maps: stages and blocks, not their parts."
     found, handles = {}, []
     def note(name): return lambda module, args, out: found.update({name: find_layout(out, body)})
     try:
@@ -98,7 +99,7 @@ def _map_layers(body:nn.Module, size:int)->dict[str, tuple]:
         with torch.inference_mode(): body(_blank(body, size))
     finally:
         for h in handles: h.remove()
-    return {name: layout for name, layout in found.items() if layout}
+    return [name for name, layout in found.items() if layout and ('.' not in name or name.rpartition('.')[2].isdecimal())]
 
 def _blank(body:nn.Module, size:int)->torch.Tensor:
     "An empty image where the network is."
@@ -113,7 +114,7 @@ def _layer_of(body:nn.Module, size:int, name:str)->Layer:
         layout = find_layout(kept[-1], body) if kept else None
     if layout: return Layer(name, module, *layout)
     what = "has no layer" if module is None else "has no maps in layer"
-    raise KdoctError(f"{type(body).__name__} {what} '{name}'.", fix=f"Layers with maps: {', '.join(list(_map_layers(body, size))[-12:])}.")
+    raise KdoctError(f"{type(body).__name__} {what} '{name}'.", fix=f"Layers with maps: {', '.join(_map_layers(body, size)[-12:])}.")
 
 def target_layer(
     model:Classifier,  # network to explain; not changed
@@ -240,7 +241,7 @@ class Scores(NamedTuple):
     values:torch.Tensor  # (k,), an arbitrary number may be added to all
     exact:int            # masks scored exactly
     sigma:float          # spread of the error of the others
-    error:float          # expected error of the map in [0, 1] at its worst pixel (one standard deviation)
+    error:float          # expected error of the map in [0, 1]: one standard deviation at its worst pixel
 
 def refine(
     maps:torch.Tensor,    # (k, h, w)
