@@ -385,8 +385,13 @@ def parse_overrides(
     return out
 
 def _split_json(text:str)->list[str]:
-    "Split at blanks that stand outside quotes, and keep the quotes that JSON needs."
-    return re.findall(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+', text)
+    "Split at blanks that stand outside quotes and brackets, and keep the quotes that JSON needs."
+    words, depth = [''], 0
+    for piece in re.findall(r'"(?:[^"\\]|\\.)*"|\s+|.', text):
+        if piece.isspace() and depth == 0: words.append('')
+        else: words[-1] += piece
+        depth += (piece in '[{') - (piece in ']}')
+    return [w for w in words if w]
 
 # %% ../nbs/00_core.ipynb #dedd5d2c
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
