@@ -150,6 +150,12 @@ def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, t
     with torch.no_grad(): assert torch.equal(again(x), logits[96])
 
 
+@pytest.mark.parametrize('arch', ['visformer_small', 'autoformerv2_tiny'])
+def test_networks_with_places_take_a_step_at_96_px_and_round_trip(arch, tmp_path):
+    net = round_trip(arch, .1 if arch == 'autoformerv2_tiny' else 0., 96, tmp_path)
+    assert net.body.get_classifier().out_features == 3
+
+
 def test_a_size_that_a_network_cannot_take_is_refused_with_those_that_it_can():
     recipe = preset('tiny', **{'teacher.arch': 'test_vit'}).teacher
     with pytest.raises(KdoctError, match='not for pictures of 100 px, but of 96 or 128 or 160 px') as e:
