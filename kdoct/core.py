@@ -393,7 +393,7 @@ def _split_json(text:str)->list[str]:
         depth += (piece in '[{') - (piece in ']}')
     return [w for w in words if w]
 
-# %% ../nbs/00_core.ipynb #dedd5d2c
+# %% ../nbs/00_core.ipynb #ee58de59
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
 
 PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4, 'teacher.lr_floor': 5e-6}
@@ -403,6 +403,7 @@ PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-
 PRESETS['tiny'] = {
     'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 40, 'data.phantom.slices': 1,
     'data.phantom.height': 128, 'data.phantom.width': 128, 'evaluate.n_boot': 100,
+    'explain.images': 8, 'explain.steps': 4,
     **{f'{who}.{k}': v for who in ('teacher', 'student') for k, v in dict(
         arch='test_efficientnet', weights='none', epochs=2, batch_size=8, warmup=0.5, precision='fp32').items()}}
 
