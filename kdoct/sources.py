@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'NEH_LABELS',
-           'PHANTOM_SEED', 'check_table', 'image_table', 'finding', 'Listing', 'make_listing', 'walk_images', 'source',
-           'load_table', 'ucsd', 'folder', 'csv', 'resolve_paths', 'neh', 'phantom']
+           'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
+           'Listing', 'make_listing', 'walk_images', 'source', 'load_table', 'ucsd', 'folder', 'csv', 'resolve_paths',
+           'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'regroup', 'phantom']
 
-# %% ../nbs/01b_sources.ipynb #aa9fd925
+# %% ../nbs/01b_sources.ipynb #512c6e16
 import errno
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
@@ -61,6 +62,8 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'missing': ('error', "the file is not there, or its link leads nowhere"),
     'ambiguous-path': ('error', "several files have this name but for upper and lower case, and none has it exactly"),
     'folder-unreadable': ('error', "the folder cannot be listed"),
+    'no-mask': ('note', "the image has no mask file of its name"),
+    'mask-without-image': ('note', "a mask file without an image of its name"),
     'repeated-row': ('note', "the table lists this file more than once, with the same facts"),
     'no-patient': ('note', "patient unknown: the image is a group of its own"),
     'path-by-case': ('note', "the table writes this path with other upper and lower case"),
@@ -152,13 +155,16 @@ def load_table(
         seen = listing.findings.problem.value_counts().to_dict()
         raise KdoctError(f"Source '{data.source}' finds no usable image in {listing.root} (it finds: {seen or 'nothing'}).",
                          fix=f"Expected layout: {LAYOUTS.get(data.source, 'see the source')}")
-    return listing
+    return regroup(listing, data.groups) if data.groups else listing
 
 # %% ../nbs/01b_sources.ipynb #266017cb
 LAYOUTS = {  # source -> what its root must look like
     'ucsd': "DIR/CLASS/CLASS-NUMBER-INDEX.jpeg, or DIR/train/CLASS/... and DIR/test/CLASS/...",
     'neh': "DIR/data_information.csv and DIR/CLASS/NUMBER/[OD|OS/]INDEX_LABEL.jpg (.tif); the class folders may lie one folder deeper",
     'folder': "DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched)",
+    'covid_qu_ex': "DIR/Train|Val|Test/COVID-19|Non-COVID|Normal/images/*.png beside 'lung masks' (or 'infection masks'); DIR may be one or two folders higher",
+    'lc25000': "DIR/lung_colon_image_set/lung_image_sets|colon_image_sets/CLASS/*.jpeg, or DIR/CLASS/*.jpeg; CLASS one of colon_aca, colon_n, "
+               "lung_aca, lung_n, lung_scc",
     'csv': "a CSV file with one row an image, or a folder with table.csv; columns path, label, and patient or group",
     'phantom': "a folder written by kdoct.phantom.write_phantom, or none: it is made",
 }
@@ -374,6 +380,94 @@ def neh(
     df, repeats = _drop_repeats(df)
     made = [_neh_row(r) for r in df.to_dict('records')]
     return make_listing(base, [row for row, _ in made if row], [*found, *notes, *repeats, *(f for _, fs in made for f in fs)], 'neh')
+
+# %% ../nbs/01b_sources.ipynb #ccecca2a
+COVID_LABELS = ('COVID-19', 'Non-COVID', 'Normal')
+_COVID = re.compile(r'(?P<split>train|val|test)/(?P<label>[^/]+)/(?P<what>images|lung masks|infection masks)/[^/]+', re.I)
+
+def _covid_base(data:DataRecipe)->Path:
+    "The folder that holds Train, Val and Test, at the root or up to two levels below; `KdoctError` if there is none, or several."
+    root = _root(data)
+    def below(d): return sorted(p for p in d.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    def has_parts(d): return {'train', 'test'} <= {p.name.lower() for p in below(d)}
+    bases, level = [], [root]
+    for _ in range(3):
+        bases += [d for d in level if has_parts(d)]
+        level = [p for d in level if not has_parts(d) for p in below(d)]
+    if len(bases) == 1: return bases[0]
+    there = ' and '.join(str(b.relative_to(root)) for b in bases) or 'none'
+    raise KdoctError(f"{root} has {len(bases)} folders with the parts Train and Test in them: {there}.",
+                     fix=f"Give the one that is meant as data.root. Expected layout: {LAYOUTS['covid_qu_ex']}")
+
+# %% ../nbs/01b_sources.ipynb #d9d07a4d
+@source('covid_qu_ex')
+def covid_qu_ex(
+    data:DataRecipe,  # reads `root`
+)->Listing:
+    "COVID-QU-Ex as published; `split` is the authors' part, `mask` the path of the infection or lung mask."
+    base, labels = _covid_base(data), {c.casefold(): c for c in COVID_LABELS}
+    paths, found = walk_images(base)
+    by = {p: m for p in paths if (m := _COVID.fullmatch(p)) and m['label'].casefold() in labels}
+    for p in sorted(set(paths) - set(by)): found.append(finding(p, 'unparsable-name', "not PART/CLASS/images/NAME or PART/CLASS/lung masks/NAME"))
+    kind = 'infection masks' if any(m['what'].lower() == 'infection masks' for m in by.values()) else 'lung masks'
+    images = [p for p, m in by.items() if m['what'].lower() == 'images']
+    masks = [p for p, m in by.items() if m['what'].lower() == kind]
+    own, _ = resolve_paths([f"{p[:by[p].start('what')]}{kind}/{p.rpartition('/')[2]}" for p in images], masks)
+    found += [finding(p, 'no-mask', f"no {kind[:-1]} of this name") for p, m in zip(images, own, strict=True) if not m]
+    found += [finding(p, 'mask-without-image', action='not used') for p in sorted(set(masks) - set(own))]
+    rows = [dict(path=p, label=labels[by[p]['label'].casefold()], group=p, split=by[p]['split'].lower(), mask=m) for p, m in zip(images, own, strict=True)]
+    return make_listing(base, rows, found, 'covid_qu_ex')
+
+# %% ../nbs/01b_sources.ipynb #0aeee58b
+LC25000_LABELS = ('colon_aca', 'colon_n', 'lung_aca', 'lung_n', 'lung_scc')
+_LC25000 = re.compile(rf"(?P<folder>(?:[^/]+/){{0,3}}(?P<label>{'|'.join(LC25000_LABELS)}))/[^/]+", re.I)
+
+@source('lc25000')
+def lc25000(
+    data:DataRecipe,  # reads `root`
+)->Listing:
+    "LC25000 in its published folders, or the class folders alone; the label is the class folder."
+    root, rows, folders = _root(data), [], {}
+    paths, found = walk_images(root)
+    for path in paths:
+        m = _LC25000.fullmatch(path)
+        if not m: found.append(finding(path, 'no-class-folder', f"not in a folder {', '.join(LC25000_LABELS)}")); continue
+        label = m['label'].lower()
+        if folders.setdefault(label, m['folder']) != m['folder']:
+            raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.", fix="Give the one that is meant as data.root.")
+        rows.append(dict(path=path, label=label, group=path))
+    return make_listing(root, rows, found, 'lc25000')
+
+# %% ../nbs/01b_sources.ipynb #4bf050a5
+NEAR_DUPLICATES = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}  # source -> profile of kdoct.twins
+
+def wants_twins(
+    data:DataRecipe,  # reads `source`, `near_duplicates` and `groups`
+)->str:               # profile of kdoct.twins; 'by-colour': the one that fits the images; '': near-duplicates are not looked for
+    "Whether the audit is to look for near-duplicates, and with which profile."
+    if data.groups or data.near_duplicates == 'separate': return ''
+    return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
+
+# %% ../nbs/01b_sources.ipynb #7e106657
+def regroup(
+    listing:Listing,  # what the source found
+    file:str|Path,    # CSV with columns path (relative to the listing's root, or absolute) and group
+)->Listing:           # the same with other groups
+    "Take the groups from a file; `KdoctError` if it leaves out an image, names a strange one, or contradicts itself."
+    file = Path(file).expanduser()
+    if not file.is_file(): raise KdoctError(f"The table of groups {file} does not exist.", fix="Give a CSV file with columns path and group: data.groups=FILE")
+    df = _read_csv(file)
+    if lost := [c for c in ('path', 'group') if c not in df]:
+        raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df.columns)}")
+    df = pd.DataFrame(dict(path=[_relative(p.strip(), listing.root) for p in df.path], group=df.group.str.strip())).drop_duplicates()
+    def refuse(paths, what, fix):
+        if len(paths): raise KdoctError(f"{file}: {len(paths)} {what}, first {sorted(paths)[0]}.", fix=fix)
+    refuse(set(df.path[df.group == '']), "rows have no group", "Give every image a group; one that belongs to no other has its own path as group.")
+    refuse(set(df.path[df.path.duplicated()]), "images are in two groups", "Keep one row an image, or name both groups alike.")
+    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), "rows name no image of the source",
+           f"Paths are relative to {listing.root}, with upper and lower case as in the folder.")
+    refuse(set(listing.table.path) - set(df.path), "images of the source are in no row", "Add a row for each, with a group of its own if it has no other.")
+    return replace(listing, table=listing.table.assign(group=listing.table.path.map(df.set_index('path').group).astype('str')))
 
 # %% ../nbs/01b_sources.ipynb #11989bd0
 PHANTOM_SEED = 0
