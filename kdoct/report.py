@@ -47,23 +47,34 @@ _ALT = {
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',
     'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and model, with means',
-    'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best epoch and averaged weights; filled marks are the weights kept'}
+    'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best epoch and averaged weights; filled marks are the weights kept',
+    'explained': 'Test images with the maps of teacher and student and their difference, mistakes of the student first',
+    'explained_curves': 'Probability of the explained class while the most important pixels are put in, and taken out, one curve a network',
+    'explained_agreement': 'Rank correlation and overlap of the maps of student and teacher, by who was right'}
 
 def _picture(path, where):
     "A PNG as data for the page, with caption and alternative text."
     name = _ALT.get(path.stem, path.stem.replace('_', ' '))
     return dict(src='data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode(), alt=f'{name}, {where}.', caption=f'{name}, {where}.')
 
-def _pictures(folder, where):
-    "All figures of a folder, the known ones first and in their order."
-    order = list(_ALT)
-    return [_picture(p, where) for p in sorted(folder.glob('*.png'), key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem))]
+def _pictures(folder, where, of_maps=False):
+    "Figures of a folder, those of the maps or the others, the known ones first and in their order."
+    order, files = list(_ALT), [p for p in folder.glob('*.png') if p.stem.startswith('explained') == of_maps]
+    return [_picture(p, where) for p in sorted(files, key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem))]
 
 # %% ../nbs/05b_report.ipynb #794b768d
 def _figures(run, folds):
     "Sections of figures: all folds together where there are several, then each fold."
     pooled = [('All folds', _pictures(run.path/'figures', 'all folds'))] if len(folds) > 1 else []
     return pooled + [(f'Fold {k}', _pictures(run.figures_dir(k), f'fold {k}')) for k in folds]
+
+def _explained(run, folds):
+    "Tables and figures of the maps, of those folds that have been explained as they are now."
+    if not any((run.fold_dir(k)/'explanation.json').exists() for k in folds): return dict(sections=[], figures=[])
+    from kdoct.explain import explained_folds, explanation_sections  # here, so that a report without maps does not wait for torch
+    use = [k for k in explained_folds(run) if k in folds]
+    return dict(sections=[_section(s) for s in explanation_sections(run, use).values()],
+                figures=[(f'Fold {k}', _pictures(run.figures_dir(k), f'fold {k}', of_maps=True)) for k in use])
 
 # %% ../nbs/05b_report.ipynb #a9a461ac
 def _sentence(table, diff):
@@ -192,8 +203,8 @@ _PIECES = '''
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #74c27e9d
-_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('data', 'Data'), ('recipe', 'Recipe'),
+# %% ../nbs/05b_report.ipynb #c8b3ba1d
+_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('explained', 'Where they look'), ('data', 'Data'), ('recipe', 'Recipe'),
              ('machine', 'Stages and machine'))
 
 _PAGE = _PIECES + '''<!DOCTYPE html>
@@ -215,6 +226,11 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}</section>
 <section id="figures"><h2>Figures</h2>{% for title, pictures in figures %}<h3>{{ title }}</h3>
 {% for f in pictures %}{{ figure(f) }}{% endfor %}{% else %}<p>None yet.</p>{% endfor %}</section>
+<section id="explained"><h2>Where they look</h2>
+{% for s in explained.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
+{% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
+{% else %}<p>Not asked yet. Command: kdoct explain {{ run }}</p>{% endfor %}
+{% for title, pictures in explained.figures %}<h3>{{ title }}</h3>{% for f in pictures %}{{ figure(f) }}{% endfor %}{% endfor %}</section>
 <section id="data"><h2>Data</h2>{% for t in data %}{{ table(t, 'wide') }}{% else %}<p>No folds.csv and no audit yet.</p>{% endfor %}</section>
 <section id="recipe"><h2>Recipe</h2>{{ table(recipe, 'wide') }}</section>
 <section id="machine"><h2>Stages and machine</h2>{{ table(stages, 'wide') }}{{ table(machine, 'wide') }}</section>
@@ -242,7 +258,7 @@ def report_html(
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
-        run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), troubles=_troubles(run, facts, asked),
+        run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use), troubles=_troubles(run, facts, asked),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
         data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))
