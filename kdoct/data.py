@@ -11,7 +11,7 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data',
            'FoldData', 'open_fold']
 
-# %% ../nbs/01_data.ipynb #b805bee1
+# %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
 import hashlib
 import io
@@ -41,14 +41,16 @@ from .core import DataRecipe, KdoctError, Run, atomic_path, locked, outputs_root
 from kdoct.sources import (
     FINDING_COLUMNS,
     LISTING_PROBLEMS,
+    NEAR_DUPLICATES,
     TABLE_COLUMNS,
     Listing,
     check_table,
     finding,
     load_table,
+    wants_twins,
 )
 
-# %% ../nbs/01_data.ipynb #5aa493e4
+# %% ../nbs/01_data.ipynb #521d564a
 PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'symlink-loop': ('error', "the link leads to itself"),
     'unreadable': ('error', "the file may not be read"),
@@ -70,6 +72,7 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
     'duplicate-across-groups': ('note', "the same pixels occur in another group: the groups are merged"),
+    'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image: the groups are merged"),
     'official-overlap': ('note', "not in the official test part, but of a group that has images there"),
 }
 
@@ -232,6 +235,21 @@ def merge_groups(
         for t in tops[1:]: parent[t] = tops[0]
     return group.map(top)
 
+# %% ../nbs/01_data.ipynb #11067dbe
+def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
+    "Groups merged by near-duplicates, and a note on each image that is one; the first of each set is the original."
+    from kdoct.twins import PROFILES, find_twins  # here, so that data without near-duplicates do not wait for torch
+    if profile == 'by-colour': profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
+    twins = find_twins(table[table.pixels != ''].drop_duplicates('pixels'), root, PROFILES[profile])
+    if not len(twins): return table.group, []
+    t, found = table.set_index('path'), []
+    for r in twins[twins.path != twins.set].itertuples():
+        torn = f", which is {t.label[r.twin]}, not {t.label[r.path]}" if t.label[r.twin] != t.label[r.path] else ''
+        new = t.group[r.path] != t.group[r.set]
+        action = f"groups {t.group[r.set]} and {t.group[r.path]} merged" if new else 'kept'
+        found.append(finding(r.path, 'near-duplicate', f"of {r.twin}{torn}; agreement {r.agreement:.2f}", action, PROBLEMS))
+    return merge_groups(table.group, table.path.map(twins.set_index('path').set).fillna('').astype('str')), found
+
 # %% ../nbs/01_data.ipynb #8de40c19
 def official_overlap(
     table:pd.DataFrame,  # group, split
@@ -278,6 +296,7 @@ def audit(
     classes:tuple[str, ...]|None=None,      # allowed labels; None: all
     leave_out:tuple[str, ...]=(),           # problems whose images are left out
     workers:int=0,                          # threads; 0: one a core, 8 at most
+    twins:str='',                           # from `wants_twins`; '': near-duplicates are not looked for
 )->Audit:
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
@@ -292,6 +311,7 @@ def audit(
     table.loc[table.path.isin(bad), 'pixels'] = ''
     found += _duplicates(table)
     table['group'] = merge_groups(table.group, table.pixels)
+    if twins: table['group'], notes = _near_duplicates(table, listing.root, twins); found += notes
     merged = _merged(listing.table.group, table.group)
     gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
     shared = table[~table.path.isin(gone)].pipe(lambda t: t[official_overlap(t)])
@@ -746,7 +766,10 @@ def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
     "List and audit the run's images; the findings are on disk before they stop anything."
     data = run.recipe.data
     listing = load_table(data)
-    result = audit(listing, data.classes, data.leave_out, workers)
+    result = audit(listing, data.classes, data.leave_out, workers, wants_twins(data))
+    if data.source in NEAR_DUPLICATES and data.near_duplicates == 'separate' and not data.groups:
+        print(f"WARNING: {data.source} holds copies of images that were turned or flipped, and data.near_duplicates is separate: copies will be\n"
+              "spread over training and test, and the results will be too good.")
     with atomic_path(run.path/'audit.csv') as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
     write_json(run.path/'audit.json', result.summary)
     return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2')
@@ -787,7 +810,7 @@ def _print_summary(facts:dict):
     print(f"{facts['images']} images of {facts['groups']} groups (patients): {classes}")
     print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
-    if facts['merged_groups']: print(f"{facts['merged_groups']} groups hold several patients who share pixels; audit.json names them")
+    if facts['merged_groups']: print(f"{facts['merged_groups']} groups hold several patients (or images) who share pixels or near-duplicates; audit.json names them")
     if facts['overlap']: print(f"{facts['overlap']} images are outside the official test part, and of patients in it")
     for k, roles in facts['per_fold'].items():
         print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))

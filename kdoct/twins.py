@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'RINGS', 'ANGLES', 'INNER', 'PROFILES', 'ARCH', 'LOOK', 'NEAREST', 'VERSION', 'SET', 'polar_map', 'Profile',
            'agreement', 'embed', 'neighbours', 'proposals', 'linked_groups', 'find_twins']
 
-# %% ../nbs/01f_twins.ipynb #889398c4
+# %% ../nbs/01f_twins.ipynb #61a0ddcc
 import hashlib
 import math
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .core import atomic_path, outputs_root, usable_cores
 
@@ -136,7 +136,7 @@ def neighbours(
 def _look(path:Path)->tuple[np.ndarray, np.ndarray]:
     "Rings of a file, and its pixels as the backbone sees them."
     with Image.open(path) as im:
-        rgb = im.convert('RGB')
+        rgb = ImageOps.exif_transpose(im).convert('RGB')
     return polar_map(rgb), np.asarray(rgb.resize((LOOK, LOOK), Image.Resampling.BICUBIC))
 
 def _progress(done:int, total:int, start:float, every:int):
