@@ -76,20 +76,22 @@ def _classes_on(ax, classes, axis='x', start=.5):
 def confusion_figure(
     models:dict[str, pd.DataFrame],  # name -> predictions
 ) -> Figure:
-    "Confusion matrices side by side: counts, and percent of the row."
-    k = len(classes_of(next(iter(models.values()))))
-    side = max(2.4, .62*k)
+    "Confusion matrices side by side, at most four in a row: counts, and percent of the row."
+    k, cols = len(classes_of(next(iter(models.values())))), min(4, len(models))
+    side, rows = max(2.4, .62*k), -(-len(models)//cols)
     with _style():
-        fig, axes = _axes(side*len(models) + .9, side + .9, 1, len(models), sharey=True)
-        for ax, (name, df) in zip(axes[0], models.items(), strict=True):
+        fig, axes = _axes(side*cols + .9, (side + .9)*rows, rows, cols, sharey=True)
+        for ax in axes.flat[len(models):]: ax.set_visible(False)
+        for ax, (name, df) in zip(axes.flat, models.items(), strict=False):
             e = evaluate_predictions(df); cm = np.array(e['confusion']); n = cm.sum(1, keepdims=True)
             share = np.divide(cm, n, out=np.full(cm.shape, np.nan), where=n > 0)
             text = [[f'{c}\n{100*s:.0f} %' if c else '0' for c, s in zip(*r, strict=True)] for r in zip(cm, share, strict=True)]
             sns.heatmap(share, ax=ax, annot=np.array(text), fmt='', cmap='Blues', vmin=0, vmax=1, cbar=False, square=True,
                         linewidths=1, linecolor='white', annot_kws={'fontsize': 8})
-            ax.set_facecolor('0.9'); ax.set_title(f'{name}: accuracy {100*e["accuracy"]:.1f} %'); ax.set_xlabel('predicted')
+            ax.set_facecolor('0.9'); ax.set_title(f'{name}:{" " if len(name) < 12 else chr(10)}accuracy {100*e["accuracy"]:.1f} %'); ax.set_xlabel('predicted')
             _classes_on(ax, e['classes']); ax.tick_params(length=0)
-        axes[0][0].set_ylabel('true'); _classes_on(axes[0][0], e['classes'], 'y')
+        for first in axes[:, 0]:
+            first.set_ylabel('true'); _classes_on(first, e['classes'], 'y'); first.tick_params(axis='y', rotation=0)
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #313c720a
@@ -104,7 +106,7 @@ def _roc_panel(ax, models, c, k):
         fpr, tpr, _ = roc_curve(y == k, p[:, k])
         ax.plot(fpr, tpr, _ROLE_LINE.get(name, '-'), color=_colour(name, i), lw=1.6, label=f'{name} {auc:.3f}')
     ax.set_title(c)
-    if ax.lines: ax.legend(loc='lower right', title='AUC', alignment='right')
+    if ax.lines: ax.legend(loc='lower right', title='AUC', alignment='right', fontsize=8 if len(models) < 5 else 6, title_fontsize=8)
     else: ax.text(.5, .5, 'no image of this class\n(or of no other)', ha='center', va='center', transform=ax.transAxes)
     return lowest
 
@@ -265,11 +267,12 @@ def views_figure(
 ) -> Figure:
     "Accuracy and macro sensitivity of every view and set of weights."
     t = section.table
+    models = list(dict.fromkeys(name.split(',')[0] for name in t.index))
     with _style():
         fig, axes = _axes(8.6, .9 + .27*len(t), 1, 2, sharey=True)
         for ax, (m, title) in zip(axes[0], list(COMPARED.items())[:2], strict=True):
             for i, (name, r) in enumerate(t.iterrows()):
-                colour = _colour(name.split(',')[0], i)
+                colour = _colour(model := name.split(',')[0], models.index(model))
                 ax.plot([100*r[f'{m}_low'], 100*r[f'{m}_high']], [i, i], '-', color=colour, lw=1.4)
                 ax.plot(100*r[m], i, 's' if name.endswith('averaged views') else 'o', color=colour, mfc=colour if r.kept else 'white', ms=6)
             ax.set_title(title); ax.grid(axis='x', lw=.4)
