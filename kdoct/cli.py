@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
-           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'main']
+           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'main']
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import json
@@ -188,6 +188,28 @@ def control(
         about = run_control(the_run, k)
         score = about['metrics']['validation']['balanced_accuracy']
         typer.echo(f"fold {k}: C {about['C']:g}, validation balanced accuracy {score:.3f}: {_short(the_run.stage_dir(k, 'hog_svm'))}")
+
+# %% ../nbs/10_cli.ipynb #6762fc90
+@app.command()
+def explain(
+    run:Annotated[str, typer.Argument(help="Name of the run; its networks must be trained.")],
+    folds:Annotated[str, typer.Option(help="Folds, counted from 0: 0,1 or 0-4 or all.")]='all',
+    changes:Annotated[list[str], typer.Option('--set', help="Change how it is explained: --set explain.images=100. Repeatable.")]=[],  # noqa: B006
+    notebooks:NotebooksOption=None,
+):
+    "Where teacher, student and baseline look: maps, what they are worth, and who agrees with whom; written into the report."
+    from kdoct.crossval import parse_folds, run_stage
+    from kdoct.explain import explanation_sections
+    from kdoct.report import report_html
+    overrides = {k: v for change in changes for k, v in parse_overrides(change).items()}
+    if wrong := [k for k in overrides if not k.startswith('explain.')]:
+        raise KdoctError(f"{', '.join(wrong)} cannot be changed in a finished run.",
+                         fix="Change fields that begin with explain. only; `kdoct recipe` lists them.")
+    the_run = create_run(run, open_run(run).recipe.override(**overrides))
+    numbers = parse_folds(folds, the_run.recipe.data.n_folds)
+    for k in numbers: typer.echo(f'fold {k}: {_short(run_stage(the_run, "explain", k, notebooks, overrides))}')
+    for s in explanation_sections(the_run, numbers).values(): typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
+    typer.echo(f'\n{_short(report_html(the_run))}')
 
 # %% ../nbs/10_cli.ipynb #29f2b8f2
 def main(

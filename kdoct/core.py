@@ -273,7 +273,7 @@ class DistillRecipe(Part):
 
 class ExplainRecipe(Part):
     "Where the networks look, and what that is worth (notebooks 06a, 06b, 06)."
-    images:int = Field(48, ge=1, description="test images of a fold that are explained, drawn by class and group")
+    images:int = Field(24, ge=1, description="test images of a fold that are explained, drawn by class and group")
     methods:tuple[Literal['score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion'], ...] = Field(
         ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures")
     layers:dict[str, str] = Field({}, description="role -> name of the layer whose maps are weighed; empty: the last one with a map")
@@ -337,8 +337,8 @@ class Recipe(Part):
 
     @property
     def key(self)->str:  # 16 hexadecimal digits
-        "Hash of all fields: the same recipe has the same key on every machine."
-        return hashlib.sha256(json.dumps(self.model_dump(mode='json'), sort_keys=True).encode()).hexdigest()[:16]
+        "Hash of all fields but `explain`, which changes no network: the same recipe has the same key on every machine."
+        return hashlib.sha256(json.dumps(self.model_dump(mode='json', exclude={'explain'}), sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #382f06b3
 def recipe_fields(
@@ -574,13 +574,15 @@ def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
 )->Run:
-    "Make the run folder, or open it; `KdoctError` if it has results of another recipe."
+    "Make the run folder, or open it; `KdoctError` if it has results of another recipe (other explanations are no other results)."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
         raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
     path = outputs_root()/name
     with locked(path/'.run', what=f"run '{name}'", wait=30):
         if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):
-            if diff := _differences(run.recipe, recipe):
+            diff = _differences(run.recipe, recipe)
+            if diff and all(d.startswith('explain.') for d in diff): return Run(path, recipe)   # nothing that was trained depends on it
+            if diff:
                 raise KdoctError(f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
                                  fix=f"Give a new run another name, or delete {path} to start over.")
             return run

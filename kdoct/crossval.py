@@ -58,9 +58,10 @@ class _LocalKernel(KernelManager):
 
 def run_stage(
     run:Run,                     # existing run
-    stage:str,                   # data, teacher, teacher-NAME, student, baseline or evaluate
+    stage:str,                   # data, teacher, teacher-NAME, student, baseline, evaluate or explain
     fold:int,                    # fold, counted from 0
     notebooks:Path|None=None,    # folder of edited stage notebooks; None: kdoct's own
+    overrides:dict|None=None,    # changes of the recipe that a finished run allows (explain.*)
 )->Path:                         # the executed notebook
     "Run one stage of one fold in a process of its own; `KdoctError` naming the notebook if it fails."
     kind, _, name = stage.partition('-')
@@ -69,6 +70,7 @@ def run_stage(
     out = run.notebooks_dir(fold)/f'{stage}.ipynb'
     with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
     given = dict(run=run.name, fold=fold) | (dict(role=stage) if stage in ('student', 'baseline') else dict(name=name) if name else {})
+    if overrides: given['overrides'] = overrides
     env = {k: os.environ.get(k) for k in ('KDOCT_OUTPUTS', 'IN_TEST')}
     os.environ['KDOCT_OUTPUTS'] = str(outputs_root().resolve())   # the kernel must look for the run where we do
     os.environ.pop('IN_TEST', None)

@@ -231,7 +231,8 @@ def explain_fold(
         figures = _draw(run, fold, images, made, frame, pairs, data.classes)
         for name, t in (('explanations', frame), ('agreement', pairs)):
             with atomic_path(run.fold_dir(fold)/f'{name}.parquet') as tmp: t.to_parquet(tmp, index=False)
-        facts = dict(run=run.name, fold=fold, images=len(images.rows), groups=int(images.rows.group.nunique()), maps={r: m.about for r, m in made.items()},
+        facts = dict(run=run.name, fold=fold, images=len(images.rows), groups=int(images.rows.group.nunique()), settings=e.model_dump(mode='json'),
+                     maps={r: m.about for r, m in made.items()},
                      weights={r: read_json(run.stage_dir(fold, r)/'model.json')['weights_sha256'] for r in roles},
                      figures=[f.relative_to(run.path) for f in figures])
         write_json(run.fold_dir(fold)/'explanation.json', facts)   # last: it says that the stage is finished
@@ -256,16 +257,25 @@ def explained_folds(
                                      for r, w in read_json(file)['weights'].items())
     return [k for k in range(run.recipe.data.n_folds) if fresh(k)]
 
+def _alike(run:Run, folds:list[int])->tuple[list[int], list[int]]:
+    "Folds explained with the settings of the last one made, and those explained with others."
+    files = {k: run.fold_dir(k)/'explanation.json' for k in folds}
+    if not files: return [], []
+    settings = {k: read_json(f)['settings'] for k, f in files.items()}
+    last = settings[max(files, key=lambda k: files[k].stat().st_mtime)]
+    return [k for k in folds if settings[k] == last], [k for k in folds if settings[k] != last]
+
 def explanation_sections(
     run:Run,                    # the run
     folds:list[int]|None=None,  # folds to pool; None: all that are explained
 )->dict[str, Section]:          # numbers, agreement; empty where no fold is explained
     "Tables of what the maps are worth and of who looks where whom looks, over all explained folds."
-    folds = [k for k in explained_folds(run) if folds is None or k in folds]
+    folds, other = _alike(run, [k for k in explained_folds(run) if folds is None or k in folds])
     if not folds: return {}
     frame, pairs = (pd.concat([pd.read_parquet(run.fold_dir(k)/f'{n}.parquet') for k in folds], ignore_index=True) for n in ('explanations', 'agreement'))
-    about = (f"Test images of fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}, {run.recipe.explain.images} each at most, drawn by class and "
-             "group; each network explains the class that it predicts.")
+    n, which = len(frame[['fold', 'path']].drop_duplicates()), f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}"
+    about = (f"{n} test images of {which}, drawn by class and group; each network explains the class that it predicts."
+             + (f" Explained with other settings and left out here: fold {', '.join(map(str, other))}." if other else ''))
     e, seed = run.recipe.evaluate, run.recipe.seed
     first = frame.method.iloc[0]
     said = [sanity_verdict(p.sanity_rank, p.group, e, seed, f'The {first} maps of the {role}')

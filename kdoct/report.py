@@ -203,8 +203,9 @@ _PIECES = '''
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #c8b3ba1d
-_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('explained', 'Where they look'), ('data', 'Data'), ('recipe', 'Recipe'),
+# %% ../nbs/05b_report.ipynb #a7a945eb
+_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('explained', 'Where they look'), ('data', 'Data'),
+             ('recipe', 'Recipe'),
              ('machine', 'Stages and machine'))
 
 _PAGE = _PIECES + '''<!DOCTYPE html>
