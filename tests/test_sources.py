@@ -254,3 +254,79 @@ def test_csv_gives_the_patients_diagnosis_where_it_is_named(tmp_path):
     file = write_csv(tmp_path / "t.csv", [dict(path="a.png", label="NORMAL", patient="1", diagnosis="CNV")])
     t = load_table(DataRecipe(source="csv", root=file, columns=dict(patient_label="diagnosis"))).table
     assert list(t.patient_label) == ["CNV"] and "patient_label" not in load_table(DataRecipe(source="csv", root=file)).table
+
+
+COVID = ["Train/COVID-19/images/a.png", "Train/COVID-19/lung masks/a.png", "Val/Normal/images/b.png", "Val/Normal/lung masks/b.png",
+         "Test/Non-COVID/images/c.png", "Test/Non-COVID/lung masks/c.png"]
+
+
+@pytest.mark.parametrize("outer", ["", "Lung Segmentation Data/", "Lung Segmentation Data/Lung Segmentation Data/"])
+def test_covid_parts_labels_and_masks_come_from_the_published_tree_at_each_level(tmp_path, outer):
+    listing = load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *(outer + p for p in COVID))))
+    t = listing.table
+    assert list(t.path) == sorted(COVID[::2]) and list(t["mask"]) == sorted(COVID[1::2]) and not len(listing.findings)
+    assert list(t.label) == ["Non-COVID", "COVID-19", "Normal"] and list(t.split) == ["test", "train", "val"] and list(t.group) == list(t.path)
+
+
+def test_covid_names_of_folders_may_be_written_in_other_case_and_labels_stay_as_published(tmp_path):
+    t = load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *(p.lower().replace("lung masks", "Lung Masks") for p in COVID)))).table
+    assert set(t.label) == {"COVID-19", "Non-COVID", "Normal"} and (t["mask"] != "").all()
+
+
+def test_covid_torn_pairs_and_strange_folders_are_findings(tmp_path):
+    names = ["Train/Normal/images/x.png", "Test/Normal/lung masks/y.png", "Train/Flu/images/z.png", "Train/Normal/w.png"]
+    listing = load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *COVID, *names)))
+    assert problems(listing) == {names[0]: "no-mask", names[1]: "mask-without-image", names[2]: "unparsable-name", names[3]: "unparsable-name"}
+    assert dict(zip(listing.table.path, listing.table["mask"], strict=True))[names[0]] == ""
+
+
+def test_covid_infection_masks_are_taken_where_they_are_and_two_trees_are_not_guessed_between(tmp_path):
+    infection = [p for q in COVID for p in ((q, q.replace("lung", "infection")) if "lung" in q else (q,))]
+    lay_out(tmp_path, *(f"Infection Segmentation Data/Infection Segmentation Data/{p}" for p in infection))
+    t = load_table(DataRecipe(source="covid_qu_ex", root=str(tmp_path))).table
+    assert t["mask"].str.contains("infection masks").all() and len(t) == 3
+    lay_out(tmp_path, *(f"Lung Segmentation Data/Lung Segmentation Data/{p}" for p in COVID))
+    with pytest.raises(KdoctError, match="Infection Segmentation Data.* and .*Lung Segmentation Data"):
+        load_table(DataRecipe(source="covid_qu_ex", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("outer", ["", "lung_colon_image_set/", None])
+def test_lc25000_is_read_at_each_published_level(tmp_path, outer):
+    of = {c: "" if outer is None else f"{outer}{c.partition('_')[0]}_image_sets/" for c in ("colon_aca", "colon_n", "lung_aca", "lung_n", "lung_scc")}
+    names = [f"{folder}{c}/{c}{i}.jpeg" for c, folder in of.items() for i in (1, 2)]
+    listing = load_table(DataRecipe(source="lc25000", root=lay_out(tmp_path, *names)))
+    assert list(listing.table.path) == sorted(names) and list(listing.table.label) == [p.split("/")[-2] for p in sorted(names)]
+    assert not len(listing.findings)
+
+
+def test_lc25000_a_class_in_two_folders_is_refused_and_other_folders_are_findings(tmp_path):
+    root = lay_out(tmp_path, "lung_n/a.jpeg", "lung_x/b.jpeg")
+    assert problems(load_table(DataRecipe(source="lc25000", root=root))) == {"lung_x/b.jpeg": "no-class-folder"}
+    lay_out(tmp_path, "copy/lung_n/a.jpeg")
+    with pytest.raises(KdoctError, match="lung_n in two folders"): load_table(DataRecipe(source="lc25000", root=root))
+
+
+def regrouped(folder, rows):
+    root = lay_out(folder, "CNV/CNV-1-1.jpeg", "CNV/CNV-2-1.jpeg", "odd.jpeg")
+    write_csv(folder / "groups.csv", [dict(path=p, group=g) for p, g in rows])
+    return load_table(DataRecipe(source="ucsd", root=root, groups=str(folder / "groups.csv"))).table
+
+
+BOTH = [("CNV/CNV-1-1.jpeg", "x"), ("CNV/CNV-2-1.jpeg", "x")]
+
+
+def test_a_table_of_groups_replaces_those_of_any_source_and_keeps_the_patients(tmp_path):
+    t = regrouped(tmp_path, [*BOTH, ("odd.jpeg", "y")])  # a file that the source could not place may have a row
+    assert list(t.group) == ["x", "x"] and list(t.patient) == ["1", "2"]
+
+
+@pytest.mark.parametrize(("rows", "says"), [(BOTH[:1], "1 images of the source are in no row, first CNV/CNV-2-1"), ([*BOTH, ("z.png", "x")], "z.png"),
+                                            ([*BOTH, (BOTH[0][0], "y")], "in two groups"), ([BOTH[0], (BOTH[1][0], " ")], "no group")])
+def test_a_table_of_groups_that_does_not_fit_is_refused_with_the_first_row(tmp_path, rows, says):
+    with pytest.raises(KdoctError, match="->") as e: regrouped(tmp_path, rows)
+    assert says in str(e.value)
+
+
+def test_real_lung_tiles_are_read_as_lc25000(shared_data):
+    t = load_table(DataRecipe(source="lc25000", root=str(shared_data / "lc25000_lung"))).table
+    assert dict(t.label.value_counts()) == {"lung_n": 830, "lung_scc": 808, "lung_aca": 791}
