@@ -22,7 +22,8 @@ app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillat
 
 PresetOption = Annotated[str, typer.Option('--preset', help=f"Recipe to start from: {', '.join(PRESETS)}.")]
 RunOption = Annotated[str, typer.Option('--run', help="Name of the run, a folder in outputs/. Default: the preset's name, with the source's.")]
-SourceOption = Annotated[str, typer.Option('--source', help="Where images come from: phantom, ucsd, neh, folder, csv. Default: the preset's.")]
+SourceOption = Annotated[str, typer.Option('--source', help="Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
+                                                     "Default: the preset's.")]
 RootOption = Annotated[str, typer.Option('--data-root', help="Folder of the images (csv: the table).")]
 SetOption = Annotated[list[str], typer.Option('--set', help="Change a recipe field: --set student.epochs=3. Repeatable. `kdoct recipe` lists all.")]
 NotebooksOption = Annotated[Path|None, typer.Option('--notebooks', help="Folder of edited stage notebooks, see `kdoct notebooks`.")]
@@ -90,10 +91,10 @@ def audit(
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
     from kdoct.data import audit as look
-    from kdoct.sources import load_table
+    from kdoct.sources import load_table, wants_twins
     data = _recipe(preset_name, source, data_root, changes).data
     listing = load_table(data)
-    result = look(listing, data.classes, data.leave_out)
+    result = look(listing, data.classes, data.leave_out, twins=wants_twins(data))
     found = result.findings
     typer.echo(f"{len(result.table)} images can be used, of {result.table.group.nunique()} groups (patients).")
     for (problem, action), rows in found.groupby(['problem', 'action']):

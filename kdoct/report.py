@@ -203,10 +203,9 @@ _PIECES = '''
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #a7a945eb
+# %% ../nbs/05b_report.ipynb #6912f6e3
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('explained', 'Where they look'), ('data', 'Data'),
-             ('recipe', 'Recipe'),
-             ('machine', 'Stages and machine'))
+             ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
 
 _PAGE = _PIECES + '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -259,7 +258,8 @@ def report_html(
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
-        run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use), troubles=_troubles(run, facts, asked),
+        run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
+        troubles=_troubles(run, facts, asked),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
         data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))
