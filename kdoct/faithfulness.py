@@ -31,7 +31,7 @@ def check_maps(
     shape:tuple[int, ...]=None, # (n, H, W) that they must have; None: any three axes
 )->np.ndarray:                  # (n, H, W) float32
     "Maps as one array; `KdoctError` for another shape, negative values or what is no number."
-    maps = np.asarray(maps.detach().cpu() if torch.is_tensor(maps) else maps, dtype=np.float32)
+    maps = np.ascontiguousarray(maps.detach().cpu() if torch.is_tensor(maps) else maps, dtype=np.float32)  # torch takes no reversed ones
     if maps.ndim != 3 or (shape and maps.shape != tuple(shape)):
         raise KdoctError(f'maps of shape {maps.shape}, not {tuple(shape) if shape else "(n, H, W)"}', fix='give one map an image, at the image\'s size')
     if not np.isfinite(maps).all() or (maps < 0).any():

@@ -112,7 +112,8 @@ def map_figure(
     "Image, maps and difference, an image a row, with common scales; `KdoctError` for no image, too many, or other roles."
     if not 1 <= len(rows) <= 12: raise KdoctError(f'{len(rows)} images for one figure', fix='give 1 to 12, and draw several figures')
     roles = list(rows[0].maps)
-    if len(roles) < 2 or any(list(r.maps) != roles for r in rows): raise KdoctError('not the same two roles, or more, for all images', fix='give teacher and student')
+    if len(roles) < 2 or any(list(r.maps) != roles for r in rows):
+        raise KdoctError('not the same two roles, or more, for all images', fix='give teacher and student')
     tall = [width*r.image.shape[0]/r.image.shape[1] for r in rows]
     with _style():
         fig = Figure(figsize=(width*(len(roles) + 2), sum(tall) + .55*len(rows) + .4), layout='constrained')
@@ -205,6 +206,6 @@ def agreement_figure(
         few = ['*'*(n < FEW) for n in t.n_groups]
         axes[0].set_yticks(range(len(t)), [f'{c}{f}\n{i} images, {g} groups' for c, f, i, g in zip(parts, few, t.n_images, t.n_groups, strict=True)])
         axes[0].invert_yaxis()
-        if 'rank_other' in t: fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
-        if any(few): axes[1].set_xlabel(f'dotted: independent maps; * and pale: under {FEW} groups')
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, alignment='left',
+                   title=f'* and pale: under {FEW} groups' if any(few) else None)
     return fig
