@@ -278,7 +278,7 @@ class ExplainRecipe(Part):
         ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures")
     layers:dict[str, str] = Field({}, description="role -> name of the layer whose maps are weighed; empty: the last one with a map")
     score:Literal['logit', 'probability'] = Field('logit', description="Score-CAM: what a masked image is given as its score")
-    tolerance:float = Field(1e-3, ge=0, lt=1, description="Score-CAM: largest expected error of a map in [0, 1]; 0: every mask in full precision")
+    tolerance:float = Field(1e-2, ge=0, lt=1, description="Score-CAM: largest expected error of a map in [0, 1]; 0: all masks in full precision")
     steps:int = Field(24, ge=4, description="insertion and deletion: steps from nothing to all of the image")
 
 class EvaluateRecipe(Part):

@@ -226,7 +226,8 @@ def load_resume(
     "Restore network, optimiser and random state; `KdoctError`, before anything is changed, if they belong to something else."
     with safe_open(path, 'pt') as f: about = json.loads(f.metadata()['about'])
     if key and about['key'] != key:
-        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe or other folds.", fix=f"Delete {path.parent} to start over.")
+        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe, other folds or another teacher.",
+                         fix=f"Delete {path.parent} to start over.")
     tensors = load_file(path)
     part = lambda p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
     model.body.load_state_dict(part('model.'))
@@ -469,7 +470,8 @@ def train_role(
         for note in notes: print(f'WARNING: {note}')
         if (recipe.size or 0) > run.recipe.data.size: print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
         run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds, weights_from=origin, notes=notes)
-        learn = _fold_learner(run, data, role, recipe, key=f'{run.recipe.key} {folds} {role}', cbs=cbs)
+        teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]   # a resumed student must not change its teachers
+        learn = _fold_learner(run, data, role, recipe, key=' '.join([run.recipe.key, folds, role, *teachers]), cbs=cbs)
         learn.fit(recipe.epochs)
         about = _write_results(run, data, role, learn, recipe, dict(weights_from=origin, **facts))
         spent = sum(r['seconds'] for r in learn.history.rows)

@@ -6,6 +6,7 @@ from fastai.callback.core import Callback
 
 from kdoct import crossval as C
 from kdoct import evaluate as E
+from kdoct import training
 from kdoct.augment import Batches
 from kdoct.core import DistillRecipe, KdoctError, create_run, preset, read_json, write_json
 from kdoct.data import prepare_data
@@ -324,3 +325,14 @@ def test_the_notebook_trains_a_further_teacher_by_name():
     assert executed.name == 'teacher-vit.ipynb' and run.is_finished('teacher-vit', 2) and not run.is_finished('teacher', 2)
     about = read_json(run.stage_dir(2, 'teacher-vit')/'model.json')
     assert (about['role'], about['arch'], about['input_size'], about['fold']) == ('teacher-vit', 'test_vit', 48, 2)
+
+
+def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch):
+    class Stop(Exception): pass
+
+    def capture(*args, key, **kw): raise Stop(key)
+    monkeypatch.setattr(training, '_finished', lambda *args: False)
+    monkeypatch.setattr(training, '_fold_learner', capture)
+    with pytest.raises(Stop) as e: train_student(here, 0)
+    for role in here.recipe.teacher_roles:
+        assert read_json(here.stage_dir(0, role)/'model.json')['weights_sha256'][:16] in str(e.value)
