@@ -12,7 +12,15 @@ from sklearn.linear_model import LogisticRegression
 from kdoct.cam import explain
 from kdoct.core import KdoctError, TrainRecipe, create_run, preset
 from kdoct.data import open_fold, prepare_data
-from kdoct.explain import explain_fold, explained_folds, explained_images, explained_rows, explanation_sections, masks_of, read_mask
+from kdoct.explain import (
+    explain_fold,
+    explained_folds,
+    explained_images,
+    explained_rows,
+    explanation_sections,
+    masks_of,
+    read_mask,
+)
 from kdoct.faithfulness import energy_in_mask, randomised
 from kdoct.models import create_classifier, save_bundle
 from kdoct.phantom import simulate_bscan
@@ -88,7 +96,8 @@ def test_a_mask_goes_the_way_of_its_image(tmp_path, resize, covered):
 
 
 def test_the_draw_takes_classes_in_turn_and_groups_first_and_depends_on_the_seed():
-    t = pd.DataFrame(dict(label=["A"]*30 + ["B"]*3, group=[f"g{i//10}" for i in range(30)] + ["h"]*3, sha256=[hashlib.sha256(bytes([i])).hexdigest() for i in range(33)]))
+    t = pd.DataFrame(dict(label=["A"]*30 + ["B"]*3, group=[f"g{i//10}" for i in range(30)] + ["h"]*3,
+                          sha256=[hashlib.sha256(bytes([i])).hexdigest() for i in range(33)]))
     drawn = t.iloc[explained_rows(t, 8, seed=0)]
     assert drawn.label.tolist() == ["A", "B"]*3 + ["A", "A"]
     assert set(drawn[drawn.label == "A"].group.head(3)) == {"g0", "g1", "g2"}
