@@ -248,7 +248,7 @@ def refine(
     cheap:torch.Tensor,   # (k,) approximate scores
     exact,                # rows -> exact scores
     tolerance:float,      # largest expected error of the map; 0: every score is made exact
-    batch:int=16,         # scores made exact at a time
+    batch:int=8,          # scores made exact at a time
 )->Scores:
     "Make scores exact, those first that matter most, until the map is exact enough."
     s, left, sigma, error = cheap.clone(), torch.ones(len(cheap), dtype=torch.bool, device=cheap.device), 0., 0.
