@@ -83,6 +83,11 @@ def _call(role, row):
     name, p = row.calls[role]
     return f'{role}\n{_lines(name)}\n{p:.2f}, {"right" if name == row.label else "wrong"}'
 
+def _titles(row):
+    "What stands above each panel of an image."
+    roles = list(row.maps)
+    return [f'{_short(row.name)}\nlabel\n{_lines(row.label)}'.strip(), *(_call(r, row) for r in roles), _lines(f'{roles[-1]} minus {roles[0]}')]
+
 # %% ../nbs/06c_maps.ipynb #44041ef8
 def _scale(fig, cell, difference):
     "A scale in the grid's `cell`, its colours as they look on a grey image."
@@ -96,8 +101,7 @@ def _panels(axes, row):
     "One image: itself, its maps, their difference, and the outline of the mask on all of them."
     roles = list(row.maps)
     pictures = [row.image, *(overlay(row.image, row.maps[r]) for r in roles), overlay(row.image, row.maps[roles[-1]] - row.maps[roles[0]], True)]
-    titles = [f'{_short(row.name)}\nlabel\n{_lines(row.label)}'.strip(), *(_call(r, row) for r in roles), f'{roles[-1]} minus {roles[0]}']
-    for ax, picture, title in zip(axes, pictures, titles, strict=True):
+    for ax, picture, title in zip(axes, pictures, _titles(row), strict=True):
         ax.imshow(picture, cmap='gray', vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
         ax.set_title(title, linespacing=1.15)
         ax.set(xticks=[], yticks=[])
@@ -116,7 +120,8 @@ def map_figure(
         raise KdoctError('not the same two roles, or more, for all images', fix='give teacher and student')
     tall = [width*r.image.shape[0]/r.image.shape[1] for r in rows]
     with _style():
-        fig = Figure(figsize=(width*(len(roles) + 2), sum(tall) + .55*len(rows) + .4), layout='constrained')
+        lines = sum(max(t.count('\n') + 1 for t in _titles(r)) for r in rows)
+        fig = Figure(figsize=(width*(len(roles) + 2), sum(tall) + .14*lines + .15*len(rows) + .5), layout='constrained')
         grid = fig.add_gridspec(len(rows) + 1, len(roles) + 2, height_ratios=[*tall, .06])
         axes = [[fig.add_subplot(grid[i, j]) for j in range(len(roles) + 2)] for i in range(len(rows))]
         for a, row in zip(axes, rows, strict=True): _panels(a, row)
