@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdoct.maps._scale': ('maps.html#_scale', 'kdoct/maps.py'),
                             'kdoct.maps._short': ('maps.html#_short', 'kdoct/maps.py'),
                             'kdoct.maps._style': ('maps.html#_style', 'kdoct/maps.py'),
+                            'kdoct.maps._titles': ('maps.html#_titles', 'kdoct/maps.py'),
                             'kdoct.maps.agreement_figure': ('maps.html#agreement_figure', 'kdoct/maps.py'),
                             'kdoct.maps.curves_figure': ('maps.html#curves_figure', 'kdoct/maps.py'),
                             'kdoct.maps.map_figure': ('maps.html#map_figure', 'kdoct/maps.py'),
