@@ -755,7 +755,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdoct.twins.agreement': ('twins.html#agreement', 'kdoct/twins.py'),
                              'kdoct.twins.embed': ('twins.html#embed', 'kdoct/twins.py'),
                              'kdoct.twins.find_twins': ('twins.html#find_twins', 'kdoct/twins.py'),
+                             'kdoct.twins.joined': ('twins.html#joined', 'kdoct/twins.py'),
                              'kdoct.twins.linked_groups': ('twins.html#linked_groups', 'kdoct/twins.py'),
                              'kdoct.twins.neighbours': ('twins.html#neighbours', 'kdoct/twins.py'),
                              'kdoct.twins.polar_map': ('twins.html#polar_map', 'kdoct/twins.py'),
-                             'kdoct.twins.proposals': ('twins.html#proposals', 'kdoct/twins.py')}}}
+                             'kdoct.twins.proposals': ('twins.html#proposals', 'kdoct/twins.py'),
+                             'kdoct.twins.ring_spectra': ('twins.html#ring_spectra', 'kdoct/twins.py')}}}

@@ -287,6 +287,7 @@ def cluster_maps(
 # %% ../nbs/06a_cam.ipynb #5d804632
 def _cheap_scores(quick:Quick, x, maps, number, score, variant, clusters, batch)->tuple[torch.Tensor, int]:
     "Approximate scores of all maps, and how many forward passes they took."
+    if clusters is None: clusters = 2*maps[0].numel() if len(maps) > 4*maps[0].numel() else 0
     centres, which = cluster_maps(maps, clusters) if 0 < clusters < len(maps) else (maps, slice(None))
     s = mask_scores(quick.cheap, x.bfloat16(), lambda rows: enlarge(centres[rows], x.shape[-2:], variant),
                     torch.arange(len(centres), device=x.device), number, score, batch)
@@ -310,9 +311,9 @@ def _check_images(x):
     if not (torch.is_tensor(x) and x.ndim == 4 and len(x) and x.shape[1] in (1, 3) and x.is_floating_point() and 0 <= x.min() and x.max() <= 1):
         raise KdoctError("Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.", fix="Scale them as kdoct.augment.Batches does.")
 
-def _check_options(score:str, variant:str, tolerance:float, clusters:int):
+def _check_options(score:str, variant:str, tolerance:float, clusters:int|None):
     "`KdoctError` for an option that cannot work."
-    if score not in ('logit', 'probability') or variant not in VARIANTS or tolerance < 0 or clusters < 0:
+    if score not in ('logit', 'probability') or variant not in VARIANTS or tolerance < 0 or (clusters or 0) < 0:
         raise KdoctError(f"score={score!r}, variant={variant!r}, tolerance={tolerance}, clusters={clusters} cannot work.",
                          fix=f"score: logit or probability; variant: {', '.join(VARIANTS)}; the others at least 0.")
 
@@ -345,9 +346,9 @@ def score_cam(
     classes=None,          # class to explain, of all images or one an image; None: the predicted one
     layer:str='',          # dotted name in `model.body`; empty: `default_layer`
     score:str='logit',     # what counts of a masked image: logit or probability
-    tolerance:float=1e-3,  # largest expected error of a map in [0, 1]; 0: every mask in float32
+    tolerance:float=1e-2,  # largest expected error of a map in [0, 1] (one standard deviation); 0: every mask in float32
     variant:str='paper',   # how masks are made, one of VARIANTS
-    clusters:int=0,        # cheap scores for so many clusters of maps; 0: for every map
+    clusters:int|None=None, # cheap scores for so many clusters of maps; 0: for every map; None: two a cell where there are over four maps a cell
     batch:int=8,           # masked images a forward pass
 )->Maps:
     "Score-CAM (Wang et al. 2020): maps added up with the softmax of the scores of the images that they mask."
