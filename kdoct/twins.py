@@ -48,15 +48,15 @@ def polar_map(
 class Profile:
     "What counts as a copy."
     threshold:float  # least agreement [0-1]
-    join:float       # least agreement by which a small set joins another [0-1]
+    join:float       # least agreement by which a small set joins another [0-1]; inf: none does
     turn:float       # largest angle between two copies [degrees]
     zoom:float       # largest ratio of their scales
     flips:bool       # may one be the other's mirror image?
     lowest:int       # periods a ring of the coarsest pattern that is compared
 
 PROFILES = {
-    'histology': Profile(threshold=.5, join=.45, turn=180, zoom=1.5, flips=True, lowest=1),
-    'radiograph': Profile(threshold=.9, join=.9, turn=12, zoom=1.2, flips=True, lowest=3),
+    'histology': Profile(threshold=.55, join=.42, turn=180, zoom=1.5, flips=True, lowest=1),
+    'radiograph': Profile(threshold=.9, join=math.inf, turn=12, zoom=1.2, flips=True, lowest=3),
 }
 
 # %% ../nbs/01f_twins.ipynb #8a5b48f8
@@ -240,7 +240,7 @@ def find_twins(
     if len(t) < 2: return pd.DataFrame(columns=['path', 'twin', 'agreement', 'set'])
     pairs, scores = proposals([Path(os.path.join(root, p)) for p in t.path], list(t.sha256), profile)
     group = joined(linked_groups(len(t), pairs[scores >= profile.threshold]), pairs, scores, profile.join)
-    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & (scores >= profile.join)
+    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & (scores >= min(profile.threshold, profile.join))
     both = pd.DataFrame(np.vstack([pairs[inside], pairs[inside][:, ::-1]]), columns=['image', 'twin']).assign(agreement=np.tile(scores[inside], 2))
     best = both.sort_values(['image', 'agreement'], ascending=[True, False], kind='stable').drop_duplicates('image')
     path = t.path.to_numpy()

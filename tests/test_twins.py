@@ -131,3 +131,14 @@ def test_tables_are_read_without_torch(root):
     import sys
     code = "import sys, kdoct.data, kdoct.twins; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_tiles_of_lc25000_are_found_again(shared_data, tmp_path):
+    root = shared_data / "lc25000_lung"
+    given = pd.read_csv(root / "manifest.csv")
+    some = given[given.tile_group.isin(given.groupby("class").tile_group.unique().map(lambda t: t[:3]).explode())]
+    table = some.assign(sha256=[hashlib.sha256((root / p).read_bytes()).hexdigest() for p in some.path]).drop_duplicates("sha256")
+    found = table.path.map(find_twins(table, root, PROFILES["histology"]).set_index("path").set).fillna(table.path)
+    cells = pd.crosstab(found, table.tile_group).to_numpy()
+    def pairs(n): return (n * (n - 1) / 2).sum()
+    assert pairs(cells) / pairs(cells.sum(1)) >= 0.95 and pairs(cells) / pairs(cells.sum(0)) >= 0.95
