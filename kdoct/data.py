@@ -810,7 +810,8 @@ def _print_summary(facts:dict):
     print(f"{facts['images']} images of {facts['groups']} groups (patients): {classes}")
     print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
-    if facts['merged_groups']: print(f"{facts['merged_groups']} groups hold several patients (or images) who share pixels or near-duplicates; audit.json names them")
+    if facts['merged_groups']:
+        print(f"{facts['merged_groups']} groups hold several patients (or images) who share pixels or near-duplicates; audit.json names them")
     if facts['overlap']: print(f"{facts['overlap']} images are outside the official test part, and of patients in it")
     for k, roles in facts['per_fold'].items():
         print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
