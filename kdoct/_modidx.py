@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'kdoct.cam.class_score': ('cam.html#class_score', 'kdoct/cam.py'),
                            'kdoct.cam.cluster_maps': ('cam.html#cluster_maps', 'kdoct/cam.py'),
                            'kdoct.cam.default_layer': ('cam.html#default_layer', 'kdoct/cam.py'),
+                           'kdoct.cam.each_core': ('cam.html#each_core', 'kdoct/cam.py'),
                            'kdoct.cam.enlarge': ('cam.html#enlarge', 'kdoct/cam.py'),
                            'kdoct.cam.error_shares': ('cam.html#error_shares', 'kdoct/cam.py'),
                            'kdoct.cam.explain': ('cam.html#explain', 'kdoct/cam.py'),

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'METHODS', 'private_copy', 'watched', 'Layer', 'find_layout', 'default_layer', 'target_layer', 'stretch',
-           'enlarge', 'class_score', 'mask_scores', 'fold_batchnorm', 'Quick', 'error_shares', 'Scores', 'refine',
-           'Maps', 'cluster_maps', 'score_cam', 'sliding_squares', 'explain']
+           'enlarge', 'each_core', 'class_score', 'mask_scores', 'fold_batchnorm', 'Quick', 'error_shares', 'Scores',
+           'refine', 'Maps', 'cluster_maps', 'score_cam', 'sliding_squares', 'explain']
 
-# %% ../nbs/06a_cam.ipynb #0dc134d6
+# %% ../nbs/06a_cam.ipynb #fc46a734
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -144,6 +145,20 @@ def enlarge(
     masks = F.interpolate(maps[:, None], size, mode='bilinear', align_corners=variant == 'pytorch-grad-cam')[:, 0]
     return masks if variant == 'torchcam' else stretch(masks)
 
+# %% ../nbs/06a_cam.ipynb #6857bccf
+def each_core(
+    work,                 # what is to be done with a part
+    parts:list,           # one after the other, or side by side
+    device:torch.device,  # where the work runs
+)->list:                  # results in the order of the parts
+    "Work on a CPU with one part a core, elsewhere one part at a time."
+    threads = torch.get_num_threads()
+    if device.type != 'cpu' or threads == 1: return [work(p) for p in parts]
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool: return list(pool.map(work, parts))
+    finally: torch.set_num_threads(threads)
+
 # %% ../nbs/06a_cam.ipynb #c454a506
 def class_score(
     logits:torch.Tensor,  # (n, classes)
@@ -160,15 +175,15 @@ def mask_scores(
     rows:torch.Tensor,    # (k,) which masks
     number:int,           # of the class
     score:str='logit',    # logit or probability
-    batch:int=8,          # masked images a forward pass
+    batch:int=4,          # masked images a forward pass
 )->torch.Tensor:          # (k,) float32
     "The score of a class for the image behind each mask."
-    buffer = torch.empty((min(batch, len(rows)), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    parts = []
-    for some in rows.split(batch):
-        masked = torch.mul(masks(some)[:, None].to(x.dtype), x, out=buffer[:len(some)])
-        parts.append(class_score(net(masked), number, score))
-    return torch.cat(parts)
+    @torch.inference_mode()
+    def scored(some):
+        masked = torch.empty((len(some), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        torch.mul(masks(some)[:, None].to(x.dtype), x, out=masked)
+        return class_score(net(masked), number, score)
+    return torch.cat(each_core(scored, rows.split(batch), x.device))
 
 # %% ../nbs/06a_cam.ipynb #4c6768eb
 def fold_batchnorm(
@@ -349,7 +364,7 @@ def score_cam(
     tolerance:float=1e-2,  # largest expected error of a map in [0, 1] (one standard deviation); 0: every mask in float32
     variant:str='paper',   # how masks are made, one of VARIANTS
     clusters:int|None=None, # cheap scores for so many clusters of maps; 0: for every map; None: two a cell where there are over four maps a cell
-    batch:int=8,           # masked images a forward pass
+    batch:int=4,           # masked images a forward pass
 )->Maps:
     "Score-CAM (Wang et al. 2020): maps added up with the softmax of the scores of the images that they mask."
     _check_options(score, variant, tolerance, clusters)
@@ -428,7 +443,7 @@ def explain(
     cams, cost = [], []
     for p, number in zip(prepared.split(1), numbers.tolist(), strict=True):
         if method == 'occlusion':
-            with torch.inference_mode(): cam, c = _occlusion_one(quick, p, number, score, 8)
+            with torch.inference_mode(): cam, c = _occlusion_one(quick, p, number, score, 4)
         else: cam, c = _gradient_one(method, body, at, p, number, score), dict(exact=1)
         cams.append(_as_large(cam, x.shape[-2:]))
         cost.append(c)
