@@ -80,16 +80,25 @@ def ofa595(
 
 # %% ../nbs/02a_ofa.ipynb #7b321438
 @register_model
-def autoformerv2_tiny(pretrained:bool=False, **kwargs)->nn.Module:
+def autoformerv2_tiny(
+    pretrained:bool=False,  # ImageNet weights, from timm's hub
+    **kwargs,               # for timm's maker
+)->nn.Module:
     "AutoFormerV2-T, timm's `swin_s3_tiny_224`: 28.33 million parameters at 1000 classes."
     return swin_s3_tiny_224(pretrained, **kwargs)
 
 @register_model
-def autoformerv2_small(pretrained:bool=False, **kwargs)->nn.Module:
+def autoformerv2_small(
+    pretrained:bool=False,  # ImageNet weights, from timm's hub
+    **kwargs,               # for timm's maker
+)->nn.Module:
     "AutoFormerV2-S, timm's `swin_s3_small_224`: 49.74 million parameters at 1000 classes."
     return swin_s3_small_224(pretrained, **kwargs)
 
 @register_model
-def autoformerv2_base(pretrained:bool=False, **kwargs)->nn.Module:
+def autoformerv2_base(
+    pretrained:bool=False,  # ImageNet weights, from timm's hub
+    **kwargs,               # for timm's maker
+)->nn.Module:
     "AutoFormerV2-B, timm's `swin_s3_base_224`: 71.13 million parameters at 1000 classes."
     return swin_s3_base_224(pretrained, **kwargs)
