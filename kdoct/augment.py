@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw_changes', 'ops_pool', 'draw_ops', 'view_matrix',
            'crop_offset', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize', 'erase',
-           'change_values', 'augment', 'parse_view', 'check_views', 'apply_view', 'Batches']
+           'change_values', 'augment', 'parse_view', 'check_views', 'apply_view', 'view_number', 'Batches']
 
 # %% ../nbs/01d_augment.ipynb #f7b8534c
 import math
@@ -344,6 +344,17 @@ def _check_batches(images:np.ndarray, rows, recipe:AugmentRecipe|None, size:int,
     if view != 'identity': raise KdoctError(f"Random training views and the test-time view '{view}' exclude each other.", fix="Give a recipe or a view.")
     ops_pool(recipe, 1 if images.ndim == 3 else 3)
 
+# %% ../nbs/01d_augment.ipynb #23045e34
+def view_number(
+    epoch:int,      # counted from 0
+    views:int=0,    # views an image, taken in turn; 0: a new one each epoch
+    refresh:int=0,  # epochs after which `views` new ones are taken; 0: never
+)->int:             # with the seed and the image it decides every pixel of a view
+    "Which random view of each image an epoch shows."
+    if not views: return epoch
+    if not refresh: return epoch % views
+    return epoch//refresh*views + epoch % refresh % views
+
 # %% ../nbs/01d_augment.ipynb #e56b3c40
 class Batches:
     "Batches of some rows of a decoded data set; shuffled and augmented if there is a recipe for it."
@@ -358,14 +369,18 @@ class Batches:
         device='cpu',                      # where the batches are made
         size:int|None=None,                # side of the pictures handed out, at most that of `images` [px]; None: as stored
         view:str='identity',               # without a recipe: the test-time view
+        views:int=0,                       # with a recipe: see `view_number`
+        refresh:int=0,                     # with a recipe: see `view_number`
+        share:tuple[int, int]=(0, 1),      # this process and how many there are: each hands out its part of every batch of all
     ):
         size = size or images.shape[1]
         _check_batches(images, rows, recipe, size, view)
         self.images, self.labels, self.ids, self.rows = images, labels, ids, np.asarray(rows)
         self.batch_size, self.recipe, self.seed, self.device = batch_size, recipe, seed, torch.device(device)
-        self.size, self.view, self.epoch, self.start = size, view, 0, 0
+        self.size, self.view, self.views, self.refresh, self.share = size, view, views, refresh, share
+        self.epoch, self.start, self.block, self.teach, self.taught = 0, 0, 1, None, None
 
-    def __len__(self)->int: return math.ceil(len(self.rows)/self.batch_size) - self.start
+    def __len__(self)->int: return math.ceil(len(self.rows)/(self.batch_size*self.share[1])) - self.start
 
     def to(self, device):
         "Make the batches on another device."
@@ -378,20 +393,36 @@ class Batches:
         ids, at = self.ids[self.rows], DRAWS.index('order')
         return self.rows[np.lexsort((ids, uniforms(ids, at + 1, self.seed, self.epoch)[:, at]))]
 
+    def parts(self)->list[np.ndarray]:
+        "Rows of each batch of this epoch, from batch number `start` on."
+        order, (number, processes) = self.order(), self.share
+        n = self.batch_size*processes
+        return [np.array_split(order[i:i + n], processes)[number] for i in range(self.start*n, len(order), n)]
+
 # %% ../nbs/01d_augment.ipynb #3655d574
 def _batch(self:Batches,
-    rows:np.ndarray,  # (n,) rows of the data set
-)->tuple:             # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
+    rows:np.ndarray,      # (n,) rows of the data set
+    number:int|None=None, # of the random view; None: the one of this epoch
+)->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
     "One batch on the device: random views if there is a recipe, else the fixed view."
     x = torch.from_numpy(np.ascontiguousarray(self.images[rows])).to(self.device)
     x = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).float().div_(255)
     if self.recipe is None: x = apply_view(x, self.view, self.size)
-    else: x = augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, self.epoch)), self.recipe, self.size)
+    else:
+        number = view_number(self.epoch, self.views, self.refresh) if number is None else number
+        x = augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size)
     return x, torch.from_numpy(self.labels[rows]).to(self.device)
 
 def _iter(self:Batches):
-    "Batches of this epoch, from batch number `start` on."
-    order = self.order()
-    for i in range(self.start*self.batch_size, len(order), self.batch_size): yield self.batch(order[i:i + self.batch_size])
+    "Batches of this epoch; made, and `teach(x, rows)` asked about them, `block` at a time; `taught` is what it said of the batch handed out."
+    parts = self.parts()
+    for i in range(0, len(parts), self.block):
+        rows = np.concatenate(parts[i:i + self.block])
+        x, y = self.batch(rows)
+        said, at = None if self.teach is None else self.teach(x, rows), 0
+        for part in parts[i:i + self.block]:
+            here = slice(at, at := at + len(part))
+            self.taught = None if said is None else said[here]
+            yield x[here], y[here]
 
 Batches.batch, Batches.__iter__ = _batch, _iter

@@ -245,7 +245,9 @@ class TrainRecipe(Part):
     swa_anneal:int = Field(10, ge=0, description="SWA: epochs of the cosine from the floor to swa_lr")
     ema_decay:float = Field(0.999, gt=0, lt=1, description="EMA: share of the old average kept at each optimiser step")
     clip:float = Field(1., ge=0, description="largest gradient norm; 0: no clipping")
-    precision:Literal['auto', 'fp32', 'bf16'] = Field('auto', description="arithmetic of the networks; auto: bf16 on a GPU or AMX processor, else fp32")
+    precision:Literal['auto', 'fp32', 'bf16'] = Field('auto', description="arithmetic of the networks; auto: what is faster in training steps "
+                                                      "measured at the start")
+    compile:bool = Field(False, description="let torch.compile make kernels for the training step; where it cannot, training goes on without, and says so")
     checkpoint_minutes:float = Field(5., gt=0, description="save the resume state within an epoch at this interval [minutes]")
     augment:AugmentRecipe = AugmentRecipe()
 
@@ -265,10 +267,16 @@ class DistillRecipe(Part):
     temperature:float = Field(4., gt=0, description="T, softens both distributions")
     combine:Literal['probabilities', 'logits', 'nll', 'turn'] = Field('probabilities', description="several teachers: mean of the softened probabilities, "
         "mean of the logits, mean of the probabilities weighted by exp(-validation NLL), or one teacher a batch in turn")
+    views:int = Field(0, ge=0, le=10_000, description="views an image in the teacher cache, epoch e taking view e mod `views`; "
+                      "0: the teachers are asked about every batch")
+    refresh:int = Field(0, ge=0, description="teacher cache: epochs after which `views` new views are made; 0: the first ones stay")
+    teacher_batch:int = Field(32, ge=1, description="images that the teachers are asked about at once; whole batches of the student, at least one")
 
     @model_validator(mode='after')
     def _some_loss(self):
         if self.alpha + self.beta == 0: raise ValueError("alpha and beta are both 0: there is nothing to learn from")
+        if self.refresh and self.refresh < self.views: raise ValueError(f"refresh is {self.refresh}: {self.views - self.refresh} of {self.views} views would not be used")
+        if self.refresh and not self.views: raise ValueError("refresh is set, and there is no cache: views is 0")
         return self
 
 class ExplainRecipe(Part):
