@@ -275,7 +275,7 @@ class DistillRecipe(Part):
     @model_validator(mode='after')
     def _some_loss(self):
         if self.alpha + self.beta == 0: raise ValueError("alpha and beta are both 0: there is nothing to learn from")
-        if self.refresh and self.refresh < self.views: raise ValueError(f"refresh is {self.refresh}: {self.views - self.refresh} of {self.views} views would not be used")
+        if self.refresh and self.refresh < self.views: raise ValueError(f"refresh is {self.refresh}: not all of {self.views} views would be used")
         if self.refresh and not self.views: raise ValueError("refresh is set, and there is no cache: views is 0")
         return self
 

@@ -5,55 +5,97 @@
 # %% auto #0
 __all__ = ['Distill', 'train_student', 'train_baseline']
 
-# %% ../nbs/04_distill.ipynb #2c1dc975
+# %% ../nbs/04_distill.ipynb #58d6b0d9
 import torch
 from fastai.callback.core import Callback
 
+from .augment import view_number
 from .core import DistillRecipe, KdoctError, Run
-from .losses import combine, distillation_loss, soft_loss, teacher_weights
-from .models import Classifier
+from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher_weights
+from .models import Classifier, resolve_precision
 from .teacher import load_teachers
-from .training import batch_number, train_role
+from .teacher_cache import TeacherCache
+from .training import batch_number, best_device, train_role
 
 # %% ../nbs/04_distill.ipynb #a441a6a7
 class Distill(Callback):
     "Adds the teachers' soft targets to the training loss and reports both terms."
     order, run_valid = 5, False  # before History (15), which checks and records the terms
     def __init__(self,
-        teachers:dict[str, Classifier],  # role -> trained network; its parameters are frozen here
-        recipe:DistillRecipe,            # alpha, beta, temperature, how to combine
-        weights:torch.Tensor|None=None,  # (teachers,) where the recipe weighs them
-    ): self.teachers, self.recipe, self.weights = {r: t.eval().requires_grad_(False) for r, t in teachers.items()}, recipe, weights
+        teachers:dict[str, Classifier|TeacherCache],  # role -> trained network, its parameters are frozen here; or its answers
+        recipe:DistillRecipe,                         # alpha, beta, temperature, how to combine, views, teacher_batch
+        weights:torch.Tensor|None=None,               # (teachers,) where the recipe weighs them
+    ):
+        self.teachers, self.recipe, self.weights = teachers, recipe, weights
+        self.online = {r: t.eval().requires_grad_(False) for r, t in teachers.items() if not isinstance(t, TeacherCache)}
 
     def before_fit(self):
-        for teacher in self.teachers.values():
-            teacher.to(self.dls.device).eval()
-            teacher.precision = self.learn.model.precision
+        train = self.dls.train
+        if self.online:
+            for teacher in self.online.values(): teacher.to(train.device).eval()
+            return
+        train.views, train.refresh = self.recipe.views, self.recipe.refresh
+        for cache in self.teachers.values(): cache.open(train)
 
-    def asked(self)->list[str]:
-        "Roles of the teachers that are asked about this batch."
-        roles = list(self.teachers)
-        return [roles[batch_number(self.learn)[0] % len(roles)]] if self.recipe.combine == 'turn' else roles
+    def before_train(self):
+        train, recipe = self.dls.train, self.recipe
+        if not self.online: self.build()
+        elif hasattr(self.learn, 'mix') or recipe.combine == 'turn': return   # asked about each batch, in after_loss
+        train.teach, train.block = self.teach, max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
 
-    def answer(self, role:str, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
-        "What one teacher says to a batch; `KdoctError` if it is no number."
-        with torch.no_grad(): z = self.teachers[role](x)
-        if z.isfinite().all(): return z
-        raise KdoctError(f"The logits of the {role} are not finite in epoch {self.epoch}, batch {self.dls.train.start + self.iter}.",
-                         fix="Look at the images of that batch, set student.precision to fp32, or train that teacher again.")
-
-    def teacher_logits(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
-        "What the teachers say to a batch, together."
-        return combine([self.answer(role, x) for role in self.asked()], self.recipe, self.weights)
-
-    def after_loss(self):
-        hard, soft = self.loss_grad, soft_loss(self.pred, self.teacher_logits(self.xb[0]), self.recipe.temperature)
-        self.learn.loss_terms = dict(hard=hard.detach(), soft=soft.detach())
-        self.learn.loss_grad = distillation_loss(hard, soft, self.recipe)
-        self.learn.loss = self.loss_grad.detach().clone()
-
+    def after_train(self): self.dls.train.teach, self.dls.train.block, self.dls.train.taught = None, 1, None
     def after_fit(self): self.learn.loss_terms = None
-    after_cancel_fit = after_fit
+    after_cancel_train, after_cancel_fit = after_train, after_fit
+
+# %% ../nbs/04_distill.ipynb #1077c82c
+def _build(self:Distill):
+    "Have the views answered that come back from this epoch on."
+    views, refresh = self.recipe.views, self.recipe.refresh
+    first = self.epoch//refresh*views if refresh else 0
+    if self.epoch == self.learn.first_epoch or (refresh and self.epoch % refresh == 0):
+        for role, cache in self.teachers.items():
+            asked = cache.asked
+            cache.build(range(first, first + views))
+            if cache.asked > asked: print(f"The {role} was asked about {cache.asked - asked} views of {len(cache.ids)} images; kept in {cache.path.name}.")
+
+def _answer(self:Distill, role:str, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
+    "What one teacher says to a batch; `KdoctError` if it is no number."
+    with torch.no_grad(): z = self.teachers[role](x)
+    if z.isfinite().all(): return z
+    raise KdoctError(f"The logits of the {role} are not finite in epoch {self.epoch}.",
+                     fix="Set that teacher's precision to fp32, or train it again.")
+
+def _teach(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, teachers, classes)
+    "What each teacher says to some batches."
+    train = self.dls.train
+    if self.online: return torch.stack([self.answer(role, x) for role in self.teachers], 1)
+    number = view_number(train.epoch, train.views, train.refresh)
+    return torch.stack([cache.logits(rows, number) for cache in self.teachers.values()], 1)
+
+Distill.build, Distill.answer, Distill.teach = _build, _answer, _teach
+
+# %% ../nbs/04_distill.ipynb #27532cd2
+def _asked(self:Distill)->list[str]:
+    "Roles of the teachers that are asked about this batch."
+    roles = list(self.teachers)
+    return [roles[batch_number(self.learn)[0] % len(roles)]] if self.recipe.combine == 'turn' else roles
+
+def _teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
+    "What the teachers say to this batch, together."
+    said, roles = self.dls.train.taught, list(self.teachers)
+    if said is None: return combine([self.answer(role, self.xb[0]) for role in self.asked()], self.recipe, self.weights)
+    each = [said[:, roles.index(role)] for role in self.asked()]
+    if hasattr(self.learn, 'mix'): each = [blend_logits(z, self.learn.mix.shares, self.recipe.temperature) for z in each]
+    return combine(each, self.recipe, self.weights)
+
+def _after_loss(self:Distill):
+    "Put the soft term beside the hard one."
+    hard, soft = self.loss_grad, soft_loss(self.pred, self.teacher_logits(), self.recipe.temperature)
+    self.learn.loss_terms = dict(hard=hard.detach(), soft=soft.detach())
+    self.learn.loss_grad = distillation_loss(hard, soft, self.recipe)
+    self.learn.loss = self.loss_grad.detach().clone()
+
+Distill.asked, Distill.teacher_logits, Distill.after_loss = _asked, _teacher_logits, _after_loss
 
 # %% ../nbs/04_distill.ipynb #f6571118
 def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
@@ -63,6 +105,11 @@ def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
     if bad := [role for role, v in losses.items() if v is None]:
         raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.", fix="Train it again, or set distill.combine to probabilities.")
     return teacher_weights(list(losses.values()))
+
+def _ready(model:Classifier, about:dict, precision:str, recipe:DistillRecipe)->Classifier|TeacherCache:
+    "A teacher as `Distill` takes it."
+    model.precision = resolve_precision(precision, best_device())
+    return TeacherCache(model, about['weights_sha256'], recipe.teacher_batch) if recipe.views else model
 
 def train_student(
     run:Run,              # run whose data and teacher stages are done
@@ -74,8 +121,13 @@ def train_student(
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
     recipe, found = run.recipe.distill, load_teachers(run, fold)
     weights = _weights(found, recipe.combine)
-    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w) for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)}
-    return train_role(run, fold, role, [Distill({r: model for r, (model, _) in found.items()}, recipe, weights)], taught_by=taught_by)
+    teachers = {r: _ready(model, about, run.recipe.training(r).precision, recipe) for r, (model, about) in found.items()}
+    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w, precision=m.precision)
+                 for (r, (m, a)), w in zip(found.items(), weights.tolist(), strict=True)}
+    about = train_role(run, fold, role, [Distill(teachers, recipe, weights)], taught_by=taught_by)
+    if asked := {r: dict(images=c.asked, seconds=c.seconds, cache=c.path.name) for r, c in teachers.items() if isinstance(c, TeacherCache) and c.asked}:
+        run.record(f'fold_{fold}/{role}', teacher_cache=asked)
+    return about
 
 def train_baseline(
     run:Run,      # run whose data stage is done

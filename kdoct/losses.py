@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['soft_targets', 'focal', 'cross_entropy', 'balanced_weights', 'hard_loss', 'soft_loss', 'distillation_loss',
-           'mean_probabilities', 'mean_logits', 'teacher_weights', 'combine']
+           'mean_probabilities', 'mean_logits', 'teacher_weights', 'combine', 'blend_logits']
 
 # %% ../nbs/03a_losses.ipynb #14946425
 from functools import partial
@@ -123,3 +123,13 @@ def combine(
     if recipe.combine == 'logits': return mean_logits(logits)
     if recipe.combine == 'nll': return mean_probabilities(logits, recipe.temperature, weights)
     return mean_probabilities(logits, recipe.temperature)
+
+# %% ../nbs/03a_losses.ipynb #d9a7c954
+def blend_logits(
+    logits:torch.Tensor,     # (n, classes) of the images before they were blended
+    shares:torch.Tensor,     # (n, n): how much of each image is in each picture, rows sum to 1
+    temperature:float=1.,    # T > 0 at which probabilities are blended
+)->torch.Tensor:             # (n, classes) float32, logits
+    "T log(shares softmax(z / T)): logits whose softmax at T is the blend of the probabilities."
+    log_p = F.log_softmax(logits.float()/temperature, 1)
+    return temperature*torch.logsumexp(log_p + shares.log()[:, :, None], 1)

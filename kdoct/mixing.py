@@ -16,16 +16,15 @@ from .core import TrainRecipe
 # %% ../nbs/03b_mixing.ipynb #a4f32c1a
 def mix_batch(
     x:torch.Tensor,      # (n, channels, h, w) in [0, 1]
-    y:torch.Tensor,      # (n,) class numbers
-    n_classes:int,       # classes in all
     recipe:TrainRecipe,  # mix_prob, mixup, cutmix, mix_switch
-)->tuple:                # x, blended or not; (n, n_classes) targets, rows sum to 1
+)->tuple:                # x, blended or not; (n, n) shares: how much of each image is in each picture, rows sum to 1
     "Blend a batch with itself, or leave it, as chance decides (torch's random state)."
+    n = len(x)
     mixed, cut = torch.rand(2).tolist()
-    if mixed >= recipe.mix_prob: return x, F.one_hot(y, n_classes).to(x.dtype)
+    if mixed >= recipe.mix_prob: return x, torch.eye(n, device=x.device)
     use_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or cut < recipe.mix_switch)
-    blend = v2.CutMix(alpha=recipe.cutmix, num_classes=n_classes) if use_cutmix else v2.MixUp(alpha=recipe.mixup, num_classes=n_classes)
-    return blend(x, y)
+    blend = v2.CutMix(alpha=recipe.cutmix, num_classes=n) if use_cutmix else v2.MixUp(alpha=recipe.mixup, num_classes=n)
+    return blend(x, torch.arange(n, device=x.device))   # each image a class of its own: what comes back for the label are the shares
 
 # %% ../nbs/03b_mixing.ipynb #1ddf9905
 class Mix(Callback):
@@ -33,5 +32,5 @@ class Mix(Callback):
     order, run_valid = -5, False   # after TrainEval (-10), before everything that looks at the batch
     def __init__(self, recipe:TrainRecipe, n_classes:int): self.recipe, self.n_classes = recipe, n_classes
     def before_batch(self):
-        x, y = mix_batch(self.xb[0], self.yb[0], self.n_classes, self.recipe)
-        self.learn.xb, self.learn.yb = (x,), (y,)
+        x, self.shares = mix_batch(self.xb[0], self.recipe)
+        self.learn.xb, self.learn.yb = (x,), (self.shares @ F.one_hot(self.yb[0], self.n_classes).to(x.dtype),)
