@@ -7,7 +7,7 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'History', 'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy',
            'make_learner', 'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #6a0f4778
+# %% ../nbs/02b_training.ipynb #dd50447d
 import ctypes
 import json
 import math
@@ -35,6 +35,7 @@ from .losses import hard_loss
 from .mixing import Mix
 from .models import Classifier, check_origin, create_classifier, data_identity, save_bundle, weights_origin
 from .probe import blank_retina
+from .step import Precision, peak_memory
 
 # %% ../nbs/02b_training.ipynb #9f2ebeba
 def param_groups(
@@ -249,6 +250,11 @@ class Checkpoint(Callback):
     def state(self)->Path: return self.folder/'state.safetensors'
     def best_file(self, epoch)->Path: return self.folder/f'best_{epoch}.safetensors'
 
+    def peek(self)->dict:
+        "What a resume state says of itself, if there is one."
+        if not self.state.exists(): return {}
+        with safe_open(self.state, 'pt') as f: return json.loads(f.metadata()['about'])
+
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.state.exists(): return
@@ -261,7 +267,7 @@ class Checkpoint(Callback):
     def save(self, epoch:int, batch:int):
         "Write the state from which training goes on at this place."
         about = dict(key=self.key, epoch=epoch, batch=batch, best=self.best, best_epoch=self.best_epoch, swa_from=self.swa_from,
-                     rows=self.learn.history.rows, sums=self.learn.history.sums)
+                     precision=self.learn.precision.facts, rows=self.learn.history.rows, sums=self.learn.history.sums)
         save_resume(self.state, self.model, self.opt.opt, about, self.learn.averaging.average)
         self.saved = time.monotonic()
 
@@ -336,7 +342,7 @@ def make_learner(
     "A Learner for any role."
     dls = DataLoaders(train, valid, device=train.device)
     opt = lambda params, lr: OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
-    ours = [FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
+    ours = [Precision(recipe), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
     return ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
 
@@ -473,10 +479,11 @@ def train_role(
         teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]   # a resumed student must not change its teachers
         learn = _fold_learner(run, data, role, recipe, key=' '.join([run.recipe.key, folds, role, *teachers]), cbs=cbs)
         learn.fit(recipe.epochs)
+        memory = peak_memory(learn.dls.device)
         about = _write_results(run, data, role, learn, recipe, dict(weights_from=origin, **facts))
         spent = sum(r['seconds'] for r in learn.history.rows)
         run.record(stage, status='done', seconds=time.perf_counter() - began, training_seconds=spent, parameters=about['parameters'],
-                   precision=about['precision'], **about['metrics'], weights_sha256=about['weights_sha256'])
+                   precision=about['precision'], step_seconds=learn.precision.facts.get('step_seconds'), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
         for f in (folder/'resume').glob('*.safetensors'): f.unlink()
         return about
 

@@ -17,6 +17,7 @@ from kdoct.core import KdoctError, Run, create_run, preset
 from kdoct.data import open_fold, prepare_data
 from kdoct.losses import cross_entropy, hard_loss
 from kdoct.models import create_classifier, load_bundle
+from kdoct.step import measure_steps
 from kdoct.teacher import train_teacher
 from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
 
@@ -227,3 +228,52 @@ def test_the_saved_bundle_gives_the_saved_predictions(trained):
     x = apply_view(torch.from_numpy(np.asarray(data.images[rows]))[:, None].float()/255, 'identity', 64)
     with torch.inference_mode(): logits = model(x).numpy()
     assert np.allclose(logits, p.filter(like='logit'), atol=1e-4)
+
+
+def measured(learn, fp32, bf16):
+    "A learner whose steps seem to take so many seconds; how often it was asked."
+    asked = []
+    learn.precision.timer = lambda step, p: asked.append(step(p)) or dict(fp32=fp32, bf16=bf16)[p]
+    return learn, asked
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Measuring a step takes no time."
+    monkeypatch.setattr('kdoct.step.measure_steps.__defaults__', (0., measure_steps.__defaults__[1]))
+
+
+@pytest.mark.parametrize(('bf16', 'chosen'), [(.9, 'bf16'), (.97, 'fp32'), (2., 'fp32')])
+def test_auto_takes_what_was_measured_to_be_faster(tmp_path, recipe, quick, bf16, chosen):
+    learn, _ = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1., bf16)
+    fit(learn)
+    assert learn.model.precision == chosen and learn.precision.facts == dict(precision=chosen, step_seconds=dict(fp32=1., bf16=bf16))
+
+
+def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
+    auto = recipe.model_copy(update=dict(precision='auto'))
+    first, _ = measured(learner(tmp_path, auto), 1., .5)
+    with first.no_bar(), first.no_logging(): first.fit(1)
+    again, asked = measured(learner(tmp_path, auto), .5, 1.)
+    fit(again)
+    assert again.model.precision == 'bf16' and not asked and len(again.history.rows) == 3
+
+
+def test_an_ordered_precision_is_not_measured(tmp_path, recipe, quick):
+    learn, asked = measured(learner(tmp_path, recipe.model_copy(update=dict(epochs=1))), 1., .5)
+    assert fit(learn).model.precision == 'fp32' and not asked and not learn.precision.facts
+
+
+def test_measuring_changes_nothing_that_is_trained(tmp_path, recipe, quick):
+    r, ends = recipe.model_copy(update=dict(epochs=1, drop_rate=.5)), []
+    for precision in ('fp32', 'auto'):
+        torch.manual_seed(0)
+        learn, _ = measured(learner(tmp_path/precision, r.model_copy(update=dict(precision=precision))), 1., 1.)
+        ends.append(fit(learn).model.body.state_dict())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+def test_the_record_holds_steps_and_memory(trained):
+    _, folder = trained
+    stage = Run(folder.parent.parent, None).stage('fold_0/teacher')
+    assert stage['step_seconds'] is None and stage['peak_memory']['bytes'] > 2**26
