@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
-           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'main']
+           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'bench', 'main']
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import json
@@ -211,6 +211,33 @@ def explain(
     for k in numbers: typer.echo(f'fold {k}: {_short(run_stage(the_run, "explain", k, notebooks, overrides))}')
     for s in explanation_sections(the_run, numbers).values(): typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
     typer.echo(f'\n{_short(report_html(the_run))}')
+
+# %% ../nbs/10_cli.ipynb #149ad38b
+@app.command()
+def bench(
+    what:Annotated[str, typer.Argument(help="input, step, cache, infer or score-cam.")],
+    teacher:Annotated[str, typer.Option(help="timm name; weights are random, which changes no time.")]='convnextv2_tiny',
+    student:Annotated[str, typer.Option(help="timm name; score-cam explains this network.")]='efficientnet_b2',
+    size:Annotated[int, typer.Option(help="Side of the pictures [px]. Default: 384 for input, else 224.")]=0,
+    batch:Annotated[int, typer.Option(min=1, help="Images a batch; the authors' number is 8.")]=8,
+    rounds:Annotated[int, typer.Option(min=1, help="Turns of each row that are counted.")]=5,
+    seconds:Annotated[float, typer.Option(help="No new round begins after this time [s].")]=90.,
+    steps:Annotated[int, typer.Option(help="Batches a turn. Default: 16 for input, else 8.")]=0,
+    images:Annotated[int, typer.Option(min=8, help="Files that are drawn from.")]=64,
+    source:SourceOption='', data_root:RootOption='',
+    compile:Annotated[bool, typer.Option('--compile', help="Also what torch.compile makes of it (infer); minutes.")]=False,
+    out:Annotated[Path|None, typer.Option(help="Write the record as JSON.")]=None,
+):
+    "Time this library beside the reference's pattern, in turns: ratios within a round, share of what the machine could do."
+    from kdoct.bench import bench as run_bench
+    from kdoct.bench import table
+    from kdoct.core import write_json
+    record = run_bench(what, teacher=teacher, student=student, size=size, batch=batch, rounds=rounds, seconds=seconds, steps=steps, images=images,
+                       source=source, root=data_root, compile=compile)
+    typer.echo(table(record))
+    if out:
+        write_json(out, record)
+        typer.echo(f'\n{_short(out)}')
 
 # %% ../nbs/10_cli.ipynb #29f2b8f2
 def main(
