@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw_changes', 'ops_pool', 'draw_ops', 'view_matrix',
            'crop_offset', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize', 'erase',
-           'change_values', 'augment', 'parse_view', 'check_views', 'apply_view', 'view_number', 'Batches']
+           'change_values', 'in_thread', 'each_core', 'together', 'to_unit', 'augment', 'parse_view', 'check_views',
+           'apply_view', 'view_number', 'Batches']
 
-# %% ../nbs/01d_augment.ipynb #f7b8534c
+# %% ../nbs/01d_augment.ipynb #e0de1094
 import math
 import re
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -144,6 +146,10 @@ def crop_offset(
     at = torch.stack([_column(u, 'crop_x'), _column(u, 'crop_y')], 1)*(free + 1)
     return at.floor() - free/2
 
+def _put(v:torch.Tensor, device:torch.device)->torch.Tensor:
+    "Numbers of the CPU on another device, without waiting for their arrival."
+    return v.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else v.to(device)
+
 def warp(
     x:torch.Tensor,        # (n, c, h, w)
     m:torch.Tensor,        # (n, 2, 3), see `view_matrix`
@@ -151,16 +157,17 @@ def warp(
     fill:str='reflect',    # outside the image: reflect or black
 )->torch.Tensor:           # (n, c, *side)
     "Look every pixel up in the source, bilinearly."
-    m = (m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1)).to(x.device)  # grid_sample: the image reaches from -1 to 1
+    m = _put(m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1), x.device)  # grid_sample: the image reaches from -1 to 1
     rows, cols = ((torch.arange(s, device=x.device) - (s - 1)/2)[:, None] for s in side)
     across, down = (torch.view_as_complex(v) for v in (cols*m[:, None, :, 0] + m[:, None, :, 2], rows*m[:, None, :, 1]))
     grid = torch.view_as_real(across[:, None] + down[:, :, None])  # adding (x, y) as one complex number takes half the time
     return F.grid_sample(x, grid, mode='bilinear', padding_mode={'reflect': 'reflection', 'black': 'zeros'}[fill], align_corners=False)
 
 # %% ../nbs/01d_augment.ipynb #bdb7cd68
-def _each(v:torch.Tensor, x:torch.Tensor)->torch.Tensor:
-    "One number an image, ready to meet a batch."
-    return v.to(x.device).view(-1, 1, 1, 1)
+def _each(v:torch.Tensor, x:torch.Tensor)->torch.Tensor|float:
+    "One number an image, ready to meet a batch; a plain number for a single image on a CPU, which is faster."
+    if len(v) == 1 and x.device.type == 'cpu': return v.item()
+    return _put(v, x.device).view(-1, 1, 1, 1)
 
 def _luminance(x:torch.Tensor)->torch.Tensor:
     "(n, 1, h, w): grey images as they are."
@@ -179,23 +186,36 @@ def contrast(
     add:torch.Tensor|float=0.,   # (n,) brightness to add [fraction of the grey range]
 )->torch.Tensor:                 # x
     "Spread values about the image's mean, then add."
-    factor, add = _each(factor, x), _each(torch.as_tensor(add), x)
-    line = _luminance(x).mean((1, 2, 3), keepdim=True)*(1 - factor) + add
+    factor, add = _each(factor, x), add if isinstance(add, float) else _each(add, x)
+    mean = _luminance(x.mean((2, 3), keepdim=True))  # the luminance of the mean colour is the mean luminance
+    line = mean*(1 - factor) + add
     return x.mul_(factor).add_(line).clamp_(0, 1)
 
 def saturation(
-    x:torch.Tensor,       # (n, 3, h, w) in [0, 1]
+    x:torch.Tensor,       # (n, 3, h, w) in [0, 1]; changed in place
     factor:torch.Tensor,  # (n,); 0: grey
-)->torch.Tensor:
+)->torch.Tensor:          # x
     "Spread colours about their luminance."
-    return torch.lerp(_luminance(x), x, _each(factor, x)).clamp_(0, 1)
+    factor = _each(factor, x)
+    grey = _luminance(x)*(1 - factor)
+    return x.mul_(factor).add_(grey).clamp_(0, 1)
 
 def hue(
     x:torch.Tensor,      # (n, 3, h, w) in [0, 1]
     turn:torch.Tensor,   # (n,) [fraction of the colour circle]
 )->torch.Tensor:
-    "Turn the colour circle, by torchvision."
-    return torch.stack([tv.adjust_hue(im, t) for im, t in zip(x, turn.tolist(), strict=True)])
+    "Turn the colour circle; brightest and darkest channel of a pixel keep their values."
+    r, g, b = x.split(1, dim=1)
+    low = torch.minimum(torch.minimum(r, g), b)
+    span = torch.maximum(torch.maximum(r, g), b).sub_(low).mul_(-6).clamp_max_(-1e-9)  # of a pixel, times -6; grey ones have none
+    angle = (g + b).sub_(r).sub_(low).div_(span).sub_(1/6).copysign_(g - b)            # from red [circles]
+    angle.add_(_each(turn + 2.5, x))                                                   # 2.5: positive, and half a circle on
+    out, high = torch.empty_like(x), low.sub_(span, alpha=1/3)                         # one span above the highest
+    for channel, place in zip(out.split(1, dim=1), (0, 1/3, 2/3), strict=True):
+        torch.sub(angle, place, out=channel)
+        away = channel.frac_().sub_(.5).abs_().clamp_(1/6, 1/3)                        # from this channel's place [circles]
+        torch.addcmul(high, span, away, out=channel).clamp_(0, 1)          # near: the highest value, far: the lowest
+    return out
 
 # %% ../nbs/01d_augment.ipynb #02e45bb4
 def _beside(x:torch.Tensor, dim:int)->tuple[torch.Tensor, torch.Tensor]:
@@ -222,10 +242,12 @@ def blur(
 )->torch.Tensor:
     "Gaussian blur with a 3x3 kernel; the border is reflected."
     side = (-1/(2*sigma**2)).exp()
-    side, x = _each(side/(1 + 2*side), x), F.pad(x, (1, 1, 1, 1), mode='reflect')
+    side = _each(side/(1 + 2*side), x)
     for dim in (-2, -1):
-        around, between = _beside(x, dim)
-        x = around.mul_(side).add_(between*(1 - 2*side))
+        n, beside = x.shape[dim], x*side
+        x = x.sub(beside, alpha=2)
+        for here, there, k in ((1, 0, n - 1), (0, 1, n - 1), (0, 1, 1), (n - 1, n - 2, 1)):  # both neighbours; reflected at both ends
+            x.narrow(dim, here, k).add_(beside.narrow(dim, there, k))
     return x.clamp_(0, 1)
 
 def posterize(
@@ -241,6 +263,7 @@ def erase(
     fill:str='mean',  # what is put into the rectangle: mean or black
 )->torch.Tensor:
     "Erase a rectangle of the images that are hit."
+    if not a['erase'].any(): return x
     h, w = x.shape[-2:]
     eh, ew = ((a['erase_area']*a['erase_aspect']).sqrt()*h).clamp(max=h), ((a['erase_area']/a['erase_aspect']).sqrt()*w).clamp(max=w)
     top, left = a['erase_top']*(h - eh), a['erase_left']*(w - ew)
@@ -253,10 +276,11 @@ def erase(
 # %% ../nbs/01d_augment.ipynb #edbe5e73
 def _some(x:torch.Tensor, hit:torch.Tensor, change, *amounts:torch.Tensor)->torch.Tensor:
     "Change the images that are hit, in place."
-    if hit.all(): return change(x, *amounts)
-    if hit.any():
-        rows = hit.nonzero()[:, 0]
-        x[rows.to(x.device)] = change(x[rows.to(x.device)], *(v[rows] for v in amounts))
+    rows = [i for i, yes in enumerate(hit.tolist()) if yes]
+    if len(rows) == len(x): return change(x, *amounts)
+    if rows:
+        there = _put(torch.tensor(rows), x.device)
+        x[there] = change(x[there], *(v[rows] for v in amounts))
     return x
 
 def change_values(
@@ -275,22 +299,72 @@ def change_values(
     if 'posterize' in a: x = _some(x, a['posterize'], posterize)
     return erase(x, a, erase_fill) if 'erase' in a else x
 
+# %% ../nbs/01d_augment.ipynb #af991155
+def in_thread(
+    work, *args,  # what is to be called, with what
+)->Future:        # its `result()` waits, and raises what the work raised
+    "Begin a work in a thread that ends with it."
+    pool = ThreadPoolExecutor(1)
+    try: return pool.submit(work, *args)
+    finally: pool.shutdown(wait=False)
+
+# %% ../nbs/01d_augment.ipynb #b6341624
+def each_core(
+    work,                 # what is to be done with a part
+    parts:list,           # in any order, several at a time
+    device:torch.device,  # where the work runs
+)->list:                  # results in the order of the parts
+    "Work on a CPU with one part a core, elsewhere one part at a time."
+    threads = torch.get_num_threads()
+    if device.type != 'cpu' or threads == 1 or len(parts) < 2: return [work(p) for p in parts]
+    out, todo, others = [None]*len(parts), iter(range(len(parts))), []
+    def some():
+        for i in todo: out[i] = work(parts[i])
+    try:
+        torch.set_num_threads(1)
+        others += [in_thread(some) for _ in range(min(threads, len(parts)) - 1)]
+        some()
+    finally:
+        wait(others)
+        torch.set_num_threads(threads)
+    for other in others: other.result()
+    return out
+
+# %% ../nbs/01d_augment.ipynb #a6551c2c
+def together(
+    x:torch.Tensor,  # (n, c, h, w) float32
+)->int:              # number of images
+    "How many images are worked on at once: on a CPU about 600 kB, at least one; elsewhere all."
+    return len(x) if x.device.type != 'cpu' else max(1, 150_000//x[0].numel())
+
+# %% ../nbs/01d_augment.ipynb #903f4376
+def to_unit(
+    x:torch.Tensor,  # uint8, or float in [0, 1]
+)->torch.Tensor:     # float32 in [0, 1]
+    "Pixels as fractions of the grey range."
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
 # %% ../nbs/01d_augment.ipynb #03a80ff8
 def augment(
-    x:torch.Tensor,        # (n, 1 or 3, h, w) float, in [0, 1]; not changed
-    u:torch.Tensor,        # (n, N_DRAWS) uniforms
+    x:torch.Tensor,        # (n, 1 or 3, h, w) float in [0, 1], or uint8; not changed
+    u:torch.Tensor,        # (n, N_DRAWS) uniforms, on the CPU
     recipe:AugmentRecipe,  # which changes, how far
     size:int|None=None,    # side of the views, cropped at random where the images are larger [px]; None: as large as the images
 )->torch.Tensor:           # (n, 1 or 3, size, size) on the device of `x`, in [0, 1]
     "Random views of a batch: one warp, then grey values and colours, then erasing."
-    a, stored = draw_changes(u.cpu(), recipe, x.shape[1]), x.shape[-2:]
+    a, stored = draw_changes(u, recipe, x.shape[1]), x.shape[-2:]
     side = stored if size is None else (size, size)
-    if side == stored and not a.keys() & set(GEOMETRY): x = x.clone()
-    else:
-        m = view_matrix(a, len(x), side)
-        m[:, :, 2] += crop_offset(u.cpu(), stored, side)
-        x = warp(x, m, side, recipe.fill)
-    return change_values(x, a, recipe.erase_fill)
+    m = None if side == stored and not a.keys() & set(GEOMETRY) else view_matrix(a, len(x), side)
+    if m is not None: m[:, :, 2] += crop_offset(u, stored, side)
+    out = torch.empty((len(x), x.shape[1], *side), device=x.device)
+    def views(part):
+        images, view, matrix, *amounts = part
+        y = to_unit(images)
+        y = y.clone() if m is None else warp(y, matrix, side, recipe.fill)
+        view.copy_(change_values(y, dict(zip(a, amounts, strict=True)), recipe.erase_fill))
+    n = together(out)
+    each_core(views, list(zip(*(v.split(n) for v in (x, out, torch.empty(len(x)) if m is None else m, *a.values())), strict=True)), x.device)
+    return out
 
 # %% ../nbs/01d_augment.ipynb #30832f98
 def parse_view(
@@ -405,9 +479,9 @@ def _batch(self:Batches,
     number:int|None=None, # of the random view; None: the one of this epoch
 )->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
     "One batch on the device: random views if there is a recipe, else the fixed view."
-    x = torch.from_numpy(np.ascontiguousarray(self.images[rows])).to(self.device)
-    x = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).float().div_(255)
-    if self.recipe is None: x = apply_view(x, self.view, self.size)
+    x = torch.from_numpy(np.take(self.images, rows, axis=0)).to(self.device)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    if self.recipe is None: x = apply_view(to_unit(x), self.view, self.size)
     else:
         number = view_number(self.epoch, self.views, self.refresh) if number is None else number
         x = augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size)
