@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw_changes', 'ops_pool', 'draw_ops', 'view_matrix',
-           'crop_offset', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize', 'erase',
-           'change_values', 'in_thread', 'each_core', 'together', 'to_unit', 'augment', 'parse_view', 'check_views',
-           'apply_view', 'view_number', 'Batches']
+           'crop_offset', 'put', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize',
+           'erase', 'change_values', 'in_thread', 'each_core', 'together', 'to_unit', 'augment', 'parse_view',
+           'check_views', 'apply_view', 'view_number', 'Batches', 'stream_ahead']
 
-# %% ../nbs/01d_augment.ipynb #e0de1094
+# %% ../nbs/01d_augment.ipynb #9429d770
 import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -146,7 +147,10 @@ def crop_offset(
     at = torch.stack([_column(u, 'crop_x'), _column(u, 'crop_y')], 1)*(free + 1)
     return at.floor() - free/2
 
-def _put(v:torch.Tensor, device:torch.device)->torch.Tensor:
+def put(
+    v:torch.Tensor,       # on the CPU
+    device:torch.device,  # where it is needed
+)->torch.Tensor:          # on `device`
     "Numbers of the CPU on another device, without waiting for their arrival."
     return v.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else v.to(device)
 
@@ -157,7 +161,7 @@ def warp(
     fill:str='reflect',    # outside the image: reflect or black
 )->torch.Tensor:           # (n, c, *side)
     "Look every pixel up in the source, bilinearly."
-    m = _put(m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1), x.device)  # grid_sample: the image reaches from -1 to 1
+    m = put(m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1), x.device)  # grid_sample: the image reaches from -1 to 1
     rows, cols = ((torch.arange(s, device=x.device) - (s - 1)/2)[:, None] for s in side)
     across, down = (torch.view_as_complex(v) for v in (cols*m[:, None, :, 0] + m[:, None, :, 2], rows*m[:, None, :, 1]))
     grid = torch.view_as_real(across[:, None] + down[:, :, None])  # adding (x, y) as one complex number takes half the time
@@ -167,7 +171,7 @@ def warp(
 def _each(v:torch.Tensor, x:torch.Tensor)->torch.Tensor|float:
     "One number an image, ready to meet a batch; a plain number for a single image on a CPU, which is faster."
     if len(v) == 1 and x.device.type == 'cpu': return v.item()
-    return _put(v, x.device).view(-1, 1, 1, 1)
+    return put(v, x.device).view(-1, 1, 1, 1)
 
 def _luminance(x:torch.Tensor)->torch.Tensor:
     "(n, 1, h, w): grey images as they are."
@@ -279,7 +283,7 @@ def _some(x:torch.Tensor, hit:torch.Tensor, change, *amounts:torch.Tensor)->torc
     rows = [i for i, yes in enumerate(hit.tolist()) if yes]
     if len(rows) == len(x): return change(x, *amounts)
     if rows:
-        there = _put(torch.tensor(rows), x.device)
+        there = put(torch.tensor(rows), x.device)
         x[there] = change(x[there], *(v[rows] for v in amounts))
     return x
 
@@ -473,30 +477,80 @@ class Batches:
         n = self.batch_size*processes
         return [np.array_split(order[i:i + n], processes)[number] for i in range(self.start*n, len(order), n)]
 
-# %% ../nbs/01d_augment.ipynb #3655d574
+# %% ../nbs/01d_augment.ipynb #1b2faa7c
+def _read(self:Batches,
+    rows:np.ndarray,  # (n,) rows of the data set
+)->torch.Tensor:      # (n, 1 or 3, H, W) uint8 on the CPU, in pinned memory if the batches are made on a GPU
+    "Images as they are stored."
+    x = torch.from_numpy(np.take(self.images, rows, axis=0))  # other threads run meanwhile
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    if self.device.type != 'cuda': return x
+    with torch.cuda.device(self.device): return x.pin_memory()
+
+def _make(self:Batches,
+    x:torch.Tensor,       # see `read`
+    rows:np.ndarray,      # (n,) rows of the data set
+    number:int|None=None, # of the random view; None: the one of this epoch
+)->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
+    "Random views of images if there is a recipe, else the fixed view; and labels. On the device."
+    x, y = put(x, self.device), put(torch.from_numpy(self.labels[rows]), self.device)
+    if self.recipe is None: return apply_view(to_unit(x), self.view, self.size), y
+    number = view_number(self.epoch, self.views, self.refresh) if number is None else number
+    return augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size), y
+
 def _batch(self:Batches,
     rows:np.ndarray,      # (n,) rows of the data set
     number:int|None=None, # of the random view; None: the one of this epoch
 )->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
-    "One batch on the device: random views if there is a recipe, else the fixed view."
-    x = torch.from_numpy(np.take(self.images, rows, axis=0)).to(self.device)
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    if self.recipe is None: x = apply_view(to_unit(x), self.view, self.size)
-    else:
-        number = view_number(self.epoch, self.views, self.refresh) if number is None else number
-        x = augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size)
-    return x, torch.from_numpy(self.labels[rows]).to(self.device)
+    "One batch on the device."
+    return self.make(self.read(rows), rows, number)
+
+Batches.read, Batches.make, Batches.batch = _read, _make, _batch
+
+# %% ../nbs/01d_augment.ipynb #194106de
+def _blocks(self:Batches):
+    "Blocks of this epoch, each as rows of its batches, images, labels and what `teach` says; the next one is being read."
+    parts = self.parts()
+    blocks = [parts[i:i + self.block] for i in range(0, len(parts), self.block)]
+    joined = [np.concatenate(block) for block in blocks]
+    coming = in_thread(self.read, joined[0]) if joined else None
+    try:
+        for block, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
+            pixels, coming = coming.result(), None if after is None else in_thread(self.read, after)
+            x, y = self.make(pixels, rows)
+            yield block, x, y, None if self.teach is None else self.teach(x, rows)
+    finally: wait([coming] if coming else [])
+
+# %% ../nbs/01d_augment.ipynb #550dbf93
+def stream_ahead(
+    made,                 # tuples, some of whose items are tensors on `device`
+    device:torch.device,  # a GPU
+):                        # the same tuples
+    "Have each tuple made on a CUDA stream of its own while the one before it is in use."
+    side = torch.cuda.Stream(device)
+    def start():
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side): return next(made, None), side.record_event()
+    item, ready = start()
+    try:
+        while item is not None:
+            coming, here = start(), torch.cuda.current_stream(device)
+            here.wait_event(ready)
+            for t in item:
+                if torch.is_tensor(t): t.record_stream(here)
+            yield item
+            item, ready = coming
+    finally: made.close()
 
 def _iter(self:Batches):
     "Batches of this epoch; made, and `teach(x, rows)` asked about them, `block` at a time; `taught` is what it said of the batch handed out."
-    parts = self.parts()
-    for i in range(0, len(parts), self.block):
-        rows = np.concatenate(parts[i:i + self.block])
-        x, y = self.batch(rows)
-        said, at = None if self.teach is None else self.teach(x, rows), 0
-        for part in parts[i:i + self.block]:
-            here = slice(at, at := at + len(part))
-            self.taught = None if said is None else said[here]
-            yield x[here], y[here]
+    blocks = self.blocks() if self.device.type != 'cuda' else stream_ahead(self.blocks(), self.device)
+    with closing(blocks):
+        for parts, x, y, said in blocks:
+            at = 0
+            for part in parts:
+                here = slice(at, at := at + len(part))
+                self.taught = None if said is None else said[here]
+                yield x[here], y[here]
 
-Batches.batch, Batches.__iter__ = _batch, _iter
+Batches.blocks, Batches.__iter__ = _blocks, _iter
