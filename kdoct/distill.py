@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Distill', 'train_student', 'train_baseline']
 
-# %% ../nbs/04_distill.ipynb #58d6b0d9
+# %% ../nbs/04_distill.ipynb #dc0dc49f
 import torch
 from fastai.callback.core import Callback
 
 from .augment import view_number
 from .core import DistillRecipe, KdoctError, Run
+from .frozen import Frozen, freeze
 from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher_weights
-from .models import Classifier, resolve_precision
+from .models import Classifier
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache
 from .training import batch_number, best_device, train_role
@@ -22,18 +23,16 @@ class Distill(Callback):
     "Adds the teachers' soft targets to the training loss and reports both terms."
     order, run_valid = 5, False  # before History (15), which checks and records the terms
     def __init__(self,
-        teachers:dict[str, Classifier|TeacherCache],  # role -> trained network, its parameters are frozen here; or its answers
+        teachers:dict[str, Frozen|TeacherCache],      # role -> a network that is asked, or what it said
         recipe:DistillRecipe,                         # alpha, beta, temperature, how to combine, views, teacher_batch
         weights:torch.Tensor|None=None,               # (teachers,) where the recipe weighs them
     ):
         self.teachers, self.recipe, self.weights = teachers, recipe, weights
-        self.online = {r: t.eval().requires_grad_(False) for r, t in teachers.items() if not isinstance(t, TeacherCache)}
+        self.online = not any(isinstance(t, TeacherCache) for t in teachers.values())
 
     def before_fit(self):
         train = self.dls.train
-        if self.online:
-            for teacher in self.online.values(): teacher.to(train.device).eval()
-            return
+        if self.online: return
         train.views, train.refresh = self.recipe.views, self.recipe.refresh
         for cache in self.teachers.values(): cache.open(train)
 
@@ -106,10 +105,14 @@ def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
         raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.", fix="Train it again, or set distill.combine to probabilities.")
     return teacher_weights(list(losses.values()))
 
-def _ready(model:Classifier, about:dict, precision:str, recipe:DistillRecipe)->Classifier|TeacherCache:
-    "A teacher as `Distill` takes it."
-    model.precision = resolve_precision(precision, best_device())
-    return TeacherCache(model, about['weights_sha256'], recipe.teacher_batch) if recipe.views else model
+def _ready(found:dict[str, tuple[Classifier, dict]], run:Run)->tuple[dict, dict]:
+    "Teachers as `Distill` takes them, and what run.json says of each."
+    recipe, teachers, facts = run.recipe.distill, {}, {}
+    for role, (model, about) in found.items():
+        try: frozen, facts[role] = freeze(model, run.recipe.training(role).precision, best_device())
+        except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: {e.problem}", fix=e.fix) from e
+        teachers[role] = TeacherCache(frozen, about['weights_sha256'], recipe.teacher_batch) if recipe.views else frozen
+    return teachers, facts
 
 def train_student(
     run:Run,              # run whose data and teacher stages are done
@@ -119,14 +122,16 @@ def train_student(
     "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
-    recipe, found = run.recipe.distill, load_teachers(run, fold)
-    weights = _weights(found, recipe.combine)
-    teachers = {r: _ready(model, about, run.recipe.training(r).precision, recipe) for r, (model, about) in found.items()}
-    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w, precision=m.precision)
-                 for (r, (m, a)), w in zip(found.items(), weights.tolist(), strict=True)}
-    about = train_role(run, fold, role, [Distill(teachers, recipe, weights)], taught_by=taught_by)
-    if asked := {r: dict(images=c.asked, seconds=c.seconds, cache=c.path.name) for r, c in teachers.items() if isinstance(c, TeacherCache) and c.asked}:
-        run.record(f'fold_{fold}/{role}', teacher_cache=asked)
+    if run.is_finished(role, fold): return train_role(run, fold, role)
+    found = load_teachers(run, fold)
+    weights = _weights(found, run.recipe.distill.combine)
+    teachers, facts = _ready(found, run)
+    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w) for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)}
+    del found   # what answers is a copy
+    about = train_role(run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by)
+    for r, t in teachers.items():
+        if isinstance(t, TeacherCache): facts[r] |= dict(cache=t.path.name, asked=t.asked, seconds=t.seconds)
+    run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 
 def train_baseline(

@@ -12,6 +12,7 @@ from kdoct.core import DistillRecipe, KdoctError, create_run, preset, read_json,
 from kdoct.data import prepare_data
 from kdoct.distill import Distill, train_baseline, train_student
 from kdoct.evaluate import evaluate_fold, fold_models
+from kdoct.frozen import Frozen
 from kdoct.losses import combine, cross_entropy, soft_loss, teacher_weights
 from kdoct.metrics import log_softmax, logits_of
 from kdoct.models import create_classifier, load_bundle
@@ -90,7 +91,7 @@ def learner(folder, teachers, how='probabilities', cbs=(), weights=None, **chang
     torch.manual_seed(5)
     return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, 1),
                         Batches(images, labels, ids, np.arange(24, 32), 8), cross_entropy, r, folder,
-                        cbs=[Distill(teachers, DistillRecipe(combine=how, temperature=2.), weights), *cbs])
+                        cbs=[Distill({r: t if isinstance(t, Frozen) else Frozen(t) for r, t in teachers.items()}, DistillRecipe(combine=how, temperature=2.), weights), *cbs])
 
 
 def fit(learn):
@@ -107,13 +108,13 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)
+    teachers = {r: Frozen(t, precision) for r, t in teachers.items()}
     learn.add_cb(Listen(teachers, DistillRecipe()))
-    for t in teachers.values(): t.precision = precision
     before = {r: {k: v.clone() for k, v in t.state_dict().items()} for r, t in teachers.items()}
     fit(learn)
     assert len(seen.batches) == 6 and seen.batches[0].shape == (8, 1, 32, 32)
     for role, alone in strangers().items():   # made anew: fed by themselves, with what timm would do
-        alone.precision = precision
+        alone = Frozen(alone, precision)
         for x, z in zip((torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), said[role], strict=True):   # three batches at once
             assert not z.requires_grad and z.dtype == torch.float32
             with torch.no_grad(): assert torch.equal(alone(x), z)
@@ -154,7 +155,7 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_
 
 
 def test_a_teacher_that_says_nonsense_stops_the_run_with_its_name(tmp_path):
-    teachers = strangers()
+    teachers = {r: Frozen(t) for r, t in strangers().items()}
     with torch.no_grad(): teachers['teacher-a'].body.get_classifier().bias[1] = float('nan')
     with pytest.raises(KdoctError, match='logits of the teacher-a are not finite in epoch 0'): fit(learner(tmp_path, teachers))
 
@@ -333,6 +334,7 @@ def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch
 
     def capture(*args, key, **kw): raise Stop(key)
     monkeypatch.setattr(training, '_finished', lambda *args: False)
+    monkeypatch.setattr(type(here), 'is_finished', lambda *args: False)
     monkeypatch.setattr(training, '_fold_learner', capture)
     with pytest.raises(Stop) as e: train_student(here, 0)
     for role in here.recipe.teacher_roles:
