@@ -88,10 +88,11 @@ class Seen(Callback):
 def learner(folder, teachers, how='probabilities', cbs=(), weights=None, **changes):
     images = np.random.default_rng(0).integers(0, 255, (32, 32, 32), dtype=np.uint8)
     labels, ids, r = np.arange(32) % 3, np.arange(32, dtype=np.uint64), recipe(**changes)
+    frozen = {role: t if isinstance(t, Frozen) else Frozen(t) for role, t in teachers.items()}
     torch.manual_seed(5)
     return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, 1),
                         Batches(images, labels, ids, np.arange(24, 32), 8), cross_entropy, r, folder,
-                        cbs=[Distill({r: t if isinstance(t, Frozen) else Frozen(t) for r, t in teachers.items()}, DistillRecipe(combine=how, temperature=2.), weights), *cbs])
+                        cbs=[Distill(frozen, DistillRecipe(combine=how, temperature=2.), weights), *cbs])
 
 
 def fit(learn):

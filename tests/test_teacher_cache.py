@@ -1,0 +1,160 @@
+"""A student taught from the cache: the same training, asked once, and refused where it would not be the same."""
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+
+from kdoct.augment import Batches
+from kdoct.core import DistillRecipe, KdoctError, create_run, outputs_root, preset, read_json
+from kdoct.data import prepare_data
+from kdoct.distill import Distill, train_student
+from kdoct.frozen import Frozen
+from kdoct.losses import cross_entropy, soft_loss
+from kdoct.models import create_classifier
+from kdoct.teacher import train_teacher
+from kdoct.teacher_cache import TeacherCache
+from kdoct.training import make_learner
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(tmp_path/'outputs'))
+    return tmp_path
+
+
+def recipe(**changes): return preset('tiny').student.model_copy(update={'epochs': 4, **changes})
+
+
+class Asked(Frozen):
+    "Counts the images that a teacher is asked about."
+    seen = 0
+    def forward(self, x):
+        self.seen += len(x)
+        return super().forward(x)
+
+
+def teacher(seed=3, arch='test_efficientnet', size=32):
+    torch.manual_seed(seed)
+    return Asked(create_classifier(recipe(arch=arch), 3, size))
+
+
+def cached(frozen, name='a'): return TeacherCache(frozen, name*64, batch=16)
+
+
+def learner(folder, teachers, cbs=(), views=0, refresh=0, combine='probabilities', seed=1, **changes):
+    images = np.random.default_rng(0).integers(0, 255, (32, 36, 36), dtype=np.uint8)
+    labels, ids, r = np.arange(32) % 3, np.arange(500, 532, dtype=np.uint64), recipe(**changes)
+    torch.manual_seed(5)
+    return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, seed, size=32),
+                        Batches(images, labels, ids, np.arange(24, 32), 8, size=32), cross_entropy, r, folder,
+                        cbs=[Distill(teachers, DistillRecipe(views=views, refresh=refresh, combine=combine)), *cbs])
+
+
+def fit(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(learn.checkpoint.recipe.epochs)
+    return learn
+
+
+def losses(learn): return [row['train_loss'] for row in learn.history.rows]
+
+
+@pytest.mark.parametrize('combine', ['probabilities', 'turn'])
+def test_with_as_many_views_as_epochs_it_is_the_training_that_asks_every_time(outputs, combine):
+    two = {'teacher': teacher(), 'teacher-b': teacher(4, 'test_resnet', 48)}
+    online = fit(learner(outputs/'a', two, combine=combine))
+    kept = fit(learner(outputs/'b', {r: cached(t, r[-1]) for r, t in two.items()}, views=4, combine=combine))
+    assert losses(kept) == pytest.approx(losses(online), rel=1e-4)
+
+
+def test_few_views_come_back(outputs):
+    t, shown = teacher(), []
+    class Look(Callback):
+        order, run_valid = 1, False
+        def before_batch(self): shown.append(self.xb[0].sum().item())
+    fit(learner(outputs/'a', {'teacher': cached(t)}, [Look()], views=2))
+    by_epoch = [sum(shown[3*e:3*e + 3]) for e in range(4)]
+    assert by_epoch[0] == pytest.approx(by_epoch[2], rel=1e-6) and by_epoch[1] == pytest.approx(by_epoch[3], rel=1e-6)
+    assert abs(by_epoch[0] - by_epoch[1]) > 1e-3*by_epoch[0]
+    assert t.seen == 2*24
+
+
+def test_views_are_refreshed_when_it_is_time(outputs):
+    t, seen = teacher(), []
+    class Note(Callback):
+        order, run_valid = 60, False
+        def after_train(self): seen.append(t.seen)
+    fit(learner(outputs/'a', {'teacher': cached(t)}, [Note()], views=1, refresh=2))
+    assert seen == [24, 24, 48, 48]
+
+
+def test_a_second_student_does_not_ask_again(outputs):
+    fit(learner(outputs/'a', {'teacher': cached(teacher())}, views=2, epochs=2))
+    t = teacher()
+    fit(learner(outputs/'b', {'teacher': cached(t)}, views=2, epochs=2))
+    assert t.seen == 2*4   # four images a view, as a proof
+
+
+def test_another_seed_or_teacher_has_a_cache_of_its_own(outputs):
+    for seed, name in ((1, 'a'), (2, 'a'), (1, 'b')): fit(learner(outputs/f'{seed}{name}', {'teacher': cached(teacher(), name)}, views=1, seed=seed, epochs=1))
+    assert len(list((outputs_root()/'cache').glob('teacher-*/about.json'))) == 3
+
+
+class Killed(Exception): "As if the process had ended."
+
+
+def test_a_build_that_was_killed_goes_on_where_it_stopped(outputs):
+    class Mortal(Asked):
+        def forward(self, x):
+            if self.seen >= 16: raise Killed('now')
+            return super().forward(x)
+    torch.manual_seed(3)
+    t = Mortal(create_classifier(recipe(), 3, 32))
+    with pytest.raises(Killed): fit(learner(outputs/'a', {'teacher': cached(t)}, views=1))
+    again = teacher()
+    online = fit(learner(outputs/'c', {'teacher': teacher()}, epochs=1))
+    kept = fit(learner(outputs/'b', {'teacher': cached(again)}, views=1, epochs=1))
+    assert again.seen == 4 + 8   # a proof of what is there, and the last eight
+    assert losses(kept) == pytest.approx(losses(online), rel=1e-4)
+
+
+def test_a_training_that_was_cut_off_goes_on_with_the_right_view(outputs):
+    class StopAt(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training and (self.epoch, self.iter) == (3, 0): raise Killed('now')
+    whole = fit(learner(outputs/'a', {'teacher': cached(teacher())}, views=3))
+    with pytest.raises(Killed): fit(learner(outputs/'b', {'teacher': cached(teacher())}, [StopAt()], views=3, checkpoint_minutes=1e-9))
+    resumed = fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=3, checkpoint_minutes=1e-9))
+    assert resumed.first_epoch == 3 and losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_blended_images_have_blended_answers(outputs):
+    told = []
+    class Note(Callback):
+        order, run_valid = 6, False
+        def after_loss(self):
+            said, shares = self.dls.train.taught[:, 0], self.learn.mix.shares
+            target = (shares @ torch.softmax(said/4, 1)).log()*4   # as the labels are blended
+            told.append((self.learn.loss_terms['soft'].item(), soft_loss(self.pred, target, 4.).item(), shares.diagonal().mean().item()))
+    fit(learner(outputs/'a', {'teacher': cached(teacher())}, [Note()], views=1, epochs=2, mix_prob=1.))
+    for got, want, own in told: assert got == pytest.approx(want, rel=1e-4) and own < 1
+
+
+def test_a_changed_or_foreign_file_is_refused(outputs):
+    fit(learner(outputs/'a', {'teacher': cached(teacher())}, views=1, epochs=1))
+    folder, = (outputs_root()/'cache').glob('teacher-*[0-9a-f]/')
+    z = np.load(folder/'view_00000.npy')
+    np.save(folder/'view_00000.npy', z[::-1])   # the answers to other images
+    with pytest.raises(KdoctError, match='does not say today'): fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=1, epochs=1))
+    np.save(folder/'view_00000.npy', z[:-1])
+    with pytest.raises(KdoctError, match=r'not float32 \(24, 3\)'): fit(learner(outputs/'c', {'teacher': cached(teacher())}, views=1, epochs=1))
+
+
+def test_a_run_with_views_records_what_was_asked(outputs):
+    run = create_run('kept', preset('tiny', **{'student.epochs': 2, 'teacher.epochs': 1, 'distill.views': 2}))
+    prepare_data(run)
+    train_teacher(run)
+    train_student(run)
+    facts = read_json(run.json)['stages']['fold_0/student']['teachers']['teacher']
+    n = run.stage('data')['per_fold']['0']['train']['images']
+    assert facts['asked'] == 2*n and facts['seconds'] > 0 and (outputs_root()/'cache'/facts['cache']).is_dir()
