@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['untouched', 'trial_step', 'seconds_of', 'measure_steps', 'faster', 'Precision', 'peak_memory']
 
-# %% ../nbs/02f_step.ipynb #a0079441
+# %% ../nbs/02f_step.ipynb #54fabb93
 import random
 import statistics
 import sys
@@ -19,6 +19,7 @@ from fastai.callback.core import Callback
 
 from .core import TrainRecipe
 from .models import Classifier
+from .together import from_first, team
 
 # %% ../nbs/02f_step.ipynb #82d6047b
 @contextmanager
@@ -94,9 +95,13 @@ class Precision(Callback):
         def step(precision):
             model.precision = precision
             trial_step(model, batch, loss)
-        with untouched(model): medians = measure_steps(step, timer=self.timer)
-        print(f"A training step takes {1e3*medians['fp32']:.3g} ms in fp32, {1e3*medians['bf16']:.3g} ms in bf16: {faster(medians)} it is.")
+        with untouched(model): medians = self.of_first(measure_steps(step, timer=self.timer))
+        if not team()[0]: print(f"A training step takes {1e3*medians['fp32']:.3g} ms in fp32, {1e3*medians['bf16']:.3g} ms in bf16: {faster(medians)} it is.")
         return dict(precision=faster(medians), step_seconds=medians)
+
+    def of_first(self, medians:dict)->dict:
+        "Process 0's clock decides for all."
+        return dict(zip(medians, from_first(torch.tensor(list(medians.values()), dtype=torch.float64)).tolist(), strict=True))
 
 # %% ../nbs/02f_step.ipynb #94b5d2a5
 def peak_memory(

@@ -7,12 +7,13 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'History', 'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy',
            'make_learner', 'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #dd50447d
+# %% ../nbs/02b_training.ipynb #6987694f
 import ctypes
 import json
 import math
 import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException
-from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives every Learner its progress bar)
+from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import noop
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +38,7 @@ from .mixing import Mix
 from .models import Classifier, check_origin, create_classifier, data_identity, save_bundle, weights_origin
 from .probe import blank_retina
 from .step import Precision, peak_memory
+from .together import SharedBatches, Together, add_gradients, add_up, join, one_for_all, places, random_states, set_random_states, team, tell
 
 # %% ../nbs/02b_training.ipynb #9f2ebeba
 def param_groups(
@@ -103,10 +106,10 @@ def learning_rate(
 
 def batch_number(
     learn:Learner,      # in training
-)->tuple[int, int]:     # batch, counted from 0 over all epochs, the same after a resume; batches an epoch
+)->tuple[int, int]:     # batch (of all processes), counted from 0 over all epochs, the same after a resume; batches an epoch
     "Where a training is."
     train = learn.dls.train
-    n = math.ceil(len(train.rows)/train.batch_size)
+    n = math.ceil(len(train.rows)/(train.batch_size*train.share[1]))
     return train.epoch*n + train.start + learn.iter, n
 
 class Schedule(Callback):
@@ -125,13 +128,14 @@ class Accumulate(Callback):
 
     def after_loss(self):
         train = self.dls.train
-        done = train.start + self.iter
+        done, group = train.start + self.iter, self.n*train.batch_size*train.share[1]
         self.last = done % self.n == self.n - 1 or self.iter == self.n_iter - 1
-        group = (done//self.n)*self.n*train.batch_size
-        self.learn.loss_grad = self.loss_grad*(len(self.yb[0])/min(self.n*train.batch_size, len(train.rows) - group))
+        self.mine = len(places(train, done))   # images of this batch, in this process
+        self.learn.loss_grad = self.loss_grad*(self.mine/min(group, len(train.rows) - done//self.n*group))
 
     def before_step(self):
         if not self.last: raise CancelBatchException
+        self.due = add_gradients(self.model, self.learn.checkpoint.due)   # process 0's clock decides when all of them save
         if self.clip > 0: torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=False)
 
 # %% ../nbs/02b_training.ipynb #29b6a2e6
@@ -142,20 +146,20 @@ class History(Callback):
 
     def before_epoch(self): self.began = time.perf_counter()
     def before_train(self):
-        if self.dls.train.start == 0: self.sums = dict(n=0)
-    def before_validate(self): self.logits, self.targets = [], []
+        if self.dls.train.start == 0: self.sums = {}
+    def before_validate(self): self.logits, self.places = [], []
 
-    def after_loss(self):
+    def after_batch(self):
         if not self.training:
-            self.logits.append(self.pred.float().cpu()); self.targets.append(self.yb[0].cpu())
+            self.places.append(places(self.dls.valid, self.iter))
+            self.logits.append(self.pred[:len(self.places[-1])].float())
             return
         terms = {**(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}), 'loss': self.loss}  # the sum last: it does not say which
-        n = len(self.yb[0])
-        for name, value in terms.items():
-            value = value.item()
+        n = self.learn.accumulate.mine
+        for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):   # a GPU is waited for once
             if not math.isfinite(value): self._stop(name, value)
             self.sums[name] = self.sums.get(name, 0.) + value*n
-        self.sums['n'] += n
+        self.sums['n'] = self.sums.get('n', 0) + n
 
     def _stop(self, name:str, value:float):
         raise KdoctError(f"The {name} term of the loss became {value} in epoch {self.epoch}, batch {self.dls.train.start + self.iter}.",
@@ -177,13 +181,25 @@ def score_of(
     "How good a validation result is; larger is better."
     return [-row['valid_loss']] if monitor == 'loss' else [row[monitor], -row['valid_loss']]
 
-def _after_epoch(self:History):
-    "One row; the learning rates (backbone's and classifier's) are those of the last batch."
-    means = {f'train_{k}': v/self.sums['n'] for k, v in self.sums.items() if k != 'n'}
-    self.rows.append(dict(epoch=self.epoch, **means, **_validation_scores(torch.cat(self.logits), torch.cat(self.targets)),
-                          lr=self.opt.opt.param_groups[0]['lr'], lr_head=self.opt.opt.param_groups[-1]['lr'], seconds=time.perf_counter() - self.began))
+def _totals(self:History)->dict[str, float]:
+    "Sums of this epoch's loss terms, and images, over all processes."
+    return dict(zip(self.sums, add_up(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist(), strict=True))
 
-History.after_epoch = _after_epoch
+def _validated_logits(self:History)->torch.Tensor:  # (n, classes), in the order of the validation part
+    "Logits of all processes."
+    part, at = torch.cat(self.logits).cpu(), torch.from_numpy(np.concatenate(self.places))
+    return add_up(part.new_zeros(len(self.dls.valid.rows), part.shape[1]).index_copy_(0, at, part))
+
+def _after_epoch(self:History):
+    "One row; the learning rates (backbone's and classifier's) are those of the last batch. fastai's table shows the same."
+    sums, valid = self.totals(), self.dls.valid
+    means = {f'train_{k}': v/sums['n'] for k, v in sums.items() if k != 'n'}
+    row = dict(epoch=self.epoch, **means, **_validation_scores(self.validated_logits(), torch.from_numpy(valid.labels[valid.rows])),
+               lr=self.opt.opt.param_groups[0]['lr'], lr_head=self.opt.opt.param_groups[-1]['lr'], seconds=time.perf_counter() - self.began)
+    self.rows.append(row)
+    self.learn.recorder.log[1:4] = [row['train_loss'], row['valid_loss'], row['accuracy']]
+
+History.totals, History.validated_logits, History.after_epoch = _totals, _validated_logits, _after_epoch
 
 # %% ../nbs/02b_training.ipynb #d35580ff
 def _optimizer_tensors(opt:torch.optim.Optimizer)->dict:
@@ -209,11 +225,11 @@ def save_resume(
     about:dict,                     # position, history, best score: what JSON can hold
     average=None,                   # averaged weights, if there are any
 ):
-    "Everything that a training consists of, in one safetensors file."
+    "Everything that a training consists of, in one safetensors file, which process 0 writes."
     tensors = {f'model.{k}': v for k, v in model.body.state_dict().items()} | _optimizer_tensors(opt)
     if average is not None: tensors |= {f'average.{k}': v for k, v in average.state_dict().items()}
-    tensors['rng.cpu'] = torch.get_rng_state()
-    for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []): tensors[f'rng.cuda{i}'] = s
+    tensors |= random_states()   # of all processes, which meet here
+    if team()[0]: return
     with atomic_path(path) as tmp:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={'about': json.dumps(about)})
 
@@ -227,15 +243,14 @@ def load_resume(
     "Restore network, optimiser and random state; `KdoctError`, before anything is changed, if they belong to something else."
     with safe_open(path, 'pt') as f: about = json.loads(f.metadata()['about'])
     if key and about['key'] != key:
-        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe, other folds or another teacher.",
+        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe, other folds, another teacher or another number of processes.",
                          fix=f"Delete {path.parent} to start over.")
     tensors = load_file(path)
     part = lambda p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
     model.body.load_state_dict(part('model.'))
     _load_optimizer(opt, {k: v for k, v in tensors.items() if k.startswith('opt.')})
     if average is not None: average.load_state_dict(part('average.'))
-    torch.set_rng_state(tensors['rng.cpu'])
-    for name, state in part('rng.cuda').items(): torch.cuda.set_rng_state(state, int(name))
+    set_random_states(tensors)
     return about
 
 # %% ../nbs/02b_training.ipynb #6e4c5e64
@@ -246,6 +261,8 @@ class Checkpoint(Callback):
         self.folder, self.recipe, self.key = Path(folder), recipe, key
         self.best, self.best_epoch, self.saved, self.swa_from = None, None, time.monotonic(), recipe.swa_start
 
+    @property
+    def due(self)->bool: return time.monotonic() - self.saved >= 60*self.recipe.checkpoint_minutes
     @property
     def state(self)->Path: return self.folder/'state.safetensors'
     def best_file(self, epoch)->Path: return self.folder/f'best_{epoch}.safetensors'
@@ -260,14 +277,14 @@ class Checkpoint(Callback):
         if not self.state.exists(): return
         about = load_resume(self.state, self.model, self.opt.opt, self.key, self.learn.averaging.average)
         self.best, self.best_epoch, self.swa_from = about['best'], about['best_epoch'], about['swa_from']
-        self.learn.history.rows, self.learn.history.sums = about['rows'], about['sums']
+        self.learn.history.rows, self.learn.history.sums = about['rows'], {k: 0 if team()[0] else v for k, v in about['sums'].items()}
         self.learn.first_epoch, self.dls.train.start = about['epoch'], about['batch']
         print(f"Going on in epoch {about['epoch']}, batch {about['batch']}.")
 
     def save(self, epoch:int, batch:int):
         "Write the state from which training goes on at this place."
         about = dict(key=self.key, epoch=epoch, batch=batch, best=self.best, best_epoch=self.best_epoch, swa_from=self.swa_from,
-                     precision=self.learn.precision.facts, rows=self.learn.history.rows, sums=self.learn.history.sums)
+                     precision=self.learn.precision.facts, rows=self.learn.history.rows, sums=self.learn.history.totals())
         save_resume(self.state, self.model, self.opt.opt, about, self.learn.averaging.average)
         self.saved = time.monotonic()
 
@@ -288,25 +305,29 @@ Checkpoint.over = _over
 def _after_batch(self:Checkpoint):
     "Save within an epoch, between two optimiser steps, when it is time."
     if not self.training or not self.learn.accumulate.last or self.iter == self.n_iter - 1: return
-    if time.monotonic() - self.saved >= 60*self.recipe.checkpoint_minutes: self.save(self.epoch, self.dls.train.start + self.iter + 1)
+    if self.learn.accumulate.due: self.save(self.epoch, self.dls.train.start + self.iter + 1)
+
+def _keep(self:Checkpoint):
+    "Write this epoch's weights as the best ones."
+    with atomic_path(self.best_file(self.epoch)) as tmp: save_file({k: v.contiguous() for k, v in self.model.body.state_dict().items()}, tmp)
 
 def _after_epoch(self:Checkpoint):
     "Keep the weights if they are the best so far, and save."
     score = score_of(self.learn.history.rows[-1], self.recipe.monitor)
     if self.best is None or score > self.best:
         self.best, self.best_epoch = score, self.epoch
-        with atomic_path(self.best_file(self.epoch)) as tmp: save_file({k: v.contiguous() for k, v in self.model.body.state_dict().items()}, tmp)
+        if not team()[0]: self.keep()
     self.dls.train.start = 0
     self.over(self.epoch + 1)   # decides on the start of averaging before the state is written
     self.save(self.epoch + 1, 0)
-    for old in self.folder.glob('best_*.safetensors'):
+    for old in () if team()[0] else self.folder.glob('best_*.safetensors'):
         if old != self.best_file(self.best_epoch): old.unlink()
 
 def _after_fit(self:Checkpoint):
-    "Training ends with the weights of the best epoch."
-    if self.best_epoch is not None: self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
+    "Training ends with the weights of the best epoch; process 0 goes on alone with them."
+    if self.best_epoch is not None and not team()[0]: self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
 
-Checkpoint.after_batch, Checkpoint.after_epoch, Checkpoint.after_fit = _after_batch, _after_epoch, _after_fit
+Checkpoint.after_batch, Checkpoint.keep, Checkpoint.after_epoch, Checkpoint.after_fit = _after_batch, _keep, _after_epoch, _after_fit
 
 # %% ../nbs/02b_training.ipynb #ee772af0
 class ResumableLearner(Learner):
@@ -342,9 +363,11 @@ def make_learner(
     "A Learner for any role."
     dls = DataLoaders(train, valid, device=train.device)
     opt = lambda params, lr: OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
-    ours = [Precision(recipe), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
+    ours = [Precision(recipe), Together(), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
-    return ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
+    learn = ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
+    if team()[0]: learn.remove_cb(ProgressCallback).logger = noop   # process 0 reports
+    return learn
 
 # %% ../nbs/02b_training.ipynb #b912eb3d
 def keep_freed_memory():
@@ -379,16 +402,18 @@ def predictions_frame(
     return frame.assign(**{f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)})
 
 # %% ../nbs/02b_training.ipynb #e061dc48
-def _batches(data:FoldData, role:str, run:Run, recipe:TrainRecipe, device, view:str='identity')->Batches:
+def _batches(data:FoldData, role:str, run:Run, recipe:TrainRecipe, device, view:str='identity', share:tuple=(0, 1))->Batches:
     "One part of a fold in order, as a test-time view shows it."
     unnamed = np.zeros(len(data.images), np.uint64)   # only random views ask for an image's name
-    return Batches(data.images, data.labels, unnamed, data.idx[role], 2*recipe.batch_size, device=device, size=run.recipe.data.size, view=view)
+    return SharedBatches(data.images, data.labels, unnamed, data.idx[role], 2*recipe.batch_size, device=device, size=run.recipe.data.size,
+                         view=view, share=share)
 
-def _training_batches(data:FoldData, run:Run, recipe:TrainRecipe, device)->Batches:
+def _training_batches(data:FoldData, run:Run, recipe:TrainRecipe, device, share:tuple=(0, 1))->Batches:
     "The training part, shuffled and augmented."
     rows, ids = data.idx['train'], np.zeros(len(data.images), np.uint64)
     ids[rows] = image_ids(data.rows('train').sha256)
-    return Batches(data.images, data.labels, ids, rows, recipe.batch_size, recipe.augment, run.recipe.seed, device, run.recipe.data.size)
+    return SharedBatches(data.images, data.labels, ids, rows, recipe.batch_size, recipe.augment, run.recipe.seed, device, run.recipe.data.size,
+                         share=share)
 
 def _blanked_logits(model:Classifier, data:FoldData, size:int, device, chunk:int=256)->np.ndarray:
     "Logits of the test part with the retina covered."
@@ -464,35 +489,48 @@ def train_role(
     **facts,       # what else model.json shall say
 )->dict:           # model.json of the trained network
     "Train one network of a fold, or take up where it was interrupted, or return it if it is finished."
-    recipe, folder = run.recipe.training(role), run.stage_dir(fold, role)
-    with run.lock(fold, role):
-        data = open_fold(run, fold)
-        folds = data.folds_sha256
-        if _finished(run, fold, role, folds):
+    rank, size = join()
+    with one_for_all(), run.lock(fold, role) if rank == 0 else nullcontext():
+        data, folder = open_fold(run, fold), run.stage_dir(fold, role)
+        if tell(rank == 0 and _finished(run, fold, role, data.folds_sha256)):
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
-        began, stage, origin = time.perf_counter(), f'fold_{fold}/{role}', weights_origin(recipe)
-        notes = check_origin(origin, data_identity(run.recipe.data), folds, fold)
-        for note in notes: print(f'WARNING: {note}')
-        if (recipe.size or 0) > run.recipe.data.size: print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
-        run.record(stage, status='running', seed=run.recipe.seed, folds_sha256=folds, weights_from=origin, notes=notes)
+        began, origin = time.perf_counter(), _check_start(run, data, role)
         teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]   # a resumed student must not change its teachers
-        learn = _fold_learner(run, data, role, recipe, key=' '.join([run.recipe.key, folds, role, *teachers]), cbs=cbs)
-        learn.fit(recipe.epochs)
-        memory = peak_memory(learn.dls.device)
-        about = _write_results(run, data, role, learn, recipe, dict(weights_from=origin, **facts))
-        spent = sum(r['seconds'] for r in learn.history.rows)
-        run.record(stage, status='done', seconds=time.perf_counter() - began, training_seconds=spent, parameters=about['parameters'],
-                   precision=about['precision'], step_seconds=learn.precision.facts.get('step_seconds'), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
-        for f in (folder/'resume').glob('*.safetensors'): f.unlink()
-        return about
+        key = [run.recipe.key, data.folds_sha256, role, *teachers, *([f'{size} processes'] if size > 1 else [])]
+        learn = _fold_learner(run, data, role, key=' '.join(key), cbs=cbs)
+        learn.fit(run.recipe.training(role).epochs)
+        about = None if rank else _write_and_record(run, data, role, learn, time.perf_counter() - began, dict(weights_from=origin, **facts))
+        return tell(about)
 
-def _fold_learner(run:Run, data:FoldData, role:str, recipe:TrainRecipe, key:str, cbs)->ResumableLearner:
+def _check_start(run:Run, data:FoldData, role:str)->dict:
+    "Where the first weights come from; `KdoctError` if they know the test images. Notes the beginning in the record."
+    recipe, origin = run.recipe.training(role), weights_origin(run.recipe.training(role))
+    notes = check_origin(origin, data_identity(run.recipe.data), data.folds_sha256, data.fold)
+    if team()[0]: return origin
+    for note in notes: print(f'WARNING: {note}')
+    if (recipe.size or 0) > run.recipe.data.size: print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
+    run.record(f'fold_{data.fold}/{role}', status='running', seed=run.recipe.seed, folds_sha256=data.folds_sha256, weights_from=origin, notes=notes,
+               processes=team()[1])
+    return origin
+
+def _write_and_record(run:Run, data:FoldData, role:str, learn:ResumableLearner, seconds:float, facts:dict)->dict:
+    "Results and record of a training that has ended; the resume state is not needed any more."
+    recipe, memory, began = run.recipe.training(role), peak_memory(learn.dls.device), time.perf_counter()
+    about = _write_results(run, data, role, learn, recipe, facts)
+    run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds + time.perf_counter() - began,
+               training_seconds=sum(r['seconds'] for r in learn.history.rows), parameters=about['parameters'], precision=about['precision'],
+               step_seconds=learn.precision.facts.get('step_seconds'), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
+    for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
+    return read_json(run.stage_dir(data.fold, role)/'model.json')
+
+def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLearner:
     "Network, batches and Learner of one role; everything is seeded here."
+    recipe = run.recipe.training(role)
     keep_freed_memory()
     seed_everything(run.recipe.seed)
     device = best_device()
     model = create_classifier(recipe, len(data.classes), recipe.size or run.recipe.data.size, device)
-    train, valid = _training_batches(data, run, recipe, device), _batches(data, 'val', run, recipe, device)
+    train, valid = _training_batches(data, run, recipe, device, team()), _batches(data, 'val', run, recipe, device, share=team())
     return make_learner(model, train, valid, hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device), recipe,
                         run.stage_dir(data.fold, role)/'resume', key, cbs)
