@@ -9,15 +9,16 @@ __all__ = ['BENCHES', 'PUBLISHED', 'WHATS', 'Plan', 'bench_listing', 'Images', '
            'by_grad_cam', 'by_torchcam', 'cam_maps', 'peak_memory', 'serve', 'sides', 'turns', 'summary', 'bench',
            'record_of', 'table', 'caption']
 
-# %% ../nbs/12_bench.ipynb #49c1a679
+# %% ../nbs/12_bench.ipynb #1cab47c1
 import importlib.util
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .core import AugmentRecipe, DataRecipe, KdoctError, PhantomRecipe, Recipe, 
 from .data import audit, decode_cache
 from .distill import Distill
 from .efficiency import count_macs
+from .frozen import Frozen, freeze
 from .losses import cross_entropy
 from .models import Classifier, create_classifier
 from .sources import Listing, load_table
@@ -329,9 +331,10 @@ def learner_turn(
     plan:Plan,      # recipe, batches a turn
     images:Images,  # decoded
     cbs=(),         # e.g. the distillation
-)->Callable:        # () -> images, seconds
+    precision:str='auto',  # fp32, bf16, or auto: measured in the first turn
+)->Callable:        # () -> images, seconds, precision
     "Steps of the Learner that trains a student, on the best device."
-    recipe = plan.recipe
+    recipe = plan.recipe.override(**{'student.precision': precision})
     model, stretch = create_classifier(recipe.student, len(np.unique(images.labels)), plan.size, best_device()), Stretch(plan.steps)
     train = _batches(plan, images, _endless_rows(images, plan.batch), recipe.student.augment)
     valid = _batches(plan, images, np.arange(len(images.labels)), None)
@@ -343,9 +346,11 @@ def learner_turn(
     return turn
 
 # %% ../nbs/12_bench.ipynb #755c4c88
-def _teacher(plan:Plan, images:Images)->Classifier:
-    "The teacher of a benchmark: random weights, evaluation mode."
-    return create_classifier(plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device()).eval().requires_grad_(False)
+def _teacher(plan:Plan, images:Images)->Frozen:
+    "The teacher of a benchmark as `train_student` would ask it."
+    torch.manual_seed(plan.recipe.seed)   # always the same, as its cache expects
+    model = create_classifier(plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device())
+    return freeze(model.eval(), plan.recipe.teacher.precision, best_device())[0]
 
 def _macs(plan:Plan, teachers:int)->int:
     "Multiply-adds an image: forward and backward of the student (three forwards), forward of the teachers."
@@ -369,7 +374,9 @@ def distilled_rows(
     keep_freed_memory()   # as `train_role` does
     recipe, teacher = plan.recipe.distill, _teacher(plan, images)
     kept = Distill({'teacher': TeacherCache(teacher, 'bench', recipe.teacher_batch)}, recipe.model_copy(update=dict(views=1)))
-    online, cached, alone = (learner_turn(plan, images, cbs) for cbs in ([Distill({'teacher': teacher}, recipe)], [kept], []))
+    alone = learner_turn(plan, images)
+    precision = alone()['precision']   # the same for all three, or noise could set them apart
+    online, cached = (learner_turn(plan, images, [cb], precision) for cb in (Distill({'teacher': teacher}, recipe), kept))
     return {'kdoct, online': Row(online, against, macs=_macs(plan, 1)),
             'kdoct, from the cache': Row(cached, (*against, 'kdoct, online', 'kdoct, no teacher'), macs=_macs(plan, 0)),
             'kdoct, no teacher': Row(alone, against, macs=_macs(plan, 0))}
@@ -423,14 +430,10 @@ def _reference_inference(plan:Plan, images:Images)->dict[str, Row]:
 @side_of('infer', 'kdoct')
 def _kdoct_inference(plan:Plan, images:Images)->dict[str, Row]:
     nets = _networks(plan)
-    return inference_rows(plan, 'kdoct', nets, 1, 'float32 eager', precision=nets['student'].precision)
-
-@side_of('infer', 'compiled')
-def _compiled_inference(plan:Plan, images:Images)->dict[str, Row]:
-    if not plan.compile: return {}
-    nets = _networks(plan)
-    made = {role: torch.compile(m, dynamic=False) for role, m in nets.items()}
-    return inference_rows(plan, 'kdoct compiled', made, 1, 'float32 eager', precision=nets['student'].precision)
+    ways = {'kdoct': nets, 'kdoct frozen': {role: freeze(m, device=best_device())[0] for role, m in nets.items()}}
+    if plan.compile: ways['kdoct compiled'] = {role: torch.compile(m, dynamic=False) for role, m in nets.items()}
+    precisions = {how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values())) for how, made in ways.items()}
+    return {k: row for how, made in ways.items() for k, row in inference_rows(plan, how, made, 1, 'float32 eager', precision=precisions[how]).items()}
 
 # %% ../nbs/12_bench.ipynb #8d49a823
 def answering_network(
@@ -530,18 +533,20 @@ def peak_memory()->int:
 def _about(row:Row)->dict: return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
 
 def serve(
-    pipe,      # of multiprocessing
-    plan:Plan, # with `place`
-    side:str,  # of `BENCHES[plan.what]`
-    threads:int,
+    pipe,           # of multiprocessing
+    settings:dict,  # fields of the plan, with `place`
+    side:str,       # of `BENCHES[what]`
+    threads:int,    # for torch
 ):
     "A side's process: make the rows, say what they are, then time each that is asked for, until None is."
+    plan = Plan(**settings)
     try:
         torch.set_num_threads(threads)
         seed_everything(plan.recipe.seed)
-        rows = BENCHES[plan.what][side](plan, bench_images(plan))
-        pipe.send({name: _about(row) for name, row in rows.items()})
-        while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory()))
+        with redirect_stdout(sys.stderr):   # the table alone is for printing
+            rows = BENCHES[plan.what][side](plan, bench_images(plan))
+            pipe.send({name: _about(row) for name, row in rows.items()})
+            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory()))
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
 def _answer(pipe, side:str)->dict:
@@ -562,7 +567,7 @@ def sides(
     try:
         for side in BENCHES[plan.what]:
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, plan, side, torch.get_num_threads()))
+            process = context.Process(target=serve, args=(there, asdict(plan), side, torch.get_num_threads()))
             process.start()
             there.close()
             running[side] = (process, here)
@@ -642,7 +647,7 @@ WHATS = {  # what -> side of the pictures [px], batches a turn, what stands besi
     'cache': (224, 8, "Whole training steps of the student, input included, with the teacher's answers from the cache, and with the teacher asked about "
                       "every batch; and views answered while the cache is built."),
     'infer': (224, 8, "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures normalised before; kdoct: grey pictures "
-                      "in [0, 1], normalised by the network."),
+                      "in [0, 1], normalised by the network; frozen: as teachers are asked (notebook 02g)."),
     'score-cam': (224, 1, "One map of one image and class: kdoct beside published implementations; batch normalisation and head fitted to the images."),
 }
 

@@ -1,0 +1,144 @@
+"The benchmark measures what it says: the reference's pattern as it is, our real steps, ratios within a round."
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from kdoct import bench
+from kdoct.cli import app
+from kdoct.core import KdoctError, read_json
+
+SMALL = dict(teacher="test_convnext2", student="test_efficientnet", size=48, images=8, steps=2, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return bench.Plan("step", **SMALL, place=str(tmp_path_factory.mktemp("bench")))
+
+
+@pytest.fixture(scope="module")
+def images(plan): return bench.bench_images(plan)
+
+
+def rows_of(what, plan, images):
+    "All rows of a benchmark, in this process."
+    plan = replace(plan, what=what)
+    return {name: row for make in bench.BENCHES[what].values() for name, row in make(plan, images).items()}
+
+
+def test_every_file_is_decoded_in_every_epoch(plan, images, monkeypatch):
+    opened, really = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda f: opened.append(f) or really(f))
+    files = bench.PilFiles(images, bench.pil_changes(plan.recipe.student.augment, 48, 4), 24)
+    for i in range(24): files[i]
+    assert opened == 3 * images.files
+
+
+def test_reference_loader_gives_whole_batches_from_worker_processes(plan, images):
+    loader = bench.pil_loader(images, plan.recipe.teacher.augment, plan)
+    x, y = next(iter(loader))
+    assert loader.num_workers == min(4, len(os.sched_getaffinity(0))) and loader.drop_last
+    assert x.shape == (8, 3, 48, 48) and x.dtype == torch.float32 and len(y) == 8
+
+
+class Watching(torch.nn.Module):
+    "Notes how it is asked."
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(3, 4), []
+
+    def forward(self, x):
+        z = self.layer(x.mean((2, 3)))
+        self.seen.append(dict(dtype=z.dtype, autocast=torch.is_autocast_enabled("cpu"), grad=z.requires_grad, training=self.training))
+        return z
+
+
+def test_reference_asks_its_teacher_in_float32_outside_autocast_without_gradients(plan):
+    teacher, student = Watching(), Watching()
+    step = bench.ReferenceStep(teacher, student, plan.recipe, "cpu")
+    step([torch.rand(8, 3, 4, 4), torch.arange(8) % 4])
+    assert teacher.seen == [dict(dtype=torch.float32, autocast=False, grad=False, training=False)]
+    assert student.seen == [dict(dtype=torch.float32, autocast=False, grad=True, training=True)]
+    assert not step.opt.param_groups[0]["fused"]
+
+
+def test_reference_loss_is_the_papers(plan):
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 4
+    step = bench.ReferenceStep(teacher := Watching(), student := Watching(), plan.recipe, "cpu")
+    with torch.no_grad(): t, s = (net(x).log_softmax(1) / 4 for net in (teacher, student))  # softening by T = 4
+    soft = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean() * 16
+    with torch.no_grad(): hard = torch.nn.functional.cross_entropy(student(x), y)
+    assert step.losses(x, y).item() == pytest.approx((0.3 * hard + 0.7 * soft).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["input", "step", "cache", "infer", "score-cam"])
+def test_every_row_can_be_timed_and_knows_its_comparison(what, plan, images):
+    rows = rows_of(what, plan, images)
+    assert any("kdoct" in name for name in rows)
+    for name, row in rows.items():
+        lap = row.turn()
+        assert lap["images"] > 0 and lap["seconds"] > 0, name
+        assert set(row.against) <= set(rows), name
+        assert row.macs or row.nbytes or what == "score-cam" or "decoding" in name, name
+
+
+def test_steps_are_counted_in_whole_blocks_of_the_teacher(plan, images):
+    online = rows_of("step", plan, images)["kdoct, online"].turn()
+    assert online["images"] == 32  # two batches of 8 were asked for; the teacher is asked about four at once
+    assert online["precision"] in ("fp32", "bf16")
+
+
+def test_a_thing_is_as_fast_as_itself():
+    work, a = torch.nn.Linear(256, 256), torch.rand(256, 256)
+
+    def turn(): return dict(images=20, seconds=bench.clock(lambda: [work(a) for _ in range(20)]))
+    times = [dict(round=r, row=name, peak=0, rates=dict(fp32=1e12, bf16=1e12, copy=1e9), **turn()) for r in range(15) for name in "ab"]
+    rows = {name: dict(against=("a",), macs=1, nbytes=0, about={}, side="x") for name in "ab"}
+    found = bench.summary(rows, times)
+    assert found["a"]["times_as_fast_as"]["a"] == dict(median=1, least=1, largest=1)
+    assert 0.4 < found["b"]["times_as_fast_as"]["a"]["median"] < 2.5
+
+
+def test_arithmetic_of_a_step_is_three_forwards_and_the_teachers(plan):
+    from kdoct.efficiency import count_macs
+    from kdoct.models import create_classifier
+    teacher, student = (count_macs(create_classifier(r, 4, 48).eval(), 48) for r in (plan.recipe.teacher, plan.recipe.student))
+    assert bench._macs(plan, 0) == 3 * student and bench._macs(plan, 1) == teacher + 3 * student
+
+
+def test_ours_with_their_masks_agrees_with_them(plan, images):
+    rows = rows_of("score-cam", plan, images)
+    laps = {name: row.turn() for name, row in rows.items()}
+    assert laps["kdoct as pytorch-grad-cam"]["correlation"]["pytorch-grad-cam"] > 0.98
+
+
+def test_command_writes_a_whole_record_and_prints_its_table(tmp_path):
+    options = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
+    done = CliRunner().invoke(app, ["bench", "input", *options, "--out", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    record = read_json(tmp_path / "r.json")
+    assert {"what", "about", "made", "plan", "images", "weights", "device", "threads", "workers", "load", "rates", "rows", "times", "git", "packages",
+            "machine"} <= set(record)
+    assert set(record["rates"]) == {"fp32", "bf16", "copy"} and record["plan"]["rounds"] == 2
+    ours = record["rows"]["kdoct"]
+    assert ours["times_as_fast_as"]["reference pattern"]["median"] > 0 and 0 < ours["share_of_limit"]["copy"]["median"] < 1.5
+    assert len({t["round"] for t in record["times"]}) >= 1 and [t["row"] for t in record["times"][:3]] == list(record["rows"])
+    assert str(tmp_path) not in json.dumps(record), "a folder of this machine stands in the record"
+    assert "| kdoct |" in done.output and "reference pattern" in done.output and "Medians of" in done.output
+
+
+def test_mistakes_say_what_to_do(plan, tmp_path):
+    with pytest.raises(KdoctError, match="Take one of: input, step, cache, infer, score-cam"): bench.bench("stpe")
+    unknown = replace(plan, student="no_such_network", place=str(tmp_path))
+    with pytest.raises(KdoctError, match="timm knows no model"): rows_of("step", unknown, bench.bench_images(plan))
+    with pytest.raises(KdoctError, match="does not exist"): bench.bench_images(replace(plan, root="no/such/folder", place=str(tmp_path)))
+
+
+def test_real_images(shared_data, plan, tmp_path):
+    found = bench.bench_images(replace(plan, root=str(shared_data / "ucsd_oct"), place=str(tmp_path)))
+    assert found.decoded.shape == (8, 52, 52) and len(np.unique(found.labels)) == 4
