@@ -6,10 +6,11 @@
 __all__ = ['BENCHES', 'PUBLISHED', 'WHATS', 'Plan', 'bench_listing', 'Images', 'bench_images', 'outputs_in', 'wait_for', 'clock',
            'machine_rates', 'Row', 'side_of', 'timed_stretch', 'PilOps', 'pil_changes', 'PilFiles', 'pil_loader',
            'ReferenceStep', 'Stretch', 'learner_turn', 'distilled_rows', 'inference_rows', 'answering_network',
-           'by_grad_cam', 'by_torchcam', 'cam_maps', 'peak_memory', 'serve', 'sides', 'turns', 'summary', 'bench',
-           'record_of', 'table', 'caption']
+           'by_grad_cam', 'by_torchcam', 'cam_maps', 'peak_memory', 'gpu_memory', 'serve', 'sides', 'turns', 'summary',
+           'bench', 'record_of', 'table', 'caption']
 
-# %% ../nbs/12_bench.ipynb #1cab47c1
+# %% ../nbs/12_bench.ipynb #04cebc2c
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -59,7 +60,7 @@ class Plan:
     images:int=64                     # files they are drawn from
     source:str=''                     # adapter; '': phantom, with a root ucsd
     root:str=''                       # folder of real images; '': simulated B-scans in a temporary folder
-    compile:bool=False                # also what torch.compile makes of it
+    compile:bool=False                # step, cache: our student compiled; infer: further rows
     place:str=''                      # temporary folder of this benchmark
 
     @property
@@ -68,7 +69,7 @@ class Plan:
     def recipe(self)->Recipe:  # the authors' recipe with the networks and sizes of this plan
         return preset('paper-neh', **{'data.size': self.size, 'data.margin': round(self.size/12), 'teacher.arch': self.teacher, 'student.arch': self.student,
                                       'teacher.weights': 'none', 'student.weights': 'none', 'student.batch_size': self.batch, 'student.accumulate': 2,
-                                      'teacher.drop_path_rate': 0., 'student.checkpoint_minutes': 1e6})
+                                      'teacher.drop_path_rate': 0., 'student.checkpoint_minutes': 1e6, 'student.compile': self.compile})
 
 # %% ../nbs/12_bench.ipynb #3240a5d8
 def bench_listing(
@@ -352,6 +353,7 @@ def _teacher(plan:Plan, images:Images)->Frozen:
     model = create_classifier(plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device())
     return freeze(model.eval(), plan.recipe.teacher.precision, best_device())[0]
 
+@functools.cache
 def _macs(plan:Plan, teachers:int)->int:
     "Multiply-adds an image: forward and backward of the student (three forwards), forward of the teachers."
     def of(recipe): return count_macs(create_classifier(recipe, 4, plan.size).eval(), plan.size)
@@ -486,7 +488,7 @@ def by_torchcam(
     with torch.no_grad(), ScoreCAM(model.body, layer.module, batch_size=16, reshape_transform=layer.maps) as cam:
         model.body(model.prepare(x).contiguous())
         small = cam(class_idx=number)[0]
-    return stretch(F.interpolate(small[None], x.shape[-2:], mode='bilinear')[0, 0])
+    return stretch(F.interpolate(small[None], x.shape[-2:], mode='bilinear')[0, 0]).cpu()
 
 # %% ../nbs/12_bench.ipynb #2c170e26
 PUBLISHED = {'pytorch-grad-cam': by_grad_cam} | ({'torchcam': by_torchcam} if importlib.util.find_spec('torchcam') else {})
@@ -512,16 +514,17 @@ def cam_maps(
 def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
     pixels = torch.from_numpy(images.decoded).float()/255
     x = apply_view(pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), 'identity', plan.size)
-    model, maps = answering_network(plan.student, 'none', plan.size, x, images.labels), {}
-    with torch.no_grad(): number = int(model(x[:1]).argmax())
+    model, x, maps = answering_network(plan.student, 'none', plan.size, x, images.labels).to(best_device()), x[:1].to(best_device()), {}
+    with torch.no_grad(): number = int(model(x).argmax())
     def turn(name, way):
+        wait_for(x.device)
         began = time.perf_counter()
         maps[name], cost = way()
         took, known = time.perf_counter() - began, [o for o in PUBLISHED if name.startswith('kdoct') and o in maps]
         agrees = {o: float(np.corrcoef(maps[o].ravel(), maps[name].ravel())[0, 1]) for o in known}
         return dict(images=1, seconds=took, cost=cost, correlation=agrees)
     return {name: Row(lambda name=name, way=way: turn(name, way), tuple(PUBLISHED) if name.startswith('kdoct') else (), about=dict(network=plan.student))
-            for name, way in cam_maps(model, x[:1], number).items()}
+            for name, way in cam_maps(model, x, number).items()}
 
 # %% ../nbs/12_bench.ipynb #0038858a
 def peak_memory()->int:
@@ -529,6 +532,8 @@ def peak_memory()->int:
     status = Path('/proc/self/status')   # getrusage would include what started this process
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024*int(line.split()[1]) for line in lines if line.startswith('VmHWM')), 0)
+
+def gpu_memory()->int: return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0   # most so far [bytes]
 
 def _about(row:Row)->dict: return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
 
@@ -546,7 +551,7 @@ def serve(
         with redirect_stdout(sys.stderr):   # the table alone is for printing
             rows = BENCHES[plan.what][side](plan, bench_images(plan))
             pipe.send({name: _about(row) for name, row in rows.items()})
-            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory()))
+            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory(), gpu=gpu_memory()))
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
 def _answer(pipe, side:str)->dict:
@@ -635,7 +640,8 @@ def summary(
         took = _spread(each[name, t['round']] for t in part)
         ratios = {other: _spread(each[other, t['round']]/each[name, t['round']] for t in part) for other in row['against'] if other in rows}
         out[name] = dict(seconds_an_image=took, images_a_second=1/took['median'], times_as_fast_as=ratios, share_of_limit=_limits(row, part), rounds=len(part),
-                         peak_memory_mb=round(max(t['peak'] for t in part)/2**20), side=row['side'], **row['about'], **_noted(part))
+                         peak_memory_mb=round(max(t['peak'] for t in part)/2**20),
+                         peak_gpu_mb=round(max(t['gpu'] for t in part)/2**20), side=row['side'], **row['about'], **_noted(part))
     return out
 
 # %% ../nbs/12_bench.ipynb #b53f9378
@@ -691,7 +697,7 @@ def table(
         for line, r in zip(lines, rows.values(), strict=True): line.append(_times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else '')
     for line, r in zip(lines, rows.values(), strict=True):
         if 'correlation' in r: line[1] = 'least correlation ' + ', '.join(f'{v:.4f} ({k})' for k, v in r['correlation'].items())
-        line += [_limit_text(r['share_of_limit']), str(r['peak_memory_mb'])]
+        line += [_limit_text(r['share_of_limit']), str(r['peak_gpu_mb'] or r['peak_memory_mb'])]
     lines = [[*head, 'of the limit', 'peak MB'], ['---']*(len(head) + 2), *lines]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n\n' + caption(record)
 

@@ -225,7 +225,7 @@ def bench(
     steps:Annotated[int, typer.Option(help="Batches a turn. Default: 16 for input, else 8.")]=0,
     images:Annotated[int, typer.Option(min=8, help="Files that are drawn from.")]=64,
     source:SourceOption='', data_root:RootOption='',
-    compile:Annotated[bool, typer.Option('--compile', help="Also what torch.compile makes of it (infer); minutes.")]=False,
+    compile:Annotated[bool, typer.Option('--compile', help="Our student compiled (step, cache), or as further rows (infer); takes minutes.")]=False,
     out:Annotated[Path|None, typer.Option(help="Write the record as JSON.")]=None,
 ):
     "Time this library beside the reference's pattern, in turns: ratios within a round, share of what the machine could do."

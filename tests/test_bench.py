@@ -97,7 +97,7 @@ def test_a_thing_is_as_fast_as_itself():
     work, a = torch.nn.Linear(256, 256), torch.rand(256, 256)
 
     def turn(): return dict(images=20, seconds=bench.clock(lambda: [work(a) for _ in range(20)]))
-    times = [dict(round=r, row=name, peak=0, rates=dict(fp32=1e12, bf16=1e12, copy=1e9), **turn()) for r in range(15) for name in "ab"]
+    times = [dict(round=r, row=name, peak=0, gpu=0, rates=dict(fp32=1e12, bf16=1e12, copy=1e9), **turn()) for r in range(15) for name in "ab"]
     rows = {name: dict(against=("a",), macs=1, nbytes=0, about={}, side="x") for name in "ab"}
     found = bench.summary(rows, times)
     assert found["a"]["times_as_fast_as"]["a"] == dict(median=1, least=1, largest=1)
