@@ -77,7 +77,9 @@ def bench_listing(
 )->Listing:     # of `plan.images` files, or as many as there are
     "Files for a benchmark, spread over the table; `KdoctError` if there are none."
     if plan.root: data = DataRecipe(source=plan.source or 'ucsd', root=plan.root)
-    else: data = DataRecipe(root=f'{plan.place}/images', phantom=PhantomRecipe(patients=max(8, -(-plan.images//8)), slices=4))
+    else:
+        slices = min(4, -(-plan.images//16))   # of each of two eyes; there are eight patients at least
+        data = DataRecipe(root=f'{plan.place}/images', phantom=PhantomRecipe(patients=max(8, -(-plan.images//(2*slices))), slices=slices))
     listing = load_table(data)
     at = np.linspace(0, len(listing.table) - 1, min(plan.images, len(listing.table))).astype(int)
     return replace(listing, table=listing.table.iloc[at].reset_index(drop=True))
