@@ -201,25 +201,24 @@ def saturation(
 )->torch.Tensor:          # x
     "Spread colours about their luminance."
     factor = _each(factor, x)
-    grey = _luminance(x)*(1 - factor)
+    grey = _luminance(x).mul_(1 - factor)
     return x.mul_(factor).add_(grey).clamp_(0, 1)
 
 def hue(
-    x:torch.Tensor,      # (n, 3, h, w) in [0, 1]
+    x:torch.Tensor,      # (n, 3, h, w) in [0, 1]; changed in place
     turn:torch.Tensor,   # (n,) [fraction of the colour circle]
-)->torch.Tensor:
+)->torch.Tensor:         # x
     "Turn the colour circle; brightest and darkest channel of a pixel keep their values."
     r, g, b = x.split(1, dim=1)
     low = torch.minimum(torch.minimum(r, g), b)
     span = torch.maximum(torch.maximum(r, g), b).sub_(low).mul_(-6).clamp_max_(-1e-9)  # of a pixel, times -6; grey ones have none
     angle = (g + b).sub_(r).sub_(low).div_(span).sub_(1/6).copysign_(g - b)            # from red [circles]
     angle.add_(_each(turn + 2.5, x))                                                   # 2.5: positive, and half a circle on
-    out, high = torch.empty_like(x), low.sub_(span, alpha=1/3)                         # one span above the highest
-    for channel, place in zip(out.split(1, dim=1), (0, 1/3, 2/3), strict=True):
-        torch.sub(angle, place, out=channel)
-        away = channel.frac_().sub_(.5).abs_().clamp_(1/6, 1/3)                        # from this channel's place [circles]
-        torch.addcmul(high, span, away, out=channel).clamp_(0, 1)          # near: the highest value, far: the lowest
-    return out
+    high = low.sub_(span, alpha=1/3)                                                   # one span above the highest
+    for channel, place in ((r, 0), (g, 1/3), (b, 2/3)):
+        away = torch.sub(angle, place, out=channel).frac_().sub_(.5).abs_().clamp_(1/6, 1/3)  # from the channel's place [circles]
+        away.mul_(span).add_(high).clamp_(0, 1)                                        # near: the highest value, far: the lowest
+    return x
 
 # %% ../nbs/01d_augment.ipynb #02e45bb4
 def _beside(x:torch.Tensor, dim:int)->tuple[torch.Tensor, torch.Tensor]:
@@ -487,6 +486,9 @@ def _read(self:Batches,
     if self.device.type != 'cuda': return x
     with torch.cuda.device(self.device): return x.pin_memory()
 
+Batches.read = _read
+
+# %% ../nbs/01d_augment.ipynb #630e685e
 def _make(self:Batches,
     x:torch.Tensor,       # see `read`
     rows:np.ndarray,      # (n,) rows of the data set
@@ -498,6 +500,9 @@ def _make(self:Batches,
     number = view_number(self.epoch, self.views, self.refresh) if number is None else number
     return augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size), y
 
+Batches.make = _make
+
+# %% ../nbs/01d_augment.ipynb #a42b5e50
 def _batch(self:Batches,
     rows:np.ndarray,      # (n,) rows of the data set
     number:int|None=None, # of the random view; None: the one of this epoch
@@ -505,7 +510,7 @@ def _batch(self:Batches,
     "One batch on the device."
     return self.make(self.read(rows), rows, number)
 
-Batches.read, Batches.make, Batches.batch = _read, _make, _batch
+Batches.batch = _batch
 
 # %% ../nbs/01d_augment.ipynb #194106de
 def _blocks(self:Batches):
@@ -520,6 +525,8 @@ def _blocks(self:Batches):
             x, y = self.make(pixels, rows)
             yield block, x, y, None if self.teach is None else self.teach(x, rows)
     finally: wait([coming] if coming else [])
+
+Batches.blocks = _blocks
 
 # %% ../nbs/01d_augment.ipynb #550dbf93
 def stream_ahead(
@@ -542,6 +549,7 @@ def stream_ahead(
             item, ready = coming
     finally: made.close()
 
+# %% ../nbs/01d_augment.ipynb #94a58978
 def _iter(self:Batches):
     "Batches of this epoch; made, and `teach(x, rows)` asked about them, `block` at a time; `taught` is what it said of the batch handed out."
     blocks = self.blocks() if self.device.type != 'cuda' else stream_ahead(self.blocks(), self.device)
@@ -553,4 +561,4 @@ def _iter(self:Batches):
                 self.taught = None if said is None else said[here]
                 yield x[here], y[here]
 
-Batches.blocks, Batches.__iter__ = _blocks, _iter
+Batches.__iter__ = _iter
