@@ -7,7 +7,7 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
            'History', 'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy',
            'make_learner', 'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
 
-# %% ../nbs/02b_training.ipynb #6987694f
+# %% ../nbs/02b_training.ipynb #15c89b8d
 import ctypes
 import json
 import math
@@ -37,7 +37,7 @@ from .losses import hard_loss
 from .mixing import Mix
 from .models import Classifier, check_origin, create_classifier, data_identity, save_bundle, weights_origin
 from .probe import blank_retina
-from .step import Precision, peak_memory
+from .step import Compile, Precision, peak_memory
 from .together import SharedBatches, Together, add_gradients, add_up, join, one_for_all, places, random_states, set_random_states, team, tell
 
 # %% ../nbs/02b_training.ipynb #9f2ebeba
@@ -364,6 +364,7 @@ def make_learner(
     dls = DataLoaders(train, valid, device=train.device)
     opt = lambda params, lr: OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
     ours = [Precision(recipe), Together(), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
+    if recipe.compile: ours.append(Compile())
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
     learn = ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
     if team()[0]: learn.remove_cb(ProgressCallback).logger = noop   # process 0 reports
@@ -520,7 +521,7 @@ def _write_and_record(run:Run, data:FoldData, role:str, learn:ResumableLearner, 
     about = _write_results(run, data, role, learn, recipe, facts)
     run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds + time.perf_counter() - began,
                training_seconds=sum(r['seconds'] for r in learn.history.rows), parameters=about['parameters'], precision=about['precision'],
-               step_seconds=learn.precision.facts.get('step_seconds'), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
+               step_seconds=learn.precision.facts.get('step_seconds'), **(learn.compile.facts if recipe.compile else {}), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
     for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
     return read_json(run.stage_dir(data.fold, role)/'model.json')
 

@@ -277,3 +277,38 @@ def test_the_record_holds_steps_and_memory(trained):
     _, folder = trained
     stage = Run(folder.parent.parent, None).stage('fold_0/teacher')
     assert stage['step_seconds'] is None and stage['peak_memory']['bytes'] > 2**26
+
+
+def with_maker(learn, make):
+    "A learner whose compiler is `make`."
+    learn.compile.make = make
+    return fit(learn)
+
+
+def test_where_nothing_can_be_compiled_training_goes_on_and_says_why(tmp_path, recipe, capsys):
+    def make(forward, dynamic):
+        def fails(x): raise RuntimeError('no compiler here')
+        return fails
+    learn = with_maker(learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1))), make)
+    assert 'no compiler here' in capsys.readouterr().out and learn.compile.facts == dict(compiled=False, reason='RuntimeError: no compiler here')
+    assert len(learn.history.rows) == 1
+
+
+def test_only_whole_training_batches_are_compiled(tmp_path, recipe):
+    seen = []
+    def make(forward, dynamic): return lambda x: seen.append(len(x)) or forward(x)
+    learn = learner(tmp_path, recipe.model_copy(update=dict(compile=True, freeze_epochs=1)))
+    learn.dls.train.rows = np.arange(13)   # 8 and 5
+    with_maker(learn, make)
+    assert seen == [8]*3 and learn.compile.facts['compiled']   # the trial, and one whole batch in each of two epochs
+    assert 'forward' not in learn.model.body.__dict__ and not any('_orig_mod' in k for k in learn.model.body.state_dict())
+
+
+def test_compiled_training_has_the_losses_of_plain_training(tmp_path, recipe):
+    rows = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        learn = fit(learner(tmp_path/str(on), recipe.model_copy(update=dict(compile=on, drop_rate=0., epochs=2))))
+        rows.append(pd.DataFrame(learn.history.rows)[['train_loss', 'valid_loss']])
+    if not learn.compile.facts['compiled']: pytest.skip(learn.compile.facts['reason'])
+    assert np.allclose(*rows, atol=1e-3)
