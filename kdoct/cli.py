@@ -46,9 +46,11 @@ def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str])
 def _all_stages(run, folds:str, notebooks):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.crossval import crossval, parse_folds  # here, so that `kdoct --help` does not wait for torch
+    from kdoct.together import launched
     numbers = parse_folds(folds, run.recipe.data.n_folds)
     typer.echo(f"Run '{run.name}' in {run.path}")
     crossval(run, numbers, notebooks)
+    if launched()[0]: return   # process 0 reports
     from kdoct.evaluate import evaluate_run
     from kdoct.report import report_html
     report = report_html(run, numbers, result=evaluate_run(run, numbers))

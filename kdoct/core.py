@@ -701,6 +701,7 @@ def open_stage(
     else: out = create_run(name, preset(preset_name or 'demo', **changes))
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
         raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)
     return out, fold
 
 def _test_stage(before:tuple)->tuple[Run, int]:

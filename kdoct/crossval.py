@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['RUN_HEADING', 'parse_folds', 'stage_cells', 'run_stage', 'crossval', 'write_notebooks']
 
-# %% ../nbs/08_crossval.ipynb #7631ae33
+# %% ../nbs/08_crossval.ipynb #24ecb8d6
 import os
 import re
+import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import nbformat
@@ -18,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from .core import STAGES, KdoctError, Run, atomic_path, notebooks_dir, outputs_root
 from .models import require_weights
+from .together import launched
 
 # %% ../nbs/08_crossval.ipynb #ad933817
 def parse_folds(
@@ -67,23 +70,29 @@ def run_stage(
     kind, _, name = stage.partition('-')
     source = Path(notebooks or notebooks_dir())/f'{STAGES[kind]}.ipynb'
     if not source.exists(): raise KdoctError(f"There is no {source}.", fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.")
-    out = run.notebooks_dir(fold)/f'{stage}.ipynb'
-    with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
     given = dict(run=run.name, fold=fold) | (dict(role=stage) if stage in ('student', 'baseline') else dict(name=name) if name else {})
     if overrides: given['overrides'] = overrides
-    env = {k: os.environ.get(k) for k in ('KDOCT_OUTPUTS', 'IN_TEST')}
-    os.environ['KDOCT_OUTPUTS'] = str(outputs_root().resolve())   # the kernel must look for the run where we do
+    with tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold)) as folder, _environment(f'{stage}-{fold}'):
+        out = Path(folder)/f'{stage}.ipynb'   # that of process 0 is kept
+        with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
+        try: papermill.execute_notebook(str(out), str(out), given, kernel_name='python3', progress_bar=False, kernel_manager_class=_LocalKernel)
+        except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
+    return out
+
+@contextmanager
+def _environment(stage:str):
+    "What the kernel of a stage must know: where the runs are, and whom it meets."
+    env = {k: os.environ.get(k) for k in ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST')}
+    os.environ |= dict(KDOCT_OUTPUTS=str(outputs_root().resolve()), KDOCT_STAGE=stage)
     os.environ.pop('IN_TEST', None)
-    try: papermill.execute_notebook(str(out), str(out), given, kernel_name='python3', progress_bar=False, kernel_manager_class=_LocalKernel)
-    except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
+    try: yield
     finally:
         for k, v in env.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
-    return out
 
 def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
     "What a failed stage says, and where to look; noted in run.json."
     said = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
-    run.record(_key(stage, fold), status='failed', error=said, notebook=out.relative_to(run.path))
+    if not launched()[0]: run.record(_key(stage, fold), status='failed', error=said, notebook=out.relative_to(run.path))
     where = '' if stage == 'data' else f' of fold {fold}'
     return KdoctError(f"The {stage} stage{where} failed: {said}", fix=f"Look at {out}; the same command goes on from here.")
 
@@ -98,6 +107,7 @@ def crossval(
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
     stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in (*run.recipe.roles, 'evaluate'))]
+    if launched()[0]: stages = [(stage, fold) for stage, fold in stages if stage in run.recipe.roles]
     for stage, fold in stages:
         name = 'data' if stage == 'data' else f'fold {fold} {stage}'
         if run.is_finished(stage, fold):

@@ -43,14 +43,14 @@ def join(
     patience:float=7*86400,   # how long the others may take to arrive [s]
     timeout:float=1800,       # how long to wait for them in a training [s]
 )->tuple[int, int]:           # number of this process, and how many there are
-    "Meet the other processes that the launcher has started."
+    "Meet the other processes that the launcher has started; before a stage has begun (`open_stage` says so), stay alone."
     global _store
     rank, size = launched()
-    if size == 1 or dist.is_initialized(): return team()
+    if size == 1 or dist.is_initialized() or 'KDOCT_STAGE' not in os.environ: return team()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     long = datetime.timedelta(seconds=patience)
     base, _, _ = next(dist.rendezvous('env://', rank, size, timeout=long))
-    _store = dist.PrefixStore(f"kdoct/{os.environ.get('KDOCT_STAGE', '')}", base)
+    _store = dist.PrefixStore(f"kdoct/{os.environ['KDOCT_STAGE']}", base)
     _store.set(f'here{rank}', '')
     _store.wait([f'here{r}' for r in range(size)], long)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', store=dist.PrefixStore('group', _store), rank=rank,

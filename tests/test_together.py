@@ -24,7 +24,7 @@ SCRIPT = textwrap.dedent('''
     def train(folder, processes, batch, stop_at=None, rows=41, **changes):
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         children = [pid for r in range(1, processes) if (pid := os.fork()) or os.environ.update(RANK=str(r))]
-        os.environ.update({'RANK': '0'} | dict(os.environ), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        os.environ.update({'RANK': '0'} | dict(os.environ), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
         rank, size = join()
         g = np.random.default_rng(0)
         images, labels, ids = g.integers(0, 255, (64, 32, 32), dtype=np.uint8), np.arange(64) % 3, np.arange(64, dtype=np.uint64)
