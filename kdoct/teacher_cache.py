@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['view_facts', 'answer_facts', 'TeacherCache']
 
-# %% ../nbs/04a_teacher_cache.ipynb #148d67ea
+# %% ../nbs/04a_teacher_cache.ipynb #bae41e38
 import hashlib
 import json
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from .augment import DRAWS, Batches
 from .core import KdoctError, atomic_path, locked, outputs_root, read_json, write_json
 from .models import Classifier
+from .together import team
 
 # %% ../nbs/04a_teacher_cache.ipynb #6b5fc0fb
 def _digest(data)->str:
@@ -101,24 +103,35 @@ def _prove(self:TeacherCache, number:int, n:int=4):
         raise KdoctError(f"The teacher does not say today what stands in {self.file(number)} (logits differ by {worst:.3g}, {allowed:.3g} is allowed).",
                          fix=f"Delete {self.path}; it is made again.")
 
-# %% ../nbs/04a_teacher_cache.ipynb #90b86017
+# %% ../nbs/04a_teacher_cache.ipynb #785b5aa8
+def _unanswered(self:TeacherCache, number:int)->int:
+    "How many images a view's file does not answer."
+    if not self.file(number).exists(): return len(self.ids)
+    return int(np.isnan(np.load(self.file(number), mmap_mode='r', allow_pickle=False)).any(1).sum())
+
+def _todo(self:TeacherCache, numbers:list[int]):
+    "What is left to ask, as (view, places), holding the lock of the view."
+    for v in numbers:
+        with locked(self.file(v), what=f"{self.file(v)}", wait=-1):
+            places = _missing(self, v)
+            if 0 < len(self.ids) - len(places): _prove(self, v)
+            for i in range(0, len(places), self.batch): yield v, places[i:i + self.batch]
+            self.views[v].flush()
+
 def _build(self:TeacherCache,
     numbers,  # of views
 ):
-    "Ask about all images of these views that have no answer yet; waits for another process that does the same."
-    with locked(self.path, what=f"the teacher cache {self.path.name}", wait=-1):
-        missing = {v: _missing(self, v) for v in numbers if v not in self.views}
-        todo = [(v, places[i:i + self.batch]) for v, places in missing.items() for i in range(0, len(places), self.batch)]
-        self.model.to(self.batches.device)
-        began, flushed = time.perf_counter(), time.perf_counter()
-        for v, places in missing.items():
-            if len(places) < len(self.ids): _prove(self, v)
-        for v, part in progress_bar(todo, leave=False) if todo else ():
+    "Ask about all images of these views that have no answer yet."
+    new = [v for v in numbers if v not in self.views]
+    if not new: return
+    began, first = time.perf_counter(), team()[0] % len(new)
+    self.model.to(self.batches.device)
+    left = sum(-(-_unanswered(self, v)//self.batch) for v in new)
+    with closing(_todo(self, new[first:] + new[:first])) as todo:
+        for v, part in progress_bar(todo, total=left, leave=False) if left else todo:
             self.views[v][part] = _ask(self, part, v)
             self.asked += len(part)
-            if time.perf_counter() - flushed > 30: self.views[v].flush(); flushed = time.perf_counter()
-        for v in missing: self.views[v].flush()
-        self.seconds += time.perf_counter() - began
+    self.seconds += time.perf_counter() - began
 
 def _logits(self:TeacherCache,
     rows:np.ndarray,  # (n,) rows of the data set
