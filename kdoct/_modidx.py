@@ -819,6 +819,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdoct.teacher_cache._logits': ('teacher_cache.html#_logits', 'kdoct/teacher_cache.py'),
                                      'kdoct.teacher_cache._missing': ('teacher_cache.html#_missing', 'kdoct/teacher_cache.py'),
                                      'kdoct.teacher_cache._prove': ('teacher_cache.html#_prove', 'kdoct/teacher_cache.py'),
+                                     'kdoct.teacher_cache._todo': ('teacher_cache.html#_todo', 'kdoct/teacher_cache.py'),
+                                     'kdoct.teacher_cache._unanswered': ('teacher_cache.html#_unanswered', 'kdoct/teacher_cache.py'),
                                      'kdoct.teacher_cache.answer_facts': ('teacher_cache.html#answer_facts', 'kdoct/teacher_cache.py'),
                                      'kdoct.teacher_cache.view_facts': ('teacher_cache.html#view_facts', 'kdoct/teacher_cache.py')},
             'kdoct.together': { 'kdoct.together.SharedBatches': ('together.html#sharedbatches', 'kdoct/together.py'),

@@ -1,4 +1,5 @@
 "The benchmark measures what it says: the reference's pattern as it is, our real steps, ratios within a round."
+import functools
 import json
 import os
 from dataclasses import replace
@@ -25,10 +26,16 @@ def plan(tmp_path_factory):
 def images(plan): return bench.bench_images(plan)
 
 
-def rows_of(what, plan, images):
+def made(what, plan, images):
     "All rows of a benchmark, in this process."
     plan = replace(plan, what=what)
     return {name: row for make in bench.BENCHES[what].values() for name, row in make(plan, images).items()}
+
+
+@pytest.fixture(scope="module")
+def rows_of(plan, images):
+    "The same, each benchmark made once."
+    return functools.cache(lambda what: made(what, plan, images))
 
 
 def test_every_file_is_decoded_in_every_epoch(plan, images, monkeypatch):
@@ -77,8 +84,8 @@ def test_reference_loss_is_the_papers(plan):
 
 
 @pytest.mark.parametrize("what", ["input", "step", "cache", "infer", "score-cam"])
-def test_every_row_can_be_timed_and_knows_its_comparison(what, plan, images):
-    rows = rows_of(what, plan, images)
+def test_every_row_can_be_timed_and_knows_its_comparison(what, rows_of):
+    rows = rows_of(what)
     assert any("kdoct" in name for name in rows)
     for name, row in rows.items():
         lap = row.turn()
@@ -87,8 +94,8 @@ def test_every_row_can_be_timed_and_knows_its_comparison(what, plan, images):
         assert row.macs or row.nbytes or what == "score-cam" or "decoding" in name, name
 
 
-def test_steps_are_counted_in_whole_blocks_of_the_teacher(plan, images):
-    online = rows_of("step", plan, images)["kdoct, online"].turn()
+def test_steps_are_counted_in_whole_blocks_of_the_teacher(rows_of):
+    online = rows_of("step")["kdoct, online"].turn()
     assert online["images"] == 32  # two batches of 8 were asked for; the teacher is asked about four at once
     assert online["precision"] in ("fp32", "bf16")
 
@@ -111,9 +118,8 @@ def test_arithmetic_of_a_step_is_three_forwards_and_the_teachers(plan):
     assert bench._macs(plan, 0) == 3 * student and bench._macs(plan, 1) == teacher + 3 * student
 
 
-def test_ours_with_their_masks_agrees_with_them(plan, images):
-    rows = rows_of("score-cam", plan, images)
-    laps = {name: row.turn() for name, row in rows.items()}
+def test_ours_with_their_masks_agrees_with_them(rows_of):
+    laps = {name: row.turn() for name, row in rows_of("score-cam").items()}
     assert laps["kdoct as pytorch-grad-cam"]["correlation"]["pytorch-grad-cam"] > 0.98
 
 
@@ -135,7 +141,7 @@ def test_command_writes_a_whole_record_and_prints_its_table(tmp_path):
 def test_mistakes_say_what_to_do(plan, tmp_path):
     with pytest.raises(KdoctError, match="Take one of: input, step, cache, infer, score-cam"): bench.bench("stpe")
     unknown = replace(plan, student="no_such_network", place=str(tmp_path))
-    with pytest.raises(KdoctError, match="timm knows no model"): rows_of("step", unknown, bench.bench_images(plan))
+    with pytest.raises(KdoctError, match="timm knows no model"): made("step", unknown, bench.bench_images(plan))
     with pytest.raises(KdoctError, match="does not exist"): bench.bench_images(replace(plan, root="no/such/folder", place=str(tmp_path)))
 
 
