@@ -6,10 +6,10 @@
 __all__ = ['BENCHES', 'PUBLISHED', 'WHATS', 'Plan', 'bench_listing', 'Images', 'bench_images', 'outputs_in', 'wait_for', 'clock',
            'machine_rates', 'Row', 'side_of', 'timed_stretch', 'PilOps', 'pil_changes', 'PilFiles', 'pil_loader',
            'ReferenceStep', 'Stretch', 'learner_turn', 'distilled_rows', 'inference_rows', 'answering_network',
-           'by_grad_cam', 'by_torchcam', 'cam_maps', 'peak_memory', 'gpu_memory', 'serve', 'sides', 'turns', 'summary',
-           'bench', 'record_of', 'table', 'caption']
+           'by_grad_cam', 'by_torchcam', 'cam_maps', 'gpu_memory', 'serve', 'sides', 'turns', 'summary', 'bench',
+           'record_of', 'table', 'caption']
 
-# %% ../nbs/12_bench.ipynb #04cebc2c
+# %% ../nbs/12_bench.ipynb #092518d4
 import functools
 import importlib.util
 import multiprocessing
@@ -43,6 +43,7 @@ from .losses import cross_entropy
 from .models import Classifier, create_classifier
 from .sources import Listing, load_table
 from .teacher_cache import TeacherCache
+from .step import peak_memory
 from .training import best_device, keep_freed_memory, make_learner
 
 # %% ../nbs/12_bench.ipynb #ea5c9c4b
@@ -53,7 +54,7 @@ class Plan:
     teacher:str='convnextv2_tiny'     # timm name; its weights are random: they change no time
     student:str='efficientnet_b2'     # timm name
     size:int=0                        # side of the pictures [px]; 0: the default of `what`
-    batch:int=8                       # images a batch; the reference's number
+    batch:int=8                       # images a batch of the reference, which makes a step of two (NEH); ours takes them at once
     rounds:int=5                      # turns of each row, after one that is not counted
     seconds:float=90.                 # no new round begins after this time, once there is one [s]
     steps:int=0                       # batches a turn; 0: the default of `what`
@@ -64,11 +65,13 @@ class Plan:
     place:str=''                      # temporary folder of this benchmark
 
     @property
+    def step(self)->int: return 2*self.batch   # images a step of the optimiser, on both sides
+    @property
     def workers(self)->int: return min(4, usable_cores())   # the authors have 4; not more than the machine has cores
     @property
     def recipe(self)->Recipe:  # the authors' recipe with the networks and sizes of this plan
         return preset('paper-neh', **{'data.size': self.size, 'data.margin': round(self.size/12), 'teacher.arch': self.teacher, 'student.arch': self.student,
-                                      'teacher.weights': 'none', 'student.weights': 'none', 'student.batch_size': self.batch, 'student.accumulate': 2,
+                                      'teacher.weights': 'none', 'student.weights': 'none', 'student.batch_size': self.step, 'student.accumulate': 1,
                                       'teacher.drop_path_rate': 0., 'student.checkpoint_minutes': 1e6, 'student.compile': self.compile})
 
 # %% ../nbs/12_bench.ipynb #3240a5d8
@@ -248,11 +251,12 @@ class ReferenceStep:
     def __init__(self,
         teacher:torch.nn.Module,  # pictures -> logits
         student:torch.nn.Module,  # the same
-        recipe:Recipe,            # loss, learning rate, batches a step
+        recipe:Recipe,            # loss, learning rate
         device,                   # where both are
+        accumulate:int=2,         # batches a step of the optimiser
     ):
         self.teacher, self.student, self.device, self.half = teacher.eval(), student.train(), torch.device(device), torch.device(device).type == 'cuda'
-        self.loss, self.accumulate, self.seen, self.total = recipe.distill, recipe.student.accumulate, 0, 0.
+        self.loss, self.accumulate, self.seen, self.total = recipe.distill, accumulate, 0, 0.
         self.opt = torch.optim.AdamW(student.parameters(), lr=recipe.student.lr, weight_decay=recipe.student.weight_decay, fused=False)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.half)
 
@@ -287,7 +291,7 @@ def _view_bytes(images:Images, size:int)->int:
 
 def _batches(plan:Plan, images:Images, rows:np.ndarray, recipe:AugmentRecipe|None, seed:int=0)->Batches:
     "Our batches of some rows, on the best device."
-    return Batches(images.decoded, images.labels, images.ids, rows, plan.batch, recipe, seed, best_device(), plan.size)
+    return Batches(images.decoded, images.labels, images.ids, rows, plan.step, recipe, seed, best_device(), plan.size)
 
 def _endless_rows(images:Images, batch:int)->np.ndarray: return np.resize(np.arange(len(images.labels)), batch*256)
 
@@ -300,7 +304,7 @@ def _reference_input(plan:Plan, images:Images)->dict[str, Row]:
 @side_of('input', 'kdoct')
 def _kdoct_input(plan:Plan, images:Images)->dict[str, Row]:
     device = best_device()
-    batches = _batches(plan, images, _endless_rows(images, plan.batch), plan.recipe.teacher.augment)
+    batches = _batches(plan, images, _endless_rows(images, plan.step), plan.recipe.teacher.augment)
     def turn():
         batches.epoch += 1
         return timed_stretch(batches, _used(device), plan.steps, 2, device)
@@ -339,7 +343,7 @@ def learner_turn(
     "Steps of the Learner that trains a student, on the best device."
     recipe = plan.recipe.override(**{'student.precision': precision})
     model, stretch = create_classifier(recipe.student, len(np.unique(images.labels)), plan.size, best_device()), Stretch(plan.steps)
-    train = _batches(plan, images, _endless_rows(images, plan.batch), recipe.student.augment)
+    train = _batches(plan, images, _endless_rows(images, plan.step), recipe.student.augment)
     valid = _batches(plan, images, np.arange(len(images.labels)), None)
     learn = make_learner(model, train, valid, cross_entropy, recipe.student, Path(tempfile.mkdtemp(dir=plan.place)), cbs=[*cbs, stretch])
     def turn():
@@ -528,13 +532,7 @@ def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
     return {name: Row(lambda name=name, way=way: turn(name, way), tuple(PUBLISHED) if name.startswith('kdoct') else (), about=dict(network=plan.student))
             for name, way in cam_maps(model, x, number).items()}
 
-# %% ../nbs/12_bench.ipynb #0038858a
-def peak_memory()->int:
-    "Most resident memory of this process so far [bytes]; 0 where the system does not say."
-    status = Path('/proc/self/status')   # getrusage would include what started this process
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024*int(line.split()[1]) for line in lines if line.startswith('VmHWM')), 0)
-
+# %% ../nbs/12_bench.ipynb #fc4ea62b
 def gpu_memory()->int: return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0   # most so far [bytes]
 
 def _about(row:Row)->dict: return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
@@ -553,7 +551,7 @@ def serve(
         with redirect_stdout(sys.stderr):   # the table alone is for printing
             rows = BENCHES[plan.what][side](plan, bench_images(plan))
             pipe.send({name: _about(row) for name, row in rows.items()})
-            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory(), gpu=gpu_memory()))
+            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory()))
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
 def _answer(pipe, side:str)->dict:
@@ -709,7 +707,8 @@ def caption(
     "What a table is about: networks, sizes, machine, versions."
     p, m, v, r = record['plan'], record['machine'], record['packages'], {k: f'{x/1e9:.0f}' for k, x in record['rates'].items()}
     rounds = max(row['rounds'] for row in record['rows'].values())
-    return (f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; {p['size']} px, batch {p['batch']}, {p['steps']} batches "
+    return (f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; {p['size']} px, {2*p['batch']} images a step "
+            f"(reference: two batches of {p['batch']}), {p['steps']} batches "
             f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} rounds after one that is not counted; ratios within a "
             f"round, in brackets the least and the largest. Limit: matrix product {r['fp32']} (fp32) and {r['bf16']} (bf16) GFLOP/s, copy {r['copy']} GB/s, "
             f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, {record['threads']} threads, load {record['load']['median']:.1f}; "

@@ -57,7 +57,9 @@ def stage_cells(
 # %% ../nbs/08_crossval.ipynb #805d98c4
 class _LocalKernel(KernelManager):
     "A kernel that is spoken to through files of this user instead of network ports, where the system has them."
-    def __init__(self, **kwargs): super().__init__(**(dict(transport='ipc', ip=f'{tempfile.gettempdir()}/kdoct-{os.getpid()}') if os.name != 'nt' else {}) | kwargs)
+    def __init__(self, **kwargs):
+        files = dict(transport='ipc', ip=f'{tempfile.gettempdir()}/kdoct-{os.getpid()}')
+        super().__init__(**(files if os.name != 'nt' else {}) | kwargs)
 
 def run_stage(
     run:Run,                     # existing run

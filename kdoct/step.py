@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['untouched', 'trial_step', 'seconds_of', 'measure_steps', 'faster', 'Precision', 'peak_memory', 'Compile']
 
-# %% ../nbs/02f_step.ipynb #54fabb93
+# %% ../nbs/02f_step.ipynb #ea5e9b6d
 import random
+import re
 import statistics
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -109,10 +111,15 @@ def peak_memory(
 )->dict:      # bytes, and what they are
     "Largest use of memory so far."
     if torch.device(device).type == 'cuda': return dict(bytes=torch.cuda.max_memory_allocated(device), of='tensors on the GPU')
-    if sys.platform == 'win32': return dict(bytes=psutil.Process().memory_info().peak_wset, of='resident memory of the process')
+    status = Path('/proc/self/status')   # on Linux, getrusage would count what started this process
+    found = re.search(r'VmHWM:\s+(\d+) kB', status.read_text()) if status.exists() else None
+    return dict(bytes=1024*int(found[1]) if found else _most_resident(), of='resident memory of the process')
+
+def _most_resident()->int:
+    "Most resident memory of this process where there is no /proc [bytes]."
+    if sys.platform == 'win32': return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(bytes=largest*(1 if sys.platform == 'darwin' else 1024), of='resident memory of the process')
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 # %% ../nbs/02f_step.ipynb #d426af48
 class Compile(Callback):

@@ -64,7 +64,8 @@ def _error_of(e:Exception, rank:int)->Exception:
     said = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)]))) if not lost or _store.check(['failed']) else None
     if said is None: return KdoctError("Another process of this training has ended, or does not answer.",
                                        fix="Look at what it said; the same command goes on from the last checkpoint.")
-    return e if said[0] == rank else KdoctError(f"Process {said[0]} of this training failed: {said[1]}", fix="The same command goes on from the last checkpoint.")
+    return e if said[0] == rank else KdoctError(f"Process {said[0]} of this training failed: {said[1]}",
+                                                fix="The same command goes on from the last checkpoint.")
 
 @contextmanager
 def one_for_all():

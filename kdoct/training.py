@@ -363,7 +363,8 @@ def make_learner(
     "A Learner for any role."
     dls = DataLoaders(train, valid, device=train.device)
     opt = lambda params, lr: OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
-    ours = [Precision(recipe), Together(), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe), Checkpoint(folder, recipe, key)]
+    ours = [Precision(recipe), Together(), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe),
+            Checkpoint(folder, recipe, key)]
     if recipe.compile: ours.append(Compile())
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
     learn = ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
@@ -521,7 +522,8 @@ def _write_and_record(run:Run, data:FoldData, role:str, learn:ResumableLearner, 
     about = _write_results(run, data, role, learn, recipe, facts)
     run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds + time.perf_counter() - began,
                training_seconds=sum(r['seconds'] for r in learn.history.rows), parameters=about['parameters'], precision=about['precision'],
-               step_seconds=learn.precision.facts.get('step_seconds'), **(learn.compile.facts if recipe.compile else {}), peak_memory=memory, **about['metrics'], weights_sha256=about['weights_sha256'])
+               step_seconds=learn.precision.facts.get('step_seconds'), **(learn.compile.facts if recipe.compile else {}), peak_memory=memory,
+               **about['metrics'], weights_sha256=about['weights_sha256'])
     for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
     return read_json(run.stage_dir(data.fold, role)/'model.json')
 
