@@ -122,8 +122,8 @@ def train_student(
     "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
-    if run.is_finished(role, fold): return train_role(run, fold, role)
     found = load_teachers(run, fold)
+    if run.is_finished(role, fold): return train_role(run, fold, role)
     weights = _weights(found, run.recipe.distill.combine)
     teachers, facts = _ready(found, run)
     taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w) for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)}
