@@ -304,8 +304,9 @@ def change_values(
 
 # %% ../nbs/01d_augment.ipynb #af991155
 def in_thread(
-    work, *args,  # what is to be called, with what
-)->Future:        # its `result()` waits, and raises what the work raised
+    work,   # what is to be called
+    *args,  # with what
+)->Future:  # its `result()` waits, and raises what the work raised
     "Begin a work in a thread that ends with it."
     pool = ThreadPoolExecutor(1)
     try: return pool.submit(work, *args)

@@ -533,7 +533,9 @@ def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
             for name, way in cam_maps(model, x, number).items()}
 
 # %% ../nbs/12_bench.ipynb #fc4ea62b
-def gpu_memory()->int: return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0   # most so far [bytes]
+def gpu_memory()->int:
+    "Most memory that tensors took on the GPU so far [bytes]."
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 def _about(row:Row)->dict: return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
 
@@ -670,7 +672,11 @@ def bench(
         rows, times = turns(plan)
     return record_of(plan, rows, times)
 
-def record_of(plan:Plan, rows:dict, times:list[dict])->dict:
+def record_of(
+    plan:Plan,         # what was measured
+    rows:dict,         # from `turns`
+    times:list[dict],  # the same
+)->dict:               # what JSON can hold
     "Everything that is to be known about a benchmark, for a JSON file."
     rates = {k: float(np.median([t['rates'][k] for t in times])) for k in ('fp32', 'bf16', 'copy')}
     return dict(what=plan.what, about=WHATS[plan.what][2], made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
