@@ -48,14 +48,13 @@ class Distill(Callback):
 
 # %% ../nbs/04_distill.ipynb #1077c82c
 def _build(self:Distill):
-    "Have the views answered that come back from this epoch on."
+    "Have the views answered that come back in and after this epoch."
     views, refresh = self.recipe.views, self.recipe.refresh
-    first = self.epoch//refresh*views if refresh else 0
-    if self.epoch == self.learn.first_epoch or (refresh and self.epoch % refresh == 0):
-        for role, cache in self.teachers.items():
-            asked = cache.asked
-            cache.build(range(first, first + views))
-            if cache.asked > asked: print(f"The {role} was asked about {cache.asked - asked} views of {len(cache.ids)} images; kept in {cache.path.name}.")
+    first = view_number(self.epoch - self.epoch % refresh, views, refresh) if refresh else 0
+    for role, cache in self.teachers.items():
+        asked = cache.asked
+        cache.build(range(first, first + views))   # those that are there already cost nothing
+        if cache.asked > asked: print(f"The {role} was asked about {cache.asked - asked} views of {len(cache.ids)} images; kept in {cache.path.name}.")
 
 def _answer(self:Distill, role:str, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes)
     "What one teacher says to a batch; `KdoctError` if it is no number."
