@@ -86,6 +86,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdoct.bench._batches': ('bench.html#_batches', 'kdoct/bench.py'),
                              'kdoct.bench._cache': ('bench.html#_cache', 'kdoct/bench.py'),
                              'kdoct.bench._endless_rows': ('bench.html#_endless_rows', 'kdoct/bench.py'),
+                             'kdoct.bench._forward_macs': ('bench.html#_forward_macs', 'kdoct/bench.py'),
                              'kdoct.bench._kdoct_inference': ('bench.html#_kdoct_inference', 'kdoct/bench.py'),
                              'kdoct.bench._kdoct_input': ('bench.html#_kdoct_input', 'kdoct/bench.py'),
                              'kdoct.bench._kdoct_step': ('bench.html#_kdoct_step', 'kdoct/bench.py'),

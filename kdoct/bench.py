@@ -9,7 +9,7 @@ __all__ = ['BENCHES', 'PUBLISHED', 'WHATS', 'Plan', 'bench_listing', 'Images', '
            'by_grad_cam', 'by_torchcam', 'cam_maps', 'gpu_memory', 'serve', 'sides', 'turns', 'summary', 'bench',
            'record_of', 'table', 'caption']
 
-# %% ../nbs/12_bench.ipynb #092518d4
+# %% ../nbs/12_bench.ipynb #9c0df4db
 import functools
 import importlib.util
 import multiprocessing
@@ -32,7 +32,7 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as tv
 
-from .augment import Batches, apply_view, image_ids
+from .augment import Batches, image_ids
 from .cam import Layer, score_cam, stretch, target_layer
 from .core import AugmentRecipe, DataRecipe, KdoctError, PhantomRecipe, Recipe, TrainRecipe, preset, provenance, seed_everything, usable_cores
 from .data import audit, decode_cache
@@ -42,8 +42,8 @@ from .frozen import Frozen, freeze
 from .losses import cross_entropy
 from .models import Classifier, create_classifier
 from .sources import Listing, load_table
-from .teacher_cache import TeacherCache
 from .step import peak_memory
+from .teacher_cache import TeacherCache
 from .training import best_device, keep_freed_memory, make_learner
 
 # %% ../nbs/12_bench.ipynb #ea5c9c4b
@@ -360,10 +360,13 @@ def _teacher(plan:Plan, images:Images)->Frozen:
     return freeze(model.eval(), plan.recipe.teacher.precision, best_device())[0]
 
 @functools.cache
+def _forward_macs(plan:Plan, role:str)->int:
+    "Multiply-adds of an image through a network."
+    return count_macs(create_classifier(plan.recipe.training(role), 4, plan.size).eval(), plan.size)
+
 def _macs(plan:Plan, teachers:int)->int:
     "Multiply-adds an image: forward and backward of the student (three forwards), forward of the teachers."
-    def of(recipe): return count_macs(create_classifier(recipe, 4, plan.size).eval(), plan.size)
-    return 3*of(plan.recipe.student) + (of(plan.recipe.teacher) if teachers else 0)
+    return 3*_forward_macs(plan, 'student') + teachers*_forward_macs(plan, 'teacher')
 
 @side_of('step', 'reference')
 def _reference_step(plan:Plan, images:Images)->dict[str, Row]:
@@ -402,7 +405,7 @@ def _cache(plan:Plan, images:Images)->dict[str, Row]:
         asked, seconds = cache.asked, cache.seconds
         cache.build([len(cache.views)])   # the next view of every image
         return dict(images=cache.asked - asked, seconds=cache.seconds - seconds, precision=teacher.precision)
-    return {**rows, 'building the cache': Row(build, ('kdoct, online',), macs=_macs(plan, 1) - _macs(plan, 0), about=dict(note='images are views here'))}
+    return {**rows, 'building the cache': Row(build, ('kdoct, online',), macs=_forward_macs(plan, 'teacher'), about=dict(note='images are views here'))}
 
 # %% ../nbs/12_bench.ipynb #bdbdc29d
 @torch.inference_mode()
@@ -419,12 +422,12 @@ def inference_rows(
     **about,                # e.g. precision
 )->dict[str, Row]:
     "Batches of 1 and of `plan.batch`, for teacher and student."
-    out, whole = {}, {role: count_macs(create_classifier(getattr(plan.recipe, role), 4, plan.size).eval(), plan.size) for role in networks}
+    out = {}
     for role, f in networks.items():
         for n in (1, plan.batch):
             x = torch.rand(n, channels, plan.size, plan.size, device=best_device())
             other = (f'{role}, batch {n}, {against}',) if against else ()
-            out[f'{role}, batch {n}, {how}'] = Row(lambda f=f, x=x: _passes(f, x, plan.steps), other, whole[role], about=about)
+            out[f'{role}, batch {n}, {how}'] = Row(lambda f=f, x=x: _passes(f, x, plan.steps), other, _forward_macs(plan, role), about=about)
     return out
 
 def _networks(plan:Plan)->dict[str, Classifier]:
@@ -518,8 +521,8 @@ def cam_maps(
 
 @side_of('score-cam', 'all')
 def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
-    pixels = torch.from_numpy(images.decoded).float()/255
-    x = apply_view(pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), 'identity', plan.size)
+    rows = np.arange(len(images.labels))
+    x = _batches(plan, images, rows, None).batch(rows)[0].cpu()
     model, x, maps = answering_network(plan.student, 'none', plan.size, x, images.labels).to(best_device()), x[:1].to(best_device()), {}
     with torch.no_grad(): number = int(model(x).argmax())
     def turn(name, way):
