@@ -54,6 +54,6 @@ distclean: clean ## remove .venv too
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \
 	sys.exit(None if ok else 'kdoct needs Python 3.10 or newer, not %d.%d: make PYTHON=python3.11 ...' % sys.version_info[:2])"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet 'uv>=0.9,<1' && $(BIN)/uv pip install --python $(BIN)/python -e '.[$(EXTRAS)]' || \
+	$(BIN)/python -m pip install --quiet 'uv>=0.9,<1' && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[$(EXTRAS)]' || \
 	{ echo 'uv did not install it, so pip does: minutes instead of seconds'; $(BIN)/python -m pip install -e '.[$(EXTRAS)]'; }
 	@touch $(addprefix .venv/.installed-,$(subst $(comma), ,$(EXTRAS)))
