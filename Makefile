@@ -48,7 +48,7 @@ distclean: clean ## remove .venv too
 
 # The stamps are as old as the installation: it is repeated only when what it depends on has changed.
 # uv needs half a minute for what pip needs three and a half for; where it is not to be had, pip alone is enough.
-.venv/.installed-dev: EXTRAS := offline,dev
+.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,dev
 .venv/.installed-offline: EXTRAS := offline
 .venv/.installed-%: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \
@@ -56,4 +56,4 @@ distclean: clean ## remove .venv too
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'uv>=0.9,<1' && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[$(EXTRAS)]' || \
 	{ echo 'uv did not install it, so pip does: minutes instead of seconds'; $(BIN)/python -m pip install -e '.[$(EXTRAS)]'; }
-	@touch $(addprefix .venv/.installed-,$(subst $(comma), ,$(EXTRAS)))
+	@touch $(addprefix .venv/.installed-,$(filter offline dev,$(subst $(comma), ,$(EXTRAS))))
