@@ -7,7 +7,7 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE', 'NEAR', 'DECODER',
            'FRAMING', 'BadImage', 'read_image_bytes', 'decode_image', 'inspect_file', 'merge_groups',
            'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of', 'check_folds',
-           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'to_square', 'DecodeCache',
+           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'to_square', 'DecodeCache',
            'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data',
            'FoldData', 'open_fold']
 
@@ -576,6 +576,23 @@ def _pad(a:np.ndarray, hidden:np.ndarray)->tuple[np.ndarray, np.ndarray]:
     by = [(top, side - h - top), (left, side - w - left)]
     return np.pad(a, by + [(0, 0)]*(a.ndim - 2)), np.pad(hidden, by, constant_values=True)
 
+def framed(
+    im:Image.Image,             # mode L or RGB
+    channels:int,               # 1 or 3
+    resize:str='squash',        # squash: as it is; crop: the middle square; pad: background above and below
+    fill_white:bool=False,      # cover white padding with background
+    mask_scale_bar:bool=False,  # cover the corner of the NEH scale bar with background
+)->np.ndarray:                  # uint8, (H, W) or (H, W, 3)
+    "What of an image becomes the square, before it is resized."
+    a = np.asarray(im.convert('L' if channels == 1 else 'RGB'))
+    hidden = white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
+    if mask_scale_bar: hidden |= scale_bar(a.shape)
+    if resize == 'pad': a, hidden = _pad(a, hidden)
+    a = cover(a, hidden)
+    if resize != 'crop': return a
+    side, (h, w) = min(a.shape[:2]), a.shape[:2]
+    return a[(h - side)//2:, (w - side)//2:][:side, :side]
+
 def to_square(
     im:Image.Image,             # mode L or RGB
     size:int,                   # side [px]
@@ -585,14 +602,7 @@ def to_square(
     mask_scale_bar:bool=False,  # cover the corner of the NEH scale bar with background
 )->np.ndarray:                  # uint8, (size, size) or (size, size, 3)
     "An image as a square, by PIL's antialiased bicubic filter."
-    a = np.asarray(im.convert('L' if channels == 1 else 'RGB'))
-    hidden = white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
-    if mask_scale_bar: hidden |= scale_bar(a.shape)
-    if resize == 'pad': a, hidden = _pad(a, hidden)
-    a = cover(a, hidden)
-    if resize == 'crop':
-        side, (h, w) = min(a.shape[:2]), a.shape[:2]
-        a = a[(h - side)//2:, (w - side)//2:][:side, :side]
+    a = framed(im, channels, resize, fill_white, mask_scale_bar)
     return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #f3745e81
