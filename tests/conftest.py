@@ -1,5 +1,6 @@
 "What all tests share: outputs go to a temporary folder, threads are few, hypothesis repeats itself."
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -39,3 +40,33 @@ def shared_data():
         if named: pytest.fail(f"KDOCT_DATA names {named}, which is no folder")
         pytest.skip("no real images here: KDOCT_DATA is not set and there is no ../shared/data")
     return folder
+
+
+_CHROMIUM_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                   "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    "One headless Chromium for the session, driven by selenium, without a network of its own accord."
+    places = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    if not all(places): pytest.skip("no browser here: chromium and chromedriver (Debian packages chromium, chromium-driver) are not installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'kdoct[dev]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = places[0]
+    for flag in (*_CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with pytest.MonkeyPatch.context() as env:
+        for name in ("NO_PROXY", "no_proxy"): env.setenv(name, "localhost,127.0.0.1")   # the driver is on this machine
+        driver = webdriver.Chrome(options, webdriver.ChromeService(places[1]))
+        yield driver
+        driver.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    "The browser at a laptop's size with an empty page and empty logs; `get_log('browser')`: console, `get_log('performance')`: requests."
+    chromium.get("about:blank")
+    chromium.set_window_size(1280, 800)
+    for log in ("browser", "performance"): chromium.get_log(log)
+    return chromium
