@@ -1,0 +1,457 @@
+"Clinical files: what libraries read is read alike, what is damaged is refused in time, and no name gets out."
+import io
+import os
+import resource
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdoct.core import KdoctError
+from kdoct.data import BadImage, decode_image, read_image_bytes
+from kdoct.volumes import SIDE_FILES, SYSTEM_FILES, Scan, display_grey, find_files, read_scans
+
+pydicom = pytest.importorskip("pydicom")
+
+
+def textured(seed=0, n=3, h=64, w=80):
+    "B-scans with structure, uint8 (n, h, w)."
+    rng = np.random.default_rng(seed)
+    return np.clip(120 + 60*np.sin(np.arange(h)/5)[:, None] + rng.normal(0, 20, (n, h, w)), 1, 254).astype(np.uint8)
+
+
+def images(path): return [np.asarray(s.image) for s in read_scans(path)]
+
+
+def refusal(path):
+    "What is said of a file that cannot be read."
+    with pytest.raises(KdoctError) as e: list(read_scans(path))
+    return str(e.value)
+
+
+# --- writers; where a library has the structure, it writes
+
+def write_dicom(path, frames, bits=8, **elements):
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    a, d = np.asarray(frames), pydicom.Dataset()
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    d.SOPClassUID, d.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.77.1.5.4", generate_uid()
+    d.PatientName, d.PatientBirthDate, d.PatientID = "Zzyzx^Quilla", "19610203", "Study-07"
+    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = len(a), *a.shape[1:3], 3 if a.ndim == 4 else 1
+    d.PhotometricInterpretation = "RGB" if a.ndim == 4 else "MONOCHROME2"
+    if a.ndim == 4: d.PlanarConfiguration = 0
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 8 if bits == 8 else 16, bits, bits - 1, 0
+    d.PixelData = a.astype("u1" if bits == 8 else "<u2").tobytes() + bytes(a.size % 2 if bits == 8 else 0)
+    for k, v in elements.items(): setattr(d, k, v)
+    d.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
+    n, h, w = bscans.shape
+    head = bytearray(2048)
+    head[:len(version)] = version
+    for at, v in ((12, w), (16, n), (20, h), (100, lie)): head[at:at + 4] = int(v).to_bytes(4, "little")
+    head[84:86], head[140:148] = b"OD", b"Study-07"
+    part = bytes(12) + header.to_bytes(4, "little") + bytes(header - 16)
+    values = (np.exp(bscans.astype(np.float32)/255*8.285 - 8.3) - 2.44e-4).astype("<f4")
+    path.write_bytes(bytes(head) + b"".join(part + v.tobytes() for v in values))
+    return path
+
+
+def write_e2e(path, series, patient=b"Study-07"):
+    "An .e2e file of oct-converter's structures; `series`: (eye letter, uint16 codes (n, h, w)) each."
+    from oct_converter.readers.binary_structs import e2e_binary as e2e
+    person = b"Quilla".ljust(31, b"\0") + b"Zzyzx".ljust(66, b"\0") + (19610203).to_bytes(4, "little") + b"F" + patient.ljust(25, b"\0")
+    records = [(9, -1, 0, -1, person)]
+    for k, (eye, codes) in enumerate(series, 1):
+        records.append((11, -1, 0, k, bytes(14) + eye.encode() + bytes(5)))
+        records.append((3, -1, 0, k, bytes(4) + eye.encode() + bytes(91)))
+        for i, c in enumerate(codes):
+            head = dict(size=c.nbytes, type=35652097, unknown=c.size, height=c.shape[0], width=c.shape[1])
+            records.append((1073741824, 2*i, 1, k, e2e.image_structure.build(head) + c.astype("<u2").tobytes()))
+    first, data, entries = 36 + 52, b"", b""
+    start = first + 52 + 44*len(records)
+    for kind, slice, ind, k, content in records:
+        ids = dict(patient_db_id=5, study_id=6, series_id=k & 0xffffffff, slice_id=slice, ind=ind, type=kind)
+        zero = dict(unknown=0, unknown2=0, unknown3=0, unknown4=0, unknown5=0)
+        entries += e2e.sub_directory_structure.build({**zero, **ids, "pos": first, "start": start + len(data), "size": len(content)})
+        data += e2e.chunk_structure.build({**zero, **ids, "magic3": "MDbData", "pos": start + len(data), "size": len(content)}) + content
+    chain = dict(magic2="MDbDir", version=100, unknown=[0]*10, unknown3=0)
+    path.write_bytes(e2e.header_structure.build(dict(magic1="CMDb", version=100, unknown=[0]*10))
+                     + e2e.main_directory_structure.build({**chain, "num_entries": 0, "current": first, "prev": 0})
+                     + e2e.main_directory_structure.build({**chain, "num_entries": len(records), "current": first, "prev": 0}) + entries + data)
+    return path
+
+
+def jpeg2000(a, **options):
+    "A picture without loss."
+    buf = io.BytesIO()
+    Image.fromarray(a).save(buf, "JPEG2000", irreversible=False, **options)
+    return buf.getvalue()
+
+
+def write_topcon(path, pixels, jpeg=False):
+    "An .fda or .fds file of oct-converter's structures; uint8 (jpeg) or uint16 pixels (n, h, w)."
+    from oct_converter.readers.binary_structs import fda_binary, fds_binary
+    n, h, w = pixels.shape
+    if jpeg:
+        head = fda_binary.oct_header.build(dict(scan_mode=2, unknown1=0, unknown2=0, width=w, height=h, number_slices=n, unknown3=0))
+        data = head + b"".join(len(j).to_bytes(4, "little") + j for j in map(jpeg2000, pixels))
+    else:
+        head = fds_binary.oct_header.build(dict(scan_mode=2, width=w, height=h, bits_per_pixel=16, number_slices=n, format=1, size=2*pixels.size))
+        data = head + pixels.astype("<u2").tobytes()
+    capture = fds_binary.capture_info_02_header.build(dict(eye=0, scan_mode=2, session_id=1, label="", cap_date=[2026, 1, 1, 0, 0, 0]))
+    patient = b"Study-07".ljust(32, b"\0") + "Zzyzx Müller".encode("cp1252").ljust(600, b"\0")
+    parts = {b"@PATIENT_INFO_02": patient, b"@CAPTURE_INFO_02": capture, b"@IMG_JPEG" if jpeg else b"@IMG_SCAN_03": data}
+    path.write_bytes(fda_binary.header.build(dict(file_code="FOCT", file_type="FDA", major_ver=2, minor_ver=0))
+                     + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts.items()) + b"\0")
+    return path
+
+
+def write_xml(folder, bscans, extra=""):
+    folder.mkdir()
+    for i, b in enumerate(bscans): Image.fromarray(b).save(folder/f"B{i}.tif")
+    image = "<Image><ImageType><Type>OCT</Type></ImageType><ImageData><ExamURL>file:///\\\\server\\B{}.tif</ExamURL></ImageData></Image>"
+    made = "".join(image.format(i) for i in range(len(bscans)))
+    (folder/"e.xml").write_text(extra + "<HEDX><BODY><Patient><ID>1</ID><PatientID>Study-07</PatientID><LastName>Zzyzx-Müller</LastName><Study>"
+        f"<Series><ID>9</ID><Laterality>R</Laterality>{made}</Series></Study></Patient></BODY></HEDX>", "latin-1")
+    return folder/"e.xml"
+
+
+# --- real files
+
+def test_the_vol_with_a_lying_header_is_read_as_eyepy_reads_it(shared_data):
+    eyepy = pytest.importorskip("eyepy")
+    path = shared_data/"volumes"/"synthetic_10_bscans.vol"
+    scans = list(read_scans(path))
+    want = eyepy.import_heyex_vol(path).data
+    assert np.array_equal([np.asarray(s.image) for s in scans], want)
+    assert [(s.slice, s.n_slices, s.eye, s.patient) for s in scans] == [(i, 10, "OD", "Study-01") for i in range(10)]
+    assert "61440" in scans[0].notes[0] and "3656" in scans[0].notes[0]
+    assert "far above 1" in scans[0].notes[1]   # it holds 0 to 254, not 0 to 1: white, as eyepy shows it, but not silently
+
+
+def test_a_circle_scan_which_eyepy_refuses_is_read_and_said_to_be_one(shared_data):
+    eyepy = pytest.importorskip("eyepy.io.he")
+    from eyepy.core.utils import from_vol_intensity
+    path = shared_data/"volumes"/"spectralis_circle_scan.vol"
+    scan, = read_scans(path)
+    assert (scan.image.size, scan.eye, scan.patient, scan.notes) == ((768, 496), "OD", "HEYEX-50469", ("circle scan",))
+    want = from_vol_intensity(eyepy.HeVolReader(path).parsed_file.bscans[0].data.copy())
+    assert np.array_equal(scan.image, want)
+
+
+def test_the_heyex_export_is_read_as_eyepy_reads_it(shared_data):
+    eyepy = pytest.importorskip("eyepy")
+    path = shared_data/"volumes"/"heyex_xml"/"test_dummy.xml"
+    scans = list(read_scans(path))
+    assert np.array_equal([np.asarray(s.image) for s in scans], eyepy.import_heyex_xml(path).data)
+    assert {(s.eye, s.patient, s.n_slices) for s in scans} == {("OD", "Study-01", len(scans))}
+    assert "Doe" not in repr(scans) and "John" not in repr(scans)
+
+
+def test_pictures_that_an_xml_names_do_not_come_again(shared_data):
+    found = [p.name for p in find_files(shared_data/"volumes")]   # the XML names ten of its eleven pictures
+    assert found == ["empty.vol", "B11.tif", "test_dummy.xml", "spectralis_circle_scan.vol", "synthetic_10_bscans.vol"]
+    assert refusal(shared_data/"volumes"/"empty.vol").startswith("empty: empty.vol")
+
+
+# --- formats of which there is no real file
+
+def test_e2e_gives_every_volume_with_its_own_eye(tmp_path):
+    pytest.importorskip("oct_converter")
+    right, left = (np.random.default_rng(s).integers(50 << 10, 63 << 10, (n, 40, 48)).astype(np.uint16) for s, n in ((0, 3), (1, 2)))
+    scans = list(read_scans(write_e2e(tmp_path/"a.e2e", [("R", right), ("L", left)])))
+    assert [(s.eye, s.slice, s.n_slices) for s in scans] == [("OD", 0, 3), ("OD", 1, 3), ("OD", 2, 3), ("OS", 0, 2), ("OS", 1, 2)]
+    assert {s.patient for s in scans} == {"Study-07"} and len({s.volume for s in scans}) == 2
+    value = (1 + (left[1] & 1023)/1024)*2.**((left[1] >> 10).astype(int) - 63)
+    assert np.array_equal(scans[4].image, display_grey(value.astype(np.float32)))
+
+
+def test_e2e_agrees_with_oct_converter_where_the_order_of_the_mantissas_bits_does_not_matter(tmp_path):
+    readers = pytest.importorskip("oct_converter.readers")
+    same = np.array([c for c in range(45 << 10, 63 << 10) if f"{c & 1023:010b}" == f"{c & 1023:010b}"[::-1]], np.uint16)
+    codes = np.random.default_rng(0).choice(same, (3, 40, 48))
+    path = write_e2e(tmp_path/"a.e2e", [("L", codes)])
+    volume, = readers.E2E(path).read_oct_volume()
+    assert volume.laterality == "L" and volume.patient_id == "Study-07"
+    assert np.array_equal(images(path), np.rint(255*np.array(volume.volume)).astype(np.uint8))
+
+
+def test_an_e2e_directory_that_leads_back_to_itself_ends(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = write_e2e(tmp_path/"a.e2e", [("R", np.full((1, 40, 48), 60 << 10))])
+    raw = bytearray(path.read_bytes())
+    raw[36 + 52 + 44:36 + 52 + 48] = (36 + 52).to_bytes(4, "little")
+    path.write_bytes(raw)
+    assert "leads back" in refusal(path)
+
+
+def test_topcon_parts_are_read_though_the_name_is_not_ascii(tmp_path):
+    pytest.importorskip("oct_converter")
+    pixels = textured()
+    fda, fds = write_topcon(tmp_path/"a.fda", pixels, jpeg=True), write_topcon(tmp_path/"a.fds", pixels.astype(np.uint16)*100)
+    assert np.array_equal(images(fda), pixels)
+    assert np.array_equal(images(fds), np.rint(pixels*(255/pixels.max())).astype(np.uint8))
+    for path in (fda, fds):
+        first = next(read_scans(path))
+        assert (first.eye, first.patient, first.n_slices, first.volume) == ("OD", "Study-07", 3, "a")
+
+
+def test_a_topcon_header_that_asks_for_more_than_there_is_is_refused(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = write_topcon(tmp_path/"a.fds", textured().astype(np.uint16))
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"@IMG_SCAN_03") + 12 + 4 + 13
+    raw[at:at + 4] = (4000).to_bytes(4, "little")
+    path.write_bytes(raw)
+    assert refusal(path).startswith("truncated: a.fds")
+
+
+@pytest.mark.parametrize("name", ["cube.img", "512x128.img", "P1_Macular Cube 64x3_and 80x3_x.img", "80x64x2.img", "P1_Angio (6mmx6mm)_OD.img"])
+def test_an_img_of_unsaid_or_wrong_size_is_refused(tmp_path, name):
+    (tmp_path/name).write_bytes(textured().tobytes())
+    assert "WIDTHxHEIGHTxB-SCANS" in refusal(tmp_path/name)
+
+
+def test_an_img_is_turned_by_half_a_turn(tmp_path):
+    pixels = textured()
+    (tmp_path/"80x64x3.img").write_bytes(pixels[:, ::-1, ::-1].tobytes())
+    assert np.array_equal(images(tmp_path/"80x64x3.img"), pixels)
+
+
+# --- DICOM
+
+def test_dicom_of_more_than_8_bits_by_the_stored_bits_or_the_window(tmp_path):
+    pixels = textured().astype(np.uint16)*257
+    scan = next(read_scans(write_dicom(tmp_path/"a.dcm", pixels, bits=16)))
+    assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("16 bit to 8 bit by the range 0 to 65535",)
+    scan = next(read_scans(write_dicom(tmp_path/"b.dcm", pixels, bits=16, WindowCenter=[30000.5, 1], WindowWidth=[20001, 1])))
+    want = np.rint(255*np.clip((pixels[0].astype(float) - 20000)/20000, 0, 1))
+    assert np.array_equal(scan.image, want) and "window 20000 to 40000" in scan.notes[0]
+
+
+def test_dicom_window_and_rescale_may_stand_in_the_shared_group(tmp_path):
+    voi, scale, shared = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = 0, 510, "LINEAR_EXACT"
+    scale.RescaleSlope, scale.RescaleIntercept = 2, -255
+    shared.FrameVOILUTSequence, shared.PixelValueTransformationSequence = [voi], [scale]
+    scan = next(read_scans(write_dicom(tmp_path/"a.dcm", textured(), SharedFunctionalGroupsSequence=[shared])))
+    assert np.array_equal(scan.image, textured()[0])   # 2 x - 255 seen from -255 to 255
+
+
+def test_dicom_eye_of_each_frame(tmp_path):
+    def group(side):
+        g, anatomy = pydicom.Dataset(), pydicom.Dataset()
+        anatomy.FrameLaterality = side
+        g.FrameAnatomySequence = [anatomy]
+        return g
+    path = write_dicom(tmp_path/"a.dcm", textured(), Laterality="R", PerFrameFunctionalGroupsSequence=[group("L"), group("R"), group("U")])
+    assert [s.eye for s in read_scans(path)] == ["OS", "OD", "OD"]
+    path = write_dicom(tmp_path/"b.dcm", textured(), SharedFunctionalGroupsSequence=[group("L")])
+    assert {s.eye for s in read_scans(path)} == {"OS"}
+
+
+def test_dicom_of_one_frame_is_a_slice_of_its_series(tmp_path):
+    scan, = read_scans(write_dicom(tmp_path/"a.dcm", textured(n=1), InstanceNumber=12, SeriesInstanceUID="1.2.3.4"))
+    assert (scan.slice, scan.n_slices, scan.volume) == (11, None, "1.2.3.4")
+
+
+def test_dicom_compressed_without_loss_is_read_and_jpeg_ls_says_what_to_install(tmp_path):
+    pixels = textured()
+    d = pydicom.dcmread(write_dicom(tmp_path/"a.dcm", pixels))
+    d.compress(pydicom.uid.RLELossless)
+    d.save_as(tmp_path/"rle.dcm")
+    assert np.array_equal(images(tmp_path/"rle.dcm"), pixels)
+    d = pydicom.dcmread(tmp_path/"a.dcm")
+    d.PixelData = pydicom.encaps.encapsulate([jpeg2000(a, no_jp2=True) for a in pixels])
+    d["PixelData"].is_undefined_length, d["PixelData"].VR = True, "OB"
+    d.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+    d.save_as(tmp_path/"j2k.dcm")
+    assert np.array_equal(images(tmp_path/"j2k.dcm"), pixels)
+
+    d.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    d.save_as(tmp_path/"jls.dcm")
+    if not pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
+        assert "JPEG-LS" in refusal(tmp_path/"jls.dcm") and "pip install pylibjpeg" in refusal(tmp_path/"jls.dcm")
+
+
+def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
+    d = pydicom.dcmread(write_dicom(tmp_path/"a.dcm", np.zeros((100, 512, 512), np.uint8)))
+    d.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    d.save_as(tmp_path/"b.dcm")
+    tracemalloc.start()
+    assert "deflated" in refusal(tmp_path/"b.dcm")
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+def test_dicom_without_pydicom_names_the_extra(tmp_path, monkeypatch):
+    path = write_dicom(tmp_path/"a.dcm", textured())
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "pip install 'kdoct[volumes]'" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_test_file_of_pydicom_is_read_or_refused():
+    folder, read = Path(pydicom.__file__).parent/"data"/"test_files", set()
+    for path in sorted(folder.glob("*.dcm")):
+        try: read |= {path.name for s in read_scans(path) if s.image.mode in ("L", "RGB")}
+        except KdoctError as e: assert path.name in str(e)
+    assert {"SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle_2frame.dcm", "JPEG2000.dcm"} <= read
+
+
+# --- pictures
+
+def test_a_picture_is_what_decode_image_says(tmp_path):
+    Image.fromarray(textured()[0]).convert("P").save(tmp_path/"a.png")
+    want, notes = decode_image(read_image_bytes(tmp_path/"a.png"))
+    scan, = read_scans(tmp_path/"a.png")
+    assert scan == Scan(want, str(tmp_path/"a.png"), notes=tuple(notes)) and "converted" in scan.notes
+
+
+def test_pages_and_frames_are_the_slices_of_a_volume(tmp_path):
+    a, *rest = pages = [Image.fromarray(p) for p in textured()]
+    a.save(tmp_path/"a.tif", save_all=True, append_images=rest)
+    a.save(tmp_path/"a.gif", save_all=True, append_images=rest)
+    for name in ("a.tif", "a.gif"):
+        scans = list(read_scans(tmp_path/name))
+        assert [(s.slice, s.n_slices, s.volume) for s in scans] == [(i, 3, "a") for i in range(3)]
+        assert all(np.array_equal(s.image.convert("L"), p) for s, p in zip(scans, pages, strict=True))
+
+
+def test_a_page_of_16_bits_is_refused(tmp_path):
+    first, second = Image.fromarray(textured()[0]), Image.fromarray(textured()[0].astype(np.uint16))
+    first.save(tmp_path/"a.tif", save_all=True, append_images=[second])
+    assert "wrong-mode: a.tif: page 2" in refusal(tmp_path/"a.tif")
+
+
+# --- HEYEX XML
+
+def test_a_missing_tif_is_named_before_the_first_bscan(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    (tmp_path/"x"/"B1.tif").unlink()
+    assert "1 of 3" in refusal(path) and "B1.tif" in refusal(path)
+
+
+def test_a_damaged_tif_is_named_after_the_bscans_before_it(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    (tmp_path/"x"/"B2.tif").write_bytes(b"II*\0nonsense")
+    scans = read_scans(path)
+    assert [next(scans).slice, next(scans).slice] == [0, 1]
+    with pytest.raises(BadImage, match="B2.tif"): next(scans)
+
+
+def test_xml_that_could_grow_is_refused(tmp_path):
+    assert "DOCTYPE" in refusal(write_xml(tmp_path/"x", textured(), '<!DOCTYPE HEDX [<!ENTITY a "aaaaaaaaaa">]>'))
+    (tmp_path/"other.xml").write_text("<a><b/></a>")
+    assert "not one that HEYEX wrote" in refusal(tmp_path/"other.xml")
+
+
+# --- large files
+
+def test_a_volume_of_gigabytes_is_read_one_bscan_at_a_time(tmp_path):
+    n, h, w = 800, 1024, 1024
+    path = write_vol(tmp_path/"big.vol", np.ones((1, h, w), np.uint8))
+    with open(path, "r+b") as f:
+        f.seek(16)
+        f.write(n.to_bytes(4, "little"))
+        f.truncate(2048 + n*(300 + 4*h*w))   # sparse: takes no room on the disk
+    tracemalloc.start()
+    begin = time.perf_counter()
+    assert next(read_scans(path)).n_slices == n
+    assert time.perf_counter() - begin < 2 and tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+# --- folders
+
+def test_files_come_in_one_order_and_nothing_is_lost(tmp_path):
+    for name in ("b/2.png", "b/1.PNG", "a.dcm", "b.xyz", "c/d/e.tif"):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).touch()
+    for name in (".hidden.png", "b/Thumbs.db", "b/DICOMDIR", "b/labels.CSV", ".git/x.png"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    (tmp_path/"loop").symlink_to(tmp_path, target_is_directory=True)
+    found = [p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path/"gone.png", tmp_path])]
+    assert found == ["gone.png", "a.dcm", "b/1.PNG", "b/2.png", "b.xyz", "c/d/e.tif", "loop"]
+    assert "missing" in refusal(tmp_path/"gone.png") and "not followed" in refusal(tmp_path/"loop")
+    assert {"dicomdir", "thumbs.db"} <= set(SYSTEM_FILES) and ".csv" in SIDE_FILES
+
+
+def test_what_is_named_twice_comes_once(tmp_path):
+    (tmp_path/"a").mkdir()
+    for name in ("a/1.png", "a/2.png"): (tmp_path/name).touch()
+    for args in ([tmp_path, tmp_path/"a"], [tmp_path/"a", tmp_path/"a"/"2.png"], [tmp_path/"a"/"2.png", tmp_path, tmp_path]):
+        assert sorted(p.name for p in find_files(args)) == ["1.png", "2.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path):
+    (tmp_path/"shut").mkdir(mode=0)
+    assert list(find_files(tmp_path)) == [tmp_path/"shut"]
+    assert "folder" in refusal(tmp_path/"shut")
+
+
+def test_a_folder_that_cannot_be_listed_is_told_not_dropped(tmp_path, monkeypatch):
+    (tmp_path/"shut").mkdir()
+    scandir = os.scandir
+    def refuse(p):
+        if str(p).endswith("shut"): raise PermissionError("no")
+        return scandir(p)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert list(find_files(tmp_path)) == [tmp_path/"shut"] == list(find_files(tmp_path/"shut"))
+    assert "can be listed" in refusal(tmp_path/"shut")
+
+
+def test_many_files_take_little_memory(tmp_path):
+    for k in range(10):
+        (tmp_path/str(k)).mkdir()
+        for i in range(1000): (tmp_path/str(k)/f"{i:04}.png").touch()
+    list(find_files(tmp_path))   # the first time, Python's own tables grow
+    tracemalloc.start()
+    assert sum(1 for _ in find_files(tmp_path)) == 10_000
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+# --- damage
+
+@pytest.fixture
+def one_of_each(tmp_path):
+    "A small file of every format."
+    pages = [Image.fromarray(p) for p in textured()]
+    pages[0].save(tmp_path/"a.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    (tmp_path/"80x64x3.img").write_bytes(textured().tobytes())
+    made = [tmp_path/"a.tif", tmp_path/"80x64x3.img", write_vol(tmp_path/"a.vol", textured()), write_dicom(tmp_path/"a.dcm", textured()),
+            write_dicom(tmp_path/"b.dcm", textured().astype(np.uint16)*100, bits=16, WindowCenter=9000, WindowWidth=9000), write_xml(tmp_path/"x", textured())]
+    try: made += [write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), write_topcon(tmp_path/"a.fda", textured(), jpeg=True),
+                  write_topcon(tmp_path/"a.fds", textured().astype(np.uint16))]
+    except ImportError: pass
+    return made
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_refused_soon_and_no_name_gets_out(one_of_each):
+    rng, before, heard = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for path in one_of_each:
+        raw = path.read_bytes()
+        for k in range(40):
+            data = np.frombuffer(raw, np.uint8).copy()
+            at = rng.integers(0, [len(raw), min(len(raw), 3000)][k % 2], rng.integers(1, 8))
+            data[at] = rng.integers(0, 256, len(at))
+            path.write_bytes(data[:rng.integers(1, len(raw))].tobytes() if k % 10 == 0 else data.tobytes())
+            begin = time.perf_counter()
+            try: heard += [repr(s[2:]) for s in read_scans(path)]
+            except KdoctError as e: heard.append(str(e))
+            assert time.perf_counter() - begin < 5, f"{path.name}, damage {k}"
+        path.write_bytes(raw)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/2**20 < 1.5, "GiB"
+    assert not [h for h in heard if "zzyzx" in h.lower() or "quilla" in h.lower() or "19610203" in h]
