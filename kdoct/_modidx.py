@@ -441,6 +441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'kdoct.decide._fitted': ('decide.html#_fitted', 'kdoct/decide.py'),
                               'kdoct.decide._flagging': ('decide.html#_flagging', 'kdoct/decide.py'),
                               'kdoct.decide._middle': ('decide.html#_middle', 'kdoct/decide.py'),
+                              'kdoct.decide._of_length_one': ('decide.html#_of_length_one', 'kdoct/decide.py'),
                               'kdoct.decide._pass': ('decide.html#_pass', 'kdoct/decide.py'),
                               'kdoct.decide._statistics': ('decide.html#_statistics', 'kdoct/decide.py'),
                               'kdoct.decide._strange': ('decide.html#_strange', 'kdoct/decide.py'),
