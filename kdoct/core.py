@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_json', 'read_json', 'sha256_file', 'locked',
            'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe', 'TrainRecipe', 'DistillRecipe',
-           'ExplainRecipe', 'EvaluateRecipe', 'Recipe', 'recipe_fields', 'parse_overrides', 'preset', 'outputs_root',
-           'notebooks_dir', 'usable_cores', 'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished',
-           'stage_command', 'open_stage']
+           'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields', 'parse_overrides', 'preset',
+           'outputs_root', 'notebooks_dir', 'usable_cores', 'provenance', 'Run', 'create_run', 'open_run', 'record',
+           'is_finished', 'stage_command', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -295,6 +295,23 @@ class EvaluateRecipe(Part):
     n_boot:int = Field(1000, ge=100, description="bootstrap resamples of the groups")
     level:float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals [fraction]")
 
+# %% ../nbs/00_core.ipynb #dedac489
+class DecideRecipe(Part):
+    "What is wished of calibrated probabilities (notebook 05g); all of it is fitted on validation patients."
+    sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
+    specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
+    defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
+                                              "kept, or the share of mistakes among the kept")
+    defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
+    alpha:tuple[float, ...] = Field((0.05, 0.1), description="conformal sets: wished shares of sets without the true class [fraction]")
+    outliers:float = Field(0.05, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
+
+    @model_validator(mode='after')
+    def _fractions(self):
+        for name in ('sensitivity', 'specificity', 'alpha'):
+            if bad := [v for v in getattr(self, name) if not 0 < v < 1]: raise ValueError(f"{name} has {bad[0]}: give fractions between 0 and 1")
+        return self
+
 # %% ../nbs/00_core.ipynb #a9f339d8
 class Recipe(Part):
     "Everything that decides a run's numbers."
@@ -307,6 +324,7 @@ class Recipe(Part):
     student:TrainRecipe = TrainRecipe()
     distill:DistillRecipe = DistillRecipe()
     evaluate:EvaluateRecipe = EvaluateRecipe()
+    decide:DecideRecipe = DecideRecipe()
     explain:ExplainRecipe = ExplainRecipe()
 
     @model_validator(mode='after')
@@ -345,8 +363,8 @@ class Recipe(Part):
 
     @property
     def key(self)->str:  # 16 hexadecimal digits
-        "Hash of all fields but `explain`, which changes no network: the same recipe has the same key on every machine."
-        return hashlib.sha256(json.dumps(self.model_dump(mode='json', exclude={'explain'}), sort_keys=True).encode()).hexdigest()[:16]
+        "Hash of all fields but `decide` and `explain`, which change no network: the same recipe has the same key on every machine."
+        return hashlib.sha256(json.dumps(self.model_dump(mode='json', exclude={'decide', 'explain'}), sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #382f06b3
 def recipe_fields(
@@ -582,14 +600,14 @@ def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
 )->Run:
-    "Make the run folder, or open it; `KdoctError` if it has results of another recipe (other explanations are no other results)."
+    "Make the run folder, or open it; `KdoctError` if it has results of another recipe (other decisions and explanations change no network)."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
         raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
     path = outputs_root()/name
     with locked(path/'.run', what=f"run '{name}'", wait=30):
         if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):
             diff = _differences(run.recipe, recipe)
-            if diff and all(d.startswith('explain.') for d in diff): return Run(path, recipe)   # nothing that was trained depends on it
+            if diff and all(d.startswith(('decide.', 'explain.')) for d in diff): return Run(path, recipe)   # nothing that was trained depends on it
             if diff:
                 raise KdoctError(f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
                                  fix=f"Give a new run another name, or delete {path} to start over.")
@@ -630,24 +648,34 @@ Run.record = record
 
 def is_finished(
     run:Run,     # existing run
-    stage:str,   # data, teacher, teacher-NAME, student, baseline or evaluate
+    stage:str,   # data, teacher, teacher-NAME, student, baseline, decide or evaluate
     fold:int=0,  # fold, counted from 0
 )->bool:
-    "Whether a stage has left its results; an evaluation older than the predictions it read is not finished."
+    "Whether a stage has left its results; an evaluation older than the predictions and decisions it read is not finished."
     if stage == 'data': return run.folds_csv.exists() and 'folds_sha256' in run.stage('data')
+    if stage == 'decide':
+        trained = [role for role in run.recipe.roles if run.is_finished(role, fold)]
+        return bool(trained) and all(_is_decided(run, run.stage_dir(fold, role)) for role in trained)
     files = {role: run.stage_dir(fold, role)/'predictions.parquet' for role in run.recipe.roles}
     read = [p for role, p in files.items() if role in ROLES or p.exists()]   # further teachers are shown where they are
+    read += [d for p in files.values() if (d := p.with_name('decision.json')).exists()]
     if stage == 'evaluate':
         result = run.fold_dir(fold)/'evaluation.json'
         return result.exists() and all(p.exists() and p.stat().st_mtime <= result.stat().st_mtime for p in read)
     # training writes the predictions first and model.json last
     return all((run.stage_dir(fold, stage)/f).exists() for f in ('predictions.parquet', 'model.json'))
 
+def _is_decided(run:Run, folder:Path)->bool:
+    "Whether a network's decision is there, of these predictions and of what the recipe wishes now."
+    made, read = folder/'decision.json', folder/'predictions.parquet'
+    return made.exists() and made.stat().st_mtime >= read.stat().st_mtime and \
+        read_json(made).get('about', {}).get('recipe') == run.recipe.decide.model_dump(mode='json')
+
 Run.is_finished = is_finished
 
 # %% ../nbs/00_core.ipynb #b565d31c
-STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', 'baseline': '04_distill', 'evaluate': '05_evaluate',
-          'explain': '06_explain'}
+STAGES = {'data': '01_data', 'teacher': '03_teacher', 'student': '04_distill', 'baseline': '04_distill', 'decide': '05g_decide',
+          'evaluate': '05_evaluate', 'explain': '06_explain'}
 
 def stage_command(
     stage:str,  # key of `STAGES`, or teacher-NAME

@@ -6,7 +6,7 @@
 __all__ = ['CALLS', 'HEADLINE', 'classes_of', 'check_predictions', 'logits_of', 'targets_of', 'read_predictions',
            'simulate_predictions', 'log_softmax', 'confusion', 'class_metrics', 'macro', 'from_confusion',
            'weighted_auc', 'one_vs_rest_auc', 'reliability_bins', 'expected_calibration_error', 'evaluate_predictions',
-           'group_weights', 'bootstrap', 'paired_difference', 'fold_summary']
+           'group_weights', 'bootstrap', 'share_interval', 'risk_coverage', 'aurc', 'paired_difference', 'fold_summary']
 
 # %% ../nbs/05a_metrics.ipynb #7fa3ea1c
 from pathlib import Path
@@ -255,19 +255,19 @@ class _Sample:
         return out
 
 # %% ../nbs/05a_metrics.ipynb #994eec17
-def _metrics(s, weights=None):
-    "All headline metrics, each (B,), of B weightings of the groups of `s`; None: every group once."
+def _metrics(s, weights=None, names=HEADLINE):
+    "Headline metrics, each (B,), of B weightings of the groups of `s`; None: every group once."
     sample, k = weights is None, len(s.classes)
     weights = np.ones((1, len(s.groups))) if sample else np.asarray(weights, dtype=np.float64)
     cm = (weights @ s.cm).reshape(-1, k, k)
     m, n = class_metrics(cm), cm.sum((1, 2))
     whole = np.full(len(cm), True) if sample else ((m['support'] > 0) == (s.cm.sum(0).reshape(k, k).sum(1) > 0)).all(1)
-    auc = one_vs_rest_auc(s.probs, s.y, s.folds, weights, s.gi)
+    auc = one_vs_rest_auc(s.probs, s.y, s.folds, weights, s.gi) if 'auc' in names else np.full(m['support'].shape, np.nan)
     values = {name: m[name] for name in CALLS[1:]} | dict(auc=auc)
     out = {name: np.where(whole, macro(v, m['support']), np.nan) for name, v in values.items()}
     out |= dict(accuracy=np.trace(cm, axis1=1, axis2=2) / n, nll=(weights @ s.nll)[:, 0] / n,
                 ece=np.abs(weights @ s.gap).sum(1) / n, brier=(weights @ s.brier)[:, 0] / n)
-    return {name: out[name] for name in HEADLINE}, m, auc
+    return {name: out[name] for name in names}, m, auc
 
 # %% ../nbs/05a_metrics.ipynb #2d4630b3
 def evaluate_predictions(
@@ -308,12 +308,65 @@ def bootstrap(
     n_boot:int=1000,  # number of resamples
     level:float=0.95,  # coverage of the interval, 0..1
     seed:int=0,  # of the resampling
+    metrics=HEADLINE,  # which of `HEADLINE`; without the AUC it is several times as fast
 ) -> pd.DataFrame:  # one row a metric: estimate, low, high, n_used, n_boot, n_groups, level
     "Estimates with percentile intervals from resampling groups; `n_used` counts the resamples where it was defined."
     s = _Sample(check_predictions(df))
-    est, values = _metrics(s)[0], _metrics(s, group_weights(len(s.groups), n_boot, seed))[0]
-    rows = {m: dict(estimate=float(est[m][0]), **_interval(values[m], level)) for m in HEADLINE}
+    est, values = _metrics(s, names=metrics)[0], _metrics(s, group_weights(len(s.groups), n_boot, seed), metrics)[0]
+    rows = {m: dict(estimate=float(est[m][0]), **_interval(values[m], level)) for m in metrics}
     return pd.DataFrame(rows).T.assign(n_boot=n_boot, n_groups=len(s.groups), level=level).astype({'n_used': int})
+
+# %% ../nbs/05a_metrics.ipynb #057fa3e0
+def share_interval(
+    hit:np.ndarray,  # (N,) bool, what is counted
+    groups:np.ndarray,  # (N,) group (patient) of every image
+    of:np.ndarray|None=None,  # (N,) bool, images that are asked about; None: all
+    n_boot:int=1000,  # number of resamples
+    level:float=0.95,  # coverage of the interval, 0..1
+    seed:int=0,  # of the resampling
+) -> dict:  # estimate, low, high, n (images asked about), n_used (resamples with such an image)
+    "Share of the images asked about that are counted, with an interval from resampling groups; NaN where there is none."
+    of, (names, gi) = np.ones(len(hit)) if of is None else np.asarray(of, dtype=float), np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    hits, asked = (np.bincount(gi, weights=v, minlength=len(names)) for v in (of*np.asarray(hit, dtype=float), of))
+    w = group_weights(len(names), n_boot, seed)
+    return dict(estimate=float(_ratio(hits.sum(), asked.sum())), n=int(of.sum()), **_interval(_ratio(w @ hits, w @ asked), level))
+
+# %% ../nbs/05a_metrics.ipynb #2ccaad9b
+def _by_confidence(confidence):
+    "Rows, surest first, and for each the last of its equals."
+    order = np.argsort(-confidence, kind='stable')
+    return order, np.searchsorted(-confidence[order], -confidence[order], side='right') - 1
+
+def risk_coverage(
+    confidence:np.ndarray,  # (N,) probability of the called class
+    right:np.ndarray,  # (N,) bool, was the call right
+) -> pd.DataFrame:  # one row a threshold, highest first: threshold, coverage, risk (fractions)
+    "What is kept, and how much of it is wrong, when calls below a threshold are deferred."
+    confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
+    if not len(confidence): raise KdoctError('no images', fix='give the predictions of at least one')
+    order, last = _by_confidence(confidence)
+    at, n = np.unique(last), np.arange(1, len(order) + 1)
+    return pd.DataFrame(dict(threshold=confidence[order][at], coverage=n[at]/len(order), risk=(np.cumsum(~right[order])/n)[at]))
+
+def aurc(
+    confidence:np.ndarray,  # (N,) probability of the called class
+    right:np.ndarray,  # (N,) bool, was the call right
+    groups:np.ndarray,  # (N,) group (patient) of every image
+    n_boot:int=1000,  # number of resamples
+    level:float=0.95,  # coverage of the interval, 0..1
+    seed:int=0,  # of the resampling
+    chunk:int=64,  # resamples at a time, which bounds the memory
+) -> dict:  # estimate, low, high, n_used
+    "Area under the risk-coverage curve with an interval from resampling groups."
+    order, last = _by_confidence(np.asarray(confidence, dtype=np.float64))
+    names, gi = np.unique(np.asarray(groups).astype(str)[order], return_inverse=True)
+    wrong = ~np.asarray(right, dtype=bool)[order]
+    def area(w):   # (b, N) weights of the images
+        risk = _ratio(np.cumsum(w*wrong, 1), np.cumsum(w, 1))[:, last]
+        return np.where(w > 0, w*risk, 0).sum(1)/w.sum(1)
+    w = group_weights(len(names), n_boot, seed)
+    values = np.concatenate([area(w[i:i + chunk, gi].astype(float)) for i in range(0, n_boot, chunk)])
+    return dict(estimate=float(area(np.ones((1, len(gi))))[0]), **_interval(values, level))
 
 # %% ../nbs/05a_metrics.ipynb #081d4a4c
 def _same_images(a, b):
@@ -341,12 +394,13 @@ def paired_difference(
     n_boot:int=1000,  # number of resamples
     level:float=0.95,  # coverage of the interval, 0..1
     seed:int=0,  # of the resampling
+    metrics=HEADLINE,  # which of `HEADLINE`
 ) -> pd.DataFrame:  # one row a metric: a, b, difference (a - b), low, high, share_below, p, n_used, n_boot
     "Differences of two models on the same resamples of groups; different images are a `KdoctError`."
     sa, sb = _Sample(check_predictions(df_a)), _Sample(_same_images(df_a, check_predictions(df_b)))
     w, rows = group_weights(len(sa.groups), n_boot, seed), {}
-    (ea, eb), (va, vb) = (tuple(_metrics(s, x)[0] for s in (sa, sb)) for x in (None, w))
-    for m in HEADLINE:
+    (ea, eb), (va, vb) = (tuple(_metrics(s, x, metrics)[0] for s in (sa, sb)) for x in (None, w))
+    for m in metrics:
         d = va[m] - vb[m]
         v, i = np.round(d[np.isfinite(d)], 12), _interval(d, level)  # rounding: equal models differ by exactly 0
         p = min(1., 2 * (1 + min((v <= 0).sum(), (v >= 0).sum())) / (1 + len(v))) if len(v) else np.nan
