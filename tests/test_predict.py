@@ -1,0 +1,402 @@
+"From files to calls: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
+import csv
+import json
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from kdoct.core import KdoctError, create_run, preset
+from kdoct.data import BadImage, prepare_data
+from kdoct.decide import Decision, Outlier
+from kdoct.guard import Guard, Reader, is_plain
+from kdoct.predict import (
+    Predictor,
+    VolumeCalls,
+    _Slot,
+    answered,
+    predict_files,
+    read_ahead,
+    record_fields,
+    results_file,
+    volume_call,
+)
+
+CLASSES = ['CNV', 'DRUSEN', 'NORMAL']
+
+
+def decision(**changes):
+    o = Outlier(np.zeros(2, np.float32), np.eye(2, dtype=np.float32)[:1], np.ones(1, np.float32), np.ones(1, np.float32), threshold=2.)
+    return replace(Decision(tuple(CLASSES), 1., .6, {.1: .2}, pd.DataFrame(), o, (), {}), **changes)
+
+
+def brightness(x):
+    "Probabilities that a test can foresee: bright is CNV."
+    m = x.reshape(len(x), -1).mean(1)/255
+    return dict(probabilities=np.stack([m, 0*m, 1 - m], 1).astype(np.float32), outlier=np.ones(len(x), np.float32))
+
+
+def straw(engine=brightness, **changes):
+    "A bundle without a network."
+    parts = dict(decision=decision(), classes=CLASSES, framing={}, about=dict(channels=1), engine=lambda name='', threads=0: engine)
+    return SimpleNamespace(**{**parts, **changes})
+
+
+def noise(seed, size=(48, 40), mode='L'):
+    shape = size[::-1] + ((3,) if mode == 'RGB' else ())
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Seven good pictures of two sizes and three bad ones between them."
+    at = tmp_path/'in'
+    at.mkdir()
+    for i in range(7): noise(i, (48, 40) if i % 3 else (64, 40)).save(at/f'{i}.png')
+    (at/'2b.png').write_bytes(b'')
+    (at/'4b.jpg').write_bytes(b'\xff\xd8\xff\xe0 no JPEG')
+    (at/'6b.png').write_bytes((at/'6.png').read_bytes()[:-40])
+    return at
+
+
+# --- the numbers are those of training
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    "A tiny trained network, its bundle, its predictions on test images, and the folder of these."
+    from kdoct.deploy import export_fold
+    from kdoct.training import train_teacher
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('t', preset('tiny', **{'data.margin': 8}))
+        facts = prepare_data(run)
+        train_teacher(run, 0)
+        bundle = export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
+        return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(facts['root'])
+
+
+@pytest.mark.parametrize(('engine', 'close'), [('torch', 1e-4), ('onnx', 1e-3)])
+def test_a_test_image_gets_the_probabilities_of_the_run(shipped, engine, close):
+    bundle, table, root = shipped
+    with Predictor(bundle, engine=engine, batch=7) as p:
+        rows = list(p.predict([root/f for f in table.path]))
+        z = table.filter(like='logit_').to_numpy()/p.decision.temperature
+    want = np.exp(z - z.max(1, keepdims=True))
+    got = np.array([[r[f'probability_{c}'] for c in p.classes] for r in rows])
+    assert np.abs(got - want/want.sum(1, keepdims=True)).max() < close
+    assert [r['error'] for r in rows] == ['']*len(rows)
+
+
+def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
+    bundle, table, root = shipped
+    path = root/table.path[0]
+    with Predictor(bundle, engine='torch') as p:
+        (row,) = p.predict(path)
+        for picture in (Image.open(path), np.asarray(Image.open(path))):
+            one = p.image(picture)
+            assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['call'] == row['call']
+
+
+# --- order, and what is bad
+
+def rows_of(paths, **how):
+    with Predictor(straw(), **how) as p: return list(p.predict(paths))
+
+
+def test_rows_are_in_the_order_of_the_files_whatever_the_workers(folder):
+    rows = [rows_of(folder, workers=w, batch=b) for w, b in ((1, 1), (4, 2), (3, 32))]
+    assert rows[0] == rows[1] == rows[2]
+    assert [Path(r['path']).name for r in rows[0]] == sorted(os.listdir(folder))
+
+
+def test_a_bad_file_is_a_row_and_stops_nothing(folder):
+    rows = {Path(r['path']).name: r for r in rows_of(folder)}
+    assert {k: r['error'] for k, r in rows.items() if r['error']} == {'2b.png': 'empty', '4b.jpg': 'truncated', '6b.png': 'truncated'}
+    assert all(r['deferred'] and r['why'] == 'not read' and not r['call'] for r in rows.values() if r['error'])
+    assert all(r['call'] for r in rows.values() if not r['error'])
+
+
+def test_an_engine_that_fails_on_one_picture_fails_on_that_one(folder):
+    dark = np.asarray(Image.open(folder/'3.png')).mean()
+    def picky(x):
+        if (np.abs(x.reshape(len(x), -1).mean(1) - dark) < 1e-9).any(): raise RuntimeError('Smith^John')
+        return brightness(x)
+    with Predictor(straw(picky)) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
+    assert [k for k, r in rows.items() if r['error'] == 'engine-failed'] == ['3.png']
+    assert 'Smith' not in str(rows)
+
+
+def test_numbers_that_are_not_finite_are_a_failure(folder):
+    def nan(x): return dict(probabilities=np.full((len(x), 3), np.nan, np.float32), outlier=np.ones(len(x), np.float32))
+    with Predictor(straw(nan)) as p: (row,) = p.predict(folder/'1.png')
+    assert row['error'] == 'engine-failed' and row['confidence'] is None
+
+
+def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
+    noise(0).save(tmp_path/'a.png')
+    try: os.rename(os.fsencode(tmp_path/'a.png'), os.fsencode(tmp_path) + b'/\xff"\n.png')
+    except OSError: pytest.skip('this file system has no such names')
+    (row,) = rows_of(tmp_path)
+    assert row['call'] and row['path'].endswith('\\xff"\n.png')
+    for kind in ('csv', 'json', 'jsonl', 'parquet'):
+        with results_file(tmp_path/f'r.{kind}', record_fields(CLASSES)) as write: write(row)
+    (back,) = csv.DictReader(open(tmp_path/'r.csv', encoding='utf-8', newline=''))
+    assert back['path'] == row['path'] == json.loads((tmp_path/'r.jsonl').read_text())['path'] == pd.read_parquet(tmp_path/'r.parquet').path[0]
+
+
+def test_colour_is_made_grey_for_a_grey_network_and_noted(tmp_path):
+    noise(0, mode='RGB').save(tmp_path/'a.png')
+    Image.open(tmp_path/'a.png').convert('L').save(tmp_path/'b.png')
+    a, b = rows_of(tmp_path)
+    assert a['notes'] == ('colour-to-grey',) and b['notes'] == ()
+    assert a['confidence'] == b['confidence']
+
+
+def test_a_grey_file_is_made_colour_for_a_colour_network(tmp_path):
+    noise(0).save(tmp_path/'a.png')
+    seen = []
+    def look(x):
+        seen.append(x.shape)
+        return brightness(x)
+    with Predictor(straw(look, about=dict(channels=3))) as p: list(p.predict(tmp_path))
+    assert seen == [(1, 40, 48, 3)]
+
+
+# --- deferral
+
+@pytest.mark.parametrize(('p', 'score', 'why'), [(.9, 1., ''), (.55, 1., 'confidence'), (.9, 3., 'outlier'), (.55, 3., 'confidence, outlier')])
+def test_a_row_is_deferred_for_confidence_or_for_strangeness(folder, p, score, why):
+    def engine(x):
+        return dict(probabilities=np.tile(np.array([p, 1 - p, 0], np.float32), (len(x), 1)), outlier=np.full(len(x), score, np.float32))
+    with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
+    assert (row['why'], row['deferred'], row['outlier'], row['call']) == (why, bool(why), score > 2, 'CNV')
+
+
+# --- batches
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([(4, 4), (4, 8), (16, 16), None]), max_size=80), st.integers(1, 9), st.integers(1, 20), st.integers(1, 600))
+def test_every_row_comes_back_once_in_order_and_few_wait(sizes, batch, rows, held):
+    taken, most = [0], 0
+    def slots():
+        for i, s in enumerate(sizes):
+            taken[0] = i + 1
+            yield _Slot(i, None if s is None else np.full(s, i % 256, np.uint8), 'bad' if s is None else None)
+    def ask(pictures):
+        assert len(pictures) <= batch and len({p.shape for p in pictures}) == 1
+        return [int(p[0, 0]) for p in pictures]
+    out = []
+    for slot in answered(slots(), ask, batch, rows, held):
+        most = max(most, taken[0] - len(out))
+        out.append((slot.about, slot.answer))
+    assert out == [(i, 'bad' if s is None else i) for i, s in enumerate(sizes)]
+    assert most <= rows + 1
+
+
+def test_what_nobody_takes_is_not_read():
+    class Endless:
+        read = 0
+        def scans(self, path):
+            self.read += 1
+            yield path
+    guard = Endless()
+    rows = read_ahead(iter(range(10**9)), guard, lambda s: s, workers=3, files=10)
+    assert [next(rows) for _ in range(3)] == [(0, 0), (1, 1), (2, 2)]
+    rows.close()
+    assert guard.read < 20 and threading.active_count() < 20
+
+
+def test_a_long_volume_is_not_read_at_once():
+    class Long:
+        given = 0
+        def scans(self, path):
+            for i in range(1000):
+                self.given += 1
+                yield i
+    guard = Long()
+    rows = read_ahead(['v'], guard, lambda s: s, workers=1, scans=8)
+    next(rows)
+    time.sleep(.05)
+    assert guard.given <= 10
+    rows.close()
+
+
+# --- limits: what the reader process does may be anything
+
+def reader_that(tmp_path, does, **limits):
+    "A reader whose `read_scans` is replaced; its process starts with that."
+    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path): {does}\ng.read_scans = bad\n{Reader.code}"
+    (tmp_path/'x.vol').write_bytes(b'x')
+    return Replaced(**limits), tmp_path/'x.vol'
+
+
+@pytest.mark.parametrize(('does', 'kind'), [
+    ('time.sleep(60)', 'too-slow'), ('\n while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ('os._exit(0)', 'reader-crashed'),
+    ("bytearray(3 << 30)", 'too-much-memory'), ("raise ValueError('Smith^John')", 'reader-failed')])
+def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind):
+    reader, path = reader_that(tmp_path, does, seconds=.4, memory=2.)
+    try:
+        with pytest.raises(BadImage) as e: list(reader.scans(path))
+        assert e.value.kind == kind and 'Smith' not in str(e.value)
+        start = time.monotonic()
+        reader._start()   # and there is a process again for the next file
+        assert reader.process.poll() is None and time.monotonic() - start < 60
+    finally: reader.close()
+
+
+def test_what_a_reader_prints_is_seen_by_nobody(tmp_path, capfd):
+    reader, path = reader_that(tmp_path, "print('Smith^John'); os.write(2, b'Smith^John'); return iter(())")
+    try: assert list(reader.scans(path)) == []
+    finally: reader.close()
+    assert 'Smith' not in ''.join(capfd.readouterr())
+
+
+def test_a_volume_that_nobody_wants_to_the_end_leaves_no_process(tmp_path):
+    pages = [noise(i) for i in range(30)]
+    pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
+    guard = Guard()
+    scans = guard.scans(tmp_path/'v.tif')
+    next(scans)
+    scans.close()
+    assert guard.all[0].process is None
+    assert len(list(guard.scans(tmp_path/'v.tif'))) == 30
+    guard.close()
+    assert guard.all[0].process is None
+
+
+def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path):
+    noise(0).save(tmp_path/'a.jpg', progressive=True)
+    noise(0).save(tmp_path/'b.jpg')
+    os.mkfifo(tmp_path/'c.jpg')
+    (tmp_path/'d.jpg').write_bytes(b'II*\0')
+    (tmp_path/'e.vol').write_bytes((tmp_path/'b.jpg').read_bytes())
+    assert [is_plain(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.jpg', 'e.vol')] == [False, True, False, False]
+    assert [r['error'] for r in rows_of(tmp_path/'c.jpg')] == ['not-a-file']
+
+
+# --- volumes
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_worst_rule_is_the_most_severe_class_that_enough_slices_reach(calls, enough):
+    p = np.eye(3)[calls]*.8 + .1
+    order = [2, 0, 1]                                # harmless to severe
+    rank = sorted((order.index(c) for c in calls), reverse=True)
+    call, _, deciding = volume_call(p, 'worst', order, enough)
+    assert order.index(call) == rank[min(enough, len(calls)) - 1]
+    assert set(deciding) <= {i for i, c in enumerate(calls) if order.index(c) >= order.index(call)}
+
+
+def slices(n=5, **given):
+    base = dict(path='a.vol', n_slices=n, volume='v', eye='OD', patient='7', error='', outlier=False, deferred=False)
+    probs = [[.1, .1, .8], [.9, .05, .05], [.8, .1, .1], [.1, .8, .1], [.2, .2, .6]]
+    return [base | dict(slice=i) | {f'probability_{c}': v for c, v in zip(CLASSES, p, strict=True)} | given for i, p in enumerate(probs)]
+
+
+def call_of(rows, **how):
+    calls = VolumeCalls(CLASSES, ['NORMAL', 'DRUSEN', 'CNV'], **how)
+    for r in rows: calls.add(r)
+    (out,) = calls.rows()
+    return out
+
+
+def test_outliers_and_failed_slices_are_left_out_of_the_call_and_counted():
+    rows = slices()
+    rows[1]['outlier'], rows[3]['error'] = True, 'corrupt'
+    row = call_of(rows, enough=1)
+    assert (row['call'], row['deciding'], row['slices'], row['used'], row['outliers'], row['failed']) == ('CNV', [2], 5, 3, 1, 1)
+    assert call_of(rows)['call'] == 'NORMAL'         # one CNV slice is not two
+
+
+def test_slices_that_a_broken_file_never_gave_have_failed():
+    row = call_of(slices(n=40))
+    assert (row['slices'], row['used'], row['failed'], row['deferred'], row['why']) == (40, 5, 35, True, 'most slices left out')
+
+
+def test_a_volume_without_a_usable_slice_has_no_call():
+    row = call_of(slices(outlier=True))
+    assert (row['call'], row['deferred'], row['why'], row['confidence']) == ('', True, 'no usable slice', None)
+
+
+def test_a_call_that_rests_on_deferred_slices_is_deferred():
+    rows = slices()
+    rows[1]['deferred'] = rows[2]['deferred'] = True
+    assert call_of(rows)['why'] == 'deciding slices deferred'
+    rows[2]['deferred'] = False
+    assert not call_of(rows)['deferred']
+
+
+def test_two_files_with_the_same_volume_name_are_two_volumes():
+    calls = VolumeCalls(CLASSES)
+    for r in slices() + slices(path='b.vol'): calls.add(r)
+    assert [(r['path'], r['slices']) for r in calls.rows()] == [('a.vol', 5), ('b.vol', 5)]
+
+
+# --- the command
+
+def test_files_of_results_agree(folder, tmp_path):
+    for kind in ('csv', 'json', 'jsonl', 'parquet'):
+        counts = predict_files(straw(), [folder], tmp_path/f'r.{kind}')
+        assert counts['failed'] == 3
+    tables = [pd.read_csv(tmp_path/'r.csv'), pd.read_json(tmp_path/'r.json'), pd.read_json(tmp_path/'r.jsonl', lines=True),
+              pd.read_parquet(tmp_path/'r.parquet')]
+    for t in tables:
+        assert list(t) == list(record_fields(CLASSES)) and t.path.tolist() == tables[0].path.tolist()
+        assert np.allclose(t.probability_CNV.astype(float), tables[0].probability_CNV, atol=1e-6, equal_nan=True)
+
+
+def test_without_a_file_of_results_csv_goes_to_standard_output(folder, capsys):
+    predict_files(straw(), [folder])
+    out, err = capsys.readouterr()
+    assert len(list(csv.DictReader(out.splitlines()))) == 10
+    assert 'failed (1 empty, 2 truncated)' in err and '.png' not in err
+
+
+def test_an_interrupted_run_leaves_nothing_that_looks_complete(folder, tmp_path):
+    def interrupted(x): raise KeyboardInterrupt
+    for kind in ('csv', 'json', 'jsonl', 'parquet'):
+        with pytest.raises(KeyboardInterrupt): predict_files(straw(interrupted), [folder], tmp_path/f'r.{kind}', tmp_path/'v.csv')
+    assert all(p.endswith('.partial') for p in os.listdir(tmp_path) if p != 'in')
+    predict_files(straw(), [folder], tmp_path/'r.csv')   # and the next run begins anew
+    assert len(pd.read_csv(tmp_path/'r.csv')) == 10
+
+
+@pytest.mark.parametrize(('out', 'words'), [('r.csv', 'exists already'), ('r.xlsx', 'End the name'), ('no/r.csv', 'no folder')])
+def test_a_file_of_results_that_cannot_be_is_refused_before_anything_is_read(folder, tmp_path, out, words):
+    (tmp_path/'r.csv').write_text('mine')
+    with pytest.raises(KdoctError, match=words): predict_files('no bundle', [folder], tmp_path/out)
+    assert (tmp_path/'r.csv').read_text() == 'mine'
+
+
+def test_an_empty_folder_is_an_error_that_says_so(tmp_path):
+    (tmp_path/'in').mkdir()
+    with pytest.raises(KdoctError, match='no file to read'): predict_files('no bundle', [tmp_path/'in'], tmp_path/'r.csv')
+    assert os.listdir(tmp_path) == ['in']
+
+
+def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
+    with pytest.raises(KdoctError, match='no conformal sets for alpha 0.3'): Predictor(straw(), alpha=.3)
+    with pytest.raises(KdoctError, match='order of severity'): VolumeCalls(CLASSES, rule='worst')
+    with pytest.raises(KdoctError, match='no rule'): VolumeCalls(CLASSES, rule='best')
+
+
+# --- real files
+
+def test_real_pictures_and_volumes(shared_data, tmp_path):
+    vol = shared_data/'volumes'
+    counts = predict_files(straw(), [vol, shared_data/'ucsd_oct'/'NORMAL'], tmp_path/'r.csv', tmp_path/'v.csv')
+    rows, volumes = pd.read_csv(tmp_path/'r.csv', keep_default_na=False), pd.read_csv(tmp_path/'v.csv')
+    ucsd = rows[rows.path.str.contains('ucsd_oct')]
+    assert len(ucsd) == 200 and (ucsd.error == '').all()
+    assert rows[rows.path.str.endswith('synthetic_10_bscans.vol')].slice.astype(int).tolist() == list(range(10))
+    assert rows[rows.path.str.endswith('empty.vol')].error.tolist() == ['empty']
+    assert counts['failed'] == (rows.error != '').sum()
+    assert 10 in volumes.slices.tolist() and (volumes.slices == volumes.used + volumes.outliers + volumes.failed).all()
