@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
-           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'bench', 'main']
+           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'bench',
+           'export', 'key', 'predict', 'explore', 'main']
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import json
@@ -240,6 +241,59 @@ def bench(
     if out:
         write_json(out, record)
         typer.echo(f'\n{_short(out)}')
+
+# %% ../nbs/10_cli.ipynb #37e81017
+@app.command()
+def export(
+    run:Annotated[str, typer.Argument(help="Name of the run; the network must be trained.")],
+    fold:Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]=0,
+    role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME.")]='student',
+    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/RUN/fold_K/ROLE/bundle.")]=None,
+    formats:Annotated[str, typer.Option(help="Beside PyTorch: onnx, openvino, int8, with commas.")]='onnx,openvino,int8',
+    key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct key` makes one.")]=None,
+):
+    "Write a bundle: one graph from picture to calibrated probabilities, each format checked against PyTorch and timed, model card, hashes, signature."
+    from kdoct.deploy import export_fold
+    typer.echo(_short(export_fold(open_run(run), fold, role, out, tuple(f.strip() for f in formats.split(',') if f.strip()), key)))
+
+@app.command()
+def key(
+    path:Annotated[Path, typer.Argument(help="File of the private key; the public one gets .pub behind its name.")],
+):
+    "Make a pair of keys: the private one signs bundles and stays with you, the public one goes to those who check them."
+    from kdoct.bundle import new_keys
+    private, public = new_keys(path)
+    typer.echo(f"{_short(private)}: signs, kdoct export RUN --key {_short(private)}\n{_short(public)}: checks, kdoct predict BUNDLE FILES --key {_short(public)}")
+
+# %% ../nbs/10_cli.ipynb #a1095ec1
+@app.command()
+def predict(
+    bundle:Annotated[Path, typer.Argument(help="Folder that `kdoct export` wrote.")],
+    paths:Annotated[list[Path], typer.Argument(help="Pictures, TIFF, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds, .img, and folders of them.")],
+    out:Annotated[Path|None, typer.Option(help="Rows of the B-scans: .csv, .json, .jsonl or .parquet. Default: CSV to standard output.")]=None,
+    volumes_out:Annotated[Path|None, typer.Option(help="Calls of the volumes, with the deciding slices.")]=None,
+    rule:Annotated[str, typer.Option(help="Of a volume: mean or worst. Default: worst where the severity of the classes is known, else mean.")]='',
+    enough:Annotated[int, typer.Option(min=1, help="B-scans that the rule worst wants.")]=2,
+    engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks.")]='',
+    threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
+    workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,
+    batch:Annotated[int, typer.Option(min=1, help="Most pictures asked about at once.")]=32,
+    key:Annotated[Path|None, typer.Option(help="Public key that the bundle must be signed with.")]=None,
+):
+    "What a bundle says of files: a row a B-scan, a call a volume; a bad file is a row too, and makes the exit status 1."
+    from kdoct.predict import predict_files
+    counts = predict_files(bundle, paths, out, volumes_out, rule, enough, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
+    if counts.get('failed'): raise typer.Exit(1)
+
+@app.command()
+def explore(
+    run:Annotated[str, typer.Argument(help="Run to open first. Default: the one worked on last.")]='',
+    port:Annotated[int, typer.Option(min=1024, help="Port of localhost.")]=8866,
+    browser:Annotated[bool, typer.Option(help="Open the page.")]=True,
+):
+    "Browse cases, maps, thresholds, and files of your own, as a page on this machine."
+    from kdoct.explore import serve
+    serve(port, browser, run, typer.echo)
 
 # %% ../nbs/10_cli.ipynb #29f2b8f2
 def main(
