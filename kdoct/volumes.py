@@ -140,9 +140,13 @@ def display_grey(
     intensity:np.ndarray,  # reflectivity as Heidelberg stores it, 0 to 1; less than 0, not a number or above 1e30: not measured
 )->np.ndarray:             # uint8, same shape
     "Grey values as HEYEX shows them (eyepy's `from_vol_intensity`)."
-    valid = (intensity >= 0) & (intensity < 1e30)
-    shown = (np.log(np.where(valid, intensity, 0) + np.float32(2.44e-4)) + np.float32(8.3))/np.float32(8.285)
-    return np.rint(255*np.clip(np.where(valid, shown, 0), 0, 1)).astype(np.uint8)
+    a = np.where((intensity >= 0) & (intensity < 1e30), intensity, np.float32(0))   # 0 is black too
+    a += 2.44e-4
+    np.log(a, out=a)
+    a += 8.3
+    a /= 8.285
+    np.clip(a, 0, 1, out=a)
+    return np.rint(255*a).astype(np.uint8)
 
 # %% ../nbs/01c_volumes.ipynb #d2873364
 def _read_vol(path:Path)->Iterator[Scan]:
@@ -168,7 +172,7 @@ def _read_vol(path:Path)->Iterator[Scan]:
 
 # %% ../nbs/01c_volumes.ipynb #3156f099
 MAX_XML_ELEMENTS = 2_000_000   # 100 to 300 for a B-scan with all its layers
-_XML_FIELDS = {'Patient/ID', 'Patient/PatientID', 'Series/ID', 'Series/Laterality', 'Series/Type', 'Image/Laterality', 'ImageType/Type',
+_XML_FIELDS = {'Patient/ID', 'Patient/PatientID', 'Series/ID', 'Series/Laterality', 'Image/Laterality', 'ImageType/Type',
                'OphthalmicAcquisitionContext/Width', 'OphthalmicAcquisitionContext/Height', 'ImageData/ExamURL'}
 
 class _Heyex:
@@ -208,11 +212,12 @@ def _named_file(image:dict)->str:
 
 # %% ../nbs/01c_volumes.ipynb #5b0a66f8
 def _heyex_files(path:Path, images:list[dict])->list[Path]:
-    "The files of the pictures; `BadImage` names one that is missing."
+    "The files of the pictures; `BadImage` if one is missing."
     there = {name.casefold(): name for name in os.listdir(path.parent)}
-    lost = [n for n in map(_named_file, images) if n.casefold() not in there]
-    if lost: raise BadImage('missing', f"{len(lost)} of {len(images)} pictures that it names are not beside it, {lost[0] or 'one without a name'} first")
-    return [path.parent/there[_named_file(i).casefold()] for i in images]
+    names = [_named_file(i).casefold() for i in images]
+    lost = [i for i, name in enumerate(names) if name not in there]
+    if lost: raise BadImage('missing', f"{len(lost)} of the {len(names)} B-scans that it names are not beside it, the first is number {lost[0]}")
+    return [path.parent/there[name] for name in names]
 
 def _read_xml(path:Path)->Iterator[Scan]:
     "A HEYEX XML export and its TIFF files."
@@ -460,6 +465,7 @@ def _dicom_picture(a:np.ndarray, d, groups)->tuple[Image.Image, list[str]]:
     (slope, shift), window = _scale(groups), _window(groups)
     low, high = window or sorted(v*slope + shift for v in ((-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)))
     if not -np.inf < low < high < np.inf: raise BadImage('corrupt', f"values from {low:g} to {high:g}")
+    if kind == 'MONOCHROME2' and a.dtype == np.uint8 and (slope, shift, low, high) == (1, 0, 0, 255): return Image.fromarray(a), notes
     grey = np.rint(255*np.clip((a*slope + shift - low)/(high - low), 0, 1)).astype(np.uint8)
     if bits > 8 or not np.array_equal(grey, a): notes.append(f"{bits} bit to 8 bit by {'the window' if window else 'the range'} {low:g} to {high:g}")
     if kind == 'MONOCHROME1': grey, notes = 255 - grey, [*notes, "MONOCHROME1: inverted"]
@@ -535,15 +541,19 @@ def _entries(folder:str)->list[tuple[str, bool]]:
 def _walk(folder:str, named:set[str])->Iterator[Path]:
     "Everything below a folder but what is named elsewhere."
     def listing(folder):
-        try: return [(os.path.join(folder, name), is_folder) for name, is_folder in _entries(folder)]
-        except OSError: return [(folder, None)]   # reading it will tell
-    stack = [iter(listing(folder))]
+        try: return folder, _entries(folder)[::-1]
+        except OSError: return folder, None
+    stack = [listing(folder)]
     while stack:
-        path, is_folder = next(stack[-1], ('', False))
-        if not path: stack.pop()
-        elif is_folder is None: yield Path(path)
-        elif os.path.abspath(path) in named: continue
-        elif is_folder: stack.append(iter(listing(path)))
+        folder, left = stack[-1]
+        if left is None: yield Path(folder)   # it cannot be listed; reading it will tell
+        if not left:
+            stack.pop()
+            continue
+        name, is_folder = left.pop()
+        path = os.path.join(folder, name)
+        if os.path.abspath(path) in named: continue
+        if is_folder: stack.append(listing(path))
         else: yield Path(path)
 
 def find_files(
@@ -551,7 +561,8 @@ def find_files(
 )->Iterator[Path]:                      # files, each once, in the order of `paths` and by name within a folder
     "The files to read, as they are found; what is missing or of no known kind comes too, and `read_scans` says what is wrong."
     given = {os.path.abspath(p): Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)}
+    named = set(given)
     claimed = {os.path.join(os.path.dirname(a), name) for a, p in given.items() if p.suffix.lower() == '.xml' for name in _claimed(p)}
     for absolute, path in given.items():
-        if os.path.isdir(path): yield from _walk(str(path), set(given))
+        if os.path.isdir(path): yield from _walk(str(path), named)
         elif os.path.join(os.path.dirname(absolute), os.path.basename(absolute).casefold()) not in claimed: yield path
