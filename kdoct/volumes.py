@@ -135,6 +135,13 @@ _VOL = _layout(2048, version=(0, 'S12'), width=(12, '<u4'), slices=(16, '<u4'), 
 _VOL_BSCAN = _layout(256, header=(12, '<u4'))
 _PATTERNS = {2: "circle scan", 5: "radial scan"}
 
+# %% ../nbs/01c_volumes.ipynb #996cf197
+def _heyex_patient(given:bytes|str, number)->tuple[str, tuple[str, ...]]:
+    "The clinic's identifier of the patient, else HEYEX's own number, and a note where the identifier is withheld."
+    patient, withheld = _identifier(given)
+    if not patient and not withheld and str(number).isdecimal() and int(number): patient = f"HEYEX-{int(number)}"
+    return patient, withheld
+
 # %% ../nbs/01c_volumes.ipynb #29bfc509
 def display_grey(
     intensity:np.ndarray,  # reflectivity as Heidelberg stores it, 0 to 1; less than 0, not a number or above 1e30: not measured
@@ -158,8 +165,7 @@ def _read_vol(path:Path)->Iterator[Scan]:
         _check_shape(h, w, n)
         at = 2048 + int(head['slo_width'])*int(head['slo_height'])
         f.need(at + n*(256 + 4*h*w))
-        patient, withheld = _identifier(bytes(head['patient']))
-        if not patient and not withheld and head['number']: patient = f"HEYEX-{head['number']}"
+        patient, withheld = _heyex_patient(bytes(head['patient']), head['number'])
         eye, pattern = _eye(head['eye'].decode('latin-1')), (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
         for i in range(n):
             size = int(f.record(at, _VOL_BSCAN)['header'])
@@ -230,7 +236,7 @@ def _read_xml(path:Path)->Iterator[Scan]:
         says = tuple(about.get(f'OphthalmicAcquisitionContext/{k}') for k in ('Width', 'Height'))
         if all(says) and says != tuple(map(str, image.size)): notes.append(f"the XML says {says[0]} x {says[1]} pixels")
         series = about.get('Series/ID')
-        patient, withheld = _identifier(about.get('Patient/PatientID') or about.get('Patient/ID', ''))
+        patient, withheld = _heyex_patient(about.get('Patient/PatientID', ''), about.get('Patient/ID', ''))
         yield Scan(image, str(path), seen[series], total[series], path.stem if len(total) == 1 else f'{path.stem}/{series}',
                    _eye(about.get('Image/Laterality') or about.get('Series/Laterality')), patient, (*notes, *withheld))
         seen[series] += 1

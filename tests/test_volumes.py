@@ -97,7 +97,7 @@ def jpeg2000(a, **options):
     return buf.getvalue()
 
 
-def write_topcon(path, pixels, jpeg=False):
+def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller"):
     "An .fda or .fds file of oct-converter's structures; uint8 (jpeg) or uint16 pixels (n, h, w)."
     from oct_converter.readers.binary_structs import fda_binary, fds_binary
     n, h, w = pixels.shape
@@ -108,7 +108,7 @@ def write_topcon(path, pixels, jpeg=False):
         head = fds_binary.oct_header.build(dict(scan_mode=2, width=w, height=h, bits_per_pixel=16, number_slices=n, format=1, size=2*pixels.size))
         data = head + pixels.astype("<u2").tobytes()
     capture = fds_binary.capture_info_02_header.build(dict(eye=0, scan_mode=2, session_id=1, label="", cap_date=[2026, 1, 1, 0, 0, 0]))
-    patient = b"Study-07".ljust(32, b"\0") + "Zzyzx Müller".encode("cp1252").ljust(600, b"\0")
+    patient = b"Study-07".ljust(32, b"\0") + name.encode("cp1252").ljust(72, b"\0") + b"\1" + bytes(800)
     parts = {b"@PATIENT_INFO_02": patient, b"@CAPTURE_INFO_02": capture, b"@IMG_JPEG" if jpeg else b"@IMG_SCAN_03": data}
     path.write_bytes(fda_binary.header.build(dict(file_code="FOCT", file_type="FDA", major_ver=2, minor_ver=0))
                      + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts.items()) + b"\0")
@@ -175,14 +175,35 @@ def test_e2e_gives_every_volume_with_its_own_eye(tmp_path):
     assert np.array_equal(scans[4].image, display_grey(value.astype(np.float32)))
 
 
-def test_e2e_agrees_with_oct_converter_where_the_order_of_the_mantissas_bits_does_not_matter(tmp_path):
-    readers = pytest.importorskip("oct_converter.readers")
+def test_e2e_agrees_with_the_libraries_where_the_order_of_the_mantissas_bits_does_not_matter(tmp_path):
+    readers, eyepy = pytest.importorskip("oct_converter.readers"), pytest.importorskip("eyepy.io.he")
+    from eyepy.core.utils import from_e2e_intensity
     same = np.array([c for c in range(45 << 10, 63 << 10) if f"{c & 1023:010b}" == f"{c & 1023:010b}"[::-1]], np.uint16)
     codes = np.random.default_rng(0).choice(same, (3, 40, 48))
     path = write_e2e(tmp_path/"a.e2e", [("L", codes)])
     volume, = readers.E2E(path).read_oct_volume()
     assert volume.laterality == "L" and volume.patient_id == "Study-07"
     assert np.array_equal(images(path), np.rint(255*np.array(volume.volume)).astype(np.uint8))
+    with eyepy.HeE2eReader(path) as reader:
+        assert np.array_equal(images(path), [from_e2e_intensity(np.float32(s.get_bscan())) for s in reader.series[0].slices.values()])
+
+
+def test_e2e_of_several_volumes_begins_64_bytes_later(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))])
+    (tmp_path/"b.e2e").write_bytes(b"E2EMultipleVolumeFile".ljust(64, b"\0") + path.read_bytes())
+    assert np.array_equal(images(tmp_path/"b.e2e"), images(path))
+
+
+def test_e2e_takes_what_is_not_measured_for_black_and_says_what_it_leaves_out(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 0xffff))])
+    assert {int(i.max()) for i in images(path)} == {0}
+    raw = path.read_bytes()
+    at = raw.rindex((35652097).to_bytes(4, "little"))
+    path.write_bytes(raw[:at] + b"\x07" + raw[at + 1:])
+    scan, = read_scans(path)
+    assert scan.n_slices == 1 and "1 pictures of unknown kinds" in scan.notes[0]
 
 
 def test_an_e2e_directory_that_leads_back_to_itself_ends(tmp_path):
@@ -203,6 +224,16 @@ def test_topcon_parts_are_read_though_the_name_is_not_ascii(tmp_path):
     for path in (fda, fds):
         first = next(read_scans(path))
         assert (first.eye, first.patient, first.n_slices, first.volume) == ("OD", "Study-07", 3, "a")
+
+
+def test_topcon_agrees_with_oct_converter_once_that_has_the_numpy_function_it_needs(tmp_path, monkeypatch):
+    readers = pytest.importorskip("oct_converter.readers")
+    monkeypatch.setattr(np, "fromstring", lambda b, dtype: np.frombuffer(b, dtype))
+    for reader, jpeg, name in ((readers.FDA, True, "a.fda"), (readers.FDS, False, "a.fds")):
+        path = write_topcon(tmp_path/name, textured().astype(np.uint8 if jpeg else np.uint16), jpeg, name="Zzyzx")
+        want = reader(path).read_oct_volume()
+        assert (want.laterality, want.patient_id) == ("R", "Study-07")
+        assert np.array_equal(images(path), np.rint(np.array(want.volume)*(1 if jpeg else 255/np.max(want.volume))))
 
 
 def test_a_topcon_header_that_asks_for_more_than_there_is_is_refused(tmp_path):
