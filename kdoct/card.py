@@ -88,7 +88,8 @@ def _data_facts(run, fold):
     "What the network was trained, chosen and tested on."
     recipe, stage = run.recipe.data, run.stage('data')
     what, licence, kind = _SOURCES.get(recipe.source, (f'own pictures (source {recipe.source})', NOT, 'picture of the same kind as its training data'))
-    framing = [f'made square by {recipe.resize}', f'{recipe.size} px', *['white padding replaced']*recipe.fill_white, *['scale bar covered']*recipe.mask_scale_bar]
+    done = dict(fill_white='white padding replaced', mask_scale_bar='scale bar covered')
+    framing = [f'made square by {recipe.resize}', f'{recipe.size} px', *(text for field, text in done.items() if getattr(recipe, field))]
     parts = (stage.get('per_fold') or {}).get(str(fold)) or NOT
     return dict(source=recipe.source, what=what, licence=licence, kind=kind, images=stage.get('images', NOT), groups=stage.get('groups', NOT),
                 per_class=stage.get('per_class', NOT), parts=parts, framing=', '.join(framing), protocol=recipe.protocol, folds=recipe.n_folds,

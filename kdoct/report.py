@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #4b0446b6
+# %% ../nbs/05b_report.ipynb #92bc1b8e
 import base64
+import re
 from pathlib import Path
 
 import jinja2
@@ -23,11 +24,13 @@ def _table(
     frame,  # DataFrame of texts
     first='',  # heading of the index column; None leaves the index out
     caption='',  # says what the table shows
+    protocol='',  # how all its rows came about, for a last column; '' leaves it out
 ):
     "What the template needs to draw a table."
     head = ([first] if first is not None else []) + list(map(str, frame.columns))
-    rows = [([str(i)] if first is not None else []) + [str(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
-    return dict(head=head, rows=rows, caption=caption)
+    def text(v): return re.sub(r'\[[^\]]*\]|\bp \d', lambda m: m[0].replace(' ', '\xa0'), str(v))   # an interval, and a p, stay on one line
+    rows = [([str(i)] if first is not None else []) + [text(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
+    return dict(head=head, rows=rows, caption=caption, protocol=protocol)
 
 # %% ../nbs/05b_report.ipynb #7407ce10
 def _flat(d, prefix=''):
@@ -70,10 +73,11 @@ def _figures(run, folds):
 
 def _explained(run, folds):
     "Tables and figures of the maps, of those folds that have been explained as they are now."
-    if not any((run.fold_dir(k)/'explanation.json').exists() for k in folds): return dict(sections=[], figures=[])
+    if not any((run.fold_dir(k)/'explanation.json').exists() for k in folds): return dict(sections=[], figures=[], broad=False)
     from kdoct.explain import explained_folds, explanation_sections  # here, so that a report without maps does not wait for torch
     use = [k for k in explained_folds(run) if k in folds]
-    return dict(sections=[_section(s) for s in explanation_sections(run, use).values()],
+    sections = [_section(s, _short_protocol(run, use)) for s in explanation_sections(run, use).values()]
+    return dict(sections=sections, broad=any(len(t['head']) > 11 for s in sections for t in s['tables']),   # such a table is printed on a page turned round
                 figures=[(f'Fold {k}', _pictures(run.figures_dir(k), f'fold {k}', of_maps=True)) for k in use])
 
 # %% ../nbs/05b_report.ipynb #a9a461ac
@@ -88,6 +92,18 @@ def _sentence(table, diff):
         s += f' The student is {verdict} ({100*r.difference:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]).'
     return s
 
+# %% ../nbs/05b_report.ipynb #bdccb6c2
+def _short_protocol(run, folds):
+    "The protocol in a few words, for the column of a table; all of it stands above the tables."
+    d = run.recipe.data
+    overlap = 'kept' if d.official_overlap == 'keep' else 'removed'
+    split = f'{d.n_folds} folds by patient' if d.protocol != 'official' else f'official test part, overlap {overlap}'
+    return f'{d.source}; {split}; {"fold" if len(folds) == 1 else "folds"} {", ".join(map(str, folds))}; seed {run.recipe.seed}; one view'
+
+def _notes(notes):
+    "Notes of rows, each said once, with the rows that it is about."
+    return [f'{", ".join(map(str, notes.index[notes == n]))}: {n}' for n in dict.fromkeys(notes) if n]
+
 # %% ../nbs/05b_report.ipynb #c40044a7
 def _per_fold(per):
     "Every fold and model, for reading."
@@ -96,22 +112,25 @@ def _per_fold(per):
         out[f'{"F1" if m == "f1" else m} %'] = [f'{100*v:.1f}' if v == v else 'undefined' for v in per[m]]
     return out.assign(AUC=[f'{v:.3f}' if v == v else 'undefined' for v in per.auc])
 
-def _section(s):
+def _section(s, protocol):
     "A section of the results: heading, tables, caption; the notes of its rows become a text below."
-    notes = [f'{m}: {n}' for m, n in s.table.note.items() if n] if 'note' in s.table else []
-    return dict(title=s.title, text=s.caption, notes=notes, tables=[_table(s.texts.drop(columns='note', errors='ignore'), '', s.title)])
+    notes = _notes(s.table.note) if 'note' in s.table else []
+    return dict(title=s.title, text=s.caption, notes=notes, tables=[_table(s.texts.drop(columns='note', errors='ignore'), '', s.title, protocol)])
 
-def _results(result, folds):
+_ELSEWHERE = dict(calibration='decisions', operating='decisions', deferral='decisions', sets='decisions', outliers='decisions', costs='costs')
+
+def _results(run, result, folds):
     "Sentence, protocol and tables of the complete folds."
-    r, what = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together'
-    tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.')]
-    if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.'))
+    r, what, by = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together', _short_protocol(run, folds)
+    tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.', by)]
+    if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.', by))
     tables.append(_table(shown_differences(r['differences']), 'difference',
-                         'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.'))
-    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.'))
-    notes = [f'{m}: {n}' for m, n in r['table'].note.items() if n]
-    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes,
-                sections=[_section(s) for s in r['sections'].values()])
+                         'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.', by))
+    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.', by))
+    notes = _notes(r['table'].note)
+    sections = {place: [_section(s, '' if k == 'costs' else by.removesuffix('; one view')) for k, s in r['sections'].items()
+                        if _ELSEWHERE.get(k, 'results') == place] for place in ('results', 'decisions', 'costs')}
+    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes, sections=sections)
 
 # %% ../nbs/05b_report.ipynb #0d408824
 def _data_tables(run):
@@ -159,6 +178,17 @@ def _stage_table(facts):
         rows.append((key, d.get('status', ''), seconds, rest if len(rest) <= 300 else rest[:299] + '…'))
     return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None, 'Stages in the order in which they first reported.')
 
+# %% ../nbs/05b_report.ipynb #717fae54
+def _formats(run):
+    "A table a bundle: its formats with parity, time and size."
+    out = []
+    for path in sorted(run.path.glob('fold_*/**/bundle.json')):
+        about = read_json(path)
+        rows = [dict(format=n, **(dict(_flat(f)) if isinstance(f, dict) else {'': f})) for n, f in about.get('formats', {}).items()]
+        name = about.get('name', path.parent.name)
+        out.append(_table(pd.DataFrame(rows).fillna(''), None, f"Formats of the bundle {name} ({path.parent.relative_to(run.path).as_posix()})."))
+    return out
+
 # %% ../nbs/05b_report.ipynb #3abf0203
 def _troubles(run, facts, folds):
     "Failed stages, and models missing from the folds asked for or begun."
@@ -173,11 +203,20 @@ def _troubles(run, facts, folds):
                 out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
     return out
 
-# %% ../nbs/05b_report.ipynb #0eb47b08
+def _remarks(facts):
+    "What stages noted on the way, and what is known to be wrong with the data."
+    stages = facts.get('stages', {})
+    out = [f'{key}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
+    data = stages.get('data', {})
+    if leak := data.get('leak'): out.append(f'data: the published leak is kept, {leak["groups"]} tested groups were trained on too; the scores are too good')
+    out += [f'data: validation of fold {k} has no image of {", ".join(c)}' for k, c in (data.get('val_lacks') or {}).items() if c]
+    return out + [f'data: the audit found {n} {p}' for p, n in (data.get('problems') or {}).items()]
+
+# %% ../nbs/05b_report.ipynb #2337e686
 _CSS = '''
 :root{--ink:#1c1f23;--soft:#5b6470;--line:#d7dce2;--tint:#f4f6f8;--accent:#0b5cad}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;max-width:68rem;padding:2rem 1.25rem 4rem;color:var(--ink);background:#fff;
+body{margin:0 auto;max-width:74rem;padding:2rem 1.25rem 4rem;color:var(--ink);background:#fff;
 font:16px/1.55 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .25rem}h2{font-size:1.3rem;margin:2.5rem 0 .75rem;padding-top:.5rem;border-top:2px solid var(--line)}
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem}p{max-width:46rem}.lead{font-size:1.08rem}.soft{color:var(--soft);font-size:.92rem}
@@ -186,26 +225,44 @@ nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;list-style:none;padding:0;m
 caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;white-space:nowrap}
 th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
-.numbers td,tbody th{white-space:nowrap}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
+tbody th{white-space:nowrap}.numbers thead th{white-space:normal}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
 .titled caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .bad{border-left:4px solid #b3261e;padding:.1rem 0 .1rem 1rem}ul.bad{padding-left:2rem}ul.bad li{overflow-wrap:anywhere;max-width:52rem}
-@media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2{break-after:avoid}figure,tr{break-inside:avoid}
-.scroll{overflow:visible}table{font-size:8pt}.numbers td,thead th,caption{white-space:normal}th,td{padding:.2rem .4rem}a{color:inherit;text-decoration:none}}
+.protocol{min-width:8rem;max-width:12rem;color:var(--soft)}.numbers td.protocol{border-left:1px solid var(--line)}
+@page{margin:14mm;@bottom-left{content:"kdoct";font:8pt sans-serif;color:#5b6470}
+@bottom-right{content:counter(page) " / " counter(pages);font:8pt sans-serif;color:#5b6470}}
+@page broad{size:landscape}
+@media print{html{font-size:10pt}body{max-width:none;padding:0;font-size:9.5pt;line-height:1.4}nav{display:none}p,ul.bad li,figcaption{max-width:none}
+h1{font-size:17pt}h2{font-size:13pt;margin-top:1.4rem}h1,h2,h3,caption,thead{break-after:avoid}tbody tr:first-child{break-before:avoid}
+figure,tr,.bad,.short table{break-inside:avoid}p,li{orphans:3;widows:3}
+figure{margin:.6rem 0 1rem}figure img{max-height:21cm;max-width:100%;width:auto}.broad{page:broad}
+.scroll{overflow:visible;margin:.5rem 0 1rem}table{width:100%;font-size:7.2pt;line-height:1.3}.numbers tbody th{min-width:16mm}
+thead{display:table-header-group;-webkit-print-color-adjust:exact;print-color-adjust:exact}
+th,td{padding:.15rem .22rem;overflow-wrap:break-word}thead th,tbody th,caption{white-space:normal}.wide td{max-width:none;min-width:12mm;overflow-wrap:anywhere}
+.broad table{font-size:6.5pt}.broad th,.broad td{padding:.1rem .2rem}
+.protocol{min-width:0;max-width:none;width:14%}a{color:inherit;text-decoration:none}}
 '''
 
-# %% ../nbs/05b_report.ipynb #136d462d
+# %% ../nbs/05b_report.ipynb #06c882ea
 _PIECES = '''
-{% macro table(t, kind) %}<div class="scroll" tabindex="0" role="region" aria-label="{{ t.caption }}">
-<table class="{{ kind }}"><caption>{{ t.caption }}</caption><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead>
+{% macro table(t, kind) %}{% if t.rows %}
+<div class="scroll{{ ' short' if t.rows|length <= 12 }}" tabindex="0" role="region" aria-label="{{ t.caption }}">
+<table class="{{ kind }}"><caption>{{ t.caption }}</caption><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}
+{%- if t.protocol %}<th scope="col" class="protocol">protocol</th>{% endif %}</tr></thead>
 <tbody>{% for r in t.rows %}
-<tr><th scope="row">{{ r[0] }}</th>{% for c in r[1:] %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
+<tr><th scope="row">{{ r[0] }}</th>{% for c in r[1:] %}<td>{{ c }}</td>{% endfor %}
+{%- if t.protocol and loop.first %}<td class="protocol" rowspan="{{ t.rows|length }}">{{ t.protocol }}</td>{% endif %}</tr>{% endfor %}
+</tbody></table></div>{% else %}<p class="soft">{{ t.caption }} There are none.</p>{% endif %}{% endmacro %}
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
+{% macro parts(some) %}{% for s in some %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>
+{% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
+{% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #6912f6e3
-_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('figures', 'Figures'), ('explained', 'Where they look'), ('data', 'Data'),
-             ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
+# %% ../nbs/05b_report.ipynb #0dd9ede6
+_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('decisions', 'Decisions'), ('figures', 'Figures'), ('explained', 'Where they look'),
+             ('costs', 'What it costs'), ('formats', 'Formats'), ('data', 'Data'), ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
 
 _PAGE = _PIECES + '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -219,18 +276,21 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
-{% for s in results.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
-{% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}
+{{ parts(results.sections.results) }}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
 <section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>
-{% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}</section>
+{% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}
+{% if remarks %}<h3>Noted on the way</h3><ul>{% for t in remarks %}<li>{{ t }}</li>{% endfor %}</ul>{% endif %}</section>
+<section id="decisions"><h2>Decisions</h2>{% if results and results.sections.decisions %}{{ parts(results.sections.decisions) }}
+{% else %}<p>No network of these folds has thresholds yet.</p>{% endif %}</section>
 <section id="figures"><h2>Figures</h2>{% for title, pictures in figures %}<h3>{{ title }}</h3>
 {% for f in pictures %}{{ figure(f) }}{% endfor %}{% else %}<p>None yet.</p>{% endfor %}</section>
-<section id="explained"><h2>Where they look</h2>
-{% for s in explained.sections %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>{% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
-{% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
-{% else %}<p>Not asked yet. Command: kdoct explain {{ run }}</p>{% endfor %}
+<section id="explained"><div{% if explained.broad %} class="broad"{% endif %}><h2>Where they look</h2>
+{% if explained.sections %}{{ parts(explained.sections) }}{% else %}<p>Not asked yet. Command: kdoct explain {{ run }}</p>{% endif %}</div>
 {% for title, pictures in explained.figures %}<h3>{{ title }}</h3>{% for f in pictures %}{{ figure(f) }}{% endfor %}{% endfor %}</section>
+<section id="costs"><h2>What it costs</h2>{% if results %}{{ parts(results.sections.costs) }}{% else %}<p>Not measured yet.</p>{% endif %}</section>
+<section id="formats"><h2>Formats</h2>{% for t in formats %}{{ table(t, 'wide') }}
+{% else %}<p>No bundle yet. Command: kdoct export {{ run }}</p>{% endfor %}</section>
 <section id="data"><h2>Data</h2>{% for t in data %}{{ table(t, 'wide') }}{% else %}<p>No folds.csv and no audit yet.</p>{% endfor %}</section>
 <section id="recipe"><h2>Recipe</h2>{{ table(recipe, 'wide') }}</section>
 <section id="machine"><h2>Stages and machine</h2>{{ table(stages, 'wide') }}{{ table(machine, 'wide') }}</section>
@@ -254,12 +314,12 @@ def report_html(
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
         raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
                          fix='Give the result of `evaluate_run` on the same folds.')
-    results = _results(result or evaluate_run(run, use, verbose=False), use) if use else None
+    results = _results(run, result or evaluate_run(run, use, verbose=False), use) if use else None
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
         run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
-        troubles=_troubles(run, facts, asked),
+        troubles=_troubles(run, facts, asked), remarks=_remarks(facts), formats=_formats(run),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
         data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))
