@@ -63,10 +63,10 @@ class _LocalKernel(KernelManager):
 
 def run_stage(
     run:Run,                     # existing run
-    stage:str,                   # data, teacher, teacher-NAME, student, baseline, evaluate or explain
+    stage:str,                   # data, teacher, teacher-NAME, student, baseline, decide, evaluate or explain
     fold:int,                    # fold, counted from 0
     notebooks:Path|None=None,    # folder of edited stage notebooks; None: kdoct's own
-    overrides:dict|None=None,    # changes of the recipe that a finished run allows (explain.*)
+    overrides:dict|None=None,    # changes of the recipe that a finished run allows (decide.*, explain.*)
 )->Path:                         # the executed notebook
     "Run one stage of one fold in a process of its own; `KdoctError` naming the notebook if it fails."
     kind, _, name = stage.partition('-')
@@ -108,7 +108,7 @@ def crossval(
 )->Run:
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
-    stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in (*run.recipe.roles, 'evaluate'))]
+    stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in (*run.recipe.roles, 'decide', 'evaluate'))]
     if launched()[0]: stages = [(stage, fold) for stage, fold in stages if stage in run.recipe.roles]
     for stage, fold in stages:
         name = 'data' if stage == 'data' else f'fold {fold} {stage}'
@@ -117,7 +117,8 @@ def crossval(
             continue
         print(f'{name:<18} ', end='', flush=True)
         began = time.perf_counter()
-        run_stage(run, stage, fold, notebooks)
+        wishes = {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()} if stage == 'decide' else None
+        run_stage(run, stage, fold, notebooks, wishes)   # which may be others than those of a finished run
         print(f'{time.perf_counter() - began:6.0f} s', flush=True)
     return run
 
