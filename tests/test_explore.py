@@ -1,0 +1,327 @@
+"The explorer: its state without widgets, its widgets without a browser, and all of it in a real browser."
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from kdoct import explore
+from kdoct.augment import Batches
+from kdoct.core import EvaluateRecipe, KdoctError, create_run, preset
+from kdoct.data import open_fold, prepare_data, to_square
+from kdoct.explore import App, Background, Cases, Choice, Explorer, Thresholds, case_table, open_cases, pick
+from kdoct.metrics import log_softmax, logits_of, simulate_predictions
+from kdoct.models import create_classifier, save_bundle
+from kdoct.training import predict_logits, predictions_frame
+
+NASTY = '<img src=x onerror=alert(1)>'
+
+
+def untrained(run, fold, roles):
+    "Networks that have learned nothing, with all the files of trained ones."
+    data = open_fold(run, fold)
+    batches = Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), data.idx["test"], 32, size=run.recipe.data.size)
+    for number, role in enumerate(roles):
+        torch.manual_seed(number)
+        model = create_classifier(run.recipe.training(role), len(data.classes), run.recipe.data.size).eval()
+        folder = run.stage_dir(fold, role)
+        folder.mkdir(parents=True)
+        predictions_frame(data, "test", predict_logits(model, batches)).to_parquet(folder / "predictions.parquet", index=False)
+        save_bundle(folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "An outputs folder with one small run: teacher and student of fold 0."
+    folder = tmp_path_factory.mktemp("explore")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDOCT_OUTPUTS", str(folder))
+        run = create_run("small", preset("tiny", **{"data.phantom.patients": 24}))
+        prepare_data(run)
+        untrained(run, 0, ("teacher", "student"))
+    return folder
+
+
+@pytest.fixture
+def run(made, outputs):
+    "The small run, in an outputs folder of the test's own."
+    shutil.copytree(made, outputs)
+    facts = (outputs / "small" / "run.json")
+    facts.write_text(facts.read_text().replace(str(made), str(outputs)))
+    from kdoct.core import open_run
+    return open_run("small")
+
+
+def simulated(run, n=80, classes=("CNV", "DME", "DRUSEN", "NORMAL")):
+    df = simulate_predictions(n, classes=classes)
+    p = np.exp(log_softmax(logits_of(df)))
+    return Cases(run, 0, "student", "", list(classes), df, dict(student=p), {}, {})
+
+
+# --- what is read
+
+def test_networks_are_compared_on_the_same_image_whatever_the_order_of_their_tables(run):
+    before = open_cases(run, 0, "student")
+    path = run.stage_dir(0, "teacher") / "predictions.parquet"
+    pd.read_parquet(path).sample(frac=1, random_state=0).to_parquet(path, index=False)
+    after = open_cases(run, 0, "student")
+    assert np.array_equal(before.probabilities["teacher"], after.probabilities["teacher"])
+
+
+def test_a_network_of_other_images_is_refused(run):
+    path = run.stage_dir(0, "teacher") / "predictions.parquet"
+    pd.read_parquet(path).iloc[1:].to_parquet(path, index=False)
+    with pytest.raises(KdoctError, match="other images"): open_cases(run, 0, "student")
+
+
+def test_a_network_alone_has_nothing_beside_it(run):
+    shutil.rmtree(run.stage_dir(0, "teacher"))
+    cases = open_cases(run, 0, "student")
+    assert cases.beside == "" and case_table(cases).apart.isna().all()
+    with pytest.raises(KdoctError, match="No other network"): pick(case_table(cases), Choice(beside="same"))
+
+
+def test_what_the_numbers_are_of_is_said(run):
+    cases = open_cases(run, 0, "student")
+    n = len(cases.predictions)
+    for words in ("small", "fold 0", "student", "test_efficientnet", f"{n} images of", "not calibrated"): assert words in cases.about
+    assert "phantom" in cases.protocol and "seed" in cases.protocol
+
+
+def test_choices_are_kept_together(run):
+    table = case_table(simulated(run))
+    rows = pick(table, Choice(true="CNV", calls="wrong", low=.5, order="surest first"))
+    t = table.loc[rows]
+    want = table[(table.label == "CNV") & (table.predicted != "CNV") & (table.confidence >= .5)]
+    assert sorted(rows) == sorted(want.index) and len(rows)
+    assert t.confidence.is_monotonic_decreasing
+
+
+def test_a_hundred_thousand_images_are_no_burden(run):
+    big = simulated(run, 40_000)
+    assert len(big.predictions) > 90_000
+    began = time.perf_counter()
+    pick(case_table(big), Choice(true="DME", order="surest first"))
+    assert time.perf_counter() - began < 2
+
+
+# --- thresholds
+
+@pytest.mark.parametrize("threshold", [0, .2, .5, .93, 1])
+def test_counts_of_a_threshold_are_those_of_the_images(run, threshold):
+    cases = simulated(run)
+    cut = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100)).at(threshold)
+    called, true = cases.probabilities["student"][:, 1] >= threshold, (cases.predictions.label == "DME").to_numpy()
+    assert cut.called.tolist() == [int((called & (cases.predictions.label == c)).sum()) for c in cases.classes]
+    assert cut.sensitivity[0] == pytest.approx((called & true).sum() / true.sum())
+    assert cut.specificity[0] == pytest.approx((~called & ~true).sum() / (~true).sum())
+    for value, low, high in (cut.sensitivity, cut.specificity): assert low <= value <= high
+
+
+def test_a_class_without_images_has_no_sensitivity(run):
+    cases = simulated(run)
+    keep = (cases.predictions.label != "DME").to_numpy()
+    p = dict(student=cases.probabilities["student"][keep])
+    cases = Cases(run, 0, "student", "", cases.classes, cases.predictions[keep].reset_index(drop=True), p, {}, {})
+    of = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100))
+    assert np.isnan(of.at(.5).sensitivity[0]) and np.isfinite(of.at(.5).specificity[0])
+    assert "undefined" in explore.cut_html(of.at(.5), cases.classes, of.n_groups, .95)
+    assert "nan" not in explore.curves_svg(of.curves(), of.at(.5))
+
+
+def test_intervals_resample_patients_not_images(run):
+    cases = simulated(run, 30)
+    every = cases.predictions.assign(group=[str(i) for i in range(len(cases.predictions))])
+    one = cases.predictions.assign(group="one")
+    def width(df):
+        _, low, high = Thresholds(Cases(run, 0, "student", "", cases.classes, df, cases.probabilities, {}, {}), "CNV", EvaluateRecipe()).at(.5).sensitivity
+        return high - low
+    assert np.isnan(width(one))
+    assert width(cases.predictions) != width(every)
+
+
+# --- pictures
+
+def test_an_image_that_is_gone_is_told_and_the_rest_stays(run):
+    state = Explorer()
+    state.open()
+    first = state.table.path[0]
+    (run.path.parent / run.stage("data")["root"] / first).unlink()
+    subject = state.subject(0)
+    assert isinstance(subject.image, KdoctError) and "ln -s" in subject.image.fix
+    assert subject.probabilities and not isinstance(state.subject(1).image, KdoctError)
+    app = App()
+    app.tests.list.value = 0
+    assert "ln -s" in app.viewer.picture.value and "student calls it" in app.viewer.words.value
+
+
+@pytest.mark.parametrize("how", ["squash", "crop", "pad"])
+@pytest.mark.parametrize("shape", [(80, 160), (160, 80)])
+def test_a_map_lies_where_the_network_saw_it(how, shape):
+    a = np.zeros(shape, np.uint8)
+    y, x = shape[0] // 2 + 8, shape[1] // 2 - 12
+    a[y - 4:y + 4, x - 4:x + 4] = 255
+    back = explore.lay_back(to_square(Image.fromarray(a), 64, 1, how) / 255, shape, how)
+    assert back.shape == shape
+    at = np.argwhere(back > .5 * back.max()).mean(0)
+    assert abs(at - (y - .5, x - .5)).max() < 2
+
+
+def test_a_network_answers_as_it_did_in_evaluation(run):
+    state = Explorer()
+    cases = state.open()
+    for row in range(3):
+        now = state.network(state.stamp()).answer(state.subject(row).image).probabilities
+        assert now == pytest.approx(cases.probabilities["student"][row], abs=1e-4)
+
+
+BAD = dict(nothing=b"", text=b"no picture at all", torn=b"\x89PNG\r\n\x1a\n" + b"\0" * 40, zip=b"PK\x03\x04" + b"\0" * 99, pickle=b"\x80\x04\x95" + b"\0" * 30)
+
+
+@pytest.mark.parametrize("name", ["scan.png", "scan.vol", "scan", "../../scan.dcm", NASTY + ".e2e"])
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+def test_a_bad_file_is_told(name, data):
+    with pytest.raises(KdoctError): explore.read_upload(name, data)
+
+
+# --- nothing of a file is taken for HTML
+
+def test_names_are_escaped(run):
+    classes = [NASTY, "B", "C", "NORMAL"]
+    cases = simulated(run, classes=tuple(classes))
+    cases.predictions["patient"] = NASTY
+    subject = explore.Subject(("x",), NASTY, {NASTY: NASTY}, Image.new("L", (40, 40)), NASTY, {"student": cases.probabilities["student"][0]})
+    of = Thresholds(cases, NASTY, EvaluateRecipe(n_boot=100))
+    shown = [explore.answers_html(cases, subject), explore.cut_html(of.at(.5), classes, 9, .95), explore.picture_html(subject.image, '"' + NASTY),
+             explore.error_html(KdoctError(NASTY, fix=NASTY)), explore.text_html(NASTY), *map(explore.text_html, explore.verdict(cases, subject))]
+    for piece in shown: assert "<img src=x" not in piece
+    assert 'alt="&quot;' in shown[2]
+
+
+# --- the background
+
+def test_a_job_that_fails_is_told_and_the_next_one_is_done(caplog):
+    work, log = Background(), []
+    work.ask("a", (1,), lambda: 1 / 0, log.append)
+    work.wait()
+    work.ask("a", (2,), lambda: "done", log.append)
+    work.wait()
+    assert isinstance(log[0], KdoctError) and "ZeroDivisionError" in log[0].problem and log[1] == "done"
+    assert "Traceback" in caplog.text, "the log must say where"
+
+
+def test_a_failed_job_is_tried_again_when_asked_again():
+    work, log = Background(), []
+    for answer in (KdoctError("no", fix="wait"), "yes"):
+        def job(answer=answer):
+            if isinstance(answer, KdoctError): raise answer
+            return answer
+        work.ask("a", (1,), job, log.append)
+        work.wait()
+    assert log[1] == "yes"
+
+
+def test_the_session_forgets_what_is_oldest():
+    work = Background(keep=2)
+    for i in range(4):
+        work.ask("a", (i,), lambda: "x", lambda r: None)
+        work.wait()
+    assert list(work.made) == [(2,), (3,)]
+
+
+# --- widgets without a browser
+
+def test_without_runs_the_page_says_how_to_make_one(outputs):
+    app = App()
+    assert "kdoct demo" in app.message.value and app.looking.layout.display == app.cut.box.layout.display == "none"
+
+
+def test_a_damaged_run_is_told(run):
+    (run.path / "run.json").write_text("{")
+    app = App()
+    assert "not valid JSON" in app.message.value and app.about.value == ""
+
+
+def test_an_unfinished_fold_is_told_and_left_again(run):
+    app = App()
+    assert "papermill" not in app.message.value
+    app.fold.value = 1
+    assert "papermill" in app.message.value and app.looking.layout.display == "none"
+    app.fold.value = 0
+    assert app.message.value == "" and app.looking.layout.display is None and "fold 0" in app.about.value
+    app.role.value = "baseline"
+    assert "role baseline" in app.message.value
+
+
+def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(run, monkeypatch):
+    gate, begun, asked = threading.Event(), threading.Event(), []
+    def slow(self, image, number):
+        asked.append(image.tobytes())
+        begun.set()
+        assert gate.wait(30)
+        return explore.Look(np.full((64, 64), .5, np.float32), "none", 0.)
+    monkeypatch.setattr(explore.Network, "map_of", slow)
+    app = App()
+    app.viewer.map_on.value = True
+    assert begun.wait(30)
+    rows = [i for _, i in app.tests.list.options]
+    for row in rows[1:5]: app.tests.list.value = row        # the page answers while the first map is made
+    assert "Computing" in app.viewer.status.value
+    gate.set()
+    app.work.wait()
+    assert len(asked) == 2 and asked[1] == app.state.subject(rows[4]).image.tobytes()
+    assert "Computing" not in app.viewer.status.value and 'alt="Score-CAM"' in app.viewer.picture.value
+
+
+def test_maps_are_kept_for_the_session(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(explore.Network, "map_of", lambda self, image, number: calls.append(number) or explore.Look(np.zeros((64, 64), np.float32), "none", 0.))
+    app = App()
+    app.viewer.map_on.value = True
+    app.work.wait()
+    first, second = (i for _, i in app.tests.list.options[:2])
+    for row in (second, first, second):
+        app.tests.list.value = row
+        app.work.wait()
+    assert len(calls) == 2
+
+
+def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
+    app = App()
+    app.view.value = explore.VIEWS[1]
+    raw = io.BytesIO()
+    app.state.subject(0).image.save(raw, "png")
+    app.own.begin("mine.png", lambda name: explore.read_upload(name, raw.getvalue()))
+    app.work.wait()
+    assert "student calls it" in app.viewer.words.value and "right" not in app.viewer.words.value
+    app.role.value = "teacher"
+    app.work.wait()
+    assert "teacher calls it" in app.viewer.words.value
+
+
+def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
+    app = App()
+    def broken(*a): raise ZeroDivisionError("surprise")
+    monkeypatch.setattr(explore, "pick", broken)
+    app.tests.calls.value = "wrong"
+    assert "surprise" in app.message.value and "Traceback" not in app.message.value
+
+
+def test_importing_the_explorer_does_not_wait_for_torch():
+    code = "import sys, kdoct.explore; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0
+
+
+# --- as a page
+
+def test_without_voila_the_extra_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "voila.app", None)
+    with pytest.raises(KdoctError, match=r"kdoct\[app\]"): explore.serve(browser=False)
