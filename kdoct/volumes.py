@@ -6,8 +6,7 @@
 __all__ = ['MAX_SLICES', 'MAX_XML_ELEMENTS', 'MAX_ENTRIES', 'MAX_PARTS', 'CIRRUS_SAMPLES', 'SYSTEM_FILES', 'SIDE_FILES', 'Scan',
            'display_grey', 'read_scans', 'find_files']
 
-# %% ../nbs/01c_volumes.ipynb #5f5ce1db
-import contextlib
+# %% ../nbs/01c_volumes.ipynb #3632cacf
 import io
 import os
 import re
@@ -298,6 +297,7 @@ def _e2e_pixels(f:_Bytes, start:int)->np.ndarray:
     _check_shape(h, w)
     return np.frombuffer(f.read(start + 20, 2*h*w), '<u2').reshape(h, w)
 
+# %% ../nbs/01c_volumes.ipynb #7babf6dc
 def _read_e2e(path:Path)->Iterator[Scan]:
     "A HEYEX database export: every B-scan of every series."
     with _Bytes(path) as f:
@@ -404,6 +404,7 @@ _DICOM_ELEMENTS = ('SOPClassUID', 'PatientID', 'Laterality', 'ImageLaterality', 
     'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'WindowCenter',
     'WindowWidth', 'VOILUTFunction', 'RescaleSlope', 'RescaleIntercept', 'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence')
 _OCT = '1.2.840.10008.5.1.4.1.1.77.1.5.4'        # Ophthalmic Tomography Image Storage
+_DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or decompress the file: gdcmconv --raw IN OUT"
 _DEFLATED = '1.2.840.10008.1.2.1.99'             # the whole file behind zlib: how large it is shows only when it is in memory
 
 def _pydicom():
@@ -428,15 +429,24 @@ def _dicom_head(path:Path):
         meta = pydicom.filereader.read_file_meta_info(path)
         syntax = meta.get('TransferSyntaxUID', pydicom.uid.ImplicitVRLittleEndian)
         if syntax == _DEFLATED: raise KdoctError(f"{path.name} is a deflated DICOM file, which is not read.", fix="Convert it: dcmconv +te IN OUT")
-        d = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_DICOM_ELEMENTS))
+        f.file.seek(0)
+        d = pydicom.dcmread(f.file, stop_before_pixels=True, specific_tags=list(_DICOM_ELEMENTS))   # leaves the file at the pixels
         if 'Rows' not in d: raise BadImage('not-an-image', "a DICOM file without a picture")
         h, w, n = int(d.Rows), int(d.Columns), int(d.get('NumberOfFrames') or 1)
         _check_shape(h, w, n)
-        if not syntax.is_compressed: f.need(h*w*n*int(d.get('SamplesPerPixel', 1))*int(d.BitsAllocated)//8)
+        samples = 2 if d.get('PhotometricInterpretation') == 'YBR_FULL_422' else int(d.get('SamplesPerPixel', 1))   # 422: colour at every second pixel
+        length = h*w*n*samples*int(d.BitsAllocated)//8
+        if not syntax.is_compressed: f.need(f.file.tell() + (8 if syntax.is_implicit_VR else 12) + length)
     if syntax.is_compressed and not pydicom.pixels.get_decoder(syntax).is_available:
-        raise KdoctError(f"{path.name} is compressed as {syntax.name}, which nothing that is installed decodes.",
-                         fix="pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or decompress the file: gdcmconv --raw IN OUT")
+        raise KdoctError(f"{path.name} is compressed as {syntax.name}, which nothing that is installed decodes.", fix=_DECODERS)
     return d, n
+
+def _dicom_frames(path:Path, d)->Iterator[np.ndarray]:
+    "The frames, one at a time."
+    try: yield from _pydicom().pixels.iter_pixels(path)
+    except RuntimeError as e:   # every decoder has refused
+        raise KdoctError(f"{path.name}: its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is installed does not decode.",
+                         fix=_DECODERS) from e
 
 # %% ../nbs/01c_volumes.ipynb #d230bb13
 def _window(groups)->tuple[float, float]|None:
@@ -497,11 +507,10 @@ def _read_dicom(path:Path)->Iterator[Scan]:
     patient, withheld = _identifier(str(d.get('PatientID') or ''))
     slice, total, volume = _dicom_place(path, d, n)
     i = -1
-    with contextlib.closing(_pydicom().pixels.iter_pixels(path)) as pixels:
-        for i, a in enumerate(pixels):
-            groups = [*frames[i:i + 1], *shared, d]
-            image, notes = _dicom_picture(a, d, groups)
-            yield Scan(image, str(path), None if slice is None else slice + i, total, volume, _dicom_eye(groups), patient, (*what, *notes, *withheld))
+    for i, a in enumerate(_dicom_frames(path, d)):
+        groups = [*frames[i:i + 1], *shared, d]
+        image, notes = _dicom_picture(a, d, groups)
+        yield Scan(image, str(path), None if slice is None else slice + i, total, volume, _dicom_eye(groups), patient, (*what, *notes, *withheld))
     if i + 1 < n: raise BadImage('truncated', f"{i + 1} of {n} frames are there")
 
 # %% ../nbs/01c_volumes.ipynb #046ba607
@@ -562,6 +571,7 @@ def _walk(folder:str, named:set[str])->Iterator[Path]:
         if is_folder: stack.append(listing(path))
         else: yield Path(path)
 
+# %% ../nbs/01c_volumes.ipynb #81485ec9
 def find_files(
     paths:str|Path|Iterable[str|Path],  # files and folders
 )->Iterator[Path]:                      # files, each once, in the order of `paths` and by name within a folder

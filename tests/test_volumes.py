@@ -308,6 +308,11 @@ def test_dicom_compressed_without_loss_is_read_and_jpeg_ls_says_what_to_install(
     d.save_as(tmp_path/"j2k.dcm")
     assert np.array_equal(images(tmp_path/"j2k.dcm"), pixels)
 
+    d.PixelData = pydicom.encaps.encapsulate([b"nothing of the kind!"]*3)
+    d["PixelData"].is_undefined_length, d["PixelData"].VR = True, "OB"
+    d.save_as(tmp_path/"torn.dcm")
+    assert "are damaged, or" in refusal(tmp_path/"torn.dcm")
+
     d.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
     d.save_as(tmp_path/"jls.dcm")
     if not pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
@@ -322,6 +327,12 @@ def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
     assert "deflated" in refusal(tmp_path/"b.dcm")
     assert tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
+
+
+def test_a_dicom_file_without_its_end_is_refused_before_the_first_bscan(tmp_path):
+    path = write_dicom(tmp_path/"a.dcm", textured())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadImage, match="truncated: a.dcm"): next(read_scans(path))
 
 
 def test_dicom_without_pydicom_names_the_extra(tmp_path, monkeypatch):
