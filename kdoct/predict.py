@@ -6,12 +6,11 @@
 __all__ = ['RULES', 'MOST_DECIDING', 'ROW_GROUP', 'record_fields', 'judged', 'read_ahead', 'answered', 'volume_call',
            'volume_fields', 'VolumeCalls', 'check_out', 'results_file', 'Predictor', 'predict_files']
 
-# %% ../nbs/07c_predict.ipynb #fd592d73
+# %% ../nbs/07c_predict.ipynb #fd4d768c
 import csv
 import io
 import json
 import os
-import queue
 import sys
 import threading
 import time
@@ -74,48 +73,72 @@ def _about(path, scan:Scan|None=None)->dict:
     return dict(path=_text(path), slice=scan.slice, n_slices=scan.n_slices, notes=tuple(scan.notes),
                 **{k: _text(getattr(scan, k)) for k in ('volume', 'eye', 'patient')})
 
-# %% ../nbs/07c_predict.ipynb #2290f81d
-class _Ahead:
-    "One file that is being read: its scans come through a short queue, then None or the `BadImage` that ended it."
-    def __init__(self, path, depth:int, stop:threading.Event): self.path, self.ready, self.stop = path, queue.Queue(depth), stop
+# %% ../nbs/07c_predict.ipynb #9ad4cca2
+class _Room:
+    "Where what is read ahead waits: a queue for each file, bounded in length, and all together in bytes."
+    def __init__(self, scans:int, bytes_:int):
+        self.scans, self.bytes, self.held, self.turn, self.over, self.changed = scans, bytes_, 0, None, False, threading.Condition()
 
-    def put(self, item):
-        while not self.stop.is_set():
-            with suppress(queue.Full): return self.ready.put(item, timeout=.1)
-        raise InterruptedError
+    def put(self, queue:deque, item, n:int):
+        "Add to a file's queue when there is room; `InterruptedError` when nobody wants it any more."
+        with self.changed:
+            self.changed.wait_for(lambda: self.over or len(queue) < self.scans and (queue is self.turn or self.held + n <= self.bytes))
+            if self.over: raise InterruptedError
+            queue.append((item, n))
+            self.held += n
+            self.changed.notify_all()
 
-    def fill(self, guard:Guard, prepare:Callable):
-        try:
-            for scan in guard.scans(self.path): self.put(prepare(scan))
-            end = None
-        except InterruptedError: return
-        except Exception as e: end = e  # noqa: BLE001 (raised again, or reported, where the queue is read)
-        with suppress(InterruptedError): self.put(end)
+    def get(self, queue:deque):
+        "The next of the file whose turn it is."
+        with self.changed:
+            self.turn = queue
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: queue)
+            item, n = queue.popleft()
+            self.held -= n
+            return item
 
-# %% ../nbs/07c_predict.ipynb #a309da34
+    def close(self):
+        with self.changed: self.over = True; self.changed.notify_all()
+
+# %% ../nbs/07c_predict.ipynb #a84421f7
+def _fill(room:_Room, queue:deque, path, guard:Guard, prepare:Callable, weigh:Callable):
+    "Read a file into its queue; last comes None, or the exception that ended it."
+    try:
+        if room.over: return
+        for scan in guard.scans(path):
+            item = prepare(scan)
+            room.put(queue, item, weigh(item))
+        end = None
+    except InterruptedError: return
+    except Exception as e: end = e  # noqa: BLE001 (raised again, or reported, where the queue is read)
+    with suppress(InterruptedError): room.put(queue, end, 0)
+
 def read_ahead(
-    paths:Iterable,    # files, in the order wanted
-    guard:Guard,       # what reads them
-    prepare:Callable,  # Scan -> what is wanted of it; runs in the threads too
-    workers:int,       # threads
-    files:int=64,      # files that may be read ahead
-    scans:int=8,       # B-scans of one file that may wait
-)->Iterator[tuple]:    # (path, what `prepare` gave), and for a file that ended badly (path, BadImage)
+    paths:Iterable,       # files, in the order wanted
+    guard:Guard,          # what reads them
+    prepare:Callable,     # Scan -> what is wanted of it; runs in the threads too
+    workers:int,          # threads
+    files:int=64,         # files that may be begun
+    scans:int=8,          # B-scans of one file that may wait
+    bytes_:int=1 << 28,   # bytes of all that may wait
+    weigh:Callable=lambda item: 0,  # bytes of what `prepare` gives
+)->Iterator[tuple]:       # (path, what `prepare` gave), and for a file that ended badly (path, BadImage)
     "The B-scans of files in their order, read by threads."
-    stop, ahead = threading.Event(), deque()
-    def rest(f):
-        while (item := f.ready.get()) is not None:
+    room, ahead = _Room(scans, bytes_), deque()
+    def rest(path, queue):
+        while (item := room.get(queue)) is not None:
             if isinstance(item, Exception) and not isinstance(item, BadImage): raise item
-            yield f.path, item
+            yield path, item
             if isinstance(item, BadImage): return
     with ThreadPoolExecutor(workers) as pool:
         try:
             for path in paths:
-                ahead.append(_Ahead(path, scans, stop))
-                pool.submit(ahead[-1].fill, guard, prepare)
-                if len(ahead) >= files: yield from rest(ahead.popleft())
-            while ahead: yield from rest(ahead.popleft())
-        finally: stop.set()
+                ahead.append((path, deque()))
+                pool.submit(_fill, room, ahead[-1][1], path, guard, prepare, weigh)
+                if len(ahead) >= files: yield from rest(*ahead.popleft())
+            while ahead: yield from rest(*ahead.popleft())
+        finally: room.close()
 
 # %% ../nbs/07c_predict.ipynb #a8eaa73e
 class _Slot:
@@ -346,12 +369,12 @@ class Predictor:
     ):
         self.bundle = _opened(bundle, key) if isinstance(bundle, (str, os.PathLike)) else bundle
         self.decision, self.classes, self.batch = self.bundle.decision, list(self.bundle.classes), batch
-        self.severity, self.name = self.bundle.about.get('severity'), engine
+        self.severity = self.bundle.about.get('severity')
         self.alpha = _known_alpha(self.decision, alpha)
-        self.colour = self.bundle.about['channels'] == 3
         self.workers = workers or min(4, usable_cores())
         if self.workers < 1 or batch < 1: raise KdoctError(f"workers={workers} and batch={batch} must be positive.", fix="Leave them out.")
         self.guard, self.engine = Guard(seconds, memory), self.bundle.engine(engine, threads)
+        self.channels = self.engine.channels
 
     def close(self):
         "End the reader processes."
@@ -373,21 +396,17 @@ def _known_alpha(decision, alpha:float|None)->float:
 @patch
 def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray]:
     "A scan as the graph takes it, and what was done to it."
-    if scan.image.mode != 'L' and not self.colour: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
-    return scan._replace(image=None), framed(scan.image, 3 if self.colour else 1, **self.bundle.framing)
+    if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
+    return scan._replace(image=None), framed(scan.image, self.channels, **self.bundle.framing)
 
 @patch
 def _ask(self:Predictor, pictures:list)->list:
     "What follows from the engine's answer, or a `BadImage`, for each of some pictures of one size."
-    try:
-        out = self.engine(np.stack(pictures))
+    try: out = self.engine(np.stack(pictures))
     except Exception as e:  # noqa: BLE001 (engines have exceptions of their own; each picture is asked about alone, and its row names it)
         if len(pictures) > 1: return [a for p in pictures for a in self._ask([p])]
-        return [BadImage('engine-failed', f"the engine gave no answer ({type(e).__name__})")]
-    p, score = (np.asarray(out[k], np.float64) for k in ('probabilities', 'outlier'))
-    bad = ~(np.isfinite(p).all(1) & np.isfinite(score))
-    rows = judged(self.decision, np.where(bad[:, None], 0, p), np.where(bad, 0, score), self.alpha)
-    return [BadImage('engine-failed', "the engine's numbers are not finite") if b else row for row, b in zip(rows, bad, strict=True)]
+        return [BadImage('engine-failed', e.problem if isinstance(e, KdoctError) else f"the engine gave no answer ({type(e).__name__})")]
+    return judged(self.decision, out['probabilities'], out['outlier'], self.alpha)
 
 @patch
 def _finished(self:Predictor, slot:_Slot)->dict:
@@ -400,7 +419,7 @@ def _finished(self:Predictor, slot:_Slot)->dict:
 def _slots(self:Predictor, paths:Iterable)->Iterator[_Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last = None
-    for path, item in read_ahead(paths, self.guard, self._prepare, self.workers, 2*self.workers + self.batch):
+    for path, item in read_ahead(paths, self.guard, self._prepare, self.workers, 2*self.workers + self.batch, weigh=lambda item: item[1].nbytes):
         if isinstance(item, BadImage):
             before = last if last and last['path'] == _text(path) else _about(path)
             yield _Slot(before | dict(slice=None, notes=()), answer=item)
@@ -476,5 +495,5 @@ def predict_files(
         write_volume = files.enter_context(results_file(volumes_out, volume_fields(p.classes))) if volumes_out else lambda row: None
         for row in _with_bar(p.predict(paths), paths): write(calls.add(counts.add(row)))
         for row in calls.rows(): write_volume(row)
-    print(_summary(counts, len(calls.volumes), time.monotonic() - start, p.name), file=sys.stderr)
+    print(_summary(counts, len(calls.volumes), time.monotonic() - start, p.engine.name), file=sys.stderr)
     return dict(counts)

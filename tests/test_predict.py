@@ -18,6 +18,7 @@ from PIL import Image
 from kdoct.core import KdoctError, create_run, preset
 from kdoct.data import BadImage, prepare_data
 from kdoct.decide import Decision, Outlier
+from kdoct.deploy import Engine
 from kdoct.guard import Guard, Reader, is_plain
 from kdoct.predict import (
     Predictor,
@@ -42,13 +43,13 @@ def decision(**changes):
 def brightness(x):
     "Probabilities that a test can foresee: bright is CNV."
     m = x.reshape(len(x), -1).mean(1)/255
-    return dict(probabilities=np.stack([m, 0*m, 1 - m], 1).astype(np.float32), outlier=np.ones(len(x), np.float32))
+    return np.stack([m, 0*m, 1 - m], 1), np.ones(len(x))
 
 
-def straw(engine=brightness, **changes):
+def straw(answer=brightness, channels=1, **about):
     "A bundle without a network."
-    parts = dict(decision=decision(), classes=CLASSES, framing={}, about=dict(channels=1), engine=lambda name='', threads=0: engine)
-    return SimpleNamespace(**{**parts, **changes})
+    return SimpleNamespace(decision=decision(), classes=CLASSES, framing={}, about=about,
+                           engine=lambda name='', threads=0: Engine('straw', answer, channels))
 
 
 def noise(seed, size=(48, 40), mode='L'):
@@ -74,7 +75,7 @@ def folder(tmp_path):
 def shipped(tmp_path_factory):
     "A tiny trained network, its bundle, its predictions on test images, and the folder of these."
     from kdoct.deploy import export_fold
-    from kdoct.training import train_teacher
+    from kdoct.teacher import train_teacher
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('t', preset('tiny', **{'data.margin': 8}))
@@ -136,7 +137,7 @@ def test_an_engine_that_fails_on_one_picture_fails_on_that_one(folder):
 
 
 def test_numbers_that_are_not_finite_are_a_failure(folder):
-    def nan(x): return dict(probabilities=np.full((len(x), 3), np.nan, np.float32), outlier=np.ones(len(x), np.float32))
+    def nan(x): return np.full((len(x), 3), np.nan), np.ones(len(x))
     with Predictor(straw(nan)) as p: (row,) = p.predict(folder/'1.png')
     assert row['error'] == 'engine-failed' and row['confidence'] is None
 
@@ -167,7 +168,7 @@ def test_a_grey_file_is_made_colour_for_a_colour_network(tmp_path):
     def look(x):
         seen.append(x.shape)
         return brightness(x)
-    with Predictor(straw(look, about=dict(channels=3))) as p: list(p.predict(tmp_path))
+    with Predictor(straw(look, channels=3)) as p: list(p.predict(tmp_path))
     assert seen == [(1, 40, 48, 3)]
 
 
@@ -176,7 +177,7 @@ def test_a_grey_file_is_made_colour_for_a_colour_network(tmp_path):
 @pytest.mark.parametrize(('p', 'score', 'why'), [(.9, 1., ''), (.55, 1., 'confidence'), (.9, 3., 'outlier'), (.55, 3., 'confidence, outlier')])
 def test_a_row_is_deferred_for_confidence_or_for_strangeness(folder, p, score, why):
     def engine(x):
-        return dict(probabilities=np.tile(np.array([p, 1 - p, 0], np.float32), (len(x), 1)), outlier=np.full(len(x), score, np.float32))
+        return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
     with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
     assert (row['why'], row['deferred'], row['outlier'], row['call']) == (why, bool(why), score > 2, 'CNV')
 
@@ -228,6 +229,22 @@ def test_a_long_volume_is_not_read_at_once():
     time.sleep(.05)
     assert guard.given <= 10
     rows.close()
+
+
+def test_few_bytes_wait_however_large_the_pictures_and_many_the_threads():
+    waiting, most, lock = [0], [0], threading.Lock()
+    class Large:
+        def scans(self, path): yield from range(path % 4)
+    def prepare(scan):
+        with lock:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+        return scan
+    n = 0
+    for _ in read_ahead(range(60), Large(), prepare, workers=6, files=40, bytes_=30, weigh=lambda s: 10):
+        with lock: waiting[0] -= 1
+        n += 1
+    assert n == 90 and most[0] <= 3 + 6 + 8 + 1   # in the room, in the hands of a worker each, and of the file whose turn it is
 
 
 # --- limits: what the reader process does may be anything
