@@ -6,7 +6,7 @@
 __all__ = ['MAX_SLICES', 'MAX_XML_ELEMENTS', 'MAX_ENTRIES', 'MAX_PARTS', 'CIRRUS_SAMPLES', 'SYSTEM_FILES', 'SIDE_FILES', 'Scan',
            'display_grey', 'read_scans', 'find_files']
 
-# %% ../nbs/01c_volumes.ipynb #3632cacf
+# %% ../nbs/01c_volumes.ipynb #07a63d8a
 import io
 import os
 import re
@@ -34,6 +34,7 @@ from kdoct.data import (
     decode_image,
     read_image_bytes,
 )
+from .sources import IMAGE_EXTENSIONS
 
 # %% ../nbs/01c_volumes.ipynb #86ecd2af
 class Scan(NamedTuple):
@@ -193,6 +194,7 @@ class _Heyex:
         self.seen += 1
         self.stack.append(tag)
         if self.seen > MAX_XML_ELEMENTS or len(self.images) > 2*MAX_SLICES: raise BadImage('too-large', "more XML elements than an export has")
+        if tag == 'Series': self.about = {k: v for k, v in self.about.items() if k.startswith('Patient/')}   # what an earlier series said is no longer true
         if tag == 'Image': self.images.append(dict(self.about))
         self.text = '' if '/'.join(self.stack[-2:]) in _XML_FIELDS else None
 
@@ -375,7 +377,7 @@ def _read_topcon(path:Path)->Iterator[Scan]:
 
 # %% ../nbs/01c_volumes.ipynb #75d1d976
 CIRRUS_SAMPLES = 1024   # samples of an A-scan of a Cirrus HD-OCT
-_CIRRUS_NAME = re.compile(r'(P[^_]+)_.+_\d{1,2}-\d{1,2}-\d{4}_\d{1,2}-\d{1,2}-\d{1,2}_(O[DS])_sn\d+_', re.ASCII)
+_CIRRUS_NAME = re.compile(r'(?:(P[^_]*\d[^_]*)_)?.+_\d{1,2}-\d{1,2}-\d{4}_\d{1,2}-\d{1,2}-\d{1,2}_(O[DS])_sn\d+_', re.ASCII)
 _CIRRUS_SIZE = re.compile(r'(?<![\d.x])(\d{2,4})x(\d{1,4})(?:x(\d{1,4}))?(?![\dx]|\.\d|mm)', re.ASCII | re.IGNORECASE)
 
 def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
@@ -394,7 +396,7 @@ def _read_img(path:Path)->Iterator[Scan]:
     with _Bytes(path) as f:
         h, w, n = _cirrus_shape(path.name, f.size)
         said = _CIRRUS_NAME.match(path.name)
-        patient, withheld = _identifier(said[1]) if said else ('', ())
+        patient, withheld = _identifier(said[1] or '' if said else '')
         for i in range(n):
             grey = np.frombuffer(f.read(h*w*i, h*w), np.uint8).reshape(h, w)[::-1, ::-1]
             yield Scan(Image.fromarray(np.ascontiguousarray(grey)), str(path), i, n, path.stem, said[2] if said else '', patient, withheld)
@@ -540,8 +542,8 @@ SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini')     # compared in lower 
 SIDE_FILES = ('.csv', '.tsv', '.json', '.txt', '.md')       # what lies beside images: lists, results, explanations
 
 def _claimed(xml:Path)->set[str]:
-    "The files, in lower case, that a HEYEX XML names; none if it is no such XML."
-    try: return {name.casefold() for i in _heyex_images(xml) if (name := _named_file(i))}
+    "The pictures, in lower case, that a HEYEX XML names; none if it is no such XML."
+    try: return {name.casefold() for i in _heyex_images(xml) if (name := _named_file(i)).lower().endswith(IMAGE_EXTENSIONS)}
     except KdoctError: return set()
 
 def _entries(folder:str)->list[tuple[str, bool]]:

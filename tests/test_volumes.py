@@ -258,6 +258,13 @@ def test_an_img_is_turned_by_half_a_turn(tmp_path):
     assert np.array_equal(images(tmp_path/"80x64x3.img"), pixels)
 
 
+@pytest.mark.parametrize("begin,patient", [("P0017_Macular", "P0017"), ("PSmith_Macular", ""), ("Macular", ""), ("0017_Macular", "")])
+def test_eye_and_patient_of_a_cirrus_name(tmp_path, begin, patient):
+    path = tmp_path/f"{begin} Cube 200x2_3-14-2026_9-26-53_OS_sn4711_cube_z.img"
+    path.write_bytes(bytes(2*1024*200))
+    assert {(s.eye, s.patient, s.image.size) for s in read_scans(path)} == {("OS", patient, (200, 1024))}
+
+
 # --- DICOM
 
 def test_dicom_of_more_than_8_bits_by_the_stored_bits_or_the_window(tmp_path):
@@ -389,6 +396,21 @@ def test_a_damaged_tif_is_named_after_the_bscans_before_it(tmp_path):
     scans = read_scans(path)
     assert [next(scans).slice, next(scans).slice] == [0, 1]
     with pytest.raises(BadImage, match="B2.tif"): next(scans)
+
+
+def test_two_series_in_one_xml_are_two_volumes_and_share_no_eye(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    text = path.read_text("latin-1")
+    first = text[text.index("<Series>"):text.index("</Series>") + 9]
+    path.write_text(text.replace(first, first + first.replace("<ID>9</ID><Laterality>R</Laterality>", "<ID>10</ID>")), "latin-1")
+    assert [s[2:6] for s in read_scans(path)] == [(i, 3, "e/9", "OD") for i in range(3)] + [(i, 3, "e/10", "") for i in range(3)]
+
+
+def test_an_xml_cannot_hide_what_is_no_picture(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    path.write_text(path.read_text("latin-1").replace("B0.tif", "e.xml").replace("B1.tif", "scan.vol"), "latin-1")
+    (tmp_path/"x"/"scan.vol").touch()
+    assert [p.name for p in find_files(tmp_path)] == ["B0.tif", "B1.tif", "e.xml", "scan.vol"]
 
 
 def test_xml_that_could_grow_is_refused(tmp_path):
