@@ -7,8 +7,8 @@ __all__ = ['BOUNDS', 'EVERYTHING', 'fit_temperature', 'patient_quantile', 'opera
            'conformal_minimum', 'distance', 'Outlier', 'fit_outlier', 'Decision', 'fit_decision', 'save_decision',
            'load_decision', 'answer', 'features_and_logits', 'strange_pictures', 'decide_fold', 'decide_all']
 
-# %% ../nbs/05g_decide.ipynb #9a1a35d1
-from dataclasses import dataclass
+# %% ../nbs/05g_decide.ipynb #e4bde6c6
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,29 +118,37 @@ def conformal_minimum(
     n = len(set(groups))
     return 0., f'{n} validation patients are too few for sets with {100*alpha:g} % errors: every class is in every set'
 
-# %% ../nbs/05g_decide.ipynb #b06cd6b8
-def _of_length_one(features): return features/((features*features).sum(-1)[:, None] + 1e-12)**.5
+# %% ../nbs/05g_decide.ipynb #186e6dd3
+def _ppca_distance(x, mean, axes, scale, residual):
+    "Mahalanobis distance under a probabilistic-PCA covariance, over the square root of d."
+    x = x - mean
+    along = x @ axes.T
+    across = x - along @ axes
+    return (((along*along/scale).sum(-1) + (across*across).sum(-1)/residual)/x.shape[-1])**.5
+
+def _both(features, mean, axes, scale, residual):
+    "Distance of the features as they are, and of their direction."
+    length = ((features*features).sum(-1) + 1e-12)[:, None]**.5
+    return [_ppca_distance(x, mean[i], axes[i], scale[i], residual[i]) for i, x in enumerate((features, features/length))]
 
 def distance(
     features,  # (n, d) numpy array or torch tensor
-    mean,      # (d,) of features of length 1
-    axes,      # (k, d) orthonormal rows
-    scale,     # (k,) variance along each axis
-    residual,  # (1,) variance along every other direction
+    mean,      # (2, d) of the features, and of the features of length 1
+    axes,      # (2, k, d) orthonormal rows, or rows of zeros
+    scale,     # (2, k) variance along each axis
+    residual,  # (2,) variance along every other direction
 ):             # (n,) of the same kind
-    "Mahalanobis distance of features of length 1 under a probabilistic-PCA covariance, over the square root of d (Tipping and Bishop 1999)."
-    x = _of_length_one(features) - mean
-    along = x @ axes.T
-    across = x - along @ axes
-    return (((along*along/scale).sum(-1) + (across*across).sum(-1)/residual)/features.shape[-1])**.5
+    "The larger of two distances from the training images: of the features, and of their direction (Tipping and Bishop 1999; Müller and Hein 2025)."
+    a, b = _both(features, mean, axes, scale, residual)
+    return (a + b + abs(a - b))/2   # the larger one, for arrays and tensors alike
 
 @dataclass(frozen=True, eq=False)
 class Outlier:
-    "How strange a picture is to a network."
-    mean:np.ndarray         # (d,) float32, of the training images' pooled features, each of length 1
-    axes:np.ndarray         # (k, d) float32, principal axes
-    scale:np.ndarray        # (k,) float32, variance along each axis
-    residual:np.ndarray     # (1,) float32, variance along every other direction
+    "How strange a picture is to a network; all arrays float32."
+    mean:np.ndarray         # (2, d) of the training images' pooled features, and of these brought to length 1
+    axes:np.ndarray         # (2, k, d) principal axes
+    scale:np.ndarray        # (2, k) variance along each axis
+    residual:np.ndarray     # (2,) variance along every other direction
     threshold:float         # a picture with a larger distance is flagged
 
     def arrays(self)->dict[str, np.ndarray]:
@@ -150,30 +158,41 @@ class Outlier:
     def score(self,
         features:np.ndarray,  # (n, d) pooled features
     )->np.ndarray:            # (n,) float32
-        "Distance of each picture, about 1 for usual ones."
+        "Distance of each picture; about 1 is the edge of the usual."
         features = np.asarray(features, dtype=np.float32)
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise KdoctError(f'features of the shape {features.shape} for statistics of {len(self.mean)} features', fix='Give those of the same network.')
+        if features.ndim != 2 or features.shape[1] != self.mean.shape[-1]:
+            raise KdoctError(f'features of the shape {features.shape} for statistics of {self.mean.shape[-1]} features', fix='Give those of the same network.')
         return distance(features, **self.arrays())
 
-# %% ../nbs/05g_decide.ipynb #c4dcb2ba
-def fit_outlier(
-    features:np.ndarray,    # (n, d) pooled features of training images
-    explained:float=.95,    # share of the variance that the kept axes hold
-)->Outlier:                 # its threshold is infinite
-    "Statistics of the training images: maximum-likelihood probabilistic PCA."
-    x = _of_length_one(np.asarray(features, dtype=np.float64))
-    if len(x) < 3 or not np.isfinite(x).all() or (d := x.shape[1]) < 2:
-        raise KdoctError(f'features of the shape {x.shape} cannot describe training images.', fix='Train on more images; look whether all are finite.')
-    mean = x.mean(0)
-    cov = np.cov(x, rowvar=False)
+# %% ../nbs/05g_decide.ipynb #fa2e7315
+def _covariance(x, chunk=8192):
+    "Mean and covariance in float64, in little memory."
+    parts = [x[i:i + chunk] for i in range(0, len(x), chunk)]
+    mean = sum(p.sum(0, dtype=np.float64) for p in parts)/len(x)
+    return mean, sum((c := p.astype(np.float64) - mean).T @ c for p in parts)/(len(x) - 1)
+
+def _ppca(x, explained):
+    "Mean, axes, variance along them and along the rest: maximum-likelihood probabilistic PCA."
+    (mean, cov), d = _covariance(x), x.shape[1]
     values, vectors = np.linalg.eigh(cov)
     values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
     if (total := values.sum()) < 1e-12: raise KdoctError('All training images have the same features.', fix='Train the network again.')
     k = int(min(np.searchsorted(np.cumsum(values)/total, explained) + 1, len(x) - 1, d - 1))
     residual = max((total - values[:k].sum())/(d - k), 1e-6*total/d)
-    arrays = (mean, vectors[:, :k].T, np.maximum(values[:k], residual), np.array([residual]))
-    return Outlier(*(np.ascontiguousarray(a, dtype=np.float32) for a in arrays), threshold=np.inf)
+    return mean, vectors[:, :k].T, np.maximum(values[:k], residual), residual
+
+def fit_outlier(
+    features:np.ndarray,    # (n, d) pooled features of training images
+    explained:float=.95,    # share of the variance that the kept axes hold
+)->Outlier:                 # not yet in units of validation; its threshold is infinite
+    "Statistics of the training images."
+    x = np.asarray(features, dtype=np.float32)
+    if len(x) < 3 or x.ndim != 2 or x.shape[1] < 2 or not np.isfinite(x).all():
+        raise KdoctError(f'features of the shape {x.shape} cannot describe training images.', fix='Train on more images; look whether all are finite.')
+    both = [_ppca(v, explained) for v in (x, x/np.linalg.norm(x, axis=1, keepdims=True).clip(1e-6))]
+    k = max(len(axes) for _, axes, _, _ in both)
+    padded = [(m, np.pad(a, ((0, k - len(a)), (0, 0))), np.pad(s, (0, k - len(s)), constant_values=1.), r) for m, a, s, r in both]
+    return Outlier(*(np.stack(a).astype(np.float32) for a in zip(*padded, strict=True)), threshold=np.inf)
 
 # %% ../nbs/05g_decide.ipynb #8804a9bf
 @dataclass(frozen=True, eq=False)
@@ -234,12 +253,16 @@ def fit_decision(
                     tuple(n for n in notes if n), about)
 
 def _flagging(o:Outlier, features, groups, share)->tuple[Outlier, str]:
-    "The same statistics with a threshold that flags this share of the images of new patients; what is to be said."
+    "The same statistics in units of validation, with a threshold that flags this share of the images of new patients; what is to be said."
+    n, features = len(set(groups)), np.asarray(features, dtype=np.float32)
+    def edge(scores): return min(patient_quantile(scores, groups, 1 - share), float(scores.max()))   # the largest where patients are too few
+    unit = np.array([edge(scores)**2 for scores in _both(features, **o.arrays())], dtype=np.float32)
+    o = replace(o, scale=o.scale*unit[:, None], residual=o.residual*unit)
     scores = o.score(features)
-    limit, n = patient_quantile(scores, groups, 1 - share), len(set(groups))
-    if np.isfinite(limit): return Outlier(**o.arrays(), threshold=limit), ''
-    return Outlier(**o.arrays(), threshold=float(scores.max())), (f'{n} validation patients are too few to flag {100*share:g} % of new ones: the largest '
-                                                                  f'distance of validation is the threshold, and {100/(n + 1):.0f} % are to be expected')
+    said = '' if np.isfinite(patient_quantile(scores, groups, 1 - share)) else (
+        f'{n} validation patients are too few to flag {100*share:g} % of new ones: the largest distance of validation is the threshold, and '
+        f'{100/(n + 1):.0f} % are to be expected')
+    return replace(o, threshold=edge(scores)), said
 
 # %% ../nbs/05g_decide.ipynb #c85b4558
 _FIX = 'Make it again with notebook 05g_decide.'
@@ -253,8 +276,8 @@ def save_decision(
     with atomic_path(folder/'decision.safetensors') as tmp: save_file(d.outlier.arrays(), tmp)
     write_json(folder/'decision.json', dict(
         classes=d.classes, temperature=d.temperature, defer_below=d.defer_below, conformal=[dict(alpha=a, minimum=m) for a, m in d.conformal.items()],
-        operating_points=d.operating_points.to_dict('records'), outlier=dict(threshold=d.outlier.threshold, features=len(d.outlier.mean),
-        axes=len(d.outlier.axes), sha256=sha256_file(folder/'decision.safetensors')), notes=d.notes, about=d.about))
+        operating_points=d.operating_points.to_dict('records'), outlier=dict(threshold=d.outlier.threshold, features=d.outlier.mean.shape[1],
+        axes=d.outlier.axes.shape[1], sha256=sha256_file(folder/'decision.safetensors')), notes=d.notes, about=d.about))
     return folder/'decision.json'
 
 def load_decision(
@@ -279,9 +302,9 @@ def _statistics(folder:Path, said:dict)->Outlier:
     try: a = load_file(path)
     except SafetensorError as e: raise KdoctError(f'{path} is damaged ({e}).', fix=_FIX) from e
     d, k = said['features'], said['axes']
-    shapes = dict(mean=(d,), axes=(k, d), scale=(k,), residual=(1,))
+    shapes = dict(mean=(2, d), axes=(2, k, d), scale=(2, k), residual=(2,))
     fine = set(a) == set(shapes) and all(a[n].shape == s and a[n].dtype == np.float32 and np.isfinite(a[n]).all() for n, s in shapes.items())
-    if not fine or (a['scale'] <= 0).any() or a['residual'][0] <= 0: raise KdoctError(f'{path} does not hold the statistics of {d} features.', fix=_FIX)
+    if not fine or (a['scale'] <= 0).any() or (a['residual'] <= 0).any(): raise KdoctError(f'{path} does not hold the statistics of {d} features.', fix=_FIX)
     return Outlier(**a, threshold=float(said['threshold']))
 
 def _decision_from(said:dict, outlier:Outlier)->Decision:

@@ -1,0 +1,395 @@
+"What is fitted on validation stays there; what cannot be fitted is said; what is on disk is checked."
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from kdoct import decide as D
+from kdoct import judged as J
+from kdoct.core import DecideRecipe, EvaluateRecipe, KdoctError, create_run, preset, read_json, write_json
+from kdoct.data import open_fold, prepare_data
+from kdoct.metrics import aurc, log_softmax, logits_of, risk_coverage, share_interval, simulate_predictions, targets_of
+from kdoct.models import load_bundle
+
+QUICK = EvaluateRecipe(n_boot=100)
+
+
+def features(n, seed=0, d=32): return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+
+
+def fitted(val=None, recipe=None, seed=1, **about):
+    val = simulate_predictions(80, 2., seed=seed) if val is None else val
+    return D.fit_decision(val, features(len(val), 1), features(300), recipe or DecideRecipe(), **about)
+
+
+def same(a, b):
+    "Whether two decisions are the same to the last bit."
+    def numbers(d): return d.temperature, d.defer_below, d.conformal, d.outlier.threshold, d.notes
+    return numbers(a) == numbers(b) \
+        and a.operating_points.equals(b.operating_points) and all(np.array_equal(v, b.outlier.arrays()[k]) for k, v in a.outlier.arrays().items())
+
+
+# --- temperature
+
+@pytest.mark.parametrize('factor', [.3, 1., 4.])
+def test_temperature_undoes_a_scale(factor):
+    df = simulate_predictions(200, 2.)
+    one, many = (D.fit_temperature(f*logits_of(df), targets_of(df))[0] for f in (1, factor))
+    assert many == pytest.approx(factor*one, rel=1e-3)
+
+
+def test_temperature_is_the_minimum_of_the_nll():
+    df = simulate_predictions(100, 1.5)
+    z, y = logits_of(df), targets_of(df)
+    def nll(t): return -log_softmax(z/t)[np.arange(len(y)), y].mean()
+    t, note = D.fit_temperature(z, y)
+    assert note == '' and all(nll(t) <= nll(t*f) for f in (.9, .99, 1.01, 1.1))
+
+
+def test_temperature_without_a_mistake_stays_one_and_says_so():
+    t, note = D.fit_temperature(np.eye(3)[[0, 1, 2, 0]]*.1, np.array([0, 1, 2, 0]))
+    assert t == 1 and 'no mistake in 4 validation images' in note
+
+
+@pytest.mark.parametrize('scale,bound', [(1e-4, D.BOUNDS[0]), (1e4, D.BOUNDS[1])])
+def test_temperature_says_when_it_is_at_a_bound(scale, bound):
+    df = simulate_predictions(100, 1.5)
+    t, note = D.fit_temperature(scale*logits_of(df), targets_of(df))
+    assert t == bound and 'at its bound' in note
+
+
+# --- quantile over patients
+
+@given(st.integers(1, 60), st.floats(.5, .99), st.integers(0, 99))
+def test_quantile_of_single_images_is_split_conformal(n, level, seed):
+    s = np.random.default_rng(seed).permutation(n).astype(float)
+    k = int(np.ceil((n + 1)*level - 1e-9))
+    assert D.patient_quantile(s, np.arange(n), level) == (np.sort(s)[k - 1] if k <= n else np.inf)
+
+
+def test_quantile_gives_a_patient_one_vote():
+    s, g = np.arange(30.), np.arange(30)
+    again = np.r_[s, np.repeat(s, 50)], np.r_[g, np.repeat(g, 50)]
+    assert D.patient_quantile(s, g, .9) == D.patient_quantile(*again, .9)
+    one_loud = np.r_[s, np.full(5000, 99.)], np.r_[g, np.full(5000, 30)]
+    assert D.patient_quantile(*one_loud, .9) < 99
+
+
+# --- operating points, deferral, sets
+
+@given(st.integers(0, 500), st.sampled_from([.8, .9, .95, .99]))
+def test_thresholds_keep_the_wish_on_validation_and_cost_no_more_than_needed(seed, wish):
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.ones(3), 60).round(2)   # rounded: with equal values
+    y = rng.integers(0, 3, 60)
+    for r in D.operating_points(p, y, list('abc'), DecideRecipe(sensitivity=(wish,), specificity=(wish,))).itertuples():
+        k = 'abc'.index(r[1])
+        own, rest = p[y == k, k], p[y != k, k]
+        if np.isnan(r.threshold):
+            assert 'not reachable' in r.note
+            continue
+        def does(t, own=own, rest=rest): return {'sensitivity': (own >= t).mean(), 'specificity': (rest < t).mean()}
+        other = {'sensitivity': 'specificity', 'specificity': 'sensitivity'}[r.kind]
+        assert does(r.threshold)[r.kind] >= wish and (r.sensitivity, r.specificity) == tuple(does(r.threshold).values())
+        better = [does(t)[other] for t in [*np.unique(p[:, k]), 1.1] if does(t)[r.kind] >= wish]
+        assert does(r.threshold)[other] == max(better)
+
+
+def test_a_wish_that_is_out_of_reach_is_said():
+    y = np.array([0, 0, 1, 1])
+    t = D.operating_points(np.array([[.5, .5]]*4), y, ['a', 'b'], DecideRecipe())
+    assert t.threshold.isna().all() and set(t.note) == {'not reachable: only by calling all', 'not reachable: only by calling none'}
+    t = D.operating_points(np.eye(3)[[0, 1, 0, 1]], np.array([0, 1, 0, 1]), ['a', 'b', 'c'], DecideRecipe()).set_index('class')
+    assert set(t.loc['c', 'note']) == {'not reachable: no validation image'} and (t.loc['a', 'sensitivity'] == 1).all()
+
+
+def test_deferral_keeps_the_wished_share_or_risk():
+    df = simulate_predictions(150, 1.5)
+    p, y = np.exp(log_softmax(logits_of(df))), targets_of(df)
+    c, right = p.max(1), p.argmax(1) == y
+    for wish in (.5, .9): assert (c >= D.deferral_threshold(c, right, DecideRecipe(defer_target=wish))[0]).mean() == pytest.approx(wish, abs=1/len(c) + 1e-9)
+    t, _ = D.deferral_threshold(c, right, DecideRecipe(defer='risk', defer_target=.1))
+    wider = [x for x in np.unique(c) if (c >= x).mean() > (c >= t).mean()]
+    assert (~right)[c >= t].mean() <= .1 < min((~right)[c >= x].mean() for x in wider)
+
+
+def test_a_risk_out_of_reach_defers_everything():
+    d = fitted(simulate_predictions(60, -2.), DecideRecipe(defer='risk', defer_target=.01))
+    p = d.probabilities(features(9, d=4))
+    assert d.judge(p, np.zeros(9)).deferred.all() and any('not reachable' in n for n in d.notes)
+    p[0] = [1, 0, 0, 0]
+    assert d.judge(p, np.zeros(9)).deferred.all()
+
+
+def test_sets_cover_new_patients_as_wished():
+    kept = []
+    for seed in range(60):
+        d, test = fitted(simulate_predictions(40, 1., seed=seed), DecideRecipe(alpha=(.1,))), simulate_predictions(40, 1., seed=1000 + seed)
+        hit = d.sets(d.probabilities(logits_of(test)), .1)[np.arange(len(test)), targets_of(test)]
+        kept.append(pd.Series(hit).groupby(test.group.to_numpy()).mean().mean())
+    assert .88 < np.mean(kept) < .96
+
+
+def test_sets_are_never_empty_and_grow_with_the_wish():
+    d = fitted(recipe=DecideRecipe(alpha=(.05, .3)))
+    p = d.probabilities(features(200, d=4))
+    small, large = d.sets(p, .3), d.sets(p, .05)
+    assert small.any(1).all() and (small <= large).all() and small[np.arange(200), p.argmax(1)].all()
+
+
+# --- outliers
+
+def written_out(o, x, i):
+    "One of the two distances, with its covariance as a matrix."
+    used = o.axes[i].any(1)
+    cov = o.axes[i][used].T.astype(float) @ np.diag(o.scale[i][used] - o.residual[i]) @ o.axes[i][used] + o.residual[i]*np.eye(x.shape[1])
+    return np.sqrt(np.einsum('nd,de,ne->n', x - o.mean[i].astype(float), np.linalg.inv(cov), x - o.mean[i].astype(float))/x.shape[1])
+
+
+def test_distance_is_the_larger_of_two_written_out():
+    o, x = D.fit_outlier(features(200)@features(32, 2) + 3), 9*features(9, 3)
+    want = np.maximum(written_out(o, x, 0), written_out(o, x/np.linalg.norm(x, axis=1, keepdims=True), 1))
+    np.testing.assert_allclose(o.score(x), want, rtol=1e-3)
+    t = D.distance(torch.from_numpy(x), **{k: torch.from_numpy(v) for k, v in o.arrays().items()})
+    np.testing.assert_allclose(t.numpy(), o.score(x), rtol=1e-5)
+
+
+def test_axes_are_the_principal_ones_and_the_rest_has_their_mean_variance():
+    x = features(400) * np.r_[[9, 8, 7], np.ones(29)].astype(np.float32)
+    o, cov = D.fit_outlier(x, .8), np.cov(x, rowvar=False)
+    v = np.sort(np.linalg.eigvalsh(cov))[::-1]
+    np.testing.assert_allclose(o.scale[0][:3], v[:3], rtol=1e-4)
+    k = int(o.axes[0].any(1).sum())
+    assert k == 3 and o.residual[0] == pytest.approx(v[3:].mean(), rel=1e-4)
+
+
+def test_short_and_long_features_of_the_usual_direction_and_other_directions_are_far():
+    x = features(300) + 4
+    o, usual = D.fit_outlier(x), features(50, 9) + 4
+    for strange in (.01*features(50, 8), 3*usual, usual*np.sign(features(1, 7))): assert o.score(strange).min() > o.score(usual).max()
+
+
+def test_many_images_are_summed_in_pieces():
+    x = features(100) + 5
+    mean, cov = D._covariance(x, 7)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(cov, np.cov(x, rowvar=False), rtol=1e-4, atol=1e-6)
+
+
+def test_few_images_and_dead_features_still_have_a_distance():
+    f = features(20, d=64)
+    f[:, 10:30] = 0
+    o = D.fit_outlier(f)
+    assert np.isfinite(o.score(f)).all() and (o.residual > 0).all()
+    far = f.copy()
+    far[:, 12] = 9
+    assert o.score(far).min() > o.score(f).max()
+
+
+def test_the_flag_keeps_its_share_of_new_patients():
+    shares = []
+    for seed in range(40):
+        val, d = simulate_predictions(60, seed=seed), None
+        f = features(len(val), seed)
+        d = D.fit_decision(val, f, features(200, 99), DecideRecipe())
+        shares.append((d.outlier.score(features(200, 500 + seed)) > d.outlier.threshold).mean())
+    assert .01 < np.mean(shares) <= .05
+
+
+# --- files
+
+@pytest.fixture
+def folder(tmp_path):
+    D.save_decision(tmp_path, fitted(weights_sha256='w'))
+    write_json(tmp_path/'model.json', dict(weights_sha256='w'))
+    return tmp_path
+
+
+def test_a_decision_is_read_as_it_was_written(tmp_path):
+    a = fitted(simulate_predictions(12, 2.))
+    D.save_decision(tmp_path, a)
+    assert a.notes and same(a, D.load_decision(tmp_path))
+
+
+def change(folder, f):
+    said = read_json(folder/'decision.json')
+    f(said)
+    (folder/'decision.json').write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize('harm,says', [
+    (lambda d: change(d, lambda s: s.pop('temperature')), 'is no decision'),
+    (lambda d: change(d, lambda s: s.update(temperature=-1)), 'out of range'),
+    (lambda d: change(d, lambda s: s.update(temperature=None)), 'is no decision'),
+    (lambda d: change(d, lambda s: s['outlier'].update(threshold='high')), 'is no decision'),
+    (lambda d: change(d, lambda s: s.update(operating_points=[1])), 'is no decision'),
+    (lambda d: change(d, lambda s: s.update(classes=['a', 'b'])), 'other classes'),
+    (lambda d: (d/'decision.json').write_text('[1, 2]'), 'is no decision'),
+    (lambda d: (d/'decision.safetensors').unlink(), 'not the file'),
+    (lambda d: (d/'decision.safetensors').write_bytes(b'x'*99), 'not the file'),
+    (lambda d: write_json(d/'model.json', dict(weights_sha256='new')), 'other weights'),
+], ids=['no temperature', 'negative', 'null', 'text', 'points', 'classes', 'list', 'no tensors', 'damaged', 'trained again'])
+def test_a_decision_that_was_changed_is_refused(folder, harm, says):
+    harm(folder)
+    with pytest.raises(KdoctError, match=says): D.load_decision(folder)
+
+
+@pytest.mark.parametrize('arrays', [dict(mean=np.zeros(3, np.float32)), 'nan', 'shape'])
+def test_statistics_of_another_shape_are_refused(folder, arrays):
+    from kdoct.core import sha256_file
+    a = D.load_decision(folder).outlier.arrays()
+    if arrays == 'nan': a['mean'] = a['mean']*np.nan
+    if arrays == 'shape': a['axes'] = a['axes'][:, :, :5].copy()
+    save_file(arrays if isinstance(arrays, dict) else a, folder/'decision.safetensors')
+    change(folder, lambda s: s['outlier'].update(sha256=sha256_file(folder/'decision.safetensors')))
+    with pytest.raises(KdoctError, match='does not hold the statistics'): D.load_decision(folder)
+
+
+# --- the stage
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A tiny run whose baseline is trained in fold 0."
+    from kdoct.training import train_role
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('toy', preset('tiny', **{'student.epochs': 1}))
+        prepare_data(run)
+        train_role(run, 0, 'baseline')
+        return run, D.decide_fold(run, 0, 'baseline')
+
+
+@pytest.fixture
+def run(made, monkeypatch):
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(made[0].path.parent))
+    return made[0]
+
+
+def poisoned(data, part):
+    "The fold with noise and one label in place of the images of a part."
+    images, labels = np.asarray(data.images).copy(), data.labels.copy()
+    rows = data.idx[part]
+    images[rows], labels[rows] = np.random.default_rng(0).integers(0, 256, images[rows].shape), 0
+    table = data.table.assign(label=data.table.label.where(data.table.role != part, data.classes[0]))
+    return replace(data, images=images, labels=labels, table=table)
+
+
+@pytest.mark.parametrize('part,changes', [('test', False), ('val', True), ('train', True)])
+def test_the_decision_knows_training_and_validation_and_no_test_image(made, run, part, changes):
+    folder = run.stage_dir(0, 'baseline')
+    model, about = load_bundle(folder)
+    again = D._fitted(run, poisoned(open_fold(run, 0), part), model, role='baseline')
+    assert same(made[1], again) != changes
+
+
+def test_poisoned_test_predictions_are_refused_and_decide_nothing(made, run):
+    folder = run.stage_dir(0, 'baseline')
+    path, before = folder/'predictions.parquet', (folder/'decision.json').read_bytes()
+    right = path.rename(path.with_suffix('.right'))
+    try:
+        df = pd.read_parquet(right)
+        df.assign(logit_CNV=df.logit_CNV + 1).to_parquet(path)
+        with pytest.raises(KdoctError, match='is not what the network beside it says'): D.decide_fold(run, 0, 'baseline')
+    finally: right.rename(path)
+    assert (folder/'decision.json').read_bytes() == before
+
+
+def test_validation_is_of_other_patients_than_test(made, run):
+    data, about = open_fold(run, 0), made[1].about
+    groups = {part: set(data.groups[data.idx[part]]) for part in data.idx}
+    assert about['patients'] == len(groups['val']) and not groups['val'] & (groups['test'] | groups['train'])
+
+
+def test_a_stage_is_finished_while_the_wishes_stay(made, run):
+    assert run.is_finished('decide', 0) and not run.is_finished('decide', 1)
+    other = create_run('toy', run.recipe.override(**{'decide.defer': 'risk', 'decide.defer_target': .05}))   # changes no network
+    assert not other.is_finished('decide', 0) and other.recipe.key == run.recipe.key
+    with pytest.raises(KdoctError, match='another recipe'): create_run('toy', run.recipe.override(**{'decide.defer': 'risk', 'data.size': 96}))
+
+
+def test_predictions_made_later_need_a_new_decision(made, run):
+    path = run.stage_dir(0, 'baseline')/'predictions.parquet'
+    was = path.stat()
+    os.utime(path, (was.st_atime, was.st_mtime + 3600))
+    assert not run.is_finished('decide', 0)
+    os.utime(path, (was.st_atime, was.st_mtime))
+
+
+def test_a_network_that_is_missing_is_answered_with_its_command(run):
+    with pytest.raises(KdoctError, match=r'04_distill.ipynb .*-p fold 0'): D.decide_fold(run, 0, 'student')
+    with pytest.raises(KdoctError, match='no network yet'): D.decide_all(run, 1)
+
+
+def test_strange_pictures_are_counted(made):
+    strange = made[1].about['strange']
+    assert set(strange) == {'white noise', 'smooth noise', 'flat grey', 'inverted', 'tiles'}
+    assert all(0 <= v['flagged'] <= 1 and v['images'] > 1 for v in strange.values())
+
+
+@pytest.mark.parametrize('shape', [(6, 50, 50), (6, 50, 50, 3)])
+def test_strange_pictures_keep_size_and_colours(shape):
+    x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    for kind, v in D.strange_pictures(x).items():
+        assert v.shape == shape and v.dtype == np.uint8 and (v != x).any(), kind
+
+
+# --- numbers
+
+def test_aurc_and_curve_agree_with_their_definition():
+    df = simulate_predictions(60, 1.5)
+    p, y = np.exp(log_softmax(logits_of(df))).round(1), targets_of(df)   # rounded: with equal confidences
+    c, right = p.max(1), p.argmax(1) == y
+    assert aurc(c, right, df.group)['estimate'] == pytest.approx(np.mean([(~right)[c >= x].mean() for x in c]))
+    for r in risk_coverage(c, right).itertuples():
+        assert r.coverage == pytest.approx((c >= r.threshold).mean()) and r.risk == pytest.approx((~right)[c >= r.threshold].mean())
+
+
+def test_intervals_of_shares_resample_patients():
+    hit = np.repeat(np.random.default_rng(0).random(40) < .3, 25)      # all images of a patient alike
+    by_patient, by_image = (share_interval(hit, g) for g in (np.repeat(np.arange(40), 25), np.arange(1000)))
+    assert by_patient['high'] - by_patient['low'] > 3*(by_image['high'] - by_image['low'])
+
+
+def test_sections_count_what_the_decision_does():
+    test = simulate_predictions(60, 2., seed=5)
+    d = fitted()
+    j = J.Judged(d, test, features(len(test), 7)[:, 0] + d.outlier.threshold)
+    s, p = J.judged_sections({'student': [j]}, QUICK), d.probabilities(logits_of(test))
+    assert s['deferral'].table.coverage['student'] == pytest.approx((p.max(1) >= d.defer_below).mean())
+    assert s['outliers'].table.flagged['student'] == pytest.approx((j.outlier > d.outlier.threshold).mean())
+    hit = d.sets(p, .1)[np.arange(len(test)), targets_of(test)]
+    assert s['sets'].table.covered['student, wished 90 %'] == pytest.approx(hit.mean())
+    r, k = d.operating_points.iloc[0], targets_of(test) == 0
+    assert s['operating'].table.sensitivity.iloc[0] == pytest.approx((p[k, 0] >= r.threshold).mean())
+
+
+def test_a_fold_without_a_decision_is_named():
+    from kdoct.evaluate import pool_judged
+    d, test = fitted(), simulate_predictions(30)
+    j = J.Judged(d, test, np.zeros(len(test)))
+    pooled, notes = pool_judged({0: {'student': j, 'teacher': j}, 1: {'student': j}})
+    assert list(pooled) == ['student'] and notes == ['teacher: no decision in fold 1, not in the tables about decisions']
+
+
+def test_evaluation_shows_decisions_where_they_are(monkeypatch):
+    from kdoct import evaluate as E
+    run = create_run('shown', preset('tiny'))
+    E._simulated_stages(run, 0)
+    before = E.evaluate_fold(run, 0, verbose=False)
+    df = pd.read_parquet(run.stage_dir(0, 'student')/'predictions.parquet')
+    D.save_decision(run.stage_dir(0, 'student'), d := fitted(simulate_predictions(30, classes=tuple(sorted(df.label.unique())))))
+    df[['path', 'fold']].assign(outlier=d.outlier.score(features(len(df)))).to_parquet(run.stage_dir(0, 'student')/'outliers.parquet')
+    assert not run.is_finished('evaluate', 0)                      # the evaluation does not know of it yet
+    after = E.evaluate_fold(run, 0, verbose=False)
+    assert 'calibration' not in before['sections'] and run.is_finished('evaluate', 0)
+    saved = read_json(run.fold_dir(0)/'evaluation.json')
+    assert {'calibration', 'operating', 'deferral', 'sets', 'outliers'} <= set(saved['sections'])
+    assert {'calibration', 'coverage_risk'} <= set(saved['figures']) and (run.figures_dir(0)/'coverage_risk.png').exists()
+    assert list(saved['sections']['deferral']['table']) == ['student'] and after['table'].equals(before['table'])
