@@ -248,7 +248,8 @@ _E2E_DIR = _layout(52, entries=(36, '<u4'), current=(40, '<u4'), prev=(44, '<u4'
 _E2E_ENTRY = _layout(44, pos=(0, '<u4'), start=(4, '<u4'), size=(8, '<u4'), patient=(16, '<i4'), study=(20, '<i4'), series=(24, '<i4'),
                      slice=(28, '<i4'), kind=(36, '<u4'))
 _E2E_IMAGE = _layout(20, type=(4, '<u4'), height=(12, '<u4'), width=(16, '<u4'))
-_E2E_HEADER, _E2E_PATIENT, _E2E_EYE, _E2E_PICTURE = 60, 9, 11, 1073741824   # bytes before a record's data; kinds of records
+_E2E_HEADER, _E2E_PATIENT, _E2E_PICTURE = 60, 9, 1073741824                 # bytes before a record's data; kinds of records
+_E2E_EYES = {3: 4, 11: 14}                                                  # kinds that name the eye, and after how many bytes; 11 has the last word
 _E2E_BSCAN, _E2E_INFRARED = 35652097, 33620481                              # types of pictures
 
 def _e2e_entries(f:_Bytes, skip:int)->np.ndarray:
@@ -258,7 +259,7 @@ def _e2e_entries(f:_Bytes, skip:int)->np.ndarray:
         if at in seen: raise BadImage('corrupt', "its directory leads back to itself")
         seen.add(at)
         head = f.record(at + skip, _E2E_DIR)
-        total += int(head['entries'])
+        total += 1 + int(head['entries'])
         if total > MAX_ENTRIES: raise BadImage('corrupt', f"its directories claim {total} entries")
         parts.append(np.frombuffer(f.read(at + skip + 52, 44*int(head['entries'])), _E2E_ENTRY))
         at = int(head['prev'])
@@ -276,10 +277,11 @@ def _e2e_grey()->np.ndarray:
 def _e2e_facts(f:_Bytes, entries:np.ndarray, skip:int)->tuple[dict, dict]:
     "Identifier of each patient number, eye of each series."
     patients, eyes = {}, {}
-    for e in entries[np.isin(entries['kind'], (_E2E_PATIENT, _E2E_EYE))]:
-        at, key = int(e['start']) + skip + _E2E_HEADER, tuple(e[['patient', 'study', 'series']].tolist())
-        if e['kind'] == _E2E_PATIENT and key[0] not in patients: patients[key[0]] = _identifier(f.read(at + 102, 25))
-        elif e['kind'] == _E2E_EYE and key not in eyes: eyes[key] = _eye(f.read(at + 14, 1).decode('latin-1'))
+    for number, start in entries[entries['kind'] == _E2E_PATIENT][['patient', 'start']].tolist():
+        if number not in patients: patients[number] = _identifier(f.read(start + skip + _E2E_HEADER + 102, 25))
+    for kind, after in _E2E_EYES.items():
+        for *key, start in entries[entries['kind'] == kind][['patient', 'study', 'series', 'start']].tolist():
+            if eye := _eye(f.read(start + skip + _E2E_HEADER + after, 1).decode('latin-1')): eyes[tuple(key)] = eye
     return patients, eyes
 
 # %% ../nbs/01c_volumes.ipynb #5b832599

@@ -65,14 +65,13 @@ def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
     return path
 
 
-def write_e2e(path, series, patient=b"Study-07"):
+def write_e2e(path, series, patient=b"Study-07", eye_kinds=(11, 3)):
     "An .e2e file of oct-converter's structures; `series`: (eye letter, uint16 codes (n, h, w)) each."
     from oct_converter.readers.binary_structs import e2e_binary as e2e
     person = b"Quilla".ljust(31, b"\0") + b"Zzyzx".ljust(66, b"\0") + (19610203).to_bytes(4, "little") + b"F" + patient.ljust(25, b"\0")
     records = [(9, -1, 0, -1, person)]
     for k, (eye, codes) in enumerate(series, 1):
-        records.append((11, -1, 0, k, bytes(14) + eye.encode() + bytes(5)))
-        records.append((3, -1, 0, k, bytes(4) + eye.encode() + bytes(91)))
+        records += [(kind, -1, 0, k, bytes({11: 14, 3: 4}[kind]) + eye.encode() + bytes(80)) for kind in eye_kinds]
         for i, c in enumerate(codes):
             head = dict(size=c.nbytes, type=35652097, unknown=c.size, height=c.shape[0], width=c.shape[1])
             records.append((1073741824, 2*i, 1, k, e2e.image_structure.build(head) + c.astype("<u2").tobytes()))
@@ -186,6 +185,13 @@ def test_e2e_agrees_with_the_libraries_where_the_order_of_the_mantissas_bits_doe
     assert np.array_equal(images(path), np.rint(255*np.array(volume.volume)).astype(np.uint8))
     with eyepy.HeE2eReader(path) as reader:
         assert np.array_equal(images(path), [from_e2e_intensity(np.float32(s.get_bscan())) for s in reader.series[0].slices.values()])
+
+
+@pytest.mark.parametrize("kinds,eye", [((11,), "OS"), ((3,), "OS"), ((), "")])
+def test_e2e_names_the_eye_in_either_of_two_records(tmp_path, kinds, eye):
+    pytest.importorskip("oct_converter")
+    scan, = read_scans(write_e2e(tmp_path/"a.e2e", [("L", np.full((1, 40, 48), 60 << 10))], eye_kinds=kinds))
+    assert scan.eye == eye
 
 
 def test_e2e_of_several_volumes_begins_64_bytes_later(tmp_path):
