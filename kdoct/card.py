@@ -150,7 +150,8 @@ def _limits(data, measured, role):
     row = measured['models'].get(role, {})
     out = ['No clinical validation: no prospective study, no comparison with readers, no measurement of what follows for patients.',
            f'One data set ({data["source"]}): all numbers are of pictures from the same source as the training. How it does on another device, hospital or '
-           'population was not measured.', 'Age, sex, ethnicity and device of the patients are not in the records of the run; whether it serves all of them '
+           'population was not measured.', 'All scores are of the network in PyTorch on the pictures of the run; other formats were compared with it as the '
+           'section on formats says.', 'Age, sex, ethnicity and device of the patients are not in the records of the run; whether it serves all of them '
            'alike is not known.']
     if row: out.append(f'{row["n_images"]} test images of {row["n_groups"]} groups (patients): the intervals are as wide as that makes them'
                        + (f'. Note: {row["note"]}.' if row['note'] else '.'))
@@ -164,7 +165,7 @@ def _decision_facts(decision):
     "Calibration, deferral, sets, outlier threshold and operating points, as plain values."
     if decision is None: return None
     points = decision.operating_points.astype(object).where(decision.operating_points.notna(), None).to_dict('records')
-    known = {k: v for k, v in decision.about.items() if not isinstance(v, (dict, list))}
+    known = {k: v for k, v in decision.about.items() if not isinstance(v, (dict, list)) and not k.endswith('sha256')}
     return dict(temperature=decision.temperature, defer_below=decision.defer_below, conformal={f'{a:g}': m for a, m in decision.conformal.items()},
                 outlier_threshold=float(decision.outlier.threshold), operating_points=points, notes=list(decision.notes), fitted_on=known)
 
@@ -238,8 +239,10 @@ def _results_text(card):
 
 def _with_intervals(row):
     "A row of numbers, each estimate in one cell with its interval."
+    row = {k.removesuffix('_difference'): v for k, v in row.items()}
     ends = {k for k in row if k.endswith(('_low', '_high')) and k.rpartition('_')[0] in row}
-    return {k: f'{_cell(v)} [{_cell(row[f"{k}_low"])}, {_cell(row[f"{k}_high"])}]' if f'{k}_low' in ends else v for k, v in row.items() if k not in ends}
+    def text(k, v): return f'{_cell(v)} [{_cell(row[f"{k}_low"])}, {_cell(row[f"{k}_high"])}]' if f'{k}_low' in ends and v is not None else v
+    return {k: text(k, v) for k, v in row.items() if k not in ends}
 
 def _decision_text(card):
     "Section of calibration and thresholds."
@@ -249,10 +252,12 @@ def _decision_text(card):
     out = [f'All of this was chosen on validation patients ({_cell(d["fitted_on"])}).',
            *_list([f'Temperature {d["temperature"]:.4g}: logits are divided by it before they become probabilities.', f'Deferral: {defer}.',
                    f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, and its call means nothing.',
-                   *(f'Sets with a wished error of {a}: all classes with a probability of at least {p:.4g}.' for a, p in d['conformal'].items()), *d['notes']]),
-           'Operating points of each class against the rest. A threshold is chosen on validation, and so are the two columns behind it:']
-    points = d['operating_points']
-    out += _grid(list(points[0]) if points else ['class'], [list(p.values()) for p in points])
+                   *(f'Sets with a wished error of {a}: {f"all classes with a probability of at least {p:.4g}" if p > 0 else "every class is in every set"}.'
+                     for a, p in d['conformal'].items()), *d['notes']])]
+    if 'operating' not in card['measured']['decisions']:
+        points = d['operating_points']
+        out += ['Operating points of each class against the rest, chosen and counted on validation; what they do on test is not recorded:',
+                *_grid(list(points[0]) if points else ['class'], [list(p.values()) for p in points])]
     for s in card['measured']['decisions'].values():
         rows = {n: _with_intervals(r) for n, r in s['table'].items()}
         columns = list(dict.fromkeys(c for r in rows.values() for c in r))
@@ -281,10 +286,11 @@ def _data_text(d):
                     f'Grouping: {d["grouping"]}; protocol {d["protocol"]}, {d["folds"]} folds.', f'Pictures: {d["framing"]}.']),
             *_grid(['part', 'images', 'groups'], [[p, v['images'], v['groups']] for p, v in parts.items()])]
 
-def _licences_text(known):
+def _licences_text(known, data):
     "Section of the licences."
     rows = [[who, s['of'], s['licence'], s['said_by']] for who, some in (('own start', known['own']), ('teacher', known['teachers'])) for s in some]
-    return [*_grid(['weights', 'of', 'licence', 'said by'], rows), *_list(known['what_follows'])]
+    return [*_grid(['what', 'of', 'licence', 'said by'], [*rows, ['training data', data['what'], data['licence'], 'notes of kdoct on its sources']]),
+            *_list(known['what_follows'])]
 
 # %% ../nbs/07b_card.ipynb #35dd9f3d
 def card_text(
@@ -304,7 +310,7 @@ def card_text(
     section('Measured on held-out patients', *_results_text(card))
     section('Calibration, operating points, deferral, outliers', *_decision_text(card))
     section('Formats', *_formats_text(card['formats']))
-    section('Licences', *_licences_text(card['licences']))
+    section('Licences', *_licences_text(card['licences'], card['data']))
     section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_cell(c["machine"])}.',
                                     f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
     section('Where it comes from', *_grid(['what', 'value'], list(_leaves(s))))

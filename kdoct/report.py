@@ -46,6 +46,8 @@ _ALT = {
     'confusion': 'Confusion matrices of teacher, student and baseline side by side: true classes in rows, predicted in columns',
     'roc': 'Receiver operating characteristic of each class against the rest, one curve a model, with AUC',
     'reliability': 'Reliability diagram of each model before calibration: share correct by predicted probability, and images a bin',
+    'calibration': 'Reliability of each model as trained (above) and at its fitted temperature (below), with the expected calibration error',
+    'coverage_risk': 'Share of mistakes among the calls that are kept, while ever more unsure calls are deferred, with the chosen threshold',
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',
@@ -102,7 +104,7 @@ def _short_protocol(run, folds):
 
 def _notes(notes):
     "Notes of rows, each said once, with the rows that it is about."
-    return [f'{", ".join(map(str, notes.index[notes == n]))}: {n}' for n in dict.fromkeys(notes) if n]
+    return [f'{"; ".join(map(str, notes.index[notes == n]))}: {n}' for n in dict.fromkeys(notes) if n]
 
 # %% ../nbs/05b_report.ipynb #c40044a7
 def _per_fold(per):
@@ -212,7 +214,7 @@ def _remarks(facts):
     out += [f'data: validation of fold {k} has no image of {", ".join(c)}' for k, c in (data.get('val_lacks') or {}).items() if c]
     return out + [f'data: the audit found {n} {p}' for p, n in (data.get('problems') or {}).items()]
 
-# %% ../nbs/05b_report.ipynb #2337e686
+# %% ../nbs/05b_report.ipynb #07761ec4
 _CSS = '''
 :root{--ink:#1c1f23;--soft:#5b6470;--line:#d7dce2;--tint:#f4f6f8;--accent:#0b5cad}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
@@ -234,13 +236,13 @@ figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
 @bottom-right{content:counter(page) " / " counter(pages);font:8pt sans-serif;color:#5b6470}}
 @page broad{size:landscape}
 @media print{html{font-size:10pt}body{max-width:none;padding:0;font-size:9.5pt;line-height:1.4}nav{display:none}p,ul.bad li,figcaption{max-width:none}
-h1{font-size:17pt}h2{font-size:13pt;margin-top:1.4rem}h1,h2,h3,caption,thead{break-after:avoid}tbody tr:first-child{break-before:avoid}
+h1{font-size:17pt}h2{font-size:13pt;margin-top:1.4rem}h1,h2,h3,h3+p,caption,thead{break-after:avoid}tbody tr:first-child{break-before:avoid}
 figure,tr,.bad,.short table{break-inside:avoid}p,li{orphans:3;widows:3}
 figure{margin:.6rem 0 1rem}figure img{max-height:21cm;max-width:100%;width:auto}.broad{page:broad}
 .scroll{overflow:visible;margin:.5rem 0 1rem}table{width:100%;font-size:7.2pt;line-height:1.3}.numbers tbody th{min-width:16mm}
 thead{display:table-header-group;-webkit-print-color-adjust:exact;print-color-adjust:exact}
 th,td{padding:.15rem .22rem;overflow-wrap:break-word}thead th,tbody th,caption{white-space:normal}.wide td{max-width:none;min-width:12mm;overflow-wrap:anywhere}
-.broad table{font-size:6.5pt}.broad th,.broad td{padding:.1rem .2rem}
+.broad .short table{break-inside:auto}.broad table{font-size:6.5pt}.broad th,.broad td{padding:.1rem .2rem}
 .protocol{min-width:0;max-width:none;width:14%}a{color:inherit;text-decoration:none}}
 '''
 

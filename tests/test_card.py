@@ -1,0 +1,126 @@
+"A model card says what the run's records say, and no more."
+import json
+import re
+
+import pytest
+
+from kdoct.bundle import strict_json
+from kdoct.card import NOT, model_card
+from kdoct.core import create_run, preset, read_json, write_json
+from kdoct.evaluate import _simulated_stages, evaluate_fold
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    "A simulated run whose fold 0 is evaluated."
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        run = create_run("card", preset("tiny"))
+        _simulated_stages(run, 0)
+        evaluate_fold(run, 0, verbose=False)
+        yield run
+
+
+@pytest.fixture
+def run(evaluated, tmp_path):
+    "The same with files of its own: what a test changes is put back."
+    files = evaluated.json, evaluated.fold_dir(0) / "evaluation.json", *(evaluated.stage_dir(0, r) / "model.json" for r in evaluated.recipe.roles)
+    kept = {p: p.read_bytes() for p in files}
+    yield evaluated
+    for p, data in kept.items(): p.write_bytes(data)
+
+
+def change(run, role, **facts):
+    path = run.stage_dir(0, role) / "model.json"
+    write_json(path, read_json(path) | facts)
+
+
+def started(run, student, teacher):
+    "Networks that started from these weights: (arch, weights_from)."
+    change(run, "teacher", arch=teacher[0], weights_from=teacher[1], weights_sha256="t")
+    change(run, "student", arch=student[0], weights_from=student[1], taught_by={"teacher": dict(arch=teacher[0], weights_sha256="t", weight=1.0)})
+    return model_card({}, run, 0, "student")
+
+
+def test_every_number_of_the_results_is_the_evaluations(run):
+    path = run.fold_dir(0) / "evaluation.json"
+    e = read_json(path)
+    e["table"]["student"] |= dict(accuracy=0.12345, accuracy_low=0.1, accuracy_high=0.2)
+    write_json(path, e)
+    text, card = model_card({}, run, 0, "student")
+    assert card["measured"]["models"]["student"]["accuracy"] == [0.12345, 0.1, 0.2] and "12.3 [10.0, 20.0]" in text
+    assert e["protocol"] in text
+
+
+def test_the_network_without_a_teacher_stands_beside_the_student(run):
+    text, _ = model_card({}, run, 0, "student")
+    assert re.search(r"^\| \*\*student\*\* \(this one\) \|", text, re.M) and re.search(r"^\| baseline \|", text, re.M)
+
+
+def test_an_evaluation_of_other_predictions_is_not_taken(run):
+    path = run.fold_dir(0) / "evaluation.json"
+    e = read_json(path)
+    e["predictions"]["student"] = "0" * 64
+    write_json(path, e)
+    text, card = model_card({}, run, 0, "student")
+    assert "of other predictions" in text and card["measured"]["models"] == {} and card["measured"]["protocol"] == NOT
+
+
+HUB, NONE, PACKAGE = dict(kind="hub"), dict(kind="none"), dict(kind="package")
+V2 = ("convnextv2_large.fcmae_ft_in22k_in1k", HUB)
+
+
+def test_a_non_commercial_teacher_is_said_with_what_is_not_settled(run):
+    text, card = started(run, ("efficientnet_b2", HUB), V2)
+    assert [s["licence"] for s in card["licences"]["teachers"]] == ["cc-by-nc-4.0"] and card["licences"]["own"][0]["licence"] == "apache-2.0"
+    assert "not settled" in text and "allow commercial use" not in text
+
+
+def test_non_commercial_weights_bind_what_started_from_them(run):
+    text, _ = started(run, V2, ("efficientnet_b2", HUB))
+    assert "stay under their terms" in text and "allow commercial use" not in text
+
+
+def test_free_weights_are_said_to_be_free(run):
+    text, _ = started(run, ("tf_efficientnet_lite0", PACKAGE), ("vgg19.tv_in1k", HUB))
+    assert "allow commercial use if their notices are kept" in text and "bsd-3-clause" in text
+
+
+@pytest.mark.parametrize("origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="bundle", arch="x", weights_from={})])
+def test_an_unknown_licence_is_not_guessed(run, origin):
+    text, _ = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
+    assert "licence is not recorded" in text and "allow commercial use" not in text
+
+
+def test_a_teacher_that_is_not_the_one_who_taught_gives_no_licence(run):
+    started(run, ("efficientnet_b2", HUB), ("vgg19.tv_in1k", HUB))
+    change(run, "teacher", weights_sha256="trained again")
+    assert "licence is not recorded" in model_card({}, run, 0, "student")[0]
+
+
+def test_a_folder_of_this_machine_is_not_named(run):
+    origin = dict(kind="bundle", run="earlier", data="csv /secret/place", arch="efficientnet_b2", weights_from=HUB)
+    text, card = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
+    assert "/secret" not in text and "/secret" not in json.dumps(card) and str(run.path) not in text
+
+
+def test_formats_are_shown_with_whatever_was_measured(run):
+    formats = dict(onnx=dict(parity=dict(max_difference=1.5e-6), latency=dict(median_ms=48.1)), int8=dict(kept=False, why="not 1.3 times | faster"))
+    text, _ = model_card(dict(formats=formats), run, 0, "student")
+    assert "| format | parity.max_difference | latency.median_ms | kept | why |" in text and "not 1.3 times \\| faster" in text
+
+
+def test_the_card_for_programs_is_plain_json(run):
+    _, card = model_card(dict(name="x"), run, 0, "student")
+    assert strict_json(json.dumps(card, allow_nan=False).encode(), "card.json")["name"] == "x"
+
+
+def test_what_was_not_recorded_is_said(run):
+    text, card = model_card({}, run, 0, "student")
+    assert card["decision"] is None and "has no decision" in text
+    assert "Energy [kWh]: not recorded. Carbon: not recorded." in text and "Input: not recorded." in text
+
+
+def test_energy_is_shown_where_stages_recorded_it(run):
+    for role in ("teacher", "student"): run.record(f"fold_0/{role}", energy_kwh=0.25)
+    assert "Energy [kWh]: 0.5." in model_card({}, run, 0, "student")[0]
