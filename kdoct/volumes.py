@@ -325,13 +325,13 @@ MAX_PARTS = 4096   # a file has 20 to 60
 _TOPCON_JPEG = _layout(25, width=(9, '<u4'), height=(13, '<u4'), slices=(17, '<u4'))
 _TOPCON_RAW = _layout(22, width=(1, '<u4'), height=(5, '<u4'), bits=(9, '<u4'), slices=(13, '<u4'))
 
-def _topcon_parts(f:_Bytes)->dict[bytes, int]:
-    "Where the data of each part begins."
+def _topcon_parts(f:_Bytes)->dict[bytes, list[int]]:
+    "Where the data of the parts of each name begin."
     at, parts = 15, {}
     for _ in range(MAX_PARTS):
         if not (n := f.read(at, 1)[0]): return parts
         name, size = f.read(at + 1, n), int.from_bytes(f.read(at + 1 + n, 4), 'little')
-        parts.setdefault(name, at + 5 + n)
+        parts.setdefault(name, []).append(at + 5 + n)
         at += 5 + n + size
     raise BadImage('corrupt', f"more than {MAX_PARTS} parts")
 
@@ -362,7 +362,7 @@ def _topcon_raw(f:_Bytes, at:int)->Iterator[tuple]:
     for i in range(n): yield Image.fromarray(np.rint(frame(i)*(255/top)).astype(np.uint8)), n, (f"16 bit: {top}, the largest value, is white",)
 
 # %% ../nbs/01c_volumes.ipynb #71c468f8
-_TOPCON_READERS = {b'@IMG_JPEG': _topcon_jpeg, b'@IMG_MOT_COMP_03': _topcon_raw, b'@IMG_SCAN_03': _topcon_raw}
+_TOPCON_READERS = {b'@IMG_JPEG': _topcon_jpeg, b'@IMG_SCAN_03': _topcon_raw, b'@IMG_MOT_COMP_03': _topcon_raw}   # the first that is there
 
 def _read_topcon(path:Path)->Iterator[Scan]:
     "A Topcon .fda or .fds file."
@@ -371,11 +371,13 @@ def _read_topcon(path:Path)->Iterator[Scan]:
         parts = _topcon_parts(f)
         kind = next((k for k in _TOPCON_READERS if k in parts), None)
         if kind is None: raise BadImage('not-an-image', "a Topcon file without a B-scan that can be read")
-        capture = parts.get(b'@CAPTURE_INFO_02', parts.get(b'@CAPTURE_INFO'))
-        eye = {0: 'OD', 1: 'OS'}.get(f.read(capture, 1)[0], '') if capture else ''
-        patient, withheld = _identifier(f.read(parts[b'@PATIENT_INFO_02'], 32)) if b'@PATIENT_INFO_02' in parts else ('', ())
-        for i, (image, n, notes) in enumerate(_TOPCON_READERS[kind](f, parts[kind])):
-            yield Scan(image, str(path), i, n, path.stem, eye, patient, (*notes, *withheld))
+        capture = parts.get(b'@CAPTURE_INFO_02') or parts.get(b'@CAPTURE_INFO')
+        eye = {0: 'OD', 1: 'OS'}.get(f.read(capture[0], 1)[0], '') if capture else ''
+        patient, withheld = _identifier(f.read(parts[b'@PATIENT_INFO_02'][0], 32)) if b'@PATIENT_INFO_02' in parts else ('', ())
+        some = ("motion-corrected B-scans, perhaps not the whole volume",) if kind == b'@IMG_MOT_COMP_03' else ()
+        if len(parts[kind]) > 1: some += (f"the first of {len(parts[kind])} volumes in the file; the others are left out",)
+        for i, (image, n, notes) in enumerate(_TOPCON_READERS[kind](f, parts[kind][0])):
+            yield Scan(image, str(path), i, n, path.stem, eye, patient, (*some, *notes, *withheld))
 
 # %% ../nbs/01c_volumes.ipynb #75d1d976
 CIRRUS_SAMPLES = 1024   # samples of an A-scan of a Cirrus HD-OCT

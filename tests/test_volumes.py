@@ -96,7 +96,7 @@ def jpeg2000(a, **options):
     return buf.getvalue()
 
 
-def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller"):
+def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller", corrected=None):
     "An .fda or .fds file of oct-converter's structures; uint8 (jpeg) or uint16 pixels (n, h, w)."
     from oct_converter.readers.binary_structs import fda_binary, fds_binary
     n, h, w = pixels.shape
@@ -109,6 +109,9 @@ def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller"):
     capture = fds_binary.capture_info_02_header.build(dict(eye=0, scan_mode=2, session_id=1, label="", cap_date=[2026, 1, 1, 0, 0, 0]))
     patient = b"Study-07".ljust(32, b"\0") + name.encode("cp1252").ljust(72, b"\0") + b"\1" + bytes(800)
     parts = {b"@PATIENT_INFO_02": patient, b"@CAPTURE_INFO_02": capture, b"@IMG_JPEG" if jpeg else b"@IMG_SCAN_03": data}
+    if corrected is not None:
+        head = dict(scan_mode=2, width=w, height=h, bits_per_pixel=16, number_slices=len(corrected), format=1, size=2*corrected.size)
+        parts = {b"@IMG_MOT_COMP_03": fda_binary.oct_header_2.build(head) + corrected.astype("<u2").tobytes(), **parts}
     path.write_bytes(fda_binary.header.build(dict(file_code="FOCT", file_type="FDA", major_ver=2, minor_ver=0))
                      + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts.items()) + b"\0")
     return path
@@ -240,6 +243,19 @@ def test_topcon_agrees_with_oct_converter_once_that_has_the_numpy_function_it_ne
         want = reader(path).read_oct_volume()
         assert (want.laterality, want.patient_id) == ("R", "Study-07")
         assert np.array_equal(images(path), np.rint(np.array(want.volume)*(1 if jpeg else 255/np.max(want.volume))))
+
+
+def test_topcon_gives_the_whole_volume_not_the_motion_corrected_part(tmp_path):
+    pytest.importorskip("oct_converter")
+    pixels = textured()
+    path = write_topcon(tmp_path/"a.fds", pixels.astype(np.uint16), corrected=pixels[:1]//2)
+    assert len(images(path)) == 3
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"@IMG_MOT_COMP_03", b"@IMG_SCAN_03").replace(b"\x10@IMG_SCAN_03", b"\x0c@IMG_SCAN_03"))
+    assert "the first of 2 volumes" in next(read_scans(path)).notes[0]
+    path.write_bytes(raw.replace(b"@IMG_SCAN_03", b"@IMG_SCAN_99"))
+    scan, = read_scans(path)
+    assert "perhaps not the whole volume" in scan.notes[0]
 
 
 def test_a_topcon_header_that_asks_for_more_than_there_is_is_refused(tmp_path):
