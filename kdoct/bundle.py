@@ -243,8 +243,9 @@ def _check_xml(path, name, files):
     have = files.get(name.removesuffix('.xml') + '.bin', {}).get('bytes', 0)
     if files[name]['bytes'] > _TEXT_BYTES: _refuse(name, f"{files[name]['bytes']} bytes are too many for this file (at most {_TEXT_BYTES})")
     def start(tag, at):
-        if tag == 'data' and {'offset', 'size'} <= set(at) and int(at['offset']) + int(at['size']) > have:
-            _refuse(name, f"it points to byte {int(at['offset']) + int(at['size'])} of {have} in its file of numbers")
+        if tag != 'data' or not {'offset', 'size'} <= set(at): return
+        first, n = int(at['offset']), int(at['size'])
+        if min(first, n) < 0 or first + n > have: _refuse(name, f"it points to byte {first + n} of {have} in its file of numbers")
     parser = expat.ParserCreate()
     parser.StartElementHandler, parser.StartDoctypeDeclHandler = start, lambda *_: _refuse(name, "it has a document type")
     try:

@@ -190,14 +190,15 @@ def card_facts(
     path = run.stage_dir(fold, role)/'model.json'
     if not path.exists(): raise KdoctError(f"There is no {role} of fold {fold} in run '{run.name}'.", fix=f'Train it: {stage_command(role, run, fold)}')
     model, facts, data, measured = read_json(path), run.facts(), _data_facts(run, fold), _measured(run, fold, role)
+    classes = model.get('classes') or about.get('classes') or []
     summary = read_json(run.path/'summary.json') if (run.path/'summary.json').exists() else {}
     spread = {k.split(' | ')[1]: v for k, v in summary.get('mean_sd', {}).items() if k.startswith(f'{role} | ')}
     taught = [dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')}) for r, t in model.get('taught_by', {}).items()]
     return dict(
         card=1, name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
-        model=dict(role=role, arch=model['arch'], parameters=model.get('parameters', NOT), classes=model.get('classes', NOT), input=about.get('input', NOT),
+        model=dict(role=role, arch=model['arch'], parameters=model.get('parameters', NOT), classes=classes or NOT, input=about.get('input', NOT),
                    outputs=about.get('outputs', NOT), taught_by=taught, kept=model.get('metrics', {}).get('kept', NOT)),
-        use=_use(data, model.get('classes', [])), data=data, measured=measured,
+        use=_use(data, classes), data=data, measured=measured,
         all_folds=dict(folds=summary.get('folds', []), mean_sd=spread),
         decision=_decision_facts(decision), formats=about.get('formats', NOT), limits=_limits(data, measured, role),
         licences=licences_of(run, fold, role), cost=_cost(run, fold, role),
@@ -299,7 +300,7 @@ def card_text(
     "The card for people, from the same values."
     m, s, c, out = card['model'], card['source'], card['cost'], []
     def section(title, *lines): out.extend([f'## {title}', '', *lines, ''])
-    taught = '; '.join(f"{t['role']} {t['arch']}" for t in m['taught_by'])
+    taught = '; '.join(f"{t['role']} ({t['arch'] or NOT})" for t in m['taught_by'])
     section('Network', f"{m['arch']}, {_cell(m['parameters'])} parameters, {m['role']} of fold {s['fold']} of run {s['run']}"
             + (f', distilled from {taught}' if taught else '') + f". Classes, in this order: {_cell(m['classes'])}.", '', f"Input: {_cell(m['input'])}.",
             f"Output: {_cell(m['outputs'])}.")
@@ -314,7 +315,7 @@ def card_text(
     section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_cell(c["machine"])}.',
                                     f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
     section('Where it comes from', *_grid(['what', 'value'], list(_leaves(s))))
-    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made {card["created"]}. For research; not for diagnosis.', '', *out])
+    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '', *out])
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 def model_card(

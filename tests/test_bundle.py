@@ -352,9 +352,16 @@ def test_a_damaged_onnx_gives_a_reason_or_passes(tmp_path_factory, changes):
     except KdoctError as e: assert "fuzz.onnx" in e.problem
 
 
-@pytest.mark.parametrize("text, why", [(OPENVINO.replace('"16"', '"10000000000"'), "points to byte 10000000000 of 16"),
-                                       ('<!DOCTYPE n [<!ENTITY a SYSTEM "file:///etc/hostname">]><net>&a;</net>', "document type"),
-                                       (OPENVINO[:40], "not XML"), (OPENVINO.replace('"16"', '"a"'), "not XML")], ids=["10 GB", "entity", "cut", "word"])
+LIES = {
+    "10 GB": (OPENVINO.replace('"16"', '"10000000000"'), "points to byte 10000000000 of 16"),
+    "before": (OPENVINO.replace('"0"', '"-9"').replace('"16"', '"25"'), "points to byte"),
+    "entity": ('<!DOCTYPE n [<!ENTITY a SYSTEM "file:///etc/hostname">]><net>&a;</net>', "document type"),
+    "cut": (OPENVINO[:40], "not XML"),
+    "word": (OPENVINO.replace('"16"', '"a"'), "not XML"),
+}
+
+
+@pytest.mark.parametrize("text, why", LIES.values(), ids=list(LIES))
 def test_an_openvino_text_that_lies_is_refused(bundle, text, why):
     (bundle / "openvino.xml").write_text(text)
     relist(bundle)
