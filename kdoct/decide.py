@@ -374,9 +374,16 @@ def _strange(run:Run, data:FoldData, model, decision:Decision, n:int=32)->dict:
     return {kind: dict(images=len(x), flagged=float((decision.outlier.score(_pass(run, data, model, images=x)[0]) > decision.outlier.threshold).mean()))
             for kind, x in kinds.items()}
 
+def _caveat(run:Run)->str:
+    "Why validation images are not drawn as test images are; '' where they are."
+    d = run.recipe.data
+    if d.protocol == 'official': return 'The test part is the official one, not drawn as validation was.'
+    return 'Validation has only slices that show the diagnosis, the test part has all.' if d.worst_case_train and not d.worst_case_test else ''
+
 def _fitted(run:Run, data:FoldData, model, **about)->Decision:
     "The decision from training and validation images."
     from kdoct.training import predictions_frame
+    about |= dict(caveat=_caveat(run))
     (train, _), (features, logits) = (_pass(run, data, model, data.idx[part]) for part in ('train', 'val'))
     decision = fit_decision(predictions_frame(data, 'val', logits), features, train, run.recipe.decide, run=run.name, fold=data.fold, **about)
     decision.about['strange'] = _strange(run, data, model, decision)

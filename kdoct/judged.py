@@ -69,7 +69,7 @@ def _fitted_on(decided)->str:
     "On what the decisions were fitted."
     about = [j.decision.about for folds in decided.values() for j in folds]
     return (f'Fitted on validation ({_span([a["images"] for a in about], "{:d}")} images of {_span([a["patients"] for a in about], "{:d}")} patients'
-            f'{" a fold" if len(next(iter(decided.values()))) > 1 else ""}), counted on test.')
+            f'{" a fold" if len(next(iter(decided.values()))) > 1 else ""}), counted on test. ' + about[0].get('caveat', '')).strip()
 
 def _notes(folds, *words)->str:
     "What could not be fitted as wished, of the notes with one of these words."

@@ -327,6 +327,14 @@ def test_a_network_that_is_missing_is_answered_with_its_command(run):
     with pytest.raises(KdoctError, match='no network yet'): D.decide_all(run, 1)
 
 
+@pytest.mark.parametrize('changes,says', [({}, ''), ({'data.worst_case_train': True}, 'only slices that show'), ({'data.protocol': 'official'}, 'official'),
+                                         ({'data.worst_case_train': True, 'data.worst_case_test': True}, '')], ids=['same', 'worst case', 'official', 'both'])
+def test_a_test_part_that_is_drawn_otherwise_is_said(changes, says):
+    run = create_run('caveat', preset('tiny', **changes))
+    j = J.Judged(fitted(caveat=D._caveat(run)), simulate_predictions(20), np.zeros(len(simulate_predictions(20))))
+    assert says in J.sets_section({'student': [j]}, QUICK).caption and bool(D._caveat(run)) == bool(says)
+
+
 def test_strange_pictures_are_counted(made):
     strange = made[1].about['strange']
     assert set(strange) == {'white noise', 'smooth noise', 'flat grey', 'inverted', 'tiles'}
