@@ -304,7 +304,7 @@ class DecideRecipe(Part):
                                               "kept, or the share of mistakes among the kept")
     defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
     alpha:tuple[float, ...] = Field((0.05, 0.1), description="conformal sets: wished shares of sets without the true class [fraction]")
-    outliers:float = Field(0.05, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
+    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
 
     @model_validator(mode='after')
     def _fractions(self):
