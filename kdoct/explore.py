@@ -8,7 +8,8 @@ __all__ = ['ORDERS', 'MOST_SCANS', 'BLUE', 'ORANGE', 'PAGE', 'CSS', 'VIEWS', 'ru
            'read_case', 'Own', 'read_own', 'read_upload', 'lay_back', 'Answer', 'Look', 'Network', 'seen_by',
            'seen_picture', 'outcome', 'Background', 'Subject', 'Explorer', 'text_html', 'error_html', 'table_html',
            'picture_html', 'scale_html', 'answers_html', 'verdict', 'decided', 'cut_html', 'curves_svg', 'Viewer',
-           'case_line', 'TestPanel', 'OwnPanel', 'CutPanel', 'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
+           'case_line', 'TestPanel', 'OwnPanel', 'validated_points', 'CutPanel', 'kernel_post', 'fold_label', 'App',
+           'write_page', 'serve']
 
 # %% ../nbs/09_explore.ipynb #5c7990ce
 import asyncio
@@ -129,15 +130,15 @@ class Cases:
     probabilities:dict[str, np.ndarray]  # role -> (n, K)
     decisions:dict[str, object]          # role -> kdoct.decide.Decision, for those that have one
     outliers:dict[str, np.ndarray]       # role -> (n,), for the same: how strange each image is
-    notes:tuple[str, ...]=()             # what could not be used
+    notes:tuple[str, ...]=()             # what could not be used, or not fitted as wished
 
     @property
     def about(self)->str:
         "What the numbers are of."
         d, t = self.decisions.get(self.role), self.predictions
-        how = f"calibrated, temperature {d.temperature:.2f} fitted on validation patients" if d else "as the network gives them, not calibrated"
+        how = f"at T {d.temperature:.2f}, from validation patients" if d else "as the network gives them, not calibrated"
         return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({self.run.recipe.training(self.role).arch}); "
-                f"test part: {len(t)} images of {t.group.nunique()} groups (patients); probabilities {how}.")
+                f"test part, {len(t)} images of {t.group.nunique()} patients (groups); probabilities {how}")
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)
@@ -156,7 +157,7 @@ def open_cases(
     decisions, outliers = ({r: d[i] for r, (d, _) in found.items() if d} for i in (0, 1))
     p = {r: np.exp(log_softmax(logits_of(f)/(decisions[r].temperature if r in decisions else 1.))) for r, f in frames.items()}
     beside = 'student' if role == 'teacher' else 'teacher'
-    notes = tuple(dict.fromkeys(n for _, n in found.values() if n))
+    notes = (*dict.fromkeys(n for _, n in found.values() if n), *(f'{r}: {n}.' for r, d in decisions.items() for n in d.notes))
     return Cases(run, fold, role, beside if beside in frames else '', classes_of(first), first, p, decisions, outliers, notes)
 
 # %% ../nbs/09_explore.ipynb #a7b01c53
@@ -615,7 +616,7 @@ def answers_html(
     roles = sorted(p, key=lambda r: r != cases.role)
     rows = [[html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''), *(_bar(p[r][k], p[r].argmax() == k) for r in roles)]
             for k, c in enumerate(cases.classes)]
-    how = '; '.join(f'{r} {f"calibrated, T {cases.decisions[r].temperature:.2f}" if r in cases.decisions else "not calibrated"}' for r in roles)
+    how = '; '.join(f'{r} {f"at T {cases.decisions[r].temperature:.2f}" if r in cases.decisions else "not calibrated"}' for r in roles)
     return table_html(['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.') if roles else ''
 
 # %% ../nbs/09_explore.ipynb #c65af393
@@ -628,7 +629,8 @@ def verdict(
     p = subject.probabilities.get(cases.role, answer.probabilities if answer else None)
     if p is None: return []
     name, top, d = cases.classes[p.argmax()], float(p.max()), cases.decisions.get(cases.role)
-    right = '' if not subject.label else ', which is right' if name == subject.label else f', which is wrong: it is labelled {subject.label}'
+    right = ', which is right' if name == subject.label else f', which is wrong: it is labelled {subject.label}'
+    if not subject.label: right = ' (a file of your own: its class is not known here)'
     out = [f'The {cases.role} calls it {name} with {100*top:.1f} %{right}.']
     if cases.beside in subject.probabilities:
         q = subject.probabilities[cases.beside]
@@ -652,10 +654,8 @@ def decided(
     low = top < decision.defer_below
     out.append(f"{'DEFERRED to a reader' if low else 'Not deferred'}: its confidence of {100*top:.1f} % is {'below' if low else 'at least'} "
                f"{100*decision.defer_below:.1f} %.")
-    for alpha in sorted(decision.conformal):
-        left = [c for c, yes in zip(decision.classes, decision.sets(p[None], alpha)[0], strict=True) if yes]
-        out.append(f"Classes that remain at an error of {100*alpha:g} %: {', '.join(left)}.")
-    return out
+    def left(a): return ' or '.join(c for c, yes in zip(decision.classes, decision.sets(p[None], a)[0], strict=True) if yes)
+    return out + ['Classes that remain: ' + '; '.join(f'{left(a)} at an error of {100*a:g} %' for a in sorted(decision.conformal)) + '.']
 
 # %% ../nbs/09_explore.ipynb #2435d1bf
 def _percent(share:tuple, yes:int, of:int, level:float)->str:
@@ -717,16 +717,18 @@ class Viewer:
         self.state, self.work, self.subject, self.made, self.wanted = state, work, None, {}, {}
         self.layer = f'kd-{uuid.uuid4().hex[:8]}'
         self.picture, self.status, self.opaque, self.words, self.scale = (w.HTML() for _ in range(5))
-        self.map_on = w.ToggleButton(description='Score-CAM', tooltip='Show where the network looks; it is computed when this is on')
-        self.which = w.Dropdown(description='of class', **_LAYOUT)
-        self.opacity = w.FloatSlider(.6, min=0, max=1, step=.05, description='opacity', readout_format='.0%', **_LAYOUT)
-        self.square = w.Checkbox(description='as the network sees it', indent=False, layout=w.Layout(width='190px'))
+        self.map_on = w.Checkbox(description='Score-CAM', indent=False, layout=w.Layout(width='120px'))
+        narrow = dict(style=dict(description_width='56px'), layout=w.Layout(width='240px'))
+        self.which = w.Dropdown(description='of class', **narrow)
+        self.opacity = w.FloatSlider(.6, min=0, max=1, step=.05, description='opacity', readout_format='.0%', **narrow)
+        self.square = w.Checkbox(description='as the network sees it', indent=False, layout=w.Layout(width='180px'))
         for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.ask), 'value')
         self.opacity.observe(lambda change: self.fade(), 'value')
         tools = w.HBox([self.map_on, self.which, self.opacity, self.square], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='1 1 480px', min_width='0'))
-        self.right = w.VBox([self.words], layout=w.Layout(flex='1 1 380px', min_width='0'))
+        self.middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='1 1 500px', min_width='0'))
+        self.right = w.VBox([self.words], layout=w.Layout(flex='1 1 400px', min_width='0'))
         self.fade()
+        self.show(None)
 
 # %% ../nbs/09_explore.ipynb #43f1572e
 @patch
@@ -747,8 +749,8 @@ def show(self:Viewer,
 ):
     "Look at a picture."
     self.subject, self.made, self.wanted = subject, {}, {}
-    if subject is None: self.picture.value = self.words.value = self.status.value = self.scale.value = ''
-    else: self.ask()
+    for part in (self.middle, self.right): part.layout.display = 'none' if subject is None else None
+    self.ask()
 
 @patch
 def number(self:Viewer)->int|None:  # None: the true class is not known
@@ -804,7 +806,7 @@ def draw(self:Viewer):
     else: self.picture.value = picture_html(s.image, s.name, look and look.values, c.run.recipe.data.resize, self.layer)
     self.scale.value = scale_html() if look else ''
     facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in s.facts.items())
-    said = ''.join(text_html(t) for t in verdict(c, s, self.result('answer')))
+    said = ''.join(text_html(t, 'busy' if t.split()[0].isupper() else '') for t in verdict(c, s, self.result('answer')))
     self.words.value = answers_html(c, s, self.result('answer')) + said + f'<dl class="kd-facts">{facts}</dl>'
     self.status.value = self.progress()
 
@@ -826,9 +828,9 @@ def case_line(
     row,  # of `case_table`
 )->str:
     "A test image in a line."
-    where = ', '.join(f'{k} {v}' for k, v in _known(row).items() if k in ('patient', 'eye', 'slice'))
-    call = row.label if row.right else f'{row.label}, called {row.predicted}'
-    return f"{'✓' if row.right else '✗'} {call} · {100*row.confidence:.0f} % · {where or row.path}"
+    where = ' '.join(v for k, v in _known(row).items() if k in ('patient', 'eye', 'slice'))
+    call = row.label if row.right else f'{row.label} → {row.predicted}'
+    return f"{'✓' if row.right else '✗'} {call} {100*row.confidence:.0f} % · {where or row.path}"
 
 class TestPanel:
     "Which test images, and a list of them."
@@ -838,17 +840,20 @@ class TestPanel:
         do=lambda f: f(), # how a control does what it does
     ):
         self.state, self.show, self.rows, self.filling = state, show, np.array([], int), False
-        def choose(what, *options): return w.Dropdown(description=what, options=[o if isinstance(o, tuple) else (o, o) for o in options], **_LAYOUT)
-        self.true, self.predicted = choose('true', ('any', '')), choose('called', ('any', ''))
-        self.calls = choose('calls', ('right and wrong', ''), 'right', 'wrong')
-        self.beside, self.deferred = choose('beside', ('', '')), choose('deferral', ('all', ''), 'deferred', ('not deferred', 'decided'))
-        self.strange = choose('strange', ('all', ''), 'flagged', ('not flagged', 'usual'))
+        half = dict(style=dict(description_width='54px'), layout=w.Layout(width='163px'))
+        def choose(what, *options): return w.Dropdown(description=what, options=[('all', ''), *options], **half)
+        self.true, self.predicted, self.calls = choose('true'), choose('called'), choose('calls', ('right', 'right'), ('wrong', 'wrong'))
+        self.beside = choose('beside', ('same class', 'same'), ('other class', 'other'))
+        self.deferred = choose('deferral', ('deferred', 'deferred'), ('not deferred', 'decided'))
+        self.strange = choose('strange', ('flagged', 'flagged'), ('not flagged', 'usual'))
         self.confidence = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=.01, description='confidence', readout_format='.0%', **_LAYOUT)
-        self.order = choose('order', *ORDERS)
+        self.order = w.Dropdown(description='order', options=ORDERS, **_LAYOUT)
         self.page = w.BoundedIntText(1, min=1, max=1, description='page', style=_LAYOUT['style'], layout=w.Layout(width='150px'))
-        self.count, self.list = w.HTML(), w.Select(rows=11, layout=w.Layout(width='324px'))
+        self.count, self.list = w.HTML(), w.Select(rows=12, layout=w.Layout(width='328px'))
         self.filters = (self.true, self.predicted, self.calls, self.beside, self.deferred, self.strange, self.confidence, self.order)
-        self.box = w.VBox([*self.filters, self.count, self.list, self.page], layout=w.Layout(flex='0 0 334px'))
+        f = self.filters
+        self.box = w.VBox([*(w.HBox(f[i:i + 2], layout=w.Layout(width='334px')) for i in (0, 2, 4)), *f[6:], self.count, self.list, self.page],
+                          layout=w.Layout(flex='0 0 340px'))
         for control in self.filters: control.observe(lambda change: self.filling or do(self.refresh), 'value')
         self.page.observe(lambda change: self.filling or do(self.fill), 'value')
         self.list.observe(lambda change: self.filling or do(self.look_at), 'value')
@@ -857,12 +862,11 @@ class TestPanel:
 @patch
 def opened(self:TestPanel):
     "A fold was opened: all its test images."
-    c, self.filling = self.state.cases, True
-    for control in (self.true, self.predicted): control.options = [('any', ''), *((k, k) for k in c.classes)]
-    other = c.beside or 'another network'
-    self.beside.options = [('all', ''), (f'{other} calls it the same', 'same'), (f'{other} calls it otherwise', 'other')]
+    c, self.filling, decided = self.state.cases, True, self.state.cases.role in self.state.cases.decisions
+    for control in (self.true, self.predicted): control.options = [('all', ''), *((k, k) for k in c.classes)]
     for control in (self.true, self.predicted, self.calls, self.beside, self.deferred, self.strange): control.value = ''
-    self.beside.disabled, self.deferred.disabled, self.strange.disabled = not c.beside, c.role not in c.decisions, c.role not in c.decisions
+    self.beside.description, self.beside.disabled = c.beside or 'beside', not c.beside
+    self.deferred.disabled = self.strange.disabled = not decided
     self.confidence.value, self.filling = (0, 1), False
     self.refresh()
 
@@ -888,8 +892,9 @@ def fill(self:TestPanel):
     some, chosen = t.loc[self.rows[start:start + PAGE]], t.loc[self.rows]
     self.list.options = [(case_line(r), i) for i, r in some.iterrows()]
     self.list.value = some.index[0] if len(some) else None
-    self.count.value = text_html(f"{len(chosen)} of {len(t)} test images, {chosen.group.nunique()} of {t.group.nunique()} patients"
-                                 + (f'; here {start + 1} to {start + len(some)}' if len(some) < len(chosen) else ''), 'soft', 'status')
+    here = f'; here {start + 1} to {start + len(some)}' if len(some) < len(chosen) else ''
+    self.count.value = text_html(f"{len(chosen)} of {len(t)} test images, {chosen.group.nunique()} of {t.group.nunique()} patients{here}. "
+                                 "True → called class, confidence, patient, eye, slice:", 'soft', 'status')
     self.filling = False
     self.look_at()
 
@@ -909,9 +914,9 @@ class OwnPanel:
     ):
         self.state, self.work, self.show, self.scans = state, work, show, []
         self.upload = w.FileUpload(description='Choose a file', icon='', multiple=False, tooltip='A picture or a volume', layout=w.Layout(width='324px'))
-        self.path = w.Text(description='or its path', placeholder='on this machine', **_LAYOUT)
+        self.path = w.Text(description='or its path', placeholder='on this machine', continuous_update=False, **_LAYOUT)
         self.read = w.Button(description='Read the file at this path', layout=w.Layout(width='324px'))
-        self.status, self.list = w.HTML(), w.Select(rows=14, layout=w.Layout(width='324px'))
+        self.status, self.list = w.HTML(), w.Select(rows=10, layout=w.Layout(width='324px'))
         about = text_html("A B-scan, or a volume: DICOM, multi-page TIFF, Heidelberg, Topcon, Zeiss. It is read here, kept in memory only, and forgotten "
                           "with this page. Through the browser JupyterLab takes 10 MB; give larger files by their path.", 'soft')
         self.box = w.VBox([self.upload, self.path, self.read, w.HTML(about), self.status, self.list], layout=w.Layout(flex='0 0 334px'))
@@ -959,6 +964,17 @@ def look_at_own(self:OwnPanel):
     "Look at the picture that is chosen in the list."
     self.show(None if self.list.value is None else self.state.own_subject(self.scans[self.list.value]))
 
+# %% ../nbs/09_explore.ipynb #14f30cc9
+def validated_points(
+    cases:Cases,  # of a fold
+    name:str,     # the class
+)->list[tuple[str, float]]:  # what it does, the threshold; empty where no decision is fitted
+    "Thresholds that the decision has chosen on validation patients."
+    d = cases.decisions.get(cases.role)
+    if d is None: return []
+    t = d.operating_points[(d.operating_points['class'] == name) & d.operating_points.threshold.notna()]
+    return [(f'{r.kind} of at least {100*r.wished:g} %: {r.threshold:.3f} ({r.images} images there)', float(r.threshold)) for r in t.itertuples()]
+
 # %% ../nbs/09_explore.ipynb #64e7a93f
 class CutPanel:
     "A threshold on one class."
@@ -969,15 +985,17 @@ class CutPanel:
         self.state = state
         self.name = w.Dropdown(description='class', **_LAYOUT)
         self.threshold = w.FloatSlider(.5, min=0, max=1, step=.01, description='threshold', readout_format='.2f',
-                                       style=_LAYOUT['style'], layout=w.Layout(width='560px'))
+                                       style=_LAYOUT['style'], layout=w.Layout(width='440px'))
+        self.points = w.Dropdown(description='from validation', style=dict(description_width='100px'), layout=w.Layout(width='460px'))
         self.numbers, self.curves = w.HTML(), w.HTML()
         note = text_html("The threshold is moved over test images, to see what it costs. One that is chosen here is not tested any more: choose it on "
                          "validation patients, as the decision of the fold does.", 'soft')
-        self.box = w.VBox([w.HBox([self.name, self.threshold], layout=w.Layout(flex_flow='row wrap')),
-                           w.HBox([w.VBox([self.numbers, w.HTML(note)], layout=w.Layout(flex='1 1 480px')), self.curves],
+        self.box = w.VBox([w.HBox([self.name, self.points, self.threshold], layout=w.Layout(flex_flow='row wrap')),
+                           w.HBox([w.VBox([self.numbers, w.HTML(note)], layout=w.Layout(flex='0 1 600px')), self.curves],
                                   layout=w.Layout(flex_flow='row wrap'))])
         self.name.observe(lambda change: do(self.chosen), 'value')
         self.threshold.observe(lambda change: do(self.draw_cut), 'value')
+        self.points.observe(lambda change: do(self.to_point), 'value')
 
 @patch
 def offer_classes(self:CutPanel):
@@ -993,7 +1011,14 @@ def chosen(self:CutPanel):
     if self.name.value not in (c.classes if c else ()): return
     self.cuts = Thresholds(c, self.name.value, c.run.recipe.evaluate, c.run.recipe.seed)
     self.drawn = self.cuts.curves()
+    self.points.options = [('choose a threshold', -1.), *validated_points(c, self.name.value)]
+    self.points.value, self.points.disabled = -1., len(self.points.options) == 1
     self.draw_cut()
+
+@patch
+def to_point(self:CutPanel):
+    "A threshold of the decision was chosen."
+    if self.points.value is not None and self.points.value >= 0: self.threshold.value = self.points.value
 
 @patch
 def draw_cut(self:CutPanel):
@@ -1019,28 +1044,26 @@ def fold_label(
     lacks = [r for r in run.recipe.roles if r not in there]
     return f'{fold}' + (': nothing is trained' if not there else f": no {', no '.join(lacks)}" if lacks else '')
 
-# %% ../nbs/09_explore.ipynb #3ed1730b
+# %% ../nbs/09_explore.ipynb #8904cc20
 CSS = '''
-.kd-app{font:14px/1.4 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c1f23;max-width:1340px;padding:4px 10px}
-.kd-app .widget-html-content{line-height:1.4;font-size:14px;white-space:normal}.kd-app .widget-html{margin:0 2px}
-.kd-app p{margin:3px 0;max-width:none}
-.kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}.kd-app .kd-busy{color:#1c1f23;border-left:4px solid #e69f00;padding-left:8px}
+.kd-app{font:14px/1.4 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c1f23;max-width:1340px;padding:0 10px}
+.kd-app .widget-html-content{line-height:1.4;font-size:14px;white-space:normal}.kd-app .widget-html{margin:0 2px}.kd-app p{margin:3px 0;max-width:none}
+.kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}.kd-app .kd-busy{border-left:4px solid #e69f00;padding-left:8px}
 .kd-app .kd-bad{border-left:4px solid #b3261e;background:#fdf3f2;padding:6px 10px;margin:4px 0;overflow-wrap:anywhere}.kd-fix{font-size:13px}
 .kd-app .kd-about{font-weight:600}.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
 .kd-stack{display:grid;background:#000;width:fit-content}
-.kd-base{grid-area:1/1;display:block;max-width:100%;width:520px;max-height:430px;object-fit:contain}
+.kd-base{grid-area:1/1;display:block;max-width:100%;width:520px;max-height:400px;object-fit:contain}
 .kd-scale{display:flex;gap:8px;align-items:center;font-size:12.5px}.kd-scale img{height:12px;width:200px}
 .kd-app table.kd-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:2px 0 6px}
-.kd-table caption{text-align:left;caption-side:top;padding:0 0 3px}
+.kd-table caption{text-align:left;caption-side:top;padding:0 0 3px}.kd-table thead th{background:#f4f6f8}.kd-table tbody th{font-weight:400}
 .kd-table th,.kd-table td{padding:3px 8px;text-align:left;border-bottom:1px solid #d7dce2;white-space:nowrap}
-.kd-table thead th{background:#f4f6f8}.kd-table tbody th{font-weight:400}
-.kd-bar{display:inline-block;width:70px;height:10px;background:#e3e6ea;margin-right:6px}.kd-bar span{display:block;height:10px;background:#0072b2}
-.kd-number{display:inline-block;min-width:60px}.kd-share{font-size:15px}.kd-count{color:#4d5661}
-.kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 10px;font-size:12.5px;margin:4px 0;overflow-wrap:anywhere}.kd-facts dt{color:#4d5661}
-.kd-facts dd{margin:0}
-.kd-curves{width:420px;font-size:12px}.kd-app select[size]{font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
-.kd-app button:focus-visible,.kd-app select:focus-visible,.kd-app input:focus-visible,
-.kd-app .noUi-handle:focus-visible{outline:3px solid #d55e00;outline-offset:1px}
+.kd-bar{display:inline-block;width:64px;height:10px;background:#e3e6ea;margin-right:6px}.kd-bar span{display:block;height:10px;background:#0072b2}
+.kd-number{display:inline-block;min-width:64px}.kd-app .kd-share{font-size:17px;margin:6px 0}.kd-count{color:#4d5661}
+.kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 12px;font-size:12.5px;margin:4px 0;overflow-wrap:anywhere}
+.kd-app .kd-facts dt{color:#4d5661;font-weight:400}.kd-facts dd{margin:0}.kd-curves{width:520px;max-width:100%;font-size:11px}
+.kd-app select[size]{font:12px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
+.kd-app .widget-radio-box{padding:4px;margin:0}.kd-app .widget-radio-box label{margin-right:10px}
+.kd-app :is(button,select,input,.noUi-handle):focus-visible{outline:3px solid #d55e00!important;outline-offset:1px}
 '''
 
 VIEWS = ('Test images', 'A file of your own', 'Threshold')
@@ -1059,14 +1082,15 @@ class App(w.VBox):
         self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
         self.own = OwnPanel(self.state, self.work, self.viewer.show, self.guarded)
         self.message, self.about = w.HTML(), w.HTML()
-        wide = dict(style=dict(description_width='50px'), layout=w.Layout(width='280px'))
+        wide = dict(style=dict(description_width='50px'), layout=w.Layout(width='260px'))
         self.run, self.fold, self.role = (w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model'))
-        self.view = w.ToggleButtons(options=VIEWS, style=dict(button_width='150px'), layout=w.Layout(width='auto'))
+        self.view = w.RadioButtons(options=VIEWS, orientation='horizontal', layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'))
         top = w.HBox([self.run, self.fold, self.role, self.view], layout=w.Layout(flex_flow='row wrap', align_items='center'))
         self.looking = w.HBox([self.tests.box, self.own.box, self.viewer.middle, self.viewer.right], layout=w.Layout(width='100%'))
         super().__init__([w.HTML(f'<style>{CSS}</style>'), top, self.about, self.message, self.looking, self.cut.box])
         self.add_class('kd-app')
         for control in (self.run, self.fold, self.role, self.view): control.observe(self.changed, 'value')
+        self.arrange()
         self.guarded(lambda: self.start(run, fold, role))
 
 # %% ../nbs/09_explore.ipynb #2a2dedb0
@@ -1112,7 +1136,8 @@ def choose(self:App, run:str, fold:int|None=None, role:str=''):
 def show_opened(self:App):
     "Show what was opened, and say what it is."
     c = self.state.cases
-    self.about.value = text_html(c.about, 'about', 'status') + text_html(f'Protocol. {c.protocol}', 'protocol') + ''.join(text_html(n, 'busy') for n in c.notes)
+    self.about.value = text_html(c.about, 'about', 'status') + text_html(f'For research; not for diagnosis. Protocol. {c.protocol}', 'protocol')
+    self.about.value += ''.join(text_html(n, 'busy') for n in c.notes)
     self.viewer.offer()
     self.cut.offer_classes()
     self.tests.opened()

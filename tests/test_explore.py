@@ -1,11 +1,15 @@
 "The explorer: its state without widgets, its widgets without a browser, and all of it in a real browser."
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +26,7 @@ from kdoct.metrics import log_softmax, logits_of, simulate_predictions
 from kdoct.models import create_classifier, save_bundle
 from kdoct.training import predict_logits, predictions_frame
 
+ROOT = Path(__file__).resolve().parent.parent
 NASTY = '<img src=x onerror=alert(1)>'
 
 
@@ -325,3 +330,117 @@ def test_importing_the_explorer_does_not_wait_for_torch():
 def test_without_voila_the_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "voila.app", None)
     with pytest.raises(KdoctError, match=r"kdoct\[app\]"): explore.serve(browser=False)
+
+
+# --- in a browser
+
+@pytest.fixture
+def page(run, tmp_path):
+    "The address of the explorer's page, served by a process of its own as `kdoct explore` does."
+    log = tmp_path / "served.txt"
+    code = "from kdoct.explore import serve; serve(browser=False, run='small', say=lambda text: print(text, flush=True))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as out: server = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
+    try:
+        end = time.monotonic() + 60
+        while not (found := re.search(r"http://localhost:\S+", log.read_text())):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            threading.Event().wait(.1)
+        yield found[0]
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+class Hand:
+    "Whoever uses the page, without a mouse."
+    def __init__(self, browser): self.browser = browser
+
+    def until(self, what, seconds=60):
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.wait import WebDriverWait
+        return WebDriverWait(self.browser, seconds, ignored_exceptions=[StaleElementReferenceException]).until(lambda b: what())
+
+    def all(self, css): return [e for e in self.browser.find_elements("css selector", f".kd-app {css}") if e.is_displayed()]
+    def text(self, css): return " ".join(e.text for e in self.all(css))
+    def labelled(self, text, tag="input"):
+        (label,) = [e for e in self.all("label") if e.text.strip() == text]
+        return label.find_element("xpath", f"(.|..)//{tag}")
+
+    def press(self, *keys):
+        from selenium.webdriver.common.action_chains import ActionChains
+        for key in keys: ActionChains(self.browser).send_keys(key).perform()
+
+    def give(self, file):
+        "Press the button that asks for a file, and give one to the dialogue that it would open."
+        self.browser.execute_script("HTMLInputElement.prototype.click = function() { document.body.append(this); window.asked = this }")
+        (button,) = self.all("button.widget-upload")
+        button.send_keys(" ")
+        self.until(lambda: self.browser.execute_script("return window.asked")).send_keys(str(file))
+
+
+def reached_by_tab(browser, hand):
+    "What the tab key reaches, in its order, until it leaves the page or begins again."
+    from selenium.webdriver.common.keys import Keys
+    hand.all("select")[0].send_keys("")
+    seen = []
+    while (now := browser.switch_to.active_element) not in seen and len(seen) < 60:
+        seen.append(now)
+        hand.press(Keys.TAB)
+    return seen
+
+
+def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+    browser.set_window_size(1366, 768)
+    hand = Hand(browser)
+    browser.get(page)
+    hand.until(lambda: "small, fold 0, student" in hand.text(".kd-about"))
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "the page is too wide for a laptop"
+
+    # every control that can be seen is reached by the tab key
+    controls = [e for e in hand.all(":is(select, input, button, [role=slider])") if e.is_enabled() and e.get_attribute("type") != "radio"]
+    assert len(controls) > 12 and not [e.get_attribute("outerHTML")[:200] for e in set(controls) - set(reached_by_tab(browser, hand))]
+
+    # the list: another image
+    before = hand.text(".kd-facts")
+    (listed,) = hand.all("select[size]")
+    listed.send_keys(Keys.ARROW_DOWN)
+    hand.until(lambda: hand.text(".kd-facts") not in ("", before))
+
+    # its map
+    hand.labelled("Score-CAM").send_keys(Keys.SPACE)
+    hand.until(lambda: hand.all("img[alt='Score-CAM']") and "forward passes" in hand.text(".kd-soft"))
+
+    # the threshold: the number that changes is the one that the images give
+    hand.labelled("Threshold").send_keys(Keys.SPACE)
+    shown = hand.until(lambda: hand.text("#kd-sensitivity"))
+    (handle,) = hand.all("[role=slider]")
+    handle.send_keys(Keys.ARROW_LEFT * 30)
+    hand.until(lambda: "20.0 % on" in hand.text("caption"))
+    cases = open_cases(run, 0, "student")
+    cut = Thresholds(cases, cases.classes[0], run.recipe.evaluate, run.recipe.seed).at(.2)
+    now = f"({cut.called[0]} of {cut.total[0]})"
+    assert now in hand.text("#kd-sensitivity") and now not in shown
+
+    # files of one's own: one that is none, then a good one
+    hand.labelled("A file of your own").send_keys(Keys.SPACE)
+    (tmp_path / "notes.png").write_text("no picture")
+    hand.until(lambda: hand.all("button.widget-upload"))
+    hand.give(tmp_path / "notes.png")
+    hand.until(lambda: "not-an-image" in hand.text(".kd-bad"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120), dtype=np.uint8)).save(tmp_path / "mine.png")
+    hand.give(tmp_path / "mine.png")
+    hand.until(lambda: "its class is not known here" in hand.text(".kd-text") and "mine.png" in hand.text(".kd-facts"))
+    assert "Traceback" not in browser.find_element("tag name", "body").text and not hand.all(".kd-bad")
+
+    # nothing was wrong behind the scenes, and nothing but this machine was asked
+    assert not [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    assert len(urls) > 10 and not [u for u in urls if not re.match(r"http://localhost:|data:|blob:|chrome", u)]
+
+
+def test_the_page_is_for_those_who_have_its_token(page):
+    with urllib.request.urlopen(page.partition("?")[0], timeout=30) as answer: body = answer.read().decode()
+    assert "/login" in answer.url and "kd-app" not in body and "jupyter-config-data" not in body
