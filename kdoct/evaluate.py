@@ -473,8 +473,9 @@ def fold_judged(
     fold:int,  # counted from 0
     models:dict[str, pd.DataFrame],  # predictions of the fold
 ) -> dict[str, Judged]:  # those that have a decision
-    "Decisions of the models of a fold with their test images."
-    out = {r: read_judged(run.stage_dir(fold, r), models[r]) for r in run.recipe.roles if r in models}
+    "Decisions of the models of a fold with their test images; `KdoctError` with the command where one does not belong to them."
+    try: out = {r: read_judged(run.stage_dir(fold, r), models[r]) for r in run.recipe.roles if r in models}
+    except KdoctError as e: raise KdoctError(e.problem, fix=f"Make it again: {stage_command('decide', run, fold)}") from e
     return {r: j for r, j in out.items() if j is not None}
 
 def pool_judged(

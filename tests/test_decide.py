@@ -401,3 +401,5 @@ def test_evaluation_shows_decisions_where_they_are(monkeypatch):
     assert {'calibration', 'operating', 'deferral', 'sets', 'outliers'} <= set(saved['sections'])
     assert {'calibration', 'coverage_risk'} <= set(saved['figures']) and (run.figures_dir(0)/'coverage_risk.png').exists()
     assert list(saved['sections']['deferral']['table']) == ['student'] and after['table'].equals(before['table'])
+    change(run.stage_dir(0, 'student'), lambda s: s['about'].update(weights_sha256='of another network'))
+    with pytest.raises(KdoctError, match=r'other weights(.|\n)*05g_decide.ipynb .*-p run shown'): E.evaluate_fold(run, 0)
