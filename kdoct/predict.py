@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'MOST_DECIDING', 'ROW_GROUP', 'record_fields', 'judged', 'read_ahead', 'answered', 'volume_call',
            'volume_fields', 'VolumeCalls', 'check_out', 'results_file', 'Predictor', 'predict_files']
 
-# %% ../nbs/07c_predict.ipynb #fd4d768c
+# %% ../nbs/07c_predict.ipynb #0c0fdaea
 import csv
 import io
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import KdoctError, usable_cores
 from .data import BadImage, decode_image, framed
@@ -461,18 +461,27 @@ def _with_bar(rows:Iterable, paths)->Iterator[dict]:
         bar.update(last is not None)
 
 class _Counts(Counter):
+    @property
+    def rows(self)->int: return sum(self[k] for k in ('called', 'unsure', 'outliers', 'failed'))
+
     def add(self, row:dict)->dict:
         "Count a row."
         kind = 'failed' if row['error'] else 'outliers' if row['outlier'] else 'unsure' if row['deferred'] else 'called'
         self.update([kind] + ([f'failed: {row["error"]}'] if row['error'] else []))
         return row
 
-# %% ../nbs/07c_predict.ipynb #db4deb8e
-def _summary(counts:Counter, volumes:int, seconds:float, engine:str)->str:
+# %% ../nbs/07c_predict.ipynb #538ed072
+@contextmanager
+def _interruptible(counts:_Counts, out):
+    "Say what is there when somebody interrupts."
+    try: yield
+    except KeyboardInterrupt as e:
+        raise KdoctError(f"Interrupted after {counts.rows} rows{f'; {out}.partial has them' if out else ''}.", fix="The same command begins anew.") from e
+
+def _summary(counts:_Counts, volumes:int, seconds:float, engine:str)->str:
     "What was done, in numbers."
-    n = counts['called'] + counts['unsure'] + counts['outliers'] + counts['failed']
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
-    return (f"{n} rows{f' and {volumes} volumes' if volumes else ''} in {seconds:.1f} s by the engine {engine}: {counts['called']} called, "
+    return (f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''} in {seconds:.1f} s by the engine {engine}: {counts['called']} called, "
             f"{counts['unsure']} deferred as unsure, {counts['outliers']} as outliers, {counts['failed']} failed{f' ({kinds})' if kinds else ''}")
 
 def predict_files(
@@ -489,7 +498,7 @@ def predict_files(
     outs = [check_out(p).resolve() for p in (out, volumes_out) if p]
     if len(set(outs)) < len(outs): raise KdoctError("B-scans and volumes cannot go into one file.", fix="Give them two names.")
     if next(iter(find_files(paths)), None) is None: raise KdoctError("There is no file to read.", fix="Give a file, or a folder that has some.")
-    with Predictor(bundle, **how) as p, ExitStack() as files:
+    with _interruptible(counts, out), Predictor(bundle, **how) as p, ExitStack() as files:
         fields, calls = record_fields(p.classes), VolumeCalls(p.classes, p.severity, rule, enough)
         write = files.enter_context(results_file(out, fields)) if out else _csv_rows(sys.stdout, fields)
         write_volume = files.enter_context(results_file(volumes_out, volume_fields(p.classes))) if volumes_out else lambda row: None

@@ -1,7 +1,10 @@
 "From files to calls: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
 import csv
+import io
 import json
 import os
+import shutil
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from kdoct.bundle import new_keys, seal
+from kdoct.cli import main
 from kdoct.core import KdoctError, create_run, preset
 from kdoct.data import BadImage, prepare_data
 from kdoct.decide import Decision, Outlier
@@ -36,7 +41,7 @@ CLASSES = ['CNV', 'DRUSEN', 'NORMAL']
 
 
 def decision(**changes):
-    o = Outlier(np.zeros(2, np.float32), np.eye(2, dtype=np.float32)[:1], np.ones(1, np.float32), np.ones(1, np.float32), threshold=2.)
+    o = Outlier(*[np.zeros(0)]*4, threshold=2.)
     return replace(Decision(tuple(CLASSES), 1., .6, {.1: .2}, pd.DataFrame(), o, (), {}), **changes)
 
 
@@ -105,6 +110,33 @@ def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
         for picture in (Image.open(path), np.asarray(Image.open(path))):
             one = p.image(picture)
             assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['call'] == row['call']
+
+
+def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):
+    bundle, table, root = shipped
+    (tmp_path/'bad.png').write_bytes(b'')
+    def status(*argv):
+        with pytest.raises(SystemExit) as e: main(['predict', *map(str, argv)])
+        return e.value.code
+    assert status(bundle, root/table.path[0], '--engine', 'torch') == 0
+    assert status(bundle, root/table.path[0], tmp_path/'bad.png', '--engine', 'torch', '--out', tmp_path/'r.csv') == 1
+    assert len(pd.read_csv(tmp_path/'r.csv')) == 2
+    assert status(bundle) == 2
+    assert status(bundle, tmp_path/'bad.png', '--engine', 'steam') == 1 and "no engine 'steam'" in capsys.readouterr().err
+
+
+def test_a_signed_bundle_with_a_changed_byte_is_refused(shipped, tmp_path):
+    signed, (private, public) = shutil.copytree(shipped[0], tmp_path/'signed'), new_keys(tmp_path/'key')
+    about = json.loads((signed/'bundle.json').read_text())
+    seal(signed, {k: v for k, v in about.items() if k not in ('bundle', 'files')}, private)
+    Predictor(signed, engine='torch', key=public)
+    for name in sorted(p.name for p in signed.iterdir()):
+        copy = shutil.copytree(signed, tmp_path/f'no-{name}')
+        data = bytearray((copy/name).read_bytes())
+        data[len(data)//2] ^= 1
+        (copy/name).write_bytes(data)
+        with pytest.raises(KdoctError): Predictor(copy, engine='torch', key=public)
+    with pytest.raises(KdoctError, match='not signed'): Predictor(shipped[0], key=public)
 
 
 # --- order, and what is bad
@@ -380,10 +412,22 @@ def test_without_a_file_of_results_csv_goes_to_standard_output(folder, capsys):
 def test_an_interrupted_run_leaves_nothing_that_looks_complete(folder, tmp_path):
     def interrupted(x): raise KeyboardInterrupt
     for kind in ('csv', 'json', 'jsonl', 'parquet'):
-        with pytest.raises(KeyboardInterrupt): predict_files(straw(interrupted), [folder], tmp_path/f'r.{kind}', tmp_path/'v.csv')
+        with pytest.raises(KdoctError, match=f'Interrupted after 0 rows; .*r.{kind}.partial'):
+            predict_files(straw(interrupted), [folder], tmp_path/f'r.{kind}', tmp_path/'v.csv')
     assert all(p.endswith('.partial') for p in os.listdir(tmp_path) if p != 'in')
     predict_files(straw(), [folder], tmp_path/'r.csv')   # and the next run begins anew
     assert len(pd.read_csv(tmp_path/'r.csv')) == 10
+
+
+def test_a_bar_with_the_time_left_is_shown_on_a_terminal_only(folder, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self): return self.terminal
+    for terminal in (True, False):
+        screen = Terminal()
+        screen.terminal = terminal
+        monkeypatch.setattr(sys, 'stderr', screen)
+        predict_files(straw(), [folder], tmp_path/f'{terminal}.csv')
+        assert ('10/10' in screen.getvalue()) == terminal and '.png' not in screen.getvalue()
 
 
 @pytest.mark.parametrize(('out', 'words'), [('r.csv', 'exists already'), ('r.xlsx', 'End the name'), ('no/r.csv', 'no folder')])
