@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report_html']
 
-# %% ../nbs/05b_report.ipynb #92bc1b8e
+# %% ../nbs/05b_report.ipynb #ee0d0759
 import base64
 import re
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from .card import formats_table
 from .core import KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
 from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated
@@ -181,14 +182,13 @@ def _stage_table(facts):
     return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None, 'Stages in the order in which they first reported.')
 
 # %% ../nbs/05b_report.ipynb #717fae54
-def _formats(run):
-    "A table a bundle: its formats with parity, time and size."
-    out = []
-    for path in sorted(run.path.glob('fold_*/**/bundle.json')):
-        about = read_json(path)
-        rows = [dict(format=n, **(dict(_flat(f)) if isinstance(f, dict) else {'': f})) for n, f in about.get('formats', {}).items()]
-        name = about.get('name', path.parent.name)
-        out.append(_table(pd.DataFrame(rows).fillna(''), None, f"Formats of the bundle {name} ({path.parent.relative_to(run.path).as_posix()})."))
+def _formats(facts):
+    "A table an exported network: its formats with parity, time and size."
+    out, stages = [], facts.get('stages', {})
+    for key, role, d in ((k, r, d) for k, s in stages.items() if k.endswith('/deploy') for r, d in s.items() if isinstance(d, dict)):
+        head, rows, how = formats_table(d.get('formats', {}))
+        name = f"{d.get('name', role)} ({key.removesuffix('/deploy').replace('_', ' ')}, {role}), exported {d.get('created', 'at an unknown time')}."
+        out.append(_table(pd.DataFrame(rows, columns=head), None, f'{name} {how}'))
     return out
 
 # %% ../nbs/05b_report.ipynb #3abf0203
@@ -262,7 +262,7 @@ _PIECES = '''
 {% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #0dd9ede6
+# %% ../nbs/05b_report.ipynb #880a7741
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('decisions', 'Decisions'), ('figures', 'Figures'), ('explained', 'Where they look'),
              ('costs', 'What it costs'), ('formats', 'Formats'), ('data', 'Data'), ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
 
@@ -291,7 +291,7 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {% if explained.sections %}{{ parts(explained.sections) }}{% else %}<p>Not asked yet. Command: kdoct explain {{ run }}</p>{% endif %}</div>
 {% for title, pictures in explained.figures %}<h3>{{ title }}</h3>{% for f in pictures %}{{ figure(f) }}{% endfor %}{% endfor %}</section>
 <section id="costs"><h2>What it costs</h2>{% if results %}{{ parts(results.sections.costs) }}{% else %}<p>Not measured yet.</p>{% endif %}</section>
-<section id="formats"><h2>Formats</h2>{% for t in formats %}{{ table(t, 'wide') }}
+<section id="formats"><h2>Formats</h2>{% for t in formats %}{{ table(t, 'numbers') }}
 {% else %}<p>No bundle yet. Command: kdoct export {{ run }}</p>{% endfor %}</section>
 <section id="data"><h2>Data</h2>{% for t in data %}{{ table(t, 'wide') }}{% else %}<p>No folds.csv and no audit yet.</p>{% endfor %}</section>
 <section id="recipe"><h2>Recipe</h2>{{ table(recipe, 'wide') }}</section>
@@ -321,7 +321,7 @@ def report_html(
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
         run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
-        troubles=_troubles(run, facts, asked), remarks=_remarks(facts), formats=_formats(run),
+        troubles=_troubles(run, facts, asked), remarks=_remarks(facts), formats=_formats(facts),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
         data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))

@@ -105,9 +105,10 @@ def test_a_folder_of_this_machine_is_not_named(run):
 
 
 def test_formats_are_shown_with_whatever_was_measured(run):
-    formats = dict(onnx=dict(parity=dict(max_difference=1.5e-6), latency=dict(median_ms=48.1)), int8=dict(kept=False, why="not 1.3 times | faster"))
-    text, _ = model_card(dict(formats=formats), run, 0, "student")
-    assert "| format | parity.max_difference | latency.median_ms | kept | why |" in text and "not 1.3 times \\| faster" in text
+    formats = dict(onnx=dict(kept=True, parity=dict(probability=1.5e-6), latency_ms=48.1, own=3), int8=dict(kept=False, reason="not 1.3 times | faster"))
+    text, card = model_card(dict(formats=formats), run, 0, "student")
+    assert "| format | kept | largest difference of a probability | one picture [ms] | reason | own |" in text and card["formats"] == formats
+    assert "| int8 | no | – | – | not 1.3 times \\| faster | – |" in text
 
 
 def test_the_card_for_programs_is_plain_json(run):

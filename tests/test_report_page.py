@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kdoct.core import create_run, preset, write_json
+from kdoct.core import create_run, preset
 from kdoct.evaluate import _simulated_stages, evaluate_run
 from kdoct.report import report_html
 
@@ -15,16 +15,16 @@ MARGIN = 14/25.4
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    "report.html of two simulated folds, one of them with a bundle, and a third whose teacher failed."
+    "report.html of two simulated folds, one of them exported, and a third whose teacher failed."
     with pytest.MonkeyPatch.context() as env:
         env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
         run = create_run("page", preset("tiny", **{"teacher.average": "swa", "teacher.swa_start": 1, "evaluate.views": ["identity", "hflip"]}))
         for k in (0, 1): _simulated_stages(run, k)
         run.record("fold_2/teacher", status="failed", error="loss is not finite <nan> in epoch 3", notebook="fold_2/notebooks/teacher.ipynb")
         run.record("fold_1/student", notes=["4 images were read twice"])
-        formats = {"onnx": dict(kept=True, bytes=13_700_000, latency=dict(median_ms=48.1), parity=dict(max_difference=2e-6, images=64)),
-                   "int8": dict(kept=False, why="1.1 times faster, not 1.3")}
-        write_json(run.fold_dir(0) / "bundle" / "bundle.json", dict(bundle=1, name="page student", formats=formats, files={}))
+        formats = {"onnx": dict(kept=True, bytes=13_700_000, latency_ms=48.1, difference=2e-6, files=["model.onnx"]),
+                   "int8": dict(kept=False, reason="1.1 times faster, not 1.3")}
+        run.record("fold_0/deploy", student=dict(name="page student", formats=formats))
         return report_html(run, [0, 1, 2], result=evaluate_run(run, [0, 1], verbose=False))
 
 
@@ -73,7 +73,7 @@ def test_what_went_wrong_is_said(browser, page):
         assert said in text
 
 
-def test_formats_of_a_bundle_are_shown_with_the_reason_of_one_left_out(browser, page):
+def test_formats_that_were_exported_are_shown_with_the_reason_of_one_left_out(browser, page):
     from selenium.webdriver.common.by import By
     text = opened(browser, page).find_element(By.ID, "formats").text
     assert "page student" in text and "48.1" in text and "1.1 times faster, not 1.3" in text
