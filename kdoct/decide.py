@@ -28,17 +28,17 @@ def fit_temperature(
     logits:np.ndarray,  # (n, K) of validation images
     y:np.ndarray,       # (n,) int, true classes
 )->tuple[float, str]:   # the temperature; what is to be said about it, '' if nothing
-    "The temperature with the smallest negative log-likelihood (Guo et al. 2017), within `BOUNDS`."
-    z, rows = np.asarray(logits, dtype=np.float64), np.arange(len(y))
-    rest = np.where(np.arange(z.shape[1]) == np.asarray(y)[:, None], -np.inf, z).max(1)
-    if (z[rows, y] > rest).all(): return 1., f'no mistake in {len(y)} validation images: the temperature cannot be fitted and stays 1'
+    "The temperature with the smallest negative log-likelihood (Guo et al. 2017), with Platt's targets, within `BOUNDS`."
+    z, n = np.asarray(logits, dtype=np.float64), len(y)
+    true = np.arange(z.shape[1]) == np.asarray(y)[:, None]
     if np.ptp(z, axis=1).max() == 0: return 1., 'all logits are equal: the temperature cannot be fitted and stays 1'
-    def nll(log_t): return -log_softmax(z*np.exp(-log_t))[rows, y].mean()
-    found = minimize_scalar(nll, bounds=np.log(BOUNDS), method='bounded', options=dict(xatol=1e-6))
-    t = float(np.exp(found.x))
+    targets = np.where(true, (n + 1)/(n + 2), 1/(n + 2)/(z.shape[1] - 1))
+    def nll(log_t): return -(targets*log_softmax(z*np.exp(-log_t))).sum(1).mean()
+    t = float(np.exp(minimize_scalar(nll, bounds=np.log(BOUNDS), method='bounded', options=dict(xatol=1e-6)).x))
     at = next((b for b in BOUNDS if abs(np.log(t/b)) < 1e-3), None)
-    if at is None: return t, ''
-    return at, f'the temperature is at its bound {at:g}: ' + ('the logits tell nothing of the class' if at > 1 else 'the logits are very small')
+    if at: return at, f'the temperature is at its bound {at:g}: ' + ('the logits tell nothing of the class' if at > 1 else 'the logits are very small')
+    alone = (z[true] > np.where(true, -np.inf, z).max(1)).all()
+    return t, f'no mistake in {n} validation images: the temperature rests on the prior alone' if alone else ''
 
 # %% ../nbs/05g_decide.ipynb #a1e34432
 def patient_quantile(
