@@ -21,6 +21,7 @@ from kdoct import explore
 from kdoct.augment import Batches
 from kdoct.core import EvaluateRecipe, KdoctError, create_run, preset
 from kdoct.data import open_fold, prepare_data, to_square
+from kdoct.decide import decide_fold
 from kdoct.explore import App, Background, Cases, Choice, Explorer, Thresholds, case_table, open_cases, pick
 from kdoct.metrics import log_softmax, logits_of, simulate_predictions
 from kdoct.models import create_classifier, save_bundle
@@ -116,6 +117,29 @@ def test_a_hundred_thousand_images_are_no_burden(run):
     began = time.perf_counter()
     pick(case_table(big), Choice(true="DME", order="surest first"))
     assert time.perf_counter() - began < 2
+
+
+def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
+    decision = decide_fold(run, 0)
+    state = Explorer()
+    cases = state.open()
+    p = cases.probabilities["student"]
+    assert p == pytest.approx(decision.probabilities(logits_of(cases.predictions)))
+    assert state.table.deferred.tolist() == (p.max(1) < decision.defer_below).tolist()
+    flagged = pick(state.table, Choice(strange="flagged"))
+    assert set(flagged) == set(np.flatnonzero(cases.outliers["student"] > decision.outlier.threshold))
+    said = " ".join(explore.verdict(cases, state.subject(0)))
+    assert "remain" in said and ("Not deferred" in said) != ("DEFERRED" in said) and ("Not flagged" in said) != ("FLAGGED" in said)
+    now = state.network(state.stamp()).answer(state.subject(0).image)
+    assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.outlier == pytest.approx(cases.outliers["student"][0], rel=1e-3)
+
+
+def test_a_decision_of_other_weights_is_told_and_left_out(run):
+    decide_fold(run, 0)
+    path = run.stage_dir(0, "student") / "decision.json"
+    path.write_text(re.sub('"weights_sha256": "[0-9a-f]+"', '"weights_sha256": "other"', path.read_text()))
+    app = App()
+    assert "other weights" in app.about.value and "not calibrated" in app.about.value and app.tests.deferred.disabled
 
 
 # --- thresholds
@@ -334,38 +358,39 @@ def test_without_voila_the_extra_is_named(run, monkeypatch):
 
 # --- in a browser
 
-@pytest.fixture
-def page(run, tmp_path):
+@pytest.fixture(scope="module")
+def page(made, tmp_path_factory):
     "The address of the explorer's page, served by a process of its own as `kdoct explore` does."
-    log = tmp_path / "served.txt"
+    folder = tmp_path_factory.mktemp("served")
+    log = folder / "log.txt"
     code = "from kdoct.explore import serve; serve(browser=False, run='small', say=lambda text: print(text, flush=True))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with open(log, "w") as out: server = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, env=env)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KDOCT_OUTPUTS": str(made)}
+    with open(log, "w") as out: server = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=env)
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not (found := re.search(r"http://localhost:\S+", log.read_text())):
             assert server.poll() is None and time.monotonic() < end, log.read_text()
             threading.Event().wait(.1)
         yield found[0]
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(60)
 
 
 class Hand:
     "Whoever uses the page, without a mouse."
     def __init__(self, browser): self.browser = browser
 
-    def until(self, what, seconds=60):
+    def until(self, what, seconds=120):
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.wait import WebDriverWait
-        return WebDriverWait(self.browser, seconds, ignored_exceptions=[StaleElementReferenceException]).until(lambda b: what())
+        return WebDriverWait(self.browser, seconds, .1, ignored_exceptions=[StaleElementReferenceException]).until(lambda b: what())
 
     def all(self, css): return [e for e in self.browser.find_elements("css selector", f".kd-app {css}") if e.is_displayed()]
     def text(self, css): return " ".join(e.text for e in self.all(css))
-    def labelled(self, text, tag="input"):
+    def labelled(self, text):
         (label,) = [e for e in self.all("label") if e.text.strip() == text]
-        return label.find_element("xpath", f"(.|..)//{tag}")
+        return label.find_element("tag name", "input")
 
     def press(self, *keys):
         from selenium.webdriver.common.action_chains import ActionChains
