@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'MOST_DECIDING', 'ROW_GROUP', 'record_fields', 'judged', 'read_ahead', 'answered', 'volume_call',
            'volume_fields', 'VolumeCalls', 'check_out', 'results_file', 'Predictor', 'predict_files']
 
-# %% ../nbs/07c_predict.ipynb #0c0fdaea
+# %% ../nbs/07c_predict.ipynb #6163be8c
 import csv
 import io
 import json
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .core import KdoctError, usable_cores
 from .data import BadImage, decode_image, framed
-from .guard import Guard
+from .guard import Guard, bad_image
 from .volumes import Scan, find_files
 
 # %% ../nbs/07c_predict.ipynb #c4845957
@@ -103,7 +103,7 @@ class _Room:
 
 # %% ../nbs/07c_predict.ipynb #a84421f7
 def _fill(room:_Room, queue:deque, path, guard:Guard, prepare:Callable, weigh:Callable):
-    "Read a file into its queue; last comes None, or the exception that ended it."
+    "Read a file into its queue; last comes None, or the `BadImage` that ended it."
     try:
         if room.over: return
         for scan in guard.scans(path):
@@ -111,7 +111,7 @@ def _fill(room:_Room, queue:deque, path, guard:Guard, prepare:Callable, weigh:Ca
             room.put(queue, item, weigh(item))
         end = None
     except InterruptedError: return
-    except Exception as e: end = e  # noqa: BLE001 (raised again, or reported, where the queue is read)
+    except Exception as e: end = bad_image(e)  # noqa: BLE001 (named by `bad_image`)
     with suppress(InterruptedError): room.put(queue, end, 0)
 
 def read_ahead(
@@ -128,7 +128,6 @@ def read_ahead(
     room, ahead = _Room(scans, bytes_), deque()
     def rest(path, queue):
         while (item := room.get(queue)) is not None:
-            if isinstance(item, Exception) and not isinstance(item, BadImage): raise item
             yield path, item
             if isinstance(item, BadImage): return
     with ThreadPoolExecutor(workers) as pool:
@@ -364,7 +363,7 @@ class Predictor:
         batch:int=32,          # most pictures asked about at once
         alpha:float|None=None, # wished share of conformal sets without the true class, one that the bundle has; None: the smallest it has
         key=None,              # file of the public key that the bundle must be signed with; None: any bundle is opened
-        seconds:float=5.,      # time that reading a file may take [s], and a second more for each 20 MB
+        seconds:float=5.,      # processor time that reading a file may take [s], and a second more for each 20 MB
         memory:float=4.,       # memory that reading a file may take [GiB]
     ):
         self.bundle = _opened(bundle, key) if isinstance(bundle, (str, os.PathLike)) else bundle
@@ -394,10 +393,16 @@ def _known_alpha(decision, alpha:float|None)->float:
 
 # %% ../nbs/07c_predict.ipynb #52cb139b
 @patch
-def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray]:
-    "A scan as the graph takes it, and what was done to it."
+def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
+    "What is known of a scan, and its picture as the graph takes it, or why there is none."
     if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
-    return scan._replace(image=None), framed(scan.image, self.channels, **self.bundle.framing)
+    try: picture = framed(scan.image, self.channels, **self.bundle.framing)
+    except KdoctError as e: picture = bad_image(e)   # nothing is left of it but padding
+    return scan._replace(image=None), picture
+
+def _weight(item:tuple)->int:
+    "Bytes of what `_prepare` gives."
+    return getattr(item[1], 'nbytes', 0)
 
 @patch
 def _ask(self:Predictor, pictures:list)->list:
@@ -414,18 +419,21 @@ def _finished(self:Predictor, slot:_Slot)->dict:
     if isinstance(slot.answer, BadImage): return _failed_row(self.classes, slot.about, slot.answer)
     return _row(self.classes, slot.about, **slot.answer)
 
-# %% ../nbs/07c_predict.ipynb #346a052f
+# %% ../nbs/07c_predict.ipynb #43297dfd
+def _slot(about:dict, picture)->_Slot:
+    return _Slot(about, answer=picture) if isinstance(picture, BadImage) else _Slot(about, picture)
+
 @patch
 def _slots(self:Predictor, paths:Iterable)->Iterator[_Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last = None
-    for path, item in read_ahead(paths, self.guard, self._prepare, self.workers, 2*self.workers + self.batch, weigh=lambda item: item[1].nbytes):
+    for path, item in read_ahead(paths, self.guard, self._prepare, self.workers, 2*self.workers + self.batch, weigh=_weight):
         if isinstance(item, BadImage):
             before = last if last and last['path'] == _text(path) else _about(path)
             yield _Slot(before | dict(slice=None, notes=()), answer=item)
         else:
             last = _about(path, item[0])
-            yield _Slot(last, item[1])
+            yield _slot(last, item[1])
 
 @patch
 def predict(
@@ -444,9 +452,9 @@ def image(
     "What `predict` says of one picture."
     try:
         im, notes = decode_image(_bytes_of_picture(picture))
-        scan, array = self._prepare(Scan(im, '', None, None, '', '', '', tuple(notes)))
     except BadImage as e: return _failed_row(self.classes, _about(''), e)
-    return self._finished(_Slot(_about('', scan), answer=self._ask([array])[0]))
+    scan, array = self._prepare(Scan(im, '', notes=tuple(notes)))
+    return self._finished(next(answered([_slot(_about('', scan), array)], self._ask)))
 
 # %% ../nbs/07c_predict.ipynb #20253202
 def _with_bar(rows:Iterable, paths)->Iterator[dict]:
@@ -478,6 +486,11 @@ def _interruptible(counts:_Counts, out):
     except KeyboardInterrupt as e:
         raise KdoctError(f"Interrupted after {counts.rows} rows{f'; {out}.partial has them' if out else ''}.", fix="The same command begins anew.") from e
 
+def _standard_output():
+    "Where a name that the terminal cannot show stops nothing."
+    with suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # a notebook's has no such thing, and needs none
+    return sys.stdout
+
 def _summary(counts:_Counts, volumes:int, seconds:float, engine:str)->str:
     "What was done, in numbers."
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
@@ -500,7 +513,7 @@ def predict_files(
     if next(iter(find_files(paths)), None) is None: raise KdoctError("There is no file to read.", fix="Give a file, or a folder that has some.")
     with _interruptible(counts, out), Predictor(bundle, **how) as p, ExitStack() as files:
         fields, calls = record_fields(p.classes), VolumeCalls(p.classes, p.severity, rule, enough)
-        write = files.enter_context(results_file(out, fields)) if out else _csv_rows(sys.stdout, fields)
+        write = files.enter_context(results_file(out, fields)) if out else _csv_rows(_standard_output(), fields)
         write_volume = files.enter_context(results_file(volumes_out, volume_fields(p.classes))) if volumes_out else lambda row: None
         for row in _with_bar(p.predict(paths), paths): write(calls.add(counts.add(row)))
         for row in calls.rows(): write_volume(row)

@@ -174,6 +174,26 @@ def test_numbers_that_are_not_finite_are_a_failure(folder):
     assert row['error'] == 'engine-failed' and row['confidence'] is None
 
 
+def test_a_picture_of_nothing_but_padding_stops_nothing(folder):
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(folder/'3b.png')
+    bundle = straw()
+    bundle.framing = dict(fill_white=True)
+    with Predictor(bundle) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
+    assert rows['3b.png']['error'] == 'refused' and 'white padding' in rows['3b.png']['detail']
+    assert rows['4.png']['call'] and len(rows) == 11
+    assert p.image(Image.open(folder/'3b.png'))['error'] == 'refused'
+
+
+def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
+    with Predictor(straw()) as p:
+        def odd(path):
+            if path.name == '3.png': raise ZeroDivisionError('Smith^John')
+            yield from Guard.scans(p.guard, path)
+        p.guard.scans = odd
+        rows = {Path(r['path']).name: r for r in p.predict(folder)}
+    assert rows['3.png']['error'] == 'reader-failed' and 'Smith' not in str(rows) and rows['4.png']['call']
+
+
 def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
     noise(0).save(tmp_path/'a.png')
     try: os.rename(os.fsencode(tmp_path/'a.png'), os.fsencode(tmp_path) + b'/\xff"\n.png')
