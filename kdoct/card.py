@@ -141,7 +141,8 @@ def _use(data, classes):
                 'As a part of a study or a prototype in which a person who can read such pictures sees every result.']
     outside = ['Diagnosis, triage or treatment of patients. It is no medical device and has no clearance of any authority.',
                'Findings other than these classes: each picture is called one of them, and several findings in one picture are called by one.',
-               'Pictures of other kinds or other devices than those it was tested on. The outlier flag catches many of them, not all.',
+               'Pictures of other kinds or other devices than those it was tested on. The outlier flag is no guarantee: what it caught, where counted, '
+               'stands below.',
                'Replacing the reading of a whole volume by that of one slice.']
     return dict(intended=intended, not_intended=outside)
 

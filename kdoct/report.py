@@ -214,7 +214,7 @@ def _remarks(facts):
     out += [f'data: validation of fold {k} has no image of {", ".join(c)}' for k, c in (data.get('val_lacks') or {}).items() if c]
     return out + [f'data: the audit found {n} {p}' for p, n in (data.get('problems') or {}).items()]
 
-# %% ../nbs/05b_report.ipynb #07761ec4
+# %% ../nbs/05b_report.ipynb #3d06f994
 _CSS = '''
 :root{--ink:#1c1f23;--soft:#5b6470;--line:#d7dce2;--tint:#f4f6f8;--accent:#0b5cad}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
@@ -232,8 +232,7 @@ figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
 .titled caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .bad{border-left:4px solid #b3261e;padding:.1rem 0 .1rem 1rem}ul.bad{padding-left:2rem}ul.bad li{overflow-wrap:anywhere;max-width:52rem}
 .protocol{min-width:8rem;max-width:12rem;color:var(--soft)}.numbers td.protocol{border-left:1px solid var(--line)}
-@page{margin:14mm;@bottom-left{content:"kdoct";font:8pt sans-serif;color:#5b6470}
-@bottom-right{content:counter(page) " / " counter(pages);font:8pt sans-serif;color:#5b6470}}
+@page{margin:14mm;@bottom-left{font:8pt sans-serif;color:#5b6470}@bottom-right{content:counter(page) " / " counter(pages);font:8pt sans-serif;color:#5b6470}}
 @page broad{size:landscape}
 @media print{html{font-size:10pt}body{max-width:none;padding:0;font-size:9.5pt;line-height:1.4}nav{display:none}p,ul.bad li,figcaption{max-width:none}
 h1{font-size:17pt}h2{font-size:13pt;margin-top:1.4rem}h1,h2,h3,h3+p,caption,thead{break-after:avoid}tbody tr:first-child{break-before:avoid}
@@ -262,13 +261,13 @@ _PIECES = '''
 {% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}{% endmacro %}
 '''
 
-# %% ../nbs/05b_report.ipynb #880a7741
+# %% ../nbs/05b_report.ipynb #5a6bbaf3
 _SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('decisions', 'Decisions'), ('figures', 'Figures'), ('explained', 'Where they look'),
              ('costs', 'What it costs'), ('formats', 'Formats'), ('data', 'Data'), ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
 
 _PAGE = _PIECES + '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kdoct run {{ run }}</title><style>{{ css|safe }}</style></head><body>
+<title>kdoct run {{ run }}</title><style>{{ css|safe }}@page{@bottom-left{content:"kdoct, run {{ run }}"}}</style></head><body>
 <header><h1>Knowledge distillation, run {{ run }}</h1>
 <p class="soft">Made {{ created }} with kdoct
 {%- if version %} {{ version }}{% endif %}
