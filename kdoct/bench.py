@@ -306,6 +306,7 @@ def _reference_input(plan:Plan, images:Images)->dict[str, Row]:
 
 @side_of('input', 'kdoct')
 def _kdoct_input(plan:Plan, images:Images)->dict[str, Row]:
+    keep_freed_memory()   # as `train_role` does
     device = best_device()
     batches = _batches(plan, images, _endless_rows(images, plan.step), plan.recipe.teacher.augment)
     def turn():
