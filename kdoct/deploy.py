@@ -151,14 +151,17 @@ def require_extra(
 
 @contextmanager
 def _quietly():
-    "Exporters tell what they do at length."
-    before = logging.root.manager.disable
+    "Exporters tell what they do at length; OpenVINO's and NNCF also report their use to their maker, but not where these two are set."
+    before, told = logging.root.manager.disable, {k: os.environ.get(k) for k in ('CI', 'NNCF_CI')}
     try:
         logging.disable(logging.ERROR)
+        os.environ |= dict(CI='true', NNCF_CI='1')
         with warnings.catch_warnings(), open(os.devnull, 'w') as sink, redirect_stdout(sink):
             warnings.simplefilter('ignore')
             yield
-    finally: logging.disable(before)
+    finally:
+        logging.disable(before)
+        for k, v in told.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 def _onnx_part(module:nn.Module, inputs:dict, outputs:tuple, free:tuple, prefix:str):
     "One part as an ONNX model whose inner names begin with `prefix`; `free` names the axes of its inputs that have no fixed size."
@@ -195,7 +198,7 @@ def write_onnx(
 
 # %% ../nbs/07_deploy.ipynb #0ca397c7
 def _openvino():
-    "The package; nothing is sent anywhere by it."
+    "The package."
     require_extra('openvino')
     import openvino
     return openvino
@@ -244,8 +247,8 @@ def write_int8(
 ):
     "Quantise the network of a graph to INT8 after training; resize and distance stay in float32."
     require_extra('nncf', 'openvino')
-    import nncf
     ov = _openvino()
+    with _quietly(): import nncf
     model = ov.Core().read_model(str(openvino_file))
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}
     first, network = _before([_joint(model, 'prepared')]), _before([_joint(model, n) for n in _JOINTS[1:]])
