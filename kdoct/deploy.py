@@ -400,6 +400,7 @@ def compare(
     want:dict,           # answers of PyTorch
     labels:np.ndarray,   # (n,) true classes, as numbers
     threshold:float,     # distance from which a picture is flagged
+    val:np.ndarray,      # (n,) bool: pictures of the validation part, on which accuracy is counted
 )->dict:                 # how far the two are apart
     "Parity of an engine with PyTorch on the same pictures."
     calls, wanted = got['probabilities'].argmax(1), want['probabilities'].argmax(1)
@@ -407,7 +408,7 @@ def compare(
     return dict(images=len(labels), probability=float(np.abs(got['probabilities'] - want['probabilities']).max()),
                 distance=float(np.abs(got['outlier']/want['outlier'] - 1).max()), labels=float((calls == wanted).mean()),
                 flags=float((same | near).mean()), near_threshold=int(near.sum()),
-                accuracy=float((calls == labels).mean()), lost_points=float(100*((wanted == labels).mean() - (calls == labels).mean())))
+                accuracy=float((calls == labels)[val].mean()), lost_points=float(100*((wanted == labels)[val].mean() - (calls == labels)[val].mean())))
 
 def refused(
     parity:dict,    # of `compare`
@@ -565,11 +566,12 @@ def check_engines(
     about:dict,          # size, margin, channels, classes
     decision:Decision,   # of the network
     names:list[str],     # of engines, torch first
-    images:int=400,      # most validation images that are compared
+    images:int=400,      # most images of validation and test that are compared
 )->dict[str, dict]:      # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
-    "Compare engines with PyTorch on validation images, and time those that agree."
-    at = _spread(len(data.idx['val']), images)
-    rows, table = data.idx['val'][at], data.rows('val').iloc[at]
+    "Compare engines with PyTorch on images of validation and test, and time them."
+    rows, table = (join([f(part) for part in ('val', 'test')]) for join, f in ((np.concatenate, data.idx.get), (pd.concat, data.rows)))
+    at = _spread(len(rows), images)
+    rows, table = rows[at], table.iloc[at]
     batches = Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), rows, 16, size=about['size'])
     features, logits = features_and_logits(load_bundle(folder)[0], batches)
     want = dict(probabilities=decision.probabilities(logits), outlier=decision.outlier.score(features))
@@ -577,11 +579,11 @@ def check_engines(
     engines = {name: make_engine(folder, name, about, decision) for name in names if name not in out}
     said = ask_all(engines, _pictures(run, data, table))
     for name in engines:
-        parity = compare(said[name], want, data.labels[rows], decision.outlier.threshold)
+        parity = compare(said[name], want, data.labels[rows], decision.outlier.threshold, (table.role == 'val').to_numpy())
         why = refused(parity, name in ('torch', 'onnx', 'openvino'))
         out[name] = dict(kept=not why, reason=why, **_size(folder, name), parity=parity)
     middle = next(_pictures(run, data, table.iloc[len(table)//2:]))
-    timed = time_engines({name: e for name, e in engines.items() if out[name]['kept'] or name == 'openvino'}, middle)
+    timed = time_engines(engines, middle)
     for name, t in timed.items(): out[name] |= t | dict(picture=list(middle.shape))
     return {name: out[name] for name in names}
 
@@ -594,8 +596,9 @@ def _size(folder:Path, name:str)->dict:
 # %% ../nbs/07_deploy.ipynb #13b4ca82
 def _judge_int8(found:dict):
     "Give INT8 up where it is not worth it; note what was found."
-    if 'int8' not in found or not found['int8']['kept']: return
+    if 'parity' not in found.get('int8', {}): return
     facts, why = worth_it(found, found['int8']['parity'])
+    why = '; '.join(w for w in (found['int8']['reason'], why) if w)
     found['int8'] |= facts | dict(kept=not why, reason=why)
 
 def summary(
@@ -670,9 +673,9 @@ def export_fold(
     out:str|Path|None=None,        # folder of the bundle, which must not exist; None: `bundle` beside the network
     formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino, int8
     key:str|Path|None=None,        # private key file to sign with, see `kdoct.bundle.new_keys`; None: not signed
-    images:int=400,                # most validation images on which engines are compared
+    images:int=400,                # most images of validation and test on which engines are compared
 )->Path:                           # the bundle
-    "Write the bundle of one network: every format checked against PyTorch on validation images and timed, those that pass kept."
+    "Write the bundle of one network: every format checked against PyTorch on real images and timed, those that pass kept."
     formats, out = _checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
     if not run.is_finished(role, fold): raise KdoctError(f"Fold {fold} of run '{run.name}' has no finished {role}.", fix="Train it first.")
     if out.exists(): raise KdoctError(f"{out} exists already.", fix="Delete it, or name another folder: --out DIR")
@@ -682,7 +685,7 @@ def export_fold(
         work.mkdir()
         about = _fill(run, fold, role, work, formats, images)
         if not about['formats']['torch']['kept']:
-            raise KdoctError(f"PyTorch itself does not agree with validation: {about['formats']['torch']['reason']}.", fix="Report this network.")
+            raise KdoctError(f"PyTorch does not say what it said in evaluation: {about['formats']['torch']['reason']}.", fix="Report this network.")
         seal(work, about, key)
         os.replace(work, out)
     run.record(f'fold_{fold}/deploy', status='done', **{role: {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}})
