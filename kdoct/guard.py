@@ -100,7 +100,6 @@ def serve(
         for head, pixels in _told(path):
             answers.write(_packed(head)); answers.write(pixels); answers.flush()
         _limit_time(0)
-        if head['kind'] == 'too-much-memory': break   # what is left of its memory is not worth trusting
 
 def _packed(head:dict)->bytes:
     "A head behind its length."
@@ -126,17 +125,17 @@ class Reader:
         "Its B-scans; `BadImage` where it cannot be read, or not within the limits."
         self._start()
         limit = self.seconds + _bytes_of(path)/BYTES_PER_SECOND
-        left, ended = PATIENCE*limit, False
+        left, head = PATIENCE*limit, {}
         try:
             self._ask(os.fspath(path), limit)
             while True:
                 start = time.monotonic()
                 head = self._hear(left)
                 left -= time.monotonic() - start
-                if ended := 'kind' in head: break
+                if 'kind' in head: break
                 yield _scan(head)
         finally:
-            if not ended: self.close()   # too slow, crashed, or nobody wants the rest
+            if head.get('kind', 'none') in ('none', 'too-much-memory'): self.close()   # too slow, crashed, or nobody wants the rest; or it has no memory left
         if head['kind']: raise BadImage(head['kind'], head['detail'])
 
     def close(self):

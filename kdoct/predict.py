@@ -372,7 +372,7 @@ class Predictor:
         self.alpha = _known_alpha(self.decision, alpha)
         self.workers = workers or min(4, usable_cores())
         if self.workers < 1 or batch < 1: raise KdoctError(f"workers={workers} and batch={batch} must be positive.", fix="Leave them out.")
-        self.guard, self.engine = Guard(seconds, memory), self.bundle.engine(engine, threads)
+        self.guard, self.engine = Guard(seconds, memory), _started(self.bundle, engine, threads)
         self.channels = self.engine.channels
 
     def close(self):
@@ -384,6 +384,14 @@ class Predictor:
 def _opened(folder, key):
     from kdoct.deploy import open_bundle  # here, so that reader processes do not wait for torch
     return open_bundle(folder, key)
+
+def _started(bundle, engine:str, threads:int):
+    "An engine of the bundle; whatever goes wrong in it is a `KdoctError`."
+    try: return bundle.engine(engine, threads)
+    except KdoctError: raise
+    except Exception as e:  # noqa: BLE001 (engines have exceptions of their own)
+        raise KdoctError(f"The engine {engine or 'of the bundle'} does not start: its graph is damaged, or not of this version ({type(e).__name__}).",
+                         fix="Export the bundle again, or use another engine.") from e
 
 def _known_alpha(decision, alpha:float|None)->float:
     known = sorted(decision.conformal)

@@ -315,6 +315,7 @@ def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd)
     reader, path = reader_that(tmp_path, does, seconds=.2, memory=2.)
     try:
         with pytest.raises(BadImage) as e: list(reader.scans(path))
+        assert (reader.process is None) == (kind != 'reader-failed')   # a process without memory left is not asked again
     finally: reader.close()
     assert e.value.kind == kind and 'Smith' not in str(e.value) + ''.join(capfd.readouterr())
 
