@@ -157,7 +157,8 @@ def open_cases(
     decisions, outliers = ({r: d[i] for r, (d, _) in found.items() if d} for i in (0, 1))
     p = {r: np.exp(log_softmax(logits_of(f)/(decisions[r].temperature if r in decisions else 1.))) for r, f in frames.items()}
     beside = 'student' if role == 'teacher' else 'teacher'
-    notes = (*dict.fromkeys(n for _, n in found.values() if n), *(f'{r}: {n}.' for r, d in decisions.items() for n in d.notes))
+    own = '; '.join(decisions[role].notes) if role in decisions else ''
+    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {own}.'] if own else []))
     return Cases(run, fold, role, beside if beside in frames else '', classes_of(first), first, p, decisions, outliers, notes)
 
 # %% ../nbs/09_explore.ipynb #a7b01c53
@@ -293,7 +294,8 @@ def read_case(
 # %% ../nbs/09_explore.ipynb #9ddd34a4
 class Own(NamedTuple):
     "One picture of a file of one's own."
-    name:str            # of the file, and of the B-scan in it
+    file:str            # its name
+    scan:str            # which B-scan of a volume, and the eye; '' for a picture
     image:Image.Image   # mode L or RGB
     notes:tuple=()      # what was done on reading
 
@@ -306,8 +308,8 @@ def read_own(
     "The pictures of a file; `KdoctError` says why there are none."
     from kdoct.volumes import read_scans
     name = name or Path(file).name
-    def called(s): return name if s.slice is None else f'{name}, B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    own = [Own(' '.join([called(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(read_scans(file), MOST_SCANS)]
+    def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
+    own = [Own(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(read_scans(file), MOST_SCANS)]
     if not own: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return own
 
@@ -517,8 +519,9 @@ def own_subject(self:Explorer,
     own:Own,  # from a file of one's own
 )->Subject:
     "A picture of one's own: nothing is known of it but what the file says."
-    facts = dict(file=own.name, size=f'{own.image.width} x {own.image.height} px') | ({'on reading': '; '.join(own.notes)} if own.notes else {})
-    return Subject(('own', hashlib.sha256(own.image.tobytes()).hexdigest()), own.name, facts, own.image)
+    more = {'B-scan': own.scan, 'on reading': '; '.join(own.notes)}
+    facts = dict(file=own.file, size=f'{own.image.width} x {own.image.height} px') | {k: v for k, v in more.items() if v}
+    return Subject(('own', hashlib.sha256(own.image.tobytes()).hexdigest()), f'{own.file} {own.scan}'.strip(), facts, own.image)
 
 # %% ../nbs/09_explore.ipynb #a4d68922
 @patch
@@ -617,7 +620,8 @@ def answers_html(
     rows = [[html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''), *(_bar(p[r][k], p[r].argmax() == k) for r in roles)]
             for k, c in enumerate(cases.classes)]
     how = '; '.join(f'{r} {f"at T {cases.decisions[r].temperature:.2f}" if r in cases.decisions else "not calibrated"}' for r in roles)
-    return table_html(['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.') if roles else ''
+    table = table_html(['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.')
+    return f'<div class="kd-roles{min(len(roles), 3)}">{table}</div>' if roles else ''
 
 # %% ../nbs/09_explore.ipynb #c65af393
 def verdict(
@@ -725,8 +729,8 @@ class Viewer:
         for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.ask), 'value')
         self.opacity.observe(lambda change: self.fade(), 'value')
         tools = w.HBox([self.map_on, self.which, self.opacity, self.square], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='1 1 500px', min_width='0'))
-        self.right = w.VBox([self.words], layout=w.Layout(flex='1 1 400px', min_width='0'))
+        self.middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='0 1 524px', min_width='0'))
+        self.right = w.VBox([self.words], layout=w.Layout(flex='1 1 440px', min_width='0', overflow='auto'))
         self.fade()
         self.show(None)
 
@@ -955,8 +959,9 @@ def has_read(self:OwnPanel, key:tuple, name:str, result):
     if isinstance(result, KdoctError): self.status.value = error_html(result); return
     self.scans = result
     n = len(result)
-    self.status.value = text_html(f"{name}: {n} picture{'s' if n > 1 else ''}{', the first ones of more' if n == MOST_SCANS else ''}.", 'soft', 'status')
-    self.list.options = [(own.name, i) for i, own in enumerate(result)]
+    more = ', perhaps the first of more' if n == MOST_SCANS else ''
+    self.status.value = text_html(f"{result[0].file}: {n} picture{'s' if n > 1 else ''}{more}.", 'soft', 'status')
+    self.list.options = [(own.scan or own.file, i) for i, own in enumerate(result)]
     self.list.value = 0
 
 @patch
@@ -1044,21 +1049,23 @@ def fold_label(
     lacks = [r for r in run.recipe.roles if r not in there]
     return f'{fold}' + (': nothing is trained' if not there else f": no {', no '.join(lacks)}" if lacks else '')
 
-# %% ../nbs/09_explore.ipynb #8904cc20
+# %% ../nbs/09_explore.ipynb #fb6729ac
 CSS = '''
 .kd-app{font:14px/1.4 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c1f23;max-width:1340px;padding:0 10px}
-.kd-app .widget-html-content{line-height:1.4;font-size:14px;white-space:normal}.kd-app .widget-html{margin:0 2px}.kd-app p{margin:3px 0;max-width:none}
+.kd-app .widget-html-content{line-height:1.4;font-size:14px;white-space:normal}
+.kd-app .widget-html{margin:0 2px}.kd-app p{margin:3px 0;max-width:none;overflow-wrap:anywhere}
 .kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}.kd-app .kd-busy{border-left:4px solid #e69f00;padding-left:8px}
 .kd-app .kd-bad{border-left:4px solid #b3261e;background:#fdf3f2;padding:6px 10px;margin:4px 0;overflow-wrap:anywhere}.kd-fix{font-size:13px}
 .kd-app .kd-about{font-weight:600}.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
 .kd-stack{display:grid;background:#000;width:fit-content}
-.kd-base{grid-area:1/1;display:block;max-width:100%;width:520px;max-height:400px;object-fit:contain}
+.kd-base{grid-area:1/1;display:block;max-width:100%;width:520px;max-height:380px;object-fit:contain}
 .kd-scale{display:flex;gap:8px;align-items:center;font-size:12.5px}.kd-scale img{height:12px;width:200px}
 .kd-app table.kd-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:2px 0 6px}
 .kd-table caption{text-align:left;caption-side:top;padding:0 0 3px}.kd-table thead th{background:#f4f6f8}.kd-table tbody th{font-weight:400}
 .kd-table th,.kd-table td{padding:3px 8px;text-align:left;border-bottom:1px solid #d7dce2;white-space:nowrap}
 .kd-bar{display:inline-block;width:64px;height:10px;background:#e3e6ea;margin-right:6px}.kd-bar span{display:block;height:10px;background:#0072b2}
-.kd-number{display:inline-block;min-width:64px}.kd-app .kd-share{font-size:17px;margin:6px 0}.kd-count{color:#4d5661}
+.kd-number{display:inline-block;min-width:64px}.kd-roles3 .kd-bar{width:32px;margin-right:4px}
+.kd-app .kd-roles3 :is(th,td){padding:3px 4px}.kd-app .kd-share{font-size:17px;margin:6px 0}.kd-count{color:#4d5661}
 .kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 12px;font-size:12.5px;margin:4px 0;overflow-wrap:anywhere}
 .kd-app .kd-facts dt{color:#4d5661;font-weight:400}.kd-facts dd{margin:0}.kd-curves{width:520px;max-width:100%;font-size:11px}
 .kd-app select[size]{font:12px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
