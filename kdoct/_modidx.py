@@ -1068,6 +1068,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdoct.predict._row': ('predict.html#_row', 'kdoct/predict.py'),
                                'kdoct.predict._slot': ('predict.html#_slot', 'kdoct/predict.py'),
                                'kdoct.predict._standard_output': ('predict.html#_standard_output', 'kdoct/predict.py'),
+                               'kdoct.predict._started': ('predict.html#_started', 'kdoct/predict.py'),
                                'kdoct.predict._summary': ('predict.html#_summary', 'kdoct/predict.py'),
                                'kdoct.predict._text': ('predict.html#_text', 'kdoct/predict.py'),
                                'kdoct.predict._weight': ('predict.html#_weight', 'kdoct/predict.py'),
