@@ -263,7 +263,7 @@ def key(
     "Make a pair of keys: the private one signs bundles and stays with you, the public one goes to those who check them."
     from kdoct.bundle import new_keys
     private, public = new_keys(path)
-    typer.echo(f"{_short(private)}: signs, kdoct export RUN --key {_short(private)}\n{_short(public)}: checks, kdoct predict BUNDLE FILES --key {_short(public)}")
+    typer.echo(f"{_short(private)}: signs, kdoct export RUN --key ...\n{_short(public)}: checks, kdoct predict BUNDLE FILES --key ...")
 
 # %% ../nbs/10_cli.ipynb #a1095ec1
 @app.command()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "kdoct").glob("*.py") if not p.name.startswith("_"))
-STAGES = ["01_data", "03_teacher", "04_distill", "05_evaluate"]
+STAGES = ["01_data", "03_teacher", "04_distill", "05g_decide", "05_evaluate"]
 PARAMETERS = ["preset", "run", "fold", "data_root", "overrides", "teacher", "student"]
 
 
