@@ -531,7 +531,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'kdoct.deploy.require_extra': ('deploy.html#require_extra', 'kdoct/deploy.py'),
                               'kdoct.deploy.resize_weights': ('deploy.html#resize_weights', 'kdoct/deploy.py'),
                               'kdoct.deploy.runs_here': ('deploy.html#runs_here', 'kdoct/deploy.py'),
-                              'kdoct.deploy.squeezed': ('deploy.html#squeezed', 'kdoct/deploy.py'),
+                              'kdoct.deploy.squared': ('deploy.html#squared', 'kdoct/deploy.py'),
                               'kdoct.deploy.summary': ('deploy.html#summary', 'kdoct/deploy.py'),
                               'kdoct.deploy.time_engines': ('deploy.html#time_engines', 'kdoct/deploy.py'),
                               'kdoct.deploy.torch_engine': ('deploy.html#torch_engine', 'kdoct/deploy.py'),

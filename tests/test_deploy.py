@@ -55,8 +55,8 @@ def pil(a, side): return np.asarray(Image.fromarray(a).resize((side, side), Imag
 
 
 def in_graph(a, side):
-    "As an engine does: tall pictures are left to PIL, which takes their columns first from version 13 on."
-    x = torch.from_numpy(np.array(deploy.squeezed(a[None], side))).float()
+    "The graph's own resize; tall pictures, whose columns PIL takes first from version 13 on, are left to PIL."
+    x = torch.from_numpy(np.array(deploy.squared(a[None], side) if len(a) > max(a.shape[1], side) else a[None])).float()
     return deploy.pil_resize(x[None], side)[0, 0].numpy().astype(int)
 
 
@@ -66,6 +66,12 @@ def test_the_graph_resizes_as_pil_does(h, w, side, seed):
     a = np.random.default_rng(seed).integers(0, 256, (h, w), dtype=np.uint8)
     away = np.abs(in_graph(a, side) - pil(a, side))
     assert away.max() <= 1 and (away == 0).mean() > .999
+
+
+def test_an_engine_resizes_by_pil_itself(bundle):
+    a, side = np.random.default_rng(0).integers(0, 256, (1, 90, 120), dtype=np.uint8), bundle.about["size"] + bundle.about["margin"]
+    engine = bundle.engine("torch")
+    assert engine(a)["probabilities"].tolist() == engine(pil(a[0], side).astype(np.uint8)[None])["probabilities"].tolist()
 
 
 def test_real_b_scans_are_resized_as_pil_does(shared_data):
