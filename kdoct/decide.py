@@ -358,13 +358,17 @@ def strange_pictures(
     return {'white noise': white, 'smooth noise': (255*(smooth - low)/(high - low)).astype(np.uint8), 'flat grey': np.ascontiguousarray(flat),
             'inverted': 255 - images, 'tiles': tiles}
 
-# %% ../nbs/05g_decide.ipynb #186bbbdc
-def _pass(run:Run, data:FoldData, model, rows=None, images=None):
-    "Features and logits of rows of a fold, or of other pictures of the same size."
+# %% ../nbs/05g_decide.ipynb #b4e27c08
+def _batches(run:Run, data:FoldData, model, rows=None, images=None):
+    "Rows of a fold in order, or other pictures of the same size."
     from kdoct.augment import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
     rows, none = np.arange(len(images)) if rows is None else rows, np.zeros(len(images), np.int64)
-    return features_and_logits(model, Batches(images, none, none.astype(np.uint64), rows, 32, device=model.mean.device, size=run.recipe.data.size))
+    return Batches(images, none, none.astype(np.uint64), rows, 32, device=model.mean.device, size=run.recipe.data.size)
+
+def _pass(run:Run, data:FoldData, model, rows=None, images=None)->tuple[np.ndarray, np.ndarray]:
+    "Features and logits of rows of a fold, or of other pictures of the same size."
+    return features_and_logits(model, _batches(run, data, model, rows, images))
 
 def _strange(run:Run, data:FoldData, model, decision:Decision, n:int=32)->dict:
     "Share of strange pictures that is flagged, by kind."
@@ -389,7 +393,14 @@ def _fitted(run:Run, data:FoldData, model, **about)->Decision:
     decision.about['strange'] = _strange(run, data, model, decision)
     return decision
 
-# %% ../nbs/05g_decide.ipynb #704434b8
+# %% ../nbs/05g_decide.ipynb #8a48b292
+def _as_predicted(run:Run, data:FoldData, model, logits:np.ndarray, precision:str)->np.ndarray:
+    "Test logits in the arithmetic of predictions.parquet; bfloat16 may say something else than the float32 of decisions."
+    from kdoct.training import predict_logits
+    if precision == 'fp32': return logits
+    model.precision = precision
+    return predict_logits(model, _batches(run, data, model, data.idx['test']))
+
 def _check_same(folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:np.ndarray, low:bool):
     "`KdoctError` unless the network says now what predictions.parquet has of it (on another machine or in bfloat16: nearly)."
     before = logits_of(predicted)
@@ -414,7 +425,8 @@ def decide_fold(
         model = model.to(best_device())
         decision = _fitted(run, data, model, role=role, folds_sha256=data.folds_sha256, weights_sha256=about['weights_sha256'])
         features, logits = _pass(run, data, model, data.idx['test'])
-        _check_same(folder, predicted, data.rows('test'), logits, about.get('precision') == 'bf16')
+        precision = about.get('precision', 'fp32')
+        _check_same(folder, predicted, data.rows('test'), _as_predicted(run, data, model, logits, precision), precision == 'bf16')
         with atomic_path(folder/'outliers.parquet') as tmp:
             predicted[['path', 'fold']].assign(outlier=decision.outlier.score(features)).to_parquet(tmp, index=False)
         save_decision(folder, decision)   # last: it says that all is there

@@ -9,8 +9,9 @@ __all__ = ['OUTPUTS', 'OPSET', 'ENGINES', 'LIMITS', 'FORMATS', 'resize_weights',
            'compare', 'refused', 'ask_all', 'time_engines', 'worth_it', 'calibration_rows', 'runs_here', 'make_engine',
            'write_formats', 'check_engines', 'summary', 'export_fold', 'Bundle', 'open_bundle']
 
-# %% ../nbs/07_deploy.ipynb #e0d67fc3
+# %% ../nbs/07_deploy.ipynb #edf85106
 import copy
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -202,6 +203,11 @@ def _openvino():
     import openvino
     return openvino
 
+@functools.cache
+def _core():
+    "OpenVINO's one core of this process, which is never freed: a freed one may leave its signal stack behind, and the next signal ends the process."
+    return _openvino().Core()
+
 def write_openvino(
     onnx_file:str|Path,  # of `write_onnx`
     path:str|Path,       # the .xml file; the numbers go to a .bin file beside it
@@ -248,7 +254,7 @@ def write_int8(
     require_extra('nncf', 'openvino')
     ov = _openvino()
     with _quietly(): import nncf
-    model = ov.Core().read_model(str(openvino_file))
+    model = _core().read_model(str(openvino_file))
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}
     first, network = _before([_joint(model, 'prepared')]), _before([_joint(model, n) for n in _JOINTS[1:]])
     with _quietly():
@@ -342,7 +348,7 @@ class Compiled:
         threads:int=0,   # 0: all usable cores
     ):
         options = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads or usable_cores(), PERFORMANCE_HINT='LATENCY', NUM_STREAMS=1)
-        self.compiled, self.own = _openvino().Core().compile_model(model, 'CPU', options), threading.local()
+        self.compiled, self.own = _core().compile_model(model, 'CPU', options), threading.local()
 
     def __call__(self, *inputs)->list[np.ndarray]:
         "Outputs, in memory that the next call in this thread uses again."
@@ -358,8 +364,7 @@ def openvino_engine(
     threads:int=0,        # 0: all usable cores
 )->tuple[Callable, dict]:   # uint8 array -> probabilities, outlier; name -> (type, shape) of inputs and outputs
     "OpenVINO on the CPU."
-    ov = _openvino()
-    def read(): return ov.Core().read_model(str(file))
+    def read(): return _core().read_model(str(file))
     model, types = read(), {'u8': 'uint8', 'f32': 'float32'}
     facts = {v.get_any_name(): (types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
                                 [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()]) for v in (*model.inputs, *model.outputs)}
@@ -382,7 +387,7 @@ def network_alone(
     "The network of a graph without what comes before and after, for measuring."
     file = Path(folder)/ENGINES[name][0]
     if name != 'onnx':
-        graph = _openvino().Core().read_model(str(file))
+        graph = _core().read_model(str(file))
         part = Compiled(cut_graph(graph, ['prepared'], list(_JOINTS[1:])), 'bf16' if name == 'openvino-bf16' else 'f32', threads)
         return lambda x: [v.copy() for v in part(x)]
     import onnx
@@ -485,7 +490,7 @@ def runs_here(
 )->str:        # why it does not run on this machine; '' if it does
     "Whether an engine's packages are installed and the processor has what it needs."
     if lost := [p for p in ENGINES[name][1] if importlib.util.find_spec(p) is None]: return f"{', '.join(lost)} is not installed"
-    if name != 'openvino-bf16' or 'BF16' in _openvino().Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'): return ''
+    if name != 'openvino-bf16' or 'BF16' in _core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'): return ''
     return 'this processor has no bfloat16'
 
 def make_engine(

@@ -48,13 +48,10 @@ def explained_rows(
 def read_mask(
     file:str|Path,        # an image, white on what is meant
     size:int,             # side of the network's picture [px]
-    margin:int=0,         # pixels around it that the stored images have
     resize:str='squash',  # how images become squares: squash, crop or pad
 )->np.ndarray:            # bool (size, size)
     "A mask as the network's picture shows it."
-    square = to_square(decode_image(read_image_bytes(file))[0], size + margin, 1, resize) > 127
-    at = margin//2
-    return square[at:at + size, at:at + size]
+    return to_square(decode_image(read_image_bytes(file))[0], size, 1, resize) > 127
 
 def masks_of(
     run:Run,             # run whose data stage is done
@@ -64,7 +61,7 @@ def masks_of(
     if 'mask' not in rows or (rows['mask'] == '').all(): return None
     data, root = run.recipe.data, Path(run.stage('data')['root'])
     none = np.zeros((data.size, data.size), bool)
-    return np.stack([read_mask(root/m, data.size, data.margin, data.resize) if m else none for m in rows['mask']])
+    return np.stack([read_mask(root/m, data.size, data.resize) if m else none for m in rows['mask']])
 
 # %% ../nbs/06_explain.ipynb #2baa3272
 def explained_roles(

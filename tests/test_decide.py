@@ -17,6 +17,7 @@ from kdoct.core import DecideRecipe, EvaluateRecipe, KdoctError, create_run, pre
 from kdoct.data import open_fold, prepare_data
 from kdoct.metrics import aurc, log_softmax, logits_of, risk_coverage, share_interval, simulate_predictions, targets_of
 from kdoct.models import load_bundle
+from kdoct.training import predict_logits, train_role
 
 QUICK = EvaluateRecipe(n_boot=100)
 
@@ -260,7 +261,6 @@ def test_statistics_of_another_shape_are_refused(folder, arrays):
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A tiny run whose baseline is trained in fold 0."
-    from kdoct.training import train_role
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('toy', preset('tiny', **{'student.epochs': 1}))
@@ -302,6 +302,16 @@ def test_poisoned_test_predictions_are_refused_and_decide_nothing(made, run):
         with pytest.raises(KdoctError, match='is not what the network beside it says'): D.decide_fold(run, 0, 'baseline')
     finally: right.rename(path)
     assert (folder/'decision.json').read_bytes() == before
+
+
+def test_predictions_are_compared_in_the_arithmetic_they_were_made_in(made, run):
+    "In bfloat16 a network may say something else than in float32, and is still the same network."
+    data, (model, _) = open_fold(run, 0), load_bundle(run.stage_dir(0, 'baseline'))
+    exact = D._pass(run, data, model, data.idx['test'])[1]
+    assert D._as_predicted(run, data, model, exact, 'fp32') is exact
+    rounded = D._as_predicted(run, data, model, exact, 'bf16')
+    model.precision = 'bf16'
+    assert np.array_equal(rounded, predict_logits(model, D._batches(run, data, model, data.idx['test']))) and not np.array_equal(rounded, exact)
 
 
 def test_validation_is_of_other_patients_than_test(made, run):

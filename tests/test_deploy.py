@@ -1,5 +1,7 @@
 "From checkpoint to bundle: each engine says what PyTorch said in evaluation, from the files, and what does not is left out."
 import importlib.util
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,3 +211,26 @@ def test_colour_pictures_go_through_the_graph(tmp_path):
     assert facts["images"] == ("uint8", [None, None, None, 3])
     assert np.abs(said["probabilities"] - torch.tensor(logits / 2).softmax(1).numpy()).max() < 1e-4
     assert np.allclose(said["outlier"], stand_in.outlier.score(features), rtol=1e-2)
+
+
+_LIFE_AFTER_OPENVINO = """
+import gc, signal, subprocess, threading
+import numpy as np
+import openvino as ov
+import openvino.opset13 as op
+from kdoct.deploy import _core
+p = op.parameter([1, 3], np.float32)
+model = ov.Model([op.relu(p)], [p], "m")
+compiled = [_core().compile_model(model, "CPU") for _ in range(2)]
+del compiled[0]
+t = threading.Thread(target=compiled.clear); t.start(); t.join(); gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: None)   # as torch's DataLoader does where it has workers
+subprocess.run(["true"])
+print("alive")
+"""
+
+
+def test_a_freed_engine_leaves_signals_alone():
+    "OpenVINO 2026.4 takes the signal stack of the main thread; with a core freed elsewhere, the end of any child process would end this one."
+    done = subprocess.run([sys.executable, "-c", _LIFE_AFTER_OPENVINO], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-500:]

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from kdoct.augment import apply_view, to_unit
 from kdoct.cam import explain
 from kdoct.core import KdoctError, TrainRecipe, create_run, preset
-from kdoct.data import open_fold, prepare_data
+from kdoct.data import open_fold, prepare_data, to_square
 from kdoct.explain import (
     explain_fold,
     explained_folds,
@@ -92,7 +93,18 @@ def test_a_mask_goes_the_way_of_its_image(tmp_path, resize, covered):
     field = np.zeros((64, 128), np.uint8)
     field[:, :32] = field[:, -32:] = 255   # the sides, which a crop cuts away
     Image.fromarray(field).save(tmp_path/"m.png")
-    assert read_mask(tmp_path/"m.png", 64, 0, resize).mean() == pytest.approx(covered, abs=.02)
+    assert read_mask(tmp_path/"m.png", 64, resize).mean() == pytest.approx(covered, abs=.02)
+
+
+def test_a_mask_lies_on_its_image_whatever_the_margin(tmp_path):
+    "Images are stored with a margin, and the explained view shows all of it."
+    field = np.zeros((128, 128), np.uint8)
+    field[8:24, 100:116] = 255   # far from the middle, where a wrong scale moves it most
+    Image.fromarray(field).save(tmp_path/"m.png")
+    stored = torch.from_numpy(to_square(Image.fromarray(field), 72, 1).copy())[None, None]
+    shown = (apply_view(to_unit(stored), "identity", 64)[0, 0] > .5).numpy()
+    mask = read_mask(tmp_path/"m.png", 64)
+    assert (shown & mask).sum() > .9*(shown | mask).sum()
 
 
 def test_the_draw_takes_classes_in_turn_and_groups_first_and_depends_on_the_seed():
