@@ -302,9 +302,9 @@ def test_enlarged_images_are_told_of_once(here, capsys):
 
 def test_all_teachers_come_before_the_student_and_finished_ones_are_skipped(monkeypatch, capsys):
     run, ran = create_run('order', preset('tiny', **TWO)), []
-    monkeypatch.setattr(C, 'run_stage', lambda run, stage, fold, notebooks=None: ran.append((stage, fold)))
+    monkeypatch.setattr(C, 'run_stage', lambda run, stage, fold, *_: ran.append((stage, fold)))
     C.crossval(run, [1, 2])
-    each = ['teacher', 'teacher-resnet', 'teacher-vit', 'student', 'baseline', 'evaluate']
+    each = ['teacher', 'teacher-resnet', 'teacher-vit', 'student', 'baseline', 'decide', 'evaluate']
     assert ran == [('data', 1), *((s, k) for k in (1, 2) for s in each)]
     folder = run.stage_dir(2, 'teacher-vit')
     folder.mkdir(parents=True)
