@@ -29,6 +29,7 @@ import time
 import uuid
 import webbrowser
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -44,6 +45,7 @@ from PIL import Image
 
 from .core import EvaluateRecipe, KdoctError, Run, open_run, outputs_root, stage_command, write_json
 from .data import FRAMING, MAX_BYTES, decode_image, read_image_bytes, to_square
+from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
 from .tables import protocol_of
 
@@ -306,10 +308,10 @@ def read_own(
     name:str='',     # how to call it; '': the file's name
 )->list[Own]:        # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
-    from kdoct.volumes import read_scans
     name = name or Path(file).name
     def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    own = [Own(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(read_scans(file), MOST_SCANS)]
+    with closing(Guard()) as guard:   # a damaged file gets so much time and memory, and the page goes on
+        own = [Own(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(guard.scans(file), MOST_SCANS)]
     if not own: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return own
 
