@@ -7,9 +7,9 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE', 'NEAR', 'DECODER',
            'FRAMING', 'BadImage', 'read_image_bytes', 'decode_image', 'inspect_file', 'merge_groups',
            'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of', 'check_folds',
-           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'to_square', 'DecodeCache',
-           'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of', 'prepare_data',
-           'FoldData', 'open_fold']
+           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized', 'to_square',
+           'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of',
+           'prepare_data', 'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -593,6 +593,13 @@ def framed(
     side, (h, w) = min(a.shape[:2]), a.shape[:2]
     return a[(h - side)//2:, (w - side)//2:][:side, :side]
 
+def resized(
+    a:np.ndarray,  # uint8 (h, w) or (h, w, 3)
+    size:int,      # side [px]
+)->np.ndarray:     # uint8, (size, size) or (size, size, 3)
+    "A picture squeezed into a square by PIL's antialiased bicubic filter."
+    return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
+
 def to_square(
     im:Image.Image,             # mode L or RGB
     size:int,                   # side [px]
@@ -602,8 +609,7 @@ def to_square(
     mask_scale_bar:bool=False,  # cover the corner of the NEH scale bar with background
 )->np.ndarray:                  # uint8, (size, size) or (size, size, 3)
     "An image as a square, by PIL's antialiased bicubic filter."
-    a = framed(im, channels, resize, fill_white, mask_scale_bar)
-    return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
+    return resized(framed(im, channels, resize, fill_white, mask_scale_bar), size)
 
 # %% ../nbs/01_data.ipynb #f3745e81
 DECODER = 'bicubic-2'  # a part of the key: change it when `to_square` changes

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BOUNDS', 'EVERYTHING', 'fit_temperature', 'patient_quantile', 'operating_points', 'deferral_threshold',
            'conformal_minimum', 'distance', 'Outlier', 'fit_outlier', 'Decision', 'fit_decision', 'save_decision',
-           'load_decision', 'answer', 'features_and_logits', 'strange_pictures', 'decide_fold', 'decide_all']
+           'load_decision', 'pooled_and_logits', 'answer', 'features_and_logits', 'strange_pictures', 'decide_fold',
+           'decide_all']
 
 # %% ../nbs/05g_decide.ipynb #e4bde6c6
 from dataclasses import dataclass, replace
@@ -317,15 +318,22 @@ def _decision_from(said:dict, outlier:Outlier)->Decision:
                     tuple(said['notes']), dict(said['about']))
 
 # %% ../nbs/05g_decide.ipynb #bc5fceec
+def pooled_and_logits(
+    body,  # timm model
+    x,     # (n, 3, side, side) tensor, normalised
+)->tuple:  # (n, d) pooled features, (n, classes) logits
+    "What the last layer is given, and what it says; an exported graph has the same."
+    maps = body.forward_features(x)
+    features = body.forward_head(maps, pre_logits=True)
+    return features.mean((2, 3)) if features.ndim == 4 else features, body.forward_head(maps)
+
 def answer(
     model,  # Classifier
     x,      # (n, 1 or 3, h, w) tensor in [0, 1]
 )->tuple:   # (n, d) pooled features, (n, classes) logits; float32 tensors
-    "One forward pass: what the last layer is given, and what it says."
-    maps = model.body.forward_features(model.prepare(x))
-    features = model.body.forward_head(maps, pre_logits=True)
-    if features.ndim == 4: features = features.mean((2, 3))
-    return features.float(), model.body.forward_head(maps).float()
+    "One forward pass of a classifier, in float32."
+    features, logits = pooled_and_logits(model.body, model.prepare(x))
+    return features.float(), logits.float()
 
 def features_and_logits(
     model,    # Classifier, on the device of the batches; set to evaluation mode

@@ -31,14 +31,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from .augment import Batches
 from .bundle import open_sealed, seal
 from .core import KdoctError, Run, provenance, read_json, usable_cores, write_json
-from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image_bytes
-from .decide import Decision, decide_fold, distance, features_and_logits, load_decision
+from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image_bytes, resized
+from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits
 from .frozen import freeze, private_copy
 from .models import Classifier, load_bundle
 
@@ -69,7 +68,7 @@ def squared(
 )->np.ndarray:          # (n, side, side) or (n, side, side, 3)
     "Pictures made square by PIL itself, as the training images were."
     if images.shape[1:3] == (side, side): return images
-    return np.stack([np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC)) for x in images])
+    return np.stack([resized(x, side) for x in images])
 
 # %% ../nbs/07_deploy.ipynb #c391d91e
 def fixed_resize(
@@ -108,9 +107,7 @@ class Network(nn.Module):
         self.body = body
 
     def forward(self, x:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # (n, 3, side, side) -> (n, d), (n, classes)
-        maps = self.body.forward_features(x)
-        features = self.body.forward_head(maps, pre_logits=True)
-        return features.mean((2, 3)) if features.ndim == 4 else features, self.body.forward_head(maps)
+        return pooled_and_logits(self.body, x)
 
 class Finish(nn.Module):
     "Features and logits -> probabilities and distance."
