@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw_changes', 'ops_pool', 'draw_ops', 'view_matrix',
            'crop_offset', 'put', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize',
-           'erase', 'change_values', 'in_thread', 'each_core', 'together', 'to_unit', 'augment', 'parse_view',
-           'check_views', 'apply_view', 'view_number', 'Batches', 'stream_ahead']
+           'erase', 'change_values', 'in_thread', 'together', 'to_unit', 'augment', 'parse_view', 'check_views',
+           'apply_view', 'view_number', 'Batches', 'stream_ahead']
 
-# %% ../nbs/01d_augment.ipynb #9429d770
+# %% ../nbs/01d_augment.ipynb #e301d75e
 import math
 import re
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -312,34 +312,12 @@ def in_thread(
     try: return pool.submit(work, *args)
     finally: pool.shutdown(wait=False)
 
-# %% ../nbs/01d_augment.ipynb #b6341624
-def each_core(
-    work,                 # what is to be done with a part
-    parts:list,           # in any order, several at a time
-    device:torch.device,  # where the work runs
-)->list:                  # results in the order of the parts
-    "Work on a CPU with one part a core, elsewhere one part at a time."
-    threads = torch.get_num_threads()
-    if device.type != 'cpu' or threads == 1 or len(parts) < 2: return [work(p) for p in parts]
-    out, todo, others = [None]*len(parts), iter(range(len(parts))), []
-    def some():
-        for i in todo: out[i] = work(parts[i])
-    try:
-        torch.set_num_threads(1)
-        others += [in_thread(some) for _ in range(min(threads, len(parts)) - 1)]
-        some()
-    finally:
-        wait(others)
-        torch.set_num_threads(threads)
-    for other in others: other.result()
-    return out
-
 # %% ../nbs/01d_augment.ipynb #a6551c2c
 def together(
     x:torch.Tensor,  # (n, c, h, w) float32
 )->int:              # number of images
-    "How many images are worked on at once: on a CPU about 600 kB, at least one; elsewhere all."
-    return len(x) if x.device.type != 'cpu' else max(1, 150_000//x[0].numel())
+    "How many images are worked on at once: on a CPU about 600 kB a thread, at least one; elsewhere all."
+    return len(x) if x.device.type != 'cpu' else max(1, 150_000//x[0].numel())*torch.get_num_threads()
 
 # %% ../nbs/01d_augment.ipynb #903f4376
 def to_unit(
@@ -361,13 +339,11 @@ def augment(
     m = None if side == stored and not a.keys() & set(GEOMETRY) else view_matrix(a, len(x), side)
     if m is not None: m[:, :, 2] += crop_offset(u, stored, side)
     out = torch.empty((len(x), x.shape[1], *side), device=x.device)
-    def views(part):
-        images, view, matrix, *amounts = part
+    n = together(out)
+    for images, view, matrix, *amounts in zip(*(v.split(n) for v in (x, out, torch.empty(len(x)) if m is None else m, *a.values())), strict=True):
         y = to_unit(images)
         y = y.clone() if m is None else warp(y, matrix, side, recipe.fill)
         view.copy_(change_values(y, dict(zip(a, amounts, strict=True)), recipe.erase_fill))
-    n = together(out)
-    each_core(views, list(zip(*(v.split(n) for v in (x, out, torch.empty(len(x)) if m is None else m, *a.values())), strict=True)), x.device)
     return out
 
 # %% ../nbs/01d_augment.ipynb #30832f98

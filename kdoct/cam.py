@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'METHODS', 'watched', 'Layer', 'find_layout', 'default_la
            'class_score', 'mask_scores', 'error_shares', 'Scores', 'refine', 'Maps', 'cluster_maps', 'score_cam',
            'sliding_squares', 'explain']
 
-# %% ../nbs/06a_cam.ipynb #1199e987
+# %% ../nbs/06a_cam.ipynb #fca06746
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
-from .augment import each_core
 from .compared import MultiScale
 from .core import KdoctError
-from .frozen import Quick, private_copy
+from .frozen import Quick, each_core, private_copy
 from .models import Classifier, resolve_precision
 
 # %% ../nbs/06a_cam.ipynb #bc6a5128

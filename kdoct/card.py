@@ -6,10 +6,11 @@
 __all__ = ['NOT', 'INHERITED', 'start_licence', 'is_non_commercial', 'licences_of', 'card_facts', 'formats_table', 'card_text',
            'model_card']
 
-# %% ../nbs/07b_card.ipynb #817c1427
+# %% ../nbs/07b_card.ipynb #f76e276e
 import re
 
 from .core import KdoctError, Run, read_json, sha256_file, stage_command
+from .metrics import EACH_CLASS
 from .tables import interval_text
 
 # %% ../nbs/07b_card.ipynb #1bedd935
@@ -103,10 +104,10 @@ _SCORES = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'spec
 def _evaluation(run, fold, role):
     "evaluation.json of the fold where it is of the role's predictions, else None and why."
     path, predictions = run.fold_dir(fold)/'evaluation.json', run.stage_dir(fold, role)/'predictions.parquet'
-    if not path.exists(): return None, f'{NOT}: the fold was not evaluated ({stage_command("evaluate", run, fold)})'
+    if not path.exists(): return None, f'{NOT}: the fold was not evaluated before this was written (stage 05_evaluate)'
     e = read_json(path)
     if not predictions.exists() or e.get('predictions', {}).get(role) != sha256_file(predictions):
-        return None, f'{NOT}: the evaluation is of other predictions ({stage_command("evaluate", run, fold)})'
+        return None, f'{NOT}: the evaluation is of other predictions (stage 05_evaluate)'
     return e, ''
 
 def _three(row, m):
@@ -132,7 +133,10 @@ def _measured(run, fold, role):
     if e is None: return dict(why=why, protocol=NOT, models={}, per_class={}, decisions={})
     models = {m: {s: _three(row, s) for s in _SCORES} | dict(n_images=row.get('n_images'), n_groups=row.get('n_groups'), note=row.get('note', ''))
               for m, row in e['table'].items()}
-    return dict(why='', protocol=e['protocol'], models=models, per_class=e['estimates'][role]['per_class'], decisions=_of_role(e.get('sections', {}), role))
+    sections, prefix = e.get('sections', {}), f'{role}, '
+    each = {n.removeprefix(prefix): {s: _three(row, s) for s in EACH_CLASS} | dict(n=row['n_images'])
+            for n, row in sections.get('classes', dict(table={}))['table'].items() if n.startswith(prefix)}
+    return dict(why='', protocol=e['protocol'], models=models, per_class=each, decisions=_of_role(sections, role))
 
 # %% ../nbs/07b_card.ipynb #355124db
 def _use(data, classes):
@@ -229,10 +233,10 @@ def _results_text(card):
     if m['why']: return ['', f'{m["why"][0].upper()}{m["why"][1:]}.', '']
     def text(row, s): return '–' if row[s] is None else interval_text(*row[s], percent='%' in _SCORES[s])
     rows = [[f'**{n}** (this one)' if n == role else n, *(text(r, s) for s in _SCORES)] for n, r in m['models'].items()]
-    names = ['n', 'sensitivity', 'specificity', 'precision', 'f1', 'auc']
     out = [f'Protocol. {m["protocol"]}', *_grid(['model', *_SCORES.values()], rows),
            'NLL, ECE and Brier score are of the probabilities as trained, before the temperature.', '', 'Each class against the rest, on the same test images:',
-           *_grid(['class', 'images', *names[1:]], [[c, *(v.get(k) for k in names)] for c, v in m['per_class'].items()])]
+           *_grid(['class', 'images', *(_SCORES[s].removeprefix('macro ') for s in EACH_CLASS)],
+                  [[c, v['n'], *(text(v, s) for s in EACH_CLASS)] for c, v in m['per_class'].items()])]
     folds = card['all_folds']
     if len(folds['folds']) > 1 and folds['mean_sd']:
         out += [f'This bundle is of one fold. Mean and standard deviation of the same kind of network over the folds {_cell(folds["folds"])}:',

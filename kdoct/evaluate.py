@@ -9,7 +9,7 @@ __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_fig
            'fold_variants', 'pool_variants', 'fold_judged', 'pool_judged', 'costs_of', 'ensemble', 'ensemble_section',
            'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
 
-# %% ../nbs/05_evaluate.ipynb #2cea4ef9
+# %% ../nbs/05_evaluate.ipynb #87dea3db
 import io
 import textwrap
 import time
@@ -33,8 +33,8 @@ from .judged import Judged, judged_sections, read_judged
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, risk_coverage, targets_of
-from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, costs_section, differences_of
-from .tables import patients_section, protocol_of, read_variants, scores_section, selection_section, shown
+from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, classes_section, costs_section
+from .tables import differences_of, patients_section, protocol_of, read_variants, scores_section, selection_section, shown
 from .tables import shown_differences, shown_folds, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
@@ -565,9 +565,10 @@ def sections_of(
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
 ) -> dict[str, Section]:  # those that there are
-    "The published selection, patients, views and weights, without a retina, costs."
+    "Every class, the published selection, patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
-    made = dict(selection=selection_section(models, e, seed), patients=patients_section(models, e, data.severity, seed),
+    made = dict(classes=classes_section(models, e, seed), selection=selection_section(models, e, seed),
+                patients=patients_section(models, e, data.severity, seed),
                 views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
     return {k: s for k, s in made.items() if s is not None}

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'MOST_SCANS', 'BLUE', 'ORANGE', 'PAGE', 'CSS', 'VIEWS', 'runs_there', 'models_there', 'require_model',
-           'read_decision', 'read_outliers', 'Cases', 'open_cases', 'case_table', 'Choice', 'pick', 'Cut', 'Thresholds',
-           'read_case', 'Own', 'read_own', 'read_upload', 'lay_back', 'Answer', 'Look', 'Network', 'seen_by',
-           'seen_picture', 'outcome', 'Background', 'Subject', 'Explorer', 'text_html', 'error_html', 'table_html',
-           'picture_html', 'scale_html', 'answers_html', 'verdict', 'decided', 'cut_html', 'curves_svg', 'Viewer',
-           'case_line', 'TestPanel', 'OwnPanel', 'validated_points', 'CutPanel', 'kernel_post', 'fold_label', 'App',
-           'write_page', 'serve']
+           'Cases', 'open_cases', 'case_table', 'Choice', 'pick', 'Cut', 'Thresholds', 'read_case', 'Own', 'read_own',
+           'read_upload', 'lay_back', 'Answer', 'Look', 'Network', 'seen_by', 'seen_picture', 'outcome', 'Background',
+           'Subject', 'Explorer', 'text_html', 'error_html', 'table_html', 'picture_html', 'scale_html', 'answers_html',
+           'verdict', 'decided', 'cut_html', 'curves_svg', 'Viewer', 'case_line', 'TestPanel', 'OwnPanel',
+           'validated_points', 'CutPanel', 'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
 
-# %% ../nbs/09_explore.ipynb #5c7990ce
+# %% ../nbs/09_explore.ipynb #9977183c
 import asyncio
 import base64
 import contextvars
@@ -22,7 +21,6 @@ import logging
 import os
 import re
 import secrets
-
 import tempfile
 import threading
 import time
@@ -77,47 +75,26 @@ def require_model(
         raise KdoctError(f"The data of run '{run.name}' are not prepared.", fix=f"Prepare them first: {stage_command('data', run)}")
     raise KdoctError(f"Fold {fold} of run '{run.name}' has no trained {role} yet.", fix=f"Train it: {stage_command(role, run, fold)}")
 
-# %% ../nbs/09_explore.ipynb #7ac5db6c
-_AGAIN = "Make it again with notebook 05g_decide."
-
-def read_decision(
-    folder:str|Path,  # of a trained network
-):                    # kdoct.decide.Decision; None where none is fitted
-    "The decision of a network."
-    if not (Path(folder)/'decision.json').exists(): return None
-    from kdoct.decide import load_decision
-    return load_decision(folder)
-
-def read_outliers(
-    folder:str|Path,  # of a trained network with a decision
-    paths:pd.Series,  # test images
-)->np.ndarray:        # (n,) how strange each of them is
-    "What the decision stage has measured; `KdoctError` if it is of other images."
-    file = Path(folder)/'outliers.parquet'
-    measured = pd.read_parquet(file).set_index('path').outlier if file.exists() else pd.Series(dtype=float)
-    if set(measured.index) != set(paths): raise KdoctError(f"{file} is not about the test images.", fix=_AGAIN)
-    return measured.loc[paths].to_numpy()
-
-def _decided(folder:Path, classes:list[str], paths:pd.Series)->tuple:
-    "Decision and outliers of a network; None, or the error, where they are not there or do not fit."
-    def read():
-        d = read_decision(folder)
-        if d is None: return None
-        if list(d.classes) != classes: raise KdoctError(f"The decision in {folder} has other classes.", fix=_AGAIN)
-        return d, read_outliers(folder, paths)
-    try: return read(), ''
+# %% ../nbs/09_explore.ipynb #6b726cf9
+def _decided(folder:Path, own:pd.DataFrame)->tuple:
+    "What was decided about a network and its predictions; None, or the error, where it is not there or does not fit."
+    from kdoct.judged import read_judged
+    try: return read_judged(folder, own), ''
     except KdoctError as e: return None, f'{e.problem} It is left out here. {e.fix}'
 
-def _aligned(run:Run, fold:int, role:str, first:pd.DataFrame|None)->pd.DataFrame:
-    "Predictions of a role, in the order of `first`."
+def _own(run:Run, fold:int, role:str)->pd.DataFrame:
+    "Predictions of a role."
     path = run.stage_dir(fold, role)/'predictions.parquet'
     df = read_predictions(path)
-    again = f"Delete its folder and train again: {stage_command(role, run, fold)}"
-    if set(df.fold) != {fold}: raise KdoctError(f"{path} holds predictions of other folds than {fold}.", fix=again)
-    if first is None: return df.reset_index(drop=True)
-    if sorted(df.path) != sorted(first.path) or classes_of(df) != classes_of(first):
-        raise KdoctError(f"{path} is about other images or classes than those of the network it is compared with.", fix=again)
-    return df.set_index('path').loc[first.path].reset_index()
+    if set(df.fold) == {fold}: return df.reset_index(drop=True)
+    raise KdoctError(f"{path} holds predictions of other folds than {fold}.", fix=_again(run, fold, role))
+
+def _again(run:Run, fold:int, role:str)->str: return f"Delete its folder and train again: {stage_command(role, run, fold)}"
+
+def _aligned(own:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
+    "Predictions in the order of `first`."
+    if sorted(own.path) == sorted(first.path) and classes_of(own) == classes_of(first): return own.set_index('path').loc[first.path].reset_index()
+    raise KdoctError("The predictions of two networks of this fold are about different images or classes.", fix=fix)
 
 # %% ../nbs/09_explore.ipynb #4eb04cb1
 @dataclass(frozen=True)
@@ -131,7 +108,7 @@ class Cases:
     predictions:pd.DataFrame             # n rows, as predictions.parquet has them
     probabilities:dict[str, np.ndarray]  # role -> (n, K)
     decisions:dict[str, object]          # role -> kdoct.decide.Decision, for those that have one
-    outliers:dict[str, np.ndarray]       # role -> (n,), for the same: how strange each image is
+    outliers:np.ndarray|None             # (n,) how strange each image is to the network that is looked at; None without a decision
     notes:tuple[str, ...]=()             # what could not be used, or not fitted as wished
 
     @property
@@ -153,15 +130,16 @@ def open_cases(
 )->Cases:
     "Read what the networks of a fold say of its test images; `KdoctError` with a command where that is missing."
     require_model(run, fold, role)
-    first = _aligned(run, fold, role, None)
-    frames = {r: first if r == role else _aligned(run, fold, r, first) for r in models_there(run, fold)}
-    found = {r: _decided(run.stage_dir(fold, r), classes_of(first), first.path) for r in frames}
-    decisions, outliers = ({r: d[i] for r, (d, _) in found.items() if d} for i in (0, 1))
-    p = {r: np.exp(log_softmax(logits_of(f)/(decisions[r].temperature if r in decisions else 1.))) for r, f in frames.items()}
+    own = {r: _own(run, fold, r) for r in models_there(run, fold)}
+    first, found = own[role], {r: _decided(run.stage_dir(fold, r), df) for r, df in own.items()}
+    decisions = {r: j.decision for r, (j, _) in found.items() if j}
+    z = {r: logits_of(_aligned(df, first, _again(run, fold, r))) for r, df in own.items()}
+    p = {r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v)) for r, v in z.items()}
     beside = 'student' if role == 'teacher' else 'teacher'
-    own = '; '.join(decisions[role].notes) if role in decisions else ''
-    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {own}.'] if own else []))
-    return Cases(run, fold, role, beside if beside in frames else '', classes_of(first), first, p, decisions, outliers, notes)
+    said = '; '.join(decisions[role].notes) if role in decisions else ''
+    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {said}.'] if said else []))
+    outliers = found[role][0].outlier if role in decisions else None
+    return Cases(run, fold, role, beside if beside in own else '', classes_of(first), first, p, decisions, outliers, notes)
 
 # %% ../nbs/09_explore.ipynb #a7b01c53
 def case_table(
@@ -175,10 +153,8 @@ def case_table(
     t['right'] = t.predicted == t.label
     t['other'] = '' if q is None else names[q.argmax(1)]
     t['apart'] = np.nan if q is None else abs(p - q).sum(1)/2
-    t['deferred'] = pd.NA if d is None else t.confidence < d.defer_below
-    t['outlier'] = np.nan if d is None else cases.outliers[cases.role]
-    t['flagged'] = pd.NA if d is None else t.outlier > d.outlier.threshold
-    return t
+    said = dict(deferred=pd.NA, outlier=np.nan, flagged=pd.NA) if d is None else d.judge(p, cases.outliers)[['deferred', 'outlier', 'flagged']].to_dict('list')
+    return t.assign(**said)
 
 # %% ../nbs/09_explore.ipynb #20c68b6c
 ORDERS = ('least sure first', 'surest first', 'farthest apart first', 'strangest first', 'as in the table')
@@ -360,13 +336,15 @@ class Network:
         fold:int,  # counted from 0
         role:str,  # one of the recipe's roles
     ):
+        from kdoct.decide import load_decision
         from kdoct.models import load_bundle, resolve_precision
         from kdoct.training import best_device
         folder, device = run.stage_dir(fold, role), best_device()
         self.model, self.about = load_bundle(folder)
         self.model.precision = resolve_precision(run.recipe.training(role).precision, device)
         self.model.to(device)
-        self.run, self.decision, self.layer = run, read_decision(folder), run.recipe.explain.layers.get(role, '')
+        self.run, self.layer = run, run.recipe.explain.layers.get(role, '')
+        self.decision = load_decision(folder) if (folder/'decision.json').exists() else None
 
 # %% ../nbs/09_explore.ipynb #1bdf7bdd
 def seen_by(
@@ -652,14 +630,12 @@ def decided(
     outlier:float|None,  # how strange the picture is; None: not measured yet
 )->list[str]:            # sentences
     "Whether a picture would be flagged or deferred, and which classes remain."
-    out, top, limit = [], float(p.max()), decision.outlier.threshold
+    out, said = [], decision.judge(p[None], [np.nan if outlier is None else outlier]).iloc[0]
     if outlier is not None:
-        flagged = outlier > limit
-        out.append(f"{'FLAGGED as unlike the training images: its call means nothing' if flagged else 'Not flagged as strange'}; "
-                   f"distance {outlier:.3g}, flagged above {limit:.3g}.")
-    low = top < decision.defer_below
-    out.append(f"{'DEFERRED to a reader' if low else 'Not deferred'}: its confidence of {100*top:.1f} % is {'below' if low else 'at least'} "
-               f"{100*decision.defer_below:.1f} %.")
+        out.append(f"{'FLAGGED as unlike the training images: its call means nothing' if said.flagged else 'Not flagged as strange'}; "
+                   f"distance {outlier:.3g}, flagged above {decision.outlier.threshold:.3g}.")
+    out.append(f"{'DEFERRED to a reader' if said.deferred else 'Not deferred'}: its confidence of {100*said.confidence:.1f} % is "
+               f"{'below' if said.deferred else 'at least'} {100*decision.defer_below:.1f} %.")
     def left(a): return ' or '.join(c for c, yes in zip(decision.classes, decision.sets(p[None], a)[0], strict=True) if yes)
     return out + ['Classes that remain: ' + '; '.join(f'{left(a)} at an error of {100*a:g} %' for a in sorted(decision.conformal)) + '.']
 

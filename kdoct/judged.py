@@ -41,6 +41,11 @@ class Judged(NamedTuple):
         return targets_of(self.before)
 
     @property
+    def said(self)->pd.DataFrame:
+        "What the decision says of each image: call, confidence, deferred, outlier, flagged."
+        return self.decision.judge(self.probs, self.outlier)
+
+    @property
     def right(self)->np.ndarray:
         "(n,) whether each call is right."
         return self.probs.argmax(1) == self.y
@@ -81,6 +86,10 @@ def _joined(folds, what):
 
 def _groups(folds): return _joined(folds, lambda j: j.before.group.astype(str))
 
+def _section(title, rows, texts, caption):
+    "Rows of numbers, and the same for reading, as a section."
+    return Section(title, pd.DataFrame(rows).T.infer_objects(), pd.DataFrame(texts).T.fillna(''), caption)
+
 def _numbers(name, r): return {name: r['estimate'], f'{name}_low': r['low'], f'{name}_high': r['high']}
 
 def _text(r, percent=True): return interval_text(r['estimate'], r['low'], r['high'], percent)
@@ -112,7 +121,7 @@ def calibration_section(
         rows[f'{m}, as trained']['note'], rows[f'{m}, calibrated']['note'] = '', _notes(folds, 'temperature')
     caption = (f'Temperature scaling. {_fitted_on(decided)} No call changes. NLL: mean negative log-likelihood. ECE: 15 bins of equal width. Brier: '
                'squared distance to the truth, summed over classes. Change: paired, on the same resamples of groups.')
-    return Section('Calibration', pd.DataFrame(rows).T.infer_objects(), pd.DataFrame(texts).T, caption)
+    return _section('Calibration', rows, texts, caption)
 
 # %% ../nbs/05h_judged.ipynb #d0ae1f96
 def _point_row(folds, i, e):
@@ -146,7 +155,7 @@ def operating_section(
     caption = (f'One class against the rest, by its calibrated probability. {_fitted_on({model: folds})} Columns: what the threshold does on test, and '
                '(sensitivity / specificity) what it did on validation, where it was chosen and is a little too good. "Not reachable": only a threshold that '
                'calls everything or nothing would do, or validation has no image of the class.')
-    return Section(f'Operating points of the {model}', pd.DataFrame(rows).T.infer_objects(), pd.DataFrame(texts).T.fillna(''), caption)
+    return _section(f'Operating points of the {model}', rows, texts, caption)
 
 # %% ../nbs/05h_judged.ipynb #3e492aa0
 def deferral_section(
@@ -157,9 +166,9 @@ def deferral_section(
     "What is kept, and how much of it is wrong, when unsure calls are deferred."
     rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
     for m, folds in decided.items():
-        kept, right = (_joined(folds, f) for f in (lambda j: j.probs.max(1) >= j.decision.defer_below, lambda j: j.right))
+        kept, right = (_joined(folds, f) for f in (lambda j: ~j.said.deferred, lambda j: j.right))
         groups, below = _groups(folds), [j.decision.defer_below for j in folds]
-        area = aurc(_joined(folds, lambda j: j.probs.max(1)), right, groups, *e)
+        area = aurc(_joined(folds, lambda j: j.said.confidence), right, groups, *e)
         r = dict(coverage=share_interval(kept, groups, None, *e), risk=share_interval(~right, groups, kept, *e),
                  deferred_risk=share_interval(~right, groups, ~kept, *e), error=share_interval(~right, groups, None, *e), aurc=area)
         rows[m] = {'defer_below': float(np.mean(below)), **{k: v for name, s in r.items() for k, v in _numbers(name, s).items()}, 'n_images': len(kept),
@@ -170,7 +179,7 @@ def deferral_section(
     wish = f'{100*w["defer_target"]:g} % kept' if w['defer'] == 'coverage' else f'{100*w["defer_target"]:g} % mistakes among the kept'
     caption = (f'Calls of low probability go to a person. Wished: {wish}. {_fitted_on(decided)} AURC: mean share of mistakes over all coverages, smaller is '
                'better (Geifman and El-Yaniv 2017); folds pooled by probability.')
-    return Section('Deferral', pd.DataFrame(rows).T.infer_objects(), pd.DataFrame(texts).T, caption)
+    return _section('Deferral', rows, texts, caption)
 
 # %% ../nbs/05h_judged.ipynb #5b2545ee
 def _set_row(folds, alpha, e):
@@ -194,8 +203,7 @@ def sets_section(
     made = {f'{m}, wished {100*(1 - a):g} %': _set_row(folds, a, e) for m, folds in decided.items() for a in folds[0].decision.conformal}
     caption = (f'Sets of classes by split conformal prediction (LAC, one vote a patient; the called class is always in). {_fitted_on(decided)} The wish holds '
                'for an image of a new patient, on average over validation parts; one validation part may do better or worse.')
-    rows, texts = (pd.DataFrame({n: pair[i] for n, pair in made.items()}).T for i in (0, 1))
-    return Section('Conformal sets', rows.infer_objects(), texts, caption)
+    return _section('Conformal sets', *({n: pair[i] for n, pair in made.items()} for i in (0, 1)), caption)
 
 # %% ../nbs/05h_judged.ipynb #5add9f23
 def outliers_section(
@@ -206,7 +214,7 @@ def outliers_section(
     "How many test images are flagged as strange, and how many strange pictures."
     rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
     for m, folds in decided.items():
-        r = share_interval(_joined(folds, lambda j: j.outlier > j.decision.outlier.threshold), _groups(folds), None, *e)
+        r = share_interval(_joined(folds, lambda j: j.said.flagged), _groups(folds), None, *e)
         t = [j.decision.outlier.threshold for j in folds]
         kinds = {k: float(np.mean([j.decision.about['strange'][k]['flagged'] for j in folds])) for k in folds[0].decision.about.get('strange', {})}
         rows[m] = {'threshold': float(np.mean(t)), **_numbers('flagged', r), **kinds, 'n_images': r['n'], 'note': _notes(folds, 'to flag')}
@@ -215,7 +223,7 @@ def outliers_section(
     caption = (f'Distance of pooled features from those of the training images. Wished: {100*w["outliers"]:g} % of the images of new patients flagged. '
                f'{_fitted_on(decided)} Further columns: share flagged of pictures that are no B-scans, made from noise or from training images (notebook 05g); '
                'they chose nothing.')
-    return Section('Pictures unlike the training', pd.DataFrame(rows).T.infer_objects(), pd.DataFrame(texts).T, caption)
+    return _section('Pictures unlike the training', rows, texts, caption)
 
 # %% ../nbs/05h_judged.ipynb #a8fa2b79
 def judged_sections(

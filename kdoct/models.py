@@ -373,7 +373,7 @@ def _write_bundle(
     with atomic_path(folder/'model.safetensors') as tmp:
         save_file({k: v.contiguous() for k, v in model.body.state_dict().items()}, tmp)
     facts = dict(parameters=count_parameters(model), input_size=model.size, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
-                 interpolation=model.interpolation, temperature=1., weights_sha256=sha256_file(folder/'model.safetensors'),
+                 interpolation=model.interpolation, weights_sha256=sha256_file(folder/'model.safetensors'),
                  versions=provenance()['packages'])
     write_json(folder/'model.json', about | facts)
     return about | facts

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'TOGETHER', 'ONE', 'MANY', 'BLANKED', 'interval_text', 'score_row', 'table_of', 'shown', 'protocol_of',
-           'differences_of', 'shown_differences', 'shown_folds', 'Section', 'scores_section', 'selection_section',
-           'patients_section', 'read_variants', 'views_section', 'views_differences', 'blanked_section',
-           'costs_section']
+           'differences_of', 'shown_differences', 'shown_folds', 'Section', 'scores_section', 'classes_section',
+           'selection_section', 'patients_section', 'read_variants', 'views_section', 'views_differences',
+           'blanked_section', 'costs_section']
 
-# %% ../nbs/05e_tables.ipynb #a9e304d7
+# %% ../nbs/05e_tables.ipynb #901fac3e
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .core import EvaluateRecipe, KdoctError, Run
-from .metrics import CALLS, HEADLINE, bootstrap, check_predictions, classes_of, evaluate_predictions, logits_of
-from .metrics import paired_difference
+from .metrics import CALLS, EACH_CLASS, HEADLINE, bootstrap, bootstrap_classes, check_predictions, classes_of
+from .metrics import evaluate_predictions, logits_of, paired_difference
 from .patients import mean_of_slices, published_selection, worst_slice
 
 # %% ../nbs/05e_tables.ipynb #c6557244
@@ -194,6 +194,27 @@ def scores_section(
     table = pd.DataFrame({n: score_row(df, evaluate, seed, metrics(n)) for n, df in rows.items()}).T.assign(**columns).infer_objects()
     return Section(title, table, shown(table), caption)
 
+# %% ../nbs/05e_tables.ipynb #64c64379
+def classes_section(
+    models:dict[str, pd.DataFrame],  # name -> predictions
+    evaluate:EvaluateRecipe,         # resamples and level
+    seed:int=0,                      # of the resampling
+)->Section:                          # rows 'MODEL, CLASS'
+    "Every class against the rest, with intervals over groups."
+    each = pd.concat({n: bootstrap_classes(df, evaluate.n_boot, evaluate.level, seed) for n, df in models.items()}, names=['model'])
+    rows = {}
+    for (model, c), t in each.groupby(level=['model', 'class'], sort=False):
+        t = t.droplevel(['model', 'class'])
+        rows[f'{model}, {c}'] = dict(n_images=t.n.iloc[0]) | {m if end == 'estimate' else f'{m}_{end}': t.loc[m, end]
+                                                             for m in EACH_CLASS for end in ('estimate', 'low', 'high')}
+    table = pd.DataFrame(rows).T.astype({'n_images': int})
+    def text(r, m): return interval_text(*r[[m, f'{m}_low', f'{m}_high']], percent=m != 'auc')
+    texts = pd.DataFrame({n: dict(images=f'{r.n_images:.0f}') | {_SHOWN[m].removeprefix('macro '): text(r, m) for m in EACH_CLASS}
+                          for n, r in table.iterrows()}).T
+    return Section('Every class against the rest', table, texts,
+                   'The macro scores are means of these. Images: true images of the class. Intervals as in the main table, from the same resamples of '
+                   'groups; those in which a score is not defined are left out of its interval.')
+
 # %% ../nbs/05e_tables.ipynb #19e8f347
 def selection_section(
     models:dict[str, pd.DataFrame],  # name -> predictions on all test slices
@@ -322,15 +343,18 @@ def _cost_texts(c):
             'multiply-adds': f"{c['macs']/1e9:.3f} G" if 'macs' in c else 'not measured',
             'weights on disk': f"{c['bytes']/1e6:.1f} MB" if c.get('bytes') else 'not measured', **latency}
 
+def _times(a, b, what):
+    "How one cost compares with another, in words."
+    return f'{b[what]/a[what]:.1f} times fewer' if b[what] > a[what] else f'{a[what]/b[what]:.1f} times as many'
+
 def costs_section(
     costs:dict[str, dict],  # model -> as `kdoct.efficiency.efficiency` gives it, or only parameters and `not_measured`
 )->Section:
     "Parameters, multiply-adds, bytes, time."
     out = [f'{m} was not measured: {c["not_measured"]}.' for m, c in costs.items() if 'not_measured' in c]
     t, s, timed = costs.get('teacher', {}), costs.get('student', {}), [t for c in costs.values() for t in c.get('latency', [])]
-    if 'macs' in t and 'macs' in s and t['macs'] > s['macs']:
-        out.append(f'The student has {t["parameters"]/s["parameters"]:.1f} times fewer parameters than the teacher and needs '
-                   f'{t["macs"]/s["macs"]:.1f} times fewer multiply-adds.')
+    if 'macs' in t and 'macs' in s:
+        out.append(f'Beside the teacher, the student has {_times(s, t, "parameters")} parameters and needs {_times(s, t, "macs")} multiply-adds.')
     if timed:
         where = ' and '.join(sorted({f'{x["device"]}: {x["processor"]}' for x in timed}))
         out.append('Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix products), normalisations as fvcore counts them. Time of '

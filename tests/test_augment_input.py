@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdoct import augment as A
-from kdoct.augment import N_DRAWS, Batches, augment, each_core, stream_ahead, uniforms
+from kdoct.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
 from kdoct.core import AugmentRecipe, preset
 
 TEACHER = preset("paper-neh").teacher.augment.model_copy(update=dict(posterize=0.0))  # a last-place rounding may change a level
@@ -68,14 +68,6 @@ def test_bytes_give_the_views_of_their_fractions():
     x, u = torch.from_numpy(batches().images)[:, None], torch.from_numpy(uniforms(np.arange(11), N_DRAWS, 7, 0))
     for recipe in (TEACHER, AugmentRecipe(hflip=0, rotate=0, scale=0, shift=0)):
         assert torch.equal(augment(x, u, recipe), augment(x.float()/255, u, recipe))
-
-
-def test_every_core_works_and_an_error_comes_out(threads):
-    threads(2)
-    both = threading.Barrier(2)  # passed only if two threads are at work at once
-    assert each_core(lambda p: (both.wait(10), p)[1], [1, 2], torch.device("cpu")) == [1, 2]
-    with pytest.raises(ZeroDivisionError): each_core(lambda p: 1//p, [1, 2, 0, 3], torch.device("cpu"))
-    assert torch.get_num_threads() == 2
 
 
 def test_next_block_is_read_while_the_first_is_in_use(monkeypatch):

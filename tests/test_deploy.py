@@ -144,7 +144,6 @@ def test_calibration_is_of_whole_training_patients(made, bundle):
 
 def test_bundle_tells_no_folder_of_this_machine(made, root):
     for f in made.folder.iterdir():
-        if f.stem.lower() == "card": continue   # notebook 07b
         text = f.read_bytes()
         for place in (str(made.run.path.parent), str(root), "site-packages"): assert place.encode() not in text, (f.name, place)
 

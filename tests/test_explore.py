@@ -127,11 +127,11 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
     assert p == pytest.approx(decision.probabilities(logits_of(cases.predictions)))
     assert state.table.deferred.tolist() == (p.max(1) < decision.defer_below).tolist()
     flagged = pick(state.table, Choice(strange="flagged"))
-    assert set(flagged) == set(np.flatnonzero(cases.outliers["student"] > decision.outlier.threshold))
+    assert set(flagged) == set(np.flatnonzero(cases.outliers > decision.outlier.threshold))
     said = " ".join(explore.verdict(cases, state.subject(0)))
     assert "remain" in said and ("Not deferred" in said) != ("DEFERRED" in said) and ("Not flagged" in said) != ("FLAGGED" in said)
     now = state.network(state.stamp()).answer(state.subject(0).image)
-    assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.outlier == pytest.approx(cases.outliers["student"][0], rel=1e-3)
+    assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.outlier == pytest.approx(cases.outliers[0], rel=1e-3)
 
 
 def test_a_decision_of_other_weights_is_told_and_left_out(run):
