@@ -8,10 +8,10 @@ __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw
            'erase', 'change_values', 'in_thread', 'together', 'to_unit', 'augment', 'parse_view', 'check_views',
            'apply_view', 'view_number', 'Batches', 'stream_ahead']
 
-# %% ../nbs/01d_augment.ipynb #e301d75e
+# %% ../nbs/01d_augment.ipynb #9429d770
 import math
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 
 import numpy as np
