@@ -91,10 +91,10 @@ def _own(run:Run, fold:int, role:str)->pd.DataFrame:
 
 def _again(run:Run, fold:int, role:str)->str: return f"Delete its folder and train again: {stage_command(role, run, fold)}"
 
-def _aligned(own:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
+def _aligned(role:str, own:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
     if sorted(own.path) == sorted(first.path) and classes_of(own) == classes_of(first): return own.set_index('path').loc[first.path].reset_index()
-    raise KdoctError("The predictions of two networks of this fold are about different images or classes.", fix=fix)
+    raise KdoctError(f"What the {role} predicted is about other images or classes than those of the network it is compared with.", fix=fix)
 
 # %% ../nbs/09_explore.ipynb #4eb04cb1
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def open_cases(
     own = {r: _own(run, fold, r) for r in models_there(run, fold)}
     first, found = own[role], {r: _decided(run.stage_dir(fold, r), df) for r, df in own.items()}
     decisions = {r: j.decision for r, (j, _) in found.items() if j}
-    z = {r: logits_of(_aligned(df, first, _again(run, fold, r))) for r, df in own.items()}
+    z = {r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in own.items()}
     p = {r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v)) for r, v in z.items()}
     beside = 'student' if role == 'teacher' else 'teacher'
     said = '; '.join(decisions[role].notes) if role in decisions else ''

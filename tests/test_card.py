@@ -52,6 +52,16 @@ def test_every_number_of_the_results_is_the_evaluations(run):
     assert e["protocol"] in text
 
 
+def test_every_class_stands_there_with_its_intervals(run):
+    path = run.fold_dir(0) / "evaluation.json"
+    e = read_json(path)
+    e["sections"]["classes"]["table"]["student, CNV"] |= dict(sensitivity=0.12345, sensitivity_low=0.1, sensitivity_high=0.2)
+    write_json(path, e)
+    text, card = model_card({}, run, 0, "student")
+    assert set(card["measured"]["per_class"]) == set(card["model"]["classes"])
+    assert card["measured"]["per_class"]["CNV"]["sensitivity"] == [0.12345, 0.1, 0.2] and re.search(r"^\| CNV \| \d+ \| 12.3 \[10.0, 20.0\] \|", text, re.M)
+
+
 def test_the_network_without_a_teacher_stands_beside_the_student(run):
     text, _ = model_card({}, run, 0, "student")
     assert re.search(r"^\| \*\*student\*\* \(this one\) \|", text, re.M) and re.search(r"^\| baseline \|", text, re.M)

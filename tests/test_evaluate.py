@@ -130,7 +130,7 @@ def test_fold_writes_every_number_and_figure(made):
     saved = read_json(run.fold_dir(0)/'evaluation.json')
     df = read_predictions(run.stage_dir(0, 'student')/'predictions.parquet')
     for m in HEADLINE: assert saved['estimates']['student'][m] == pytest.approx(evaluate_predictions(df)[m])
-    assert list(saved['sections']) == ['patients', 'blanked', 'costs']  # one view, one set of weights, no diagnosis of the patient
+    assert list(saved['sections']) == ['classes', 'patients', 'blanked', 'costs']  # one view, one set of weights, no diagnosis of the patient
     assert set(saved['figures']) == {'confusion', 'roc', 'reliability', 'training', 'mistakes', 'counts'}
     assert all((run.path/p).is_file() for p in saved['figures'].values())
     assert saved['parameters'] == {'teacher': 300_000, 'student': 100_000, 'baseline': 100_000}

@@ -69,7 +69,7 @@ def run(made, outputs):
 def simulated(run, n=80, classes=("CNV", "DME", "DRUSEN", "NORMAL")):
     df = simulate_predictions(n, classes=classes)
     p = np.exp(log_softmax(logits_of(df)))
-    return Cases(run, 0, "student", "", list(classes), df, dict(student=p), {}, {})
+    return Cases(run, 0, "student", "", list(classes), df, dict(student=p), {}, None)
 
 
 # --- what is read

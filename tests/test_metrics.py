@@ -269,3 +269,22 @@ def test_bootstrap_of_the_neh_test_images_stays_quick():
     began = time.perf_counter()
     M.bootstrap(df, 1000)
     assert time.perf_counter() - began < 5
+
+
+def test_intervals_of_a_class_are_those_of_its_images_alone():
+    df = M.simulate_predictions(40, margin=1.5, seed=3)
+    each, calls = M.bootstrap_classes(df, n_boot=300, seed=5), M.logits_of(df).argmax(1)
+    for k, c in enumerate(M.classes_of(df)):
+        own = (df.label == c).to_numpy()
+        for metric, hit, of in (("sensitivity", calls == k, own), ("specificity", calls != k, ~own), ("precision", own, calls == k)):
+            want = M.share_interval(hit, df.group, of, n_boot=300, seed=5)
+            assert each.loc[(c, metric), ["estimate", "low", "high"]].tolist() == pytest.approx([want[e] for e in ("estimate", "low", "high")])
+            assert each.loc[(c, metric), "n"] == own.sum()
+
+
+def test_a_class_without_images_has_no_sensitivity_and_does_not_stop_the_others():
+    df = M.simulate_predictions(40, seed=3)
+    df = df[df.label != "CNV"]
+    each = M.bootstrap_classes(df, n_boot=50)
+    assert each.loc[("CNV", "sensitivity"), ["estimate", "low", "high"]].isna().all() and each.loc[("CNV", "sensitivity"), "n_used"] == 0
+    assert each.drop("CNV", level="class").xs("sensitivity", level="metric").estimate.notna().all()
