@@ -663,7 +663,8 @@ def cut_html(
                        f'{cut.total.sum()} test images of {n_groups} groups (patients); called {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
     return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.called[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
-            + text_html(f'In brackets the {100*level:g} % interval from resampling groups.', 'soft'))
+            + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
+                        'and no exception, the rate of exceptions may still be up to 300/n %.', 'soft'))
 
 # %% ../nbs/09_explore.ipynb #1fc0ac3a
 def curves_svg(
@@ -707,8 +708,9 @@ class Viewer:
         for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.ask), 'value')
         self.opacity.observe(lambda change: self.fade(), 'value')
         tools = w.HBox([self.map_on, self.which, self.opacity, self.square], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='0 1 524px', min_width='0'))
-        self.right = w.VBox([self.words], layout=w.Layout(flex='1 1 440px', min_width='0', overflow='auto'))
+        middle = w.VBox([self.opaque, self.picture, tools, self.scale, self.status], layout=w.Layout(flex='1 1 300px', max_width='524px', min_width='0'))
+        right = w.VBox([self.words], layout=w.Layout(flex='1 1 360px', min_width='0', overflow='auto'))
+        self.box = w.HBox([middle, right], layout=w.Layout(flex='1 1 0', min_width='0', flex_flow='row wrap', align_content='flex-start'))  # narrow: below it
         self.fade()
         self.show(None)
 
@@ -731,7 +733,7 @@ def show(self:Viewer,
 ):
     "Look at a picture."
     self.subject, self.made, self.wanted = subject, {}, {}
-    for part in (self.middle, self.right): part.layout.display = 'none' if subject is None else None
+    self.box.layout.display = 'none' if subject is None else None
     self.ask()
 
 @patch
@@ -1071,7 +1073,7 @@ class App(w.VBox):
         self.run, self.fold, self.role = (w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model'))
         self.view = w.RadioButtons(options=VIEWS, orientation='horizontal', layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'))
         top = w.HBox([self.run, self.fold, self.role, self.view], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.looking = w.HBox([self.tests.box, self.own.box, self.viewer.middle, self.viewer.right], layout=w.Layout(width='100%'))
+        self.looking = w.HBox([self.tests.box, self.own.box, self.viewer.box], layout=w.Layout(width='100%'))
         super().__init__([w.HTML(f'<style>{CSS}</style>'), top, self.about, self.message, self.looking, self.cut.box])
         self.add_class('kd-app')
         for control in (self.run, self.fold, self.role, self.view): control.observe(self.changed, 'value')
