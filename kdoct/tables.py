@@ -213,8 +213,8 @@ def classes_section(
                           for n, r in table.iterrows()}).T
     return Section('Every class against the rest', table, texts,
                    'The macro scores are means of these. Images: true images of the class. Intervals as in the main table, from the same resamples of '
-                   'groups; those in which a score is not defined are left out of its interval. At 100 % the interval is a point and says little: with n patients of '
-                   'the class and no mistake, the rate of mistakes may still be up to 300/n %.')
+                   'groups; those in which a score is not defined are left out of its interval. At 100 % the interval is a point and says little: with n '
+                   'patients of the class and no mistake, the rate of mistakes may still be up to 300/n %.')
 
 # %% ../nbs/05e_tables.ipynb #19e8f347
 def selection_section(
