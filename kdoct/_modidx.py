@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'kdoct.tables.costs_section': ('tables.html#costs_section', 'kdoct/tables.py'),
                               'kdoct.tables.differences_of': ('tables.html#differences_of', 'kdoct/tables.py'),
                               'kdoct.tables.interval_text': ('tables.html#interval_text', 'kdoct/tables.py'),
+                              'kdoct.tables.markdown': ('tables.html#markdown', 'kdoct/tables.py'),
                               'kdoct.tables.patients_section': ('tables.html#patients_section', 'kdoct/tables.py'),
                               'kdoct.tables.protocol_of': ('tables.html#protocol_of', 'kdoct/tables.py'),
                               'kdoct.tables.read_variants': ('tables.html#read_variants', 'kdoct/tables.py'),

@@ -256,7 +256,7 @@ def write_int8(
     first, network = _before([_joint(model, 'prepared')]), _before([_joint(model, n) for n in _JOINTS[1:]])
     with _quietly():
         small = nncf.quantize(model, nncf.Dataset(calibration), preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration),
-                              model_type=nncf.ModelType.TRANSFORMER if attention else None,
+                              fast_bias_correction=False, model_type=nncf.ModelType.TRANSFORMER if attention else None,
                               ignored_scope=nncf.IgnoredScope(names=sorted(first | names - network), validate=False))
     ov.save_model(small, str(path), compress_to_fp16=False)
 

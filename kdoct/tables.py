@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'TOGETHER', 'ONE', 'MANY', 'BLANKED', 'interval_text', 'score_row', 'table_of', 'shown', 'protocol_of',
-           'differences_of', 'shown_differences', 'shown_folds', 'Section', 'scores_section', 'classes_section',
-           'selection_section', 'patients_section', 'read_variants', 'views_section', 'views_differences',
-           'blanked_section', 'costs_section']
+           'differences_of', 'shown_differences', 'shown_folds', 'Section', 'scores_section', 'markdown',
+           'classes_section', 'selection_section', 'patients_section', 'read_variants', 'views_section',
+           'views_differences', 'blanked_section', 'costs_section']
 
 # %% ../nbs/05e_tables.ipynb #901fac3e
 from pathlib import Path
@@ -193,6 +193,13 @@ def scores_section(
     "Scores with intervals, one row a table of predictions."
     table = pd.DataFrame({n: score_row(df, evaluate, seed, metrics(n)) for n, df in rows.items()}).T.assign(**columns).infer_objects()
     return Section(title, table, shown(table), caption)
+
+# %% ../nbs/05e_tables.ipynb #c7557100
+def markdown(
+    t:pd.DataFrame,  # texts, or what reads well as one
+)->str:
+    "A table as Markdown, without its index."
+    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [list(t.columns), ['---']*t.shape[1], *t.astype(str).values.tolist()])
 
 # %% ../nbs/05e_tables.ipynb #64c64379
 def classes_section(
