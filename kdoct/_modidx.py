@@ -485,6 +485,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'kdoct.deploy.Compiled': ('deploy.html#compiled', 'kdoct/deploy.py'),
                               'kdoct.deploy.Compiled.__call__': ('deploy.html#compiled.__call__', 'kdoct/deploy.py'),
                               'kdoct.deploy.Compiled.__init__': ('deploy.html#compiled.__init__', 'kdoct/deploy.py'),
+                              'kdoct.deploy.Compiled._graph': ('deploy.html#compiled._graph', 'kdoct/deploy.py'),
                               'kdoct.deploy.Deployable': ('deploy.html#deployable', 'kdoct/deploy.py'),
                               'kdoct.deploy.Deployable.__init__': ('deploy.html#deployable.__init__', 'kdoct/deploy.py'),
                               'kdoct.deploy.Deployable.forward': ('deploy.html#deployable.forward', 'kdoct/deploy.py'),

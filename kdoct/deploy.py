@@ -337,6 +337,7 @@ def cut_graph(
         for there in place.get_target_inputs(): there.replace_source_output(params[-1].output(0))
     return ov.Model(ends, params or model.get_parameters())
 
+# %% ../nbs/07_deploy.ipynb #50674cde
 class Compiled:
     "A graph, or a part of one, that threads may call at once."
     def __init__(self,
@@ -344,15 +345,26 @@ class Compiled:
         precision:str,   # of layers that are in floats: f32 or bf16
         threads:int=0,   # 0: all usable cores
     ):
-        options = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads or usable_cores(), PERFORMANCE_HINT='LATENCY', NUM_STREAMS=1)
-        self.compiled, self.own = _core().compile_model(model, 'CPU', options), threading.local()
+        self.options = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads or usable_cores(), PERFORMANCE_HINT='LATENCY', NUM_STREAMS=1)
+        self.model, self.made, self.lock = model, {}, threading.Lock()
+        self._graph(True)   # what cannot be compiled says so here
+
+    def _graph(self, single:bool)->tuple:
+        "The graph for one picture, or for any number of them, made when it is first asked for; and what each thread has of it."
+        with self.lock:
+            if single not in self.made:
+                model = self.model.clone()
+                if single: model.reshape({i: _openvino().PartialShape([1, *list(v.get_partial_shape())[1:]]) for i, v in enumerate(model.inputs)})
+                self.made[single] = _core().compile_model(model, 'CPU', self.options), threading.local()
+            return self.made[single]
 
     def __call__(self, *inputs)->list[np.ndarray]:
         "Outputs, in memory that the next call in this thread uses again."
-        if not hasattr(self.own, 'request'): self.own.request = self.compiled.create_infer_request()
-        for i, x in enumerate(inputs): self.own.request.set_input_tensor(i, _openvino().Tensor(x, shared_memory=True))
-        self.own.request.infer()
-        return [self.own.request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
+        compiled, own = self._graph(len(inputs[0]) == 1)
+        if not hasattr(own, 'request'): own.request = compiled.create_infer_request()
+        for i, x in enumerate(inputs): own.request.set_input_tensor(i, _openvino().Tensor(x, shared_memory=True))
+        own.request.infer()
+        return [own.request.get_output_tensor(i).data for i in range(len(compiled.outputs))]
 
 # %% ../nbs/07_deploy.ipynb #f746cea1
 def openvino_engine(
