@@ -125,6 +125,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'kdoct.bench.pil_changes': ('bench.html#pil_changes', 'kdoct/bench.py'),
                              'kdoct.bench.pil_loader': ('bench.html#pil_loader', 'kdoct/bench.py'),
                              'kdoct.bench.record_of': ('bench.html#record_of', 'kdoct/bench.py'),
+                             'kdoct.bench.repeated': ('bench.html#repeated', 'kdoct/bench.py'),
                              'kdoct.bench.serve': ('bench.html#serve', 'kdoct/bench.py'),
                              'kdoct.bench.shipped_graphs': ('bench.html#shipped_graphs', 'kdoct/bench.py'),
                              'kdoct.bench.shipped_rows': ('bench.html#shipped_rows', 'kdoct/bench.py'),
