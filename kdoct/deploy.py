@@ -371,15 +371,21 @@ def openvino_engine(
     file:str|Path,        # of `write_openvino` or `write_int8`
     precision:str='f32',  # of the network's layers that are in floats: f32 or bf16
     threads:int=0,        # 0: all usable cores
+    side:int=0,           # side of the squares that it is asked about [px]; 0: pictures of any size
 )->tuple[Callable, dict]:   # uint8 array -> probabilities, outlier; name -> (type, shape) of inputs and outputs
-    "OpenVINO on the CPU."
-    def read(): return _core().read_model(str(file))
-    model, types = read(), {'u8': 'uint8', 'f32': 'float32'}
+    "OpenVINO on the CPU. A graph that knows the size of its pictures does not work out anew how to resize each."
+    def read():
+        model = _core().read_model(str(file))
+        shape = model.inputs[0].get_partial_shape()
+        if side and shape.rank.is_static and len(shape) > 2:   # else it is none of ours, and refused for what it takes
+            model.reshape(_openvino().PartialShape([shape[0], side, side, *list(shape)[3:]]))
+        return model
+    model, types = _core().read_model(str(file)), {'u8': 'uint8', 'f32': 'float32'}
     facts = {v.get_any_name(): (types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
                                 [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()]) for v in (*model.inputs, *model.outputs)}
     order = [[o.get_any_name() for o in model.outputs].index(k) for k in OUTPUTS]
     if precision == 'f32':
-        whole = Compiled(model, 'f32', threads)
+        whole = Compiled(read(), 'f32', threads)
         def answer(x):
             said = whole(x)
             return [said[i].copy() for i in order]
@@ -511,14 +517,14 @@ def make_engine(
 )->Engine:
     "An engine for the files of a folder; `KdoctError` if it cannot run here, or its graph is not what it should be."
     if (why := runs_here(name)): raise KdoctError(f"The engine '{name}' does not run here: {why}.", fix="pip install 'kdoct[deploy]', or use another engine.")
-    file, want = Path(folder)/ENGINES[name][0], _signature(about['channels'], len(about['classes']))
+    file, want, stored = Path(folder)/ENGINES[name][0], _signature(about['channels'], len(about['classes'])), about['size'] + about['margin']
     match name:
         case 'torch': answer, facts = torch_engine(load_bundle(folder)[0], decision, about['size'], about['margin'], threads), want
         case 'onnx': answer, facts = onnx_engine(file, threads)
-        case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads)
+        case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
     if facts != want:
         raise KdoctError(f"The graph {file.name} takes and gives {facts}, not {want}.", fix="Do not use this bundle. Get it again from whoever made it.")
-    return Engine(name, lambda x: answer(squared(x, about['size'] + about['margin'])), about['channels'])
+    return Engine(name, lambda x: answer(squared(x, stored)), about['channels'])
 
 # %% ../nbs/07_deploy.ipynb #45134e73
 FORMATS = {'onnx': ('onnx', 'onnxscript'), 'openvino': ('onnx', 'onnxscript', 'openvino'), 'int8': ('onnx', 'onnxscript', 'openvino', 'nncf')}   # -> packages
