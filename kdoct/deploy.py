@@ -374,24 +374,25 @@ def openvino_engine(
     side:int=0,           # side of the squares that it is asked about [px]; 0: pictures of any size
 )->tuple[Callable, dict]:   # uint8 array -> probabilities, outlier; name -> (type, shape) of inputs and outputs
     "OpenVINO on the CPU. A graph that knows the size of its pictures does not work out anew how to resize each."
-    def read():
-        model = _core().read_model(str(file))
+    def read(): return _core().read_model(str(file))
+    def sized(model):
         shape = model.inputs[0].get_partial_shape()
         if side and shape.rank.is_static and len(shape) > 2:   # else it is none of ours, and refused for what it takes
             model.reshape(_openvino().PartialShape([shape[0], side, side, *list(shape)[3:]]))
         return model
-    model, types = _core().read_model(str(file)), {'u8': 'uint8', 'f32': 'float32'}
+    model, types = read(), {'u8': 'uint8', 'f32': 'float32'}
     facts = {v.get_any_name(): (types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
                                 [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()]) for v in (*model.inputs, *model.outputs)}
     order = [[o.get_any_name() for o in model.outputs].index(k) for k in OUTPUTS]
     if precision == 'f32':
-        whole = Compiled(read(), 'f32', threads)
+        whole = Compiled(sized(model), 'f32', threads)
         def answer(x):
             said = whole(x)
             return [said[i].copy() for i in order]
         return answer, facts
     places = [], list(_JOINTS[:1]), list(_JOINTS[1:]), list(OUTPUTS)
-    first, network, last = (Compiled(cut_graph(read(), *ends), how, threads) for ends, how in zip(pairwise(places), ('f32', precision, 'f32'), strict=True))
+    first, network, last = (Compiled(cut_graph(sized(read()), *ends), how, threads)
+                            for ends, how in zip(pairwise(places), ('f32', precision, 'f32'), strict=True))
     return lambda x: [v.copy() for v in last(*network(*first(x)))], facts
 
 def network_alone(

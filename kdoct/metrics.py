@@ -325,15 +325,13 @@ def bootstrap_classes(
     n_boot:int=1000,  # number of resamples
     level:float=0.95,  # coverage of the interval, 0..1
     seed:int=0,  # of the resampling
-    metrics=EACH_CLASS,  # which of `EACH_CLASS`; without the AUC it is several times as fast
 ) -> pd.DataFrame:  # rows (class, metric): estimate, low, high, n_used, n (true images of the class)
     "What `bootstrap` gives, for every class against the rest; NaN where a class has no images or was never called."
     s = _Sample(check_predictions(df))
-    heads = tuple(m for m in ('auc',) if m in metrics)
-    def values(weights): _, m, auc = _metrics(s, weights, heads); return m | dict(auc=auc)
+    def values(weights): _, m, auc = _metrics(s, weights, ('auc',)); return m | dict(auc=auc)
     est, drawn = values(None), values(group_weights(len(s.groups), n_boot, seed))
     rows = {(c, m): dict(estimate=float(est[m][0, i]), **_interval(drawn[m][:, i], level), n=int(est['support'][0, i]))
-            for i, c in enumerate(s.classes) for m in metrics}
+            for i, c in enumerate(s.classes) for m in EACH_CLASS}
     return pd.DataFrame(rows).T.rename_axis(['class', 'metric']).astype({'n_used': int, 'n': int})
 
 # %% ../nbs/05a_metrics.ipynb #057fa3e0
