@@ -103,7 +103,10 @@ def make_listing(
     return Listing(Path(root).resolve(), image_table(rows, source), found.sort_values(['path', 'problem'], ignore_index=True))
 
 # %% ../nbs/01b_sources.ipynb #ef50b0d9
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
+IMAGE_EXTENSIONS = (  # of pictures, in lower case; the one list in the project
+    '.jpg', '.jpeg', '.jpe', '.jfif', '.jfi', '.jif', '.mpo',   # JPEG
+    '.jp2', '.j2k', '.j2c', '.jpc', '.jpf', '.jpx',             # JPEG 2000
+    '.png', '.apng', '.bmp', '.dib', '.tif', '.tiff', '.btf', '.webp', '.gif')
 
 def walk_images(
     root:str|Path,                                # folder
