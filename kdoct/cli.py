@@ -52,8 +52,8 @@ def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str],
 def _require_images(data):
     "`KdoctError` if the source finds no image where it is told to look; simulated ones are made when the run begins."
     from kdoct.sources import load_table
-    require_data_root(data)
-    if data.source != 'phantom': load_table(data)
+    if data.source == 'phantom': require_data_root(data)
+    else: load_table(data)
 
 # %% ../nbs/10_cli.ipynb #a147c5f5
 def _all_stages(run, folds:str, notebooks):

@@ -572,9 +572,11 @@ def require_weights(
 # %% ../nbs/00_core.ipynb #3e8096a6
 def require_data_root(
     data:DataRecipe,  # `source` and `root`
+    layout:str='',    # what the folder must look like, for the message
 ):
     "`KdoctError` if the folder (or table) of the images is not given, or not there."
     fix = "Give the folder of the images (csv: the table): --data-root DIR (papermill: -p data_root DIR)"
+    if layout: fix += f". Expected layout: {layout}"
     if data.root and not Path(data.root).expanduser().exists():
         raise KdoctError(f"{data.root} does not exist.", fix=fix)
     if not data.root and data.source != 'phantom':

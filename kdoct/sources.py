@@ -171,7 +171,7 @@ LAYOUTS = {  # source -> what its root must look like
 
 def _root(data:DataRecipe, file:bool=False)->Path:
     "The recipe's root as a folder (or, with `file`, a file) that exists."
-    require_data_root(data)
+    require_data_root(data, LAYOUTS[data.source])
     root = Path(data.root).expanduser()
     if not root.is_dir() and not file:
         raise KdoctError(f"{root} is not a folder.", fix=f"Expected layout: {LAYOUTS[data.source]}")
