@@ -18,7 +18,7 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from .core import DataRecipe, KdoctError, outputs_root, usable_cores
+from .core import DataRecipe, KdoctError, outputs_root, require_data_root, usable_cores
 
 # %% ../nbs/01b_sources.ipynb #ba1c9e91
 TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
@@ -174,11 +174,10 @@ LAYOUTS = {  # source -> what its root must look like
 
 def _root(data:DataRecipe, file:bool=False)->Path:
     "The recipe's root as a folder (or, with `file`, a file) that exists."
-    fix = f"Give it with --data-root DIR (papermill: -p data_root DIR). Expected layout: {LAYOUTS[data.source]}"
-    if not data.root: raise KdoctError(f"Source '{data.source}' needs the place of the images; data.root is empty.", fix=fix)
+    require_data_root(data, LAYOUTS[data.source])
     root = Path(data.root).expanduser()
-    if not root.exists(): raise KdoctError(f"{root} does not exist.", fix=fix)
-    if not root.is_dir() and not file: raise KdoctError(f"{root} is not a folder.", fix=fix)
+    if not root.is_dir() and not file:
+        raise KdoctError(f"{root} is not a folder.", fix=f"Expected layout: {LAYOUTS[data.source]}")
     return root.resolve()
 
 # %% ../nbs/01b_sources.ipynb #0fee678d
