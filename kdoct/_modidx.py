@@ -1189,6 +1189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdoct.sources.lc25000': ('sources.html#lc25000', 'kdoct/sources.py'),
                                'kdoct.sources.load_table': ('sources.html#load_table', 'kdoct/sources.py'),
                                'kdoct.sources.make_listing': ('sources.html#make_listing', 'kdoct/sources.py'),
+                               'kdoct.sources.name_key': ('sources.html#name_key', 'kdoct/sources.py'),
                                'kdoct.sources.neh': ('sources.html#neh', 'kdoct/sources.py'),
                                'kdoct.sources.phantom': ('sources.html#phantom', 'kdoct/sources.py'),
                                'kdoct.sources.regroup': ('sources.html#regroup', 'kdoct/sources.py'),
