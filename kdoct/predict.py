@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .core import KdoctError, usable_cores
-from .data import BadImage, decode_image, framed
+from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .volumes import Scan, find_files
 
@@ -404,9 +404,17 @@ def _known_alpha(decision, alpha:float|None)->float:
 def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
-    try: picture = framed(scan.image, self.channels, **self.bundle.framing)
-    except KdoctError as e: picture = bad_image(e)   # nothing is left of it but padding
+    try:
+        _check_content(scan.image, self.channels)
+        picture = framed(scan.image, self.channels, **self.bundle.framing)
+    except KdoctError as e: picture = bad_image(e)   # nothing is in it, or nothing is left of it but padding
     return scan._replace(image=None), picture
+
+def _check_content(im:Image.Image, channels:int):
+    "`BadImage` where the audit would have refused the picture, or where a network that knows grey pictures only is shown a coloured one."
+    if is_blank(im): raise BadImage('blank')
+    if channels == 1 and (share := main_colour(im)) > COLOURED:
+        raise BadImage('not-a-bscan', f"a colour picture ({100*share:.0f} % of its pixels), as of the fundus; the network was trained on grey ones only")
 
 def _weight(item:tuple)->int:
     "Bytes of what `_prepare` gives."

@@ -28,11 +28,15 @@ from kdoct.data import (
     MAX_PIXELS,
     MIN_SIDE,
     BadImage,
-    _bits,
+    TiffStack,
     _broken,
-    _plain,
+    check_values,
     decode_image,
+    decoded,
+    full_pages,
+    other_file,
     read_image_bytes,
+    tiff_stack,
 )
 from .sources import IMAGE_EXTENSIONS
 
@@ -105,16 +109,25 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
     "The pages of a TIFF, or the frames of an animation, decoded under the rules of `decode_image`."
     try:
         im = Image.open(io.BytesIO(data), formats=FORMATS)
-        n = im.n_frames
+        pages, stack = full_pages(im), tiff_stack(data) if im.format == 'TIFF' else TiffStack()
+        if stack.pictures is not None: yield from _planes(path, stack); return
+        n, left_out = len(pages), ('several-pictures',) if len(pages) < im.n_frames else ()
         if n > MAX_SLICES: raise BadImage('several-frames', f"{n} pages")
-        for i in range(n):
-            im.seek(i)
+        for i, at in enumerate(pages):
+            im.seek(at)
             _check_shape(im.height, im.width)
-            if (bits := _bits(im, data)) > 8: raise BadImage('wrong-mode', f"page {i + 1}: {bits} bits a channel")
-            im.load()
-            page, notes = _plain(im)
-            yield Scan(page.copy(), str(path), i, n, path.stem, notes=tuple(notes))
+            try: check_values(im, data)
+            except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}") from e
+            page, notes = decoded(im)
+            yield Scan(page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes))
     except _DECODE_ERRORS as e: raise _broken(e) from e
+
+def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
+    "The pictures of a TIFF with one directory for all of them."
+    n, h, w = stack.pictures.shape[:3]
+    _check_shape(h, w, n)
+    for i, a in enumerate(stack.pictures):
+        yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=(*stack.notes, f"{n} pictures in one TIFF directory"))
 
 def _read_picture(path:Path)->Iterator[Scan]:
     "A picture, or the pages of one."
@@ -529,7 +542,9 @@ def _reader(path:Path)->Callable[[Path], Iterator[Scan]]:
     if path.is_dir():
         raise KdoctError(f"{path} is a folder, or a link to one, which is not followed.", fix="Name the folder itself, and see that it can be listed.")
     with _Bytes(path) as f: begin = f.read(0, min(f.size, 160))
-    return next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None) or _SUFFIXES.get(path.suffix.lower(), _read_picture)
+    if (reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)) is not None: return reader
+    if what := other_file(begin): raise BadImage('not-an-image', what)
+    return _SUFFIXES.get(path.suffix.lower(), _read_picture)
 
 def read_scans(
     path:str|Path,    # one file: picture, TIFF of several pages, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds or .img

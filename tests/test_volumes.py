@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import kdoct.volumes
@@ -402,6 +403,131 @@ def test_a_page_of_16_bits_is_refused(tmp_path):
     first, second = Image.fromarray(textured()[0]), Image.fromarray(textured()[0].astype(np.uint16))
     first.save(tmp_path/"a.tif", save_all=True, append_images=[second])
     assert "wrong-mode: a.tif: page 2" in refusal(tmp_path/"a.tif")
+
+
+def save_tiff(path, a, **options):
+    tifffile.imwrite(path, a, **options)
+    return path
+
+
+@pytest.mark.parametrize("options", [dict(truncate=True), dict(imagej=True, metadata={"axes": "ZYX"}), dict(truncate=True, imagej=False, bigtiff=True)])
+def test_a_stack_with_one_directory_is_all_its_bscans(tmp_path, options):
+    path = save_tiff(tmp_path/"a.tif", textured(n=5), **options)
+    scans = list(read_scans(path))
+    assert [(s.slice, s.n_slices, s.volume) for s in scans] == [(i, 5, "a") for i in range(5)]
+    assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=5))
+
+
+def imagej_one_directory(path, a, images):
+    "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, and nothing but the description says so."
+    tifffile.imwrite(path, a[0], description=f"ImageJ=1.54f\nimages={images}\nslices={images}\nloop=false\n", metadata=None)
+    path.write_bytes(path.read_bytes() + a[1:].tobytes())
+    return path
+
+
+def test_an_imagej_stack_with_one_directory_is_all_its_bscans(tmp_path):
+    assert np.array_equal(images(imagej_one_directory(tmp_path/"a.tif", textured(n=4), 4)), textured(n=4))
+
+
+def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
+    path = imagej_one_directory(tmp_path/"a.tif", textured(n=4), 9)
+    assert "claims 9 pictures; 1 can be found" in refusal(path)
+    path = save_tiff(tmp_path/"b.tif", textured(n=5), truncate=True)
+    path.write_bytes(path.read_bytes()[:-64*80 - 1])
+    assert refusal(path).startswith("truncated: b.tif")
+
+
+def test_a_stack_of_16_bits_with_one_directory_is_refused_as_such(tmp_path):
+    assert "8 bits" in refusal(save_tiff(tmp_path/"a.tif", textured(n=5).astype(np.uint16), truncate=True))
+
+
+def test_channels_are_not_taken_for_slices_without_a_word(tmp_path):
+    path = save_tiff(tmp_path/"a.tif", textured(n=6).reshape(3, 2, 64, 80), imagej=True, metadata={"axes": "ZCYX"})
+    assert "2 channels a slice" in refusal(path)
+    path = save_tiff(tmp_path/"b.ome.tif", textured(n=6).reshape(3, 2, 64, 80), metadata={"axes": "ZCYX"})
+    assert "2 channels a slice" in refusal(path)
+    scans = list(read_scans(save_tiff(tmp_path/"c.tif", textured(), imagej=True)))   # tifffile's default takes the first axis for channels
+    assert len(scans) == 3 and "3 channels" in scans[0].notes[0]
+
+
+def test_previews_and_masks_among_the_pages_are_no_bscans(tmp_path):
+    with tifffile.TiffWriter(tmp_path/"a.tif") as t:
+        t.write(textured()[0], metadata=None)
+        t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
+    scan, = read_scans(tmp_path/"a.tif")
+    assert np.array_equal(scan.image, textured()[0]) and scan.volume == "" and scan.notes == ("several-pictures",)
+    with tifffile.TiffWriter(tmp_path/"b.tif") as t:
+        t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
+        for a in textured()[:2]: t.write(a, metadata=None)
+    assert np.array_equal(images(tmp_path/"b.tif"), textured()[:2])
+    assert "preview" in refusal(save_tiff(tmp_path/"c.tif", textured()[0], subfiletype=1, metadata=None))
+
+
+def test_a_tiff_that_its_tag_turns_is_turned_and_noted_page_by_page(tmp_path):
+    pages = [Image.fromarray(np.rot90(a, 2).copy()) for a in textured()]
+    pages[0].save(tmp_path/"one.tif", tiffinfo={274: 3})
+    pages[0].save(tmp_path/"all.tif", save_all=True, append_images=pages[1:], tiffinfo={274: 3})
+    for path, n in ((tmp_path/"one.tif", 1), (tmp_path/"all.tif", 3)):
+        scans = list(read_scans(path))
+        assert [s.notes for s in scans][:1] == [("exif-rotated",)]
+        assert np.array_equal(np.asarray(scans[0].image), textured()[0]) and len(scans) == n
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colour_planes_one_after_the_other_are_one_picture(tmp_path, compression):
+    rgb = np.stack([textured()[0], textured()[1], textured()[2]])
+    path = save_tiff(tmp_path/"a.tif", rgb, photometric="rgb", planarconfig="separate", compression=compression, metadata=None)
+    scan, = read_scans(path)
+    assert np.array_equal(np.moveaxis(np.asarray(scan.image), 2, 0), rgb)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_path):
+    for n in (3, 4): assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
+
+
+@pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
+def test_signed_and_float_tiff_is_refused(tmp_path, options):
+    assert refusal(save_tiff(tmp_path/"a.tif", (textured()[0].astype(int) - 128).astype(options["dtype"]))).startswith("wrong-mode")
+
+
+def test_a_picture_behind_a_jpeg_is_no_bscan(tmp_path):
+    first, second = Image.fromarray(textured()[0]), Image.fromarray(255 - textured()[0][::2, ::2])
+    first.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[second])
+    first.save(tmp_path/"one.jpg")
+    second.save(tmp_path/"two.jpg")
+    (tmp_path/"b.jpg").write_bytes((tmp_path/"one.jpg").read_bytes() + (tmp_path/"two.jpg").read_bytes())   # a gain map without the MPO header
+    for name in ("a.jpg", "b.jpg"):
+        scan, = read_scans(tmp_path/name)
+        assert (scan.image.size, scan.volume, scan.notes) == ((80, 64), "", ("several-pictures",))
+
+
+@pytest.mark.parametrize("name", ["a.jp2", "a.j2k", "jpeg_2000_named.jpg"])
+def test_jpeg_2000_is_read_whatever_its_name(tmp_path, name):
+    (tmp_path/name).write_bytes(jpeg2000(textured()[0], no_jp2=name.endswith("j2k")))
+    scan, = read_scans(tmp_path/name)
+    assert np.array_equal(scan.image, textured()[0])
+
+
+def test_jpeg_2000_of_12_bits_or_without_its_end_is_refused(tmp_path):
+    (tmp_path/"a.jp2").write_bytes(jpeg2000(textured()[0].astype(np.uint16)*200))
+    (tmp_path/"b.jp2").write_bytes(jpeg2000(textured()[0])[:-400])
+    deep = bytearray(jpeg2000(np.stack([textured()[0]]*3, -1)))
+    deep[deep.index(b"\xff\x4f\xff\x51") + 42] = 11
+    (tmp_path/"c.jp2").write_bytes(deep)   # Pillow would cut colour of 12 bits down to 8
+    assert "16 bits" in refusal(tmp_path/"a.jp2") and "truncated" in refusal(tmp_path/"b.jp2")
+    assert "12 bits" in refusal(tmp_path/"c.jp2")
+
+
+@pytest.mark.parametrize("name", ["a.jpeg", "a.dcm", "a.vol", "a.tif"])
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path, name):
+    (tmp_path/name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0f"*32 + b"\nsize 196608\n")
+    assert "git lfs pull" in refusal(tmp_path/name)
+
+
+def test_an_archive_of_arrays_is_named_as_one(tmp_path):
+    np.savez_compressed(tmp_path/"octmnist.npz", train_images=np.zeros((4, 28, 28), np.uint8))
+    assert "NumPy archive" in refusal(tmp_path/"octmnist.npz")
 
 
 # --- HEYEX XML
