@@ -177,7 +177,8 @@ def test_what_cannot_teach_is_refused(images, folder):
 
 
 def test_grey_pictures_of_a_data_block_teach_too(images, folder):
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.3, seed=1), item_tfms=Resize(32))
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.3, seed=1),
+                      item_tfms=Resize(32))
     dls = block.dataloaders(images, bs=4, num_workers=0, device='cpu')
     learn, note = Learner(dls, student(channels=1), loss_func=nn.CrossEntropyLoss(), cbs=[Distill(folder)]), Note()
     fit(learn.add_cb(note))
