@@ -7,7 +7,12 @@ import textwrap
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 from safetensors.torch import load_file
+
+from kdoct import distill, together
+from kdoct.core import KdoctError
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.
 SCRIPT = textwrap.dedent('''
@@ -79,3 +84,42 @@ def test_what_fails_in_one_ends_the_other_and_both_go_on_exactly(tmp_path):
         pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/d/f'history{rank}.csv') for d in 'ab'), check_exact=True)
         a, b = (load_file(tmp_path/d/f'end{rank}.safetensors') for d in 'ab')
         assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    "Four GPUs that nobody can compute on, seen by process 2 of 4; which one was made current."
+    current = []
+    for k, v in dict(WORLD_SIZE='4', RANK='2', LOCAL_RANK='2').items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    with together.float32_products(True): yield current
+
+
+def test_each_process_has_its_own_gpu_whether_it_has_met_the_others_or_not(gpus):
+    assert together.best_device() == torch.device('cuda', 2) == gpus[-1]
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'): together.best_device()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)   # the launcher shows each process its own alone
+    assert together.best_device() == torch.device('cuda', 0)
+
+
+def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatch):
+    order = []
+    monkeypatch.setattr(distill, 'join', lambda: order.append('join'))
+    monkeypatch.setattr(distill, 'load_teachers', lambda *_: order.append('load') or {})
+    monkeypatch.setattr(distill, '_weights', lambda *_: torch.zeros(0))
+    monkeypatch.setattr(distill, '_ready', lambda *_: order.append('device') or ({}, {}))
+    monkeypatch.setattr(distill, 'train_role', lambda *_, **__: order.append('train'))
+    class Run:
+        class recipe: distill = type('D', (), dict(combine='logits'))
+        def is_finished(self, *_): return False
+        def record(self, *_, **__): pass
+    monkeypatch.setattr(distill, 'Distill', lambda *_: None)
+    distill.train_student(Run(), 0)
+    assert order == ['join', 'load', 'device', 'train']
