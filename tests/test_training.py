@@ -281,11 +281,11 @@ def test_the_processor_is_asked_whether_it_multiplies_in_bf16(monkeypatch, has, 
 @pytest.mark.parametrize(('times', 'asked'), [
     ([1.4, 11.6], 2),                      # lost in its first step, which took longer than all was meant to take
     ([.1, .9, .1, .3], 4),                 # a short first step may only be short of its kernels: one more of each
-    ([.1, .9, .1, .11, .1, .11], None)])   # not lost: measured until it is time
+    ([.1, .15, .1, .11], 4)])              # not lost: measured until it is time
 def test_a_trial_that_bf16_loses_ends_at_once(times, asked):
     said = []
-    medians = measure_steps(None, 2. if asked else 0., lambda step, p: said.append(p) or times[len(said) - 1])
-    assert len(said) == (asked or 4) and faster(medians) == 'fp32'
+    medians = measure_steps(None, 2. if times[1] != .15 else 0., lambda step, p: said.append(p) or times[len(said) - 1])
+    assert len(said) == asked and faster(medians) == 'fp32'
 
 
 def test_the_printed_times_are_for_readers(tmp_path, recipe, quick, capsys):
@@ -313,13 +313,14 @@ def test_only_training_steps_may_round_to_tf32(tmp_path, recipe, monkeypatch):
     for module in ('kdoct.training', 'kdoct.step'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
     class Look(Callback):
         def after_pred(self): seen.append((self.training, matmul.allow_tf32))
-        def before_batch(self): seen.append((self.training, matmul.allow_tf32))
-        def after_batch(self): seen.append((None, matmul.allow_tf32))
+        def after_loss(self): seen.append((self.training, matmul.allow_tf32))
+        def before_step(self): seen.append((True, matmul.allow_tf32))        # backward is done
+        def before_batch(self): seen.append(('input', matmul.allow_tf32))
     learn = learner(tmp_path, recipe.model_copy(update=dict(epochs=1)))
     learn.add_cb(Look())
     fit(learn)
-    assert {rounds for training, rounds in seen if training is False} == {False}
-    assert {rounds for training, rounds in seen if training} == {True}
+    assert {rounds for part, rounds in seen if part is True} == {True}
+    assert {rounds for part, rounds in seen if part is not True} == {False}   # validation, and the making of batches
     assert matmul.allow_tf32 is False
 
 
