@@ -128,7 +128,8 @@ def calibration_section(
             rows[f'{m}, {name}'], texts[f'{m}, {name}'] = _calibration_row(*given)
         rows[f'{m}, as trained']['note'], rows[f'{m}, calibrated']['note'] = '', _notes(folds, 'temperature')
     caption = (f'Temperature scaling. {_fitted_on(decided)} {_bias(decided)} No prediction changes. '
-               'NLL: mean negative log-likelihood. ECE: 15 bins of equal width. Brier: squared distance to the truth, summed over classes. Change: paired, on the same resamples of groups.')
+               'NLL: mean negative log-likelihood. ECE: 15 bins of equal width. Brier: squared distance to the truth, summed over classes. '
+               'Change: paired, on the same resamples of groups.')
     return _section('Calibration', rows, texts, caption)
 
 # %% ../nbs/05h_judged.ipynb #d0ae1f96
