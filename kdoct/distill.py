@@ -16,7 +16,7 @@ from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher
 from .models import Classifier
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache
-from .training import batch_number, best_device, train_role
+from .training import best_device, step_number, train_role
 
 # %% ../nbs/04_distill.ipynb #a441a6a7
 class Distill(Callback):
@@ -74,9 +74,9 @@ Distill.build, Distill.answer, Distill.teach = _build, _answer, _teach
 
 # %% ../nbs/04_distill.ipynb #27532cd2
 def _asked(self:Distill)->list[str]:
-    "Roles of the teachers that are asked about this batch."
+    "Roles of the teachers that are asked about this batch; `turn` changes them with the optimiser's steps."
     roles = list(self.teachers)
-    return [roles[batch_number(self.learn)[0] % len(roles)]] if self.recipe.combine == 'turn' else roles
+    return [roles[step_number(self.learn)[0] % len(roles)]] if self.recipe.combine == 'turn' else roles
 
 def _teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
     "What the teachers say to this batch, together."
