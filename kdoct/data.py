@@ -73,10 +73,11 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'wrong-mode': ('error', "more than 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
     'transparent': ('error', "partly transparent: what lies behind would be a guess"),
     'suspicious-size': ('error', "a side below 32 px, or more than 8 times as long as the other"),
-    'blank': ('error', "all pixels are equal, but for one in 1,000 and 2 grey levels: there is nothing to see"),
+    'blank': ('error', "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is nothing to see"),
     'same-pixels-two-labels': ('error', "the same pixels occur under another label"),
     'converted': ('note', "palette, CMYK, 1-bit or opaque alpha: converted without loss of meaning"),
     'exif-rotated': ('note', "turned upright as its orientation (EXIF or TIFF) says"),
+    'extra-channels': ('note', "the TIFF has further channels, and does not say what they are: left out"),
     'several-pictures': ('note', "a preview, a gain map, a mask or a smaller copy in the same file is left out"),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
@@ -164,16 +165,26 @@ def full_pages(
 # %% ../nbs/01_data.ipynb #32f662e4
 logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
 
+def _shaped_claims(t:TiffFile)->tuple[int, int]:
+    "Pictures, and channels of each, that the descriptions of a file by tifffile claim; one stands before every series."
+    n, channels, at = 0, 1, 0
+    while at < len(t.pages):
+        page = t.pages[at]
+        said = shaped_description_metadata(page.shaped_description) if page.shaped_description else {'shape': page.shape}
+        claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
+        channels = max(channels, dict(zip(said.get('axes', ''), said['shape'], strict=False)).get('C', 1))
+        n, at = n + claimed, at + (1 if said.get('truncated') else claimed)
+    return n, channels
+
 def _claims(t:TiffFile)->tuple[int, int]:
-    "How many pictures a TIFF's description claims (0: it says nothing), and how many channels in pages of their own each has."
+    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, every one in a page of its own."
     page = t.pages.first
     if t.is_imagej:
         said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in ('images', 'slices', 'frames', 'channels')}
         channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
-        return max(said['slices']*said['frames']*channels, said['images'] if page.samplesperpixel == 1 else 1), channels
-    if page.shaped_description:
-        said = shaped_description_metadata(page.shaped_description)
-        return math.prod(said['shape'])//max(page.size, 1), dict(zip(said.get('axes', ''), said['shape'], strict=False)).get('C', 1)
+        images = said['images'] if page.samplesperpixel == 1 else 1   # of colour, some writers count the samples too
+        return max(said['slices']*said['frames']*channels, images), channels
+    if page.shaped_description: return _shaped_claims(t)
     if t.is_stk: return int(t.stk_metadata['NumberPlanes']), 1
     if t.is_ome: return 0, max(dict(zip(s.axes, s.shape, strict=True)).get('C', 1) for s in t.series)
     return 0, 1
@@ -184,27 +195,48 @@ class TiffStack(NamedTuple):
     pictures:np.ndarray|None=None  # (n, h, w) or (n, h, w, 3) uint8, where one directory stands for n pictures
     notes:tuple[str, ...]=()       # what is unusual, in words
 
+def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
+    "The `n` pictures that begin with the one of `page`; `BadImage` where they are not there, or not 8-bit grey or RGB."
+    at = page.dataoffsets[0] if page.dataoffsets else 0
+    if at + n*page.nbytes > len(data): raise BadImage('truncated', f"its description claims {n} pictures; 1 can be found")
+    plain = page.is_contiguous and page.dtype == np.uint8 and page.planarconfig == 1
+    if not plain or page.photometric > 2 or page.tags.valueof(274, 1) != 1:
+        raise BadImage('wrong-mode', f"{n} pictures in one directory, and not 8 bits, grey or RGB, upright and uncompressed")
+    a = np.frombuffer(data, np.uint8, n*page.nbytes, at).reshape(n, *page.shape)
+    return 255 - a if page.photometric == 0 else a   # 0: white is zero
+
+# %% ../nbs/01_data.ipynb #89a0a386
+def _one_directory(data:bytes, t:TiffFile)->TiffStack:
+    "As `tiff_stack`, of an opened file."
+    (n, channels), page, there = _claims(t), t.pages.first, len(t.pages)
+    if page.imagedepth > 1: raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
+    if page.shaped_description and page.planarconfig == 2 and (planes := page.shaped[0]) > 1:
+        what = f"its colours, or {planes} B-scans? Save it as PNG"
+        raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
+    if 1 < channels < max(n, there):
+        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which one is meant is not known")
+    notes = (f"its description says {channels} channels, not slices: are they B-scans?",) if channels > 1 else ()
+    if n <= there: return TiffStack(None, notes)
+    if there > 1: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+    return TiffStack(_hidden_pictures(data, page, n), notes)
+
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
     "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or cannot be told apart."
     try:
-        with TiffFile(io.BytesIO(data), _multifile=False) as t:
-            (n, channels), page, there = _claims(t), t.pages.first, len(t.pages)
-            at, size, shape = page.dataoffsets[0] if page.dataoffsets else 0, page.nbytes, page.shape
-            upright = page.tags.valueof(274, 1) == 1
-            plain = upright and page.is_contiguous and page.dtype == np.uint8 and page.planarconfig == 1 and page.photometric in (1, 2)
-            deep, planes = page.imagedepth > 1, page.shaped[0] if page.shaped_description and page.planarconfig == 2 else 1
+        with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
+    except BadImage: raise
     except Exception as e:  # noqa: BLE001 (tifffile raises whatever damaged tags lead to)
         raise BadImage('corrupt', f"its TIFF tags cannot be read ({type(e).__name__})") from e
-    if deep: raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
-    if planes > 1: raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: its colours, or {planes} B-scans? Save it as PNG")
-    if 1 < channels < max(n, there): raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which one is meant is not known")
-    notes = (f"its description says {channels} channels, not slices: are they B-scans?",) if channels > 1 else ()
-    if n <= there: return TiffStack(None, notes)
-    if there > 1 or at + n*size > len(data): raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
-    if not plain: raise BadImage('wrong-mode', f"{n} pictures in one directory, and not 8 bits, grey or RGB, upright and uncompressed")
-    return TiffStack(np.frombuffer(data, np.uint8, n*size, at).reshape(n, *shape), notes)
+
+def _tiff_words(data:bytes)->str:
+    "What kind of TIFF it is that Pillow does not read; '': not to be told."
+    try:
+        with TiffFile(io.BytesIO(data), _multifile=False) as t:
+            page = t.pages.first
+            return f"a TIFF of {page.dtype}, {page.samplesperpixel} channels, compression {page.compression}"
+    except Exception: return ''  # noqa: BLE001 (it is damaged, then)
 
 # %% ../nbs/01_data.ipynb #0feb7781
 def _open(data:bytes)->Image.Image:
@@ -214,6 +246,7 @@ def _open(data:bytes)->Image.Image:
         pages, stack = full_pages(im), tiff_stack(data).pictures if im.format == 'TIFF' else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadImage('decompression-bomb', str(e)) from e
     except UnidentifiedImageError as e:
+        if what := _tiff_words(data) if data[:2] in (b'II', b'MM') else '': raise BadImage('wrong-mode', what) from e
         raise BadImage('corrupt' if data.startswith(_SIGNATURES) else 'not-an-image', other_file(data[:160])) from e
     except _DECODE_ERRORS as e: raise _broken(e) from e
     if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
@@ -272,7 +305,9 @@ def decoded(
     turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)   # PIL turns a TIFF while it decodes, and forgets
     im.load()
     out, notes = _plain(im)
-    return out, ['exif-rotated', *notes] if turned else notes
+    if turned: notes.append('exif-rotated')
+    if im.format == 'TIFF' and 0 in im.tag_v2.get(338, ()): notes.append('extra-channels')   # 0: not said what they are
+    return out, notes
 
 # %% ../nbs/01_data.ipynb #d181ddc8
 _ENDS = {'PNG': b'IEND\xaeB`\x82', 'JPEG2000': b'\xff\xd9'}

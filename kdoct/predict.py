@@ -346,8 +346,10 @@ def _bytes_of_picture(picture)->bytes:
         raise KdoctError(f"A {type(picture).__name__} is no picture.", fix="Give a PIL image or a uint8 array; `predict` takes paths of files.")
     try:
         im = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        out = io.BytesIO()
-        im.save(out, 'TIFF', exif=im.getexif())
+        im.load()                                          # turns a TIFF, and takes its orientation away
+        exif, out = Image.Exif(), io.BytesIO()
+        exif[0x0112] = im.getexif().get(0x0112, 1)         # nothing else: a description may speak of a whole stack
+        im.save(out, 'TIFF', exif=exif)
     except TypeError as e:
         raise KdoctError(f"An array of {picture.dtype} {picture.shape} is no picture.", fix="Give uint8 (h, w) or (h, w, 3).") from e
     return out.getvalue()

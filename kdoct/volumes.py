@@ -38,7 +38,7 @@ from kdoct.data import (
     read_image_bytes,
     tiff_stack,
 )
-from .sources import IMAGE_EXTENSIONS
+from .sources import IMAGE_EXTENSIONS, name_key
 
 # %% ../nbs/01c_volumes.ipynb #86ecd2af
 class Scan(NamedTuple):
@@ -53,7 +53,7 @@ class Scan(NamedTuple):
     notes:tuple[str, ...]=()    # what was changed or is unusual, in words
 
 # %% ../nbs/01c_volumes.ipynb #f5f05047
-_EYES = {'R': 'OD', 'OD': 'OD', 'L': 'OS', 'OS': 'OS'}
+_EYES = {'R': 'OD', 'OD': 'OD', 'RIGHT': 'OD', 'L': 'OS', 'OS': 'OS', 'LEFT': 'OS'}
 
 def _eye(code)->str:
     "'OD', 'OS' or ''."
@@ -64,6 +64,17 @@ def _identifier(raw:bytes|str)->tuple[str, tuple[str, ...]]:
     text = raw.split(b'\0')[0].decode('latin-1') if isinstance(raw, bytes) else raw
     text = ''.join(c for c in text if c.isprintable()).strip()[:64]
     return ('', ("patient id withheld: it looks like a name",)) if '^' in text or ',' in text else (text, ())
+
+# %% ../nbs/01c_volumes.ipynb #76fab2d6
+_FLOW = re.compile(r'(?<![a-z])(?:flow(?:cube)?(?![a-z])|oct[-_]?a(?![a-z]))', re.IGNORECASE)
+_OTHER_KINDS = (  # pattern, what it is
+    (re.compile(rf'{_FLOW.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio', re.IGNORECASE), "OCT angiography"),
+    (re.compile(r'(?<![a-z])en[-_ ]?face', re.IGNORECASE), "an en face picture"))
+
+def _other_kind(*texts:str|None)->str:
+    "What names or types say that is no B-scan; '': nothing."
+    said = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part of an angiography is a B-scan like any other
+    return next((what for pattern, what in _OTHER_KINDS if any(map(pattern.search, said))), '')
 
 # %% ../nbs/01c_volumes.ipynb #5b458a6a
 MAX_SLICES = 4096   # the largest clinical cubes have 1,024 B-scans
@@ -168,6 +179,40 @@ def display_grey(
     np.clip(a, 0, 1, out=a)
     return np.rint(255*a).astype(np.uint8)
 
+# %% ../nbs/01c_volumes.ipynb #bdf2b47b
+def _first_values(f:_Bytes)->tuple[bytes, bytes]:
+    "Header and first B-scan of an open .vol file; b'' for the B-scan where it is torn."
+    head = f.record(0, _VOL)
+    at = 2048 + int(head['slo_width'])*int(head['slo_height'])
+    try: return f.read(0, 2048), f.read(at + int(f.record(at, _VOL_BSCAN)['header']), 4*int(head['height'])*int(head['width']))
+    except BadImage: return f.read(0, 2048), b''
+
+@lru_cache(maxsize=8)
+def _vol_heads(folder:str, changed:int)->dict[bytes, list[str]]:
+    "The names of a folder's .vol files by their first 2,048 bytes; `changed`: when the folder was, so that it is read once."
+    heads = {}
+    with os.scandir(folder) as it: names = sorted(e.name for e in it if e.name.lower().endswith('.vol') and e.is_file())
+    for name in names:
+        try:
+            with _Bytes(Path(folder, name)) as f: heads.setdefault(f.read(0, 2048), []).append(name)
+        except BadImage: continue   # it will be named when it is read itself
+    return heads
+
+def _vol_kind(path:Path, f:_Bytes)->tuple[str, ...]:
+    "A note where another file has the same header; `BadImage` if name or neighbour show that the file is OCT angiography."
+    if what := _other_kind(path.stem): raise BadImage('not-a-bscan', f"{what}, as its name says")
+    head, values = _first_values(f)
+    for name in _vol_heads(str(path.parent), os.stat(path.parent).st_mtime_ns).get(head, ()):
+        if name == path.name or _other_kind(name): continue
+        with _Bytes(path.parent/name) as other:
+            if _first_values(other)[1] == values: continue   # a copy
+        stem = name[:-4]
+        if re.match(re.escape(stem) + r'[-_. ]', path.stem):
+            raise BadImage('not-a-bscan', f"the same header as {name} beside it and other values: OCT angiography of that scan, or another map of it")
+        if not re.match(re.escape(path.stem) + r'[-_. ]', stem):
+            return (f"{name} has the same header and other values: one of the two may be OCT angiography",)
+    return ()
+
 # %% ../nbs/01c_volumes.ipynb #d2873364
 def _read_vol(path:Path)->Iterator[Scan]:
     "A HEYEX RAW export."
@@ -179,6 +224,7 @@ def _read_vol(path:Path)->Iterator[Scan]:
         at = 2048 + int(head['slo_width'])*int(head['slo_height'])
         f.need(at + n*(256 + 4*h*w))
         patient, withheld = _heyex_patient(bytes(head['patient']), head['number'])
+        twin = _vol_kind(path, f)
         eye, pattern = _eye(head['eye'].decode('latin-1')), (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
         for i in range(n):
             size = int(f.record(at, _VOL_BSCAN)['header'])
@@ -186,12 +232,13 @@ def _read_vol(path:Path)->Iterator[Scan]:
             a = np.frombuffer(f.read(at + size, 4*h*w), '<f4').reshape(h, w)
             lie = (f"the file header says {head['header']} bytes for a B-scan's header; its own says {size}",) if size != head['header'] else ()
             odd = ("intensities far above 1, the format's limit, are white",) if ((a > 2) & (a < 1e30)).any() else ()
-            yield Scan(Image.fromarray(display_grey(a)), str(path), i, n, path.stem, eye, patient, (*pattern, *lie, *odd, *withheld))
+            yield Scan(Image.fromarray(display_grey(a)), str(path), i, n, path.stem, eye, patient, (*pattern, *lie, *odd, *twin, *withheld))
             at += size + 4*h*w
 
 # %% ../nbs/01c_volumes.ipynb #3156f099
 MAX_XML_ELEMENTS = 2_000_000   # 100 to 300 for a B-scan with all its layers
-_XML_FIELDS = {'Patient/ID', 'Patient/PatientID', 'Series/ID', 'Series/Laterality', 'Image/Laterality', 'ImageType/Type',
+_XML_FIELDS = {'Patient/ID', 'Patient/PatientID', 'Series/ID', 'Series/Laterality', 'Series/Type', 'Series/Modality',
+               'Series/ModalityProcedure', 'Image/Laterality', 'ImageType/Type',
                'OphthalmicAcquisitionContext/Width', 'OphthalmicAcquisitionContext/Height', 'ImageData/ExamURL'}
 
 class _Heyex:
@@ -233,16 +280,31 @@ def _named_file(image:dict)->str:
 # %% ../nbs/01c_volumes.ipynb #5b0a66f8
 def _heyex_files(path:Path, images:list[dict])->list[Path]:
     "The files of the pictures; `BadImage` if one is missing."
-    there = {name.casefold(): name for name in os.listdir(path.parent)}
-    names = [_named_file(i).casefold() for i in images]
+    there = {name_key(name): name for name in os.listdir(path.parent)}
+    names = [name_key(_named_file(i)) for i in images]
     lost = [i for i, name in enumerate(names) if name not in there]
     if lost: raise BadImage('missing', f"{len(lost)} of the {len(names)} B-scans that it names are not beside it, the first is number {lost[0]}")
     return [path.parent/there[name] for name in names]
 
+# %% ../nbs/01c_volumes.ipynb #11ff29e8
+_HEYEX_TYPES = ('ImageType/Type', 'Series/Type', 'Series/Modality', 'Series/ModalityProcedure')
+
+def _heyex_bscans(path:Path)->tuple[list[dict], tuple[str, ...]]:
+    "The pictures that are B-scans, and a note on those that are left out; the infrared picture is in every export and needs none."
+    images, others = [], Counter()
+    for i in _heyex_images(path):
+        kind, what = i.get('ImageType/Type', ''), _other_kind(*(i.get(k) for k in _HEYEX_TYPES))
+        if kind == 'OCT' and not what: images.append(i)
+        else: others[what or ("an infrared picture" if kind == 'LOCALIZER' else "of another type")] += 1
+    there = ', '.join(f"{n} {what}" for what, n in others.items())
+    if not images: raise BadImage('not-a-bscan' if others else 'not-an-image', f"a HEYEX export without a B-scan{f': {there}' if there else ''}")
+    left = ', '.join(f"{n} {what}" for what, n in others.items() if what != "an infrared picture")
+    return images, (f"pictures that are no B-scans are left out: {left}",) if left else ()
+
+# %% ../nbs/01c_volumes.ipynb #d25fd4e7
 def _read_xml(path:Path)->Iterator[Scan]:
     "A HEYEX XML export and its TIFF files."
-    images = [i for i in _heyex_images(path) if i.get('ImageType/Type') == 'OCT']
-    if not images: raise BadImage('not-an-image', "a HEYEX export without a B-scan")
+    images, left_out = _heyex_bscans(path)
     total, seen = Counter(i.get('Series/ID') for i in images), Counter()
     for file, about in zip(_heyex_files(path, images), images, strict=True):
         try: image, notes = decode_image(read_image_bytes(file))
@@ -252,7 +314,7 @@ def _read_xml(path:Path)->Iterator[Scan]:
         series = about.get('Series/ID')
         patient, withheld = _heyex_patient(about.get('Patient/PatientID', ''), about.get('Patient/ID', ''))
         yield Scan(image, str(path), seen[series], total[series], path.stem if len(total) == 1 else f'{path.stem}/{series}',
-                   _eye(about.get('Image/Laterality') or about.get('Series/Laterality')), patient, (*notes, *withheld))
+                   _eye(about.get('Image/Laterality') or about.get('Series/Laterality')), patient, (*notes, *left_out, *withheld))
         seen[series] += 1
 
 # %% ../nbs/01c_volumes.ipynb #1ac808e5
@@ -261,7 +323,7 @@ _E2E_DIR = _layout(52, entries=(36, '<u4'), current=(40, '<u4'), prev=(44, '<u4'
 _E2E_ENTRY = _layout(44, pos=(0, '<u4'), start=(4, '<u4'), size=(8, '<u4'), patient=(16, '<i4'), study=(20, '<i4'), series=(24, '<i4'),
                      slice=(28, '<i4'), kind=(36, '<u4'))
 _E2E_IMAGE = _layout(20, type=(4, '<u4'), height=(12, '<u4'), width=(16, '<u4'))
-_E2E_HEADER, _E2E_PATIENT, _E2E_PICTURE = 60, 9, 1073741824                 # bytes before a record's data; kinds of records
+_E2E_HEADER, _E2E_PATIENT, _E2E_PICTURE, _E2E_OCTA = 60, 9, 1073741824, 1073751901   # bytes before a record's data; kinds of records
 _E2E_EYES = {3: 4, 11: 14}                                                  # kinds that name the eye, and after how many bytes; 11 has the last word
 _E2E_BSCAN, _E2E_INFRARED = 35652097, 33620481                              # types of pictures
 
@@ -299,13 +361,17 @@ def _e2e_facts(f:_Bytes, entries:np.ndarray, skip:int)->tuple[dict, dict]:
 
 # %% ../nbs/01c_volumes.ipynb #5b832599
 def _e2e_bscans(f:_Bytes, entries:np.ndarray, skip:int)->tuple[np.ndarray, tuple[str, ...]]:
-    "The entries of B-scans, sorted by volume and slice, and a note on pictures of unknown kinds."
+    "The entries of B-scans, sorted by volume and slice, and notes on what is left out."
     e = entries[entries['kind'] == _E2E_PICTURE]
     e = np.sort(e[np.unique(e['start'], return_index=True)[1]], order=['patient', 'study', 'series', 'slice', 'start'])
     types = np.array([f.record(start + skip + _E2E_HEADER, _E2E_IMAGE)['type'] for start in e['start'].tolist()], np.uint32)
-    if not (types == _E2E_BSCAN).any(): raise BadImage('not-an-image', "an .e2e file without a B-scan")
-    unknown = int(np.isin(types, (_E2E_BSCAN, _E2E_INFRARED), invert=True).sum())
-    return e[types == _E2E_BSCAN], (f"{unknown} pictures of unknown kinds in the file are left out",) if unknown else ()
+    infrared, unknown = int((types == _E2E_INFRARED).sum()), int(np.isin(types, (_E2E_BSCAN, _E2E_INFRARED), invert=True).sum())
+    octa = len(np.unique(entries['start'][entries['kind'] == _E2E_OCTA]))
+    others = {"of unknown kinds": unknown, "of OCT angiography": octa}
+    if not (types == _E2E_BSCAN).any():
+        there = ', '.join(f"{n} {what}" for what, n in {"infrared": infrared, **others}.items() if n)
+        raise BadImage('not-a-bscan' if there else 'not-an-image', f"an .e2e file without a B-scan{f': its pictures are {there}' if there else ''}")
+    return e[types == _E2E_BSCAN], tuple(f"{n} pictures {what} in the file are left out" for what, n in others.items() if n)
 
 def _e2e_pixels(f:_Bytes, start:int)->np.ndarray:
     "Codes (height, width) of the B-scan at `start`."
@@ -338,18 +404,18 @@ MAX_PARTS = 4096   # a file has 20 to 60
 _TOPCON_JPEG = _layout(25, width=(9, '<u4'), height=(13, '<u4'), slices=(17, '<u4'))
 _TOPCON_RAW = _layout(22, width=(1, '<u4'), height=(5, '<u4'), bits=(9, '<u4'), slices=(13, '<u4'))
 
-def _topcon_parts(f:_Bytes)->dict[bytes, list[int]]:
-    "Where the data of the parts of each name begin."
+def _topcon_parts(f:_Bytes)->dict[bytes, list[tuple[int, int]]]:
+    "Where the data of the parts of each name begin, and how long they are."
     at, parts = 15, {}
     for _ in range(MAX_PARTS):
         if not (n := f.read(at, 1)[0]): return parts
         name, size = f.read(at + 1, n), int.from_bytes(f.read(at + 1 + n, 4), 'little')
-        parts.setdefault(name, []).append(at + 5 + n)
+        parts.setdefault(name, []).append((at + 5 + n, size))
         at += 5 + n + size
     raise BadImage('corrupt', f"more than {MAX_PARTS} parts")
 
 # %% ../nbs/01c_volumes.ipynb #71b9a649
-def _topcon_jpeg(f:_Bytes, at:int)->Iterator[tuple]:
+def _topcon_jpeg(f:_Bytes, at:int, length:int)->Iterator[tuple]:
     "Number of B-scans, and one after the other."
     head = f.record(at, _TOPCON_JPEG)
     h, w, n = (int(head[k]) for k in ('height', 'width', 'slices'))
@@ -359,37 +425,61 @@ def _topcon_jpeg(f:_Bytes, at:int)->Iterator[tuple]:
         size = int.from_bytes(f.read(at, 4), 'little')
         im = Image.open(io.BytesIO(f.read(at + 4, size)), formats=('JPEG2000', 'JPEG'))
         if im.size != (w, h): raise BadImage('corrupt', f"a B-scan of {im.width} x {im.height} pixels where the header says {w} x {h}")
-        if im.mode != 'L': raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
-        yield im.convert('L'), n, ()
+        if im.mode not in ('L', 'RGB'): raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
+        if im.mode == 'RGB' and _same_channels(im): im = im.getchannel(0)
+        yield im.copy(), n, ()
         at += 4 + size
 
-def _topcon_raw(f:_Bytes, at:int)->Iterator[tuple]:
+def _same_channels(im:Image.Image)->bool:
+    "Is a colour picture grey throughout?"
+    return len({c.tobytes() for c in im.split()}) == 1
+
+def _topcon_raw(f:_Bytes, at:int, length:int)->Iterator[tuple]:
     "Number of B-scans, and one after the other."
     head = f.record(at, _TOPCON_RAW)
     h, w, n = (int(head[k]) for k in ('height', 'width', 'slices'))
     _check_shape(h, w, n)
     if head['bits'] != 16: raise BadImage('wrong-mode', f"{head['bits']} bits a pixel")
     f.need(at + 22 + 2*h*w*n)
+    if 22 + 2*h*w*n > length: raise BadImage('corrupt', f"a part of {length} bytes, whose header asks for {22 + 2*h*w*n}")
     def frame(i): return np.frombuffer(f.read(at + 22 + 2*h*w*i, 2*h*w), '<u2').reshape(h, w)
     top = max(max(int(frame(i).max()) for i in range(n)), 1)
     for i in range(n): yield Image.fromarray(np.rint(frame(i)*(255/top)).astype(np.uint8)), n, (f"16 bit: {top}, the largest value, is white",)
 
 # %% ../nbs/01c_volumes.ipynb #71c468f8
-_TOPCON_READERS = {b'@IMG_JPEG': _topcon_jpeg, b'@IMG_SCAN_03': _topcon_raw, b'@IMG_MOT_COMP_03': _topcon_raw}   # the first that is there
+_TOPCON_READERS = {  # the first that is there
+    b'@IMG_JPEG': _topcon_jpeg, b'@IMG_SCAN_03': _topcon_raw, b'@IMG_SCAN_02': _topcon_raw, b'@IMG_SCAN': _topcon_raw,
+    b'@IMG_MOT_COMP_03': _topcon_raw, b'@IMG_MOT_COMP_02': _topcon_raw, b'@IMG_MOT_COMP': _topcon_raw}
 
+def _topcon_patient(f:_Bytes, parts:dict)->tuple[str, tuple[str, ...]]:
+    "The patient's identifier, and a note where it is withheld."
+    if b'@PATIENT_INFO_02' in parts: return _identifier(f.read(parts[b'@PATIENT_INFO_02'][0][0], 32))
+    other = next((k for k in (b'@PATIENT_INFO_03', b'@PATIENT_INFO') if k in parts), None)
+    if other is None: return '', ()
+    at, length = parts[other][0]
+    raw = f.read(at, min(32, length)).rstrip(b'\0')   # in the newest files it may be encrypted, in others a name could come first
+    if re.fullmatch(rb'[!-~]*[0-9][!-~]*', raw): return _identifier(raw)
+    return '', (f"patient id withheld: {other.decode()} begins with none that can be told from a name",)
+
+def _topcon_kind(parts:dict)->bytes:
+    "Name of the part with the B-scans; `BadImage` names what is there instead."
+    if (kind := next((k for k in _TOPCON_READERS if k in parts), None)) is not None: return kind
+    there = sorted(k.decode() for k in parts if re.fullmatch(rb'@IMG_[A-Z0-9_]{1,24}', k))
+    raise BadImage('not-a-bscan' if there else 'not-an-image', f"a Topcon file without a B-scan that can be read; its pictures: {', '.join(there) or 'none'}")
+
+# %% ../nbs/01c_volumes.ipynb #da67f9aa
 def _read_topcon(path:Path)->Iterator[Scan]:
     "A Topcon .fda or .fds file."
     with _Bytes(path) as f:
         if f.read(0, 4) != b'FOCT': raise BadImage('corrupt', "it does not begin like a Topcon .fda or .fds file")
         parts = _topcon_parts(f)
-        kind = next((k for k in _TOPCON_READERS if k in parts), None)
-        if kind is None: raise BadImage('not-an-image', "a Topcon file without a B-scan that can be read")
+        kind = _topcon_kind(parts)
         capture = parts.get(b'@CAPTURE_INFO_02') or parts.get(b'@CAPTURE_INFO')
-        eye = {0: 'OD', 1: 'OS'}.get(f.read(capture[0], 1)[0], '') if capture else ''
-        patient, withheld = _identifier(f.read(parts[b'@PATIENT_INFO_02'][0], 32)) if b'@PATIENT_INFO_02' in parts else ('', ())
-        some = ("motion-corrected B-scans, perhaps not the whole volume",) if kind == b'@IMG_MOT_COMP_03' else ()
+        eye = {0: 'OD', 1: 'OS'}.get(f.read(capture[0][0], 1)[0], '') if capture else ''
+        patient, withheld = _topcon_patient(f, parts)
+        some = ("motion-corrected B-scans, perhaps not the whole volume",) if b'MOT_COMP' in kind else ()
         if len(parts[kind]) > 1: some += (f"the first of {len(parts[kind])} volumes in the file; the others are left out",)
-        for i, (image, n, notes) in enumerate(_TOPCON_READERS[kind](f, parts[kind][0])):
+        for i, (image, n, notes) in enumerate(_TOPCON_READERS[kind](f, *parts[kind][0])):
             yield Scan(image, str(path), i, n, path.stem, eye, patient, (*some, *notes, *withheld))
 
 # %% ../nbs/01c_volumes.ipynb #75d1d976
@@ -410,6 +500,7 @@ def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
 
 def _read_img(path:Path)->Iterator[Scan]:
     "A Cirrus cube."
+    if _FLOW.search(path.stem): raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")
     with _Bytes(path) as f:
         h, w, n = _cirrus_shape(path.name, f.size)
         said = _CIRRUS_NAME.match(path.name)
@@ -561,8 +652,8 @@ SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini')     # compared in lower 
 SIDE_FILES = ('.csv', '.tsv', '.json', '.txt', '.md')       # what lies beside images: lists, results, explanations
 
 def _claimed(xml:Path)->set[str]:
-    "The pictures, in lower case, that a HEYEX XML names; none if it is no such XML."
-    try: return {name.casefold() for i in _heyex_images(xml) if (name := _named_file(i)).lower().endswith(IMAGE_EXTENSIONS)}
+    "The pictures, as `name_key` has them, that a HEYEX XML names; none if it is no such XML."
+    try: return {name_key(name) for i in _heyex_images(xml) if (name := _named_file(i)).lower().endswith(IMAGE_EXTENSIONS)}
     except KdoctError: return set()
 
 def _entries(folder:str)->list[tuple[str, bool]]:
@@ -571,7 +662,7 @@ def _entries(folder:str)->list[tuple[str, bool]]:
         found = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in it
                        if not (e.name.startswith('.') or e.name.lower() in SYSTEM_FILES or e.name.lower().endswith(SIDE_FILES)))
     claimed = set().union(*(_claimed(Path(folder, name)) for name, is_folder in found if not is_folder and name.lower().endswith('.xml')))
-    return [(name, is_folder) for name, is_folder in found if is_folder or name.casefold() not in claimed]
+    return [(name, is_folder) for name, is_folder in found if is_folder or name_key(name) not in claimed]
 
 # %% ../nbs/01c_volumes.ipynb #d6e0a7e9
 def _walk(folder:str, named:set[str])->Iterator[Path]:
@@ -602,4 +693,4 @@ def find_files(
     claimed = {os.path.join(os.path.dirname(a), name) for a, p in given.items() if p.suffix.lower() == '.xml' for name in _claimed(p)}
     for absolute, path in given.items():
         if os.path.isdir(path): yield from _walk(str(path), named)
-        elif os.path.join(os.path.dirname(absolute), os.path.basename(absolute).casefold()) not in claimed: yield path
+        elif os.path.join(os.path.dirname(absolute), name_key(os.path.basename(absolute))) not in claimed: yield path
