@@ -330,6 +330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'kdoct.core._git_commit': ('core.html#_git_commit', 'kdoct/core.py'),
                             'kdoct.core._injected_names': ('core.html#_injected_names', 'kdoct/core.py'),
                             'kdoct.core._is_decided': ('core.html#_is_decided', 'kdoct/core.py'),
+                            'kdoct.core._make_earlier_stages': ('core.html#_make_earlier_stages', 'kdoct/core.py'),
                             'kdoct.core._named': ('core.html#_named', 'kdoct/core.py'),
                             'kdoct.core._now': ('core.html#_now', 'kdoct/core.py'),
                             'kdoct.core._plain': ('core.html#_plain', 'kdoct/core.py'),
