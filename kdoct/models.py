@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'resolve_precision', 'Bf16Step', 'autocast', 'Classifier', 'head_modules', 'undecayed', 'map_lite_names',
            'probe_picture', 'check_numbers', 'read_state', 'misfits', 'check_fit', 'read_bundle', 'create_classifier',
-           'count_parameters', 'save_bundle', 'load_bundle', 'data_identity', 'weights_origin', 'check_origin',
-           'import_bundle']
+           'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'data_identity', 'weights_origin',
+           'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
 import importlib
@@ -399,6 +399,20 @@ def load_bundle(
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
     return net.to(memory_format=torch.channels_last).eval(), about
+
+# %% ../nbs/02_models.ipynb #07261246
+def class_order(
+    own,       # names of a network's classes, in the order of its logits
+    wanted,    # names in the order that is wanted
+    what:str,  # the network, for the error
+)->list[int]:  # places of the wanted classes among its own
+    "Where to find each class; `KdoctError` unless both lists name the same classes."
+    own, wanted = list(map(str, own)), list(map(str, wanted))
+    if sorted(own) == sorted(wanted): return [own.index(c) for c in wanted]
+    same = sorted(c.strip().casefold() for c in own) == sorted(c.strip().casefold() for c in wanted)
+    fix = "Only the spelling differs: import it again with --classes as they are spelled here." if same else \
+        "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
+    raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.", fix=fix)
 
 # %% ../nbs/02_models.ipynb #ea5b27f7
 def data_identity(
