@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 from xml.parsers import expat
 
-from .core import KdoctError, atomic_path, sha256_file, write_json
+from .core import KdoctError, atomic_path, require_extra, sha256_file, write_json
 
 # %% ../nbs/07a_bundle.ipynb #b07aebed
 def _refuse(
@@ -274,11 +274,10 @@ _CHECKS = {'.json': _check_json, '.md': _check_text, '.txt': _check_text, '.safe
 # %% ../nbs/07a_bundle.ipynb #5f06df2c
 def _crypto():
     "The parts of `cryptography` that are used here; `KdoctError` where it is not installed."
-    try:
-        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError as e: raise KdoctError("Signing and checking signatures need the package cryptography.", fix="pip install 'kdoct[deploy]'") from e
+    require_extra('deploy', 'cryptography')
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ed25519
     return serialization, ed25519, (InvalidSignature, UnsupportedAlgorithm)
 
 def new_keys(

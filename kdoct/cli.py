@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'SetOption', 'NotebooksOption', 'demo', 'crossval',
-           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'control', 'explain', 'bench',
-           'export', 'key', 'predict', 'explore', 'main']
+           'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'import_', 'baseline_svm', 'explain', 'bench',
+           'export', 'make_keys', 'predict', 'explore', 'main']
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import json
@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from .core import PRESETS, KdoctError, atomic_path, create_run, open_run, outputs_root, parse_overrides, preset, recipe_fields
+from .core import (PRESETS, KdoctError, atomic_path, create_run, open_run, outputs_root, parse_overrides, preset, recipe_fields,
+                        require_data_root, require_extra, require_weights)
 
 # %% ../nbs/10_cli.ipynb #54187f9b
 app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.", no_args_is_help=True,
@@ -36,12 +37,23 @@ def _recipe(preset_name:str, source:str, data_root:str, changes:list[str]):
     for change in changes: overrides |= parse_overrides(change)
     return preset(preset_name, **overrides)
 
-def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str]):
-    "The run that the options describe."
+def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str], trains:bool=True):
+    "The run that the options describe; `KdoctError`, before it is made, if its images or weights are not to be had."
     recipe = _recipe(preset_name, source, data_root, changes)
-    named = recipe.data.source == 'phantom' or preset_name.endswith(f'-{recipe.data.source}')   # paper-neh says its source already
-    default = preset_name if named else f'{preset_name}-{recipe.data.source}'
-    return create_run(run or default, recipe)
+    names_its_source = recipe.data.source == 'phantom' or preset_name.endswith(f'-{recipe.data.source}')
+    default = preset_name if names_its_source else f'{preset_name}-{recipe.data.source}'
+    name = run or default
+    if trains:
+        for role in recipe.roles: require_weights(recipe.training(role))
+    is_new = not (outputs_root()/name/'run.json').exists()
+    if is_new: _require_images(recipe.data)
+    return create_run(name, recipe)
+
+def _require_images(data):
+    "`KdoctError` if the source finds no image where it is told to look; simulated ones are made when the run begins."
+    from kdoct.sources import load_table
+    if data.source == 'phantom': require_data_root(data)
+    else: load_table(data)
 
 # %% ../nbs/10_cli.ipynb #a147c5f5
 def _all_stages(run, folds:str, notebooks):
@@ -125,7 +137,7 @@ def folds(
     import pandas as pd
 
     from kdoct.data import folds_of, prepare_data
-    the_run = _run(preset_name, run, source, data_root, changes)
+    the_run = _run(preset_name, run, source, data_root, changes, trains=False)
     prepare_data(the_run)
     _echo_verdict(the_run)
     rows = folds_of(the_run).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
@@ -152,10 +164,10 @@ def notebooks(
 
 @app.command()
 def recipe(
-    preset_name:PresetOption='demo',
+    preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', changes:SetOption=[],  # noqa: B006
 ):
-    "List every recipe field with its value, meaning and unit."
-    values = preset(preset_name)
+    "List every recipe field with its value, meaning and unit, as `crossval` with the same options would use it."
+    values = _recipe(preset_name, source, data_root, changes)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
@@ -187,12 +199,12 @@ def import_(
     typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}\n"
                f"Which images it was trained on is not known. To start from it: --set {'teacher' if role == 'teacher' else 'student'}.weights={_short(folder)}")
 
-@app.command()
-def control(
+@app.command('baseline-svm')
+def baseline_svm(
     run:Annotated[str, typer.Argument(help="Name of the run; its data stage must be done.")],
     folds:Annotated[str, typer.Option(help="Folds, counted from 0: 0,1 or 0-4 or all.")]='all',
 ):
-    "Fit HOG + SVM, the cheap control, on the folds of a run; evaluation then shows it beside the networks."
+    "Fit a support vector machine on HOG features, on the folds of a run; evaluation then shows it beside the networks."
     from kdoct.control import run_control
     from kdoct.crossval import parse_folds
     the_run = open_run(run)
@@ -258,14 +270,15 @@ def export(
     role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME.")]='student',
     out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/RUN/fold_K/ROLE/bundle.")]=None,
     formats:Annotated[str, typer.Option(help="Beside PyTorch: onnx, openvino, int8, with commas.")]='onnx,openvino,int8',
-    key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct key` makes one.")]=None,
+    key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct make-keys` makes one.")]=None,
 ):
     "Write a bundle: one graph from picture to calibrated probabilities, each format checked against PyTorch and timed, model card, hashes, signature."
+    if formats.strip() or key: require_extra('deploy')   # said now, not after torch is imported
     from kdoct.deploy import export_fold
     typer.echo(_short(export_fold(open_run(run), fold, role, out, tuple(f.strip() for f in formats.split(',') if f.strip()), key)))
 
-@app.command()
-def key(
+@app.command('make-keys')
+def make_keys(
     path:Annotated[Path, typer.Argument(help="File of the private key; the public one gets .pub behind its name.")],
 ):
     "Make a pair of keys: the private one signs bundles and stays with you, the public one goes to those who check them."
@@ -300,6 +313,7 @@ def explore(
     browser:Annotated[bool, typer.Option(help="Open the page.")]=True,
 ):
     "Browse cases, maps, thresholds, and files of your own, as a page on this machine."
+    require_extra('app')
     from kdoct.explore import serve
     serve(port, browser, run, typer.echo)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUTPUTS', 'OPSET', 'ENGINES', 'LIMITS', 'FORMATS', 'resize_weights', 'pil_resize', 'squared', 'fixed_resize',
-           'Prepare', 'Network', 'Finish', 'Deployable', 'require_extra', 'write_onnx', 'write_openvino', 'write_int8',
-           'Engine', 'torch_engine', 'onnx_engine', 'cut_graph', 'Compiled', 'openvino_engine', 'network_alone',
-           'compare', 'refused', 'ask_all', 'time_engines', 'worth_it', 'calibration_rows', 'runs_here', 'make_engine',
+           'Prepare', 'Network', 'Finish', 'Deployable', 'write_onnx', 'write_openvino', 'write_int8', 'Engine',
+           'torch_engine', 'onnx_engine', 'cut_graph', 'Compiled', 'openvino_engine', 'network_alone', 'compare',
+           'refused', 'ask_all', 'time_engines', 'worth_it', 'calibration_rows', 'runs_here', 'make_engine',
            'write_formats', 'check_engines', 'summary', 'export_fold', 'Bundle', 'open_bundle']
 
 # %% ../nbs/07_deploy.ipynb #edf85106
@@ -35,7 +35,7 @@ from torch import nn
 
 from .augment import Batches
 from .bundle import open_sealed, seal
-from .core import KdoctError, Run, provenance, read_json, usable_cores, write_json
+from .core import KdoctError, Run, provenance, read_json, require_extra, usable_cores, write_json
 from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image_bytes, resized
 from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits
 from .frozen import freeze, private_copy
@@ -139,13 +139,6 @@ class Deployable(nn.Module):
 OUTPUTS = ('probabilities', 'outlier')
 OPSET = 20
 
-def require_extra(
-    *packages:str,  # names to import
-):
-    "`KdoctError` that names the extra if one of these packages is not installed."
-    if lost := [p for p in packages if importlib.util.find_spec(p) is None]:
-        raise KdoctError(f"Not installed: {', '.join(lost)}.", fix="pip install 'kdoct[deploy]'")
-
 @contextmanager
 def _quietly():
     "Exporters tell what they do at length; OpenVINO's and NNCF also report their use to their maker, but not where these two are set."
@@ -180,7 +173,7 @@ def write_onnx(
     path:str|Path,      # the .onnx file
 ):
     "Write the graph for ONNX: input `images`, outputs as in `OUTPUTS`."
-    require_extra('onnx', 'onnxscript')
+    require_extra('deploy', 'onnx', 'onnxscript')
     import onnx
     x = torch.zeros(2, 40, 48, *(() if channels == 1 else (3,)), dtype=torch.uint8)
     with torch.no_grad(): prepared, (features, logits) = (made := net.prepare(x)), net.network(made)
@@ -196,7 +189,7 @@ def write_onnx(
 # %% ../nbs/07_deploy.ipynb #0ca397c7
 def _openvino():
     "The package."
-    require_extra('openvino')
+    require_extra('deploy', 'openvino')
     import openvino
     return openvino
 
@@ -248,7 +241,7 @@ def write_int8(
     attention:bool=False,         # whether the network has attention layers, which are treated with more care
 ):
     "Quantise the network of a graph to INT8 after training; resize and distance stay in float32."
-    require_extra('nncf', 'openvino')
+    require_extra('deploy', 'nncf', 'openvino')
     ov = _openvino()
     with _quietly(): import nncf
     model = _core().read_model(str(openvino_file))
@@ -306,7 +299,7 @@ def torch_engine(
 # %% ../nbs/07_deploy.ipynb #c2b856af
 def _session(file, threads:int):
     "A session of ONNX Runtime; it gets the file's bytes, so that the graph cannot name further files."
-    require_extra('onnxruntime')
+    require_extra('deploy', 'onnxruntime')
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
@@ -534,7 +527,7 @@ _ENGINES_OF = dict(onnx=('onnx',), openvino=('openvino', 'openvino-bf16'), int8=
 def _checked_formats(formats)->tuple[str, ...]:
     "The formats in the order in which they are made; `KdoctError` for an unknown one, or a package that is not installed."
     if odd := sorted(set(formats) - set(FORMATS)): raise KdoctError(f"There is no format '{odd[0]}'.", fix=f"Formats are: {', '.join(FORMATS)}.")
-    for f in formats: require_extra(*FORMATS[f], *(p for e in _ENGINES_OF[f] for p in ENGINES[e][1]))
+    for f in formats: require_extra('deploy', *FORMATS[f], *(p for e in _ENGINES_OF[f] for p in ENGINES[e][1]))
     return tuple(f for f in FORMATS if f in formats)
 
 def write_formats(

@@ -41,7 +41,7 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import EvaluateRecipe, KdoctError, Run, open_run, outputs_root, stage_command, write_json
+from .core import EvaluateRecipe, KdoctError, Run, open_run, outputs_root, require_extra, stage_command, write_json
 from .data import FRAMING, MAX_BYTES, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
@@ -1173,8 +1173,8 @@ def write_page(
 # %% ../nbs/09_explore.ipynb #8223a9e2
 def _voila():
     "Voilà's application class; `KdoctError` where it is not installed."
-    try: from voila.app import Voila
-    except ImportError as e: raise KdoctError("The page needs voila, which is not installed.", fix="pip install 'kdoct[app]'") from e
+    require_extra('app')
+    from voila.app import Voila
     return Voila
 
 def serve(

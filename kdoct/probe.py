@@ -189,7 +189,7 @@ def blank_retina(
 FEATURES = { # name -> meaning
     'width': "width of the image [px]",
     'height': "height of the image [px]",
-    'format': "file format (0 JPEG, 1 PNG, 2 BMP, 3 TIFF, 4 WebP, 5 GIF)",
+    'format': "file format (0 JPEG, 1 PNG, 2 BMP, 3 TIFF, 4 WebP, 5 GIF, 6 JPEG 2000)",
     'channels': "channels stored (1 or 3)",
     'grey_as_colour': "three equal channels (0 or 1)",
     'file_kb': "file size [kB]; the retina has a part in it",
@@ -285,7 +285,7 @@ def shortcut_features(
     data = file if isinstance(file, bytes) else read_image_bytes(file)
     image, raw = np.asarray(decode_image(data)[0]), Image.open(io.BytesIO(data))
     kb = len(data) / 1000
-    out = pixel_features(image) | dict(format=FORMATS.index(raw.format), file_kb=kb, jpeg_quality=jpeg_quality(raw),
+    out = pixel_features(image) | dict(format=FORMATS.index(raw.format.replace('MPO', 'JPEG')), file_kb=kb, jpeg_quality=jpeg_quality(raw),
                                        bytes_a_pixel=1000 * kb / image[..., 0].size if image.ndim == 3 else 1000 * kb / image.size)
     return {k: float(out[k]) for k in FEATURES}
 

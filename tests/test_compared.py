@@ -94,7 +94,7 @@ def test_a_compared_network_trains_through_the_teacher_stage(run):
 # --- the control
 
 def test_the_control_predicts_the_test_part_and_leaves_no_pickle(run):
-    with pytest.raises(SystemExit) as e: main(['control', run.name, '--folds', '0,1'])
+    with pytest.raises(SystemExit) as e: main(['baseline-svm', run.name, '--folds', '0,1'])
     assert e.value.code == 0
     for fold in (0, 1):
         folder, data = run.stage_dir(fold, 'hog_svm'), open_fold(run, fold)

@@ -251,3 +251,12 @@ def test_public_definitions_are_documented(name):
     for n, o in exported_names(module):
         if inspect.isfunction(o): faults += [f"{n}: {p} has no comment" for p in undocumented(inspect.unwrap(o))]
     assert not faults, f"kdoct.{name}\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize("extra", ["deploy", "app"])
+def test_an_extra_is_known_by_what_its_packages_are_imported_as(extra, settings):
+    "`require_extra` asks for names to import; they are those that the extra's requirements install."
+    from kdoct.core import EXTRAS
+    wanted = {norm(line)[0] for line in lines(settings[f"{extra}_requirements"])}
+    installed_as = importlib.metadata.packages_distributions()
+    assert {norm(installed_as[name][0])[0] for name in EXTRAS[extra]} == wanted
