@@ -225,7 +225,8 @@ class TrainRecipe(Part):
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
-    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part")
+    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part, "
+                                                     "whose mean over its images is 1")
     label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
     mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
     mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
@@ -234,12 +235,13 @@ class TrainRecipe(Part):
     epochs:int = Field(8, ge=1, description="passes over the training part")
     patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
     monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
-    batch_size:int = Field(32, ge=1, description="images a forward pass")
-    accumulate:int = Field(1, ge=1, description="forward passes an optimiser step")
+    batch_size:int = Field(32, ge=1, description="most images a forward pass, in one process: as many as its memory holds")
+    accumulate:int = Field(1, ge=1, description="a step has batch_size * accumulate images, in this many forward passes, or fewer where several "
+                           "processes share them")
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
-    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the classifier; empty: the backbone's")
-    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases have none")
-    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the classifier learns and the backbone is in eval mode")
+    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the head; empty: the backbone's")
+    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms, biases, tokens and tables of positions have none")
+    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the head learns and the backbone is in eval mode")
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
     warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
     lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
@@ -471,11 +473,11 @@ _UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL')
 _SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
 
 def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
-    "Images a forward pass and passes a step, of teacher and student."
+    "Images a forward pass and passes a step, of teacher and student; the published steps have 16 images."
     return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
-PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))   # the student has BatchNorm: batches of 8, as published
 PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
 PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
@@ -790,12 +792,13 @@ def open_stage(
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
     teacher:str='',              # timm name of the teacher; '' means the recipe's
     student:str='',              # timm name of the student; '' means the recipe's
-    before:tuple=(),             # in a test only: earlier stages, each called with (run, fold)
+    before:dict|None=None,       # earlier stages: name -> function of (run, fold); made where missing, in a test and in the demo
     extra:tuple[str, ...]=(),    # names of further parameters of this notebook
 )->tuple[Run, int]:              # the run and the fold
     "Make or open the run that a stage notebook's parameters describe; `KdoctError` where they contradict each other."
-    _check_names(_injected_names(), {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
-    if os.environ.get('IN_TEST'): return _test_stage(before)
+    injected = _injected_names()
+    _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
+    if os.environ.get('IN_TEST'): return _test_stage(before or {})
     changes = parse_overrides(overrides) | {k: str(v) for k, v in {'data.root': data_root, 'teacher.arch': teacher, 'student.arch': student}.items() if v}
     name = run or preset_name or 'demo'
     if (outputs_root()/name/'run.json').exists():
@@ -807,13 +810,22 @@ def open_stage(
         out = create_run(name, recipe)
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
         raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
+    if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
     os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)
     return out, fold
 
-def _test_stage(before:tuple)->tuple[Run, int]:
+def _make_earlier_stages(run:Run, fold:int, before:dict):
+    "Make those of the earlier stages that are missing."
+    for stage, make in before.items():
+        if run.is_finished(stage, fold): continue
+        print(f"The {stage} stage of run '{run.name}', fold {fold}, is missing: it is made first.", flush=True)
+        make(run, fold)
+
+def _test_stage(before:dict)->tuple[Run, int]:
     "A tiny run in a temporary folder, brought to the point where this stage starts."
     folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     out = create_run('tiny', preset('tiny'))
-    for stage in before: stage(out, 0)
+    _make_earlier_stages(out, 0, before)
     return out, 0

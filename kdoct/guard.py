@@ -49,7 +49,7 @@ def bad_image(
 # %% ../nbs/01g_guard.ipynb #04ff9d86
 PLAIN_BYTES, PLAIN_PIXELS = 1 << 24, 1 << 24
 
-_OTHERS = (b'II', b'MM', b'GIF8', b'RIFF')   # how TIFF, GIF and WebP begin
+_OTHERS = (b'II', b'MM', b'GIF8', b'RIFF', b'\0\0\0\x0c', b'\xff\x4f\xff\x51')   # how TIFF, GIF, WebP and JPEG 2000 begin
 
 def is_plain(
     path:str|Path,  # a file

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .core import KdoctError, usable_cores
-from .data import BadImage, decode_image, framed
+from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .patients import VolumeRule, decide_volume
 from .volumes import Scan, find_files
@@ -327,8 +327,10 @@ def _bytes_of_picture(picture)->bytes:
         raise KdoctError(f"A {type(picture).__name__} is no picture.", fix="Give a PIL image or a uint8 array; `predict` takes paths of files.")
     try:
         im = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-        out = io.BytesIO()
-        im.save(out, 'TIFF', exif=im.getexif())
+        im.load()                                          # turns a TIFF, and takes its orientation away
+        exif, out = Image.Exif(), io.BytesIO()
+        exif[0x0112] = im.getexif().get(0x0112, 1)         # alone: a description may be that of a stack
+        im.save(out, 'TIFF', exif=exif)
     except TypeError as e:
         raise KdoctError(f"An array of {picture.dtype} {picture.shape} is no picture.", fix="Give uint8 (h, w) or (h, w, 3).") from e
     return out.getvalue()
@@ -384,9 +386,18 @@ def _known_alpha(decision, alpha:float|None)->float:
 def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
-    try: picture = framed(scan.image, self.channels, **self.bundle.framing)
-    except KdoctError as e: picture = bad_image(e)   # nothing is left of it but padding
+    try:
+        _check_content(scan.image, self.channels)
+        picture = framed(scan.image, self.channels, **self.bundle.framing)
+    except KdoctError as e: picture = bad_image(e)   # nothing is in it, or nothing is left of it but padding
     return scan._replace(image=None), picture
+
+def _check_content(im:Image.Image, channels:int):
+    "`BadImage` where the audit refuses the picture, or a network that knows only grey ones is shown a coloured one."
+    if is_blank(im): raise BadImage('blank')
+    if channels == 1 and (share := main_colour(im)) > COLOURED:
+        seen = f"a colour picture ({100*share:.0f} % of its pixels), as of the fundus"
+        raise BadImage('not-a-bscan', f"{seen}; the network was trained on grey ones only")
 
 def _weight(item:tuple)->int:
     "Bytes of what `_prepare` gives."

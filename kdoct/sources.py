@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'NEH_LABELS',
            'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
-           'Listing', 'make_listing', 'walk_images', 'source', 'load_table', 'ucsd', 'folder', 'csv', 'resolve_paths',
-           'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'regroup', 'phantom']
+           'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'ucsd', 'folder', 'csv',
+           'resolve_paths', 'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'regroup', 'phantom']
 
 # %% ../nbs/01b_sources.ipynb #512c6e16
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -60,13 +61,13 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'contradicts-path': ('error', "the table says another class, patient or label than folder and file name"),
     'unknown-label': ('error', "a label that the data set, or data.classes, does not have"),
     'missing': ('error', "the file is not there, or its link leads nowhere"),
-    'ambiguous-path': ('error', "several files have this name but for upper and lower case, and none has it exactly"),
+    'ambiguous-path': ('error', "several files have this name but for case or the form of accents, and none has it exactly"),
     'folder-unreadable': ('error', "the folder cannot be listed"),
     'no-mask': ('note', "the image has no mask file of its name"),
     'mask-without-image': ('note', "a mask file without an image of its name"),
     'repeated-row': ('note', "the table lists this file more than once, with the same facts"),
     'no-patient': ('note', "patient unknown: the image is a group of its own"),
-    'path-by-case': ('note', "the table writes this path with other upper and lower case"),
+    'path-by-case': ('note', "the table writes this path with other upper and lower case, or its accents in another form (NFC, NFD)"),
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
     'linked-folder': ('note', "links to folders are not followed"),
@@ -107,6 +108,12 @@ IMAGE_EXTENSIONS = (  # of pictures, in lower case; the one list in the project
     '.jpg', '.jpeg', '.jpe', '.jfif', '.jfi', '.jif', '.mpo',   # JPEG
     '.jp2', '.j2k', '.j2c', '.jpc', '.jpf', '.jpx',             # JPEG 2000
     '.png', '.apng', '.bmp', '.dib', '.tif', '.tiff', '.btf', '.webp', '.gif')
+
+def name_key(
+    name:str,  # a file's name or path
+)->str:
+    "What two spellings of one name have in common: neither upper and lower case nor the form of accents (macOS takes 'ü' apart) counts."
+    return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
 def walk_images(
     root:str|Path,                                # folder
@@ -337,11 +344,11 @@ def resolve_paths(
     wanted:list[str],  # paths as a table writes them
     real:list[str],    # paths of the files that are there
 )->tuple[list[str], list[dict]]:  # for each wanted path the real one, '' where there is none; findings
-    "Look up each path: as it is written, else the only one that differs from it in upper and lower case alone."
+    "Look up each path: as it is written, else the only one that differs from it in case and in the form of accents alone."
     exact, folded, out, found = set(real), {}, [], []
-    for r in real: folded.setdefault(r.casefold(), []).append(r)
+    for r in real: folded.setdefault(name_key(r), []).append(r)
     for w in wanted:
-        near = [w] if w in exact else folded.get(w.casefold(), [])
+        near = [w] if w in exact else folded.get(name_key(w), [])
         out.append(near[0] if len(near) == 1 else '')
         if not near: found.append(finding(w, 'missing'))
         elif len(near) > 1: found.append(finding(w, 'ambiguous-path', f"could be {' or '.join(near)}"))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,7 @@ from PIL import Image
 from kdoct.bundle import new_keys, seal
 from kdoct.cli import main
 from kdoct.core import KdoctError, create_run, preset
-from kdoct.data import BadImage, prepare_data
+from kdoct.data import BadImage, inspect_file, prepare_data
 from kdoct.decide import Decision, Outlier
 from kdoct.deploy import Engine
 from kdoct.guard import Guard, Reader, is_plain
@@ -112,6 +113,20 @@ def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
             assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['predicted'] == row['predicted']
 
 
+def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_picture(tmp_path):
+    a = np.asarray(noise(0)).copy()
+    a[:20] //= 4
+    seen = []
+    def look(x):
+        seen.append(x[0])
+        return brightness(x)
+    Image.fromarray(np.rot90(a, 2).copy()).save(tmp_path/'turned.tif', tiffinfo={274: 3})
+    tifffile.imwrite(tmp_path/'stack.tif', np.stack([a]*5), truncate=True)
+    with Predictor(straw(look)) as p:
+        for name in ('turned.tif', 'stack.tif'): assert p.image(Image.open(tmp_path/name))['error'] == ''
+    assert [np.array_equal(s, a) for s in seen] == [True, True]
+
+
 def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):
     bundle, table, root = shipped
     (tmp_path/'bad.png').write_bytes(b'')
@@ -175,7 +190,7 @@ def test_numbers_that_are_not_finite_are_a_failure(folder):
 
 
 def test_a_picture_of_nothing_but_padding_stops_nothing(folder):
-    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(folder/'3b.png')
+    Image.fromarray(np.random.default_rng(0).integers(240, 256, (64, 64), dtype=np.uint8)).save(folder/'3b.png')   # white, and not blank
     bundle = straw()
     bundle.framing = dict(fill_white=True)
     with Predictor(bundle) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
@@ -222,6 +237,42 @@ def test_a_grey_file_is_made_colour_for_a_colour_network(tmp_path):
         return brightness(x)
     with Predictor(straw(look, channels=3)) as p: list(p.predict(tmp_path))
     assert seen == [(1, 40, 48, 3)]
+
+
+def test_predict_and_audit_refuse_the_same_pictures_with_the_same_word(tmp_path):
+    black, rng = np.zeros((40, 48), np.uint8), np.random.default_rng(0)
+    hot = black.copy()
+    hot[3, 4] = 255
+    for name, a in dict(black=black, white=black + 255, hot=hot, dark_noise=rng.integers(0, 3, (40, 48), dtype=np.uint8)).items():
+        Image.fromarray(a).save(tmp_path/f'{name}.png')
+    noise(0).save(tmp_path/'seen.png')
+    (tmp_path/'void.png').touch()
+    rows = {Path(r['path']).name: r['error'] for r in rows_of(tmp_path)}
+    audited = {p.name: [k for k, _ in inspect_file(p)['problems']] for p in tmp_path.iterdir() if p.is_file()}
+    assert rows == {n: (found + [''])[0] for n, found in audited.items()}
+    assert {n for n, e in rows.items() if e == 'blank'} == {'black.png', 'white.png', 'hot.png', 'dark_noise.png'}
+    with Predictor(straw()) as p: assert p.image(black)['error'] == 'blank'
+
+
+def test_a_blank_bscan_of_a_volume_is_a_row_with_its_reason_and_the_rest_goes_on(tmp_path):
+    pages = [noise(0), Image.fromarray(np.zeros((40, 48), np.uint8)), noise(2)]
+    pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
+    rows = rows_of(tmp_path/'v.tif')
+    assert [(r['slice'], r['error'], bool(r['predicted'])) for r in rows] == [(0, '', True), (1, 'blank', False), (2, '', True)]
+    volumes = Volumes(CLASSES, VolumeRule())
+    for r in rows: volumes.add(r)
+    (volume,) = volumes.rows()
+    assert (volume['slices'], volume['used'], volume['failed']) == (3, 2, 1)
+
+
+def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_path):
+    y, x = np.mgrid[:240, :320]
+    disc = np.clip(1.2 - np.hypot((y - 120)/115, (x - 160)/115), 0, 1)[..., None]**.3*(np.hypot(y - 120, x - 160) < 115)[..., None]
+    photo = disc*np.array([200, 100, 50]) + np.random.default_rng(0).normal(0, 5, (240, 320, 3))
+    Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path/'fundus.jpg')
+    (row,) = rows_of(tmp_path)
+    assert row['error'] == 'not-a-bscan' and not row['predicted'] and 'colour' in row['detail']
+    with Predictor(straw(channels=3)) as p: assert next(p.predict(tmp_path))['error'] == ''
 
 
 # --- deferral

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kdoct.core import DataRecipe, KdoctError
-from kdoct.sources import LAYOUTS, SOURCES, TABLE_COLUMNS, check_table, image_table, load_table
+from kdoct.sources import LAYOUTS, SOURCES, TABLE_COLUMNS, check_table, image_table, load_table, resolve_paths
 
 
 def lay_out(folder, *names):
@@ -330,3 +330,10 @@ def test_a_table_of_groups_that_does_not_fit_is_refused_with_the_first_row(tmp_p
 def test_real_lung_tiles_are_read_as_lc25000(shared_data):
     t = load_table(DataRecipe(source="lc25000", root=str(shared_data / "lc25000_lung"))).table
     assert dict(t.label.value_counts()) == {"lung_n": 830, "lung_scc": 808, "lung_aca": 791}
+
+
+def test_a_name_whose_accents_have_another_unicode_form_is_the_same_name():
+    apart, whole = "CNV/Mu\u0308ller/1_CNV.jpg", "CNV/M\u00fcller/1_CNV.jpg"
+    assert resolve_paths([whole, apart], [apart])[0] == [apart, apart]
+    assert resolve_paths([whole.upper()], [apart])[0] == [apart]
+    assert resolve_paths(["CNV/Muller/1_CNV.jpg"], [apart])[0] == [""]

@@ -5,14 +5,14 @@ import torch
 from fastai.callback.core import Callback
 
 from kdoct.augment import Batches
-from kdoct.core import DistillRecipe, KdoctError, create_run, outputs_root, preset, read_json
+from kdoct.core import DataRecipe, DistillRecipe, KdoctError, create_run, outputs_root, preset, read_json, write_json
 from kdoct.data import prepare_data
 from kdoct.distill import Distill, train_student
 from kdoct.frozen import Frozen
 from kdoct.losses import cross_entropy, soft_loss
 from kdoct.models import create_classifier
 from kdoct.teacher import train_teacher
-from kdoct.teacher_cache import TeacherCache
+from kdoct.teacher_cache import TeacherCache, arithmetic, picture_facts
 from kdoct.training import make_learner
 
 
@@ -99,6 +99,45 @@ def test_another_seed_or_teacher_has_a_cache_of_its_own(outputs):
     assert len(list((outputs_root()/'cache').glob('teacher-*/about.json'))) == 3
 
 
+def cache_name(batches=None, teacher_changes=(), **how):
+    "Name of the cache's folder of a small training."
+    images = np.random.default_rng(0).integers(0, 255, (12, 36, 36), dtype=np.uint8)
+    given = dict(recipe=recipe().augment, seed=1, size=32, views=2) | (batches or {})
+    model = teacher()
+    for name, value in teacher_changes: setattr(model, name, value)
+    made = Batches(images, np.arange(12) % 3, np.arange(12, dtype=np.uint64), np.arange(12), 4, **given)
+    return TeacherCache(model, **{'weights_sha256': 'a', 'arch': 'test_efficientnet', 'pictures': picture_facts(DataRecipe()), **how}).open(made).path
+
+
+@pytest.mark.parametrize('how', [
+    dict(weights_sha256='b'), dict(arch='test_resnet'), dict(teacher_changes=[('precision', 'bf16')]), dict(teacher_changes=[('size', 48)]),
+    dict(teacher_changes=[('interpolation', 'bilinear')]), dict(teacher_changes=[('mean', torch.zeros(1, 3, 1, 1))]), dict(batches=dict(seed=2)),
+    dict(batches=dict(size=28)), dict(batches=dict(recipe=recipe().augment.model_copy(update=dict(rotate=33.)))),
+    *(dict(pictures=picture_facts(DataRecipe(**{k: v}))) for k, v in
+      dict(resize='pad', margin=4, fill_white=True, mask_scale_bar=True, size=96).items()),
+    dict(pictures=picture_facts(DataRecipe()) | dict(decoder='another'))], ids=str)
+def test_whatever_decides_an_answer_has_a_cache_of_its_own(how):
+    assert cache_name() == cache_name() != cache_name(**how)
+
+
+@pytest.mark.parametrize('device,allowed', [('cpu', False), ('cuda', True), ('cuda', False)])
+def test_rounded_products_of_a_gpu_are_another_arithmetic(device, allowed):
+    places = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [p.allow_tf32 for p in places]
+    try:
+        for p in places: p.allow_tf32 = allowed or device == 'cpu'
+        assert arithmetic(teacher(), device) == dict(precision='fp32', tf32=allowed)
+    finally:
+        for p, value in zip(places, before, strict=True): p.allow_tf32 = value
+
+
+@pytest.mark.parametrize('part', ['teacher', 'pictures', 'views', 'images'])
+def test_a_folder_whose_record_says_something_else_is_refused(part):
+    path = cache_name()/'about.json'
+    write_json(path, read_json(path) | {part: 'something else'})
+    with pytest.raises(KdoctError, match=f'belongs to something else .{part}.'): cache_name()
+
+
 class Killed(Exception): "As if the process had ended."
 
 
@@ -157,4 +196,7 @@ def test_a_run_with_views_records_what_was_asked(outputs):
     train_student(run)
     facts = read_json(run.json)['stages']['fold_0/student']['teachers']['teacher']
     n = run.stage('data')['per_fold']['0']['train']['images']
+    key = read_json(outputs_root()/'cache'/facts['cache']/'about.json')
+    assert key['pictures'] == picture_facts(run.recipe.data) and {'decoder', 'framing', 'margin'} <= set(key['pictures'])
+    assert (key['teacher']['arch'], key['teacher']['precision']) == ('test_efficientnet', 'fp32')
     assert facts['asked'] == 2*n and facts['seconds'] > 0 and (outputs_root()/'cache'/facts['cache']).is_dir()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import kdoct.volumes
@@ -287,12 +288,152 @@ def test_eye_and_patient_of_a_cirrus_name(tmp_path, begin, patient):
     assert {(s.eye, s.patient, s.image.size) for s in read_scans(path)} == {("OS", patient, (200, 1024))}
 
 
+# --- other pictures of the same devices
+
+def vol_names(folder):
+    "What becomes of each .vol file: the number of its B-scans, or the kind of its refusal."
+    out = {}
+    for path in sorted(folder.glob("*.vol")):
+        try: out[path.name] = len(list(read_scans(path)))
+        except BadImage as e: out[path.name] = e.kind
+    return out
+
+
+def test_octa_beside_oct_is_refused_by_its_name(tmp_path):
+    for name in ("12345", "12345_angio", "12345-OCTA", "octavia", "12345_angio_structure"): write_vol(tmp_path/f"{name}.vol", textured())
+    assert vol_names(tmp_path) == {"12345.vol": 3, "12345_angio.vol": "not-a-bscan", "12345-OCTA.vol": "not-a-bscan", "octavia.vol": 3,
+                                   "12345_angio_structure.vol": 3}
+
+
+def test_octa_without_a_name_is_found_by_the_header_of_the_oct_beside_it(tmp_path):
+    write_vol(tmp_path/"12345.vol", textured(0))
+    write_vol(tmp_path/"12345_2.vol", textured(1))
+    write_vol(tmp_path/"123456.vol", textured(0, n=2))   # another exam
+    (tmp_path/"12345_copy.vol").write_bytes((tmp_path/"12345.vol").read_bytes())
+    assert vol_names(tmp_path) == {"12345.vol": 3, "12345_2.vol": "not-a-bscan", "123456.vol": 2, "12345_copy.vol": 3}
+    assert "the same header as 12345.vol" in refusal(tmp_path/"12345_2.vol")
+    assert next(read_scans(tmp_path/"12345.vol")).notes[-1:] != ()
+
+
+def test_two_names_with_one_header_are_noted_where_none_tells_the_oct(tmp_path):
+    for seed, name in enumerate("AB"): write_vol(tmp_path/f"{name}.vol", textured(seed))
+    assert "B.vol has the same header" in " ".join(next(read_scans(tmp_path/"A.vol")).notes)
+
+
+@pytest.mark.parametrize("name", ["P1_Angiography 80x3_OD_FlowCube_z.img", "80x64x3_flow.img"])
+def test_a_flow_cube_of_cirrus_is_refused(tmp_path, name):
+    (tmp_path/name).write_bytes(textured().tobytes())
+    assert refusal(tmp_path/name).startswith("not-a-bscan")
+
+
+@pytest.mark.parametrize("eye", [b"OS", b"L", b"os", b" l", b"Left"])
+def test_the_left_eye_in_every_spelling(tmp_path, eye):
+    path = write_vol(tmp_path/"a.vol", textured(n=1))
+    path.write_bytes(path.read_bytes()[:84] + eye.ljust(4, b"\0") + path.read_bytes()[88:])
+    assert next(read_scans(path)).eye == "OS"
+
+
+def with_e2e_kind(path, was, is_):
+    "The same file with one kind of records, or type of pictures, replaced by another."
+    path.write_bytes(path.read_bytes().replace(was.to_bytes(4, "little"), is_.to_bytes(4, "little")))
+    return path
+
+
+def test_octa_in_an_e2e_file_is_left_out_and_said(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = with_e2e_kind(write_e2e(tmp_path/"a.e2e", [("R", np.full((3, 40, 48), 60 << 10))]), 1073741824, 1073751901)
+    assert "3 of OCT angiography" in refusal(path) and refusal(path).startswith("not-a-bscan")
+    both = write_e2e(tmp_path/"b.e2e", [("R", np.full((3, 40, 48), 60 << 10))])
+    raw = both.read_bytes()
+    at = raw.rindex((1073741824).to_bytes(4, "little"), 0, raw.index(b"MDbData"))   # the last record's kind in the directory
+    both.write_bytes(raw[:at] + (1073751901).to_bytes(4, "little") + raw[at + 4:])
+    scans = list(read_scans(both))
+    assert len(scans) == 2 and scans[0].notes == ("1 pictures of OCT angiography in the file are left out",)
+
+
+def test_an_e2e_file_of_fundus_pictures_says_so(tmp_path):
+    pytest.importorskip("oct_converter")
+    path = with_e2e_kind(write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), 35652097, 33620481)
+    assert "2 infrared" in refusal(path)
+
+
+@pytest.mark.parametrize("tag,value", [("<ImageType><Type>OCT</Type>", "<ImageType><Type>ANGIO</Type>"),
+                                       ("<Laterality>R", "<Modality>OCTA</Modality><Laterality>R"), ("<Laterality>R", "<Type>Angiography</Type><Laterality>R")])
+def test_angiography_in_a_heyex_export_is_no_bscan(tmp_path, tag, value):
+    path = write_xml(tmp_path/"x", textured())
+    path.write_text(path.read_text("latin-1").replace(tag, value, 3), "latin-1")
+    assert "3 OCT angiography" in refusal(path) and refusal(path).startswith("not-a-bscan")
+
+
+def test_what_else_a_heyex_export_holds_is_left_out_and_said(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    path.write_text(path.read_text("latin-1").replace("<Type>OCT</Type>", "<Type>EnFace</Type>", 1), "latin-1")
+    scans = list(read_scans(path))
+    assert len(scans) == 2 and scans[0].notes == ("pictures that are no B-scans are left out: 1 an en face picture",)
+
+
+def topcon(path, parts):
+    path.write_bytes(b"FOCTFDA" + bytes(8) + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts) + b"\0")
+    return path
+
+
+def topcon_raw(a, claimed=None):
+    n, h, w = a.shape
+    return b"\2" + b"".join(v.to_bytes(4, "little") for v in (w, h, 16, claimed or n)) + b"\1" + (2*a.size).to_bytes(4, "little") + a.astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("part", [b"@IMG_SCAN_02", b"@IMG_MOT_COMP_02", b"@IMG_MOT_COMP_03"])
+def test_older_topcon_parts_are_read_where_header_and_length_agree(tmp_path, part):
+    pixels = textured().astype(np.uint16)*100
+    path = topcon(tmp_path/"a.fds", [(b"@CAPTURE_INFO_02", b"\1" + bytes(99)), (part, topcon_raw(pixels))])
+    assert np.array_equal(images(path), np.rint(pixels*(255/pixels.max()))) and next(read_scans(path)).eye == "OS"
+    path = topcon(tmp_path/"b.fds", [(part, topcon_raw(pixels, claimed=4)), (b"@LATER", bytes(pixels.nbytes))])
+    assert "header asks for" in refusal(path)
+
+
+def test_a_topcon_file_of_fundus_pictures_names_its_parts(tmp_path):
+    assert "@IMG_FUNDUS, @IMG_TRC_02" in refusal(topcon(tmp_path/"a.fda", [(b"@IMG_TRC_02", bytes(9)), (b"@IMG_FUNDUS", bytes(9))]))
+
+
+@pytest.mark.parametrize("part", [b"@PATIENT_INFO_03", b"@PATIENT_INFO", b"@PATIENT_INFO_02"])
+def test_the_patient_in_every_topcon_part(tmp_path, part):
+    path = topcon(tmp_path/"a.fds", [(part, b"Study-07".ljust(32, b"\0") + b"Quilla".ljust(700, b"\0")), (b"@IMG_SCAN_03", topcon_raw(textured()))])
+    assert next(read_scans(path)).patient == "Study-07"
+
+
+@pytest.mark.parametrize("begin", [b"Zzyzx", b"Zzyzx Quilla 7", bytes(range(128, 160)), b"\x07\x9a3" + b"\xfe"*29, b"M\xfcller7"])
+def test_a_topcon_part_that_may_begin_with_a_name_gives_no_patient_and_says_so(tmp_path, begin):
+    path = topcon(tmp_path/"a.fds", [(b"@PATIENT_INFO_03", begin.ljust(700, b"\0")), (b"@IMG_SCAN_03", topcon_raw(textured()))])
+    scan = next(read_scans(path))
+    assert scan.patient == "" and "patient id withheld: @PATIENT_INFO_03" in " ".join(scan.notes)
+
+
+def test_colour_jpeg_2000_of_topcon_is_read(tmp_path):
+    def part(pictures):
+        head = b"\2" + bytes(8) + b"".join(v.to_bytes(4, "little") for v in (80, 64, len(pictures), 0))
+        return head + b"".join(len(j).to_bytes(4, "little") + j for j in map(jpeg2000, pictures))
+    grey, colour = [np.stack([a]*3, -1) for a in textured()], [np.stack([a, a//2, a//3], -1) for a in textured()]
+    assert np.array_equal(images(topcon(tmp_path/"a.fda", [(b"@IMG_JPEG", part(grey))])), textured())
+    assert [s.image.mode for s in read_scans(topcon(tmp_path/"b.fda", [(b"@IMG_JPEG", part(colour))]))] == ["RGB"]*3
+
+
+def test_heyex_pictures_whose_names_have_another_unicode_form_are_found(tmp_path):
+    path = write_xml(tmp_path/"x", textured())
+    for i in range(3): (tmp_path/"x"/f"B{i}.tif").rename(tmp_path/"x"/f"Mu\u0308ller{i}.tif")   # as macOS unpacks it
+    text = path.read_text("latin-1").replace("\\B", "\\M\u00fcller")
+    path.write_text('<?xml version="1.0" encoding="UTF-8"?>' + text, "utf-8")
+    assert np.array_equal(images(path), textured()) and [p.name for p in find_files(tmp_path)] == ["e.xml"]
+
+
 # --- DICOM
 
-def test_dicom_of_more_than_8_bits_by_the_stored_bits_or_the_window(tmp_path):
+def test_dicom_of_more_than_8_bits_by_the_values_of_the_volume_or_the_window(tmp_path):
     pixels = textured().astype(np.uint16)*257
     scan = next(read_scans(write_dicom(tmp_path/"a.dcm", pixels, bits=16)))
-    assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("16 bit to 8 bit by the range 0 to 65535",)
+    low, high = int(pixels.min()), int(pixels.max())
+    want = np.rint(255*(pixels[0].astype(float) - low)/(high - low))
+    assert np.array_equal(scan.image, want)
+    assert scan.notes == (f"no window in the file: grey values {low} to {high} of this volume are spread over 0-255",)
     scan = next(read_scans(write_dicom(tmp_path/"b.dcm", pixels, bits=16, WindowCenter=[30000.5, 1], WindowWidth=[20001, 1])))
     want = np.rint(255*np.clip((pixels[0].astype(float) - 20000)/20000, 0, 1))
     assert np.array_equal(scan.image, want) and "window 20000 to 40000" in scan.notes[0]
@@ -345,7 +486,7 @@ def test_dicom_compressed_without_loss_is_read_and_jpeg_ls_says_what_to_install(
     d.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
     d.save_as(tmp_path/"jls.dcm")
     if not pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
-        assert "JPEG-LS" in refusal(tmp_path/"jls.dcm") and "pip install pylibjpeg" in refusal(tmp_path/"jls.dcm")
+        assert "JPEG-LS" in refusal(tmp_path/"jls.dcm") and "kdoct[volumes]" in refusal(tmp_path/"jls.dcm")
 
 
 def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
@@ -402,6 +543,153 @@ def test_a_page_of_16_bits_is_refused(tmp_path):
     first, second = Image.fromarray(textured()[0]), Image.fromarray(textured()[0].astype(np.uint16))
     first.save(tmp_path/"a.tif", save_all=True, append_images=[second])
     assert "wrong-mode: a.tif: page 2" in refusal(tmp_path/"a.tif")
+
+
+def save_tiff(path, a, **options):
+    tifffile.imwrite(path, a, **options)
+    return path
+
+
+@pytest.mark.parametrize("options", [dict(truncate=True), dict(imagej=True, metadata={"axes": "ZYX"}), dict(truncate=True, imagej=False, bigtiff=True)])
+def test_a_stack_with_one_directory_is_all_its_bscans(tmp_path, options):
+    path = save_tiff(tmp_path/"a.tif", textured(n=5), **options)
+    scans = list(read_scans(path))
+    assert [(s.slice, s.n_slices, s.volume) for s in scans] == [(i, 5, "a") for i in range(5)]
+    assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=5))
+
+
+def imagej_one_directory(path, a, images):
+    "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, and nothing but the description says so."
+    tifffile.imwrite(path, a[0], description=f"ImageJ=1.54f\nimages={images}\nslices={images}\nloop=false\n", metadata=None)
+    path.write_bytes(path.read_bytes() + a[1:].tobytes())
+    return path
+
+
+def test_an_imagej_stack_with_one_directory_is_all_its_bscans(tmp_path):
+    assert np.array_equal(images(imagej_one_directory(tmp_path/"a.tif", textured(n=4), 4)), textured(n=4))
+
+
+def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
+    path = imagej_one_directory(tmp_path/"a.tif", textured(n=4), 9)
+    assert "claims 9 pictures; 1 can be found" in refusal(path)
+    path = save_tiff(tmp_path/"b.tif", textured(n=5), truncate=True)
+    path.write_bytes(path.read_bytes()[:-64*80 - 1])
+    assert refusal(path).startswith("truncated: b.tif")
+
+
+def test_a_shortened_stack_among_others_is_refused(tmp_path):
+    for name, first, second in (("a.tif", True, False), ("b.tif", False, True)):
+        with tifffile.TiffWriter(tmp_path/name) as t:
+            for seed, truncate in enumerate((first, second)): t.write(textured(seed, n=5), truncate=truncate)
+        assert "claims 10 pictures; 6 can be found" in refusal(tmp_path/name)
+
+
+def test_white_is_zero_in_a_stack_with_one_directory(tmp_path):
+    assert np.array_equal(images(save_tiff(tmp_path/"a.tif", 255 - textured(n=5), photometric="miniswhite", truncate=True)), textured(n=5))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.complex64, np.uint64])
+def test_numbers_that_pillow_does_not_know_are_named(tmp_path, dtype):
+    assert f"wrong-mode: a.tif: a TIFF of {np.dtype(dtype)}" in refusal(save_tiff(tmp_path/"a.tif", textured()[0].astype(dtype)))
+
+
+def test_channels_whose_meaning_is_not_said_are_left_out_and_noted(tmp_path):
+    two = save_tiff(tmp_path/"a.tif", np.stack([textured()[0], textured()[1]], -1), photometric="minisblack", planarconfig="contig", metadata=None)
+    scan, = read_scans(two)
+    assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("extra-channels",)
+
+
+def test_a_stack_of_16_bits_with_one_directory_is_refused_as_such(tmp_path):
+    assert "8 bits" in refusal(save_tiff(tmp_path/"a.tif", textured(n=5).astype(np.uint16), truncate=True))
+
+
+def test_channels_are_not_taken_for_slices_without_a_word(tmp_path):
+    path = save_tiff(tmp_path/"a.tif", textured(n=6).reshape(3, 2, 64, 80), imagej=True, metadata={"axes": "ZCYX"})
+    assert "2 channels a slice" in refusal(path)
+    path = save_tiff(tmp_path/"b.ome.tif", textured(n=6).reshape(3, 2, 64, 80), metadata={"axes": "ZCYX"})
+    assert "2 channels a slice" in refusal(path)
+    scans = list(read_scans(save_tiff(tmp_path/"c.tif", textured(), imagej=True)))   # tifffile's default takes the first axis for channels
+    assert len(scans) == 3 and "3 channels" in scans[0].notes[0]
+
+
+def test_previews_and_masks_among_the_pages_are_no_bscans(tmp_path):
+    with tifffile.TiffWriter(tmp_path/"a.tif") as t:
+        t.write(textured()[0], metadata=None)
+        t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
+    scan, = read_scans(tmp_path/"a.tif")
+    assert np.array_equal(scan.image, textured()[0]) and scan.volume == "" and scan.notes == ("several-pictures",)
+    with tifffile.TiffWriter(tmp_path/"b.tif") as t:
+        t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
+        for a in textured()[:2]: t.write(a, metadata=None)
+    assert np.array_equal(images(tmp_path/"b.tif"), textured()[:2])
+    assert "preview" in refusal(save_tiff(tmp_path/"c.tif", textured()[0], subfiletype=1, metadata=None))
+
+
+def test_a_tiff_that_its_tag_turns_is_turned_and_noted_page_by_page(tmp_path):
+    pages = [Image.fromarray(np.rot90(a, 2).copy()) for a in textured()]
+    pages[0].save(tmp_path/"one.tif", tiffinfo={274: 3})
+    pages[0].save(tmp_path/"all.tif", save_all=True, append_images=pages[1:], tiffinfo={274: 3})
+    for path, n in ((tmp_path/"one.tif", 1), (tmp_path/"all.tif", 3)):
+        scans = list(read_scans(path))
+        assert [s.notes for s in scans][:1] == [("exif-rotated",)]
+        assert np.array_equal(np.asarray(scans[0].image), textured()[0]) and len(scans) == n
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colour_planes_one_after_the_other_are_one_picture(tmp_path, compression):
+    rgb = np.stack([textured()[0], textured()[1], textured()[2]])
+    path = save_tiff(tmp_path/"a.tif", rgb, photometric="rgb", planarconfig="separate", compression=compression, metadata=None)
+    scan, = read_scans(path)
+    assert np.array_equal(np.moveaxis(np.asarray(scan.image), 2, 0), rgb)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_path):
+    for n in (3, 4): assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
+
+
+@pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
+def test_signed_and_float_tiff_is_refused(tmp_path, options):
+    assert refusal(save_tiff(tmp_path/"a.tif", (textured()[0].astype(int) - 128).astype(options["dtype"]))).startswith("wrong-mode")
+
+
+def test_a_picture_behind_a_jpeg_is_no_bscan(tmp_path):
+    first, second = Image.fromarray(textured()[0]), Image.fromarray(255 - textured()[0][::2, ::2])
+    first.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[second])
+    first.save(tmp_path/"one.jpg")
+    second.save(tmp_path/"two.jpg")
+    (tmp_path/"b.jpg").write_bytes((tmp_path/"one.jpg").read_bytes() + (tmp_path/"two.jpg").read_bytes())   # a gain map without the MPO header
+    for name in ("a.jpg", "b.jpg"):
+        scan, = read_scans(tmp_path/name)
+        assert (scan.image.size, scan.volume, scan.notes) == ((80, 64), "", ("several-pictures",))
+
+
+@pytest.mark.parametrize("name", ["a.jp2", "a.j2k", "jpeg_2000_named.jpg"])
+def test_jpeg_2000_is_read_whatever_its_name(tmp_path, name):
+    (tmp_path/name).write_bytes(jpeg2000(textured()[0], no_jp2=name.endswith("j2k")))
+    scan, = read_scans(tmp_path/name)
+    assert np.array_equal(scan.image, textured()[0])
+
+
+def test_jpeg_2000_of_12_bits_or_without_its_end_is_refused(tmp_path):
+    (tmp_path/"a.jp2").write_bytes(jpeg2000(textured()[0].astype(np.uint16)*200))
+    (tmp_path/"b.jp2").write_bytes(jpeg2000(textured()[0])[:-400])
+    deep = bytearray(jpeg2000(np.stack([textured()[0]]*3, -1)))
+    deep[deep.index(b"\xff\x4f\xff\x51") + 42] = 11
+    (tmp_path/"c.jp2").write_bytes(deep)   # Pillow would cut colour of 12 bits down to 8
+    assert "16 bits" in refusal(tmp_path/"a.jp2") and "truncated" in refusal(tmp_path/"b.jp2")
+    assert "12 bits" in refusal(tmp_path/"c.jp2")
+
+
+@pytest.mark.parametrize("name", ["a.jpeg", "a.dcm", "a.vol", "a.tif"])
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path, name):
+    (tmp_path/name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0f"*32 + b"\nsize 196608\n")
+    assert "git lfs pull" in refusal(tmp_path/name)
+
+
+def test_an_archive_of_arrays_is_named_as_one(tmp_path):
+    np.savez_compressed(tmp_path/"octmnist.npz", train_images=np.zeros((4, 28, 28), np.uint8))
+    assert "NumPy archive" in refusal(tmp_path/"octmnist.npz")
 
 
 # --- HEYEX XML

@@ -1,0 +1,234 @@
+"A network of one's own as the teacher: in a run, in one's own fastai Learner, and in a plain loop."
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.all import ImageBlock, ImageDataLoaders, PILImageBW, Resize
+from PIL import Image
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kdoct.core import DistillRecipe, KdoctError, preset
+from kdoct.distill import Distill, Teachers
+from kdoct.losses import combine, soft_loss
+from kdoct.models import Classifier, create_classifier, load_bundle, save_bundle
+
+STATS = (.4, .3, .2), (.2, .3, .4)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i in range(24):
+        (folder := tmp_path/'images'/('CNV', 'NORMAL')[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 48), dtype=np.uint8)).save(folder/f'{i}.png')
+    return tmp_path/'images'
+
+
+@pytest.fixture
+def folder(tmp_path): return model_folder(tmp_path/'teacher', ['NORMAL', 'CNV'])
+
+
+def model_folder(path, classes, arch='test_efficientnet', size=48, mean=(.5, .5, .5)):
+    torch.manual_seed(7)
+    recipe = preset('tiny', **{'teacher.arch': arch, 'teacher.weights': 'none'})
+    net = create_classifier(recipe.teacher, len(classes), size)
+    net.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+    save_bundle(path, net, 'teacher', recipe, classes)
+    return path
+
+
+def loaders(images, **how):
+    how = dict(batch_tfms=Normalize.from_stats(*STATS, cuda=False)) | how
+    return ImageDataLoaders.from_folder(images, valid_pct=.3, seed=1, bs=4, item_tfms=Resize(32), num_workers=0, device='cpu', **how)
+
+
+def student(classes=2, channels=3):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def fit(learn, epochs=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2)
+    return learn
+
+
+class Note(Callback):
+    "Keeps each training batch, its answers and its loss."
+    order, run_valid = 6, False
+    def __init__(self): self.seen = []
+    def after_loss(self):
+        self.seen.append([torch.Tensor(v).detach().clone() for v in (self.xb[0], self.yb[0], self.pred, self.loss_grad)])
+
+
+def learner(dls, teacher, loss=None, cbs=(), recipe=None, **how):
+    return Learner(dls, student(), loss_func=loss or nn.CrossEntropyLoss(), cbs=[Distill(teacher, recipe, **how), *cbs])
+
+
+def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
+    recipe, note = DistillRecipe(alpha=.6, beta=.2, temperature=2.), Note()
+    fit(learner(loaders(images), folder, nn.CrossEntropyLoss(label_smoothing=.1), [note], recipe))
+    net, _ = load_bundle(folder)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
+    assert len(note.seen) == 4
+    for x, y, pred, loss in note.seen:
+        said = net(x*std + mean).detach()[:, [1, 0]]   # the folders' order is CNV, NORMAL; by its own statistics, at its own size
+        want = .2*cross_entropy(pred, y.long(), label_smoothing=.1) + .6*soft_loss(pred, said, 2.)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_any_network_teaches_and_is_given_what_the_student_is_given(images):
+    large, note = student().train(), Note()
+    nn.init.normal_(large[-1].weight)
+    before = copy.deepcopy(large.state_dict())
+    learn = fit(learner(loaders(images), large, cbs=[note]))
+    for x, y, pred, loss in note.seen:
+        want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, large(x).detach(), 4.)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert all(torch.equal(v, large.state_dict()[k]) for k, v in before.items())   # BatchNorm's statistics too
+    assert not any(m.training for m in large.modules()) and all(p.grad is None for p in large.parameters())
+    assert not any(p is q for p in large.parameters() for q in learn.opt.all_params().itemgot(0))
+
+
+def test_validation_measures_the_hard_loss_alone(images, folder):
+    learn = fit(learner(loaders(images), folder))
+    logits, y = learn.get_preds(act=lambda z: z)
+    assert learn.validate()[0] == pytest.approx(cross_entropy(torch.Tensor(logits), torch.Tensor(y).long()).item(), rel=1e-4)
+
+
+def test_the_rate_finder_one_cycle_and_fine_tuning_work(images, folder):
+    learn = learner(loaders(images), folder)
+    with learn.no_bar(), learn.no_logging():
+        start = copy.deepcopy(learn.model.state_dict())
+        learn.lr_find(num_it=12, show_plot=False)
+        assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in start.items())
+        learn.fit_one_cycle(1, 1e-2)
+        learn.fine_tune(1)
+
+
+def test_neither_saved_weights_nor_an_exported_learner_hold_the_teacher(images, folder, tmp_path):
+    learn = fit(learner(loaders(images), folder, CrossEntropyLossFlat()))
+    learn.save(tmp_path/'weights')
+    learn.export(tmp_path/'learner.pkl')
+    teacher = (folder/'model.safetensors').stat().st_size
+    assert (tmp_path/'weights.pth').stat().st_size < teacher/4 and (tmp_path/'learner.pkl').stat().st_size < teacher/4
+    again = load_learner(tmp_path/'learner.pkl')
+    with again.no_bar(): assert again.predict(next((tmp_path/'images').rglob('*.png')))[0] in ('CNV', 'NORMAL')
+    again.dls = loaders(images)
+    with pytest.raises(KdoctError, match='exported Learner has no teachers'): fit(again)
+    again.remove_cb(again.distill)
+    fit(again)
+
+
+def test_batches_without_a_normalisation_go_to_the_teacher_as_they_are(images, folder):
+    note = Note()
+    fit(learner(loaders(images, batch_tfms=None), folder, cbs=[note]))
+    net, _ = load_bundle(folder)
+    x, y, pred, loss = note.seen[0]
+    assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, net(x).detach()[:, [1, 0]], 4.)).item(), rel=1e-4)
+
+
+def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, folder):
+    class Own(Callback):
+        order = -5
+        def before_batch(self): self.learn.xb = (self.xb[0]*6 - 3,)
+    note = Note()
+    with pytest.raises(KdoctError, match=r'pictures in \[0, 1\]') as e: fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own()]))
+    assert 'normalised=(mean, std)' in e.value.fix
+    fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own(), note], normalised=([.5]*3, [1/6]*3)))
+    x, y, pred, loss = note.seen[0]
+    said = load_bundle(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
+    assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
+
+
+def test_a_network_that_says_another_normalisation_is_refused_until_it_normalises_for_itself(images):
+    net = timm.create_model('test_efficientnet', num_classes=2)   # ImageNet's statistics, says timm
+    with pytest.raises(KdoctError, match=r'normalised by \[0.485, 0.456, 0.406\].*batches are by \[0.4, 0.3, 0.2\]') as e: fit(learner(loaders(images), net))
+    assert 'Classifier(' in e.value.fix
+    fit(learner(loaders(images), Classifier(net, 32, (.485, .456, .406), (.229, .224, .225), 'bilinear')))
+
+
+def test_other_classes_are_refused_by_name(images, tmp_path):
+    with pytest.raises(KdoctError, match='has the classes CNV, DME; here they are CNV, NORMAL'):
+        fit(learner(loaders(images), model_folder(tmp_path/'a', ['CNV', 'DME'])))
+    with pytest.raises(KdoctError, match='has the classes Cnv, Normal') as e: fit(learner(loaders(images), model_folder(tmp_path/'b', ['Cnv', 'Normal'])))
+    assert 'spelling' in e.value.fix
+    with pytest.raises(KdoctError, match=r'student gives \(4, 2\) logits, the teachers \(4, 3\)'): fit(learner(loaders(images), student(3)))
+
+
+def test_what_cannot_teach_is_refused(images, folder):
+    learn = learner(loaders(images), folder)
+    learn.remove_cb(learn.distill)
+    with pytest.raises(KdoctError, match='student itself'): fit(learn.add_cb(Distill(learn.model)))
+    with pytest.raises(KdoctError, match='is no teacher'): Distill(learn)
+    with pytest.raises(KdoctError, match='no weights'): Distill({'a': student(), 'b': student()}, DistillRecipe(combine='nll'))
+    with pytest.raises(KdoctError, match="shape \\(4,\\)"): fit(learner(loaders(images), folder, nn.CrossEntropyLoss(reduction='none')))
+    with pytest.raises(KdoctError, match='Views that come back'): fit(learner(loaders(images), folder, recipe=DistillRecipe(views=2)))
+
+
+def test_grey_pictures_of_a_data_block_teach_too(images, folder):
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.3, seed=1),
+                      item_tfms=Resize(32))
+    dls = block.dataloaders(images, bs=4, num_workers=0, device='cpu')
+    learn, note = Learner(dls, student(channels=1), loss_func=nn.CrossEntropyLoss(), cbs=[Distill(folder)]), Note()
+    fit(learn.add_cb(note))
+    x, y, pred, loss = note.seen[0]
+    said = load_bundle(folder)[0](x).detach()[:, [1, 0]]
+    assert x.shape[1] == 1 and loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
+
+
+def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folder):
+    said = []
+    class Listen(Distill):
+        def answer(self, role, x):
+            said.append((torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), super().answer(role, x)))
+            return said[-1][-1]
+    learn = Learner(loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)])
+    with torch.autocast('cpu', torch.bfloat16): fit(learn)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
+    enabled, x, z = said[0]
+    assert enabled and z.dtype == torch.float32
+    torch.testing.assert_close(z, load_bundle(folder)[0](x*std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5)
+
+
+def test_it_stands_beside_fastais_own_callbacks(images, folder):
+    fit(learner(loaders(images), folder, cbs=[MixedPrecision(), GradientAccumulation(8)]))
+    fit(learner(loaders(images), folder, CrossEntropyLossFlat(), [MixUp()]))
+
+
+@pytest.mark.parametrize('how', ['probabilities', 'logits', 'turn'])
+def test_several_teachers_are_combined_as_in_a_run(images, folder, tmp_path, how):
+    other, note, recipe = model_folder(tmp_path/'b', ['CNV', 'NORMAL'], 'test_resnet', 32), Note(), DistillRecipe(combine=how)
+    fit(learner(loaders(images), {'a': folder, 'b': other}, cbs=[note], recipe=recipe))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
+    for i, (x, y, pred, loss) in enumerate(note.seen):
+        each = [load_bundle(folder)[0](x*std + mean).detach()[:, [1, 0]], load_bundle(other)[0](x*std + mean).detach()]
+        together = each[i % 2] if how == 'turn' else combine(each, recipe)
+        assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, together, 4.)).item(), rel=1e-3)
+
+
+def test_a_plain_loop_learns_the_same_as_the_callback(images, folder):
+    dls, note = loaders(images), Note()
+    learn = fit(learner(dls, folder, cbs=[note]))
+    net, teachers = student(), Teachers(folder, normalised=STATS, classes=dls.vocab)
+    for x, y, _, loss in note.seen[:1]:
+        logits = net.train()(x)
+        ours = teachers.loss(cross_entropy(logits, y.long()), logits, x)
+        assert ours.item() == pytest.approx(loss.item(), rel=1e-4)
+        ours.backward()
+    assert all(p.grad is not None for p in net.parameters()) and learn.model is not net
+    with pytest.raises(KdoctError, match='here they are A, B'): Teachers(folder, classes=['A', 'B'])
+
+
+def test_the_exported_callback_is_a_small_file(folder):
+    assert len(pickle.dumps(Distill(folder))) < 5000
