@@ -828,12 +828,13 @@ def open_stage(
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
     teacher:str='',              # timm name of the teacher, or the model folder of one that is used as it is; '' means the recipe's
     student:str='',              # timm name of the student; '' means the recipe's
-    before:tuple=(),             # in a test only: earlier stages, each called with (run, fold)
+    before:dict|None=None,       # earlier stages: name -> function of (run, fold); made where missing, in a test and in the demo
     extra:tuple[str, ...]=(),    # names of further parameters of this notebook
 )->tuple[Run, int]:              # the run and the fold
     "Make or open the run that a stage notebook's parameters describe; `KdoctError` where they contradict each other."
-    _check_names(_injected_names(), {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
-    if os.environ.get('IN_TEST'): return _test_stage(before)
+    injected = _injected_names()
+    _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
+    if os.environ.get('IN_TEST'): return _test_stage(before or {})
     own = bool(teacher) and (Path(teacher)/'model.json').is_file()
     named = {'data.root': data_root, 'teacher.arch': '' if own else teacher, 'student.arch': student}
     changes = parse_overrides(overrides) | {k: str(v) for k, v in named.items() if v} | (own_teachers([teacher]) if own else {})
@@ -847,13 +848,22 @@ def open_stage(
         out = create_run(name, recipe)
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
         raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
+    if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
     os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)
     return out, fold
 
-def _test_stage(before:tuple)->tuple[Run, int]:
+def _make_earlier_stages(run:Run, fold:int, before:dict):
+    "Make those of the earlier stages that are missing."
+    for stage, make in before.items():
+        if run.is_finished(stage, fold): continue
+        print(f"The {stage} stage of run '{run.name}', fold {fold}, is missing: it is made first.", flush=True)
+        make(run, fold)
+
+def _test_stage(before:dict)->tuple[Run, int]:
     "A tiny run in a temporary folder, brought to the point where this stage starts."
     folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     out = create_run('tiny', preset('tiny'))
-    for stage in before: stage(out, 0)
+    _make_earlier_stages(out, 0, before)
     return out, 0

@@ -189,22 +189,26 @@ def coverage_figure(
 def history_figure(
     histories:dict[str, pd.DataFrame],  # name -> epoch, train_loss, train_hard, train_soft, valid_loss, accuracy, lr
 ) -> Figure:
-    "Losses and validation accuracy over epochs, all models."
-    soft = {n for n, h in histories.items() if 'train_soft' in h and h.train_soft.notna().any() and (h.train_soft != 0).any()}
+    "Training loss, validation loss and accuracy over epochs, all models; only like is drawn beside like."
+    def has(h, column): return column in h and h[column].notna().any() and (h[column] != 0).any()
+    distilled = [n for n, h in histories.items() if has(h, 'train_soft')]
+    titles = ['training: hard loss, as trained', 'validation: cross-entropy', 'validation: accuracy [%]']
+    if distilled: titles.append('training: soft loss (distillation)')
     with _style():
-        fig, axes = _axes(3.1*(2 + bool(soft)), 2.9, 1, 2 + bool(soft))
-        loss, acc = axes[0][:2]
+        fig, axes = _axes(2.9*len(titles), 3.1, 1, len(titles))
+        hard_ax, valid_ax, accuracy_ax, *soft_ax = axes[0]
         for i, (name, h) in enumerate(histories.items()):
-            kw = dict(color=_colour(name, i), lw=1.5, marker='o', ms=3)
-            hard = h.train_hard if 'train_hard' in h and h.train_hard.notna().any() else h.train_loss
-            loss.plot(h.epoch, hard, ls=':', **kw); loss.plot(h.epoch, h.valid_loss, ls='-', **kw)
-            acc.plot(h.epoch, 100*h.accuracy, ls='-', label=name, **kw)
-            if name in soft: axes[0][2].plot(h.epoch, h.train_soft, ls=':', **kw)
-        grey = [mpl.lines.Line2D([], [], color='0.35', ls=s, label=t) for s, t in ((':', 'training, hard term'), ('-', 'validation'))]
-        loss.legend(handles=grey); loss.set(title='loss'); loss.set_ylim(0, None)
-        acc.legend(loc='lower right'); acc.set_title('validation accuracy [%]')
-        if soft: axes[0][2].set(title='soft term of distillation, training'); axes[0][2].set_ylim(0, None)
-        for ax in axes[0]: ax.set_xlabel('epoch'); ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            kw = dict(color=_colour(name, i), lw=1.5, marker='o', ms=3, label=name)
+            hard_ax.plot(h.epoch, h.train_hard if has(h, 'train_hard') else h.train_loss, **kw)
+            valid_ax.plot(h.epoch, h.valid_loss, **kw)
+            accuracy_ax.plot(h.epoch, 100*h.accuracy, **kw)
+            if name in distilled: soft_ax[0].plot(h.epoch, h.train_soft, **kw)
+        for ax, title in zip(axes[0], titles, strict=True):
+            ax.set(title=title, xlabel='epoch')
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            if ax is not accuracy_ax: ax.set_ylim(0, None)
+        handles, names = hard_ax.get_legend_handles_labels()
+        fig.legend(handles, names, loc='outside lower center', ncols=len(names))
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #172177ff

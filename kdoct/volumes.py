@@ -73,7 +73,7 @@ _OTHER_KINDS = (  # pattern, what it is
 
 def _other_kind(*texts:str|None)->str:
     "What names or types say that is no B-scan; '': nothing."
-    said = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part of an angiography is a B-scan like any other
+    said = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part is a B-scan
     return next((what for pattern, what in _OTHER_KINDS if any(map(pattern.search, said))), '')
 
 # %% ../nbs/01c_volumes.ipynb #5b458a6a
@@ -138,7 +138,8 @@ def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
     n, h, w = stack.pictures.shape[:3]
     _check_shape(h, w, n)
     for i, a in enumerate(stack.pictures):
-        yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=(*stack.notes, f"{n} pictures in one TIFF directory"))
+        notes = (*stack.notes, f"{n} pictures in one TIFF directory")
+        yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=notes)
 
 def _read_picture(path:Path)->Iterator[Scan]:
     "A picture, or the pages of one."
@@ -184,14 +185,16 @@ def _first_values(f:_Bytes)->tuple[bytes, bytes]:
     "Header and first B-scan of an open .vol file; b'' for the B-scan where it is torn."
     head = f.record(0, _VOL)
     at = 2048 + int(head['slo_width'])*int(head['slo_height'])
-    try: return f.read(0, 2048), f.read(at + int(f.record(at, _VOL_BSCAN)['header']), 4*int(head['height'])*int(head['width']))
+    size = 4*int(head['height'])*int(head['width'])
+    try: return f.read(0, 2048), f.read(at + int(f.record(at, _VOL_BSCAN)['header']), size)
     except BadImage: return f.read(0, 2048), b''
 
 @lru_cache(maxsize=8)
 def _vol_heads(folder:str, changed:int)->dict[bytes, list[str]]:
-    "The names of a folder's .vol files by their first 2,048 bytes; `changed`: when the folder was, so that it is read once."
+    "The names of a folder's .vol files by their header; `changed`: when the folder was, so that it is read once."
     heads = {}
-    with os.scandir(folder) as it: names = sorted(e.name for e in it if e.name.lower().endswith('.vol') and e.is_file())
+    with os.scandir(folder) as it:
+        names = sorted(e.name for e in it if e.name.lower().endswith('.vol') and e.is_file())
     for name in names:
         try:
             with _Bytes(Path(folder, name)) as f: heads.setdefault(f.read(0, 2048), []).append(name)
@@ -199,7 +202,7 @@ def _vol_heads(folder:str, changed:int)->dict[bytes, list[str]]:
     return heads
 
 def _vol_kind(path:Path, f:_Bytes)->tuple[str, ...]:
-    "A note where another file has the same header; `BadImage` if name or neighbour show that the file is OCT angiography."
+    "A note where another file has the same header; `BadImage` if name or neighbour show OCT angiography."
     if what := _other_kind(path.stem): raise BadImage('not-a-bscan', f"{what}, as its name says")
     head, values = _first_values(f)
     for name in _vol_heads(str(path.parent), os.stat(path.parent).st_mtime_ns).get(head, ()):
@@ -208,9 +211,11 @@ def _vol_kind(path:Path, f:_Bytes)->tuple[str, ...]:
             if _first_values(other)[1] == values: continue   # a copy
         stem = name[:-4]
         if re.match(re.escape(stem) + r'[-_. ]', path.stem):
-            raise BadImage('not-a-bscan', f"the same header as {name} beside it and other values: OCT angiography of that scan, or another map of it")
+            what = "OCT angiography of that scan, or another map of it"
+            raise BadImage('not-a-bscan', f"the same header as {name} beside it and other values: {what}")
         if not re.match(re.escape(path.stem) + r'[-_. ]', stem):
-            return (f"{name} has the same header and other values: one of the two may be OCT angiography",)
+            doubt = "one of the two may be OCT angiography"
+            return (f"{name} has the same header and other values: {doubt}",)
     return ()
 
 # %% ../nbs/01c_volumes.ipynb #d2873364
@@ -288,17 +293,19 @@ def _heyex_files(path:Path, images:list[dict])->list[Path]:
 
 # %% ../nbs/01c_volumes.ipynb #11ff29e8
 _HEYEX_TYPES = ('ImageType/Type', 'Series/Type', 'Series/Modality', 'Series/ModalityProcedure')
+_INFRARED = "an infrared picture"
 
 def _heyex_bscans(path:Path)->tuple[list[dict], tuple[str, ...]]:
-    "The pictures that are B-scans, and a note on those that are left out; the infrared picture is in every export and needs none."
+    "The pictures that are B-scans, and a note on those that are left out, but for the infrared picture of every export."
     images, others = [], Counter()
     for i in _heyex_images(path):
         kind, what = i.get('ImageType/Type', ''), _other_kind(*(i.get(k) for k in _HEYEX_TYPES))
         if kind == 'OCT' and not what: images.append(i)
-        else: others[what or ("an infrared picture" if kind == 'LOCALIZER' else "of another type")] += 1
+        else: others[what or (_INFRARED if kind == 'LOCALIZER' else "of another type")] += 1
     there = ', '.join(f"{n} {what}" for what, n in others.items())
-    if not images: raise BadImage('not-a-bscan' if others else 'not-an-image', f"a HEYEX export without a B-scan{f': {there}' if there else ''}")
-    left = ', '.join(f"{n} {what}" for what, n in others.items() if what != "an infrared picture")
+    if not images and others: raise BadImage('not-a-bscan', f"a HEYEX export without a B-scan: {there}")
+    if not images: raise BadImage('not-an-image', "a HEYEX export without a B-scan")
+    left = ', '.join(f"{n} {what}" for what, n in others.items() if what != _INFRARED)
     return images, (f"pictures that are no B-scans are left out: {left}",) if left else ()
 
 # %% ../nbs/01c_volumes.ipynb #d25fd4e7
@@ -365,13 +372,16 @@ def _e2e_bscans(f:_Bytes, entries:np.ndarray, skip:int)->tuple[np.ndarray, tuple
     e = entries[entries['kind'] == _E2E_PICTURE]
     e = np.sort(e[np.unique(e['start'], return_index=True)[1]], order=['patient', 'study', 'series', 'slice', 'start'])
     types = np.array([f.record(start + skip + _E2E_HEADER, _E2E_IMAGE)['type'] for start in e['start'].tolist()], np.uint32)
-    infrared, unknown = int((types == _E2E_INFRARED).sum()), int(np.isin(types, (_E2E_BSCAN, _E2E_INFRARED), invert=True).sum())
+    infrared = int((types == _E2E_INFRARED).sum())
+    unknown = int(np.isin(types, (_E2E_BSCAN, _E2E_INFRARED), invert=True).sum())
     octa = len(np.unique(entries['start'][entries['kind'] == _E2E_OCTA]))
     others = {"of unknown kinds": unknown, "of OCT angiography": octa}
     if not (types == _E2E_BSCAN).any():
         there = ', '.join(f"{n} {what}" for what, n in {"infrared": infrared, **others}.items() if n)
-        raise BadImage('not-a-bscan' if there else 'not-an-image', f"an .e2e file without a B-scan{f': its pictures are {there}' if there else ''}")
-    return e[types == _E2E_BSCAN], tuple(f"{n} pictures {what} in the file are left out" for what, n in others.items() if n)
+        if not there: raise BadImage('not-an-image', "an .e2e file without a B-scan")
+        raise BadImage('not-a-bscan', f"an .e2e file without a B-scan: its pictures are {there}")
+    notes = tuple(f"{n} pictures {what} in the file are left out" for what, n in others.items() if n)
+    return e[types == _E2E_BSCAN], notes
 
 def _e2e_pixels(f:_Bytes, start:int)->np.ndarray:
     "Codes (height, width) of the B-scan at `start`."
@@ -441,7 +451,8 @@ def _topcon_raw(f:_Bytes, at:int, length:int)->Iterator[tuple]:
     _check_shape(h, w, n)
     if head['bits'] != 16: raise BadImage('wrong-mode', f"{head['bits']} bits a pixel")
     f.need(at + 22 + 2*h*w*n)
-    if 22 + 2*h*w*n > length: raise BadImage('corrupt', f"a part of {length} bytes, whose header asks for {22 + 2*h*w*n}")
+    if 22 + 2*h*w*n > length:
+        raise BadImage('corrupt', f"a part of {length} bytes, whose header asks for {22 + 2*h*w*n}")
     def frame(i): return np.frombuffer(f.read(at + 22 + 2*h*w*i, 2*h*w), '<u2').reshape(h, w)
     top = max(max(int(frame(i).max()) for i in range(n)), 1)
     for i in range(n): yield Image.fromarray(np.rint(frame(i)*(255/top)).astype(np.uint8)), n, (f"16 bit: {top}, the largest value, is white",)
@@ -457,7 +468,7 @@ def _topcon_patient(f:_Bytes, parts:dict)->tuple[str, tuple[str, ...]]:
     other = next((k for k in (b'@PATIENT_INFO_03', b'@PATIENT_INFO') if k in parts), None)
     if other is None: return '', ()
     at, length = parts[other][0]
-    raw = f.read(at, min(32, length)).rstrip(b'\0')   # in the newest files it may be encrypted, in others a name could come first
+    raw = f.read(at, min(32, length)).rstrip(b'\0')   # it may be encrypted, or a name could come first
     if re.fullmatch(rb'[!-~]*[0-9][!-~]*', raw): return _identifier(raw)
     return '', (f"patient id withheld: {other.decode()} begins with none that can be told from a name",)
 
@@ -465,7 +476,9 @@ def _topcon_kind(parts:dict)->bytes:
     "Name of the part with the B-scans; `BadImage` names what is there instead."
     if (kind := next((k for k in _TOPCON_READERS if k in parts), None)) is not None: return kind
     there = sorted(k.decode() for k in parts if re.fullmatch(rb'@IMG_[A-Z0-9_]{1,24}', k))
-    raise BadImage('not-a-bscan' if there else 'not-an-image', f"a Topcon file without a B-scan that can be read; its pictures: {', '.join(there) or 'none'}")
+    what = "a Topcon file without a B-scan that can be read"
+    if not there: raise BadImage('not-an-image', what)
+    raise BadImage('not-a-bscan', f"{what}; its pictures: {', '.join(there)}")
 
 # %% ../nbs/01c_volumes.ipynb #da67f9aa
 def _read_topcon(path:Path)->Iterator[Scan]:
@@ -500,7 +513,8 @@ def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
 
 def _read_img(path:Path)->Iterator[Scan]:
     "A Cirrus cube."
-    if _FLOW.search(path.stem): raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")
+    if _FLOW.search(path.stem) and 'struct' not in path.stem.lower():
+        raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")
     with _Bytes(path) as f:
         h, w, n = _cirrus_shape(path.name, f.size)
         said = _CIRRUS_NAME.match(path.name)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -110,6 +111,20 @@ def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
         for picture in (Image.open(path), np.asarray(Image.open(path))):
             one = p.image(picture)
             assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['call'] == row['call']
+
+
+def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_picture(tmp_path):
+    a = np.asarray(noise(0)).copy()
+    a[:20] //= 4
+    seen = []
+    def look(x):
+        seen.append(x[0])
+        return brightness(x)
+    Image.fromarray(np.rot90(a, 2).copy()).save(tmp_path/'turned.tif', tiffinfo={274: 3})
+    tifffile.imwrite(tmp_path/'stack.tif', np.stack([a]*5), truncate=True)
+    with Predictor(straw(look)) as p:
+        for name in ('turned.tif', 'stack.tif'): assert p.image(Image.open(tmp_path/name))['error'] == ''
+    assert [np.array_equal(s, a) for s in seen] == [True, True]
 
 
 def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):

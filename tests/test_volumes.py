@@ -574,6 +574,28 @@ def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
     assert refusal(path).startswith("truncated: b.tif")
 
 
+def test_a_shortened_stack_among_others_is_refused(tmp_path):
+    for name, first, second in (("a.tif", True, False), ("b.tif", False, True)):
+        with tifffile.TiffWriter(tmp_path/name) as t:
+            for seed, truncate in enumerate((first, second)): t.write(textured(seed, n=5), truncate=truncate)
+        assert "claims 10 pictures; 6 can be found" in refusal(tmp_path/name)
+
+
+def test_white_is_zero_in_a_stack_with_one_directory(tmp_path):
+    assert np.array_equal(images(save_tiff(tmp_path/"a.tif", 255 - textured(n=5), photometric="miniswhite", truncate=True)), textured(n=5))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.complex64, np.uint64])
+def test_numbers_that_pillow_does_not_know_are_named(tmp_path, dtype):
+    assert f"wrong-mode: a.tif: a TIFF of {np.dtype(dtype)}" in refusal(save_tiff(tmp_path/"a.tif", textured()[0].astype(dtype)))
+
+
+def test_channels_whose_meaning_is_not_said_are_left_out_and_noted(tmp_path):
+    two = save_tiff(tmp_path/"a.tif", np.stack([textured()[0], textured()[1]], -1), photometric="minisblack", planarconfig="contig", metadata=None)
+    scan, = read_scans(two)
+    assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("extra-channels",)
+
+
 def test_a_stack_of_16_bits_with_one_directory_is_refused_as_such(tmp_path):
     assert "8 bits" in refusal(save_tiff(tmp_path/"a.tif", textured(n=5).astype(np.uint16), truncate=True))
 
