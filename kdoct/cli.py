@@ -100,6 +100,13 @@ def _echo_probe(table, root):
     try: typer.echo(probe_shortcuts(table, root)['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 
+def _echo_verdict(run):
+    "Print what the shortcut probe finds in the images of a run, or why it cannot be asked."
+    from kdoct.probe import probe_run, shortcut_verdict
+    try: verdict, words = shortcut_verdict(probe_run(run))
+    except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
+    else: typer.echo(f"\n{'WARNING: ' if verdict == 'above' else ''}{words}")
+
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', changes:SetOption=[],  # noqa: B006
@@ -134,6 +141,7 @@ def folds(
     from kdoct.data import folds_of, prepare_data
     the_run = _run(preset_name, run, source, data_root, changes, trains=False)
     prepare_data(the_run)
+    _echo_verdict(the_run)
     rows = folds_of(the_run).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
     typer.echo('\nImages of each class:')
     typer.echo(pd.crosstab([rows.fold, rows.role], rows.label, margins=False).to_string())

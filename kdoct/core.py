@@ -224,7 +224,8 @@ class TrainRecipe(Part):
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
-    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part")
+    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part, "
+                                                     "whose mean over its images is 1")
     label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
     mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
     mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
@@ -233,12 +234,13 @@ class TrainRecipe(Part):
     epochs:int = Field(8, ge=1, description="passes over the training part")
     patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
     monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
-    batch_size:int = Field(32, ge=1, description="images a forward pass")
-    accumulate:int = Field(1, ge=1, description="forward passes an optimiser step")
+    batch_size:int = Field(32, ge=1, description="most images a forward pass, in one process: as many as its memory holds")
+    accumulate:int = Field(1, ge=1, description="a step has batch_size * accumulate images, in this many forward passes, or fewer where several "
+                           "processes share them")
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
-    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the classifier; empty: the backbone's")
-    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases have none")
-    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the classifier learns and the backbone is in eval mode")
+    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the head; empty: the backbone's")
+    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms, biases, tokens and tables of positions have none")
+    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the head learns and the backbone is in eval mode")
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
     warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
     lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
@@ -489,11 +491,11 @@ _UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL')
 _SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
 
 def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
-    "Images a forward pass and passes a step, of teacher and student."
+    "Images a forward pass and passes a step, of teacher and student; the published steps have 16 images."
     return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
-PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))   # the student has BatchNorm: batches of 8, as published
 PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
 PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
