@@ -641,7 +641,10 @@ def lc25000(
     paths, found = walk_images(root)
     for path in paths:
         m = _LC25000.fullmatch(path)
-        if not m: found.append(finding(path, 'no-class-folder', f"not in a folder {', '.join(LC25000_LABELS)}")); continue
+        if not m:
+            folder = path.rpartition('/')[0].rpartition('/')[2] or 'the root'
+            found.append(finding(path, 'no-class-folder', f"in {folder}, not in a folder {', '.join(LC25000_LABELS)}"))
+            continue
         label = m['label'].lower()
         if folders.setdefault(label, m['folder']) != m['folder']:
             raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.", fix="Give the one that is meant as data.root.")
