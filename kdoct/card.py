@@ -9,9 +9,12 @@ __all__ = ['NOT', 'INHERITED', 'start_licence', 'is_non_commercial', 'licences_o
 # %% ../nbs/07b_card.ipynb #f76e276e
 import re
 
+import numpy as np
+
 from .core import KdoctError, Run, read_json, sha256_file, stage_command
 from .metrics import EACH_CLASS
-from .tables import interval_text
+from .probe import run_verdict
+from .tables import NO_INTERVAL, blanked_warning, interval_text
 
 # %% ../nbs/07b_card.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'
@@ -113,7 +116,7 @@ def _evaluation(run, fold, role):
 def _three(row, m):
     "Estimate and interval of a score, or None."
     three = [row.get(k) for k in (m, f'{m}_low', f'{m}_high')]
-    return None if None in three else three
+    return None if three[0] is None else three
 
 _DECISIONS = ('calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
 
@@ -139,6 +142,14 @@ def _measured(run, fold, role):
     return dict(why='', protocol=e['protocol'], models=models, per_class=each, decisions=_of_role(sections, role))
 
 # %% ../nbs/07b_card.ipynb #355124db
+def _warnings(run, fold, role):
+    "What must be known before any number: that the class shows outside the retina, that the network makes use of it, that a leak was kept."
+    verdict, words = run_verdict(run)
+    e, _ = _evaluation(run, fold, role)
+    row = (e or {}).get('sections', {}).get('blanked', {}).get('table', {}).get(role)
+    own = blanked_warning(role, {k: np.nan if v is None else v for k, v in row.items()}) if row else ''
+    return [*([] if verdict == 'not above' else [words]), *([own] if own else [])]
+
 def _use(data, classes):
     "Intended use, and what is outside it."
     intended = [f'Research on classifying a single {data["kind"]} as one of: {", ".join(classes)}.',
@@ -200,7 +211,7 @@ def card_facts(
     spread = {k.split(' | ')[1]: v for k, v in summary.get('mean_sd', {}).items() if k.startswith(f'{role} | ')}
     taught = [dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')}) for r, t in model.get('taught_by', {}).items()]
     return dict(
-        card=1, name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
+        card=1, warnings=_warnings(run, fold, role), name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
         model=dict(role=role, arch=model['arch'], parameters=model.get('parameters', NOT), classes=classes or NOT, input=about.get('input', NOT),
                    outputs=about.get('outputs', NOT), taught_by=taught, kept=model.get('metrics', {}).get('kept', NOT)),
         use=_use(data, classes), data=data, measured=measured,
@@ -231,7 +242,7 @@ def _results_text(card):
     "Section of the measured numbers."
     m, role = card['measured'], card['model']['role']
     if m['why']: return ['', f'{m["why"][0].upper()}{m["why"][1:]}.', '']
-    def text(row, s): return '–' if row[s] is None else interval_text(*row[s], percent='%' in _SCORES[s])
+    def text(row, s): return '–' if row[s] is None else interval_text(*(np.nan if v is None else v for v in row[s]), percent='%' in _SCORES[s])
     rows = [[f'**{n}** (this one)' if n == role else n, *(text(r, s) for s in _SCORES)] for n, r in m['models'].items()]
     out = [f'Protocol. {m["protocol"]}', *_grid(['model', *_SCORES.values()], rows),
            'NLL, ECE and Brier score are of the probabilities as trained, before the temperature.', '', 'Each class against the rest, on the same test images:',
@@ -247,7 +258,10 @@ def _with_intervals(row):
     "A row of numbers, each estimate in one cell with its interval."
     row = {k.removesuffix('_difference'): v for k, v in row.items()}
     ends = {k for k in row if k.endswith(('_low', '_high')) and k.rpartition('_')[0] in row}
-    def text(k, v): return f'{_cell(v)} [{_cell(row[f"{k}_low"])}, {_cell(row[f"{k}_high"])}]' if f'{k}_low' in ends and v is not None else v
+    def text(k, v):
+        if f'{k}_low' not in ends or v is None: return v
+        low, high = row[f'{k}_low'], row[f'{k}_high']
+        return f'{_cell(v)} {NO_INTERVAL}' if low is None else f'{_cell(v)} [{_cell(low)}, {_cell(high)}]'
     return {k: text(k, v) for k, v in row.items() if k not in ends}
 
 def _decision_text(card):
@@ -343,7 +357,8 @@ def card_text(
     section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_cell(c["machine"])}.',
                                     f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
     section('Where it comes from', *_grid(['what', 'value'], list(_leaves(s))))
-    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '', *out])
+    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '',
+                      *(f'**Warning.** {w}\n' for w in card['warnings']), *out])
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 def model_card(

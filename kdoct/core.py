@@ -6,9 +6,10 @@
 __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_json', 'read_json',
            'sha256_file', 'locked', 'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe',
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
-           'parse_overrides', 'preset', 'require_extra', 'require_packaged_weights', 'require_same_arch',
-           'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores', 'provenance', 'Run',
-           'create_run', 'open_run', 'record', 'is_finished', 'stage_command', 'as_typed', 'open_stage']
+           'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
+           'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
+           'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command', 'as_typed',
+           'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -216,13 +217,15 @@ class TrainRecipe(Part):
     "One network and how it is trained (notebooks 02, 02b, 03, 04)."
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
     weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
-                         "a .safetensors/.pth file, or the folder of a bundle (of another run)")
+                         "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)")
+    train:bool = Field(True, description="false: a teacher of one's own, the network in the model folder `weights`, which is used as it is")
     size:int|None = Field(None, ge=32, le=1024, description="side of this network's input [px]; empty: data.size")
     drop_rate:float = Field(0.2, ge=0, lt=1, description="dropout before the classifier [probability]")
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
-    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part")
+    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part, "
+                                                     "whose mean over its images is 1")
     label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
     mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
     mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
@@ -231,12 +234,13 @@ class TrainRecipe(Part):
     epochs:int = Field(8, ge=1, description="passes over the training part")
     patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
     monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
-    batch_size:int = Field(32, ge=1, description="images a forward pass")
-    accumulate:int = Field(1, ge=1, description="forward passes an optimiser step")
+    batch_size:int = Field(32, ge=1, description="most images a forward pass, in one process: as many as its memory holds")
+    accumulate:int = Field(1, ge=1, description="a step has batch_size * accumulate images, in this many forward passes, or fewer where several "
+                           "processes share them")
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
-    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the classifier; empty: the backbone's")
-    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases have none")
-    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the classifier learns and the backbone is in eval mode")
+    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the head; empty: the backbone's")
+    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms, biases, tokens and tables of positions have none")
+    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the head learns and the backbone is in eval mode")
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
     warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
     lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
@@ -254,6 +258,8 @@ class TrainRecipe(Part):
 
     @model_validator(mode='after')
     def _consistent(self):
+        if not self.train and self.weights in ('package', 'hub', 'none'):
+            raise ValueError(f"train is false, and weights is {self.weights}: name the model folder of a trained network")
         if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
             raise ValueError(f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the last of {self.epochs}")
         if self.mix_prob > 0 and self.mixup == self.cutmix == 0: raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
@@ -330,8 +336,11 @@ class Recipe(Part):
 
     @model_validator(mode='after')
     def _known_teachers(self):
+        if not self.student.train: raise ValueError("student.train is false: only a teacher can be used as it is")
         for name in self.teachers:
             if not re.fullmatch(r'[a-z0-9_]+', name): raise ValueError(f"teachers: '{name}' is no name; use small letters, digits and '_'")
+            if not self.teacher.train and 'weights' not in self.teachers[name]:
+                raise ValueError(f"teachers: '{name}' names no weights, and those of `teacher` are used as they are")
             self.training(f'teacher-{name}')
         return self
 
@@ -354,13 +363,13 @@ class Recipe(Part):
             raise KdoctError(f"The recipe has no role '{role}'.", fix=f"It has: {', '.join((*self.teacher_roles, 'student', 'baseline'))}")
         changes = self.teachers[name]
         augment = self.teacher.augment.model_dump() | changes.get('augment', {})
-        return TrainRecipe.model_validate(self.teacher.model_dump() | changes | dict(augment=augment))
+        return TrainRecipe.model_validate(self.teacher.model_dump() | dict(train=True) | changes | dict(augment=augment))
 
     def override(self, **changes)->'Recipe':  # values by dotted name, e.g. **{'student.epochs': 3}
         "A copy with some fields changed; `KdoctError` for an unknown name or a value out of range."
         d = self.model_dump(mode='json')
         for name, value in changes.items(): _set_dotted(d, name, value)
-        return _validated(d)
+        return _validated(_as_model_folders_say(d, changes))
 
     @property
     def key(self)->str:  # 16 hexadecimal digits
@@ -407,6 +416,24 @@ def _listed(value):
     "Several texts from one with commas, 'NORMAL,CNV' or '[NORMAL,CNV]'; anything else as it is, numbers as text."
     if isinstance(value, str): value = [v.strip().strip('"\'') for v in value.strip().removeprefix('[').removesuffix(']').split(',') if v.strip()]
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+def _of_model_folder(
+    folder:str|Path,  # with model.safetensors and model.json
+)->dict:              # arch, size
+    "What a model folder decides of a recipe."
+    about = read_json(Path(folder)/'model.json')
+    return dict(arch=about['arch'], size=about['input_size'])
+
+def _as_model_folders_say(d:dict, given:dict)->dict:
+    "A recipe whose unchanged teachers have architecture and size of their folders, but where these are `given`."
+    def is_own(part): return part.get('train') is False and (Path(str(part.get('weights')))/'model.json').is_file()
+    if is_own(d['teacher']):
+        said = _of_model_folder(d['teacher']['weights'])
+        d['teacher'] = d['teacher'] | {k: v for k, v in said.items() if f'teacher.{k}' not in given}
+    if isinstance(d['teachers'], dict):
+        d['teachers'] = {name: _of_model_folder(part['weights']) | part if isinstance(part, dict) and is_own(part) else part
+                         for name, part in d['teachers'].items()}
+    return d
 
 def _validated(d:dict)->Recipe:
     "A recipe from a plain dict; pydantic's findings become one `KdoctError`."
@@ -506,11 +533,11 @@ _UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL')
 _SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
 
 def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
-    "Images a forward pass and passes a step, of teacher and student."
+    "Images a forward pass and passes a step, of teacher and student; the published steps have 16 images."
     return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
-PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))   # the student has BatchNorm: batches of 8, as published
 PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
 PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
@@ -554,7 +581,20 @@ def preset(
 )->Recipe:
     "The recipe called `name`, changed by `overrides`."
     if name not in PRESETS: raise KdoctError(f"There is no preset '{name}'.", fix=f"Known presets: {', '.join(sorted(PRESETS))}")
-    return Recipe(name=name).override(**{**PRESETS[name], **overrides})
+    return Recipe(name=name).override(**PRESETS[name]).override(**overrides)
+
+# %% ../nbs/00_core.ipynb #e96cd46d
+def own_teachers(
+    folders:list,  # model folders: the first becomes `teacher`, the others further teachers
+)->dict:           # changes of a recipe, by dotted name
+    "Changes that make trained networks the teachers of a run, all of them and as they are; `KdoctError` if one is no model folder."
+    if bad := [f for f in folders if not (Path(f)/'model.json').is_file()]:
+        raise KdoctError(f"{bad[0]} is no model folder: it has no model.json.",
+                         fix="Give the folder that a training (outputs/RUN/fold_K/teacher), kdoct import or kdoct export has written.")
+    parts = [dict(weights=Path(f).resolve().as_posix(), train=False) | _of_model_folder(f) for f in folders]
+    names = [re.sub('[^a-z0-9]+', '_', Path(f).resolve().name.lower()).strip('_') or 'own' for f in folders]
+    unique = [name if names.index(name) == i else f'{name}_{i + 1}' for i, name in enumerate(names)]
+    return {f'teacher.{k}': v for k, v in parts[0].items()} | {'teachers': dict(zip(unique[1:], parts[1:], strict=True))}
 
 # %% ../nbs/00_core.ipynb #c71c8404
 EXTRAS = {  # extra of the package -> what its requirements are imported as
@@ -588,13 +628,13 @@ def require_packaged_weights(
     require_extra('offline', PACKAGED_WEIGHTS[arch])
 
 def require_same_arch(
-    about:dict,  # model.json of the bundle
+    about:dict,  # model.json of the model folder
     folder:str,  # where it lies, for the message
     arch:str,    # timm name that is asked for
 ):
-    "`KdoctError` if a bundle is of another architecture (a tag after the dot names weights, not an architecture)."
+    "`KdoctError` if a model folder is of another architecture (a tag after the dot names weights, not an architecture)."
     if about['arch'].split('.')[0] != arch.split('.')[0]:
-        raise KdoctError(f"The bundle in {folder} is a {about['arch']}, not a {arch}.",
+        raise KdoctError(f"The network in {folder} is a {about['arch']}, not a {arch}.",
                          fix=f"Ask for that one ({about['arch']}), or give other weights.")
 
 def require_weights(
@@ -605,10 +645,17 @@ def require_weights(
     if recipe.weights == 'package': return require_packaged_weights(recipe.arch)
     path = Path(recipe.weights)
     if (path/'model.json').is_file():
-        require_same_arch(read_json(path/'model.json'), recipe.weights, recipe.arch)
+        about = read_json(path/'model.json')
+        require_same_arch(about, recipe.weights, recipe.arch)
+        if not recipe.train and recipe.size not in (None, about['input_size']):
+            raise KdoctError(f"The network in {path} takes {about['input_size']} px, not {recipe.size} px, and is used as it is.",
+                             fix="Leave its size out: it is taken from the folder, and pictures are resized to it.")
+    elif not recipe.train:
+        raise KdoctError(f"{path} is no model folder, so its classes and its size are not known; as a teacher it cannot be used as it is.",
+                         fix="Make one of a weight file: kdoct import FILE --model NAME --classes A,B,C")
     elif not path.is_file():
-        raise KdoctError(f"There is no weight file {path}, and no bundle.",
-                         fix="Give package, hub, none, an existing file, or the folder of a bundle.")
+        raise KdoctError(f"There is no weight file {path}, and no model folder.",
+                         fix="Give package, hub, none, an existing file, or a model folder.")
 
 # %% ../nbs/00_core.ipynb #3e8096a6
 def require_data_root(
@@ -853,7 +900,7 @@ def open_stage(
     fold:int=0,                  # fold, counted from 0
     data_root:str|int='',        # folder of the images; '' means the recipe's
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
-    teacher:str='',              # timm name of the teacher; '' means the recipe's
+    teacher:str='',              # timm name of the teacher, or the model folder of one that is used as it is; '' means the recipe's
     student:str='',              # timm name of the student; '' means the recipe's
     before:dict|None=None,       # earlier stages: name -> function of (run, fold); made where missing, in a test and in the demo
     extra:tuple[str, ...]=(),    # names of further parameters of this notebook
@@ -862,8 +909,10 @@ def open_stage(
     injected = _injected_names()
     _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
     if os.environ.get('IN_TEST'): return _test_stage(before or {})
-    given = {'data.root': as_typed('data_root', data_root), 'teacher.arch': teacher, 'student.arch': student}
-    changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in given.items() if v}
+    own = bool(teacher) and (Path(teacher)/'model.json').is_file()
+    named = {'data.root': as_typed('data_root', data_root), 'teacher.arch': '' if own else teacher, 'student.arch': student}
+    changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in named.items() if v}
+    if own: changes |= own_teachers([teacher])
     name = as_typed('run', run) or preset_name or 'demo'
     if (outputs_root()/name/'run.json').exists():
         base = preset(preset_name) if preset_name else open_run(name).recipe

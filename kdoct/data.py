@@ -120,7 +120,8 @@ FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000')
 MAX_PIXELS = 89_478_485                 # PIL's own limit: a quarter of a gigabyte in RGB
 MIN_SIDE, MAX_ASPECT = 32, 8            # OCT B-scans in use: 496 x 512 to 496 x 1536
 _JPEG_2000 = (b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')   # a file, or nothing but the code
-_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'RIFF', *_JPEG_2000)
+_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'RIFF',
+               *_JPEG_2000)
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
 
@@ -134,18 +135,22 @@ _OTHER_FILES = (  # first byte of the mark, mark, what the file is
     (0, b'version https://git-lfs', "a Git LFS pointer, not the file: fetch it with 'git lfs pull'"),
     (0, b'\x93NUMPY', "a NumPy array: save each picture as PNG or TIFF"),
     (0, b'PK\3\4', "a ZIP archive: unpack it first"), (0, b'\x1f\x8b', "a gzip archive: unpack it first"),
-    (0, b'\x89HDF', "an HDF5 file: save each picture as PNG or TIFF"), (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"),
-    (0, b'%PDF', "a PDF"), (0, b'<!DOCTYPE html', "a web page: the download has failed"), (0, b'<html', "a web page: the download has failed"),
-    (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"), (4, b'ftypheic', "HEIC: export it as JPEG or PNG"),
-    (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
+    (0, b'\x89HDF', "an HDF5 file: save each picture as PNG or TIFF"),
+    (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"), (0, b'%PDF', "a PDF"),
+    (0, b'<!DOCTYPE html', "a web page: the download has failed"),
+    (0, b'<html', "a web page: the download has failed"),
+    (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"),
+    (4, b'ftypheic', "HEIC: export it as JPEG or PNG"), (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
 
 def other_file(
     begin:bytes,  # the first bytes of a file; 160 are enough
 )->str:           # '': nothing that is known
     "What a file is that is no picture."
     if begin.startswith(b'PK\3\4') and b'.npy' in begin:
-        return "a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them with their labels in a table"
-    return next((what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower())), '')
+        return ("a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them with their labels "
+                "in a table")
+    found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
+    return next(found, '')
 
 # %% ../nbs/01_data.ipynb #83621e37
 def full_pages(
@@ -158,7 +163,8 @@ def full_pages(
     kept = []
     for i in range(n):
         im.seek(i)
-        if not im.tag_v2.get(254, 0) & 5 and im.tag_v2.get(255, 1) != 2: kept.append(i)   # NewSubfileType: bit 0 smaller, bit 2 a mask
+        other = im.tag_v2.get(254, 0) & 5 or im.tag_v2.get(255, 1) == 2   # bit 0: a smaller copy; bit 2: a mask
+        if not other: kept.append(i)
     im.seek(kept[0] if kept else 0)
     return kept
 
@@ -166,42 +172,49 @@ def full_pages(
 logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
 
 def _shaped_claims(t:TiffFile)->tuple[int, int]:
-    "Pictures, and channels of each, that the descriptions of a file by tifffile claim; one stands before every series."
+    "Pictures, and channels of each, that tifffile's descriptions claim; one stands before every series."
     n, channels, at = 0, 1, 0
     while at < len(t.pages):
         page = t.pages[at]
-        said = shaped_description_metadata(page.shaped_description) if page.shaped_description else {'shape': page.shape}
+        text = page.shaped_description
+        said = shaped_description_metadata(text) if text else {'shape': page.shape}
         claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
-        channels = max(channels, dict(zip(said.get('axes', ''), said['shape'], strict=False)).get('C', 1))
+        sizes = dict(zip(said.get('axes', ''), said['shape'], strict=False))
+        channels = max(channels, sizes.get('C', 1))
         n, at = n + claimed, at + (1 if said.get('truncated') else claimed)
     return n, channels
 
 def _claims(t:TiffFile)->tuple[int, int]:
-    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, every one in a page of its own."
+    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, a page each."
     page = t.pages.first
     if t.is_imagej:
-        said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in ('images', 'slices', 'frames', 'channels')}
+        counted = ('images', 'slices', 'frames', 'channels')
+        said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
         channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
-        images = said['images'] if page.samplesperpixel == 1 else 1   # of colour, some writers count the samples too
+        images = said['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
         return max(said['slices']*said['frames']*channels, images), channels
     if page.shaped_description: return _shaped_claims(t)
     if t.is_stk: return int(t.stk_metadata['NumberPlanes']), 1
-    if t.is_ome: return 0, max(dict(zip(s.axes, s.shape, strict=True)).get('C', 1) for s in t.series)
+    if t.is_ome:
+        sizes = [dict(zip(s.axes, s.shape, strict=True)) for s in t.series]
+        return 0, max(s.get('C', 1) for s in sizes)
     return 0, 1
 
 # %% ../nbs/01_data.ipynb #2fa20f5a
 class TiffStack(NamedTuple):
     "What the description of a TIFF adds to its directories."
-    pictures:np.ndarray|None=None  # (n, h, w) or (n, h, w, 3) uint8, where one directory stands for n pictures
+    pictures:np.ndarray|None=None  # (n, h, w[, 3]) uint8, where one directory stands for n pictures
     notes:tuple[str, ...]=()       # what is unusual, in words
 
 def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
-    "The `n` pictures that begin with the one of `page`; `BadImage` where they are not there, or not 8-bit grey or RGB."
+    "The `n` pictures that begin with the one of `page`; `BadImage` unless they are there, 8-bit grey or RGB."
     at = page.dataoffsets[0] if page.dataoffsets else 0
-    if at + n*page.nbytes > len(data): raise BadImage('truncated', f"its description claims {n} pictures; 1 can be found")
+    if at + n*page.nbytes > len(data):
+        raise BadImage('truncated', f"its description claims {n} pictures; 1 can be found")
     plain = page.is_contiguous and page.dtype == np.uint8 and page.planarconfig == 1
     if not plain or page.photometric > 2 or page.tags.valueof(274, 1) != 1:
-        raise BadImage('wrong-mode', f"{n} pictures in one directory, and not 8 bits, grey or RGB, upright and uncompressed")
+        what = "and not 8 bits, grey or RGB, upright and uncompressed"
+        raise BadImage('wrong-mode', f"{n} pictures in one directory, {what}")
     a = np.frombuffer(data, np.uint8, n*page.nbytes, at).reshape(n, *page.shape)
     return 255 - a if page.photometric == 0 else a   # 0: white is zero
 
@@ -214,16 +227,18 @@ def _one_directory(data:bytes, t:TiffFile)->TiffStack:
         what = f"its colours, or {planes} B-scans? Save it as PNG"
         raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
     if 1 < channels < max(n, there):
-        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which one is meant is not known")
-    notes = (f"its description says {channels} channels, not slices: are they B-scans?",) if channels > 1 else ()
+        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known")
+    doubt = f"its description says {channels} channels, not slices: are they B-scans?"
+    notes = (doubt,) if channels > 1 else ()
     if n <= there: return TiffStack(None, notes)
-    if there > 1: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+    if there > 1:
+        raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
     return TiffStack(_hidden_pictures(data, page, n), notes)
 
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
-    "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or cannot be told apart."
+    "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
     except BadImage: raise
@@ -235,7 +250,8 @@ def _tiff_words(data:bytes)->str:
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
             page = t.pages.first
-            return f"a TIFF of {page.dtype}, {page.samplesperpixel} channels, compression {page.compression}"
+            kind, n = page.dtype, page.samplesperpixel
+            return f"a TIFF of {kind}, {n} channels, compression {page.compression}"
     except Exception: return ''  # noqa: BLE001 (it is damaged, then)
 
 # %% ../nbs/01_data.ipynb #0feb7781
@@ -246,8 +262,10 @@ def _open(data:bytes)->Image.Image:
         pages, stack = full_pages(im), tiff_stack(data).pictures if im.format == 'TIFF' else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadImage('decompression-bomb', str(e)) from e
     except UnidentifiedImageError as e:
-        if what := _tiff_words(data) if data[:2] in (b'II', b'MM') else '': raise BadImage('wrong-mode', what) from e
-        raise BadImage('corrupt' if data.startswith(_SIGNATURES) else 'not-an-image', other_file(data[:160])) from e
+        what = _tiff_words(data) if data[:2] in (b'II', b'MM') else ''
+        if what: raise BadImage('wrong-mode', what) from e
+        kind = 'corrupt' if data.startswith(_SIGNATURES) else 'not-an-image'
+        raise BadImage(kind, other_file(data[:160])) from e
     except _DECODE_ERRORS as e: raise _broken(e) from e
     if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
     w, h = im.size
@@ -265,7 +283,8 @@ def check_values(
 ):
     "`BadImage` unless its channels have 8 bits without a sign at most."
     if (bits := _bits(im, data)) > 8: raise BadImage('wrong-mode', f"mode {im.mode}, {bits} bits a channel")
-    if _signed(im, data): raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
+    if _signed(im, data):
+        raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
     if im.format == 'JPEG2000' and not features.check('jpg_2000'):
         raise BadImage('not-an-image', "JPEG 2000, which this build of Pillow does not decode")
 
@@ -279,7 +298,8 @@ def _bits(im:Image.Image, data:bytes)->int:
 
 def _signed(im:Image.Image, data:bytes)->bool:
     "Whether numbers below 0 occur; PIL takes them for large ones."
-    if im.format == 'TIFF': return any(f not in (1, 4) for f in im.tag_v2.get(339, (1,)))   # 1: unsigned, 4: not said
+    unsigned = (1, 4)   # 4: not said
+    if im.format == 'TIFF': return any(f not in unsigned for f in im.tag_v2.get(339, (1,)))
     return im.format == 'JPEG2000' and any(b & 128 for b in _jpeg_2000_depths(data))
 
 def _jpeg_2000_depths(data:bytes)->bytes:
@@ -302,11 +322,13 @@ def decoded(
     im:Image.Image,                 # an opened file, at one of its pages
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
-    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)   # PIL turns a TIFF while it decodes, and forgets
+    # PIL turns a TIFF while it decodes it, and forgets that it has
+    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)
     im.load()
     out, notes = _plain(im)
     if turned: notes.append('exif-rotated')
-    if im.format == 'TIFF' and 0 in im.tag_v2.get(338, ()): notes.append('extra-channels')   # 0: not said what they are
+    unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
+    if unsaid: notes.append('extra-channels')
     return out, notes
 
 # %% ../nbs/01_data.ipynb #d181ddc8
@@ -316,7 +338,8 @@ _JPEG_MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])')   # those with a 
 def _behind_jpeg(data:bytes)->list[str]:
     "Notes on what follows the first picture of a JPEG file; `BadImage` if that has no end."
     at = 2
-    while (m := _JPEG_MARKER.search(data, at)) and m[1] != b'\xd9': at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
+    while (m := _JPEG_MARKER.search(data, at)) and m[1] != b'\xd9':
+        at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
     if not m: raise BadImage('truncated', "the end marker is missing")
     rest = data[m.end():].rstrip(b'\0')
     return ['several-pictures' if b'\xff\xd8\xff' in rest else 'trailing-data'] if rest else []
@@ -328,7 +351,8 @@ def decode_image(
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise KdoctError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: torn files would be filled with grey.", fix="Set it to False.")
     im = _open(data)
-    if _ENDS.get(im.format, b'') not in data: raise BadImage('truncated', "the end marker is missing")
+    if _ENDS.get(im.format, b'') not in data:
+        raise BadImage('truncated', "the end marker is missing")
     try:
         out, notes = decoded(im)
         if im.format == 'PNG': Image.open(io.BytesIO(data)).verify()
@@ -353,7 +377,7 @@ COLOURED = 0.5
 def main_colour(
     im:Image.Image,  # mode L or RGB
 )->float:            # 0-1
-    "Share of the pixels that are coloured in one and the same way: the commonest order of red, green and blue."
+    "Share of pixels that are coloured in one way: the commonest order of red, green and blue."
     if im.mode == 'L': return 0.
     a = np.asarray(im).reshape(-1, 3).astype(np.int16)
     order = (a[:, 0] > a[:, 1]) + 2*(a[:, 1] > a[:, 2]) + 4*(a[:, 0] > a[:, 2])

@@ -21,7 +21,7 @@ from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher
 from .models import Classifier, class_order, load_bundle
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache, picture_facts
-from .training import batch_number, best_device, train_role
+from .training import best_device, step_number, train_role
 
 # %% ../nbs/04_distill.ipynb #d9c37add
 def as_teacher(
@@ -234,8 +234,8 @@ Distill.build, Distill.answer, Distill.teach = _build, _answer, _teach
 
 # %% ../nbs/04_distill.ipynb #27532cd2
 def _asked(self:Distill)->list[str]:
-    "Roles of the teachers that are asked about this batch."
-    return self.ask.asked(batch_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter)
+    "Roles of the teachers that are asked about this batch; `turn` changes them with the optimiser's steps."
+    return self.ask.asked(step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter)
 
 def _teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
     "What the teachers say to this batch, together."

@@ -7,7 +7,8 @@ __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_fig
            'coverage_figure', 'history_figure', 'worst_mistakes', 'mistakes_figure', 'counts_of', 'counts_figure',
            'folds_figure', 'views_figure', 'teachers_together', 'fold_models', 'complete_folds', 'is_evaluated',
            'fold_variants', 'pool_variants', 'fold_judged', 'pool_judged', 'costs_of', 'ensemble', 'ensemble_section',
-           'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
+           'sections_of', 'folds_summary', 'warnings_of', 'fold_figures', 'evaluate_fold', 'show_figures',
+           'evaluate_run']
 
 # %% ../nbs/05_evaluate.ipynb #87dea3db
 import io
@@ -30,12 +31,13 @@ from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_js
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
 from .judged import Judged, judged_sections, read_judged
+from .probe import run_verdict
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, risk_coverage, targets_of
-from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, classes_section, costs_section
+from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, blanked_warning, classes_section, costs_section, folds_section
 from .tables import differences_of, patients_section, protocol_of, read_variants, scores_section, selection_section, shown
-from .tables import shown_differences, shown_folds, table_of, views_differences, views_section
+from .tables import shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
@@ -578,6 +580,52 @@ def sections_of(
     return {k: s for k, s in made.items() if s is not None}
 
 # %% ../nbs/05_evaluate.ipynb #31722e62
+def folds_summary(
+    run:Run|str,  # run or its name
+    folds:list[int]|None=None,  # folds to sum up; None: all in which the three models have predictions
+) -> Section:  # mean and standard deviation of slices, weights and views
+    "The summary over folds from the files that training left, also of runs finished long ago."
+    run = _opened(run)
+    folds = complete_folds(run) if folds is None else sorted(set(folds))
+    if not folds: raise KdoctError(f"No fold of run '{run.name}' has predictions of all three models.",
+                                   fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
+    models = {k: fold_models(run, k) for k in folds}
+    return folds_section({k: (m, *fold_variants(run, k, m)) for k, m in models.items()}, run.recipe.data.n_folds, run.recipe.evaluate.views)
+
+def warnings_of(
+    run:Run,  # the run
+    sections:dict[str, Section]|None=None,  # of its results; None: there are none yet
+) -> list[str]:  # sentences
+    "What must be known before any score is read: shortcuts, leaks, doubtful labels, decisions that could not be made."
+    sections, data = sections or {}, run.stage('data')
+    verdict, words = run_verdict(run)
+    out = [f'Shortcut. {words}'] if verdict == 'above' else []
+    if 'blanked' in sections: out += [w for m, r in sections['blanked'].table.iterrows() if (w := blanked_warning(m, r))]
+    if leak := data.get('leak'):
+        out.append(f'The published leak is kept: {leak["groups"]} tested groups were trained on too; '
+                   'the scores are too good.')
+    out += [f'The validation part of fold {k} has no image of {", ".join(c)}: what was chosen on it knows nothing of that class.'
+            for k, c in (data.get('val_lacks') or {}).items() if c]
+    if n := _torn_duplicates(run):
+        out.append(f'{n} near-duplicates have another class than the image that they copy: one of the two labels is wrong. audit.csv names them.')
+    return out + _unfitted(sections)
+
+def _torn_duplicates(run):
+    "Near-duplicates of an image of another class, as the audit noted them."
+    path = run.path/'audit.csv'
+    found = pd.read_csv(path, dtype=str).fillna('') if path.is_file() else pd.DataFrame()
+    if not {'problem', 'detail'} <= set(found): return 0
+    return int(((found.problem == 'near-duplicate') & found.detail.str.contains(', which is ', regex=False)).sum())
+
+def _unfitted(sections):
+    "Decisions that could not be fitted as wished, one sentence a table."
+    out = []
+    for s in (sections[k] for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers') if k in sections and 'note' in sections[k].table):
+        note = s.table.note.fillna('')
+        if (note != '').any():
+            out.append(f'{s.title}: not fitted as wished for {"; ".join(f"{name} ({n})" for name, n in note.items() if n)}. See Decisions.')
+    return out
+
 def _tables(run, each, models, notes=()):
     "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
@@ -597,7 +645,7 @@ def _tables(run, each, models, notes=()):
     params = {m: d.get('parameters') for m, d in about.items()}
     if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
     return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
-                sections=sections, decided=decided)
+                sections=sections, decided=decided, warnings=warnings_of(run, sections))
 
 def _weights_text(run, folds):
     "How much each teacher counted, fold by fold."
@@ -607,7 +655,8 @@ def _weights_text(run, folds):
 def _plain_tables(result):
     "The same as JSON wants it."
     plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in result['sections'].items()}
-    return dict(protocol=result['protocol'], table=_numbers(result['table']), differences=_numbers(result['differences']), sections=plain)
+    return dict(warnings=result['warnings'], protocol=result['protocol'], table=_numbers(result['table']),
+                differences=_numbers(result['differences']), sections=plain)
 
 def _numbers(t):
     "A frame as nested dicts: row -> column -> value, a row's tuple joined."
@@ -647,12 +696,15 @@ def _print(text): print(textwrap.fill(text, 118), end='\n\n')
 def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
+    for w in result['warnings']: _print(f'WARNING: {w}')
     print(shown(table).drop(columns='note', errors='ignore').T.to_string(), *(f'note on {m}: {n}' for m, n in table.note.items() if n), '', sep='\n')
     print(shown_differences(result['differences']).T.to_string(), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
         print(s.title, s.texts.drop(columns='note', errors='ignore').to_string(), sep='\n\n')
         _print(s.caption)
+        for name, n in (s.table.note.items() if 'note' in s.table else ()):
+            if n: _print(f'note on {name}: {n}')
     print(f"written in run '{run.name}':", *(f.relative_to(run.path).as_posix() for f in files), sep='\n  ')
 
 # %% ../nbs/05_evaluate.ipynb #c0b18dae
@@ -718,6 +770,7 @@ def evaluate_run(
     models = _pool(each, run.recipe.data.protocol)
     made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in dict.fromkeys(m for some in each.values() for m in some)
                                        if m not in models])
+    made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
     drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}), folds=folds_figure(per_fold))
@@ -727,6 +780,5 @@ def evaluate_run(
                                              per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
     run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
     result = made | dict(folds=summary, per_fold=per_fold, figures=figures)
-    if verbose and len(folds) > 1: print(f'mean ± sd over {len(folds)} folds', shown_folds(summary).T.to_string(), 'all test images', sep='\n\n', end='\n\n')
     if verbose: _say(run, result, [run.path/'summary.json', *figures.values()])
     return result

@@ -348,7 +348,7 @@ def _bytes_of_picture(picture)->bytes:
         im = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         im.load()                                          # turns a TIFF, and takes its orientation away
         exif, out = Image.Exif(), io.BytesIO()
-        exif[0x0112] = im.getexif().get(0x0112, 1)         # nothing else: a description may speak of a whole stack
+        exif[0x0112] = im.getexif().get(0x0112, 1)         # alone: a description may be that of a stack
         im.save(out, 'TIFF', exif=exif)
     except TypeError as e:
         raise KdoctError(f"An array of {picture.dtype} {picture.shape} is no picture.", fix="Give uint8 (h, w) or (h, w, 3).") from e
@@ -413,10 +413,11 @@ def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     return scan._replace(image=None), picture
 
 def _check_content(im:Image.Image, channels:int):
-    "`BadImage` where the audit would have refused the picture, or where a network that knows grey pictures only is shown a coloured one."
+    "`BadImage` where the audit refuses the picture, or a network that knows only grey ones is shown a coloured one."
     if is_blank(im): raise BadImage('blank')
     if channels == 1 and (share := main_colour(im)) > COLOURED:
-        raise BadImage('not-a-bscan', f"a colour picture ({100*share:.0f} % of its pixels), as of the fundus; the network was trained on grey ones only")
+        seen = f"a colour picture ({100*share:.0f} % of its pixels), as of the fundus"
+        raise BadImage('not-a-bscan', f"{seen}; the network was trained on grey ones only")
 
 def _weight(item:tuple)->int:
     "Bytes of what `_prepare` gives."

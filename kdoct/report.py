@@ -16,9 +16,9 @@ import pandas as pd
 from .card import formats_table
 from .core import KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
-from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated
-from .probe import probe_table
-from .tables import TOGETHER, shown, shown_differences, shown_folds
+from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated, warnings_of
+from .probe import probe_table, run_verdict, shortcut_verdict
+from .tables import TOGETHER, shown, shown_differences
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -126,7 +126,6 @@ def _results(run, result, folds):
     "Sentence, protocol and tables of the complete folds."
     r, what, by = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together', _short_protocol(run, folds)
     tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.', by)]
-    if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.', by))
     tables.append(_table(shown_differences(r['differences']), 'difference',
                          'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.', by))
     if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.', by))
@@ -157,8 +156,8 @@ def _probe_table(probe):
     "The features that tell most of the class without being retina."
     t = probe_table(probe).head(8)
     numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
-    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {probe['sentence']} Columns: balanced accuracy "
-                  'of the feature alone on held-out patients, and its mean in each class.')
+    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {shortcut_verdict(probe)[1]} "
+                  'Columns: balanced accuracy of the feature alone on held-out patients, and its mean in each class.')
 
 # %% ../nbs/05b_report.ipynb #d79037d3
 def _recipe_table(run):
@@ -206,13 +205,10 @@ def _troubles(run, facts, folds):
     return out
 
 def _remarks(facts):
-    "What stages noted on the way, and what is known to be wrong with the data."
+    "What stages noted on the way, and what the audit found."
     stages = facts.get('stages', {})
     out = [f'{key}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
-    data = stages.get('data', {})
-    if leak := data.get('leak'): out.append(f'data: the published leak is kept, {leak["groups"]} tested groups were trained on too; the scores are too good')
-    out += [f'data: validation of fold {k} has no image of {", ".join(c)}' for k, c in (data.get('val_lacks') or {}).items() if c]
-    return out + [f'data: the audit found {n} {p}' for p, n in (data.get('problems') or {}).items()]
+    return out + [f'data: the audit found {n} {p}' for p, n in (stages.get('data', {}).get('problems') or {}).items()]
 
 # %% ../nbs/05b_report.ipynb #3d06f994
 _CSS = '''
@@ -273,13 +269,18 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {%- if version %} {{ version }}{% endif %}
 {%- if git %}, commit {{ git[:12] }}{% endif %}. For research; not for diagnosis.</p></header>
 <nav aria-label="Sections"><ul>{% for id, title in sections %}<li><a href="#{{ id }}">{{ title }}</a></li>{% endfor %}</ul></nav>
-<main><section id="results"><h2>Results</h2>
+<main>{% if warnings or troubles %}<section id="first"><h2>Read this first</h2><ul class="bad">{% for w in warnings %}<li>{{ w }}</li>{% endfor %}
+{% if troubles %}<li>{{ troubles|length }} {{ "stage or model has" if troubles|length == 1 else "stages or models have" }}
+failed or {{ "is" if troubles|length == 1 else "are" }} missing: <a href="#wrong">What went wrong</a>.</li>{% endif %}</ul></section>{% endif %}
+<section id="results"><h2>Results</h2>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
 {{ parts(results.sections.results) }}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
 <section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>
+{% elif warnings %}<p>No stage failed and no model is missing in the folds shown here. What was found in the data and the results stands at the top:
+<a href="#first">Read this first</a>.</p>
 {% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}
 {% if remarks %}<h3>Noted on the way</h3><ul>{% for t in remarks %}<li>{{ t }}</li>{% endfor %}</ul>{% endif %}</section>
 <section id="decisions"><h2>Decisions</h2>{% if results and results.sections.decisions %}{{ parts(results.sections.decisions) }}
@@ -315,12 +316,15 @@ def report_html(
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
         raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
                          fix='Give the result of `evaluate_run` on the same folds.')
-    results = _results(run, result or evaluate_run(run, use, verbose=False), use) if use else None
+    if use: result = result or evaluate_run(run, use, verbose=False)
+    results, warnings = _results(run, result, use) if use else None, warnings_of(run, result['sections'] if use else None)
+    verdict, words = run_verdict(run)
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
         run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
-        troubles=_troubles(run, facts, asked), remarks=_remarks(facts), formats=_formats(facts),
+        warnings=warnings, troubles=_troubles(run, facts, asked),
+        remarks=[*([words] if verdict == 'not known' else []), *_remarks(facts)], formats=_formats(facts),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
         data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))

@@ -135,3 +135,22 @@ def test_what_was_not_recorded_is_said(run):
 def test_energy_is_shown_where_stages_recorded_it(run):
     for role in ("teacher", "student"): run.record(f"fold_0/{role}", energy_kwh=0.25)
     assert "Energy [kWh]: 0.5." in model_card({}, run, 0, "student")[0]
+
+
+def test_a_shortcut_stands_at_the_top_of_the_card(run):
+    path = run.path / "probe.json"
+    found = dict(images=60, of=60, images_a_group=1, groups=30, balanced_accuracy=.78, interval=[.7, .85], chance=.25, above_chance=True, worst=None)
+    write_json(path, found)
+    try: text, card = model_card({}, run, 0, "student")
+    finally: path.unlink()
+    words = "predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %"
+    assert words in card["warnings"][0] and 0 < text.index(words) < text.index("## Network")
+
+
+def test_a_score_without_an_interval_is_kept_and_said(run):
+    path = run.fold_dir(0) / "evaluation.json"
+    e = read_json(path)
+    e["table"]["student"] |= dict(sensitivity=0.75, sensitivity_low=None, sensitivity_high=None)
+    write_json(path, e)
+    text, card = model_card({}, run, 0, "student")
+    assert "75.0 (no interval)" in text and card["measured"]["models"]["student"]["sensitivity"] == [0.75, None, None]

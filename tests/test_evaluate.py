@@ -176,7 +176,7 @@ def test_run_pools_folds_and_keeps_their_spread(run):
     assert r['table'].accuracy['student'] == pytest.approx(np.average([e['accuracy'] for e in each], weights=n))
     summary = read_json(run.path/'summary.json')
     assert summary['folds'] == [0, 1] and len(summary['per_fold']) == 6
-    assert 'mean ± sd over 2 folds' in said and 'same fold only' in said
+    assert 'standard deviation over 2 folds' in ' '.join(said.split()) and 'same fold only' in said
 
 
 def test_a_patient_tested_in_two_folds_is_refused():
@@ -465,3 +465,113 @@ def test_report_takes_a_result_that_is_there(viewed, monkeypatch):
 def test_report_before_any_model(run):
     path, _ = quiet(R.report_html, create_run('new', preset('tiny')))
     assert 'nothing to compare' in path.read_text()
+
+
+def test_a_point_is_not_shown_as_an_interval():
+    df = models()['student']
+    rare = pd.concat([df[df.label != 'DME'], df[df.label == 'DME'].head(1)], ignore_index=True)
+    t = T.table_of({'student': rare}, {'student': 1})
+    assert t.loc['student', 'macro sensitivity %'].endswith('(no interval)') and '[' in t.loc['student', 'accuracy %']
+    assert re.search(r'\d+ of 1000 resamples lacked a class: no interval', t.note['student'])
+    each = T.classes_section({'student': rare}, preset('tiny').evaluate)
+    assert each.texts.loc['student, DME', 'sensitivity %'].endswith('(no interval)') and 'no interval of sensitivity' in each.table.note['student, DME']
+    d = T.shown_differences(T.differences_of(dict(teacher=rare, student=rare, baseline=rare)))
+    assert d.loc['student - baseline', 'macro sensitivity (points)'] == '+0.0 (no interval)'
+
+
+def test_an_unknown_interval_is_not_read_as_at_chance():
+    df = models()['student']
+    rare = pd.concat([df[df.label != 'DME'], df[df.label == 'DME'].head(1)], ignore_index=True)
+    s = T.blanked_section({'student': {('swa', T.BLANKED): rare}}, preset('tiny').evaluate)
+    assert s.table.chance['student'].startswith('not known')
+
+
+def neh_like(df): return df.assign(patient_label=df.label, label=df.label.where(df.slice != 1, 'NORMAL'))
+
+
+def neh_fold(k, kept='swa'):
+    own = {r: neh_like(df) for r, df in models(fold=k).items()}
+    other = {r: neh_like(df) for r, df in models(70, fold=k).items()}   # same kind of images, other logits
+    variants = {r: {('swa', T.ONE): df, ('swa', T.MANY): other[r], ('checkpoint', T.ONE): other[r]} for r, df in own.items()}
+    return own, variants, dict.fromkeys(ROLES, kept)
+
+
+def test_the_published_quantity_is_mean_and_population_deviation_of_the_chosen_slices():
+    each = {k: neh_fold(k) for k in range(3)}
+    s = T.folds_section(each, 3, ('identity', 'hflip'))
+    row = s.table.loc['teacher, published selection, kept weights, averaged views']
+    chosen = [t[t.label == t.patient_label] for t in (variants['teacher']['swa', T.MANY] for _, variants, _ in each.values())]
+    values = pd.DataFrame([evaluate_predictions(t) for t in chosen])
+    for m in ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1', 'auc'):
+        assert row[m] == pytest.approx(values[m].mean()) and row[f'{m}_sd'] == pytest.approx(values[m].std(ddof=0))
+    assert row['is'] == 'published quantity' and 'ddof 0' in s.caption
+    assert s.table['is']['teacher, all slices, kept weights, one view'] == 'main table'
+    assert 'teacher, all slices, checkpoint, one view' in s.table.index and 'teacher, all slices, swa, one view' not in s.table.index
+
+
+def test_missing_folds_and_rows_of_the_summary_are_said():
+    each = {k: neh_fold(k) for k in (0, 2)}
+    del each[2][1]['teacher']['checkpoint', T.ONE]
+    s = T.folds_section(each, 3, ('identity', 'hflip'))
+    name = 'teacher, all slices, checkpoint, one view'
+    assert 'not in this table: 1' in s.caption and s.table.note[name] == 'fold 2 has none'
+    assert s.texts.folds[name] == '1' and '±' not in s.texts.loc[name, 'accuracy %']
+    alone = T.folds_section({0: each[0]}, 3, ())
+    assert 'One fold only' in alone.caption and not alone.texts.astype(str).apply(lambda c: c.str.contains('±')).any().any()
+
+
+def test_without_a_diagnosis_no_row_is_called_published():
+    each = {k: (models(fold=k), {}, {}) for k in range(2)}
+    s = T.folds_section(each, 2, ())
+    assert 'published selection of slices is not known' in s.caption and not s.table['is'].str.contains('published').any()
+
+
+def test_the_summary_over_folds_needs_files_only(viewed):
+    run, _, pooled = viewed
+    (run.path/'summary.json').unlink()
+    again, s = E.folds_summary(run), pooled['sections']['folds']
+    pd.testing.assert_frame_equal(again.table, s.table)
+    (_, said) = quiet(E.evaluate_run, run)
+    saved, row = read_json(run.path/'summary.json')['sections']['folds'], 'teacher, all slices, kept weights, averaged views'
+    assert saved['table'][row]['accuracy'] == s.table.accuracy[row]
+    assert s.title in said and 'ddof 0' in said and f'<h3>{s.title}</h3>' in R.report_html(run).read_text()
+
+
+def shortcut(above=True):
+    "What probe.json says."
+    worst = dict(name='white_top', meaning='white above', balanced_accuracy=.7, mean={})
+    return dict(images=60, of=60, images_a_group=1, groups=30, classes=['CNV', 'DME', 'DRUSEN', 'NORMAL'], balanced_accuracy=.78,
+                interval=[.7, .85] if above else [.2, .4], chance=.25, above_chance=above, worst=worst, features=[], equal=[], sentence='an old sentence')
+
+
+@pytest.fixture
+def probed(run):
+    yield run
+    (run.path/'probe.json').unlink()
+
+
+def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
+    write_json(probed.path/'probe.json', shortcut())
+    _, said = quiet(E.evaluate_run, probed)
+    words = 'predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %'
+    assert said.startswith('WARNING: Shortcut') and words in ' '.join(said.split())
+    assert words in read_json(probed.path/'summary.json')['warnings'][0]
+    html = R.report_html(probed, [0, 1]).read_text()
+    assert html.index(words) < html.index('<h2>Results') and 'Nothing: no stage failed' not in html and 'What to do' in html
+
+
+def test_a_probe_at_chance_is_no_warning(probed):
+    write_json(probed.path/'probe.json', shortcut(False))
+    assert not [w for w in E.warnings_of(probed) if w.startswith('Shortcut')]
+
+
+def test_findings_of_data_and_decisions_are_warnings(run):
+    table = pd.DataFrame(dict(note=['not reachable: no image', '']), index=['CNV, sensitivity 95 %', 'DME, sensitivity 95 %'])
+    section = T.Section('Operating points of the student', table, table, '')
+    blank = pd.DataFrame([dict(chance='above', sensitivity=.6, sensitivity_low=.5, sensitivity_high=.7, balanced_chance=.25)], index=['student'])
+    (run.path/'audit.csv').write_text('path,problem,detail\na.png,near-duplicate,"of b.png, which is CNV, not DME; agreement 0.99"\n')
+    try: said = E.warnings_of(run, dict(operating=section, blanked=T.Section('', blank, blank, '')))
+    finally: (run.path/'audit.csv').unlink()
+    assert any('60.0 [50.0, 70.0] % macro sensitivity where chance is 25.0 %' in w for w in said)
+    assert any('1 near-duplicates have another class' in w for w in said)
+    assert any('CNV, sensitivity 95 % (not reachable: no image)' in w and 'DME' not in w for w in said)
