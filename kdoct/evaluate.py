@@ -110,7 +110,7 @@ def _roc_panel(ax, models, c, k):
         fpr, tpr, _ = roc_curve(y == k, p[:, k])
         ax.plot(fpr, tpr, _ROLE_LINE.get(name, '-'), color=_colour(name, i), lw=1.6, label=f'{name} {auc:.3f}')
     ax.set_title(c)
-    if ax.lines: ax.legend(loc='lower right', title='AUC', alignment='right', fontsize=8 if len(models) < 5 else 6, title_fontsize=8)
+    if ax.lines: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.14), title='AUC', fontsize=8, title_fontsize=8)
     else: ax.text(.5, .5, 'no image of this class\n(or of no other)', ha='center', va='center', transform=ax.transAxes)
     return lowest
 
@@ -122,7 +122,8 @@ def roc_figure(
     classes = classes_of(next(iter(models.values())))
     cols = min(4, len(classes)); rows = -(-len(classes)//cols)
     with _style():
-        fig, axes = _axes(2.4*cols + .3, 2.4*rows + .3, rows, cols, sharex=True, sharey=True)
+        height = 2.6 + .2*len(models)   # the legend, with the AUC of each model, stands below its panel
+        fig, axes = _axes(2.4*cols + .3, height*rows + .3, rows, cols, sharex=True, sharey=True)
         lowest = min(_roc_panel(ax, models, c, k) for k, (ax, c) in enumerate(zip(axes.flat, classes, strict=False)))
         edge = 1. if lowest < .9 else .3
         for ax in axes.flat: ax.set(xlim=(-.01*edge, edge), ylim=(1 - edge, 1 + .01*edge))
@@ -142,6 +143,12 @@ def _reliability_panel(ax, name, df, colour, n_bins=15, few=10):
     ax.set(title=f'{name}: ECE {100*expected_calibration_error(conf, right, n_bins):.1f} %', xlim=(0, 1), ylim=(0, 1), xticks=[0, .5, 1])
     return t
 
+def _counts_panel(ax, bins, n_bins=15):
+    "Images of every bin, on a logarithmic scale."
+    ax.bar((bins.low + bins.high)/2, bins.n, .9/n_bins, color='0.6')
+    ax.set_yscale('log')
+    ax.set_ylim(.7, None)
+
 def reliability_figure(
     models:dict[str, pd.DataFrame],  # name -> predictions
     n_bins:int=15,  # bins of equal width, as in the ECE
@@ -153,7 +160,7 @@ def reliability_figure(
         for i, (name, df) in enumerate(models.items()):
             top, low = axes[:, i]
             t = _reliability_panel(top, name, df, _colour(name, i), n_bins, few)
-            low.bar((t.low + t.high)/2, t.n, .9/n_bins, color='0.6'); low.set_yscale('log'); low.set_ylim(.7, None)
+            _counts_panel(low, t, n_bins)
         axes[0][0].set_ylabel('share correct'); axes[1][0].set_ylabel('images')
         fig.supxlabel('probability given to the predicted class', fontsize=9)
     return fig
@@ -163,13 +170,19 @@ def calibration_figure(
     decided:dict[str, list[Judged]],  # model -> one a fold
     n_bins:int=15,                    # bins of equal width, as in the ECE
 ) -> Figure:
-    "Reliability as trained (above) and calibrated (below), a column a model."
+    "Reliability as trained (above) and after calibration (below), each with the images of every bin; a column a model."
     with _style():
-        fig, axes = _axes(2.6*len(decided) + .4, 5.2, 2, len(decided), sharex=True, sharey=True)
+        fig, axes = _axes(2.7*len(decided) + .4, 7., 4, len(decided), sharex=True, sharey='row', height_ratios=[3, 1, 3, 1])
         for i, (m, folds) in enumerate(decided.items()):
-            for ax, (what, name) in zip(axes[:, i], (('before', m), ('after', 'calibrated')), strict=True):
-                _reliability_panel(ax, name, pd.concat([getattr(j, what) for j in folds], ignore_index=True), _colour(m, i), n_bins)
-        for ax, text in zip(axes[:, 0], ('as trained', 'calibrated'), strict=True): ax.set_ylabel(f'{text}\nshare correct')
+            low, high = (f(j.decision.temperature for j in folds) for f in (min, max))
+            temperature = f'{low:.2f}' if len(folds) == 1 else f'{low:.2f} to {high:.2f}'
+            for row, what, name in ((0, 'before', f'{m}, as trained'), (2, 'after', f'temperature {temperature}')):
+                df = pd.concat([getattr(j, what) for j in folds], ignore_index=True)
+                bins = _reliability_panel(axes[row, i], name, df, _colour(m, i), n_bins)
+                _counts_panel(axes[row + 1, i], bins, n_bins)
+        for row, text in ((0, 'as trained'), (2, 'after calibration')):
+            axes[row, 0].set_ylabel(f'{text}\nshare correct')
+            axes[row + 1, 0].set_ylabel('images')
         fig.supxlabel('probability given to the predicted class', fontsize=9)
     return fig
 
@@ -178,14 +191,15 @@ def coverage_figure(
 ) -> Figure:
     "Mistakes among the kept B-scans against the share that is kept: by confidence (line), and as shipped, outliers deferred too (dot)."
     with _style():
-        fig, ((ax,),) = _axes(4.4, 3.)
+        fig, ((ax,),) = _axes(5.6, 3.)
         for i, (m, folds) in enumerate(decided.items()):
             conf, right, kept = (np.concatenate([f(j) for j in folds]) for f in (
                 lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.said.deferred))
             curve = risk_coverage(conf, right)
             ax.plot(100*curve.coverage, 100*curve.risk, _ROLE_LINE.get(m, '-'), color=_colour(m, i), lw=1.6, label=m)
             if kept.any(): ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)
-        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='B-scans that are kept [%]', ylabel='mistakes among them [%]'); ax.legend(loc='upper left')
+        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='B-scans that are kept [%]', ylabel='mistakes among them [%]')
+        fig.legend(loc='outside right upper')
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #038fc588
@@ -665,10 +679,11 @@ def _numbers(t):
     return {' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()}
 
 # %% ../nbs/05_evaluate.ipynb #9fa8f33f
-def _further_figures(made)->dict[str, Figure]:
-    "Figures of what only some runs have: views, decisions."
+def _further_figures(made, models)->dict[str, Figure]:
+    "Figures of what only some runs have: views, decisions; without decisions, how reliable the probabilities are as trained."
     out = dict(views=views_figure(made['sections']['views'])) if 'views' in made['sections'] else {}
-    return out | (dict(calibration=calibration_figure(made['decided']), coverage_risk=coverage_figure(made['decided'])) if made['decided'] else {})
+    if not made['decided']: return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
+    return out | dict(calibration=calibration_figure(made['decided']), coverage_risk=coverage_figure(made['decided']))
 
 def fold_figures(
     run:Run,  # the run
@@ -679,7 +694,7 @@ def fold_figures(
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
     folds = folds_of(run)
-    out = dict(confusion=confusion_figure(models), roc=roc_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}))
+    out = dict(confusion=confusion_figure(models), roc=roc_figure(models))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(models['student'], load_image)
     out['counts'] = counts_figure(counts_of(folds[folds.fold == fold], labels), classes_of(models['student']))
@@ -723,7 +738,7 @@ def evaluate_fold(
     made, estimates = _tables(run, {fold: models}, models), {m: evaluate_predictions(df) for m, df in models.items()}
     if load_image is None or labels is None:
         own = _images_of(run, fold); load_image, labels = load_image or own[0], own[1] if labels is None else labels
-    drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made)
+    drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made, models)
     figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in drawn.items()}
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
         run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
@@ -775,8 +790,8 @@ def evaluate_run(
     made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
-    drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}), folds=folds_figure(per_fold))
-    drawn |= _further_figures(made)
+    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
+    drawn |= _further_figures(made, models)
     figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
     write_json(run.path/'summary.json', dict(run=run.name, folds=folds, **_plain_tables(made), mean_sd=_numbers(summary),
                                              per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))

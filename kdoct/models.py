@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'resolve_precision', 'Bf16Step', 'autocast', 'Classifier', 'head_modules', 'undecayed', 'map_lite_names',
            'probe_picture', 'check_numbers', 'read_state', 'misfits', 'check_fit', 'read_bundle', 'create_classifier',
-           'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'data_identity', 'weights_origin',
-           'check_origin', 'import_bundle']
+           'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'load_for_classes', 'data_identity',
+           'weights_origin', 'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
 import importlib
@@ -414,6 +414,25 @@ def class_order(
         "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
     raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.", fix=fix)
 
+# %% ../nbs/02_models.ipynb #5c9d7441
+def load_for_classes(
+    folder:str|Path,     # a model folder
+    classes:list[str],   # names in the order that is wanted
+)->tuple[Classifier, dict]:  # network in eval mode on the CPU; its model.json
+    "A trained network whose logits stand in the order of these classes; `KdoctError` if it has others."
+    model, about = load_bundle(folder)
+    order = class_order(about['classes'], classes, f"The network in {folder}")
+    if order == list(range(len(order))): return model, about
+    picture = probe_picture(model.size)
+    with torch.no_grad(): before = model(picture)
+    state, head = model.body.state_dict(), _head_names(model.body)
+    model.body.load_state_dict({k: v[order] if k.startswith(head) and v.shape[:1] == (len(order),) else v for k, v in state.items()})
+    with torch.no_grad(): after = model(picture)
+    if not torch.allclose(after, before[:, order], rtol=1e-3, atol=1e-3*float(before.abs().max())):
+        raise KdoctError(f"The classes of the network in {folder} cannot be put into the order {', '.join(classes)}.",
+                         fix=f"Give the run its order: --set data.classes={','.join(about['classes'])}")
+    return model, about
+
 # %% ../nbs/02_models.ipynb #ea5b27f7
 def data_identity(
     data:DataRecipe,  # part of a recipe
@@ -448,9 +467,13 @@ def check_origin(
         if origin['kind'] == 'file' or origin.get('imported'):
             name = origin.get('file') or origin['imported']['file']
             notes.append(f"It is not known which images {name} was trained on; if test images are among them, the scores are too good.")
-        if origin.get('data') == data_source and (origin['folds_sha256'], origin['fold']) != (folds_sha256, fold):
+        if origin.get('data') in ('folder', 'csv', 'phantom'):   # a bundle tells no folder names
+            notes.append(f"It is not known which images (source {origin['data']}) the {origin['arch']} was trained on; if test images are among them, the "
+                         "scores are too good.")
+        same_images = origin.get('data') == data_source or folds_sha256 == origin.get('folds_sha256')
+        if same_images and (origin['folds_sha256'], origin['fold']) != (folds_sha256, fold):
             how = 'another fold' if origin['folds_sha256'] == folds_sha256 else 'other folds'
-            raise KdoctError(f"The first weights are of run '{origin['run']}', {origin['role']} of fold {origin['fold']}, which has learned from these images "
+            raise KdoctError(f"The weights are of run '{origin['run']}', {origin['role']} of fold {origin['fold']}, which has learned from these images "
                              f"with {how}: the test part would not be new to it.",
                              fix="Start from a run on other images, or from the same fold of the same folds.")
         origin = origin.get('weights_from')

@@ -466,12 +466,12 @@ def _variants(run:Run, data:FoldData, model:Classifier, recipe:TrainRecipe, devi
     if kept: out['retina blanked'] = _blanked_logits(model, data, run.recipe.data.size, device)
     return out
 
-def _write_predictions(run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, candidates:dict, kept:str):
+def _write_predictions(run:Run, data:FoldData, role:str, model:Classifier, device, candidates:dict, kept:str):
     "predictions.parquet (kept weights, one view) and variants.parquet; leaves the kept weights in the network."
-    folder, frames = run.stage_dir(data.fold, role), []
+    folder, frames, recipe = run.stage_dir(data.fold, role), [], run.recipe.training(role)
     for name in sorted(candidates, key=lambda n: n == kept):   # the kept ones last
-        learn.model.body.load_state_dict(candidates[name])
-        for view, logits in _variants(run, data, learn.model, recipe, learn.dls.device, name == kept).items():
+        model.body.load_state_dict(candidates[name])
+        for view, logits in _variants(run, data, model, recipe, device, name == kept).items():
             frames.append(predictions_frame(data, 'test', logits).assign(weights=name, view=view))
     table = pd.concat(frames, ignore_index=True)
     main = table[(table.weights == kept) & (table['view'] == 'identity')].drop(columns=['weights', 'view'])
@@ -493,7 +493,7 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     candidates = _candidates(run, data, learn, recipe)
     scores = {name: _validated(learn, w, _batches(data, 'val', run, recipe, device)) for name, w in candidates.items()}
     kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))   # the best epoch where they are equal
-    _write_predictions(run, data, role, learn, recipe, candidates, kept)
+    _write_predictions(run, data, role, learn.model, device, candidates, kept)
     with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
     metrics = dict(kept=kept, best_epoch=learn.checkpoint.best_epoch, validation=scores[kept], candidates=scores)
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
