@@ -233,7 +233,7 @@ def test_a_bundle_of_another_architecture_is_refused_before_training(tmp_path):
 
 
 def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
-    with pytest.raises(KdoctError, match='no bundle'): models.require_weights(starting_from(tmp_path))
+    with pytest.raises(KdoctError, match='no model folder'): models.require_weights(starting_from(tmp_path))
     bundle_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
