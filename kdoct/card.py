@@ -8,10 +8,12 @@ __all__ = ['NOT', 'INHERITED', 'start_licence', 'is_non_commercial', 'licences_o
 
 # %% ../nbs/07b_card.ipynb #f76e276e
 import re
+from dataclasses import asdict
 
 import numpy as np
 
 from .core import KdoctError, Run, read_json, sha256_file, stage_command
+from .decide import fitted_on
 from .metrics import EACH_CLASS
 from .probe import run_verdict
 from .tables import NO_INTERVAL, blanked_warning, interval_text
@@ -118,7 +120,7 @@ def _three(row, m):
     three = [row.get(k) for k in (m, f'{m}_low', f'{m}_high')]
     return None if three[0] is None else three
 
-_DECISIONS = ('calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
+_DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
 
 def _of_role(sections, role):
     "Sections about decisions with the rows of one model; the operating points of another model are left out."
@@ -155,8 +157,8 @@ def _use(data, classes):
     intended = [f'Research on classifying a single {data["kind"]} as one of: {", ".join(classes)}.',
                 'As a part of a study or a prototype in which a person who can read such pictures sees every result.']
     outside = ['Diagnosis, triage or treatment of patients. It is no medical device and has no clearance of any authority.',
-               'Findings other than these classes: each picture is called one of them, and several findings in one picture are called by one.',
-               'Pictures of other kinds or other devices than those it was tested on. The outlier flag is no guarantee: what it caught, where counted, '
+               'Findings other than these classes: one of them is predicted for each picture, and one for several findings in a picture.',
+               'Pictures of other kinds or other devices than those it was tested on. Finding outliers is no guarantee: what was found, where counted, '
                'stands below.',
                'Replacing the reading of a whole volume by that of one slice.']
     return dict(intended=intended, not_intended=outside)
@@ -182,8 +184,11 @@ def _decision_facts(decision):
     if decision is None: return None
     points = decision.operating_points.astype(object).where(decision.operating_points.notna(), None).to_dict('records')
     known = {k: v for k, v in decision.about.items() if not isinstance(v, (dict, list)) and not k.endswith('sha256')}
-    return dict(temperature=decision.temperature, defer_below=decision.defer_below, conformal={f'{a:g}': m for a, m in decision.conformal.items()},
-                outlier_threshold=float(decision.outlier.threshold), operating_points=points, notes=list(decision.notes), fitted_on=known)
+    part, bias = fitted_on(decision)
+    return dict(temperature=decision.temperature, defer_below=decision.defer_below,
+                prediction_sets={f'{a:g}': m for a, m in decision.set_minimum.items()}, outlier_threshold=float(decision.outlier.threshold),
+                operating_points=points, notes=list(decision.notes), fitted_on=known, part=part, bias=bias,
+                volume=asdict(decision.volume) | dict(text=decision.volume.text))
 
 # %% ../nbs/07b_card.ipynb #a8dac359
 def _cost(run, fold, role):
@@ -268,15 +273,19 @@ def _decision_text(card):
     "Section of calibration and thresholds."
     d = card['decision']
     if d is None: return ['', 'Not recorded: this network has no decision (notebook 05g_decide).', '']
-    defer = 'every B-scan is deferred' if d['defer_below'] > 1 else f'a call with a probability under {d["defer_below"]:.4g} is deferred to a person'
-    out = [f'All of this was chosen on validation patients ({_cell(d["fitted_on"])}).',
+    defer = (f'a B-scan whose predicted class has a probability under {d["defer_below"]:.4g} is deferred to a person, '
+             'and so is an outlier') if d['defer_below'] <= 1 else 'every B-scan is deferred'
+    def members(least): return f'all classes with a probability of at least {least:.4g}' if least > 0 else 'every class is in every set'
+    known = _cell({k: v for k, v in d['fitted_on'].items() if v != ''})
+    out = [f'All of this was chosen on {d["part"]} patients ({known}). {d["bias"]}'.strip(),
            *_list([f'Temperature {d["temperature"]:.4g}: logits are divided by it before they become probabilities.', f'Deferral: {defer}.',
-                   f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, and its call means nothing.',
-                   *(f'Sets with a wished error of {a}: {f"all classes with a probability of at least {p:.4g}" if p > 0 else "every class is in every set"}.'
-                     for a, p in d['conformal'].items()), *d['notes']])]
+                   f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, '
+                   'and its predicted class means nothing.',
+                   f'Volume: {d["volume"]["text"]}. `kdoct predict` decides so, and so it was evaluated.',
+                   *(f'Prediction sets with a wished error of {a}: {members(p)}.' for a, p in d['prediction_sets'].items()), *d['notes']])]
     if 'operating' not in card['measured']['decisions']:
         points = d['operating_points']
-        out += ['Operating points of each class against the rest, chosen and counted on validation; what they do on test is not recorded:',
+        out += ['Operating points of each class against the rest, chosen and counted on these patients; what they do on test is not recorded:',
                 *_grid(list(points[0]) if points else ['class'], [list(p.values()) for p in points])]
     for s in card['measured']['decisions'].values():
         rows = {n: _with_intervals(r) for n, r in s['table'].items()}

@@ -8,7 +8,8 @@ __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctErr
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
            'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
            'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
-           'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command', 'open_stage']
+           'provenance', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command', 'as_typed',
+           'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -22,7 +23,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -181,7 +181,9 @@ class DataRecipe(Part):
     official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
     n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
     val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
-    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the worst slice of a patient; empty: no such score")
+    calibration_fraction:float = Field(0., ge=0, lt=0.5, description="share of the remaining groups that train and choose nothing, "
+                                       "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted on validation")
+    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the volume rule `worst`; empty: no such rule")
     phantom:PhantomRecipe = PhantomRecipe()
 
 # %% ../nbs/00_core.ipynb #1a1f788c
@@ -304,14 +306,18 @@ class EvaluateRecipe(Part):
 
 # %% ../nbs/00_core.ipynb #dedac489
 class DecideRecipe(Part):
-    "What is wished of calibrated probabilities (notebook 05g); all of it is fitted on validation patients."
+    "What is wished of calibrated probabilities (notebook 05g), and how a volume is decided (notebook 05c)."
     sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
     specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
     defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
                                               "kept, or the share of mistakes among the kept")
     defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
-    alpha:tuple[float, ...] = Field((0.05, 0.1), description="conformal sets: wished shares of sets without the true class [fraction]")
-    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
+    alpha:tuple[float, ...] = Field((0.05, 0.1), description="prediction sets: wished shares of sets without the true class [fraction]")
+    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be outliers, unlike the training [fraction]")
+    volume_rule:Literal['auto', 'mean', 'worst'] = Field('auto', description="how B-scans decide a volume: the class with the largest mean "
+        "probability, or the most severe class that enough B-scans show; auto: worst where data.severity is set, else mean")
+    min_slices:int = Field(2, ge=1, description="volume rule worst: B-scans that must show the class or a more severe one; all, where there are fewer")
+    drop_outliers:bool = Field(True, description="leave outliers out when a volume is decided")
 
     @model_validator(mode='after')
     def _fractions(self):
@@ -391,13 +397,31 @@ def recipe_fields(
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
     known = recipe_fields()
-    if name not in known:
+    within = next((f for f in known if name.startswith(f + '.') and _kind(f) in ('named texts', 'dict')), None)   # data.columns.label
+    if name not in known and not within:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.endswith('.' + name)]
         raise KdoctError(f"The recipe has no field '{name}'.",
                          fix=f"Did you mean {' or '.join(near)}?" if near else "`kdoct recipe` lists all fields.")
     *parts, last = name.split('.')
-    for p in parts: d = d[p]
-    d[last] = value
+    for p in parts: d = d.setdefault(p, {})
+    d[last] = _listed(value) if _kind(name) == 'texts' else value
+
+def _kind(name:str)->str:
+    "What a recipe field takes: text, texts, named texts, numbers, dict or other; '' for an unknown name."
+    kinds = {'str': 'text', 'typing.Literal': 'text', 'tuple[str': 'texts', 'tuple[typing.Literal': 'texts', 'tuple[float': 'numbers',
+             'dict[str, str]': 'named texts', 'dict': 'dict'}
+    part = Recipe
+    for n in name.split('.'):
+        field = getattr(part, 'model_fields', {}).get(n)
+        if field is None: return ''
+        part = type(field.default) if isinstance(field.default, Part) else None
+    text = str(field.annotation).removeprefix("<class '")
+    return next((kind for start, kind in kinds.items() if text.startswith(start)), 'other')
+
+def _listed(value):
+    "Several texts from one with commas, 'NORMAL,CNV' or '[NORMAL,CNV]'; anything else as it is, numbers as text."
+    if isinstance(value, str): value = [v.strip().strip('"\'') for v in value.strip().removeprefix('[').removesuffix(']').split(',') if v.strip()]
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 def _of_model_folder(
     folder:str|Path,  # with model.safetensors and model.json
@@ -425,27 +449,51 @@ def _validated(d:dict)->Recipe:
         raise KdoctError("The recipe is not valid: " + '; '.join(lines), fix="Change these values; `kdoct recipe` lists fields and units.") from e
 
 # %% ../nbs/00_core.ipynb #74179f1b
+_NEXT_FIELD = re.compile(r'\s+(?=([A-Za-z_]\w*(?:\.\w+)*)=)')
+
 def parse_overrides(
-    text:str|dict,  # 'student.epochs=3 data.classes=["NORMAL","CNV"]', or a dict already
+    text:str|dict,  # 'student.epochs=3 data.classes=NORMAL,CNV', or a dict already
 )->dict:            # dotted name -> value
-    "Split `name=value` pairs; a value is JSON where it can be, else text."
+    "Split `name=value` pairs. Text fields take the value as it is typed, backslashes and all; others read it as JSON."
     if isinstance(text, dict): return dict(text)
-    out = {}
-    for word in shlex.split(text, posix=True) if '"' not in text else _split_json(text):
-        name, eq, value = word.partition('=')
-        if not eq: raise KdoctError(f"'{word}' is not of the form name=value.", fix="Write, for example, student.epochs=3")
-        try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
+    out, text = {}, text.strip()
+    while text:
+        name, eq, rest = text.partition('=')
+        if not eq or not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*', name):
+            raise KdoctError(f"{text!r} is not of the form name=value.", fix="Write, for example, student.epochs=3")
+        raw, text = _cut_value(rest)
+        out[name] = _override_value(name, raw)
     return out
 
-def _split_json(text:str)->list[str]:
-    "Split at blanks that stand outside quotes and brackets, and keep the quotes that JSON needs."
-    words, depth = [''], 0
-    for piece in re.findall(r'"(?:[^"\\]|\\.)*"|\s+|.', text):
-        if piece.isspace() and depth == 0: words.append('')
-        else: words[-1] += piece
-        depth += (piece in '[{') - (piece in ']}')
-    return [w for w in words if w]
+def _cut_value(text:str)->tuple[str, str]:
+    "The value at the beginning of `text`, with its quotes or brackets, and what follows."
+    end = len(text)
+    if text[:1] in ('[', '{', '"'):
+        try: end = json.JSONDecoder().raw_decode(text)[1]
+        except ValueError: pass
+        else:
+            if text[end:end + 1].strip() == '': return text[:end], text[end:].strip()
+    if text[:1] in ("'", '"'):
+        closed = re.match(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)""", text, re.S)
+        if closed: return closed[0], text[closed.end():].strip()
+    for m in _NEXT_FIELD.finditer(text):    # a name without a point that is no field belongs to the value
+        if '.' in m[1] or m[1] in Recipe.model_fields: end = m.start(); break
+    else: end = len(text)
+    return text[:end].strip(), text[end:].strip()
+
+def _override_value(name:str, raw:str):
+    "What a field is given: its text without quotes around it, or the JSON it is."
+    kind = _kind(name) or ('text' if _kind(name.rpartition('.')[0]) == 'named texts' else '')
+    if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in '"\'':
+        if raw[0] == '"' and re.search(r'\\[\\"]', raw):   # escaped, so it is meant as JSON
+            try: return json.loads(raw)
+            except ValueError: pass
+        return raw[1:-1]
+    if raw == 'null': return None
+    if kind == 'text' or kind == 'texts' and not raw.startswith('['): return raw
+    if kind == 'numbers' and not raw.startswith('['): raw = f'[{raw}]'
+    try: return json.loads(raw)
+    except ValueError: return raw
 
 # %% ../nbs/00_core.ipynb #ee58de59
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
@@ -801,10 +849,19 @@ def stage_command(
     kind, _, name = stage.partition('-')
     nb = Path(os.path.relpath(notebooks_dir()/f'{STAGES[kind]}.ipynb')).as_posix()
     out = Path(os.path.relpath(run.notebooks_dir(fold)/f'{stage}.ipynb')).as_posix()
-    options = (['-p', 'run', run.name] if run.name != 'demo' else []) + (['-p', 'fold', str(fold)] if stage != 'data' else [])
+    options = ([_raw_or_not(run.name), 'run', run.name] if run.name != 'demo' else []) + (['-p', 'fold', str(fold)] if stage != 'data' else [])
     if stage == 'baseline': options += ['-p', 'role', 'baseline']
     if name: options += ['-p', 'name', name]
     return ' '.join(['papermill', nb, out, *options])
+
+def _as_papermill_reads(text:str):
+    "The value that `papermill -p NAME TEXT` hands to a notebook."
+    for convert in ({'True': True, 'False': False, 'None': None}.__getitem__, int, float):
+        try: return convert(text)
+        except (KeyError, ValueError): pass
+    return text
+
+def _raw_or_not(text:str)->str: return '-p' if isinstance(_as_papermill_reads(text), str) else '-r'
 
 # %% ../nbs/00_core.ipynb #453803bd
 def _injected_names()->set[str]:
@@ -821,12 +878,33 @@ def _check_names(injected:set[str], known:set[str]):
         raise KdoctError(f"This notebook has no parameter '{name}'.",
                          fix=f"Did you mean '{near[0]}'?" if near else f"It knows: {', '.join(sorted(known))}. Recipe fields go into overrides.")
 
+# %% ../nbs/00_core.ipynb #ddf59d19
+def _typed_values(name:str)->list[str]:
+    "What the command lines of the processes above this one give for a papermill parameter."
+    found = []
+    for process in psutil.Process().parents():
+        try: words = process.cmdline()
+        except psutil.Error: continue
+        found += [words[i + 2] for i, w in enumerate(words[:-2]) if w in ('-p', '--parameters') and words[i + 1] == name]
+    return found
+
+def as_typed(
+    name:str,  # of the papermill parameter
+    value,     # what papermill made of it
+)->str|dict:   # the text that was typed; a dict stays one
+    "A parameter that is text, though papermill took it for a number; `KdoctError` if the text cannot be known."
+    if isinstance(value, (str, dict)): return value
+    typed = {t for t in _typed_values(name) if _as_papermill_reads(t) == value}
+    if len(typed) == 1: return typed.pop()
+    if isinstance(value, int) and not isinstance(value, bool): return str(value)
+    raise KdoctError(f"Parameter {name} arrived as {value!r}, not as the text that was typed.", fix=f"Let papermill leave it as it is: -r {name} ...")
+
 # %% ../nbs/00_core.ipynb #b7c92bd1
 def open_stage(
     preset_name:str='',          # preset of a new run; '' means the run's own recipe, or demo
-    run:str='',                  # name of the run; '' means the preset's name
+    run:str|int='',              # name of the run; '' means the preset's name
     fold:int=0,                  # fold, counted from 0
-    data_root:str='',            # folder of the images; '' means the recipe's
+    data_root:str|int='',        # folder of the images; '' means the recipe's
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
     teacher:str='',              # timm name of the teacher, or the model folder of one that is used as it is; '' means the recipe's
     student:str='',              # timm name of the student; '' means the recipe's
@@ -838,9 +916,10 @@ def open_stage(
     _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
     if os.environ.get('IN_TEST'): return _test_stage(before or {})
     own = bool(teacher) and (Path(teacher)/'model.json').is_file()
-    named = {'data.root': data_root, 'teacher.arch': '' if own else teacher, 'student.arch': student}
-    changes = parse_overrides(overrides) | {k: str(v) for k, v in named.items() if v} | (own_teachers([teacher]) if own else {})
-    name = run or preset_name or 'demo'
+    named = {'data.root': as_typed('data_root', data_root), 'teacher.arch': '' if own else teacher, 'student.arch': student}
+    changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in named.items() if v}
+    if own: changes |= own_teachers([teacher])
+    name = as_typed('run', run) or preset_name or 'demo'
     if (outputs_root()/name/'run.json').exists():
         base = preset(preset_name) if preset_name else open_run(name).recipe
         out = create_run(name, base.override(**changes)) if preset_name or changes else open_run(name)

@@ -121,7 +121,7 @@ class Finish(nn.Module):
 
 # %% ../nbs/07_deploy.ipynb #cde0c05b
 class Deployable(nn.Module):
-    "Decoded pictures -> calibrated probabilities, and how strange each picture is to the network."
+    "Decoded pictures -> calibrated probabilities, and how far each picture is from the training images."
     def __init__(self,
         model:Classifier,    # trained network; not changed
         decision:Decision,   # its temperature, and what its features usually are
@@ -634,7 +634,7 @@ def _about(run:Run, fold:int, role:str, model:dict, decision:Decision)->dict:
     meaning = (f'decoded pictures, 0 black to 255 white, of any size; made square ({d.size + d.margin} px) by PIL, as kdoct does, they give what was checked; '
                'the graph resizes others as PIL does, but for one grey level in a few pixels, and for pictures higher than wide')
     return dict(name=f'{run.name}-fold{fold}-{role}', created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), role=role, arch=model['arch'],
-                classes=list(model['classes']), severity=d.severity, channels=channels, size=d.size, margin=d.margin,
+                classes=list(model['classes']), channels=channels, size=d.size, margin=d.margin,
                 framing={k: getattr(d, k) for k in FRAMING}, temperature=decision.temperature,
                 input=dict(name='images', **shapes.pop('images'), meaning=meaning), outputs=shapes,
                 source=dict(run=run.name, fold=fold, role=role, folds_sha256=model['folds_sha256'], weights_sha256=model['weights_sha256'],
