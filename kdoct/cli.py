@@ -192,9 +192,9 @@ def import_(
     classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's authors: NORMAL,DRUSEN,CNV (NEH), CNV,DME,DRUSEN,NORMAL (UCSD).")],
     size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
     role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
-    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
+    out:Annotated[Path|None, typer.Option(help="The model folder. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
 ):
-    "Make a bundle of somebody else's state dict, after checking every name and shape."
+    "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models import import_bundle
     folder = out or outputs_root()/'imported'/file.stem
     about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role)
