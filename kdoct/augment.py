@@ -6,13 +6,15 @@
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'draw_changes', 'ops_pool', 'draw_ops', 'view_matrix',
            'crop_offset', 'put', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize',
            'erase', 'change_values', 'in_thread', 'together', 'to_unit', 'augment', 'parse_view', 'check_views',
-           'apply_view', 'view_number', 'Batches', 'stream_ahead']
+           'apply_view', 'view_number', 'Planned', 'whole_batches', 'even_batches', 'Batches', 'stream_ahead']
 
 # %% ../nbs/01d_augment.ipynb #9429d770
+import functools
 import math
 import re
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -409,6 +411,37 @@ def view_number(
     if not refresh: return epoch % views
     return epoch//refresh*views + epoch % refresh % views
 
+# %% ../nbs/01d_augment.ipynb #398ee9ee
+class Planned(NamedTuple):
+    "One batch of all processes."
+    step:int     # of the optimiser, counted from 0 in the epoch
+    images:int   # of the whole step
+    ends:bool    # whether the step ends with this batch
+    first:int    # its first place in the order of the epoch
+    last:int     # one past its last place
+
+@functools.lru_cache
+def whole_batches(
+    n:int,      # images
+    batch:int,  # images a batch
+)->tuple[Planned, ...]:
+    "Full batches, the last of which takes what is left."
+    bounds = [(first, min(first + batch, n)) for first in range(0, n, batch)]
+    return tuple(Planned(i, last - first, True, first, last) for i, (first, last) in enumerate(bounds))
+
+@functools.lru_cache
+def even_batches(
+    n:int,      # images
+    step:int,   # most images a step of the optimiser
+    batch:int,  # most images a batch
+)->tuple[Planned, ...]:
+    "As few steps as can be, and in each as few batches, all as equal as can be."
+    out = []
+    for i, places in enumerate(np.array_split(np.arange(n), math.ceil(n/step))):
+        parts = np.array_split(places, math.ceil(len(places)/batch))
+        out += [Planned(i, len(places), p[-1] == places[-1], int(p[0]), int(p[-1]) + 1) for p in parts]
+    return tuple(out)
+
 # %% ../nbs/01d_augment.ipynb #e56b3c40
 class Batches:
     "Batches of some rows of a decoded data set; shuffled and augmented if there is a recipe for it."
@@ -417,7 +450,7 @@ class Batches:
         labels:np.ndarray,                 # (N,) int64
         ids:np.ndarray,                    # (N,) uint64, see `image_ids`
         rows:np.ndarray,                   # which rows of the three belong to this part
-        batch_size:int,                    # images a batch
+        batch_size:int,                    # most images a batch, in one process
         recipe:AugmentRecipe|None=None,    # random views, shuffled; None: `view` of each image, in the order of `rows`
         seed:int=0,                        # of the run
         device='cpu',                      # where the batches are made
@@ -432,9 +465,15 @@ class Batches:
         self.images, self.labels, self.ids, self.rows = images, labels, ids, np.asarray(rows)
         self.batch_size, self.recipe, self.seed, self.device = batch_size, recipe, seed, torch.device(device)
         self.size, self.view, self.views, self.refresh, self.share = size, view, views, refresh, share
+        self.accumulate = 1   # batches a step of the optimiser, in one process; a training sets it
         self.epoch, self.start, self.block, self.teach, self.taught = 0, 0, 1, None, None
 
-    def __len__(self)->int: return math.ceil(len(self.rows)/(self.batch_size*self.share[1])) - self.start
+    def plan(self)->tuple[Planned, ...]:
+        "Which places of the epoch's order each batch of all processes has; `batch_size*accumulate` images make a step, however many processes."
+        n, batch = len(self.rows), self.batch_size*self.share[1]
+        return whole_batches(n, batch) if self.recipe is None else even_batches(n, self.batch_size*self.accumulate, batch)
+
+    def __len__(self)->int: return len(self.plan()) - self.start
 
     def to(self, device):
         "Make the batches on another device."
@@ -450,8 +489,7 @@ class Batches:
     def parts(self)->list[np.ndarray]:
         "Rows of each batch of this epoch, from batch number `start` on."
         order, (number, processes) = self.order(), self.share
-        n = self.batch_size*processes
-        return [np.array_split(order[i:i + n], processes)[number] for i in range(self.start*n, len(order), n)]
+        return [np.array_split(order[p.first:p.last], processes)[number] for p in self.plan()[self.start:]]
 
 # %% ../nbs/01d_augment.ipynb #1b2faa7c
 def _read(self:Batches,

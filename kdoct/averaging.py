@@ -6,6 +6,8 @@
 __all__ = ['ema_step', 'create_average', 'refresh_norms', 'average_candidates', 'Averaging']
 
 # %% ../nbs/02d_averaging.ipynb #fa8afad6
+import math
+
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -47,8 +49,8 @@ def refresh_norms(
     if not norms: return 0
     momenta, rows, seen = [m.momentum for m in norms], np.random.default_rng(seed).permutation(np.sort(batches.rows)), 0
     for m in norms: m.reset_running_stats(); m.train()
-    for i in range(0, len(rows), batches.batch_size):
-        x, _ = batches.batch(rows[i:i + batches.batch_size])
+    for part in np.array_split(rows, math.ceil(len(rows)/batches.batch_size)):   # the variance of a last batch of one image would be none
+        x, _ = batches.batch(part)
         seen += len(x)
         for m in norms: m.momentum = len(x)/seen   # the running mean of batch statistics, weighted by images
         model(x)

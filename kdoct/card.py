@@ -8,10 +8,15 @@ __all__ = ['NOT', 'INHERITED', 'start_licence', 'is_non_commercial', 'licences_o
 
 # %% ../nbs/07b_card.ipynb #f76e276e
 import re
+from dataclasses import asdict
+
+import numpy as np
 
 from .core import KdoctError, Run, read_json, sha256_file, stage_command
+from .decide import fitted_on
 from .metrics import EACH_CLASS
-from .tables import interval_text
+from .probe import run_verdict
+from .tables import NO_INTERVAL, blanked_warning, interval_text
 
 # %% ../nbs/07b_card.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'
@@ -113,9 +118,9 @@ def _evaluation(run, fold, role):
 def _three(row, m):
     "Estimate and interval of a score, or None."
     three = [row.get(k) for k in (m, f'{m}_low', f'{m}_high')]
-    return None if None in three else three
+    return None if three[0] is None else three
 
-_DECISIONS = ('calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
+_DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
 
 def _of_role(sections, role):
     "Sections about decisions with the rows of one model; the operating points of another model are left out."
@@ -139,13 +144,21 @@ def _measured(run, fold, role):
     return dict(why='', protocol=e['protocol'], models=models, per_class=each, decisions=_of_role(sections, role))
 
 # %% ../nbs/07b_card.ipynb #355124db
+def _warnings(run, fold, role):
+    "What must be known before any number: that the class shows outside the retina, that the network makes use of it, that a leak was kept."
+    verdict, words = run_verdict(run)
+    e, _ = _evaluation(run, fold, role)
+    row = (e or {}).get('sections', {}).get('blanked', {}).get('table', {}).get(role)
+    own = blanked_warning(role, {k: np.nan if v is None else v for k, v in row.items()}) if row else ''
+    return [*([] if verdict == 'not above' else [words]), *([own] if own else [])]
+
 def _use(data, classes):
     "Intended use, and what is outside it."
     intended = [f'Research on classifying a single {data["kind"]} as one of: {", ".join(classes)}.',
                 'As a part of a study or a prototype in which a person who can read such pictures sees every result.']
     outside = ['Diagnosis, triage or treatment of patients. It is no medical device and has no clearance of any authority.',
-               'Findings other than these classes: each picture is called one of them, and several findings in one picture are called by one.',
-               'Pictures of other kinds or other devices than those it was tested on. The outlier flag is no guarantee: what it caught, where counted, '
+               'Findings other than these classes: one of them is predicted for each picture, and one for several findings in a picture.',
+               'Pictures of other kinds or other devices than those it was tested on. Finding outliers is no guarantee: what was found, where counted, '
                'stands below.',
                'Replacing the reading of a whole volume by that of one slice.']
     return dict(intended=intended, not_intended=outside)
@@ -171,8 +184,11 @@ def _decision_facts(decision):
     if decision is None: return None
     points = decision.operating_points.astype(object).where(decision.operating_points.notna(), None).to_dict('records')
     known = {k: v for k, v in decision.about.items() if not isinstance(v, (dict, list)) and not k.endswith('sha256')}
-    return dict(temperature=decision.temperature, defer_below=decision.defer_below, conformal={f'{a:g}': m for a, m in decision.conformal.items()},
-                outlier_threshold=float(decision.outlier.threshold), operating_points=points, notes=list(decision.notes), fitted_on=known)
+    part, bias = fitted_on(decision)
+    return dict(temperature=decision.temperature, defer_below=decision.defer_below,
+                prediction_sets={f'{a:g}': m for a, m in decision.set_minimum.items()}, outlier_threshold=float(decision.outlier.threshold),
+                operating_points=points, notes=list(decision.notes), fitted_on=known, part=part, bias=bias,
+                volume=asdict(decision.volume) | dict(text=decision.volume.text))
 
 # %% ../nbs/07b_card.ipynb #a8dac359
 def _cost(run, fold, role):
@@ -200,7 +216,7 @@ def card_facts(
     spread = {k.split(' | ')[1]: v for k, v in summary.get('mean_sd', {}).items() if k.startswith(f'{role} | ')}
     taught = [dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')}) for r, t in model.get('taught_by', {}).items()]
     return dict(
-        card=1, name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
+        card=1, warnings=_warnings(run, fold, role), name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
         model=dict(role=role, arch=model['arch'], parameters=model.get('parameters', NOT), classes=classes or NOT, input=about.get('input', NOT),
                    outputs=about.get('outputs', NOT), taught_by=taught, kept=model.get('metrics', {}).get('kept', NOT)),
         use=_use(data, classes), data=data, measured=measured,
@@ -231,7 +247,7 @@ def _results_text(card):
     "Section of the measured numbers."
     m, role = card['measured'], card['model']['role']
     if m['why']: return ['', f'{m["why"][0].upper()}{m["why"][1:]}.', '']
-    def text(row, s): return '–' if row[s] is None else interval_text(*row[s], percent='%' in _SCORES[s])
+    def text(row, s): return '–' if row[s] is None else interval_text(*(np.nan if v is None else v for v in row[s]), percent='%' in _SCORES[s])
     rows = [[f'**{n}** (this one)' if n == role else n, *(text(r, s) for s in _SCORES)] for n, r in m['models'].items()]
     out = [f'Protocol. {m["protocol"]}', *_grid(['model', *_SCORES.values()], rows),
            'NLL, ECE and Brier score are of the probabilities as trained, before the temperature.', '', 'Each class against the rest, on the same test images:',
@@ -247,22 +263,29 @@ def _with_intervals(row):
     "A row of numbers, each estimate in one cell with its interval."
     row = {k.removesuffix('_difference'): v for k, v in row.items()}
     ends = {k for k in row if k.endswith(('_low', '_high')) and k.rpartition('_')[0] in row}
-    def text(k, v): return f'{_cell(v)} [{_cell(row[f"{k}_low"])}, {_cell(row[f"{k}_high"])}]' if f'{k}_low' in ends and v is not None else v
+    def text(k, v):
+        if f'{k}_low' not in ends or v is None: return v
+        low, high = row[f'{k}_low'], row[f'{k}_high']
+        return f'{_cell(v)} {NO_INTERVAL}' if low is None else f'{_cell(v)} [{_cell(low)}, {_cell(high)}]'
     return {k: text(k, v) for k, v in row.items() if k not in ends}
 
 def _decision_text(card):
     "Section of calibration and thresholds."
     d = card['decision']
     if d is None: return ['', 'Not recorded: this network has no decision (notebook 05g_decide).', '']
-    defer = 'every B-scan is deferred' if d['defer_below'] > 1 else f'a call with a probability under {d["defer_below"]:.4g} is deferred to a person'
-    out = [f'All of this was chosen on validation patients ({_cell(d["fitted_on"])}).',
+    defer = (f'a B-scan whose predicted class has a probability under {d["defer_below"]:.4g} is deferred to a person, '
+             'and so is an outlier') if d['defer_below'] <= 1 else 'every B-scan is deferred'
+    def members(least): return f'all classes with a probability of at least {least:.4g}' if least > 0 else 'every class is in every set'
+    known = _cell({k: v for k, v in d['fitted_on'].items() if v != ''})
+    out = [f'All of this was chosen on {d["part"]} patients ({known}). {d["bias"]}'.strip(),
            *_list([f'Temperature {d["temperature"]:.4g}: logits are divided by it before they become probabilities.', f'Deferral: {defer}.',
-                   f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, and its call means nothing.',
-                   *(f'Sets with a wished error of {a}: {f"all classes with a probability of at least {p:.4g}" if p > 0 else "every class is in every set"}.'
-                     for a, p in d['conformal'].items()), *d['notes']])]
+                   f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, '
+                   'and its predicted class means nothing.',
+                   f'Volume: {d["volume"]["text"]}. `kdoct predict` decides so, and so it was evaluated.',
+                   *(f'Prediction sets with a wished error of {a}: {members(p)}.' for a, p in d['prediction_sets'].items()), *d['notes']])]
     if 'operating' not in card['measured']['decisions']:
         points = d['operating_points']
-        out += ['Operating points of each class against the rest, chosen and counted on validation; what they do on test is not recorded:',
+        out += ['Operating points of each class against the rest, chosen and counted on these patients; what they do on test is not recorded:',
                 *_grid(list(points[0]) if points else ['class'], [list(p.values()) for p in points])]
     for s in card['measured']['decisions'].values():
         rows = {n: _with_intervals(r) for n, r in s['table'].items()}
@@ -343,7 +366,8 @@ def card_text(
     section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_cell(c["machine"])}.',
                                     f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
     section('Where it comes from', *_grid(['what', 'value'], list(_leaves(s))))
-    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '', *out])
+    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '',
+                      *(f'**Warning.** {w}\n' for w in card['warnings']), *out])
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 def model_card(

@@ -6,9 +6,10 @@
 __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctError', 'atomic_path', 'write_json', 'read_json',
            'sha256_file', 'locked', 'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe',
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
-           'parse_overrides', 'preset', 'require_extra', 'require_packaged_weights', 'require_same_arch',
-           'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores', 'provenance',
-           'human_time', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command', 'open_stage']
+           'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
+           'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
+           'provenance', 'human_time', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command',
+           'as_typed', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -22,7 +23,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -181,7 +181,9 @@ class DataRecipe(Part):
     official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
     n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
     val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
-    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the worst slice of a patient; empty: no such score")
+    calibration_fraction:float = Field(0., ge=0, lt=0.5, description="share of the remaining groups that train and choose nothing, "
+                                       "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted on validation")
+    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the volume rule `worst`; empty: no such rule")
     phantom:PhantomRecipe = PhantomRecipe()
 
 # %% ../nbs/00_core.ipynb #1a1f788c
@@ -217,13 +219,15 @@ class TrainRecipe(Part):
     "One network and how it is trained (notebooks 02, 02b, 03, 04)."
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
     weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
-                         "a .safetensors/.pth file, or the folder of a bundle (of another run)")
+                         "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)")
+    train:bool = Field(True, description="false: a teacher of one's own, the network in the model folder `weights`, which is used as it is")
     size:int|None = Field(None, ge=32, le=1024, description="side of this network's input [px]; empty: data.size")
     drop_rate:float = Field(0.2, ge=0, lt=1, description="dropout before the classifier [probability]")
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
-    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part")
+    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part, "
+                                                     "whose mean over its images is 1")
     label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
     mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
     mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
@@ -232,12 +236,13 @@ class TrainRecipe(Part):
     epochs:int = Field(8, ge=1, description="passes over the training part")
     patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
     monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
-    batch_size:int = Field(32, ge=1, description="images a forward pass")
-    accumulate:int = Field(1, ge=1, description="forward passes an optimiser step")
+    batch_size:int = Field(32, ge=1, description="most images a forward pass, in one process: as many as its memory holds")
+    accumulate:int = Field(1, ge=1, description="a step has batch_size * accumulate images, in this many forward passes, or fewer where several "
+                           "processes share them")
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
-    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the classifier; empty: the backbone's")
-    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms and biases have none")
-    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the classifier learns and the backbone is in eval mode")
+    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the head; empty: the backbone's")
+    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms, biases, tokens and tables of positions have none")
+    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the head learns and the backbone is in eval mode")
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
     warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
     lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
@@ -255,6 +260,8 @@ class TrainRecipe(Part):
 
     @model_validator(mode='after')
     def _consistent(self):
+        if not self.train and self.weights in ('package', 'hub', 'none'):
+            raise ValueError(f"train is false, and weights is {self.weights}: name the model folder of a trained network")
         if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
             raise ValueError(f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the last of {self.epochs}")
         if self.mix_prob > 0 and self.mixup == self.cutmix == 0: raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
@@ -299,14 +306,18 @@ class EvaluateRecipe(Part):
 
 # %% ../nbs/00_core.ipynb #dedac489
 class DecideRecipe(Part):
-    "What is wished of calibrated probabilities (notebook 05g); all of it is fitted on validation patients."
+    "What is wished of calibrated probabilities (notebook 05g), and how a volume is decided (notebook 05c)."
     sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
     specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
     defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
                                               "kept, or the share of mistakes among the kept")
     defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
-    alpha:tuple[float, ...] = Field((0.05, 0.1), description="conformal sets: wished shares of sets without the true class [fraction]")
-    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
+    alpha:tuple[float, ...] = Field((0.05, 0.1), description="prediction sets: wished shares of sets without the true class [fraction]")
+    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be outliers, unlike the training [fraction]")
+    volume_rule:Literal['auto', 'mean', 'worst'] = Field('auto', description="how B-scans decide a volume: the class with the largest mean "
+        "probability, or the most severe class that enough B-scans show; auto: worst where data.severity is set, else mean")
+    min_slices:int = Field(2, ge=1, description="volume rule worst: B-scans that must show the class or a more severe one; all, where there are fewer")
+    drop_outliers:bool = Field(True, description="leave outliers out when a volume is decided")
 
     @model_validator(mode='after')
     def _fractions(self):
@@ -331,8 +342,11 @@ class Recipe(Part):
 
     @model_validator(mode='after')
     def _known_teachers(self):
+        if not self.student.train: raise ValueError("student.train is false: only a teacher can be used as it is")
         for name in self.teachers:
             if not re.fullmatch(r'[a-z0-9_]+', name): raise ValueError(f"teachers: '{name}' is no name; use small letters, digits and '_'")
+            if not self.teacher.train and 'weights' not in self.teachers[name]:
+                raise ValueError(f"teachers: '{name}' names no weights, and those of `teacher` are used as they are")
             self.training(f'teacher-{name}')
         return self
 
@@ -355,13 +369,13 @@ class Recipe(Part):
             raise KdoctError(f"The recipe has no role '{role}'.", fix=f"It has: {', '.join((*self.teacher_roles, 'student', 'baseline'))}")
         changes = self.teachers[name]
         augment = self.teacher.augment.model_dump() | changes.get('augment', {})
-        return TrainRecipe.model_validate(self.teacher.model_dump() | changes | dict(augment=augment))
+        return TrainRecipe.model_validate(self.teacher.model_dump() | dict(train=True) | changes | dict(augment=augment))
 
     def override(self, **changes)->'Recipe':  # values by dotted name, e.g. **{'student.epochs': 3}
         "A copy with some fields changed; `KdoctError` for an unknown name or a value out of range."
         d = self.model_dump(mode='json')
         for name, value in changes.items(): _set_dotted(d, name, value)
-        return _validated(d)
+        return _validated(_as_model_folders_say(d, changes))
 
     @property
     def key(self)->str:  # 16 hexadecimal digits
@@ -383,13 +397,49 @@ def recipe_fields(
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
     known = recipe_fields()
-    if name not in known:
+    within = next((f for f in known if name.startswith(f + '.') and _kind(f) in ('named texts', 'dict')), None)   # data.columns.label
+    if name not in known and not within:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.endswith('.' + name)]
         raise KdoctError(f"The recipe has no field '{name}'.",
                          fix=f"Did you mean {' or '.join(near)}?" if near else "`kdoct recipe` lists all fields.")
     *parts, last = name.split('.')
-    for p in parts: d = d[p]
-    d[last] = value
+    for p in parts: d = d.setdefault(p, {})
+    d[last] = _listed(value) if _kind(name) == 'texts' else value
+
+def _kind(name:str)->str:
+    "What a recipe field takes: text, texts, named texts, numbers, dict or other; '' for an unknown name."
+    kinds = {'str': 'text', 'typing.Literal': 'text', 'tuple[str': 'texts', 'tuple[typing.Literal': 'texts', 'tuple[float': 'numbers',
+             'dict[str, str]': 'named texts', 'dict': 'dict'}
+    part = Recipe
+    for n in name.split('.'):
+        field = getattr(part, 'model_fields', {}).get(n)
+        if field is None: return ''
+        part = type(field.default) if isinstance(field.default, Part) else None
+    text = str(field.annotation).removeprefix("<class '")
+    return next((kind for start, kind in kinds.items() if text.startswith(start)), 'other')
+
+def _listed(value):
+    "Several texts from one with commas, 'NORMAL,CNV' or '[NORMAL,CNV]'; anything else as it is, numbers as text."
+    if isinstance(value, str): value = [v.strip().strip('"\'') for v in value.strip().removeprefix('[').removesuffix(']').split(',') if v.strip()]
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+def _of_model_folder(
+    folder:str|Path,  # with model.safetensors and model.json
+)->dict:              # arch, size
+    "What a model folder decides of a recipe."
+    about = read_json(Path(folder)/'model.json')
+    return dict(arch=about['arch'], size=about['input_size'])
+
+def _as_model_folders_say(d:dict, given:dict)->dict:
+    "A recipe whose unchanged teachers have architecture and size of their folders, but where these are `given`."
+    def is_own(part): return part.get('train') is False and (Path(str(part.get('weights')))/'model.json').is_file()
+    if is_own(d['teacher']):
+        said = _of_model_folder(d['teacher']['weights'])
+        d['teacher'] = d['teacher'] | {k: v for k, v in said.items() if f'teacher.{k}' not in given}
+    if isinstance(d['teachers'], dict):
+        d['teachers'] = {name: _of_model_folder(part['weights']) | part if isinstance(part, dict) and is_own(part) else part
+                         for name, part in d['teachers'].items()}
+    return d
 
 def _validated(d:dict)->Recipe:
     "A recipe from a plain dict; pydantic's findings become one `KdoctError`."
@@ -399,27 +449,51 @@ def _validated(d:dict)->Recipe:
         raise KdoctError("The recipe is not valid: " + '; '.join(lines), fix="Change these values; `kdoct recipe` lists fields and units.") from e
 
 # %% ../nbs/00_core.ipynb #74179f1b
+_NEXT_FIELD = re.compile(r'\s+(?=([A-Za-z_]\w*(?:\.\w+)*)=)')
+
 def parse_overrides(
-    text:str|dict,  # 'student.epochs=3 data.classes=["NORMAL","CNV"]', or a dict already
+    text:str|dict,  # 'student.epochs=3 data.classes=NORMAL,CNV', or a dict already
 )->dict:            # dotted name -> value
-    "Split `name=value` pairs; a value is JSON where it can be, else text."
+    "Split `name=value` pairs. Text fields take the value as it is typed, backslashes and all; others read it as JSON."
     if isinstance(text, dict): return dict(text)
-    out = {}
-    for word in shlex.split(text, posix=True) if '"' not in text else _split_json(text):
-        name, eq, value = word.partition('=')
-        if not eq: raise KdoctError(f"'{word}' is not of the form name=value.", fix="Write, for example, student.epochs=3")
-        try: out[name] = json.loads(value)
-        except ValueError: out[name] = value
+    out, text = {}, text.strip()
+    while text:
+        name, eq, rest = text.partition('=')
+        if not eq or not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*', name):
+            raise KdoctError(f"{text!r} is not of the form name=value.", fix="Write, for example, student.epochs=3")
+        raw, text = _cut_value(rest)
+        out[name] = _override_value(name, raw)
     return out
 
-def _split_json(text:str)->list[str]:
-    "Split at blanks that stand outside quotes and brackets, and keep the quotes that JSON needs."
-    words, depth = [''], 0
-    for piece in re.findall(r'"(?:[^"\\]|\\.)*"|\s+|.', text):
-        if piece.isspace() and depth == 0: words.append('')
-        else: words[-1] += piece
-        depth += (piece in '[{') - (piece in ']}')
-    return [w for w in words if w]
+def _cut_value(text:str)->tuple[str, str]:
+    "The value at the beginning of `text`, with its quotes or brackets, and what follows."
+    end = len(text)
+    if text[:1] in ('[', '{', '"'):
+        try: end = json.JSONDecoder().raw_decode(text)[1]
+        except ValueError: pass
+        else:
+            if text[end:end + 1].strip() == '': return text[:end], text[end:].strip()
+    if text[:1] in ("'", '"'):
+        closed = re.match(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)""", text, re.S)
+        if closed: return closed[0], text[closed.end():].strip()
+    for m in _NEXT_FIELD.finditer(text):    # a name without a point that is no field belongs to the value
+        if '.' in m[1] or m[1] in Recipe.model_fields: end = m.start(); break
+    else: end = len(text)
+    return text[:end].strip(), text[end:].strip()
+
+def _override_value(name:str, raw:str):
+    "What a field is given: its text without quotes around it, or the JSON it is."
+    kind = _kind(name) or ('text' if _kind(name.rpartition('.')[0]) == 'named texts' else '')
+    if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in '"\'':
+        if raw[0] == '"' and re.search(r'\\[\\"]', raw):   # escaped, so it is meant as JSON
+            try: return json.loads(raw)
+            except ValueError: pass
+        return raw[1:-1]
+    if raw == 'null': return None
+    if kind == 'text' or kind == 'texts' and not raw.startswith('['): return raw
+    if kind == 'numbers' and not raw.startswith('['): raw = f'[{raw}]'
+    try: return json.loads(raw)
+    except ValueError: return raw
 
 # %% ../nbs/00_core.ipynb #ee58de59
 PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
@@ -465,11 +539,11 @@ _UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL')
 _SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
 
 def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
-    "Images a forward pass and passes a step, of teacher and student."
+    "Images a forward pass and passes a step, of teacher and student; the published steps have 16 images."
     return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
-PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((4, 4), (8, 2))
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))   # the student has BatchNorm: batches of 8, as published
 PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
 PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
@@ -513,7 +587,20 @@ def preset(
 )->Recipe:
     "The recipe called `name`, changed by `overrides`."
     if name not in PRESETS: raise KdoctError(f"There is no preset '{name}'.", fix=f"Known presets: {', '.join(sorted(PRESETS))}")
-    return Recipe(name=name).override(**{**PRESETS[name], **overrides})
+    return Recipe(name=name).override(**PRESETS[name]).override(**overrides)
+
+# %% ../nbs/00_core.ipynb #e96cd46d
+def own_teachers(
+    folders:list,  # model folders: the first becomes `teacher`, the others further teachers
+)->dict:           # changes of a recipe, by dotted name
+    "Changes that make trained networks the teachers of a run, all of them and as they are; `KdoctError` if one is no model folder."
+    if bad := [f for f in folders if not (Path(f)/'model.json').is_file()]:
+        raise KdoctError(f"{bad[0]} is no model folder: it has no model.json.",
+                         fix="Give the folder that a training (outputs/RUN/fold_K/teacher), kdoct import or kdoct export has written.")
+    parts = [dict(weights=Path(f).resolve().as_posix(), train=False) | _of_model_folder(f) for f in folders]
+    names = [re.sub('[^a-z0-9]+', '_', Path(f).resolve().name.lower()).strip('_') or 'own' for f in folders]
+    unique = [name if names.index(name) == i else f'{name}_{i + 1}' for i, name in enumerate(names)]
+    return {f'teacher.{k}': v for k, v in parts[0].items()} | {'teachers': dict(zip(unique[1:], parts[1:], strict=True))}
 
 # %% ../nbs/00_core.ipynb #c71c8404
 EXTRAS = {  # extra of the package -> what its requirements are imported as
@@ -547,13 +634,13 @@ def require_packaged_weights(
     require_extra('offline', PACKAGED_WEIGHTS[arch])
 
 def require_same_arch(
-    about:dict,  # model.json of the bundle
+    about:dict,  # model.json of the model folder
     folder:str,  # where it lies, for the message
     arch:str,    # timm name that is asked for
 ):
-    "`KdoctError` if a bundle is of another architecture (a tag after the dot names weights, not an architecture)."
+    "`KdoctError` if a model folder is of another architecture (a tag after the dot names weights, not an architecture)."
     if about['arch'].split('.')[0] != arch.split('.')[0]:
-        raise KdoctError(f"The bundle in {folder} is a {about['arch']}, not a {arch}.",
+        raise KdoctError(f"The network in {folder} is a {about['arch']}, not a {arch}.",
                          fix=f"Ask for that one ({about['arch']}), or give other weights.")
 
 def require_weights(
@@ -564,10 +651,17 @@ def require_weights(
     if recipe.weights == 'package': return require_packaged_weights(recipe.arch)
     path = Path(recipe.weights)
     if (path/'model.json').is_file():
-        require_same_arch(read_json(path/'model.json'), recipe.weights, recipe.arch)
+        about = read_json(path/'model.json')
+        require_same_arch(about, recipe.weights, recipe.arch)
+        if not recipe.train and recipe.size not in (None, about['input_size']):
+            raise KdoctError(f"The network in {path} takes {about['input_size']} px, not {recipe.size} px, and is used as it is.",
+                             fix="Leave its size out: it is taken from the folder, and pictures are resized to it.")
+    elif not recipe.train:
+        raise KdoctError(f"{path} is no model folder, so its classes and its size are not known; as a teacher it cannot be used as it is.",
+                         fix="Make one of a weight file: kdoct import FILE --model NAME --classes A,B,C")
     elif not path.is_file():
-        raise KdoctError(f"There is no weight file {path}, and no bundle.",
-                         fix="Give package, hub, none, an existing file, or the folder of a bundle.")
+        raise KdoctError(f"There is no weight file {path}, and no model folder.",
+                         fix="Give package, hub, none, an existing file, or a model folder.")
 
 # %% ../nbs/00_core.ipynb #3e8096a6
 def require_data_root(
@@ -767,10 +861,19 @@ def stage_command(
     kind, _, name = stage.partition('-')
     nb = Path(os.path.relpath(notebooks_dir()/f'{STAGES[kind]}.ipynb')).as_posix()
     out = Path(os.path.relpath(run.notebooks_dir(fold)/f'{stage}.ipynb')).as_posix()
-    options = (['-p', 'run', run.name] if run.name != 'demo' else []) + (['-p', 'fold', str(fold)] if stage != 'data' else [])
+    options = ([_raw_or_not(run.name), 'run', run.name] if run.name != 'demo' else []) + (['-p', 'fold', str(fold)] if stage != 'data' else [])
     if stage == 'baseline': options += ['-p', 'role', 'baseline']
     if name: options += ['-p', 'name', name]
     return ' '.join(['papermill', nb, out, *options])
+
+def _as_papermill_reads(text:str):
+    "The value that `papermill -p NAME TEXT` hands to a notebook."
+    for convert in ({'True': True, 'False': False, 'None': None}.__getitem__, int, float):
+        try: return convert(text)
+        except (KeyError, ValueError): pass
+    return text
+
+def _raw_or_not(text:str)->str: return '-p' if isinstance(_as_papermill_reads(text), str) else '-r'
 
 # %% ../nbs/00_core.ipynb #453803bd
 def _injected_names()->set[str]:
@@ -787,23 +890,48 @@ def _check_names(injected:set[str], known:set[str]):
         raise KdoctError(f"This notebook has no parameter '{name}'.",
                          fix=f"Did you mean '{near[0]}'?" if near else f"It knows: {', '.join(sorted(known))}. Recipe fields go into overrides.")
 
+# %% ../nbs/00_core.ipynb #ddf59d19
+def _typed_values(name:str)->list[str]:
+    "What the command lines of the processes above this one give for a papermill parameter."
+    found = []
+    for process in psutil.Process().parents():
+        try: words = process.cmdline()
+        except psutil.Error: continue
+        found += [words[i + 2] for i, w in enumerate(words[:-2]) if w in ('-p', '--parameters') and words[i + 1] == name]
+    return found
+
+def as_typed(
+    name:str,  # of the papermill parameter
+    value,     # what papermill made of it
+)->str|dict:   # the text that was typed; a dict stays one
+    "A parameter that is text, though papermill took it for a number; `KdoctError` if the text cannot be known."
+    if isinstance(value, (str, dict)): return value
+    typed = {t for t in _typed_values(name) if _as_papermill_reads(t) == value}
+    if len(typed) == 1: return typed.pop()
+    if isinstance(value, int) and not isinstance(value, bool): return str(value)
+    raise KdoctError(f"Parameter {name} arrived as {value!r}, not as the text that was typed.", fix=f"Let papermill leave it as it is: -r {name} ...")
+
 # %% ../nbs/00_core.ipynb #b7c92bd1
 def open_stage(
     preset_name:str='',          # preset of a new run; '' means the run's own recipe, or demo
-    run:str='',                  # name of the run; '' means the preset's name
+    run:str|int='',              # name of the run; '' means the preset's name
     fold:int=0,                  # fold, counted from 0
-    data_root:str='',            # folder of the images; '' means the recipe's
+    data_root:str|int='',        # folder of the images; '' means the recipe's
     overrides:str|dict='',       # changes of the recipe, e.g. 'student.epochs=3'
-    teacher:str='',              # timm name of the teacher; '' means the recipe's
+    teacher:str='',              # timm name of the teacher, or the model folder of one that is used as it is; '' means the recipe's
     student:str='',              # timm name of the student; '' means the recipe's
-    before:tuple=(),             # in a test only: earlier stages, each called with (run, fold)
+    before:dict|None=None,       # earlier stages: name -> function of (run, fold); made where missing, in a test and in the demo
     extra:tuple[str, ...]=(),    # names of further parameters of this notebook
 )->tuple[Run, int]:              # the run and the fold
     "Make or open the run that a stage notebook's parameters describe; `KdoctError` where they contradict each other."
-    _check_names(_injected_names(), {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
-    if os.environ.get('IN_TEST'): return _test_stage(before)
-    changes = parse_overrides(overrides) | {k: str(v) for k, v in {'data.root': data_root, 'teacher.arch': teacher, 'student.arch': student}.items() if v}
-    name = run or preset_name or 'demo'
+    injected = _injected_names()
+    _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
+    if os.environ.get('IN_TEST'): return _test_stage(before or {})
+    own = bool(teacher) and (Path(teacher)/'model.json').is_file()
+    named = {'data.root': as_typed('data_root', data_root), 'teacher.arch': '' if own else teacher, 'student.arch': student}
+    changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in named.items() if v}
+    if own: changes |= own_teachers([teacher])
+    name = as_typed('run', run) or preset_name or 'demo'
     if (outputs_root()/name/'run.json').exists():
         base = preset(preset_name) if preset_name else open_run(name).recipe
         out = create_run(name, base.override(**changes)) if preset_name or changes else open_run(name)
@@ -813,13 +941,22 @@ def open_stage(
         out = create_run(name, recipe)
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
         raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
+    if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
     os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)
     return out, fold
 
-def _test_stage(before:tuple)->tuple[Run, int]:
+def _make_earlier_stages(run:Run, fold:int, before:dict):
+    "Make those of the earlier stages that are missing."
+    for stage, make in before.items():
+        if run.is_finished(stage, fold): continue
+        print(f"The {stage} stage of run '{run.name}', fold {fold}, is missing: it is made first.", flush=True)
+        make(run, fold)
+
+def _test_stage(before:dict)->tuple[Run, int]:
     "A tiny run in a temporary folder, brought to the point where this stage starts."
     folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     out = create_run('tiny', preset('tiny'))
-    for stage in before: stage(out, 0)
+    _make_earlier_stages(out, 0, before)
     return out, 0

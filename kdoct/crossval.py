@@ -44,13 +44,17 @@ RUN_HEADING = '## Run this stage'
 
 def stage_cells(
     nb,  # notebook of a stage
-):       # a copy: title, definitions (folded away), and the section that runs the stage
-    "Leave out a stage notebook's lessons; `KdoctError` if it has no section that runs it."
-    start = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'markdown' and c.source.startswith(RUN_HEADING)), None)
-    if start is None: raise KdoctError("This notebook runs no stage.", fix=f"Keep its heading '{RUN_HEADING}' and what follows.")
-    kept = [c for i, c in enumerate(nb.cells) if i == 0 or i >= start and '#| hide' not in c.source or c.source.startswith('#| export')]
+):       # a copy: the title, and the section that runs the stage
+    "What a cross-validation runs of a stage notebook; `KdoctError` if it has no section that runs it."
+    sections = [i for i, c in enumerate(nb.cells)
+                if c.cell_type == 'markdown' and c.source.startswith('## ')]
+    start = next((i for i in sections if nb.cells[i].source.startswith(RUN_HEADING)), None)
+    if start is None:
+        raise KdoctError("This notebook runs no stage.",
+                         fix=f"Keep its heading '{RUN_HEADING}' and what follows.")
+    end = next((i for i in sections if i > start), len(nb.cells))
+    kept = [nb.cells[0], *nb.cells[start:end]]
     for c in kept:
-        if c.source.startswith('#| export'): c.metadata['jupyter'] = {'source_hidden': True}
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nbformat.v4.new_notebook(cells=kept, metadata=nb.metadata)
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
-           'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE', 'NEAR', 'DECODER',
-           'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack', 'tiff_stack',
-           'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file', 'merge_groups',
-           'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of', 'check_folds',
-           'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized', 'to_square',
-           'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of', 'leak_of',
-           'prepare_data', 'FoldData', 'open_fold']
+           'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
+           'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
+           'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
+           'merge_groups', 'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of',
+           'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized',
+           'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of',
+           'leak_of', 'prepare_data', 'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -120,7 +120,8 @@ FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000')
 MAX_PIXELS = 89_478_485                 # PIL's own limit: a quarter of a gigabyte in RGB
 MIN_SIDE, MAX_ASPECT = 32, 8            # OCT B-scans in use: 496 x 512 to 496 x 1536
 _JPEG_2000 = (b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')   # a file, or nothing but the code
-_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'RIFF', *_JPEG_2000)
+_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'RIFF',
+               *_JPEG_2000)
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
 
@@ -134,18 +135,22 @@ _OTHER_FILES = (  # first byte of the mark, mark, what the file is
     (0, b'version https://git-lfs', "a Git LFS pointer, not the file: fetch it with 'git lfs pull'"),
     (0, b'\x93NUMPY', "a NumPy array: save each picture as PNG or TIFF"),
     (0, b'PK\3\4', "a ZIP archive: unpack it first"), (0, b'\x1f\x8b', "a gzip archive: unpack it first"),
-    (0, b'\x89HDF', "an HDF5 file: save each picture as PNG or TIFF"), (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"),
-    (0, b'%PDF', "a PDF"), (0, b'<!DOCTYPE html', "a web page: the download has failed"), (0, b'<html', "a web page: the download has failed"),
-    (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"), (4, b'ftypheic', "HEIC: export it as JPEG or PNG"),
-    (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
+    (0, b'\x89HDF', "an HDF5 file: save each picture as PNG or TIFF"),
+    (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"), (0, b'%PDF', "a PDF"),
+    (0, b'<!DOCTYPE html', "a web page: the download has failed"),
+    (0, b'<html', "a web page: the download has failed"),
+    (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"),
+    (4, b'ftypheic', "HEIC: export it as JPEG or PNG"), (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
 
 def other_file(
     begin:bytes,  # the first bytes of a file; 160 are enough
 )->str:           # '': nothing that is known
     "What a file is that is no picture."
     if begin.startswith(b'PK\3\4') and b'.npy' in begin:
-        return "a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them with their labels in a table"
-    return next((what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower())), '')
+        return ("a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them with their labels "
+                "in a table")
+    found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
+    return next(found, '')
 
 # %% ../nbs/01_data.ipynb #83621e37
 def full_pages(
@@ -158,7 +163,8 @@ def full_pages(
     kept = []
     for i in range(n):
         im.seek(i)
-        if not im.tag_v2.get(254, 0) & 5 and im.tag_v2.get(255, 1) != 2: kept.append(i)   # NewSubfileType: bit 0 smaller, bit 2 a mask
+        other = im.tag_v2.get(254, 0) & 5 or im.tag_v2.get(255, 1) == 2   # bit 0: a smaller copy; bit 2: a mask
+        if not other: kept.append(i)
     im.seek(kept[0] if kept else 0)
     return kept
 
@@ -166,42 +172,49 @@ def full_pages(
 logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
 
 def _shaped_claims(t:TiffFile)->tuple[int, int]:
-    "Pictures, and channels of each, that the descriptions of a file by tifffile claim; one stands before every series."
+    "Pictures, and channels of each, that tifffile's descriptions claim; one stands before every series."
     n, channels, at = 0, 1, 0
     while at < len(t.pages):
         page = t.pages[at]
-        said = shaped_description_metadata(page.shaped_description) if page.shaped_description else {'shape': page.shape}
+        text = page.shaped_description
+        said = shaped_description_metadata(text) if text else {'shape': page.shape}
         claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
-        channels = max(channels, dict(zip(said.get('axes', ''), said['shape'], strict=False)).get('C', 1))
+        sizes = dict(zip(said.get('axes', ''), said['shape'], strict=False))
+        channels = max(channels, sizes.get('C', 1))
         n, at = n + claimed, at + (1 if said.get('truncated') else claimed)
     return n, channels
 
 def _claims(t:TiffFile)->tuple[int, int]:
-    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, every one in a page of its own."
+    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, a page each."
     page = t.pages.first
     if t.is_imagej:
-        said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in ('images', 'slices', 'frames', 'channels')}
+        counted = ('images', 'slices', 'frames', 'channels')
+        said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
         channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
-        images = said['images'] if page.samplesperpixel == 1 else 1   # of colour, some writers count the samples too
+        images = said['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
         return max(said['slices']*said['frames']*channels, images), channels
     if page.shaped_description: return _shaped_claims(t)
     if t.is_stk: return int(t.stk_metadata['NumberPlanes']), 1
-    if t.is_ome: return 0, max(dict(zip(s.axes, s.shape, strict=True)).get('C', 1) for s in t.series)
+    if t.is_ome:
+        sizes = [dict(zip(s.axes, s.shape, strict=True)) for s in t.series]
+        return 0, max(s.get('C', 1) for s in sizes)
     return 0, 1
 
 # %% ../nbs/01_data.ipynb #2fa20f5a
 class TiffStack(NamedTuple):
     "What the description of a TIFF adds to its directories."
-    pictures:np.ndarray|None=None  # (n, h, w) or (n, h, w, 3) uint8, where one directory stands for n pictures
+    pictures:np.ndarray|None=None  # (n, h, w[, 3]) uint8, where one directory stands for n pictures
     notes:tuple[str, ...]=()       # what is unusual, in words
 
 def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
-    "The `n` pictures that begin with the one of `page`; `BadImage` where they are not there, or not 8-bit grey or RGB."
+    "The `n` pictures that begin with the one of `page`; `BadImage` unless they are there, 8-bit grey or RGB."
     at = page.dataoffsets[0] if page.dataoffsets else 0
-    if at + n*page.nbytes > len(data): raise BadImage('truncated', f"its description claims {n} pictures; 1 can be found")
+    if at + n*page.nbytes > len(data):
+        raise BadImage('truncated', f"its description claims {n} pictures; 1 can be found")
     plain = page.is_contiguous and page.dtype == np.uint8 and page.planarconfig == 1
     if not plain or page.photometric > 2 or page.tags.valueof(274, 1) != 1:
-        raise BadImage('wrong-mode', f"{n} pictures in one directory, and not 8 bits, grey or RGB, upright and uncompressed")
+        what = "and not 8 bits, grey or RGB, upright and uncompressed"
+        raise BadImage('wrong-mode', f"{n} pictures in one directory, {what}")
     a = np.frombuffer(data, np.uint8, n*page.nbytes, at).reshape(n, *page.shape)
     return 255 - a if page.photometric == 0 else a   # 0: white is zero
 
@@ -214,16 +227,18 @@ def _one_directory(data:bytes, t:TiffFile)->TiffStack:
         what = f"its colours, or {planes} B-scans? Save it as PNG"
         raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
     if 1 < channels < max(n, there):
-        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which one is meant is not known")
-    notes = (f"its description says {channels} channels, not slices: are they B-scans?",) if channels > 1 else ()
+        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known")
+    doubt = f"its description says {channels} channels, not slices: are they B-scans?"
+    notes = (doubt,) if channels > 1 else ()
     if n <= there: return TiffStack(None, notes)
-    if there > 1: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+    if there > 1:
+        raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
     return TiffStack(_hidden_pictures(data, page, n), notes)
 
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
-    "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or cannot be told apart."
+    "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
     except BadImage: raise
@@ -235,7 +250,8 @@ def _tiff_words(data:bytes)->str:
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
             page = t.pages.first
-            return f"a TIFF of {page.dtype}, {page.samplesperpixel} channels, compression {page.compression}"
+            kind, n = page.dtype, page.samplesperpixel
+            return f"a TIFF of {kind}, {n} channels, compression {page.compression}"
     except Exception: return ''  # noqa: BLE001 (it is damaged, then)
 
 # %% ../nbs/01_data.ipynb #0feb7781
@@ -246,8 +262,10 @@ def _open(data:bytes)->Image.Image:
         pages, stack = full_pages(im), tiff_stack(data).pictures if im.format == 'TIFF' else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadImage('decompression-bomb', str(e)) from e
     except UnidentifiedImageError as e:
-        if what := _tiff_words(data) if data[:2] in (b'II', b'MM') else '': raise BadImage('wrong-mode', what) from e
-        raise BadImage('corrupt' if data.startswith(_SIGNATURES) else 'not-an-image', other_file(data[:160])) from e
+        what = _tiff_words(data) if data[:2] in (b'II', b'MM') else ''
+        if what: raise BadImage('wrong-mode', what) from e
+        kind = 'corrupt' if data.startswith(_SIGNATURES) else 'not-an-image'
+        raise BadImage(kind, other_file(data[:160])) from e
     except _DECODE_ERRORS as e: raise _broken(e) from e
     if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
     w, h = im.size
@@ -265,7 +283,8 @@ def check_values(
 ):
     "`BadImage` unless its channels have 8 bits without a sign at most."
     if (bits := _bits(im, data)) > 8: raise BadImage('wrong-mode', f"mode {im.mode}, {bits} bits a channel")
-    if _signed(im, data): raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
+    if _signed(im, data):
+        raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
     if im.format == 'JPEG2000' and not features.check('jpg_2000'):
         raise BadImage('not-an-image', "JPEG 2000, which this build of Pillow does not decode")
 
@@ -279,7 +298,8 @@ def _bits(im:Image.Image, data:bytes)->int:
 
 def _signed(im:Image.Image, data:bytes)->bool:
     "Whether numbers below 0 occur; PIL takes them for large ones."
-    if im.format == 'TIFF': return any(f not in (1, 4) for f in im.tag_v2.get(339, (1,)))   # 1: unsigned, 4: not said
+    unsigned = (1, 4)   # 4: not said
+    if im.format == 'TIFF': return any(f not in unsigned for f in im.tag_v2.get(339, (1,)))
     return im.format == 'JPEG2000' and any(b & 128 for b in _jpeg_2000_depths(data))
 
 def _jpeg_2000_depths(data:bytes)->bytes:
@@ -302,11 +322,13 @@ def decoded(
     im:Image.Image,                 # an opened file, at one of its pages
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
-    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)   # PIL turns a TIFF while it decodes, and forgets
+    # PIL turns a TIFF while it decodes it, and forgets that it has
+    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)
     im.load()
     out, notes = _plain(im)
     if turned: notes.append('exif-rotated')
-    if im.format == 'TIFF' and 0 in im.tag_v2.get(338, ()): notes.append('extra-channels')   # 0: not said what they are
+    unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
+    if unsaid: notes.append('extra-channels')
     return out, notes
 
 # %% ../nbs/01_data.ipynb #d181ddc8
@@ -316,7 +338,8 @@ _JPEG_MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])')   # those with a 
 def _behind_jpeg(data:bytes)->list[str]:
     "Notes on what follows the first picture of a JPEG file; `BadImage` if that has no end."
     at = 2
-    while (m := _JPEG_MARKER.search(data, at)) and m[1] != b'\xd9': at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
+    while (m := _JPEG_MARKER.search(data, at)) and m[1] != b'\xd9':
+        at = m.end() + int.from_bytes(data[m.end():m.end() + 2], 'big')
     if not m: raise BadImage('truncated', "the end marker is missing")
     rest = data[m.end():].rstrip(b'\0')
     return ['several-pictures' if b'\xff\xd8\xff' in rest else 'trailing-data'] if rest else []
@@ -328,7 +351,8 @@ def decode_image(
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise KdoctError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: torn files would be filled with grey.", fix="Set it to False.")
     im = _open(data)
-    if _ENDS.get(im.format, b'') not in data: raise BadImage('truncated', "the end marker is missing")
+    if _ENDS.get(im.format, b'') not in data:
+        raise BadImage('truncated', "the end marker is missing")
     try:
         out, notes = decoded(im)
         if im.format == 'PNG': Image.open(io.BytesIO(data)).verify()
@@ -353,7 +377,7 @@ COLOURED = 0.5
 def main_colour(
     im:Image.Image,  # mode L or RGB
 )->float:            # 0-1
-    "Share of the pixels that are coloured in one and the same way: the commonest order of red, green and blue."
+    "Share of pixels that are coloured in one way: the commonest order of red, green and blue."
     if im.mode == 'L': return 0.
     a = np.asarray(im).reshape(-1, 3).astype(np.int16)
     order = (a[:, 0] > a[:, 1]) + 2*(a[:, 1] > a[:, 2]) + 4*(a[:, 0] > a[:, 2])
@@ -529,7 +553,9 @@ def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_ou
                 sizes=dict(Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(10)))
 
 # %% ../nbs/01_data.ipynb #1ccded8b
-FOLD_COLUMNS, ROLE_NAMES, OUT = ('path', 'group', 'fold', 'role'), ('train', 'val', 'test'), 'out'
+FOLD_COLUMNS, OUT = ('path', 'group', 'fold', 'role'), 'out'
+NEEDED, CALIB = ('train', 'val', 'test'), 'calib'   # parts of every fold; the part that only some recipes have
+ROLE_NAMES = ('train', 'val', CALIB, 'test')
 
 def shows_diagnosis(
     table:pd.DataFrame,  # label, and patient_label where the source knows it
@@ -554,7 +580,7 @@ def _check_enough(table:pd.DataFrame, n_folds:int):
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction.")
+        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
@@ -564,7 +590,7 @@ def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
 def _check_official(table:pd.DataFrame):
     "`KdoctError` unless every image has an official part, and some are for testing and some are not."
     parts = table.split.value_counts()
-    if strange := set(parts.index) - set(ROLE_NAMES):
+    if strange := set(parts.index) - set(NEEDED):
         n = int(parts[list(strange)].sum())
         raise KdoctError(f"data.protocol is official, but {n} of {len(table)} images are in none of the source's parts train, val and test.",
                          fix="Take data.protocol=grouped-cv, or give the official folders (UCSD: DIR/train/CLASS and DIR/test/CLASS; csv: column split).")
@@ -572,7 +598,7 @@ def _check_official(table:pd.DataFrame):
         raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
                          fix="Give both official parts, or take data.protocol=grouped-cv.")
 
-def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str)->Iterator[np.ndarray]:
+def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str, calibration:float=0.)->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
     official = protocol == 'official'
     test, out = (t.split == 'test').to_numpy() & official, official_overlap(t) & (official and overlap == 'remove')
@@ -583,6 +609,10 @@ def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:s
         if not official:
             others = np.setdiff1d(rest, part)
             role[others[_split(t.iloc[others], round(1/val_fraction), seed)[0]]] = 'val'
+        if calibration:
+            train = np.flatnonzero(role == 'train')
+            share = calibration*np.isin(role, ('train', 'val')).sum()/len(train)   # of what validation has left
+            role[train[_split(t.iloc[train], max(2, round(1/share)), seed)[0]]] = CALIB
         yield role
 
 # %% ../nbs/01_data.ipynb #ea984aee
@@ -594,6 +624,7 @@ def make_folds(
     protocol:str='grouped-cv',     # or official
     overlap:str='remove',          # official: training images of groups that are tested on: remove or keep (a leak)
     worst_case:tuple[bool, bool]=(False, False),  # whether the rule holds in training and validation, and in the test part
+    calibration_fraction:float=0., # share of the groups not tested on that is the part calib; about that of the nearest 1/n; 0: no such part
 )->pd.DataFrame:                   # path, group, fold, role: one row an image and fold
     "Folds by group; `KdoctError` if groups or classes are too few."
     t = table.sort_values('path', ignore_index=True)
@@ -602,9 +633,9 @@ def make_folds(
     if protocol == 'official': _check_official(t)
     _check_enough(t[worst & (t.split != 'test').to_numpy()] if protocol == 'official' else t[worst], n_folds)
     folds = []
-    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap)):
-        for rule, part in zip(worst_case, (('train', 'val'), ('test',)), strict=True):
-            if rule: role[np.isin(role, part) & ~worst] = OUT
+    rules = dict(zip(('train', 'val', 'test', CALIB), (worst_case[0], *worst_case, all(worst_case)), strict=True))   # calib is as the test part
+    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)):
+        role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
         _check_classes(t.label, role, k)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
@@ -634,8 +665,10 @@ def protocol_of(
 
 def _official_fault(times:pd.DataFrame, n:int)->str:
     "What contradicts the official protocol; '' if nothing does."
-    right = (times.test == n) | (times.out == n) | ((times.val == 1) & (times.train == n - 1))
-    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained on"
+    learns = (times.val == 1) & (times.train + times[CALIB] == n - 1)
+    calibrates = (times[CALIB] > 0) & (times[CALIB] + times.out == n)   # an image that does not show the diagnosis, out elsewhere
+    right = (times.test == n) | (times.out == n) | learns | calibrates
+    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained or calibrated on"
 
 def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
     "What contradicts grouped cross-validation; '' if nothing does."
@@ -644,7 +677,9 @@ def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
     if (in_folds > 1).any(): return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
     out_there = (times.test == 0) & (times.out > 0)  # in the fold that tests the group, or would if not all of it were out
     if (once := times.test + out_there).ne(1).any(): return f"image {once.ne(1).idxmax()} is not tested on exactly once"
-    if (odd := ~(times.out - out_there).isin([0, n - 1])).any(): return f"image {odd.idxmax()} is out in some folds only"
+    out = times.out - out_there
+    odd = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))   # an image that does not show the diagnosis may calibrate, and is out elsewhere
+    if odd.any(): return f"image {odd.idxmax()} is out in some folds only"
     out = folds[(folds.role == OUT) & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])]
     if (out.groupby('group').fold.nunique() > 1).any(): return "a group is never tested, and not out in one fold as a whole"
     return ''
@@ -665,8 +700,9 @@ def check_folds(
     if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique(): refuse("an image is missing from a fold, or in it twice")
     if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique(): refuse("an image is in two groups")
     used = folds[folds.role != OUT]
-    parts = used.groupby('fold').role.nunique().reindex(range(n), fill_value=0)
-    if parts.min() < len(ROLE_NAMES): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(ROLE_NAMES)}")
+    parts = used[used.role != CALIB].groupby('fold').role.nunique().reindex(range(n), fill_value=0)
+    if parts.min() < len(NEEDED): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(NEEDED)}")
+    if (some := used.fold[used.role == CALIB].nunique()) not in (0, n): refuse(f"{some} of {n} folds have a part {CALIB}")
     official = (protocol or protocol_of(folds)) == 'official'
     roles = (used[used.role != 'test'] if leak and official else used).groupby(['fold', 'group']).role.nunique()
     if (roles > 1).any(): refuse("group {1} has two roles in fold {0}".format(*roles.idxmax()))
@@ -926,9 +962,11 @@ def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     worst = shows_diagnosis(table) if any(rules) else np.ones(len(table), bool)
     official, shared = (table.split == 'test').to_numpy(), official_overlap(table) & (data.protocol == 'official' and data.official_overlap == 'remove')
     facts = pd.DataFrame(dict(learn=worst | (not rules[0]), test=worst | (not rules[1]), official=official, shared=shared), index=table.path).loc[folds.path]
-    f, learns = facts.set_axis(folds.index), folds.role.isin(['train', 'val'])
+    f, learns, calib = facts.set_axis(folds.index), folds.role.isin(['train', 'val']), folds.role == CALIB
     right = (folds.role == OUT) & (~f.learn | ~f.test | f.shared) | learns & f.learn & ~f.shared | (folds.role == 'test') & f.test
-    return bool(right.all()) and (data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns].any()))
+    right |= calib & ~f.shared & (f.test | f.learn)
+    if not right.all() or calib.any() != (data.calibration_fraction > 0): return False
+    return data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns | calib].any())
 
 # %% ../nbs/01_data.ipynb #7a783a85
 def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
@@ -936,7 +974,7 @@ def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
     data = run.recipe.data
     if not run.folds_csv.exists():
         made = make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed, data.protocol, data.official_overlap,
-                          (data.worst_case_train, data.worst_case_test))
+                          (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
         write_folds(made, run.folds_csv, **_rules(data))
     folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
@@ -950,7 +988,7 @@ def leak_of(
 )->dict|None:            # groups and images that are trained or validated on and of a tested group; None: none are
     "The size of a declared leak."
     f = folds[folds.fold == 0]
-    shared = f[f.role.isin(['train', 'val']) & f.group.isin(f.group[f.role == 'test'])]
+    shared = f[f.role.isin(['train', 'val', CALIB]) & f.group.isin(f.group[f.role == 'test'])]
     return dict(groups=shared.group.nunique(), images=len(shared)) if len(shared) else None
 
 def _cache(data:DataRecipe, table:pd.DataFrame, root:str|Path, channels:int, workers:int=0)->DecodeCache:
@@ -989,20 +1027,25 @@ def prepare_data(
         folds = _folds_for(run, table)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = _cache(data, table, listing.root, result.channels, workers)
-        val_lacks = {str(k): lost for k in range(data.n_folds) if (lost := _val_lacks(folds[folds.fold == k], table))}
+        val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
-                           val_lacks=val_lacks, protocol=data.protocol, leak=leak_of(folds), overlap=int(official_overlap(table).sum()),
-                           merged_groups=len(result.summary['merged_groups']),
+                           val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
+                           overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
 
 # %% ../nbs/01_data.ipynb #3042dc03
-def _val_lacks(folds:pd.DataFrame, table:pd.DataFrame)->list[str]:
-    "Classes that the validation part of one fold lacks: allowed, but worth knowing."
-    return sorted(set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == 'val'])]))
+def _lacks(folds:pd.DataFrame, table:pd.DataFrame, role:str='val')->list[str]:
+    "Classes that the validation (or calibration) part of one fold lacks: allowed, but worth knowing."
+    return sorted(set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == role])]))
+
+def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, list[str]]:
+    "The folds whose part lacks classes, with these; folds without such a part lack none."
+    each = {str(k): _lacks(f, table, role) for k, f in folds.groupby('fold') if role in set(f.role)}
+    return {k: lost for k, lost in each.items() if lost}
 
 def _print_summary(facts:dict):
     "A few lines on what the data are."
@@ -1017,7 +1060,8 @@ def _print_summary(facts:dict):
         print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
     if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "
                             "the scores will be too good".format(**facts['leak']))
-    for k, lost in facts['val_lacks'].items(): print(f"WARNING: the validation part of fold {k} has no {', '.join(lost)}")
+    for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
+        for k, lost in lacks.items(): print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 
 # %% ../nbs/01_data.ipynb #82c1e1a8
 @dataclass(frozen=True)
@@ -1027,13 +1071,13 @@ class FoldData:
     labels:np.ndarray           # int64 (N,), index into `classes`
     groups:np.ndarray           # str (N,), group of each image
     classes:list[str]           # in the order of the logits
-    idx:dict[str, np.ndarray]   # 'train', 'val', 'test' -> int64 rows of `images`; images that are 'out' are in none
+    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', and 'calib' where there is one -> int64 rows of `images`
     table:pd.DataFrame          # image table with column `role`
     fold:int                    # counted from 0
     folds_sha256:str            # hash of folds.csv
 
     def rows(self,
-        role:str,  # 'train', 'val' or 'test'
+        role:str,  # 'train', 'val', 'calib' or 'test'
     )->pd.DataFrame:
         "The image table of a role, row i being image `idx[role][i]`."
         return self.table[self.table.role == role].reset_index(drop=True)
@@ -1063,5 +1107,5 @@ def open_fold(
     row = cache.rows(table.sha256)
     labels, groups = np.full(len(cache.images), -1, np.int64), np.full(len(cache.images), '', object)
     labels[row], groups[row] = table.label.map({c: i for i, c in enumerate(facts['classes'])}), table.group
-    idx = {r: row[(table.role == r).to_numpy()] for r in ROLE_NAMES}
+    idx = {r: row[(table.role == r).to_numpy()] for r in ROLE_NAMES if r in NEEDED or r in set(table.role)}
     return FoldData(cache.images, labels, groups, facts['classes'], idx, table, fold, facts['folds_sha256'])

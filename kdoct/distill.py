@@ -22,7 +22,7 @@ from .models import Classifier, class_order, load_bundle
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache, picture_facts
 from .together import best_device, join, one_for_all, team, tell
-from .training import batch_number, train_role
+from .training import step_number, train_role
 
 # %% ../nbs/04_distill.ipynb #d9c37add
 def as_teacher(
@@ -235,8 +235,8 @@ Distill.build, Distill.answer, Distill.teach = _build, _answer, _teach
 
 # %% ../nbs/04_distill.ipynb #27532cd2
 def _asked(self:Distill)->list[str]:
-    "Roles of the teachers that are asked about this batch."
-    return self.ask.asked(batch_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter)
+    "Roles of the teachers that are asked about this batch; `turn` changes them with the optimiser's steps."
+    return self.ask.asked(step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter)
 
 def _teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
     "What the teachers say to this batch, together."

@@ -7,7 +7,8 @@ __all__ = ['ROLE_COLOUR', 'FURTHER', 'save_figure', 'confusion_figure', 'roc_fig
            'coverage_figure', 'history_figure', 'worst_mistakes', 'mistakes_figure', 'counts_of', 'counts_figure',
            'folds_figure', 'views_figure', 'teachers_together', 'fold_models', 'complete_folds', 'is_evaluated',
            'fold_variants', 'pool_variants', 'fold_judged', 'pool_judged', 'costs_of', 'ensemble', 'ensemble_section',
-           'sections_of', 'fold_figures', 'evaluate_fold', 'show_figures', 'evaluate_run']
+           'sections_of', 'folds_summary', 'warnings_of', 'fold_figures', 'evaluate_fold', 'show_figures',
+           'evaluate_run']
 
 # %% ../nbs/05_evaluate.ipynb #87dea3db
 import io
@@ -29,13 +30,15 @@ from sklearn.metrics import roc_curve
 from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
-from .judged import Judged, judged_sections, read_judged
+from .judged import Judged, judged_sections, read_judged, volumes_section
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, risk_coverage, targets_of
-from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, classes_section, costs_section
-from .tables import differences_of, patients_section, protocol_of, read_variants, scores_section, selection_section, shown
-from .tables import shown_differences, shown_folds, table_of, views_differences, views_section
+from .patients import rule_of
+from .probe import run_verdict
+from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, blanked_warning, classes_section
+from .tables import costs_section, differences_of, folds_section, protocol_of, read_variants, scores_section, selection_section
+from .tables import shown, shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
@@ -107,7 +110,7 @@ def _roc_panel(ax, models, c, k):
         fpr, tpr, _ = roc_curve(y == k, p[:, k])
         ax.plot(fpr, tpr, _ROLE_LINE.get(name, '-'), color=_colour(name, i), lw=1.6, label=f'{name} {auc:.3f}')
     ax.set_title(c)
-    if ax.lines: ax.legend(loc='lower right', title='AUC', alignment='right', fontsize=8 if len(models) < 5 else 6, title_fontsize=8)
+    if ax.lines: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.14), title='AUC', fontsize=8, title_fontsize=8)
     else: ax.text(.5, .5, 'no image of this class\n(or of no other)', ha='center', va='center', transform=ax.transAxes)
     return lowest
 
@@ -119,7 +122,8 @@ def roc_figure(
     classes = classes_of(next(iter(models.values())))
     cols = min(4, len(classes)); rows = -(-len(classes)//cols)
     with _style():
-        fig, axes = _axes(2.4*cols + .3, 2.4*rows + .3, rows, cols, sharex=True, sharey=True)
+        height = 2.6 + .2*len(models)   # the legend, with the AUC of each model, stands below its panel
+        fig, axes = _axes(2.4*cols + .3, height*rows + .3, rows, cols, sharex=True, sharey=True)
         lowest = min(_roc_panel(ax, models, c, k) for k, (ax, c) in enumerate(zip(axes.flat, classes, strict=False)))
         edge = 1. if lowest < .9 else .3
         for ax in axes.flat: ax.set(xlim=(-.01*edge, edge), ylim=(1 - edge, 1 + .01*edge))
@@ -139,6 +143,12 @@ def _reliability_panel(ax, name, df, colour, n_bins=15, few=10):
     ax.set(title=f'{name}: ECE {100*expected_calibration_error(conf, right, n_bins):.1f} %', xlim=(0, 1), ylim=(0, 1), xticks=[0, .5, 1])
     return t
 
+def _counts_panel(ax, bins, n_bins=15):
+    "Images of every bin, on a logarithmic scale."
+    ax.bar((bins.low + bins.high)/2, bins.n, .9/n_bins, color='0.6')
+    ax.set_yscale('log')
+    ax.set_ylim(.7, None)
+
 def reliability_figure(
     models:dict[str, pd.DataFrame],  # name -> predictions
     n_bins:int=15,  # bins of equal width, as in the ECE
@@ -150,7 +160,7 @@ def reliability_figure(
         for i, (name, df) in enumerate(models.items()):
             top, low = axes[:, i]
             t = _reliability_panel(top, name, df, _colour(name, i), n_bins, few)
-            low.bar((t.low + t.high)/2, t.n, .9/n_bins, color='0.6'); low.set_yscale('log'); low.set_ylim(.7, None)
+            _counts_panel(low, t, n_bins)
         axes[0][0].set_ylabel('share correct'); axes[1][0].set_ylabel('images')
         fig.supxlabel('probability given to the predicted class', fontsize=9)
     return fig
@@ -160,51 +170,62 @@ def calibration_figure(
     decided:dict[str, list[Judged]],  # model -> one a fold
     n_bins:int=15,                    # bins of equal width, as in the ECE
 ) -> Figure:
-    "Reliability as trained (above) and calibrated (below), a column a model."
+    "Reliability as trained (above) and after calibration (below), each with the images of every bin; a column a model."
     with _style():
-        fig, axes = _axes(2.6*len(decided) + .4, 5.2, 2, len(decided), sharex=True, sharey=True)
+        fig, axes = _axes(2.7*len(decided) + .4, 7., 4, len(decided), sharex=True, sharey='row', height_ratios=[3, 1, 3, 1])
         for i, (m, folds) in enumerate(decided.items()):
-            for ax, (what, name) in zip(axes[:, i], (('before', m), ('after', 'calibrated')), strict=True):
-                _reliability_panel(ax, name, pd.concat([getattr(j, what) for j in folds], ignore_index=True), _colour(m, i), n_bins)
-        for ax, text in zip(axes[:, 0], ('as trained', 'calibrated'), strict=True): ax.set_ylabel(f'{text}\nshare correct')
+            low, high = (f(j.decision.temperature for j in folds) for f in (min, max))
+            temperature = f'{low:.2f}' if len(folds) == 1 else f'{low:.2f} to {high:.2f}'
+            for row, what, name in ((0, 'before', f'{m}, as trained'), (2, 'after', f'temperature {temperature}')):
+                df = pd.concat([getattr(j, what) for j in folds], ignore_index=True)
+                bins = _reliability_panel(axes[row, i], name, df, _colour(m, i), n_bins)
+                _counts_panel(axes[row + 1, i], bins, n_bins)
+        for row, text in ((0, 'as trained'), (2, 'after calibration')):
+            axes[row, 0].set_ylabel(f'{text}\nshare correct')
+            axes[row + 1, 0].set_ylabel('images')
         fig.supxlabel('probability given to the predicted class', fontsize=9)
     return fig
 
 def coverage_figure(
     decided:dict[str, list[Judged]],  # model -> one a fold
 ) -> Figure:
-    "Mistakes among the kept calls against the share that is kept."
+    "Mistakes among the kept B-scans against the share that is kept: by confidence (line), and as shipped, outliers deferred too (dot)."
     with _style():
-        fig, ((ax,),) = _axes(4.4, 3.)
+        fig, ((ax,),) = _axes(5.6, 3.)
         for i, (m, folds) in enumerate(decided.items()):
             conf, right, kept = (np.concatenate([f(j) for j in folds]) for f in (
-                lambda j: j.probs.max(1), lambda j: j.right, lambda j: j.probs.max(1) >= j.decision.defer_below))
+                lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.said.deferred))
             curve = risk_coverage(conf, right)
             ax.plot(100*curve.coverage, 100*curve.risk, _ROLE_LINE.get(m, '-'), color=_colour(m, i), lw=1.6, label=m)
             if kept.any(): ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)
-        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='calls that are kept [%]', ylabel='mistakes among them [%]'); ax.legend(loc='upper left')
+        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='B-scans that are kept [%]', ylabel='mistakes among them [%]')
+        fig.legend(loc='outside right upper')
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #038fc588
 def history_figure(
     histories:dict[str, pd.DataFrame],  # name -> epoch, train_loss, train_hard, train_soft, valid_loss, accuracy, lr
 ) -> Figure:
-    "Losses and validation accuracy over epochs, all models."
-    soft = {n for n, h in histories.items() if 'train_soft' in h and h.train_soft.notna().any() and (h.train_soft != 0).any()}
+    "Training loss, validation loss and accuracy over epochs, all models; only like is drawn beside like."
+    def has(h, column): return column in h and h[column].notna().any() and (h[column] != 0).any()
+    distilled = [n for n, h in histories.items() if has(h, 'train_soft')]
+    titles = ['training: hard loss, as trained', 'validation: cross-entropy', 'validation: accuracy [%]']
+    if distilled: titles.append('training: soft loss (distillation)')
     with _style():
-        fig, axes = _axes(3.1*(2 + bool(soft)), 2.9, 1, 2 + bool(soft))
-        loss, acc = axes[0][:2]
+        fig, axes = _axes(2.9*len(titles), 3.1, 1, len(titles))
+        hard_ax, valid_ax, accuracy_ax, *soft_ax = axes[0]
         for i, (name, h) in enumerate(histories.items()):
-            kw = dict(color=_colour(name, i), lw=1.5, marker='o', ms=3)
-            hard = h.train_hard if 'train_hard' in h and h.train_hard.notna().any() else h.train_loss
-            loss.plot(h.epoch, hard, ls=':', **kw); loss.plot(h.epoch, h.valid_loss, ls='-', **kw)
-            acc.plot(h.epoch, 100*h.accuracy, ls='-', label=name, **kw)
-            if name in soft: axes[0][2].plot(h.epoch, h.train_soft, ls=':', **kw)
-        grey = [mpl.lines.Line2D([], [], color='0.35', ls=s, label=t) for s, t in ((':', 'training, hard term'), ('-', 'validation'))]
-        loss.legend(handles=grey); loss.set(title='loss'); loss.set_ylim(0, None)
-        acc.legend(loc='lower right'); acc.set_title('validation accuracy [%]')
-        if soft: axes[0][2].set(title='soft term of distillation, training'); axes[0][2].set_ylim(0, None)
-        for ax in axes[0]: ax.set_xlabel('epoch'); ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            kw = dict(color=_colour(name, i), lw=1.5, marker='o', ms=3, label=name)
+            hard_ax.plot(h.epoch, h.train_hard if has(h, 'train_hard') else h.train_loss, **kw)
+            valid_ax.plot(h.epoch, h.valid_loss, **kw)
+            accuracy_ax.plot(h.epoch, 100*h.accuracy, **kw)
+            if name in distilled: soft_ax[0].plot(h.epoch, h.train_soft, **kw)
+        for ax, title in zip(axes[0], titles, strict=True):
+            ax.set(title=title, xlabel='epoch')
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            if ax is not accuracy_ax: ax.set_ylim(0, None)
+        handles, names = hard_ax.get_legend_handles_labels()
+        fig.legend(handles, names, loc='outside lower center', ncols=len(names))
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #172177ff
@@ -251,7 +272,7 @@ def mistakes_figure(
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #285b7835
-_PART_COLOUR = {'train': '#949494', 'val': _CB[9], 'test': _CB[4], 'out': '#dcdcdc'}
+_PART_COLOUR = {'train': '#949494', 'val': _CB[9], 'calib': _CB[1], 'test': _CB[4], 'out': '#dcdcdc'}
 
 def counts_of(
     folds:pd.DataFrame,  # path, group, fold, role: one fold of folds.csv
@@ -528,13 +549,13 @@ def ensemble(
     folds = complete_folds(run) if folds is None else sorted(set(folds))
     if len(folds) < 2: raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
     parts = folds_of(run).query('fold in @folds')
-    seen, tests = set(parts.group[parts.role.isin(['train', 'val'])]), parts[parts.role == 'test']
+    seen, tests = set(parts.group[parts.role.isin(['train', 'val', 'calib'])]), parts[parts.role == 'test']
     common, images = set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))), tests.drop_duplicates('path')
     clean = common & set(images.path[~images.group.isin(seen)])
     if not clean:
         met = images[images.group.isin(seen)]
-        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training or '
-                         'validation part of another member, and no image is left that all members test and none has seen.',
+        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training, '
+                         'validation or calibration part of another member, and no image is left that all members test and none has seen.',
                          fix='After a cross-validation there can be no ensemble over folds: what one fold tests, the others learn from. '
                              'Use data.protocol=official, or images of other patients.')
     each = [_read_role(run, k, role).pipe(lambda t: t[t.path.isin(clean)]).sort_values('path', ignore_index=True) for k in folds]
@@ -564,23 +585,70 @@ def sections_of(
     variants:dict,  # model -> (weights, view) -> predictions
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
+    decided:dict[str, list[Judged]],  # from `pool_judged`
 ) -> dict[str, Section]:  # those that there are
-    "Every class, the published selection, patients, views and weights, without a retina, costs."
+    "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
     made = dict(classes=classes_section(models, e, seed), selection=selection_section(models, e, seed),
-                patients=patients_section(models, e, data.severity, seed),
+                volumes=volumes_section(models, decided, rule_of(run.recipe.decide, data.severity), e, seed),
                 views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
     return {k: s for k, s in made.items() if s is not None}
 
 # %% ../nbs/05_evaluate.ipynb #31722e62
+def folds_summary(
+    run:Run|str,  # run or its name
+    folds:list[int]|None=None,  # folds to sum up; None: all in which the three models have predictions
+) -> Section:  # mean and standard deviation of slices, weights and views
+    "The summary over folds from the files that training left, also of runs finished long ago."
+    run = _opened(run)
+    folds = complete_folds(run) if folds is None else sorted(set(folds))
+    if not folds: raise KdoctError(f"No fold of run '{run.name}' has predictions of all three models.",
+                                   fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
+    models = {k: fold_models(run, k) for k in folds}
+    return folds_section({k: (m, *fold_variants(run, k, m)) for k, m in models.items()}, run.recipe.data.n_folds, run.recipe.evaluate.views)
+
+def warnings_of(
+    run:Run,  # the run
+    sections:dict[str, Section]|None=None,  # of its results; None: there are none yet
+) -> list[str]:  # sentences
+    "What must be known before any score is read: shortcuts, leaks, doubtful labels, decisions that could not be made."
+    sections, data = sections or {}, run.stage('data')
+    verdict, words = run_verdict(run)
+    out = [f'Shortcut. {words}'] if verdict == 'above' else []
+    if 'blanked' in sections: out += [w for m, r in sections['blanked'].table.iterrows() if (w := blanked_warning(m, r))]
+    if leak := data.get('leak'):
+        out.append(f'The published leak is kept: {leak["groups"]} tested groups were trained on too; '
+                   'the scores are too good.')
+    out += [f'The validation part of fold {k} has no image of {", ".join(c)}: what was chosen on it knows nothing of that class.'
+            for k, c in (data.get('val_lacks') or {}).items() if c]
+    if n := _torn_duplicates(run):
+        out.append(f'{n} near-duplicates have another class than the image that they copy: one of the two labels is wrong. audit.csv names them.')
+    return out + _unfitted(sections)
+
+def _torn_duplicates(run):
+    "Near-duplicates of an image of another class, as the audit noted them."
+    path = run.path/'audit.csv'
+    found = pd.read_csv(path, dtype=str).fillna('') if path.is_file() else pd.DataFrame()
+    if not {'problem', 'detail'} <= set(found): return 0
+    return int(((found.problem == 'near-duplicate') & found.detail.str.contains(', which is ', regex=False)).sum())
+
+def _unfitted(sections):
+    "Decisions that could not be fitted as wished, one sentence a table."
+    out = []
+    for s in (sections[k] for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers') if k in sections and 'note' in sections[k].table):
+        note = s.table.note.fillna('')
+        if (note != '').any():
+            out.append(f'{s.title}: not fitted as wished for {"; ".join(f"{name} ({n})" for name, n in note.items() if n)}. See Decisions.')
+    return out
+
 def _tables(run, each, models, notes=()):
     "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
     variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
-    sections, notes = sections_of(run, models, variants, kept, costs_of(run, folds[0], models)), [*missing, *notes]
     decided, lost = pool_judged({k: fold_judged(run, k, m) for k, m in each.items()})
-    sections, notes = sections | judged_sections(decided, e, seed), [*notes, *lost]
+    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided) | judged_sections(decided, e, seed)
+    notes = [*missing, *notes, *lost]
     if len(folds) > 1:
         together, reason = ensemble_section(run, folds, models)
         if together: sections = dict(ensemble=together) | sections
@@ -593,7 +661,7 @@ def _tables(run, each, models, notes=()):
     params = {m: d.get('parameters') for m, d in about.items()}
     if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
     return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
-                sections=sections, decided=decided)
+                sections=sections, decided=decided, warnings=warnings_of(run, sections))
 
 def _weights_text(run, folds):
     "How much each teacher counted, fold by fold."
@@ -603,17 +671,19 @@ def _weights_text(run, folds):
 def _plain_tables(result):
     "The same as JSON wants it."
     plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in result['sections'].items()}
-    return dict(protocol=result['protocol'], table=_numbers(result['table']), differences=_numbers(result['differences']), sections=plain)
+    return dict(warnings=result['warnings'], protocol=result['protocol'], table=_numbers(result['table']),
+                differences=_numbers(result['differences']), sections=plain)
 
 def _numbers(t):
     "A frame as nested dicts: row -> column -> value, a row's tuple joined."
     return {' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()}
 
 # %% ../nbs/05_evaluate.ipynb #9fa8f33f
-def _further_figures(made)->dict[str, Figure]:
-    "Figures of what only some runs have: views, decisions."
+def _further_figures(made, models)->dict[str, Figure]:
+    "Figures of what only some runs have: views, decisions; without decisions, how reliable the probabilities are as trained."
     out = dict(views=views_figure(made['sections']['views'])) if 'views' in made['sections'] else {}
-    return out | (dict(calibration=calibration_figure(made['decided']), coverage_risk=coverage_figure(made['decided'])) if made['decided'] else {})
+    if not made['decided']: return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
+    return out | dict(calibration=calibration_figure(made['decided']), coverage_risk=coverage_figure(made['decided']))
 
 def fold_figures(
     run:Run,  # the run
@@ -624,7 +694,7 @@ def fold_figures(
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
     folds = folds_of(run)
-    out = dict(confusion=confusion_figure(models), roc=roc_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}))
+    out = dict(confusion=confusion_figure(models), roc=roc_figure(models))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(models['student'], load_image)
     out['counts'] = counts_figure(counts_of(folds[folds.fold == fold], labels), classes_of(models['student']))
@@ -643,12 +713,15 @@ def _print(text): print(textwrap.fill(text, 118), end='\n\n')
 def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
+    for w in result['warnings']: _print(f'WARNING: {w}')
     print(shown(table).drop(columns='note', errors='ignore').T.to_string(), *(f'note on {m}: {n}' for m, n in table.note.items() if n), '', sep='\n')
     print(shown_differences(result['differences']).T.to_string(), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
         print(s.title, s.texts.drop(columns='note', errors='ignore').to_string(), sep='\n\n')
         _print(s.caption)
+        for name, n in (s.table.note.items() if 'note' in s.table else ()):
+            if n: _print(f'note on {name}: {n}')
     print(f"written in run '{run.name}':", *(f.relative_to(run.path).as_posix() for f in files), sep='\n  ')
 
 # %% ../nbs/05_evaluate.ipynb #c0b18dae
@@ -665,7 +738,7 @@ def evaluate_fold(
     made, estimates = _tables(run, {fold: models}, models), {m: evaluate_predictions(df) for m, df in models.items()}
     if load_image is None or labels is None:
         own = _images_of(run, fold); load_image, labels = load_image or own[0], own[1] if labels is None else labels
-    drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made)
+    drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made, models)
     figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in drawn.items()}
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
         run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
@@ -714,15 +787,15 @@ def evaluate_run(
     models = _pool(each, run.recipe.data.protocol)
     made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in dict.fromkeys(m for some in each.values() for m in some)
                                        if m not in models])
+    made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
     per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
     summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
-    drawn = dict(confusion=confusion_figure(models), reliability=reliability_figure({r: models[r] for r in ROLES}), folds=folds_figure(per_fold))
-    drawn |= _further_figures(made)
+    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
+    drawn |= _further_figures(made, models)
     figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
     write_json(run.path/'summary.json', dict(run=run.name, folds=folds, **_plain_tables(made), mean_sd=_numbers(summary),
                                              per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
     run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
     result = made | dict(folds=summary, per_fold=per_fold, figures=figures)
-    if verbose and len(folds) > 1: print(f'mean ± sd over {len(folds)} folds', shown_folds(summary).T.to_string(), 'all test images', sep='\n\n', end='\n\n')
     if verbose: _say(run, result, [run.path/'summary.json', *figures.values()])
     return result

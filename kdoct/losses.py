@@ -29,16 +29,16 @@ def soft_targets(
 def focal(
     logits:torch.Tensor,            # (n, classes)
     target:torch.Tensor,            # (n,) class numbers, or (n, classes) distributions
-    weight:torch.Tensor|None=None,  # (classes,) class weights, outside p_t
+    weight:torch.Tensor|None=None,  # (classes,) class weights, outside p_t, with mean 1 over the training part
     gamma:float=2.,                 # focusing exponent; 0 is cross-entropy
     smoothing:float=0.,             # share of the target spread over all classes [0-1]
 )->torch.Tensor:                    # scalar
-    "Focal loss -w (1-p_t)^gamma log p_t with the true p_t (Lin et al. 2017, eq. 5), weighted mean over the batch."
+    "Focal loss -w (1-p_t)^gamma log p_t with the true p_t (Lin et al. 2017, eq. 5), mean over the images."
     log_p = F.log_softmax(logits.float(), 1)
     t = soft_targets(target, logits.shape[1], smoothing)
     if weight is not None: t = t*weight
     # clamped: the gradient of 0**gamma would be infinite for gamma below 1
-    return (t * (1 - log_p.exp()).clamp_min(1e-7)**gamma * -log_p).sum() / t.sum()
+    return (t * (1 - log_p.exp()).clamp_min(1e-7)**gamma * -log_p).sum() / len(logits)
 
 def cross_entropy(
     logits:torch.Tensor,            # (n, classes)
@@ -46,7 +46,7 @@ def cross_entropy(
     weight:torch.Tensor|None=None,  # (classes,) class weights
     smoothing:float=0.,             # share of the target spread over all classes [0-1]
 )->torch.Tensor:                    # scalar
-    "Cross-entropy, weighted mean over the batch: focal loss without focus."
+    "Cross-entropy, mean over the images: focal loss without focus."
     return focal(logits, target, weight, 0., smoothing)
 
 # %% ../nbs/03a_losses.ipynb #1e5b30f5
@@ -54,9 +54,10 @@ def balanced_weights(
     labels:np.ndarray,  # (n,) class numbers of the training part
     n_classes:int,      # classes in all
 )->torch.Tensor:        # (n_classes,) float32; 0 for a class without images
-    "Class weights n / (classes * images of the class)."
+    "Class weights n / (classes that have images * images of the class); their mean over the images is 1."
     counts = np.bincount(labels, minlength=n_classes)
-    return torch.tensor(np.divide(len(labels), n_classes*counts, out=np.zeros(n_classes), where=counts > 0), dtype=torch.float32)
+    present = np.count_nonzero(counts)
+    return torch.tensor(np.divide(len(labels), present*counts, out=np.zeros(n_classes), where=counts > 0), dtype=torch.float32)
 
 def hard_loss(
     recipe:TrainRecipe,  # which loss, with which weights

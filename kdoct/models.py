@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'computes_bf16', 'resolve_precision', 'Bf16Step', 'autocast', 'set_tf32', 'float32_products', 'Classifier',
-           'map_lite_names', 'probe_picture', 'check_numbers', 'read_state', 'misfits', 'check_fit', 'read_bundle',
-           'create_classifier', 'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'data_identity',
-           'weights_origin', 'check_origin', 'import_bundle']
+           'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'read_state', 'misfits',
+           'check_fit', 'read_bundle', 'create_classifier', 'count_parameters', 'save_bundle', 'load_bundle',
+           'class_order', 'load_for_classes', 'data_identity', 'weights_origin', 'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
 import importlib
@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -126,6 +127,29 @@ class Classifier(nn.Module):
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # -> (n, classes) float32 logits
         with autocast(self.precision, x.device): return self.body(self.prepare(x)).float()
+
+# %% ../nbs/02_models.ipynb #703126c6
+def head_modules(
+    body:nn.Module,      # timm model
+)->list[nn.Module]:      # modules that together are the head
+    "The classifier with what timm keeps in one module with it: `head`, and `fc_norm` after the pooling."
+    last = body.get_classifier()
+    last = list(last) if isinstance(last, (tuple, list)) else [last]
+    whole, norm = getattr(body, 'head', None), getattr(body, 'fc_norm', None)
+    inside = {id(m) for m in whole.modules()} if isinstance(whole, nn.Module) else set()
+    found = [whole if id(m) in inside else m for m in last] + ([norm] if isinstance(norm, nn.Module) else [])
+    return list({id(m): m for m in found}.values())
+
+# %% ../nbs/02_models.ipynb #4ebbb066
+_POSITIONS = ('pos_embed[0-9_]*', '*.rel_pos_[hw]', '*.height_rel', '*.width_rel')  # of Visformer, Hiera, SAM, BoTNet and HaloNet
+
+def undecayed(
+    body:nn.Module,            # timm model
+)->list[nn.Parameter]:
+    "Parameters without weight decay: timm's choice, and tables of positions that it does not name."
+    said = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
+    groups = param_groups_weight_decay(body, 1., no_weight_decay_list=(*said, *_POSITIONS))
+    return [p for g in groups if g['weight_decay'] == 0 for p in g['params']]
 
 # %% ../nbs/02_models.ipynb #cc8e31cf
 _OUTER = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
@@ -246,6 +270,9 @@ def _load_tensors(path:Path)->dict:
     if not path.is_file(): raise KdoctError(f"There is no weight file {path}.", fix="Give the path of a .safetensors, .pth, .pt or .bin file.")
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
+        with open(path, 'rb') as f: first = f.read(1)
+        if first == b'<':
+            raise KdoctError(f"{path.name} is a web page, no weights.", fix="The download gave a page instead of the file: get it in a browser.") from e
         raise KdoctError(f"{path.name} does not hold plain tensors, or is damaged ({type(e).__name__}).",
                          fix="Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)") from e
 
@@ -325,7 +352,7 @@ def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
 def read_bundle(
     folder:str|Path,    # with model.safetensors and model.json
 )->tuple[dict, dict]:   # model.json; name -> tensor
-    "Both files of a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
+    "Both files of a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     folder = Path(folder)
     about = read_json(folder/'model.json')
     if not (folder/'model.safetensors').exists() or sha256_file(folder/'model.safetensors') != about['weights_sha256']:
@@ -333,10 +360,10 @@ def read_bundle(
     return about, load_file(folder/'model.safetensors')
 
 def _from_bundle(folder:str, arch:str, size:int, **kwargs)->nn.Module:
-    "A model with a bundle's weights and normalisation, all but the classifier."
+    "A model with a model folder's weights and normalisation, all but the classifier."
     about, state = read_bundle(folder)
     require_same_arch(about, folder, arch)
-    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The bundle in {folder} ({about['input_size']} px)", arch)
+    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The network in {folder} ({about['input_size']} px)", arch)
     body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
     return body
 
@@ -390,17 +417,17 @@ def save_bundle(
     classes:list[str],   # in the order of the logits
     **facts,             # e.g. folds_sha256, metrics
 )->dict:                 # what stands in model.json
-    "The bundle of a network that a run has trained."
+    "The model folder of a network that a run has trained."
     return _write_bundle(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
                          recipe=recipe.model_dump(mode='json'), **facts)
 
 def load_bundle(
     folder:str|Path,   # with model.safetensors and model.json
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU, and its model.json
-    "Read a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
+    "Read a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     about, state = read_bundle(folder)
     body = _timm_model(about['arch'], about['input_size'], num_classes=len(about['classes']))
-    check_fit(body, state, f'The bundle in {folder}', about['arch'])
+    check_fit(body, state, f'The network in {folder}', about['arch'])
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
     return net.to(memory_format=torch.channels_last).eval(), about
@@ -419,6 +446,25 @@ def class_order(
         "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
     raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.", fix=fix)
 
+# %% ../nbs/02_models.ipynb #5c9d7441
+def load_for_classes(
+    folder:str|Path,     # a model folder
+    classes:list[str],   # names in the order that is wanted
+)->tuple[Classifier, dict]:  # network in eval mode on the CPU; its model.json
+    "A trained network whose logits stand in the order of these classes; `KdoctError` if it has others."
+    model, about = load_bundle(folder)
+    order = class_order(about['classes'], classes, f"The network in {folder}")
+    if order == list(range(len(order))): return model, about
+    picture = probe_picture(model.size)
+    with torch.no_grad(): before = model(picture)
+    state, head = model.body.state_dict(), _head_names(model.body)
+    model.body.load_state_dict({k: v[order] if k.startswith(head) and v.shape[:1] == (len(order),) else v for k, v in state.items()})
+    with torch.no_grad(): after = model(picture)
+    if not torch.allclose(after, before[:, order], rtol=1e-3, atol=1e-3*float(before.abs().max())):
+        raise KdoctError(f"The classes of the network in {folder} cannot be put into the order {', '.join(classes)}.",
+                         fix=f"Give the run its order: --set data.classes={','.join(about['classes'])}")
+    return model, about
+
 # %% ../nbs/02_models.ipynb #ea5b27f7
 def data_identity(
     data:DataRecipe,  # part of a recipe
@@ -433,7 +479,7 @@ def data_identity(
 def weights_origin(
     recipe:TrainRecipe,  # architecture and weights
 )->dict:                 # for model.json, under `weights_from`
-    "Where a network's first weights come from; for a bundle also what it was trained on, and where its own came from."
+    "Where a network's first weights come from; for a model folder also what it was trained on, and where its own came from."
     path = Path(recipe.weights)
     if recipe.weights in ('none', 'hub', 'package'): return dict(kind=recipe.weights)
     if not path.is_dir(): return dict(kind='file', file=path.name, sha256=sha256_file(path))
@@ -453,9 +499,13 @@ def check_origin(
         if origin['kind'] == 'file' or origin.get('imported'):
             name = origin.get('file') or origin['imported']['file']
             notes.append(f"It is not known which images {name} was trained on; if test images are among them, the scores are too good.")
-        if origin.get('data') == data_source and (origin['folds_sha256'], origin['fold']) != (folds_sha256, fold):
+        if origin.get('data') in ('folder', 'csv', 'phantom'):   # a bundle tells no folder names
+            notes.append(f"It is not known which images (source {origin['data']}) the {origin['arch']} was trained on; if test images are among them, the "
+                         "scores are too good.")
+        same_images = origin.get('data') == data_source or folds_sha256 == origin.get('folds_sha256')
+        if same_images and (origin['folds_sha256'], origin['fold']) != (folds_sha256, fold):
             how = 'another fold' if origin['folds_sha256'] == folds_sha256 else 'other folds'
-            raise KdoctError(f"The first weights are of run '{origin['run']}', {origin['role']} of fold {origin['fold']}, which has learned from these images "
+            raise KdoctError(f"The weights are of run '{origin['run']}', {origin['role']} of fold {origin['fold']}, which has learned from these images "
                              f"with {how}: the test part would not be new to it.",
                              fix="Start from a run on other images, or from the same fold of the same folds.")
         origin = origin.get('weights_from')
@@ -468,12 +518,12 @@ def import_bundle(
     path:str|Path,       # .pth, .pt, .bin or .safetensors with tensors only
     arch:str,            # timm model name
     classes:list[str],   # in the order of the logits
-    folder:str|Path,     # where the bundle goes; must not hold one
+    folder:str|Path,     # the model folder; must not hold one
     size:int=384,        # side of the square input [px]
     role:str='student',  # teacher, student or baseline
 )->dict:                 # what stands in model.json
-    "Make a bundle of a state dict; `KdoctError` unless every tensor has its place in the network."
-    if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a bundle already.", fix="Name another folder: --out DIR")
+    "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
+    if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a network already.", fix="Name another folder: --out DIR")
     if role not in ROLES: raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)): raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once.")
     body, state = _timm_model(arch, size, num_classes=len(classes)), _state_for(arch, path)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'retina_mask', 'blank_retina', 'jpeg_quality', 'pixel_features', 'shortcut_features', 'features_table',
-           'probe_shortcuts', 'probe_run', 'probe_table', 'probe_figure']
+           'probe_shortcuts', 'shortcut_verdict', 'run_verdict', 'probe_run', 'probe_table', 'probe_figure']
 
 # %% ../nbs/01e_probe.ipynb #1e5f1af1
 import io
@@ -386,14 +386,38 @@ def probe_shortcuts(
                seed=seed, **_scores(f, y, rows.group.to_numpy(str), n_folds, classes.tolist(), seed))
     return out | dict(sentence=_sentence(out), seconds=round(time.time() - start, 2))
 
-def _sentence(r):
+_BLIND = 'A classifier that never sees the retina (only file, padding, border and noise)'
+_BLIND_SQUARE = 'In the squares that the network gets, a classifier that never sees the retina (only padding, border and noise)'
+
+def _sentence(r, who_tells=_BLIND):
     "The result in words."
-    what = "Without the retina, trees on file, padding, border and noise tell"
-    score = f"{r['balanced_accuracy']:.2f} (95 % interval {r['interval'][0]:.2f} to {r['interval'][1]:.2f}; chance {r['chance']:.2f})"
+    low, high = (f"{100*v:.1f}" for v in r['interval'])
+    score = f"{100*r['balanced_accuracy']:.1f} % balanced accuracy [{low}, {high}] where chance is {100*r['chance']:.1f} %"
     who = f"{r['images']} images of {r['groups']} groups" + (f", {r['images_a_group']} a group at most of {r['of']}" if r['images'] < r['of'] else '')
-    verdict = "above chance: the images hold a shortcut" if r['above_chance'] else "not above chance"
-    worst = r['worst'] and f" Worst alone: {r['worst']['name']} ({r['worst']['meaning']}), {r['worst']['balanced_accuracy']:.2f}."
-    return f"{what} the class with a balanced accuracy of {score}, {verdict} ({who}).{worst if r['above_chance'] and worst else ''}"
+    verdict = "above chance, the images hold a shortcut" if r['above_chance'] else "not above chance"
+    worst = r['worst'] and f" The best feature alone: {r['worst']['name']} ({r['worst']['meaning']}), {100*r['worst']['balanced_accuracy']:.1f} %."
+    return f"{who_tells} predicts the class with {score}: {verdict} ({who}).{worst if r['above_chance'] and worst else ''}"
+
+_NEXT = ("What to do: look at the best features in 'Data' of the report, or in probe.json; make the pictures alike in them (data.fill_white, "
+         "data.mask_scale_bar, data.resize; the same export and compression for all classes); then run the data stage and the probe again under a new name. "
+         "Until then a part of every score may come from there and not from the eye.")
+
+def shortcut_verdict(
+    result:dict|None, # from `probe_shortcuts` or `probe_run`; None: the images were not probed
+)->tuple[str, str]:   # 'above', 'not above' or 'not known'; the verdict in words
+    "What the shortcut probe found, from its numbers; where it is above chance, with what to do next."
+    if not result: return 'not known', "The shortcut probe has not been run, or could not be: whether the class shows outside the retina is not known."
+    seen, words = result.get('seen'), [_sentence(result)]
+    if seen: words.append(_sentence(seen, _BLIND_SQUARE))
+    above = result['above_chance'] or bool(seen and seen['above_chance'])
+    return ('above', ' '.join([*words, _NEXT])) if above else ('not above', ' '.join(words))
+
+def run_verdict(
+    run:Run,        # the run
+)->tuple[str, str]: # as `shortcut_verdict`
+    "What the shortcut probe found in a run's images, from its probe.json."
+    file = run.path/'probe.json'
+    return shortcut_verdict(read_json(file) if file.exists() else None)
 
 # %% ../nbs/01e_probe.ipynb #25fef84a
 _VERSION = 1 # raised whenever the same images give another result
@@ -408,7 +432,7 @@ def _seen(run, workers, **how):
     with ThreadPoolExecutor(workers or min(8, usable_cores())) as pool:
         f = pd.DataFrame(list(pool.map(lambda i: pixel_features(d.images[used[i]]), rows.index)), index=rows.index, dtype=float)
     out = probe_shortcuts(table, features=f.reindex(table.index), **how)
-    return out | dict(sentence=f"In the {d.images.shape[1]} px squares that the network gets, they tell{out['sentence'].partition(' tell')[2]}")
+    return out | dict(sentence=_sentence(out, _BLIND_SQUARE))
 
 def probe_run(
     run:Run,        # a run whose data stage is done

@@ -16,9 +16,9 @@ import pandas as pd
 from .card import formats_table
 from .core import KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
-from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated
-from .probe import probe_table
-from .tables import TOGETHER, shown, shown_differences, shown_folds
+from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated, warnings_of
+from .probe import probe_table, run_verdict, shortcut_verdict
+from .tables import TOGETHER, shown, shown_differences
 
 # %% ../nbs/05b_report.ipynb #a28114e5
 def _table(
@@ -47,7 +47,8 @@ _ALT = {
     'confusion': 'Confusion matrices of teacher, student and baseline side by side: true classes in rows, predicted in columns',
     'roc': 'Receiver operating characteristic of each class against the rest, one curve a model, with AUC',
     'reliability': 'Reliability diagram of each model before calibration: share correct by predicted probability, and images a bin',
-    'calibration': 'Reliability of each model as trained (above) and at its fitted temperature (below), with the expected calibration error',
+    'calibration': 'Reliability of each model as trained (above) and after calibration (below): share correct by predicted probability, images a bin, '
+                   'expected calibration error (ECE)',
     'coverage_risk': 'Share of mistakes among the calls that are kept, while ever more unsure calls are deferred, with the chosen threshold',
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
@@ -126,7 +127,6 @@ def _results(run, result, folds):
     "Sentence, protocol and tables of the complete folds."
     r, what, by = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together', _short_protocol(run, folds)
     tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.', by)]
-    if len(folds) > 1: tables.append(_table(shown_folds(r['folds']), 'model', f'Mean ± standard deviation (ddof 0) over {len(folds)} folds.', by))
     tables.append(_table(shown_differences(r['differences']), 'difference',
                          'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.', by))
     if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.', by))
@@ -145,7 +145,7 @@ def _data_tables(run):
         text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
         out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold; out: not used in that fold.'))
     if (path := run.path/'audit.json').is_file():
-        out.append(_table(pd.DataFrame(_flat(read_json(path)), columns=['fact', 'value']), None, 'Audit of the images.'))
+        out.append(_table(_audit_facts(read_json(path)), None, 'Audit of the images.'))
     if (path := run.path/'audit.csv').is_file():
         a = pd.read_csv(path, dtype=str).fillna('')
         if 'problem' in a: a = a.groupby('problem').size().rename('files').to_frame().reset_index()
@@ -153,33 +153,63 @@ def _data_tables(run):
     if (path := run.path/'probe.json').is_file(): out.append(_probe_table(read_json(path)))
     return out
 
+_AUDIT = {  # name in audit.json -> in words
+    'listed': 'files listed', 'kept': 'images used', 'not_used': 'files not used', 'groups': 'groups (patients)',
+    'images_in_renamed_groups': 'images whose group was joined with another', 'colour_images': 'images in colour',
+    'leave_out': 'problems whose images were left out', 'problems': 'problems found', 'actions': 'what was done',
+    'merged_groups': 'groups joined because they share pixels', 'sizes': 'sizes [px]'}
+
+def _audit_facts(audit):
+    "What the audit counted, in words; nothing that is empty."
+    def text(value):
+        if isinstance(value, dict): return ', '.join(f'{k}: {v}' for k, v in value.items())
+        if isinstance(value, list): return ', '.join(map(str, value)) if len(value) <= 5 else f'{len(value)} of them'
+        return str(value)
+    rows = [(words, text(audit[name])) for name, words in _AUDIT.items() if audit.get(name)]
+    return pd.DataFrame(rows, columns=['counted', 'value'])
+
 def _probe_table(probe):
     "The features that tell most of the class without being retina."
     t = probe_table(probe).head(8)
     numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
-    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {probe['sentence']} Columns: balanced accuracy "
-                  'of the feature alone on held-out patients, and its mean in each class.')
+    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {shortcut_verdict(probe)[1]} "
+                  'Columns: balanced accuracy of the feature alone on held-out patients, and its mean in each class.')
 
 # %% ../nbs/05b_report.ipynb #d79037d3
-def _recipe_table(run):
-    "Every field of the recipe with its value and meaning."
-    known, rows = recipe_fields(), []
+def _recipe_rows(run):
+    "Every field of the recipe with its value, whether it is the default, and its meaning."
+    known, rows = recipe_fields(), []   # field names are what --set takes
     for name, value in _flat(run.recipe.model_dump(mode='json')):
         default, meaning = known.get(name, (None, ''))
         changed = '' if name == 'name' or str(value) == dict(_flat({'x': default}))['x'] else '•'
         rows.append((name, value, changed, meaning))
-    return _table(pd.DataFrame(rows, columns=['field', 'value', 'changed', 'meaning']), None, 'The recipe as run; • marks a value other than the default.')
+    return pd.DataFrame(rows, columns=['field', 'value', 'changed', 'meaning'])
+
+def _recipe_table(run):
+    "Every field of the recipe with its value and meaning."
+    return _table(_recipe_rows(run), None, 'The recipe as run; • marks a value other than the default.')
+
+def _changed_table(run):
+    "Fields of the recipe that are not the default."
+    rows = _recipe_rows(run)
+    return _table(rows[rows.changed != ''].drop(columns='changed'), None, 'Fields of the recipe with a value other than the default.')
 
 # %% ../nbs/05b_report.ipynb #2699bfc6
+_NOTED = {  # what a stage notes -> in words
+    'parameters': 'parameters', 'precision': 'arithmetic', 'kept': 'weights kept', 'images': 'images', 'groups': 'groups',
+    'processes': 'processes', 'training_seconds': 'training [s]', 'seed': 'seed'}
+
 def _stage_table(facts):
-    "Stages with status, time and what else they noted in single values."
+    "Stages with status, time and what a reader may want to know of them; run.json has the rest."
     rows = []
     for key, d in facts.get('stages', {}).items():
-        hide = {'status', 'seconds'} | ({'error', 'notebook'} if d.get('status') != 'failed' else set())  # of an earlier attempt
-        rest = '; '.join(f'{k} {v}' for k, v in _flat(d) if k not in hide and not k.endswith('sha256'))
+        noted = {words: d[name] for name, words in _NOTED.items() if isinstance(d.get(name), (int, float, str))}
+        if d.get('status') == 'failed': noted |= {k: d[k] for k in ('error', 'notebook') if d.get(k)}
+        text = '; '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in noted.items())
         seconds = f"{d['seconds']:.1f}" if 'seconds' in d else ''
-        rows.append((key, d.get('status', ''), seconds, rest if len(rest) <= 300 else rest[:299] + '…'))
-    return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None, 'Stages in the order in which they first reported.')
+        rows.append((key.replace('_', ' ').replace('/', ', '), d.get('status', ''), seconds, text))
+    return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None,
+                  'Stages in the order in which they first reported; run.json has all that they noted.')
 
 # %% ../nbs/05b_report.ipynb #717fae54
 def _formats(facts):
@@ -206,13 +236,10 @@ def _troubles(run, facts, folds):
     return out
 
 def _remarks(facts):
-    "What stages noted on the way, and what is known to be wrong with the data."
+    "What stages noted on the way, and what the audit found."
     stages = facts.get('stages', {})
     out = [f'{key}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
-    data = stages.get('data', {})
-    if leak := data.get('leak'): out.append(f'data: the published leak is kept, {leak["groups"]} tested groups were trained on too; the scores are too good')
-    out += [f'data: validation of fold {k} has no image of {", ".join(c)}' for k, c in (data.get('val_lacks') or {}).items() if c]
-    return out + [f'data: the audit found {n} {p}' for p, n in (data.get('problems') or {}).items()]
+    return out + [f'data: the audit found {n} {p}' for p, n in (stages.get('data', {}).get('problems') or {}).items()]
 
 # %% ../nbs/05b_report.ipynb #3d06f994
 _CSS = '''
@@ -224,7 +251,9 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .25rem}h2{font-size:1.3rem;margin
 h3{font-size:1.05rem;margin:1.75rem 0 .5rem}p{max-width:46rem}.lead{font-size:1.08rem}.soft{color:var(--soft);font-size:.92rem}
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;list-style:none;padding:0;margin:1rem 0}a{color:var(--accent)}
 .scroll{overflow-x:auto;margin:1rem 0 1.5rem}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;white-space:nowrap}
+caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;max-width:60rem}
+.scroll table{min-width:min(100%,34rem)}.numbers td{max-width:22rem;overflow-wrap:break-word}
+details{margin:1rem 0}summary{cursor:pointer;color:var(--accent)}
 th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
 tbody th{white-space:nowrap}.numbers thead th{white-space:normal}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
@@ -273,13 +302,18 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {%- if version %} {{ version }}{% endif %}
 {%- if git %}, commit {{ git[:12] }}{% endif %}. For research; not for diagnosis.</p></header>
 <nav aria-label="Sections"><ul>{% for id, title in sections %}<li><a href="#{{ id }}">{{ title }}</a></li>{% endfor %}</ul></nav>
-<main><section id="results"><h2>Results</h2>
+<main>{% if warnings or troubles %}<section id="first"><h2>Read this first</h2><ul class="bad">{% for w in warnings %}<li>{{ w }}</li>{% endfor %}
+{% if troubles %}<li>{{ troubles|length }} {{ "stage or model has" if troubles|length == 1 else "stages or models have" }}
+failed or {{ "is" if troubles|length == 1 else "are" }} missing: <a href="#wrong">What went wrong</a>.</li>{% endif %}</ul></section>{% endif %}
+<section id="results"><h2>Results</h2>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
 {{ parts(results.sections.results) }}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
 <section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>
+{% elif warnings %}<p>No stage failed and no model is missing in the folds shown here. What was found in the data and the results stands at the top:
+<a href="#first">Read this first</a>.</p>
 {% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}
 {% if remarks %}<h3>Noted on the way</h3><ul>{% for t in remarks %}<li>{{ t }}</li>{% endfor %}</ul>{% endif %}</section>
 <section id="decisions"><h2>Decisions</h2>{% if results and results.sections.decisions %}{{ parts(results.sections.decisions) }}
@@ -293,8 +327,11 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 <section id="formats"><h2>Formats</h2>{% for t in formats %}{{ table(t, 'numbers') }}
 {% else %}<p>No bundle yet. Command: kdoct export {{ run }}</p>{% endfor %}</section>
 <section id="data"><h2>Data</h2>{% for t in data %}{{ table(t, 'wide') }}{% else %}<p>No folds.csv and no audit yet.</p>{% endfor %}</section>
-<section id="recipe"><h2>Recipe</h2>{{ table(recipe, 'wide') }}</section>
-<section id="machine"><h2>Stages and machine</h2>{{ table(stages, 'wide') }}{{ table(machine, 'wide') }}</section>
+<section id="recipe"><h2>Recipe</h2>{{ table(changed, 'wide') }}
+<details><summary>All {{ recipe.rows|length }} fields</summary>{{ table(recipe, 'wide') }}</details></section>
+<section id="machine"><h2>Stages and machine</h2>
+<details><summary>{{ stages.rows|length }} stages: status, time, what they noted</summary>{{ table(stages, 'wide') }}</details>
+<details><summary>Machine and versions</summary>{{ table(machine, 'wide') }}</details></section>
 </main></body></html>
 '''
 
@@ -315,14 +352,17 @@ def report_html(
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
         raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
                          fix='Give the result of `evaluate_run` on the same folds.')
-    results = _results(run, result or evaluate_run(run, use, verbose=False), use) if use else None
+    if use: result = result or evaluate_run(run, use, verbose=False)
+    results, warnings = _results(run, result, use) if use else None, warnings_of(run, result['sections'] if use else None)
+    verdict, words = run_verdict(run)
     facts = run.facts()
     about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
         run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
-        troubles=_troubles(run, facts, asked), remarks=_remarks(facts), formats=_formats(facts),
+        warnings=warnings, troubles=_troubles(run, facts, asked),
+        remarks=[*([words] if verdict == 'not known' else []), *_remarks(facts)], formats=_formats(facts),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
-        data=_data_tables(run), recipe=_recipe_table(run), stages=_stage_table(facts),
+        data=_data_tables(run), recipe=_recipe_table(run), changed=_changed_table(run), stages=_stage_table(facts),
         machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))
     with atomic_path(run.path/'report.html') as tmp: tmp.write_text(page.strip() + '\n', encoding='utf-8')
     return run.path/'report.html'

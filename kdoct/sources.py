@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'NEH_LABELS',
            'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
-           'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'ucsd', 'folder', 'csv',
-           'resolve_paths', 'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'regroup', 'phantom']
+           'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'check_labels',
+           'join_spellings', 'part_name', 'ucsd', 'folder', 'resolve_paths', 'csv', 'neh', 'covid_qu_ex', 'lc25000',
+           'wants_twins', 'regroup', 'phantom']
 
 # %% ../nbs/01b_sources.ipynb #512c6e16
 import errno
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from pathlib import Path, PureWindowsPath
 import pandas as pd
 
 from .core import DataRecipe, KdoctError, outputs_root, require_data_root, usable_cores
+from .spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key, spellings, table_column
 
 # %% ../nbs/01b_sources.ipynb #ba1c9e91
 TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
@@ -56,7 +59,10 @@ FINDING_COLUMNS = ('path', 'problem', 'severity', 'detail', 'action')
 LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'unparsable-name': ('error', "the name does not tell class, patient and slice as the source's pattern wants"),
     'no-class-folder': ('error', "the image lies beside the class folders, not in one"),
-    'no-label': ('error', "the table gives no label"),
+    'no-label': ('error', "the table gives no label, or a word for an empty cell (nan, #N/A, null)"),
+    'empty-class': ('error', "a class folder without a usable image"),
+    'mask-folder': ('error', "the image lies in a folder of masks below its class"),
+    'picture-by-content': ('error', "a picture (or DICOM file) by its content, but not by its name: it would be passed over"),
     'contradictory-rows': ('error', "the table lists this file more than once, with different facts"),
     'contradicts-path': ('error', "the table says another class, patient or label than folder and file name"),
     'unknown-label': ('error', "a label that the data set, or data.classes, does not have"),
@@ -68,10 +74,14 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'repeated-row': ('note', "the table lists this file more than once, with the same facts"),
     'no-patient': ('note', "patient unknown: the image is a group of its own"),
     'path-by-case': ('note', "the table writes this path with other upper and lower case, or its accents in another form (NFC, NFD)"),
+    'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
+    'path-by-name': ('note', "the table gives this file's name without its folder"),
+    'patient-spelling': ('note', "the patient (or group) has another spelling too: the groups are merged"),
+    'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
-    'linked-folder': ('note', "links to folders are not followed"),
-    'hidden': ('note', "names that begin with a dot are not looked at"),
+    'linked-folder': ('note', "a link to a folder: followed if it leads out of the data set"),
+    'hidden': ('note', "names that begin with a dot, and folders of the system (__MACOSX), are not looked at"),
     'other-file': ('note', "not named like an image"),
 }
 
@@ -115,21 +125,29 @@ def name_key(
     "What two spellings of one name have in common: neither upper and lower case nor the form of accents (macOS takes 'ü' apart) counts."
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
+_SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
+_PICTURE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'II*\0', b'MM\0*', b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')
+
 def walk_images(
     root:str|Path,                                # folder
     extensions:tuple[str, ...]=IMAGE_EXTENSIONS,  # lower case; names are compared without regard to case
 )->tuple[list[str], list[dict]]:                  # paths relative to root, sorted; findings
-    "Everything below `root` that is named like an image, and a finding for everything that is not."
-    paths, found = [], []
+    "Everything below `root` that is named like an image, and a finding for everything that is not; links to other folders are followed."
+    paths, found, seen = [], [], [os.path.realpath(root)]
     def visit(folder, prefix):
         try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except PermissionError as e: return found.append(finding(prefix or '.', 'folder-unreadable', e.strerror))
         for e in entries:
-            path, is_image = prefix + e.name, e.name.lower().endswith(extensions)
-            if e.name.startswith('.'): found.append(finding(path, 'hidden', action='not used'))
-            elif is_image and not _links_to_folder(e): paths.append(path)
+            path, is_image, is_link = prefix + e.name, e.name.lower().endswith(extensions), _links_to_folder(e)
+            if e.name.startswith('.') or e.name.lower() in _SYSTEM_FOLDERS: found.append(finding(path, 'hidden', action='not used'))
+            elif is_image and not is_link: paths.append(path)
             elif e.is_dir(follow_symlinks=False): visit(e.path, path + '/')
-            elif _links_to_folder(e): found.append(finding(path, 'linked-folder', action='not used'))
+            elif is_link and _is_elsewhere(target := os.path.realpath(e.path), seen):
+                seen.append(target)
+                found.append(finding(path, 'linked-folder', f"leads to {target}", 'followed'))
+                visit(e.path, path + '/')
+            elif is_link: found.append(finding(path, 'linked-folder', "leads to a folder that is read already", 'not used'))
+            elif _is_picture(e): found.append(finding(path, 'picture-by-content'))
             else: found.append(finding(path, 'other-file', action='not used'))
     visit(root, '')
     return sorted(paths), found
@@ -141,6 +159,18 @@ def _links_to_folder(entry:os.DirEntry)->bool:
     except OSError as e:
         if e.errno == errno.ELOOP: return False
         raise
+
+def _is_elsewhere(target:str, seen:list[str])->bool:
+    "Whether a folder neither lies in one of those seen nor holds one: following it cannot lead round in a circle."
+    return not any(os.path.commonpath([target, s]) in (target, s) for s in seen)
+
+def _is_picture(entry:os.DirEntry)->bool:
+    "Whether a file that is not named like a picture begins like one (JPEG, PNG, GIF, TIFF, JPEG 2000) or like DICOM."
+    try:
+        if not entry.is_file(): return False
+        with open(entry.path, 'rb') as f: head = f.read(132)
+    except OSError: return False
+    return head.startswith(_PICTURE_STARTS) or head[128:] == b'DICM'
 
 # %% ../nbs/01b_sources.ipynb #083b5275
 SOURCES:dict[str, Callable[[DataRecipe], Listing]] = {}
@@ -157,25 +187,112 @@ def source(
 def load_table(
     data:DataRecipe,  # `source`, `root` and what that source reads
 )->Listing:
-    "The image table of the recipe's source; `KdoctError` if there is no such source, folder or image."
+    "The image table of the recipe's source; `KdoctError` if there is no such source, folder or image, or a class has two spellings."
     if data.source not in SOURCES:
         raise KdoctError(f"There is no source '{data.source}'.", fix=f"Known sources: {', '.join(sorted(SOURCES))}")
     listing = SOURCES[data.source](data)
     if len(listing.table) == 0:
         seen = listing.findings.problem.value_counts().to_dict()
         raise KdoctError(f"Source '{data.source}' finds no usable image in {listing.root} (it finds: {seen or 'nothing'}).",
-                         fix=f"Expected layout: {LAYOUTS.get(data.source, 'see the source')}")
-    return regroup(listing, data.groups) if data.groups else listing
+                         fix=f"{_meant_folder(data)}Expected layout: {LAYOUTS.get(data.source, 'see the source')}")
+    if data.source in ('ucsd', 'folder'): listing = _with_empty_classes(listing, data.classes)
+    if data.groups: listing = regroup(listing, data.groups)
+    check_labels(listing.table, data.classes)
+    return join_spellings(listing)
+
+def _meant_folder(data:DataRecipe)->str:
+    "The folder one or two levels below the root in which the source would find images, as a hint; '' if there is none."
+    if data.source not in ('ucsd', 'lc25000'): return ''
+    root = Path(data.root).expanduser()
+    below = [d for level in ('*', '*/*') for d in sorted(root.glob(level)) if d.is_dir() and not d.name.startswith(('.', '__'))]
+    for d in below[:50]:
+        try: n = len(SOURCES[data.source](data.model_copy(update=dict(root=str(d)))).table)
+        except KdoctError: continue
+        if n: return f"Did you mean --data-root {shlex.quote(str(d))} ({n} images)? "
+    return ''
+
+# %% ../nbs/01b_sources.ipynb #8802855a
+def check_labels(
+    table:pd.DataFrame,                 # image table
+    classes:tuple[str, ...]|None=None,  # `data.classes`; names that are all in it are meant to differ
+):
+    "`KdoctError` if one class is written in several ways."
+    if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
+    n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
+    for several in spellings(table.label):
+        said = ', '.join(f"{c!r} ({n[c]} images, first {first[c]})" for c in several)
+        raise KdoctError(f"One class in several spellings: {said}.",
+                         fix="Write it in one way. If they are different classes, name all of them: "
+                             f"--classes {','.join(sorted(n.index))}")
+
+def join_spellings(
+    listing:Listing,  # what a source found
+)->Listing:           # the same with one group where a patient's name is spelled in several ways
+    "Merge groups whose names differ only by spelling, with a note on each spelling."
+    table, notes = listing.table, []
+    named, join = table[table.group != table.path], {}
+    n, first = named.group.value_counts(), named.drop_duplicates('group').set_index('group').path
+    for main, *others in spellings(named.group, same_patient_key):
+        for other in others:
+            join[other] = main
+            notes.append(finding(first[other], 'patient-spelling', f"{other!r} ({n[other]} images) and {main!r} ({n[main]} images) may be one patient",
+                                 f"groups {main} and {other} merged"))
+    if not join: return listing
+    found = pd.concat([listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')])
+    group = table.group.where(table.group == table.path, table.group.replace(join))
+    return replace(listing, table=table.assign(group=group), findings=found.sort_values(['path', 'problem'], ignore_index=True))
+
+# %% ../nbs/01b_sources.ipynb #4c6615e0
+_PART = re.compile(r'(train|training|val|valid|validation|dev|test|testing)(?: ?(?:set|data|dataset|images|part|split)s?)?')
+
+def part_name(
+    text:str,  # name of a folder, or a cell
+)->str:        # train, val, test, or '' for anything else
+    "The part of a data set that a name means: 'Training', 'train_set', 'valid', 'Testing', ..."
+    m = _PART.fullmatch(same_name_key(text))
+    return {'tr': 'train', 'va': 'val', 'de': 'val', 'te': 'test'}[m[1][:2]] if m else ''
+
+def _class_folders(root:Path)->list[str]:
+    "Folders of classes, relative to the root: those in it, or in its folders of parts; links that lead nowhere too."
+    def below(folder, prefix=''):
+        try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except OSError: return []
+        entries = [e for e in entries if not e.name.startswith('.') and e.name.lower() not in _SYSTEM_FOLDERS]
+        return [prefix + e.name for e in entries if os.path.isdir(e.path) or e.is_symlink() and not os.path.exists(e.path) and '.' not in e.name]
+    return [d for top in below(root) for d in (below(root/top, f'{top}/') if part_name(top) else [top])]
+
+def _with_empty_classes(listing:Listing, classes:tuple[str, ...]|None)->Listing:
+    "The listing with a finding for each class folder that gives no image and has no other error."
+    errors = listing.findings.path[listing.findings.severity == 'error']
+    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *errors] for n in (1, 2)}
+    found = []
+    for d in _class_folders(listing.root):
+        if d in used: continue
+        wanted = not classes or d.rpartition('/')[2] in classes
+        found.append(finding(d, 'empty-class' if wanted else 'folder-without-image', _what_is_in(listing, d), '' if wanted else 'not used'))
+    if not found: return listing
+    rows = pd.DataFrame(found, columns=list(FINDING_COLUMNS)).astype('str')
+    others = listing.findings[~listing.findings.path.isin(rows.path)]
+    return replace(listing, findings=pd.concat([others, rows]).sort_values(['path', 'problem'], ignore_index=True))
+
+def _what_is_in(listing:Listing, folder:str)->str:
+    "Why a folder gives no image, in words."
+    path, f = listing.root/folder, listing.findings
+    if not path.exists(): return f"a link that leads nowhere ({os.readlink(path)})"
+    if len(link := f[(f.path == folder) & (f.problem == 'linked-folder') & (f.action == 'not used')]): return f"a link that {link.detail.iloc[0]}"
+    inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
+    kinds = inside.map(lambda p: Path(p).suffix or 'without ending').value_counts()
+    return f"no picture in it, but {', '.join(f'{n} {k}' for k, n in kinds.items())}" if len(kinds) else "no file in it"
 
 # %% ../nbs/01b_sources.ipynb #266017cb
 LAYOUTS = {  # source -> what its root must look like
     'ucsd': "DIR/CLASS/CLASS-NUMBER-INDEX.jpeg, or DIR/train/CLASS/... and DIR/test/CLASS/...",
     'neh': "DIR/data_information.csv and DIR/CLASS/NUMBER/[OD|OS/]INDEX_LABEL.jpg (.tif); the class folders may lie one folder deeper",
-    'folder': "DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched)",
+    'folder': "DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched), or DIR/train|val|test/CLASS/*.png",
     'covid_qu_ex': "DIR/Train|Val|Test/COVID-19|Non-COVID|Normal/images/*.png beside 'lung masks' (or 'infection masks'); DIR may be one or two folders higher",
     'lc25000': "DIR/lung_colon_image_set/lung_image_sets|colon_image_sets/CLASS/*.jpeg, or DIR/CLASS/*.jpeg; CLASS one of colon_aca, colon_n, "
                "lung_aca, lung_n, lung_scc",
-    'csv': "a CSV file with one row an image, or a folder with table.csv; columns path, label, and patient or group",
+    'csv': "a CSV file (or text with ; tab |) with one row an image, or a folder with table.csv; columns path, label, and patient or group",
     'phantom': "a folder written by kdoct.phantom.write_phantom, or none: it is made",
 }
 
@@ -188,7 +305,7 @@ def _root(data:DataRecipe, file:bool=False)->Path:
     return root.resolve()
 
 # %% ../nbs/01b_sources.ipynb #0fee678d
-_UCSD = re.compile(r'(?:(?P<split>train|val|test)/)?(?P<folder>[^/]+)/(?P<label>[^/-]+)-(?P<patient>\d+)-(?P<slice>\d+)\.[a-z]+', re.I)
+_UCSD = re.compile(r'(?:(?P<split>train|val|test)/)?(?P<folder>[^/]+)/(?P<label>[^/-]+)-(?P<patient>\d+)-(?P<slice>\d+)\.\w+', re.I)
 
 @source('ucsd')
 def ucsd(
@@ -196,7 +313,7 @@ def ucsd(
 )->Listing:
     "Kermany's OCT images; the patient is the number in the name, the slice the index."
     root, rows = _root(data), []
-    paths, found = walk_images(root, ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'))
+    paths, found = walk_images(root)
     for path in paths:
         m = _UCSD.fullmatch(path)
         if not m: found.append(finding(path, 'unparsable-name', "not CLASS/CLASS-NUMBER-INDEX.jpeg"))
@@ -222,50 +339,123 @@ def _named_facts(m:re.Match)->dict:
     return dict(patient=patient, eye=named.get('eye', ''), volume=named.get('volume', ''), slice=int(slice) if slice else None)
 
 # %% ../nbs/01b_sources.ipynb #c720c21f
+_MASKS = {'mask', 'masks', 'lung masks', 'infection masks', 'segmentation', 'segmentations', 'annotation', 'annotations', 'ground truth', 'gt'}
+_IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures'}
+
+def _parts_and_labels(paths:list[str], root:Path, classes:tuple[str, ...]|None)->dict[str, tuple[str, str]]:
+    "Part and class of each path that has both a class folder and a name; `KdoctError` where the top folders cannot all be classes."
+    split = {p: p.split('/') for p in paths}
+    tops = sorted({s[0] for s in split.values() if len(s) > 1})
+    parts = [t for t in tops if part_name(t) and t not in (classes or ())]
+    if parts and parts != tops:
+        others = [t for t in tops if t not in parts]
+        raise KdoctError(f"{root} has parts ({', '.join(parts)}) beside other folders ({', '.join(others[:5])}).",
+                         fix="Give a folder that holds either parts or classes. If they are all classes, name them: "
+                             f"--classes {','.join(tops)}")
+    if parts: return {p: (part_name(s[0]), s[1]) for p, s in split.items() if len(s) > 2}
+    keys = {same_name_key(t): t for t in tops}
+    if (masks := set(keys) & _MASKS) and (images := set(keys) & _IMAGES):
+        raise KdoctError(f"{root} has folders of images and of masks ({', '.join(tops)}), not of classes.",
+                         fix=f"Give the images: --data-root {shlex.quote(str(root/keys[min(images)]))}; {keys[min(masks)]} is not needed.")
+    below = {s[1] for s in split.values() if len(s) > 2}
+    if len(tops) == 1 and len(below) > 1 and all(len(s) != 2 for s in split.values()):
+        raise KdoctError(f"{root} has one class folder, {tops[0]}, with folders {', '.join(sorted(below)[:5])} in it.",
+                         fix=f"If those are the classes: --data-root {shlex.quote(str(root/tops[0]))}")
+    inner = bool(below) and all(len(s) > 2 and part_name(s[1]) for s in split.values() if len(s) > 1)   # CLASS/train/...
+    return {p: (part_name(s[1]) if inner else '', s[0]) for p, s in split.items() if len(s) > 1}
+
+def _in_mask_folder(path:str, label:str)->bool:
+    "Whether a folder below the class folder is one of masks."
+    below = path.split(f'{label}/', 1)[1].split('/')[:-1]
+    return any(same_name_key(f) in _MASKS for f in below)
+
 @source('folder')
 def folder(
-    data:DataRecipe,  # reads `root` and `group_pattern`
+    data:DataRecipe,  # reads `root`, `group_pattern` and `classes`
 )->Listing:
-    "CLASS/**/*.ext; the group comes out of the relative path, or every image is its own group."
+    "[train|val|test/]CLASS/**/*.ext; the group comes out of the relative path, or every image is its own group."
     root, rows, pattern = _root(data), [], _group_pattern(data.group_pattern) if data.group_pattern else None
     paths, found = walk_images(root)
+    of = _parts_and_labels(paths, root, data.classes)
     for path in paths:
-        label, slash, _ = path.partition('/')
-        if not slash: found.append(finding(path, 'no-class-folder'))
-        elif pattern is None: rows.append(dict(path=path, label=label, group=path))
-        elif (m := pattern.search(path)) and (facts := _named_facts(m)): rows.append(dict(path=path, label=label, **facts))
+        split, label = of.get(path, ('', ''))
+        row = dict(path=path, label=label, split=split)
+        if not label: found.append(finding(path, 'no-class-folder'))
+        elif _in_mask_folder(path, label): found.append(finding(path, 'mask-folder'))
+        elif pattern is None: rows.append(row | dict(group=path))
+        elif (m := pattern.search(path)) and (facts := _named_facts(m)): rows.append(row | facts)
         else: found.append(finding(path, 'unparsable-name', f"data.group_pattern {data.group_pattern!r} does not match"))
     if pattern is None:
-        print("WARNING: data.group_pattern is not given, so every image counts as a patient of its own. If a patient has several\n"
-              "images, they will be spread over training and test, and the results will be too good.")
+        print("WARNING: no --group-pattern (data.group_pattern) is given, so every image counts as a patient of its own. If a patient has\n"
+              "several images, they will be spread over training and test, and the results will be too good.")
+    elif of and not rows:
+        raise KdoctError(f"The pattern {data.group_pattern} finds a patient in none of {len(of)} paths, such as {', '.join(list(of)[:3])}.",
+                         fix="Change --group-pattern: a regular expression whose first group (in round brackets) is the patient in the path.")
     return make_listing(root, rows, found, 'folder')
 
 # %% ../nbs/01b_sources.ipynb #2f43b36c
-def _read_csv(file:Path)->pd.DataFrame:
-    "A CSV file with all cells as text; `KdoctError` where it is none."
-    try: return pd.read_csv(file, dtype=str, keep_default_na=False, encoding='utf-8-sig')
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, PermissionError) as e:
-        raise KdoctError(f"{file} cannot be read as CSV: {e}.", fix="Save it as comma-separated UTF-8 text with a header line.") from e
+_LIKELY = {  # our column -> names that tables give it, in the spelling of `same_name_key`
+    'path': ('file name', 'filename', 'file', 'image', 'image path', 'filepath', 'file path', 'directory', 'image id', 'img', 'image name'),
+    'label': ('disease', 'diagnosis', 'class', 'category', 'target', 'finding', 'labels', 'pathology'),
+    'patient': ('patient id', 'patientid', 'subject', 'subject id', 'pid', 'patient number', 'id patient')}
 
-def _column(df:pd.DataFrame, theirs:str)->pd.Series|None:
+def _column(df:pd.DataFrame, theirs:str, chosen:bool)->pd.Series|None:
     "The file's column `theirs`, or several joined by '/'; None where one is missing. A blank part makes the whole blank."
-    names = [theirs] if theirs in df else [n.strip() for n in theirs.split('+')]
-    if any(n not in df for n in names): return None
-    parts = [df[n].str.strip() for n in names]
-    return parts[0].str.cat(parts[1:], sep='/').where(~pd.concat([p == '' for p in parts], axis=1).any(axis=1), '')
+    whole = table_column(df, theirs, chosen)
+    parts = [whole] if whole is not None else [table_column(df, n.strip(), chosen) for n in theirs.split('+')]
+    if any(p is None for p in parts): return None
+    parts = [p.str.strip() for p in parts]
+    blank = pd.concat([p.map(is_empty_cell) for p in parts], axis=1).any(axis=1)
+    return parts[0].str.cat(parts[1:], sep='/').where(~blank, '')
 
 def _our_columns(df:pd.DataFrame, columns:dict[str, str], file:Path)->pd.DataFrame:
     "The file's columns under our names."
     ours = [*(c for c in TABLE_COLUMNS if c not in ('source', 'sha256')), 'patient_label']
-    there = f"The columns of {file.name} are: {', '.join(df.columns)}."
     if strange := [c for c in columns if c not in ours]:
         raise KdoctError(f"data.columns names {', '.join(strange)}, which an image table does not have.", fix=f"It has: {', '.join(ours)}")
-    out = {c: _column(df, columns.get(c, c)) for c in ours}
+    out = {c: _column(df, columns.get(c, c), c in columns) for c in ours}
     lost = [c for c in columns if out[c] is None] + [c for c in ('path', 'label') if out[c] is None and c not in columns]
     if out['patient'] is None and out['group'] is None: lost += ['patient (or group)']
-    if lost: raise KdoctError(f"{file} does not give {', '.join(lost)}.",
-                              fix=f"{there} Say which is which: data.columns={{\"path\":\"...\",\"label\":\"...\"}}")
+    if lost:
+        near = {ours: next((c for c in df if same_name_key(c) in likely), '...') for ours, likely in _LIKELY.items()}
+        wanted = [c.partition(' ')[0] for c in lost]
+        say = ' '.join(f"--set data.columns.{c}={shlex.quote(near.get(c, '...'))}" for c in wanted)
+        raise KdoctError(f"{file} does not give {', '.join(lost)}.", fix=f"The columns of {file.name} are: {', '.join(df)}. Say which is which: {say}")
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})
+
+# %% ../nbs/01b_sources.ipynb #617178fa
+def _stem(path:str)->str:
+    "A path without the ending of a picture."
+    ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
+    return path[:len(path) - len(ending)]
+
+_HOW_FOUND = {'path-by-case': name_key, 'path-by-ending': lambda p: name_key(_stem(p))}   # problem -> what must be equal
+
+def resolve_paths(
+    wanted:list[str],  # paths as a table writes them
+    real:list[str],    # paths of the files that are there
+)->tuple[list[str], list[dict]]:  # for each wanted path the real one, '' where there is none; findings
+    "Look up each path: as it is written, else the only one that differs in case or the form of accents, in its ending, or by the folder."
+    exact, out, found = set(real), [], []
+    index = {how: _by_key(real, key) for how, key in _HOW_FOUND.items()}
+    bare = {how: _by_key(real, lambda p, key=key: key(p.rpartition('/')[2])) for how, key in _HOW_FOUND.items()} if any('/' not in w for w in wanted) else {}
+    for w in wanted:
+        near, how = [w] if w in exact else [], ''
+        for how, key in () if near else _HOW_FOUND.items():
+            if near := index[how].get(key(w), []): break
+        for key, files in () if near or '/' in w else zip(_HOW_FOUND.values(), bare.values(), strict=True):
+            if near := files.get(key(w), []): how = 'path-by-name'; break
+        out.append(near[0] if len(near) == 1 else '')
+        if not near: found.append(finding(w, 'missing'))
+        elif len(near) > 1: found.append(finding(w, 'ambiguous-path', f"could be {' or '.join(near[:5])}"))
+        elif near[0] != w: found.append(finding(near[0], how, f"the table says {w}"))
+    return out, found
+
+def _by_key(paths:list[str], key:Callable[[str], str])->dict[str, list[str]]:
+    "The paths under their keys."
+    out = {}
+    for p in paths: out.setdefault(key(p), []).append(p)
+    return out
 
 # %% ../nbs/01b_sources.ipynb #17dc4a33
 def _relative(text:str, root:Path)->str:
@@ -273,15 +463,31 @@ def _relative(text:str, root:Path)->str:
     p = Path(PureWindowsPath(text).as_posix())
     return (p.relative_to(root) if p.is_absolute() and p.is_relative_to(root) else p).as_posix()
 
+def _real_paths(paths:list[str], root:Path)->tuple[list[str], list[dict]]:
+    "The paths as the files below `root` are really named; one that is not found stays as it is, '' where it is ambiguous; findings."
+    paths = [_relative(p, root) if p else '' for p in paths]
+    lost = [p for p in dict.fromkeys(paths) if p and not os.path.isfile(root/p)]
+    if not lost: return paths, []
+    real = walk_images(root)[0]
+    there, found = resolve_paths([p.lstrip('/') for p in lost], real)
+    unclear = {f['path'] for f in found if f['problem'] == 'ambiguous-path'}
+    now = {p: t or ('' if p.lstrip('/') in unclear else p) for p, t in zip(lost, there, strict=True)}
+    return [now.get(p, p) for p in paths], [f for f in found if f['problem'] != 'missing']   # that is the audit's
+
+def _whole_number(text:str)->int|None:
+    "3 for '3', '03' and '3.0'; None for other text."
+    m = re.fullmatch(r'(\d+)(?:[.,]0*)?', text)
+    return int(m[1]) if m else None
+
 def _csv_row(r:dict)->tuple[dict|None, list[dict]]:
     "One row of the file as a row of the table, and what there is to say about it."
     if not r['path']: return None, [finding('', 'unparsable-name', "a row without a path")]
     if not r['label']: return None, [finding(r['path'], 'no-label')]
     slice = r.pop('slice', '')
-    if slice and not slice.isdecimal(): return None, [finding(r['path'], 'unparsable-name', f"slice {slice!r} is not a whole number")]
-    group = r.get('group') or r.get('patient')
+    if slice and _whole_number(slice) is None: return None, [finding(r['path'], 'unparsable-name', f"slice {slice!r} is not a whole number")]
+    group, split = r.get('group') or r.get('patient'), r.get('split', '')
     note = [] if group else [finding(r['path'], 'no-patient', action="a group of its own")]
-    return r | dict(slice=int(slice) if slice else None, group=group or r['path']), note
+    return r | dict(slice=_whole_number(slice), group=group or r['path'], split=part_name(split) or split), note
 
 def _drop_repeats(df:pd.DataFrame)->tuple[pd.DataFrame, list[dict]]:
     "Rows whose path occurs once; equal repeats are reduced to one, contradicting ones are taken out."
@@ -294,23 +500,32 @@ def _drop_repeats(df:pd.DataFrame)->tuple[pd.DataFrame, list[dict]]:
     return once[~torn], found
 
 # %% ../nbs/01b_sources.ipynb #5059afac
+def _csv_file(data:DataRecipe)->Path:
+    "The table: the root itself, or table.csv in it; `KdoctError` that names the tables there."
+    file = _root(data, file=True)
+    if not file.is_dir(): return file
+    if (file/'table.csv').is_file(): return file/'table.csv'
+    others = sorted(p.name for p in file.iterdir() if p.suffix.lower() in ('.csv', '.tsv', '.txt'))
+    there = f" Tables there: {', '.join(others)}." if others else ''
+    raise KdoctError(f"{file/'table.csv'} does not exist.{there}", fix=f"Give the table itself. Expected layout: {LAYOUTS['csv']}")
+
 @source('csv')
 def csv(
     data:DataRecipe,  # reads `root` (the file, or a folder with table.csv) and `columns`
 )->Listing:
-    "Images listed in a CSV file, with paths relative to its folder."
-    file = _root(data, file=True)
-    if file.is_dir(): file = file/'table.csv'
-    if not file.exists(): raise KdoctError(f"{file} does not exist.", fix=f"Expected layout: {LAYOUTS['csv']}")
-    df = _our_columns(_read_csv(file), data.columns, file)
-    df['path'] = [_relative(p, file.parent) if p else '' for p in df.path]
-    df, found = _drop_repeats(df)
+    "Images listed in a table, with paths relative to its folder."
+    file = _csv_file(data)
+    df = _our_columns(table := read_table(file), data.columns, file)
+    if not len(table): raise KdoctError(f"{file} has a header and no row.", fix=f"Expected layout: {LAYOUTS['csv']}")
+    asked = df.path != ''
+    df['path'], found = _real_paths(list(df.path), file.parent)
+    df, repeats = _drop_repeats(df[(df.path != '') | ~asked])
     rows = []
     for r in df.to_dict('records'):
         row, notes = _csv_row(r)
         found += notes
         if row: rows.append(row)
-    return make_listing(file.parent, rows, found, 'csv')
+    return make_listing(file.parent, rows, [*found, *repeats], 'csv')
 
 # %% ../nbs/01b_sources.ipynb #d4869e08
 NEH_LABELS = ('NORMAL', 'DRUSEN', 'CNV')
@@ -330,30 +545,15 @@ def _neh_places(data:DataRecipe)->tuple[Path, Path]:
 
 def _neh_rows(file:Path)->pd.DataFrame:
     "The table's rows under our names; labels and eyes in upper case, numbers without leading zeros."
-    df = _read_csv(file)
-    if lost := [c for c in _NEH_COLUMNS.values() if c not in df]:
-        raise KdoctError(f"{file} has no column {', '.join(lost)}.", fix=f"Its columns are: {', '.join(df.columns)}. Use the file as it was published.")
-    df = pd.DataFrame({ours: df[theirs].str.strip() for ours, theirs in _NEH_COLUMNS.items()})
+    df = read_table(file)
+    found = {ours: table_column(df, theirs) for ours, theirs in _NEH_COLUMNS.items()}
+    if lost := [theirs for ours, theirs in _NEH_COLUMNS.items() if found[ours] is None]:
+        raise KdoctError(f"{file} has no column {', '.join(lost)}.", fix=f"Its columns are: {', '.join(df)}. Use the file as it was published.")
+    df = pd.DataFrame({ours: cells.str.strip() for ours, cells in found.items()})
     for c in ('label', 'patient_label', 'eye'): df[c] = df[c].str.upper()
     return df.assign(path=[PureWindowsPath(p).as_posix().lstrip('/') for p in df.path], number=df.number.map(_number))
 
-def _number(text:str)->str: return str(int(text)) if text.isdecimal() else text
-
-# %% ../nbs/01b_sources.ipynb #617178fa
-def resolve_paths(
-    wanted:list[str],  # paths as a table writes them
-    real:list[str],    # paths of the files that are there
-)->tuple[list[str], list[dict]]:  # for each wanted path the real one, '' where there is none; findings
-    "Look up each path: as it is written, else the only one that differs from it in case and in the form of accents alone."
-    exact, folded, out, found = set(real), {}, [], []
-    for r in real: folded.setdefault(name_key(r), []).append(r)
-    for w in wanted:
-        near = [w] if w in exact else folded.get(name_key(w), [])
-        out.append(near[0] if len(near) == 1 else '')
-        if not near: found.append(finding(w, 'missing'))
-        elif len(near) > 1: found.append(finding(w, 'ambiguous-path', f"could be {' or '.join(near)}"))
-        elif near[0] != w: found.append(finding(near[0], 'path-by-case', f"the table says {w}"))
-    return out, found
+def _number(text:str)->str: return text if (n := _whole_number(text)) is None else str(n)
 
 # %% ../nbs/01b_sources.ipynb #52d25c79
 def _neh_row(r:dict)->tuple[dict|None, list[dict]]:
@@ -392,7 +592,7 @@ def neh(
 
 # %% ../nbs/01b_sources.ipynb #ccecca2a
 COVID_LABELS = ('COVID-19', 'Non-COVID', 'Normal')
-_COVID = re.compile(r'(?P<split>train|val|test)/(?P<label>[^/]+)/(?P<what>images|lung masks|infection masks)/[^/]+', re.I)
+_COVID = re.compile(r'(?P<split>train|val|test)/(?P<label>[^/]+)/(?P<what>images|lung[ _]masks|infection[ _]masks)/[^/]+', re.I)
 
 def _covid_base(data:DataRecipe)->Path:
     "The folder that holds Train, Val and Test, at the root or up to two levels below; `KdoctError` if there is none, or several."
@@ -414,17 +614,18 @@ def covid_qu_ex(
     data:DataRecipe,  # reads `root`
 )->Listing:
     "COVID-QU-Ex as published; `split` is the authors' part, `mask` the path of the infection or lung mask."
-    base, labels = _covid_base(data), {c.casefold(): c for c in COVID_LABELS}
+    base, labels = _covid_base(data), {same_name_key(c): c for c in COVID_LABELS}
     paths, found = walk_images(base)
-    by = {p: m for p in paths if (m := _COVID.fullmatch(p)) and m['label'].casefold() in labels}
+    by = {p: m for p in paths if (m := _COVID.fullmatch(p)) and same_name_key(m['label']) in labels}
     for p in sorted(set(paths) - set(by)): found.append(finding(p, 'unparsable-name', "not PART/CLASS/images/NAME or PART/CLASS/lung masks/NAME"))
-    kind = 'infection masks' if any(m['what'].lower() == 'infection masks' for m in by.values()) else 'lung masks'
+    folders = {w.lower().replace('_', ' '): w for m in by.values() if (w := m['what'])}
+    kind = 'infection masks' if 'infection masks' in folders else 'lung masks'
     images = [p for p, m in by.items() if m['what'].lower() == 'images']
-    masks = [p for p, m in by.items() if m['what'].lower() == kind]
-    own, _ = resolve_paths([f"{p[:by[p].start('what')]}{kind}/{p.rpartition('/')[2]}" for p in images], masks)
+    masks = [p for p, m in by.items() if m['what'].lower().replace('_', ' ') == kind]
+    own, _ = resolve_paths([f"{p[:by[p].start('what')]}{folders.get(kind, kind)}/{p.rpartition('/')[2]}" for p in images], masks)
     found += [finding(p, 'no-mask', f"no {kind[:-1]} of this name") for p, m in zip(images, own, strict=True) if not m]
     found += [finding(p, 'mask-without-image', action='not used') for p in sorted(set(masks) - set(own))]
-    rows = [dict(path=p, label=labels[by[p]['label'].casefold()], group=p, split=by[p]['split'].lower(), mask=m) for p, m in zip(images, own, strict=True)]
+    rows = [dict(path=p, label=labels[same_name_key(by[p]['label'])], group=p, split=by[p]['split'].lower(), mask=m) for p, m in zip(images, own, strict=True)]
     return make_listing(base, rows, found, 'covid_qu_ex')
 
 # %% ../nbs/01b_sources.ipynb #0aeee58b
@@ -440,7 +641,10 @@ def lc25000(
     paths, found = walk_images(root)
     for path in paths:
         m = _LC25000.fullmatch(path)
-        if not m: found.append(finding(path, 'no-class-folder', f"not in a folder {', '.join(LC25000_LABELS)}")); continue
+        if not m:
+            folder = path.rpartition('/')[0].rpartition('/')[2] or 'the root'
+            found.append(finding(path, 'no-class-folder', f"in {folder}, not in a folder {', '.join(LC25000_LABELS)}"))
+            continue
         label = m['label'].lower()
         if folders.setdefault(label, m['folder']) != m['folder']:
             raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.", fix="Give the one that is meant as data.root.")
@@ -465,16 +669,19 @@ def regroup(
     "Take the groups from a file; `KdoctError` if it leaves out an image, names a strange one, or contradicts itself."
     file = Path(file).expanduser()
     if not file.is_file(): raise KdoctError(f"The table of groups {file} does not exist.", fix="Give a CSV file with columns path and group: data.groups=FILE")
-    df = _read_csv(file)
-    if lost := [c for c in ('path', 'group') if c not in df]:
-        raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df.columns)}")
-    df = pd.DataFrame(dict(path=[_relative(p.strip(), listing.root) for p in df.path], group=df.group.str.strip())).drop_duplicates()
+    df = read_table(file)
+    path, group = (table_column(df, c) for c in ('path', 'group'))
+    if lost := [c for c, there in dict(path=path, group=group).items() if there is None]:
+        raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df)}")
+    wanted = [_relative(p.strip(), listing.root) for p in path]
+    real, _ = resolve_paths(wanted, [*dict.fromkeys([*listing.table.path, *listing.findings.path])])
+    df = pd.DataFrame(dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())).drop_duplicates()
     def refuse(paths, what, fix):
         if len(paths): raise KdoctError(f"{file}: {len(paths)} {what}, first {sorted(paths)[0]}.", fix=fix)
     refuse(set(df.path[df.group == '']), "rows have no group", "Give every image a group; one that belongs to no other has its own path as group.")
     refuse(set(df.path[df.path.duplicated()]), "images are in two groups", "Keep one row an image, or name both groups alike.")
     refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), "rows name no image of the source",
-           f"Paths are relative to {listing.root}, with upper and lower case as in the folder.")
+           f"Paths are relative to {listing.root}.")
     refuse(set(listing.table.path) - set(df.path), "images of the source are in no row", "Add a row for each, with a group of its own if it has no other.")
     return replace(listing, table=listing.table.assign(group=listing.table.path.map(df.set_index('path').group).astype('str')))
 

@@ -133,13 +133,15 @@ def _most_resident()->int:
 
 # %% ../nbs/02f_step.ipynb #d426af48
 class Compile(Callback):
-    "Runs whole training batches by what torch.compile has made of the network."
+    "Runs training batches of the most frequent size by what torch.compile has made of the network."
     order, run_valid = -11, False   # after Precision (-20) and Together (-12), which may exchange the body
     def __init__(self, make=torch.compile): self.make, self.facts = make, {}
 
     def before_fit(self):
-        body, batch, began = self.model.body, self.dls.train.batch(self.dls.train.parts()[0]), time.perf_counter()
-        self.plain, self.n, self.compiled = body.forward, self.dls.train.batch_size, self.make(body.forward, dynamic=False)
+        body, parts, began = self.model.body, self.dls.train.parts(), time.perf_counter()
+        self.n = statistics.mode(map(len, parts))
+        batch = self.dls.train.batch(next(p for p in parts if len(p) == self.n))
+        self.plain, self.compiled = body.forward, self.make(body.forward, dynamic=False)
         body.forward = self.compiled
         try:
             with untouched(self.model): trial_step(self.model, batch, self.learn.loss_func)

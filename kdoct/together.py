@@ -171,9 +171,8 @@ def places(
     number:int,          # of the batch in the epoch
 )->np.ndarray:           # places in the order of the epoch of the images of this part that count; may be empty
     "Which images of a batch belong to this process."
-    (rank, size), n = batches.share, len(batches.rows)
-    first, width = number*batches.batch_size*size, batches.batch_size*size
-    return np.array_split(np.arange(first, min(first + width, n)), size)[rank]
+    (rank, size), planned = batches.share, batches.plan()[number]
+    return np.array_split(np.arange(planned.first, planned.last), size)[rank]
 
 # %% ../nbs/02e_together.ipynb #d4423049
 def add_gradients(

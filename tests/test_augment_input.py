@@ -44,7 +44,7 @@ def test_blocks_read_ahead_are_the_batches_asked_for_one_by_one(recipe, channels
 
 
 def test_shares_of_two_processes_are_the_batches_of_one():
-    whole, halves = list(batches(batch_size=6)), [batches(batch_size=3, share=(k, 2)) for k in (0, 1)]
+    whole, halves = list(batches(batch_size=6)), [batches(batch_size=6, share=(k, 2)) for k in (0, 1)]   # a step keeps its images
     for (x, y), (xa, ya), (xb, yb) in zip(whole, *halves, strict=True):
         close(torch.cat([xa, xb]), x)
         assert torch.equal(torch.cat([ya, yb]), y)

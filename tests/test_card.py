@@ -1,13 +1,17 @@
 "A model card says what the run's records say, and no more."
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kdoct.bundle import strict_json
 from kdoct.card import NOT, model_card
-from kdoct.core import create_run, preset, read_json, write_json
+from kdoct.core import DecideRecipe, create_run, preset, read_json, write_json
+from kdoct.decide import fit_decision
 from kdoct.evaluate import _simulated_stages, evaluate_fold
+from kdoct.metrics import simulate_predictions
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,20 @@ def test_the_card_for_programs_is_plain_json(run):
     assert strict_json(json.dumps(card, allow_nan=False).encode(), "card.json")["name"] == "x"
 
 
+def test_the_card_has_the_volume_rule_what_it_did_and_on_whom_decisions_were_fitted(run):
+    val = simulate_predictions(60)
+    f = np.random.default_rng(0).normal(size=(len(val), 8)).astype(np.float32)
+    decision = fit_decision(val, f, f, DecideRecipe(), ("NORMAL", "DRUSEN", "DME", "CNV"))
+    text, card = model_card({}, run, 0, "student", decision)
+    rows = card["measured"]["decisions"]["volumes"]["table"]
+    assert set(rows) == {"student, volumes", "student, patients"} and "### Volumes and patients, on test patients" in text
+    assert decision.volume.text in text and card["decision"]["volume"]["min_slices"] == 2
+    assert "chosen on validation patients" in text and "have also chosen the epoch" in text
+    own = replace(decision, about=decision.about | dict(part="calibration"))
+    text, _ = model_card({}, run, 0, "student", own)
+    assert "chosen on calibration patients" in text and "have also chosen the epoch" not in text
+
+
 def test_what_was_not_recorded_is_said(run):
     text, card = model_card({}, run, 0, "student")
     assert card["decision"] is None and "has no decision" in text
@@ -135,3 +153,22 @@ def test_what_was_not_recorded_is_said(run):
 def test_energy_is_shown_where_stages_recorded_it(run):
     for role in ("teacher", "student"): run.record(f"fold_0/{role}", energy_kwh=0.25)
     assert "Energy [kWh]: 0.5." in model_card({}, run, 0, "student")[0]
+
+
+def test_a_shortcut_stands_at_the_top_of_the_card(run):
+    path = run.path / "probe.json"
+    found = dict(images=60, of=60, images_a_group=1, groups=30, balanced_accuracy=.78, interval=[.7, .85], chance=.25, above_chance=True, worst=None)
+    write_json(path, found)
+    try: text, card = model_card({}, run, 0, "student")
+    finally: path.unlink()
+    words = "predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %"
+    assert words in card["warnings"][0] and 0 < text.index(words) < text.index("## Network")
+
+
+def test_a_score_without_an_interval_is_kept_and_said(run):
+    path = run.fold_dir(0) / "evaluation.json"
+    e = read_json(path)
+    e["table"]["student"] |= dict(sensitivity=0.75, sensitivity_low=None, sensitivity_high=None)
+    write_json(path, e)
+    text, card = model_card({}, run, 0, "student")
+    assert "75.0 (no interval)" in text and card["measured"]["models"]["student"]["sensitivity"] == [0.75, None, None]

@@ -9,8 +9,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from kdoct.core import create_run, outputs_root, preset
-from kdoct.crossval import run_stage, stage_cells
+from kdoct.core import STAGES, create_run, open_stage, outputs_root, preset
+from kdoct.crossval import RUN_HEADING, run_stage, stage_cells
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
@@ -81,3 +81,43 @@ def test_a_run_with_results_keeps_its_recipe(folder):
     prepare_data(run)
     done = shell('kdoct.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96')
     assert done.returncode == 1 and 'data.size: 64, not 96' in done.stderr
+
+
+@pytest.fixture
+def small_demo(monkeypatch, tmp_path):
+    "The demo with the networks and images of the preset for tests."
+    from kdoct.core import PRESETS
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(tmp_path))
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.delenv('KDOCT_STAGE', raising=False)
+    monkeypatch.setitem(PRESETS, 'demo', PRESETS['tiny'])
+
+
+def made(asked, stage): return lambda run, fold: asked.append((stage, run.name, fold))
+
+
+def test_a_stage_of_the_demo_run_by_hand_makes_the_stages_before_it(small_demo):
+    asked = []
+    run, _ = open_stage(fold=1, before=dict(data=made(asked, 'data'), teacher=made(asked, 'teacher')))
+    assert run.name == 'demo' and asked == [('data', 'demo', 1), ('teacher', 'demo', 1)]
+
+
+def test_a_stage_of_another_run_makes_no_stage_before_it(small_demo):
+    asked = []
+    open_stage('tiny', before=dict(data=made(asked, 'data')))
+    assert asked == []
+
+
+def test_a_stage_that_papermill_runs_makes_no_stage_before_it(small_demo, monkeypatch):
+    monkeypatch.setattr('kdoct.core._injected_names', lambda: {'fold'})
+    asked = []
+    open_stage(before=dict(data=made(asked, 'data')))
+    assert asked == []
+
+
+@pytest.mark.parametrize('name', sorted(set(STAGES.values()) | {'07_deploy'}))
+def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name):
+    nb = nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4)
+    assert nb.cells[1].source.startswith(RUN_HEADING)
+    code = [c.source for c in stage_cells(nb).cells if c.cell_type == 'code']
+    assert not [line for source in code for line in source.splitlines() if len(line) > 100]

@@ -288,3 +288,41 @@ def test_a_class_without_images_has_no_sensitivity_and_does_not_stop_the_others(
     each = M.bootstrap_classes(df, n_boot=50)
     assert each.loc[("CNV", "sensitivity"), ["estimate", "low", "high"]].isna().all() and each.loc[("CNV", "sensitivity"), "n_used"] == 0
     assert each.drop("CNV", level="class").xs("sensitivity", level="metric").estimate.notna().all()
+
+
+def one_of_dme():
+    "One patient of 60 has the class: it is missing in 37 % of the resamples."
+    df = M.simulate_predictions(60)
+    return pd.concat([df[df.label != 'DME'], df[df.label == 'DME'].head(1)], ignore_index=True)
+
+
+def test_no_interval_where_many_resamples_lack_a_class():
+    ci = M.bootstrap(one_of_dme(), n_boot=400)
+    assert np.isfinite(ci.estimate['sensitivity']) and np.isnan(ci.low['sensitivity']) and np.isnan(ci.high['auc'])
+    assert ci.low['accuracy'] < ci.high['accuracy'] and 200 < ci.n_used['sensitivity'] < 300
+    each = M.bootstrap_classes(one_of_dme(), n_boot=400)
+    assert np.isnan(each.low['DME', 'sensitivity']) and np.isfinite(each.low['CNV', 'sensitivity'])
+
+
+@pytest.mark.parametrize('undefined,shown', [(20, True), (21, False)])
+def test_the_threshold_of_an_interval_is_a_fifth(undefined, shown):
+    i = M._interval(np.r_[np.full(undefined, np.nan), np.linspace(0, 1, 100 - undefined)], .95)
+    assert np.isfinite(i['low']) == shown and i['n_used'] == 100 - undefined
+
+
+def test_a_difference_without_an_interval_has_no_p():
+    a = one_of_dme()
+    d = M.paired_difference(a, a.assign(logit_CNV=a.logit_CNV + 1), n_boot=400)
+    assert np.isfinite(d.difference['sensitivity']) and np.isnan(d.low['sensitivity']) and np.isnan(d.p['sensitivity'])
+    assert np.isfinite(d.p['accuracy'])
+
+
+def test_a_share_of_one_patients_images_has_no_interval():
+    groups = np.arange(40)
+    r = M.share_interval(groups % 2 == 0, groups, groups == 4, n_boot=400)
+    assert r['estimate'] == 1 and np.isnan(r['low']) and r['n_used'] < 320
+
+
+def test_a_single_fold_has_no_standard_deviation():
+    s = M.fold_summary([M.evaluate_predictions(M.simulate_predictions(40))])
+    assert np.isfinite(s['mean']).all() and s.sd.isna().all()

@@ -1,8 +1,10 @@
 "A network of one's own as the teacher: in a run, in one's own fastai Learner, and in a plain loop."
 import copy
 import pickle
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -19,10 +21,27 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kdoct.core import DistillRecipe, KdoctError, preset
-from kdoct.distill import Distill, Teachers
+from kdoct.augment import Batches
+from kdoct.cli import main
+from kdoct.core import (
+    DistillRecipe,
+    KdoctError,
+    create_run,
+    outputs_root,
+    own_teachers,
+    preset,
+    read_json,
+    require_weights,
+)
+from kdoct.data import open_fold, prepare_data
+from kdoct.decide import decide_fold
+from kdoct.distill import Distill, Teachers, train_baseline, train_student
+from kdoct.evaluate import evaluate_fold
 from kdoct.losses import combine, soft_loss
-from kdoct.models import Classifier, create_classifier, load_bundle, save_bundle
+from kdoct.metrics import logits_of
+from kdoct.models import Classifier, create_classifier, import_bundle, load_bundle, save_bundle
+from kdoct.report import report_html
+from kdoct.teacher import load_teachers, train_teacher
 
 STATS = (.4, .3, .2), (.2, .3, .4)
 
@@ -232,3 +251,117 @@ def test_a_plain_loop_learns_the_same_as_the_callback(images, folder):
 
 def test_the_exported_callback_is_a_small_file(folder):
     assert len(pickle.dumps(Distill(folder))) < 5000
+
+
+# --- in a run
+
+CLASSES = ['CNV', 'DME', 'DRUSEN', 'NORMAL']
+SHORT = {'student.epochs': 1, 'teacher.epochs': 1, 'evaluate.n_boot': 100}
+
+
+def imported(folder, classes=('NORMAL', 'DRUSEN', 'DME', 'CNV'), size=48, seed=1):
+    torch.manual_seed(seed)
+    net = timm.create_model('test_efficientnet', num_classes=len(classes))
+    nn.init.normal_(net.classifier.weight)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), folder.with_suffix('.pth'))
+    import_bundle(folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher')
+    return folder
+
+
+def run_with(name, *folders, **changes):
+    run = create_run(name, preset('tiny', **{**own_teachers(folders), **SHORT, **changes}))
+    prepare_data(run)
+    return run
+
+
+def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
+    mine = imported(tmp_path/'mine')
+    run = run_with('own', mine, **{'distill.views': 1})
+    about = train_teacher(run)
+    facts, source = run.stage('fold_0/teacher'), read_json(mine/'model.json')
+    assert (facts['status'], facts['trained'], about['trained'], about['classes']) == ('done', False, False, CLASSES)
+    assert facts['weights_from']['weights_sha256'] == source['weights_sha256'] and facts['weights_from']['imported'] == source['imported']
+    assert any('not trained here' in n for n in facts['notes']) and any('not known which images' in n for n in facts['notes'])
+    there, data = load_bundle(mine)[0], open_fold(run, 0)
+    for part, got in (('test', logits_of(pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'))), ('val', None)):
+        x, y = next(iter(Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), data.idx[part], 999, size=64)))
+        with torch.no_grad(): z = there(x)[:, [3, 2, 1, 0]]
+        if got is not None: np.testing.assert_allclose(got, z, atol=1e-4)
+        else: assert facts['validation']['valid_loss'] == pytest.approx(cross_entropy(z, y).item(), rel=1e-4)
+    about = train_student(run)
+    key = read_json(next((outputs_root()/'cache').glob('teacher-*/about.json')))
+    assert key['teacher']['weights_sha256'] == about['taught_by']['teacher']['weights_sha256'] == facts['weights_sha256']
+    train_baseline(run)
+    decide_fold(run, 0, 'teacher')
+    assert 'accuracy' in str(evaluate_fold(run, 0, verbose=False))
+    assert 'was not trained here' in report_html(run).read_text()
+
+
+def test_weights_in_the_runs_order_keep_their_hash(tmp_path):
+    mine = imported(tmp_path/'mine', CLASSES)
+    about = train_teacher(run_with('same', mine))
+    assert about['weights_sha256'] == read_json(mine/'model.json')['weights_sha256']
+
+
+def test_several_teachers_of_ones_own_and_one_that_is_trained(tmp_path):
+    a, b = imported(tmp_path/'a'), imported(tmp_path/'b', seed=2, size=32)
+    run = run_with('several', a, b)
+    assert run.recipe.teacher_roles == ('teacher', 'teacher-b')
+    mixed = preset('tiny', teachers={'mine': dict(weights=str(b), train=False)})
+    assert (mixed.teacher.train, mixed.training('teacher-mine').train, mixed.training('teacher-mine').size) == (True, False, 32)
+    train_teacher(run), train_teacher(run, 0, 'b')
+    assert {r: t[0].size for r, t in load_teachers(run, 0).items()} == {'teacher': 48, 'teacher-b': 32}
+    assert set(train_student(run)['taught_by']) == {'teacher', 'teacher-b'}
+
+
+def test_the_long_form_reads_architecture_and_size_from_the_folder(tmp_path):
+    mine = imported(tmp_path/'mine')
+    changed = preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine)}).teacher
+    assert (changed.arch, changed.size) == ('test_efficientnet', 48)
+    with pytest.raises(KdoctError, match='takes 48 px, not 64 px'):
+        require_weights(preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine), 'teacher.size': 64}).teacher)
+    with pytest.raises(KdoctError, match='is a test_efficientnet, not a resnet18'):
+        require_weights(preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine), 'teacher.arch': 'resnet18'}).teacher)
+
+
+def test_what_no_teacher_can_be_is_refused_with_a_way_out(tmp_path):
+    mine = imported(tmp_path/'mine')
+    recipe = preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine.with_suffix('.pth'))}).teacher
+    with pytest.raises(KdoctError, match='is no model folder') as e: require_weights(recipe)
+    assert 'kdoct import' in e.value.fix
+    with pytest.raises(KdoctError, match='only a teacher'): preset('demo', **{'student.train': False, 'student.weights': str(mine)})
+    with pytest.raises(KdoctError, match='names no weights'): preset('demo', **{**own_teachers([mine]), 'teachers': {'x': dict(arch='resnet18')}})
+    with pytest.raises(KdoctError, match='has the classes A, B; here they are CNV'): train_teacher(run_with('r', imported(tmp_path/'ab', 'AB')))
+
+
+def test_a_teacher_that_knows_the_test_images_is_refused(tmp_path):
+    first = create_run('first', preset('tiny', **SHORT))
+    prepare_data(first)
+    train_teacher(first, 0)
+    theirs = first.stage_dir(0, 'teacher')
+    run = run_with('second', theirs)   # the same images and folds
+    assert train_teacher(run, 0)['trained'] is False
+    with pytest.raises(KdoctError, match=r'has learned from \d+ of the \d+ test images of fold 1'): train_teacher(run, 1)
+    copied = shutil.copytree(theirs, tmp_path/'copied')   # its run is not known any more
+    with pytest.raises(KdoctError, match='another fold'): train_teacher(run_with('third', copied), 1)
+    with pytest.raises(KdoctError, match='other folds'): train_teacher(run_with('fourth', copied, seed=5), 0)
+
+
+def test_all_folds_have_the_same_teacher(tmp_path):
+    mine = imported(tmp_path/'mine')
+    run = run_with('swapped', mine)
+    train_teacher(run, 0)
+    shutil.rmtree(mine)
+    imported(mine, seed=9)
+    with pytest.raises(KdoctError, match='fold_0 had other weights'): train_teacher(run, 1)
+
+
+def test_the_command_takes_a_model_folder(tmp_path, monkeypatch, capsys):
+    mine, made = imported(tmp_path/'mine'), []
+    monkeypatch.setattr('kdoct.cli._all_stages', lambda run, *_: made.append(run))
+    with pytest.raises(SystemExit) as e: main(['crossval', '--preset', 'tiny', '--teacher', str(mine), '--run', 'x'])
+    teacher = made[0].recipe.teacher
+    assert e.value.code == 0 and (teacher.train, teacher.weights, teacher.arch) == (False, mine.resolve().as_posix(), 'test_efficientnet')
+    with pytest.raises(SystemExit): main(['crossval', '--preset', 'tiny', '--teacher', str(tmp_path), '--run', 'y'])
+    assert 'is no model folder' in capsys.readouterr().err

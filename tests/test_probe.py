@@ -292,8 +292,8 @@ def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
 def test_audit_prints_the_sentence():
     from kdoct.cli import app
     arguments = ["audit", "--preset", "tiny"]
-    assert "Without the retina" in CliRunner().invoke(app, arguments).output
-    assert "Without the retina" not in CliRunner().invoke(app, [*arguments, "--no-probe"]).output
+    assert "never sees the retina" in CliRunner().invoke(app, arguments).output
+    assert "never sees the retina" not in CliRunner().invoke(app, [*arguments, "--no-probe"]).output
 
 
 # real images
@@ -312,3 +312,14 @@ def test_real_retinas_are_gone(ucsd):
     for before, after, where in zip(ucsd, blank, found, strict=True):
         bright = np.percentile(before[where], 80)
         assert (after[where] > bright).mean() < .03
+
+
+def test_folds_warns_of_a_shortcut(monkeypatch):
+    from kdoct import probe
+    from kdoct.cli import app
+    rng = np.random.default_rng(0)
+    table, f = features(rng, white_top=lambda y: np.where(y == 2, .2, 0) + rng.normal(0, .02, len(y)))
+    monkeypatch.setattr(probe, "probe_run", lambda run: probe_shortcuts(table, features=f))
+    output = CliRunner().invoke(app, ["folds", "--preset", "tiny", "--run", "warned"]).output
+    assert "WARNING: A classifier that never sees the retina" in output and "where chance is 25.0 %" in output
+    assert output.index("WARNING") < output.index("Images of each class")

@@ -128,3 +128,17 @@ def test_it_prints(browser, page, paper):
     boxes = {tuple(round(float(v)/72, 1) for v in b.split()[2:]) for b in re.findall(rb"/MediaBox\s*\[([\d. ]+)\]", pdf)}
     assert pdf.startswith(b"%PDF") and 4 < len(re.findall(rb"/Type\s*/Page\b", pdf)) < 60
     assert boxes == {tuple(round(v, 1) for v in paper)}, "the page's own style must leave the paper to the printer"
+
+
+# --- what is folded, and what is whole
+
+def test_the_whole_recipe_is_folded_and_what_was_changed_is_not(browser, page):
+    folded = opened(browser, page).execute_script(
+        "return [...document.querySelectorAll('#recipe table')].map(t => t.closest('details') !== null && !t.closest('details').open)")
+    assert folded == [False, True]
+
+
+def test_no_caption_is_cut(browser, page):
+    cut = opened(browser, page).execute_script("""return [...document.querySelectorAll('caption')]
+        .filter(c => !c.closest('.titled') && c.scrollWidth > c.clientWidth + 1).map(c => c.textContent.slice(0, 60))""")
+    assert cut == []

@@ -8,15 +8,19 @@ import textwrap
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from kdoct.augment import Batches, apply_view
-from kdoct.core import KdoctError, Run, create_run, preset
+from kdoct.augment import Batches, apply_view, even_batches
+from kdoct.core import DistillRecipe, KdoctError, Run, create_run, preset
 from kdoct.data import open_fold, prepare_data
-from kdoct.losses import cross_entropy, hard_loss
-from kdoct.models import computes_bf16, create_classifier, load_bundle, resolve_precision
+from kdoct.distill import Distill
+from kdoct.frozen import Frozen
+from kdoct.losses import balanced_weights, cross_entropy, hard_loss
+from kdoct.models import (computes_bf16, create_classifier, head_modules, load_bundle, resolve_precision,
+                          undecayed)
 from kdoct.step import faster, measure_steps
 from kdoct.teacher import train_teacher
 from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
@@ -359,13 +363,13 @@ def test_where_nothing_can_be_compiled_training_goes_on_and_says_why(tmp_path, r
     assert len(learn.history.rows) == 1
 
 
-def test_only_whole_training_batches_are_compiled(tmp_path, recipe):
+def test_only_training_batches_of_the_most_frequent_size_are_compiled(tmp_path, recipe):
     seen = []
     def make(forward, dynamic): return lambda x: seen.append(len(x)) or forward(x)
     learn = learner(tmp_path, recipe.model_copy(update=dict(compile=True, freeze_epochs=1)))
-    learn.dls.train.rows = np.arange(13)   # 8 and 5
+    learn.dls.train.rows = np.arange(20)   # 7, 7 and 6
     with_maker(learn, make)
-    assert seen == [8]*3 and learn.compile.facts['compiled']   # the trial, and one whole batch in each of two epochs
+    assert seen == [7]*5 and learn.compile.facts['compiled']   # the trial, and two batches in each of two epochs
     assert 'forward' not in learn.model.body.__dict__ and not any('_orig_mod' in k for k in learn.model.body.state_dict())
 
 
@@ -377,3 +381,169 @@ def test_compiled_training_has_the_losses_of_plain_training(tmp_path, recipe):
         rows.append(pd.DataFrame(learn.history.rows)[['train_loss', 'valid_loss']])
     if not learn.compile.facts['compiled']: pytest.skip(learn.compile.facts['reason'])
     assert np.allclose(*rows, atol=1e-3)
+
+
+# --- steps, and how they are divided
+
+class Targets(Callback):
+    "Labels are places: each image gets its target from a table."
+    order, run_valid = -5, False
+    def __init__(self, table): self.table = table
+    def before_batch(self): self.learn.yb = (self.table[self.yb[0]],)
+
+
+class Gradients(Callback):
+    "Keeps the gradient and the rate of every step."
+    order, run_valid = 21, False
+    def __init__(self): self.steps, self.rates = [], []
+    def before_step(self):
+        self.steps.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]))
+        self.rates.append(self.opt.opt.param_groups[0]['lr'])
+
+
+TRUE = torch.tensor([0]*9 + [1]*5 + [2]*2)   # unequal classes
+BLENDS = .7*torch.eye(3)[TRUE] + .3*torch.eye(3)[TRUE.roll(5)]
+
+
+def gradients(folder, recipe, batch_size, table, teacher=None, n=16):
+    "Gradients and rates of an epoch whose steps have 16 images, with a network without BatchNorm."
+    r = recipe.model_copy(update=dict(arch='test_convnext2', batch_size=batch_size, accumulate=16//batch_size, epochs=1, drop_rate=0., clip=0.))
+    images = np.random.default_rng(0).integers(0, 255, (n + 8, 32, 32), dtype=np.uint8)
+    ids, labels = np.arange(n + 8, dtype=np.uint64), np.r_[np.arange(n) % 16, np.zeros(8, int)]
+    torch.manual_seed(0)
+    seen, said = Gradients(), [Distill({'teacher': teacher}, DistillRecipe(temperature=2.))] if teacher else []
+    fit(make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(n), batch_size, r.augment, 1),
+                     Batches(images, labels, ids, np.arange(n, n + 8), 8), hard_loss(r, TRUE.numpy(), 3), r, folder, cbs=[Targets(table), seen, *said]))
+    return torch.stack(seen.steps), seen.rates
+
+
+@pytest.mark.parametrize('taught', [False, True], ids=['alone', 'with a teacher'])
+@pytest.mark.parametrize('table', [TRUE, BLENDS], ids=['labels', 'blends'])
+@pytest.mark.parametrize('how', [dict(), dict(label_smoothing=.1), dict(loss='focal')], ids=['ce', 'smoothed', 'focal'])
+def test_the_gradient_with_class_weights_does_not_depend_on_the_micro_batch(tmp_path, recipe, how, table, taught):
+    torch.manual_seed(3)
+    teacher = Frozen(create_classifier(recipe.model_copy(update=dict(arch='test_vit')), 3, 32).eval()) if taught else None
+    r = recipe.model_copy(update=dict(class_weights='balanced', **how))
+    whole, *parts = (gradients(tmp_path/str(b), r, b, table, teacher)[0] for b in (16, 4, 2, 1))
+    plain = gradients(tmp_path/'plain', r.model_copy(update=dict(class_weights='none')), 16, table, teacher)[0]
+    for part in parts: torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6*whole.abs().max().item())
+    assert (plain - whole).norm() > .05*whole.norm()   # the weights do matter
+
+
+def test_rates_do_not_depend_on_the_micro_batch(tmp_path, recipe):
+    whole, *parts = (gradients(tmp_path/str(b), recipe, b, TRUE, n=41)[1] for b in (16, 4, 1))
+    assert len(whole) == 3 and len(set(whole)) == 3 and parts == [whole, whole]
+
+
+@pytest.mark.parametrize('batch', [1, 2, 4, 16])
+def test_a_cnv_image_counts_1_75_times_as_much_as_a_normal_one_on_neh(batch):
+    counts = [5667, 3742, 3240]   # NORMAL, DRUSEN, CNV after the published selection
+    labels = np.repeat([0, 1, 2], counts)
+    loss, order = hard_loss(preset('paper-neh').teacher, labels, 3), np.random.default_rng(0).permutation(len(labels))[:1600]
+    z, y = torch.zeros(1600, 3, requires_grad=True), torch.from_numpy(labels[order])
+    for i in range(0, 1600, batch): (loss(z[i:i + batch], y[i:i + batch])*batch/16).backward()
+    felt = z.grad.norm(dim=1)
+    means = [felt[y == c].mean().item() for c in range(3)]
+    assert means[2]/means[0] == pytest.approx(1.75, abs=.005) and means[1]/means[0] == pytest.approx(5667/3742, rel=1e-3)
+
+
+def test_balanced_weights_have_mean_one_even_if_a_class_has_no_image():
+    labels = np.array([0, 0, 0, 2])
+    assert balanced_weights(labels, 3)[labels].mean() == pytest.approx(1) and balanced_weights(labels, 3)[1] == 0
+
+
+@pytest.mark.parametrize('processes', [1, 2, 3, 4])
+@pytest.mark.parametrize(('batch', 'accumulate'), [(8, 1), (4, 4), (1, 16), (3, 2)])
+def test_steps_of_an_epoch_differ_by_one_image_and_no_batch_is_tiny(batch, accumulate, processes):
+    for n in (1, 5, 16, 33, 41, 64, 97, 1000):
+        plan = even_batches(n, batch*accumulate, batch*processes)
+        assert [i for p in plan for i in range(p.first, p.last)] == list(range(n))
+        sizes = {p.step: p.images for p in plan}
+        assert sum(sizes.values()) == n and max(sizes.values()) - min(sizes.values()) <= 1 and max(sizes.values()) <= batch*accumulate
+        alone = even_batches(n, batch*accumulate, batch)
+        assert {p.step: p.images for p in alone} == sizes   # the same steps on any number of processes
+        assert [p.step for p, q in zip(plan, [*plan[1:], None], strict=True) if q is None or q.step != p.step] == [p.step for p in plan if p.ends]
+        if len(sizes) > 1: assert min(p.last - p.first for p in plan) >= min(batch*processes, batch*accumulate)//2
+
+
+def test_whole_steps_are_what_they_were():
+    assert [(p.step, p.first, p.last) for p in even_batches(48, 16, 8)] == [(i//2, 8*i, 8*i + 8) for i in range(6)]
+
+
+def test_a_step_that_cannot_be_shared_is_refused(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr('kdoct.training.team', lambda: (0, 9))
+    with pytest.raises(KdoctError, match='step of 8 images cannot be shared by 9 processes'): learner(tmp_path, recipe.model_copy(update=dict(accumulate=1)))
+
+
+def test_a_batch_of_one_image_is_not_blended_with_itself(tmp_path, recipe):
+    with pytest.raises(KdoctError, match='one image cannot be blended'): gradients(tmp_path, recipe.model_copy(update=dict(mix_prob=.5)), 1, TRUE)
+
+
+def test_a_full_memory_names_smaller_batches_of_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(tmp_path))
+    run = create_run('t', preset('tiny', **{'teacher.batch_size': 12, 'teacher.accumulate': 2}))
+    prepare_data(run)
+    def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr('kdoct.training.hard_loss', lambda *_: full)
+    with pytest.raises(KdoctError, match='batches of 12 images') as e: train_teacher(run, 0)
+    assert '--set teacher.batch_size=6 --set teacher.accumulate=4' in e.value.fix
+
+
+# --- validation that is not finite
+
+def validated(monkeypatch, losses):
+    "Every epoch has the next of these validation losses, and a better accuracy than the one before."
+    results = iter([dict(valid_loss=v, accuracy=1 - .1*i, balanced_accuracy=.5) for i, v in enumerate(losses)])
+    monkeypatch.setattr('kdoct.training._validation_scores', lambda *_: next(results))
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('monitor', ['loss', 'accuracy'])
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, recipe, monkeypatch, monitor, bad):
+    validated(monkeypatch, [bad, 2., bad])
+    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(monitor=monitor))))
+    assert learn.checkpoint.best_epoch == 1 and learn.checkpoint.best_file(1).exists() and not learn.checkpoint.best_file(0).exists()
+
+
+def test_without_any_finite_validation_loss_training_ends_with_an_error(tmp_path, recipe, monkeypatch):
+    validated(monkeypatch, [float('nan')]*3)
+    with pytest.raises(KdoctError, match='not finite in any of 3 epochs'): fit(learner(tmp_path/'a', recipe))
+    validated(monkeypatch, [float('nan')]*3)
+    with pytest.raises(KdoctError, match='not finite in any of 2 epochs'): fit(learner(tmp_path/'b', recipe.model_copy(update=dict(patience=2))))
+
+
+# --- head and weight decay
+
+def without_weights(arch):
+    with torch.device('meta'): return timm.create_model(arch, num_classes=3)
+
+
+@pytest.mark.parametrize(('arch', 'names'), [
+    ('convnextv2_tiny', {'head.norm', 'head.fc'}), ('swin_s3_tiny_224', {'head.fc'}), ('vgg19', {'head.fc'}), ('efficientnet_b2', {'classifier'}),
+    ('visformer_small', {'head'}), ('deit_tiny_distilled_patch16_224', {'head', 'head_dist'}), ('beit_base_patch16_224', {'head', 'fc_norm'})])
+def test_the_head_is_the_classifier_and_what_timm_keeps_with_it(arch, names):
+    body = without_weights(arch)
+    mine = {id(p) for m in head_modules(body) for p in m.parameters()}
+    assert {n.rsplit('.', 1)[0] for n, p in body.named_parameters() if id(p) in mine} == names
+
+
+@pytest.mark.parametrize(('arch', 'table', 'how_many'), [
+    ('swin_s3_tiny_224', 'relative_position_bias_table', 12), ('vit_tiny_patch16_224', 'pos_embed', 1), ('vit_tiny_patch16_224', 'cls_token', 1),
+    ('levit_128s', 'attention_biases', 11), ('visformer_small', 'pos_embed', 3), ('samvit_base_patch16', 'rel_pos_h', 12)])
+def test_tokens_and_tables_of_positions_do_not_decay(arch, table, how_many):
+    body = without_weights(arch)
+    free = {id(p) for p in undecayed(body)}
+    assert sum(table in n and p.ndim > 1 for n, p in body.named_parameters() if id(p) in free) == how_many
+    assert all(id(p) in free for n, p in body.named_parameters() if p.ndim <= 1 or table in n)
+    assert not any(id(p) in free for n, p in body.named_parameters() if n.endswith('qkv.weight'))
+
+
+def test_the_norm_of_a_convnext_head_learns_with_it(tmp_path, recipe):
+    r = recipe.model_copy(update=dict(arch='test_convnext2', freeze_epochs=2, lr=1e-3, lr_head=1e-2))
+    learn = learner(tmp_path, r)
+    start, seen = {k: v.clone() for k, v in learn.model.body.state_dict().items()}, AtEpochEnd()
+    learn.add_cb(seen)
+    fit(learn)
+    assert {k for k in start if not torch.equal(start[k], seen.states[1][k])} == {'head.norm.weight', 'head.norm.bias', 'head.fc.weight', 'head.fc.bias'}
+    fast = {id(p) for g in param_groups(learn.model, r) if g['peak'] == 1e-2 for p in g['params']}
+    assert {n for n, p in learn.model.body.named_parameters() if id(p) in fast} == {'head.norm.weight', 'head.norm.bias', 'head.fc.weight', 'head.fc.bias'}

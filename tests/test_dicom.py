@@ -1,0 +1,384 @@
+"DICOM: what is in the file is shown as the file says, and what cannot be shown is named."
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdoct.data import BadImage
+from kdoct.volumes import read_scans
+
+pydicom = pytest.importorskip("pydicom")
+uid = pydicom.uid
+OCT, PHOTOGRAPH = uid.OphthalmicTomographyImageStorage, uid.OphthalmicPhotography8BitImageStorage
+LITTLE, BIG = uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian
+
+
+def bscans(n=3, h=40, w=48, low=0, high=255):
+    "Frames with structure that reach from `low` to `high`, int64 (n, h, w)."
+    a = np.sin(np.arange(h)/5)[:, None] + np.cos(np.arange(w)/7) + .1*np.arange(n)[:, None, None]
+    return np.rint(low + (a - a.min())/np.ptp(a)*(high - low)).astype(int)
+
+
+def data_set(**elements):
+    d = pydicom.Dataset()
+    for k, v in elements.items(): setattr(d, k, v)
+    return d
+
+
+def lut(descriptor, values):
+    "A look-up table for display or of the modality."
+    d = data_set(LUTDescriptor=descriptor)
+    d.add_new("LUTData", "OW", np.asarray(values).astype("<u2").tobytes())
+    return d
+
+
+def write(path, frames, bits=16, stored=None, syntax=LITTLE, sop=OCT, **elements):
+    "A DICOM file; an element that is None is left out."
+    a, signed, d = np.asarray(frames), np.asarray(frames).min() < 0, pydicom.Dataset()
+    d.file_meta = pydicom.dataset.FileMetaDataset()
+    d.file_meta.TransferSyntaxUID = syntax
+    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID, d.PatientID, d.Modality = sop, uid.generate_uid(), "1.2.3", "Study-07", "OPT"
+    colour = a.ndim == 4
+    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = len(a), *a.shape[1:3], 3 if colour else 1
+    if colour: d.PlanarConfiguration = 0
+    d.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = bits, stored or bits, (stored or bits) - 1, int(signed)
+    kind = "iu"[not signed] + str(bits//8)
+    d.PixelData = a.astype(("<", ">")[syntax == BIG] + kind).tobytes() + bytes(a.size % 2 if bits == 8 else 0)
+    for k, v in elements.items(): setattr(d, k, v) if v is not None else delattr(d, k)
+    d["PixelData"].VR = "OB" if bits == 8 else "OW"
+    d.save_as(path, enforce_file_format=True)
+    return path
+
+
+def read(path): return list(read_scans(path))
+def pictures(path): return np.stack([np.asarray(s.image) for s in read(path)])
+
+
+def notes(path): return "; ".join(read(path)[0].notes)
+
+
+def refusal(path):
+    with pytest.raises(BadImage) as e: read(path)
+    assert str(e.value).startswith(f"{e.value.kind}: {path.name}: ")
+    return str(e.value)
+
+
+def spread(a, low=None, high=None):
+    "Values from `low` to `high` as 0-255."
+    low, high = a.min() if low is None else low, a.max() if high is None else high
+    return np.rint(np.clip((a - low)*(255/(high - low)), 0, 255)).astype(np.uint8)
+
+
+# --- no window
+
+@pytest.mark.parametrize("low,high", [(0, 100), (12, 803), (0, 65535)])
+def test_16_bits_without_window_are_spread_over_the_values_of_the_volume(tmp_path, low, high):
+    a = bscans(low=low, high=high)
+    path = write(tmp_path/"a.dcm", a)
+    assert np.array_equal(pictures(path), spread(a))
+    assert notes(path) == f"no window in the file: grey values {low} to {high} of this volume are spread over 0-255"
+
+
+def test_one_scale_for_a_volume_also_where_its_frames_are_decoded_twice(tmp_path, monkeypatch):
+    a = bscans(high=900)*np.array([1, 2, 3])[:, None, None]
+    path = write(tmp_path/"a.dcm", a)
+    monkeypatch.setattr("kdoct.volumes.KEPT_BYTES", 0)
+    assert np.array_equal(pictures(path), spread(a))
+
+
+def test_frames_of_one_grey_value_in_a_volume_of_16_bits_are_refused(tmp_path):
+    assert "all its values are 500" in refusal(write(tmp_path/"a.dcm", np.full((2, 40, 48), 500)))
+
+
+def test_signed_values_are_spread_from_the_lowest_on(tmp_path):
+    a = bscans(low=-700, high=300)
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", a)), spread(a))
+
+
+def test_8_bits_without_window_are_shown_as_they_are(tmp_path):
+    a = bscans(low=20, high=90)
+    path = write(tmp_path/"a.dcm", a, 8)
+    assert np.array_equal(pictures(path), a) and notes(path) == ""
+    assert np.array_equal(pictures(write(tmp_path/"b.dcm", a, 16, 8)), a)
+
+
+@pytest.mark.parametrize("elements", [dict(PixelPaddingValue=0xffff), dict(PixelPaddingValue=60000, PixelPaddingRangeLimit=0xffff)])
+def test_padding_pixels_are_black_and_do_not_count(tmp_path, elements):
+    a = bscans(low=12, high=803)
+    padded = a.copy()
+    padded[:, :5] = 0xffff
+    want = spread(a, *(f(a[:, 5:]) for f in (np.min, np.max)))
+    want[:, :5] = 0
+    path = write(tmp_path/"a.dcm", padded, **elements)
+    assert np.array_equal(pictures(path), want) and "padding pixels are black" in notes(path)
+
+
+def test_padding_pixels_are_black_in_an_inverted_picture_too(tmp_path):
+    a = bscans()
+    a[:, :5] = 0
+    got = pictures(write(tmp_path/"a.dcm", a, 8, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1"))
+    assert not got[:, :5].any() and np.array_equal(got[:, 5:][a[:, 5:] > 0], 255 - a[:, 5:][a[:, 5:] > 0])
+
+
+def test_monochrome1_is_inverted(tmp_path):
+    a = bscans(low=12, high=803)
+    path = write(tmp_path/"a.dcm", a, PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(pictures(path), 255 - spread(a)) and "MONOCHROME1: inverted" in notes(path)
+
+
+# --- windows
+
+@pytest.mark.parametrize("width", [1, .5, 0, -100])
+def test_a_window_without_width_is_no_window_and_is_noted(tmp_path, width):
+    a = bscans(low=12, high=803)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=400, WindowWidth=width)
+    assert np.array_equal(pictures(path), spread(a))
+    assert f"cannot be applied (width {width:g}, LINEAR)" in notes(path)
+
+
+def test_a_narrow_window_of_kind_linear_exact_is_applied(tmp_path):
+    a = bscans(high=1000)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=.5, WindowWidth=1, VOILUTFunction="LINEAR_EXACT", RescaleSlope=.001, RescaleIntercept=0)
+    assert np.abs(pictures(path).astype(int) - spread(a, 0, 1000)).max() <= 1 and "by the window 0 to 1" in notes(path)
+
+
+def test_the_first_of_several_windows_is_applied(tmp_path):
+    a = bscans(high=900)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=[500.5, 1], WindowWidth=[401, 1])
+    assert np.abs(pictures(path).astype(int) - spread(a, 300, 700)).max() <= 1 and "by the window 300 to 700" in notes(path)
+
+
+def test_a_sigmoid_window_is_applied(tmp_path):
+    a = bscans(high=900)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=450, WindowWidth=300, VOILUTFunction="SIGMOID")
+    want = 255/(1 + np.exp(-4*(a - 450)/300))
+    assert np.abs(pictures(path) - want).max() <= 1 and "sigmoid" in notes(path)
+
+
+def test_each_frame_has_the_window_of_its_own_group(tmp_path):
+    a = bscans(2, high=900)
+    groups = [data_set(FrameVOILUTSequence=[data_set(WindowCenter=c, WindowWidth=200, VOILUTFunction="LINEAR_EXACT")]) for c in (300, 600)]
+    got = pictures(write(tmp_path/"a.dcm", a, PerFrameFunctionalGroupsSequence=groups, WindowCenter=1, WindowWidth=2))
+    for g, x, c in zip(got, a, (300, 600), strict=True): assert np.abs(g.astype(int) - spread(x, c - 100, c + 100)).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [8, 12, 16])
+def test_a_look_up_table_for_display_goes_before_the_window(tmp_path, depth):
+    a, top = bscans(high=1023), (1 << depth) - 1
+    table = top - np.arange(1024)*top//1023
+    path = write(tmp_path/"a.dcm", a, VOILUTSequence=[lut([1024, 0, depth], table)], WindowCenter=1, WindowWidth=2)
+    assert np.abs(pictures(path).astype(int) - (255 - spread(a))).max() <= 1 and f"look-up table, {depth} bit" in notes(path)
+
+
+def test_a_look_up_table_of_one_byte_an_entry_is_applied(tmp_path):
+    a, table = bscans(high=1023), lut([1024, 0, 8], [0])
+    table.LUTData = (np.arange(1024)//4).astype(np.uint8).tobytes()
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", a, VOILUTSequence=[table])), a//4)
+    table.LUTData = table.LUTData[:500]
+    assert "1024 entries has fewer" in refusal(write(tmp_path/"b.dcm", a, VOILUTSequence=[table]))
+
+
+def test_a_look_up_table_that_begins_below_zero_is_applied(tmp_path):
+    a = bscans(low=-200, high=300)
+    path = write(tmp_path/"a.dcm", a, VOILUTSequence=[lut([501, -200, 16], np.arange(501)*65535//500)])
+    assert np.abs(pictures(path).astype(int) - spread(a)).max() <= 1
+
+
+def test_a_look_up_table_of_the_modality_is_applied_before_the_values_are_spread(tmp_path):
+    a = bscans(high=255)
+    path = write(tmp_path/"a.dcm", a, ModalityLUTSequence=[lut([256, 0, 12], np.arange(256)**2//16)])
+    assert np.array_equal(pictures(path), spread(a**2//16))
+
+
+# --- rescale
+
+def test_the_rescale_comes_before_the_window(tmp_path):
+    a = bscans(low=0, high=900)
+    path = write(tmp_path/"a.dcm", a, RescaleSlope=2, RescaleIntercept=-100, WindowCenter=800, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT")
+    assert np.abs(pictures(path).astype(int) - spread(2*a - 100, 300, 1300)).max() <= 1
+
+
+def test_a_rescale_of_slope_0_is_refused(tmp_path):
+    assert "RescaleSlope is 0" in refusal(write(tmp_path/"a.dcm", bscans(), RescaleSlope=0, RescaleIntercept=5))
+
+
+def test_a_rescale_that_falls_turns_the_picture_around(tmp_path):
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", bscans(), 8, RescaleSlope=-1, RescaleIntercept=255)), 255 - bscans())
+
+
+# --- how pixels are stored
+
+def test_bits_above_the_stored_ones_are_no_part_of_the_picture(tmp_path):
+    a = bscans(high=4095)
+    path = write(tmp_path/"a.dcm", a | 0x8000*(np.arange(48) % 3 == 0), 16, 12)
+    assert np.array_equal(pictures(path), spread(a))
+
+
+def test_pixels_in_the_upper_bits_are_read(tmp_path):
+    a = bscans(high=4095)
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", a << 4, 16, 12, HighBit=15)), spread(a))
+
+
+def test_big_endian_and_rle_are_read_alike(tmp_path):
+    a = bscans(high=900)
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", a))
+    d.compress(uid.RLELossless)
+    d.save_as(tmp_path/"rle.dcm")
+    for path in (write(tmp_path/"big.dcm", a, syntax=BIG), tmp_path/"rle.dcm"): assert np.array_equal(pictures(path), spread(a))
+
+
+def test_a_palette_becomes_its_colours(tmp_path):
+    g = bscans()
+    tables = dict(Red=np.arange(256), Green=255 - np.arange(256), Blue=np.zeros(256))
+    elements = dict(PhotometricInterpretation="PALETTE COLOR")
+    for k, t in tables.items():
+        elements |= {f"{k}PaletteColorLookupTableDescriptor": [256, 0, 16], f"{k}PaletteColorLookupTableData": (t.astype("<u2") << 8).tobytes()}
+    path = write(tmp_path/"a.dcm", g, 8, **elements)
+    assert np.array_equal(pictures(path), np.stack([g, 255 - g, 0*g], -1)) and "palette colour: converted" in notes(path)
+
+
+def test_ybr_becomes_rgb(tmp_path):
+    rgb = np.stack([bscans(1), 255 - bscans(1), bscans(1)//2], -1)
+    ybr = np.stack([np.asarray(Image.fromarray(x.astype(np.uint8)).convert("YCbCr")) for x in rgb])
+    got = pictures(write(tmp_path/"a.dcm", ybr, 8, PhotometricInterpretation="YBR_FULL"))
+    assert np.abs(got.astype(int) - rgb).max() <= 3
+
+
+def test_a_file_without_preamble_is_read_with_a_note(tmp_path):
+    a = bscans()
+    raw = write(tmp_path/"a.dcm", a, 8).read_bytes()
+    for name in ("b.dcm", "b"):
+        (tmp_path/name).write_bytes(raw[132:])
+        assert np.array_equal(pictures(tmp_path/name), a) and "without preamble" in notes(tmp_path/name)
+
+
+def test_a_file_without_meta_information_is_read_as_its_elements_are(tmp_path):
+    a = bscans(high=900)
+    raw = write(tmp_path/"a.dcm", a).read_bytes()
+    (tmp_path/"b").write_bytes(raw[raw.index(b"\x08\0\x16\0UI"):])
+    assert np.array_equal(pictures(tmp_path/"b"), spread(a))
+
+
+@pytest.mark.parametrize("name", ["SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_jp2klossless.dcm", "J2K_pixelrep_mismatch.dcm"])
+def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
+    pytest.importorskip("gdcm")
+    pytest.importorskip("openjpeg")
+    assert np.ptp(pictures(Path(pydicom.__file__).parent/"data"/"test_files"/name)) > 100
+
+
+def test_a_compression_that_nothing_decodes_names_the_extra(tmp_path, monkeypatch):
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(), 8))
+    d.PixelData = pydicom.encaps.encapsulate([b"frame!"]*3)
+    d["PixelData"].is_undefined_length = True
+    d.file_meta.TransferSyntaxUID = uid.JPEGLSLossless
+    d.save_as(tmp_path/"a.dcm")
+    for plugin in list(pydicom.pixels.get_decoder(uid.JPEGLSLossless).available_plugins):
+        monkeypatch.delitem(pydicom.pixels.get_decoder(uid.JPEGLSLossless)._available, plugin)
+    assert "JPEG-LS" in refusal(tmp_path/"a.dcm") and "kdoct[volumes]" in refusal(tmp_path/"a.dcm")
+
+
+@pytest.mark.parametrize("maker,said", [("Carl Zeiss Meditec", "another decoder will not help"), ("Nobody", "damaged")])
+def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_damaged(tmp_path, maker, said):
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(), 8, Manufacturer=maker))
+    d.PixelData = pydicom.encaps.encapsulate([bytes(range(200))]*3)
+    d["PixelData"].is_undefined_length = True
+    d.file_meta.TransferSyntaxUID = uid.JPEG2000Lossless
+    d.save_as(tmp_path/"a.dcm")
+    assert said in refusal(tmp_path/"a.dcm")
+
+
+# --- what is no volume of B-scans
+
+def test_float_pixels_are_named(tmp_path):
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(1)))
+    del d.PixelData, d.BitsStored, d.HighBit, d.PixelRepresentation
+    d.BitsAllocated, d.FloatPixelData = 32, (bscans(1)/255).astype("<f4").tobytes()
+    d.save_as(tmp_path/"a.dcm")
+    assert "float pixels" in refusal(tmp_path/"a.dcm")
+
+
+@pytest.mark.parametrize("elements,said", [
+    (dict(Modality="OP"), "a photograph by its Modality"), (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a photograph by its ImageType, RED"),
+    (dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO"]), "OCT angiography"), (dict(sop=PHOTOGRAPH, Modality="OP"), "a photograph"),
+    (dict(sop=uid.OphthalmicPhotography16BitImageStorage, Modality=None), "a photograph"),
+    (dict(sop=uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage, Modality="OPTENF"), "en face"),
+    (dict(sop=uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage, Modality="OPTBSV"), "angiography"),
+    (dict(sop=uid.SegmentationStorage, Modality="SEG"), "a segmentation"), (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
+])
+def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, said):
+    assert (heard := refusal(write(tmp_path/"a.dcm", bscans(1), 8, **elements))).startswith("not-a-bscan") and said in heard
+
+
+@pytest.mark.parametrize("sop", [uid.SecondaryCaptureImageStorage, None])
+def test_a_picture_of_no_ophthalmic_class_has_a_note(tmp_path, sop):
+    path = write(tmp_path/"a.dcm", bscans(1), 8, sop=sop or OCT)
+    if sop is None:
+        d = pydicom.dcmread(path)
+        del d.SOPClassUID
+        d.save_as(path)
+    assert notes(path).startswith("no OCT: ") and read(path)[0].slice is None
+
+
+@pytest.mark.parametrize("sop", [uid.EncapsulatedPDFStorage, uid.BasicTextSRStorage])
+def test_a_document_is_named(tmp_path, sop):
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop))
+    del d.PixelData, d.Rows, d.Columns
+    d.save_as(tmp_path/"a.dcm")
+    assert f"without a picture: {sop.name}" in refusal(tmp_path/"a.dcm")
+
+
+def test_a_dicomdir_says_to_give_the_folder():
+    assert "give the folder" in refusal(Path(pydicom.__file__).parent/"data"/"test_files"/"dicomdirtests"/"DICOMDIR")
+
+
+def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp_path):
+    assert "4 frames need" in refusal(write(tmp_path/"a.dcm", bscans(3), 8, NumberOfFrames=4))
+    assert "NumberOfFrames is 2, and there are pixels for 3" in refusal(write(tmp_path/"b.dcm", bscans(3), 8, NumberOfFrames=2))
+    d = pydicom.dcmread(write(tmp_path/"c.dcm", bscans(3), 8))
+    d.compress(uid.RLELossless)
+    for n, said in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
+        d.NumberOfFrames = n
+        d.save_as(tmp_path/"c.dcm")
+        assert said in refusal(tmp_path/"c.dcm")
+
+
+@pytest.mark.parametrize("element", ["PhotometricInterpretation", "BitsStored", "PixelRepresentation"])
+def test_what_the_header_lacks_is_named(tmp_path, element):
+    assert f"lacks {element}" in refusal(write(tmp_path/"a.dcm", bscans(), 8, **{element: None}))
+
+
+def test_one_bit_and_32_bits_a_pixel_are_refused_in_words(tmp_path):
+    assert "32 of 32 bits" in refusal(write(tmp_path/"a.dcm", bscans(), 32))
+    assert "a mask" in refusal(write(tmp_path/"b.dcm", bscans(high=1), 8, 1))
+
+
+# --- one B-scan a file
+
+def places(folder): return {p.name: read(p)[0].slice for p in folder.iterdir()}
+
+
+def test_slices_without_number_are_in_the_order_of_their_positions(tmp_path):
+    for name, z in (("a.dcm", 3), ("b.dcm", -1), ("c.dcm", 2)): write(tmp_path/name, bscans(1), 8, ImagePositionPatient=[0, 0, z])
+    assert places(tmp_path) == {"a.dcm": 2, "b.dcm": 0, "c.dcm": 1} and "ImagePositionPatient" in notes(tmp_path/"a.dcm")
+
+
+@pytest.mark.parametrize("number,why", [(None, "no InstanceNumber"), (1, "equal InstanceNumbers")])
+def test_slices_that_only_their_names_tell_apart_are_in_the_order_of_the_names(tmp_path, number, why):
+    for k in (1, 2, 10): write(tmp_path/f"s{k}.dcm", bscans(1), 8, **({} if number is None else dict(InstanceNumber=number)))
+    assert places(tmp_path) == {"s1.dcm": 0, "s2.dcm": 1, "s10.dcm": 2}
+    assert notes(tmp_path/"s1.dcm") == f"{why} in its series: slices are in the order of file name"
+
+
+def test_numbers_of_another_patient_in_the_same_series_are_no_matter(tmp_path):
+    for p in "AB":
+        for k in (1, 2): write(tmp_path/f"{p}{k}.dcm", bscans(1), 8, PatientID=p, InstanceNumber=k)
+    assert places(tmp_path) == {"A1.dcm": 0, "A2.dcm": 1, "B1.dcm": 0, "B2.dcm": 1} and notes(tmp_path/"A1.dcm") == ""
+
+
+def test_two_patients_whose_ids_are_withheld_are_not_one_volume(tmp_path):
+    for p in "AB":
+        (tmp_path/p).mkdir()
+        write(tmp_path/p/"1.dcm", bscans(1), 8, PatientID=f"Roe^{p}", InstanceNumber=1)
+    assert {read(tmp_path/p/"1.dcm")[0].volume for p in "AB"} == {"1.2.3 in A", "1.2.3 in B"}
