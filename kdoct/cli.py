@@ -297,7 +297,7 @@ def predict(
     volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the deciding B-scans.")]=None,
     volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the most severe class that enough B-scans show). "
                                             "Default: the bundle's rule, with which it was evaluated.")]='',
-    min_slices:Annotated[int, typer.Option(min=0, help="B-scans that must show a class for the rule worst. Default (0): the bundle's number.")]=0,
+    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the bundle's number.")]=None,
     engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks.")]='',
     threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
     workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,
