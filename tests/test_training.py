@@ -19,8 +19,7 @@ from kdoct.data import open_fold, prepare_data
 from kdoct.distill import Distill
 from kdoct.frozen import Frozen
 from kdoct.losses import balanced_weights, cross_entropy, hard_loss
-from kdoct.models import (computes_bf16, create_classifier, head_modules, load_bundle, resolve_precision,
-                          undecayed)
+from kdoct.models import computes_bf16, create_classifier, head_modules, load_bundle, resolve_precision, undecayed
 from kdoct.step import faster, measure_steps
 from kdoct.teacher import train_teacher
 from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
