@@ -1231,6 +1231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdoct.sources._group_pattern': ('sources.html#_group_pattern', 'kdoct/sources.py'),
                                'kdoct.sources._in_mask_folder': ('sources.html#_in_mask_folder', 'kdoct/sources.py'),
                                'kdoct.sources._is_elsewhere': ('sources.html#_is_elsewhere', 'kdoct/sources.py'),
+                               'kdoct.sources._is_no_data': ('sources.html#_is_no_data', 'kdoct/sources.py'),
                                'kdoct.sources._is_picture': ('sources.html#_is_picture', 'kdoct/sources.py'),
                                'kdoct.sources._links_to_folder': ('sources.html#_links_to_folder', 'kdoct/sources.py'),
                                'kdoct.sources._meant_folder': ('sources.html#_meant_folder', 'kdoct/sources.py'),

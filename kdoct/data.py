@@ -634,6 +634,9 @@ def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
         raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction.")
+    if (most := table.stratum.value_counts()).iloc[0] < parts:
+        raise KdoctError(f"The largest class, {most.index[0]}, has {most.iloc[0]} images; they cannot be split into {parts} parts.",
+                         fix="Add patients, or raise data.val_fraction, or make fewer folds: data.n_folds")
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
