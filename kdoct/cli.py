@@ -198,9 +198,9 @@ def import_(
     classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's authors: NORMAL,DRUSEN,CNV (NEH), CNV,DME,DRUSEN,NORMAL (UCSD).")],
     size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
     role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
-    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
+    out:Annotated[Path|None, typer.Option(help="The model folder. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
 ):
-    "Make a bundle of somebody else's state dict, after checking every name and shape."
+    "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models import import_bundle
     folder = out or outputs_root()/'imported'/file.stem
     about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role)
@@ -300,18 +300,19 @@ def predict(
     bundle:Annotated[Path, typer.Argument(help="Folder that `kdoct export` wrote.")],
     paths:Annotated[list[Path], typer.Argument(help="Pictures, TIFF, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds, .img, and folders of them.")],
     out:Annotated[Path|None, typer.Option(help="Rows of the B-scans: .csv, .json, .jsonl or .parquet. Default: CSV to standard output.")]=None,
-    volumes_out:Annotated[Path|None, typer.Option(help="Calls of the volumes, with the deciding slices.")]=None,
-    rule:Annotated[str, typer.Option(help="Of a volume: mean or worst. Default: worst where the severity of the classes is known, else mean.")]='',
-    enough:Annotated[int, typer.Option(min=1, help="B-scans that the rule worst wants.")]=2,
+    volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the deciding B-scans.")]=None,
+    volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the most severe class that enough B-scans show). "
+                                            "Default: the bundle's rule, with which it was evaluated.")]='',
+    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the bundle's number.")]=None,
     engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks.")]='',
     threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
     workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,
     batch:Annotated[int, typer.Option(min=1, help="Most pictures asked about at once.")]=32,
     key:Annotated[Path|None, typer.Option(help="Public key that the bundle must be signed with.")]=None,
 ):
-    "What a bundle says of files: a row a B-scan, a call a volume; a bad file is a row too, and makes the exit status 1."
+    "What a bundle says of files: a row a B-scan, a row a volume; a bad file is a row too, and makes the exit status 1."
     from kdoct.predict import predict_files
-    counts = predict_files(bundle, paths, out, volumes_out, rule, enough, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
+    counts = predict_files(bundle, paths, out, volumes_out, volume_rule, min_slices, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
     if counts.get('failed'): raise typer.Exit(1)
 
 @app.command()

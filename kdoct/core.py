@@ -181,7 +181,9 @@ class DataRecipe(Part):
     official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
     n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
     val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
-    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the worst slice of a patient; empty: no such score")
+    calibration_fraction:float = Field(0., ge=0, lt=0.5, description="share of the remaining groups that train and choose nothing, "
+                                       "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted on validation")
+    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the volume rule `worst`; empty: no such rule")
     phantom:PhantomRecipe = PhantomRecipe()
 
 # %% ../nbs/00_core.ipynb #1a1f788c
@@ -304,14 +306,18 @@ class EvaluateRecipe(Part):
 
 # %% ../nbs/00_core.ipynb #dedac489
 class DecideRecipe(Part):
-    "What is wished of calibrated probabilities (notebook 05g); all of it is fitted on validation patients."
+    "What is wished of calibrated probabilities (notebook 05g), and how a volume is decided (notebook 05c)."
     sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
     specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
     defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
                                               "kept, or the share of mistakes among the kept")
     defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
-    alpha:tuple[float, ...] = Field((0.05, 0.1), description="conformal sets: wished shares of sets without the true class [fraction]")
-    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be flagged as unlike the training [fraction]")
+    alpha:tuple[float, ...] = Field((0.05, 0.1), description="prediction sets: wished shares of sets without the true class [fraction]")
+    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be outliers, unlike the training [fraction]")
+    volume_rule:Literal['auto', 'mean', 'worst'] = Field('auto', description="how B-scans decide a volume: the class with the largest mean "
+        "probability, or the most severe class that enough B-scans show; auto: worst where data.severity is set, else mean")
+    min_slices:int = Field(2, ge=1, description="volume rule worst: B-scans that must show the class or a more severe one; all, where there are fewer")
+    drop_outliers:bool = Field(True, description="leave outliers out when a volume is decided")
 
     @model_validator(mode='after')
     def _fractions(self):

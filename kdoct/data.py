@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
-           'FOLD_COLUMNS', 'ROLE_NAMES', 'OUT', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE', 'NEAR', 'DECODER',
-           'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack', 'tiff_stack',
-           'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file', 'merge_groups',
-           'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds', 'protocol_of',
-           'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized',
-           'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of',
-           'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
+           'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
+           'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
+           'merge_groups', 'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
+           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
+           'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -608,7 +608,9 @@ def audit_page(
     return '\n'.join(lines)
 
 # %% ../nbs/01_data.ipynb #1ccded8b
-FOLD_COLUMNS, ROLE_NAMES, OUT = ('path', 'group', 'fold', 'role'), ('train', 'val', 'test'), 'out'
+FOLD_COLUMNS, OUT = ('path', 'group', 'fold', 'role'), 'out'
+NEEDED, CALIB = ('train', 'val', 'test'), 'calib'   # parts of every fold; the part that only some recipes have
+ROLE_NAMES = ('train', 'val', CALIB, 'test')
 
 def shows_diagnosis(
     table:pd.DataFrame,  # label, and patient_label where the source knows it
@@ -633,7 +635,7 @@ def _check_enough(table:pd.DataFrame, n_folds:int):
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction.")
+        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
     if (most := table.stratum.value_counts()).iloc[0] < parts:
         raise KdoctError(f"The largest class, {most.index[0]}, has {most.iloc[0]} images; they cannot be split into {parts} parts.",
                          fix="Add patients, or raise data.val_fraction, or make fewer folds: data.n_folds")
@@ -646,7 +648,7 @@ def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
 def _check_official(table:pd.DataFrame):
     "`KdoctError` unless every image has an official part, and some are for testing and some are not."
     parts = table.split.value_counts()
-    if strange := set(parts.index) - set(ROLE_NAMES):
+    if strange := set(parts.index) - set(NEEDED):
         n = int(parts[list(strange)].sum())
         raise KdoctError(f"data.protocol is official, but {n} of {len(table)} images are in none of the source's parts train, val and test.",
                          fix="Take data.protocol=grouped-cv, or give the official folders (UCSD: DIR/train/CLASS and DIR/test/CLASS; csv: column split).")
@@ -654,7 +656,7 @@ def _check_official(table:pd.DataFrame):
         raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
                          fix="Give both official parts, or take data.protocol=grouped-cv.")
 
-def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str)->Iterator[np.ndarray]:
+def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str, calibration:float=0.)->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
     official = protocol == 'official'
     test, out = (t.split == 'test').to_numpy() & official, official_overlap(t) & (official and overlap == 'remove')
@@ -665,6 +667,10 @@ def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:s
         if not official:
             others = np.setdiff1d(rest, part)
             role[others[_split(t.iloc[others], round(1/val_fraction), seed)[0]]] = 'val'
+        if calibration:
+            train = np.flatnonzero(role == 'train')
+            share = calibration*np.isin(role, ('train', 'val')).sum()/len(train)   # of what validation has left
+            role[train[_split(t.iloc[train], max(2, round(1/share)), seed)[0]]] = CALIB
         yield role
 
 # %% ../nbs/01_data.ipynb #ea984aee
@@ -676,6 +682,7 @@ def make_folds(
     protocol:str='grouped-cv',     # or official
     overlap:str='remove',          # official: training images of groups that are tested on: remove or keep (a leak)
     worst_case:tuple[bool, bool]=(False, False),  # whether the rule holds in training and validation, and in the test part
+    calibration_fraction:float=0., # share of the groups not tested on that is the part calib; about that of the nearest 1/n; 0: no such part
 )->pd.DataFrame:                   # path, group, fold, role: one row an image and fold
     "Folds by group; `KdoctError` if groups or classes are too few."
     t = table.sort_values('path', ignore_index=True)
@@ -684,9 +691,9 @@ def make_folds(
     if protocol == 'official': _check_official(t)
     _check_enough(t[worst & (t.split != 'test').to_numpy()] if protocol == 'official' else t[worst], n_folds)
     folds = []
-    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap)):
-        for rule, part in zip(worst_case, (('train', 'val'), ('test',)), strict=True):
-            if rule: role[np.isin(role, part) & ~worst] = OUT
+    rules = dict(zip(('train', 'val', 'test', CALIB), (worst_case[0], *worst_case, all(worst_case)), strict=True))   # calib is as the test part
+    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)):
+        role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
         _check_classes(t.label, role, k)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
@@ -716,8 +723,10 @@ def protocol_of(
 
 def _official_fault(times:pd.DataFrame, n:int)->str:
     "What contradicts the official protocol; '' if nothing does."
-    right = (times.test == n) | (times.out == n) | ((times.val == 1) & (times.train == n - 1))
-    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained on"
+    learns = (times.val == 1) & (times.train + times[CALIB] == n - 1)
+    calibrates = (times[CALIB] > 0) & (times[CALIB] + times.out == n)   # an image that does not show the diagnosis, out elsewhere
+    right = (times.test == n) | (times.out == n) | learns | calibrates
+    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained or calibrated on"
 
 def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
     "What contradicts grouped cross-validation; '' if nothing does."
@@ -726,7 +735,9 @@ def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
     if (in_folds > 1).any(): return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
     out_there = (times.test == 0) & (times.out > 0)  # in the fold that tests the group, or would if not all of it were out
     if (once := times.test + out_there).ne(1).any(): return f"image {once.ne(1).idxmax()} is not tested on exactly once"
-    if (odd := ~(times.out - out_there).isin([0, n - 1])).any(): return f"image {odd.idxmax()} is out in some folds only"
+    out = times.out - out_there
+    odd = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))   # an image that does not show the diagnosis may calibrate, and is out elsewhere
+    if odd.any(): return f"image {odd.idxmax()} is out in some folds only"
     out = folds[(folds.role == OUT) & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])]
     if (out.groupby('group').fold.nunique() > 1).any(): return "a group is never tested, and not out in one fold as a whole"
     return ''
@@ -747,8 +758,9 @@ def check_folds(
     if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique(): refuse("an image is missing from a fold, or in it twice")
     if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique(): refuse("an image is in two groups")
     used = folds[folds.role != OUT]
-    parts = used.groupby('fold').role.nunique().reindex(range(n), fill_value=0)
-    if parts.min() < len(ROLE_NAMES): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(ROLE_NAMES)}")
+    parts = used[used.role != CALIB].groupby('fold').role.nunique().reindex(range(n), fill_value=0)
+    if parts.min() < len(NEEDED): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(NEEDED)}")
+    if (some := used.fold[used.role == CALIB].nunique()) not in (0, n): refuse(f"{some} of {n} folds have a part {CALIB}")
     official = (protocol or protocol_of(folds)) == 'official'
     roles = (used[used.role != 'test'] if leak and official else used).groupby(['fold', 'group']).role.nunique()
     if (roles > 1).any(): refuse("group {1} has two roles in fold {0}".format(*roles.idxmax()))
@@ -1007,9 +1019,11 @@ def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     worst = shows_diagnosis(table) if any(rules) else np.ones(len(table), bool)
     official, shared = (table.split == 'test').to_numpy(), official_overlap(table) & (data.protocol == 'official' and data.official_overlap == 'remove')
     facts = pd.DataFrame(dict(learn=worst | (not rules[0]), test=worst | (not rules[1]), official=official, shared=shared), index=table.path).loc[folds.path]
-    f, learns = facts.set_axis(folds.index), folds.role.isin(['train', 'val'])
+    f, learns, calib = facts.set_axis(folds.index), folds.role.isin(['train', 'val']), folds.role == CALIB
     right = (folds.role == OUT) & (~f.learn | ~f.test | f.shared) | learns & f.learn & ~f.shared | (folds.role == 'test') & f.test
-    return bool(right.all()) and (data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns].any()))
+    right |= calib & ~f.shared & (f.test | f.learn)
+    if not right.all() or calib.any() != (data.calibration_fraction > 0): return False
+    return data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns | calib].any())
 
 # %% ../nbs/01_data.ipynb #7a783a85
 def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
@@ -1017,7 +1031,7 @@ def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
     data = run.recipe.data
     if not run.folds_csv.exists():
         made = make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed, data.protocol, data.official_overlap,
-                          (data.worst_case_train, data.worst_case_test))
+                          (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
         write_folds(made, run.folds_csv, **_rules(data))
     folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
@@ -1031,7 +1045,7 @@ def leak_of(
 )->dict|None:            # groups and images that are trained or validated on and of a tested group; None: none are
     "The size of a declared leak."
     f = folds[folds.fold == 0]
-    shared = f[f.role.isin(['train', 'val']) & f.group.isin(f.group[f.role == 'test'])]
+    shared = f[f.role.isin(['train', 'val', CALIB]) & f.group.isin(f.group[f.role == 'test'])]
     return dict(groups=shared.group.nunique(), images=len(shared)) if len(shared) else None
 
 def _cache(data:DataRecipe, table:pd.DataFrame, root:str|Path, channels:int, workers:int=0)->DecodeCache:
@@ -1070,20 +1084,25 @@ def prepare_data(
         folds = _folds_for(run, table)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = _cache(data, table, listing.root, result.channels, workers)
-        val_lacks = {str(k): lost for k in range(data.n_folds) if (lost := _val_lacks(folds[folds.fold == k], table))}
+        val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
-                           val_lacks=val_lacks, protocol=data.protocol, leak=leak_of(folds), overlap=int(official_overlap(table).sum()),
-                           merged_groups=len(result.summary['merged_groups']),
+                           val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
+                           overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
 
 # %% ../nbs/01_data.ipynb #3042dc03
-def _val_lacks(folds:pd.DataFrame, table:pd.DataFrame)->list[str]:
-    "Classes that the validation part of one fold lacks: allowed, but worth knowing."
-    return sorted(set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == 'val'])]))
+def _lacks(folds:pd.DataFrame, table:pd.DataFrame, role:str='val')->list[str]:
+    "Classes that the validation (or calibration) part of one fold lacks: allowed, but worth knowing."
+    return sorted(set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == role])]))
+
+def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, list[str]]:
+    "The folds whose part lacks classes, with these; folds without such a part lack none."
+    each = {str(k): _lacks(f, table, role) for k, f in folds.groupby('fold') if role in set(f.role)}
+    return {k: lost for k, lost in each.items() if lost}
 
 def _print_summary(facts:dict):
     "A few lines on what the data are."
@@ -1098,7 +1117,8 @@ def _print_summary(facts:dict):
         print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
     if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "
                             "the scores will be too good".format(**facts['leak']))
-    for k, lost in facts['val_lacks'].items(): print(f"WARNING: the validation part of fold {k} has no {', '.join(lost)}")
+    for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
+        for k, lost in lacks.items(): print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 
 # %% ../nbs/01_data.ipynb #82c1e1a8
 @dataclass(frozen=True)
@@ -1108,13 +1128,13 @@ class FoldData:
     labels:np.ndarray           # int64 (N,), index into `classes`
     groups:np.ndarray           # str (N,), group of each image
     classes:list[str]           # in the order of the logits
-    idx:dict[str, np.ndarray]   # 'train', 'val', 'test' -> int64 rows of `images`; images that are 'out' are in none
+    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', and 'calib' where there is one -> int64 rows of `images`
     table:pd.DataFrame          # image table with column `role`
     fold:int                    # counted from 0
     folds_sha256:str            # hash of folds.csv
 
     def rows(self,
-        role:str,  # 'train', 'val' or 'test'
+        role:str,  # 'train', 'val', 'calib' or 'test'
     )->pd.DataFrame:
         "The image table of a role, row i being image `idx[role][i]`."
         return self.table[self.table.role == role].reset_index(drop=True)
@@ -1144,5 +1164,5 @@ def open_fold(
     row = cache.rows(table.sha256)
     labels, groups = np.full(len(cache.images), -1, np.int64), np.full(len(cache.images), '', object)
     labels[row], groups[row] = table.label.map({c: i for i, c in enumerate(facts['classes'])}), table.group
-    idx = {r: row[(table.role == r).to_numpy()] for r in ROLE_NAMES}
+    idx = {r: row[(table.role == r).to_numpy()] for r in ROLE_NAMES if r in NEEDED or r in set(table.role)}
     return FoldData(cache.images, labels, groups, facts['classes'], idx, table, fold, facts['folds_sha256'])

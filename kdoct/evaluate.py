@@ -30,14 +30,15 @@ from sklearn.metrics import roc_curve
 from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
-from .judged import Judged, judged_sections, read_judged
-from .probe import run_verdict
+from .judged import Judged, judged_sections, read_judged, volumes_section
 from .metrics import classes_of, evaluate_predictions
 from .metrics import expected_calibration_error, fold_summary, log_softmax, logits_of, one_vs_rest_auc
 from .metrics import read_predictions, reliability_bins, risk_coverage, targets_of
-from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, blanked_warning, classes_section, costs_section, folds_section
-from .tables import differences_of, patients_section, protocol_of, read_variants, scores_section, selection_section, shown
-from .tables import shown_differences, table_of, views_differences, views_section
+from .patients import rule_of
+from .probe import run_verdict
+from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, blanked_warning, classes_section
+from .tables import costs_section, differences_of, folds_section, protocol_of, read_variants, scores_section, selection_section
+from .tables import shown, shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
@@ -188,16 +189,16 @@ def calibration_figure(
 def coverage_figure(
     decided:dict[str, list[Judged]],  # model -> one a fold
 ) -> Figure:
-    "Mistakes among the kept calls against the share that is kept."
+    "Mistakes among the kept B-scans against the share that is kept: by confidence (line), and as shipped, outliers deferred too (dot)."
     with _style():
         fig, ((ax,),) = _axes(5.6, 3.)
         for i, (m, folds) in enumerate(decided.items()):
             conf, right, kept = (np.concatenate([f(j) for j in folds]) for f in (
-                lambda j: j.probs.max(1), lambda j: j.right, lambda j: j.probs.max(1) >= j.decision.defer_below))
+                lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.said.deferred))
             curve = risk_coverage(conf, right)
             ax.plot(100*curve.coverage, 100*curve.risk, _ROLE_LINE.get(m, '-'), color=_colour(m, i), lw=1.6, label=m)
             if kept.any(): ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)
-        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='calls that are kept [%]', ylabel='mistakes among them [%]')
+        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='B-scans that are kept [%]', ylabel='mistakes among them [%]')
         fig.legend(loc='outside right upper')
     return fig
 
@@ -271,7 +272,7 @@ def mistakes_figure(
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #285b7835
-_PART_COLOUR = {'train': '#949494', 'val': _CB[9], 'test': _CB[4], 'out': '#dcdcdc'}
+_PART_COLOUR = {'train': '#949494', 'val': _CB[9], 'calib': _CB[1], 'test': _CB[4], 'out': '#dcdcdc'}
 
 def counts_of(
     folds:pd.DataFrame,  # path, group, fold, role: one fold of folds.csv
@@ -548,13 +549,13 @@ def ensemble(
     folds = complete_folds(run) if folds is None else sorted(set(folds))
     if len(folds) < 2: raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
     parts = folds_of(run).query('fold in @folds')
-    seen, tests = set(parts.group[parts.role.isin(['train', 'val'])]), parts[parts.role == 'test']
+    seen, tests = set(parts.group[parts.role.isin(['train', 'val', 'calib'])]), parts[parts.role == 'test']
     common, images = set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))), tests.drop_duplicates('path')
     clean = common & set(images.path[~images.group.isin(seen)])
     if not clean:
         met = images[images.group.isin(seen)]
-        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training or '
-                         'validation part of another member, and no image is left that all members test and none has seen.',
+        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training, '
+                         'validation or calibration part of another member, and no image is left that all members test and none has seen.',
                          fix='After a cross-validation there can be no ensemble over folds: what one fold tests, the others learn from. '
                              'Use data.protocol=official, or images of other patients.')
     each = [_read_role(run, k, role).pipe(lambda t: t[t.path.isin(clean)]).sort_values('path', ignore_index=True) for k in folds]
@@ -584,11 +585,12 @@ def sections_of(
     variants:dict,  # model -> (weights, view) -> predictions
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
+    decided:dict[str, list[Judged]],  # from `pool_judged`
 ) -> dict[str, Section]:  # those that there are
-    "Every class, the published selection, patients, views and weights, without a retina, costs."
+    "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
     made = dict(classes=classes_section(models, e, seed), selection=selection_section(models, e, seed),
-                patients=patients_section(models, e, data.severity, seed),
+                volumes=volumes_section(models, decided, rule_of(run.recipe.decide, data.severity), e, seed),
                 views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
     return {k: s for k, s in made.items() if s is not None}
@@ -644,9 +646,9 @@ def _tables(run, each, models, notes=()):
     "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
     variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
-    sections, notes = sections_of(run, models, variants, kept, costs_of(run, folds[0], models)), [*missing, *notes]
     decided, lost = pool_judged({k: fold_judged(run, k, m) for k, m in each.items()})
-    sections, notes = sections | judged_sections(decided, e, seed), [*notes, *lost]
+    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided) | judged_sections(decided, e, seed)
+    notes = [*missing, *notes, *lost]
     if len(folds) > 1:
         together, reason = ensemble_section(run, folds, models)
         if together: sections = dict(ensemble=together) | sections
@@ -668,7 +670,8 @@ def _weights_text(run, folds):
 
 def _plain_tables(result):
     "The same as JSON wants it."
-    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in result['sections'].items()}
+    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table), texts=_numbers(s.texts.fillna('').astype(str)))
+             for k, s in result['sections'].items()}   # numbers for programs, texts as a report shows them
     return dict(warnings=result['warnings'], protocol=result['protocol'], table=_numbers(result['table']),
                 differences=_numbers(result['differences']), sections=plain)
 

@@ -7,8 +7,8 @@ __all__ = ['ORDERS', 'MOST_SCANS', 'BLUE', 'ORANGE', 'PAGE', 'CSS', 'VIEWS', 'ru
            'Cases', 'open_cases', 'case_table', 'Choice', 'pick', 'Cut', 'Thresholds', 'read_case', 'Own', 'read_own',
            'read_upload', 'lay_back', 'Answer', 'Look', 'Network', 'seen_by', 'seen_picture', 'outcome', 'Background',
            'Subject', 'Explorer', 'text_html', 'error_html', 'table_html', 'picture_html', 'scale_html', 'answers_html',
-           'verdict', 'decided', 'cut_html', 'curves_svg', 'Viewer', 'case_line', 'TestPanel', 'OwnPanel',
-           'validated_points', 'CutPanel', 'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
+           'verdict', 'cut_html', 'curves_svg', 'Viewer', 'case_line', 'TestPanel', 'OwnPanel', 'validated_points',
+           'CutPanel', 'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
 
 # %% ../nbs/09_explore.ipynb #9977183c
 import asyncio
@@ -108,14 +108,16 @@ class Cases:
     predictions:pd.DataFrame             # n rows, as predictions.parquet has them
     probabilities:dict[str, np.ndarray]  # role -> (n, K)
     decisions:dict[str, object]          # role -> kdoct.decide.Decision, for those that have one
-    outliers:np.ndarray|None             # (n,) how strange each image is to the network that is looked at; None without a decision
+    distances:np.ndarray|None            # (n,) of each image from the training images of the network that is looked at; None without a decision
     notes:tuple[str, ...]=()             # what could not be used, or not fitted as wished
 
     @property
     def about(self)->str:
         "What the numbers are of."
+        from kdoct.decide import fitted_on
         d, t = self.decisions.get(self.role), self.predictions
-        how = f"at T {d.temperature:.2f}, from validation patients" if d else "as the network gives them, not calibrated"
+        how = "as the network gives them, not calibrated"
+        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {fitted_on(d)[0]} patients)"
         return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({self.run.recipe.training(self.role).arch}); "
                 f"test part, {len(t)} images of {t.group.nunique()} patients (groups); probabilities {how}")
 
@@ -138,13 +140,13 @@ def open_cases(
     beside = 'student' if role == 'teacher' else 'teacher'
     said = '; '.join(decisions[role].notes) if role in decisions else ''
     notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {said}.'] if said else []))
-    outliers = found[role][0].outlier if role in decisions else None
-    return Cases(run, fold, role, beside if beside in own else '', classes_of(first), first, p, decisions, outliers, notes)
+    distances = found[role][0].distance if role in decisions else None
+    return Cases(run, fold, role, beside if beside in own else '', classes_of(first), first, p, decisions, distances, notes)
 
 # %% ../nbs/09_explore.ipynb #a7b01c53
 def case_table(
     cases:Cases,  # of a fold
-)->pd.DataFrame:  # path, patient, group, label, eye, volume, slice, predicted, confidence, right, other, apart, deferred, outlier, flagged
+)->pd.DataFrame:  # path, patient, group, label, eye, volume, slice, predicted, confidence, right, other, apart, deferred, why, distance, outlier
     "One row a test image."
     p, names = cases.probabilities[cases.role], np.array(cases.classes, dtype=object)
     q, d = cases.probabilities.get(cases.beside), cases.decisions.get(cases.role)
@@ -153,11 +155,12 @@ def case_table(
     t['right'] = t.predicted == t.label
     t['other'] = '' if q is None else names[q.argmax(1)]
     t['apart'] = np.nan if q is None else abs(p - q).sum(1)/2
-    said = dict(deferred=pd.NA, outlier=np.nan, flagged=pd.NA) if d is None else d.judge(p, cases.outliers)[['deferred', 'outlier', 'flagged']].to_dict('list')
+    unknown = dict(deferred=pd.NA, why='', distance=np.nan, outlier=pd.NA)
+    said = unknown if d is None else d.judge(p, cases.distances)[list(unknown)].to_dict('list')
     return t.assign(**said)
 
 # %% ../nbs/09_explore.ipynb #20c68b6c
-ORDERS = ('least sure first', 'surest first', 'farthest apart first', 'strangest first', 'as in the table')
+ORDERS = ('least sure first', 'surest first', 'farthest apart first', 'farthest from training first', 'as in the table')
 _NO_DECISION = "No decision is fitted in this fold"
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class Choice:
     calls:str=''            # right or wrong
     beside:str=''           # same or other: the class that the network beside predicts
     deferred:str=''         # deferred or decided
-    strange:str=''          # flagged or usual: unlike the training images, or not
+    outlier:str=''          # outlier or usual: unlike the training images, or not
     low:float=0.            # least confidence
     high:float=1.           # largest confidence
     order:str=ORDERS[0]     # one of ORDERS
@@ -192,10 +195,10 @@ def pick(
     keep &= _kept(t, choice.calls, t.right, 'right', 'wrong', '')
     keep &= _kept(t, choice.beside, (t.other == t.predicted).where(t.apart.notna()), 'same', 'other', "No other network is trained in this fold")
     keep &= _kept(t, choice.deferred, t.deferred, 'deferred', 'decided', _NO_DECISION)
-    keep &= _kept(t, choice.strange, t.flagged, 'flagged', 'usual', _NO_DECISION)
+    keep &= _kept(t, choice.outlier, t.outlier, 'outlier', 'usual', _NO_DECISION)
     if choice.order not in ORDERS: raise KdoctError(f"'{choice.order}' is no order.", fix=f"Orders: {', '.join(ORDERS)}.")
     column, down = {ORDERS[0]: ('confidence', False), ORDERS[1]: ('confidence', True), ORDERS[2]: ('apart', True),
-                    ORDERS[3]: ('outlier', True)}.get(choice.order, (None, False))
+                    ORDERS[3]: ('distance', True)}.get(choice.order, (None, False))
     found = t[keep] if column is None else t[keep].sort_values(column, ascending=not down, kind='stable')
     return found.index.to_numpy()
 
@@ -321,7 +324,7 @@ def lay_back(
 class Answer(NamedTuple):
     "What a network says of one picture."
     probabilities:np.ndarray   # (K,)
-    outlier:float|None=None    # how strange the picture is; None where no decision is fitted
+    distance:float|None=None   # from the training images; None where no decision is fitted
 
 class Look(NamedTuple):
     "Where a network looks, for one class."
@@ -372,13 +375,11 @@ def seen_picture(
 def answer(self:Network,
     image:Image.Image,  # mode L or RGB
 )->Answer:
-    "Probabilities, and how strange the picture is."
-    import torch
-    d, x = self.decision, seen_by(self.run, image).to(self.model.mean.device)
-    if d is None:
-        with torch.inference_mode(): return Answer(np.exp(log_softmax(self.model(x)[0].double().cpu().numpy())))
+    "Probabilities, and distance from the training images, in float32 as a bundle gives them."
     from kdoct.decide import features_and_logits
+    d, x = self.decision, seen_by(self.run, image).to(self.model.mean.device)
     features, logits = features_and_logits(self.model, [(x, None)])
+    if d is None: return Answer(np.exp(log_softmax(logits))[0])
     return Answer(d.probabilities(logits)[0], float(d.outlier.score(features)[0]))
 
 @patch
@@ -456,7 +457,7 @@ class Subject(NamedTuple):
     image:Image.Image|KdoctError          # or why it cannot be shown
     label:str=''                          # true class; '' where that is not known
     probabilities:dict[str, np.ndarray]={} # role -> (K,); empty for a file of one's own
-    outlier:float|None=None               # how strange it is to the network that is looked at; None: not known
+    distance:float|None=None              # from the training images of the network that is looked at; None: not known
 
 class Explorer:
     "What is chosen, and what follows from it."
@@ -492,7 +493,7 @@ def subject(self:Explorer,
     if self._hashes is None: self._hashes = pd.read_parquet(c.run.path/'table.parquet', columns=['path', 'sha256']).set_index('path').sha256.to_dict()
     image = outcome(lambda: read_case(c.run, r.path, self._hashes[r.path]))
     return Subject(('test', r.path), r.path, _known(r), image, r.label, {role: p[row] for role, p in c.probabilities.items()},
-                   None if pd.isna(r.outlier) else float(r.outlier))
+                   None if pd.isna(r.distance) else float(r.distance))
 
 @patch
 def own_subject(self:Explorer,
@@ -599,7 +600,8 @@ def answers_html(
     roles = sorted(p, key=lambda r: r != cases.role)
     rows = [[html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''), *(_bar(p[r][k], p[r].argmax() == k) for r in roles)]
             for k, c in enumerate(cases.classes)]
-    how = '; '.join(f'{r} {f"at T {cases.decisions[r].temperature:.2f}" if r in cases.decisions else "not calibrated"}' for r in roles)
+    def calibrated(d): return f'after calibration (temperature {d.temperature:.2f})' if d else 'not calibrated'
+    how = '; '.join(f'{r} {calibrated(cases.decisions.get(r))}' for r in roles)
     table = table_html(['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.')
     return f'<div class="kd-roles{min(len(roles), 3)}">{table}</div>' if roles else ''
 
@@ -609,35 +611,21 @@ def verdict(
     subject:Subject,         # what is looked at
     answer:Answer|None=None, # what the network says of it now
 )->list[str]:                # sentences
-    "What the network calls it, whether that is right, and whether it would be deferred or flagged."
+    "What the network predicts, whether that is right, and what `kdoct predict` would say of it: the same words of the same function."
+    from kdoct.decide import explained
     p = subject.probabilities.get(cases.role, answer.probabilities if answer else None)
     if p is None: return []
     name, top, d = cases.classes[p.argmax()], float(p.max()), cases.decisions.get(cases.role)
     right = ', which is right' if name == subject.label else f', which is wrong: it is labelled {subject.label}'
     if not subject.label: right = ' (a file of your own: its class is not known here)'
-    out = [f'The {cases.role} calls it {name} with {100*top:.1f} %{right}.']
+    out = [f'The {cases.role} predicts {name} with {100*top:.1f} %{right}.']
     if cases.beside in subject.probabilities:
         q = subject.probabilities[cases.beside]
-        same = 'calls it the same' if q.argmax() == p.argmax() else f'calls it {cases.classes[q.argmax()]}'
+        same = 'predicts the same' if q.argmax() == p.argmax() else f'predicts {cases.classes[q.argmax()]}'
         out.append(f'The {cases.beside} {same}; they are {abs(p - q).sum()/2:.2f} apart (0 the same, 1 opposite).')
-    strange = subject.outlier if subject.outlier is not None else answer and answer.outlier
-    return out + (decided(d, p, strange) if d else ['No decision is fitted, so nothing is said of deferral and of strange pictures. To fit it: '
-                                                    + stage_command('decide', cases.run, cases.fold)])
-
-def decided(
-    decision,            # kdoct.decide.Decision
-    p:np.ndarray,        # (K,) calibrated probabilities
-    outlier:float|None,  # how strange the picture is; None: not measured yet
-)->list[str]:            # sentences
-    "Whether a picture would be flagged or deferred, and which classes remain."
-    out, said = [], decision.judge(p[None], [np.nan if outlier is None else outlier]).iloc[0]
-    if outlier is not None:
-        out.append(f"{'FLAGGED as unlike the training images: its call means nothing' if said.flagged else 'Not flagged as strange'}; "
-                   f"distance {outlier:.3g}, flagged above {decision.outlier.threshold:.3g}.")
-    out.append(f"{'DEFERRED to a reader' if said.deferred else 'Not deferred'}: its confidence of {100*said.confidence:.1f} % is "
-               f"{'below' if said.deferred else 'at least'} {100*decision.defer_below:.1f} %.")
-    def left(a): return ' or '.join(c for c, yes in zip(decision.classes, decision.sets(p[None], a)[0], strict=True) if yes)
-    return out + ['Classes that remain: ' + '; '.join(f'{left(a)} at an error of {100*a:g} %' for a in sorted(decision.conformal)) + '.']
+    distance = subject.distance if subject.distance is not None else answer and answer.distance
+    if d: return out + explained(d, p, distance)
+    return [*out, 'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: ' + stage_command('decide', cases.run, cases.fold)]
 
 # %% ../nbs/09_explore.ipynb #2435d1bf
 def _percent(share:tuple, yes:int, of:int, level:float)->str:
@@ -829,12 +817,12 @@ class TestPanel:
         self.true, self.predicted, self.calls = choose('true'), choose('called'), choose('calls', ('right', 'right'), ('wrong', 'wrong'))
         self.beside = choose('beside', ('same class', 'same'), ('other class', 'other'))
         self.deferred = choose('deferral', ('deferred', 'deferred'), ('not deferred', 'decided'))
-        self.strange = choose('strange', ('flagged', 'flagged'), ('not flagged', 'usual'))
+        self.outlier = choose('outlier', ('outliers', 'outlier'), ('no outliers', 'usual'))
         self.confidence = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=.01, description='confidence', readout_format='.0%', **_LAYOUT)
         self.order = w.Dropdown(description='order', options=ORDERS, **_LAYOUT)
         self.page = w.BoundedIntText(1, min=1, max=1, description='page', style=_LAYOUT['style'], layout=w.Layout(width='150px'))
         self.count, self.list = w.HTML(), w.Select(rows=12, layout=w.Layout(width='328px'))
-        self.filters = (self.true, self.predicted, self.calls, self.beside, self.deferred, self.strange, self.confidence, self.order)
+        self.filters = (self.true, self.predicted, self.calls, self.beside, self.deferred, self.outlier, self.confidence, self.order)
         f = self.filters
         self.box = w.VBox([*(w.HBox(f[i:i + 2], layout=w.Layout(width='334px')) for i in (0, 2, 4)), *f[6:], self.count, self.list, self.page],
                           layout=w.Layout(flex='0 0 340px'))
@@ -848,9 +836,9 @@ def opened(self:TestPanel):
     "A fold was opened: all its test images."
     c, self.filling, decided = self.state.cases, True, self.state.cases.role in self.state.cases.decisions
     for control in (self.true, self.predicted): control.options = [('all', ''), *((k, k) for k in c.classes)]
-    for control in (self.true, self.predicted, self.calls, self.beside, self.deferred, self.strange): control.value = ''
+    for control in (self.true, self.predicted, self.calls, self.beside, self.deferred, self.outlier): control.value = ''
     self.beside.description, self.beside.disabled = c.beside or 'beside', not c.beside
-    self.deferred.disabled = self.strange.disabled = not decided
+    self.deferred.disabled = self.outlier.disabled = not decided
     self.confidence.value, self.filling = (0, 1), False
     self.refresh()
 
@@ -859,7 +847,7 @@ def choice(self:TestPanel)->Choice:
     "What is chosen."
     low, high = self.confidence.value
     return Choice(self.true.value, self.predicted.value, self.calls.value, self.beside.value, self.deferred.value,
-                  self.strange.value, low, high, self.order.value)
+                  self.outlier.value, low, high, self.order.value)
 
 @patch
 def refresh(self:TestPanel):

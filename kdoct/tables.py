@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPARED', 'NO_INTERVAL', 'TOGETHER', 'ONE', 'MANY', 'BLANKED', 'KEPT', 'interval_text', 'score_row', 'table_of',
            'shown', 'protocol_of', 'differences_of', 'shown_differences', 'shown_folds', 'Section', 'scores_section',
-           'markdown', 'classes_section', 'selection_section', 'patients_section', 'read_variants', 'views_section',
-           'views_differences', 'folds_section', 'blanked_warning', 'blanked_section', 'costs_section']
+           'markdown', 'classes_section', 'selection_section', 'read_variants', 'views_section', 'views_differences',
+           'folds_section', 'blanked_warning', 'blanked_section', 'costs_section']
 
 # %% ../nbs/05e_tables.ipynb #901fac3e
 from pathlib import Path
@@ -17,9 +17,9 @@ import pandas as pd
 
 from .core import EvaluateRecipe, KdoctError, Run
 from .data import shows_diagnosis
-from .metrics import CALLS, EACH_CLASS, HEADLINE, MIN_DEFINED, bootstrap, bootstrap_classes, check_predictions, classes_of
+from .metrics import EACH_CLASS, HEADLINE, MIN_DEFINED, bootstrap, bootstrap_classes, check_predictions, classes_of
 from .metrics import evaluate_predictions, fold_summary, logits_of, paired_difference
-from .patients import mean_of_slices, published_selection, worst_slice
+from .patients import published_selection
 
 # %% ../nbs/05e_tables.ipynb #c6557244
 _SHOWN = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'specificity': 'macro specificity %',
@@ -254,34 +254,6 @@ def selection_section(
     return scores_section('All test slices, and the published selection of them', rows,
                    f"The published rule tests only slices that show the patient's diagnosis (NEH: Class equals Label): {n} of {of} test images. The models "
                    'are the same. Nobody who opens a new volume knows which slices these are, so the score on all slices is the one to expect.', evaluate, seed)
-
-# %% ../nbs/05e_tables.ipynb #65b1ed73
-def patients_section(
-    models:dict[str, pd.DataFrame],  # name -> predictions, one row a slice
-    evaluate:EvaluateRecipe,         # resamples and level
-    severity=None,                   # classes from harmless to severe; None: no order, and no worst slice
-    seed:int=0,                      # of the resampling
-)->Section:
-    "One call a patient: mean of the slices' probabilities, and worst slice."
-    means = {n: mean_of_slices(df, severity) for n, df in models.items()}
-    rows = {f'{n}, mean of slices': t for n, (t, _) in means.items()}
-    if severity: rows |= {f'{n}, worst slice': worst_slice(df, severity) for n, df in models.items()}
-    table, lost = next(iter(means.values()))
-    caption = _patients_caption(table, lost, severity, 'patient_label' in next(iter(models.values())))
-    return scores_section('Patients', rows, caption, evaluate, seed, lambda name: CALLS if name.endswith('worst slice') else HEADLINE)
-
-def _patients_caption(table, lost, severity, diagnosis):
-    "How patients were called, and which could not be."
-    n, times = table.patient.nunique(), table.fold.nunique()
-    truth = 'the diagnosis of the patient' if diagnosis else 'the most severe label of the slices' if severity else 'the label that all slices share'
-    out = [f'{n} patients, slices each: {table.n_slices.min()} to {table.n_slices.max()}, median {table.n_slices.median():g}.',
-           *([f'Each is called by {times} models.'] if n < len(table) else []), f'Truth: {truth}.', 'Mean of slices: probabilities averaged, the largest wins.']
-    if severity: out.append(f'Worst slice: the most severe class called on any slice ({" < ".join(severity)}), a call without probabilities, hence no AUC.')
-    else: out.append('Worst slice: not given, because data.severity names no order of the classes.')
-    out.append('Intervals over groups.')
-    if lost: out.append(f'Left out for slices of several classes, with no order in data.severity: {len(lost)} patients ({", ".join(lost[:10])}'
-                        f'{", ..." if len(lost) > 10 else ""}).')
-    return ' '.join(out)
 
 # %% ../nbs/05e_tables.ipynb #9fd607d7
 ONE, MANY, BLANKED = 'identity', 'averaged', 'retina blanked'

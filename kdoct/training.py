@@ -405,9 +405,12 @@ def predict_logits(
     model:Classifier,        # network, on the device of the batches
     batches:Batches,         # in order, unchanged
 )->np.ndarray:               # (n, classes) float32
-    "Logits of all images of a part, in the order of its rows."
-    model.eval()
-    return torch.cat([model(x).cpu() for x, _ in batches]).numpy()
+    "Logits of all images of a part, in the order of its rows; in float32 whatever the precision of training, as decisions and bundles are."
+    trained_in, model.precision = model.precision, 'fp32'
+    try:
+        model.eval()
+        return torch.cat([model(x).cpu() for x, _ in batches]).numpy()
+    finally: model.precision = trained_in
 
 def predictions_frame(
     data:FoldData,       # the fold

@@ -652,7 +652,8 @@ def _scrambled(d)->str:
     if 'zeiss' in str(d.get('Manufacturer') or '').lower():
         return ("a Zeiss file whose pixels cannot be decoded: CIRRUS and FORUM scramble what they export, and another decoder will not help; "
                 "export it uncompressed, for other programs, or as .img")
-    return f"its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is installed does not decode; {_DECODERS}"
+    return (f"its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is installed does not decode; "
+            "decompress the file: gdcmconv --raw IN OUT, or dcmdjpeg IN OUT")
 
 def _dicom_frames(path:Path, d, n:int)->Iterator[np.ndarray]:
     "The frames, one at a time; `BadImage` unless there are `n`."

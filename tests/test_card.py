@@ -1,13 +1,17 @@
 "A model card says what the run's records say, and no more."
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kdoct.bundle import strict_json
 from kdoct.card import NOT, model_card
-from kdoct.core import create_run, preset, read_json, write_json
+from kdoct.core import DecideRecipe, create_run, preset, read_json, write_json
+from kdoct.decide import fit_decision
 from kdoct.evaluate import _simulated_stages, evaluate_fold
+from kdoct.metrics import simulate_predictions
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,20 @@ def test_formats_are_shown_with_whatever_was_measured(run):
 def test_the_card_for_programs_is_plain_json(run):
     _, card = model_card(dict(name="x"), run, 0, "student")
     assert strict_json(json.dumps(card, allow_nan=False).encode(), "card.json")["name"] == "x"
+
+
+def test_the_card_has_the_volume_rule_what_it_did_and_on_whom_decisions_were_fitted(run):
+    val = simulate_predictions(60)
+    f = np.random.default_rng(0).normal(size=(len(val), 8)).astype(np.float32)
+    decision = fit_decision(val, f, f, DecideRecipe(), ("NORMAL", "DRUSEN", "DME", "CNV"))
+    text, card = model_card({}, run, 0, "student", decision)
+    rows = card["measured"]["decisions"]["volumes"]["table"]
+    assert set(rows) == {"student, volumes", "student, patients"} and "### Volumes and patients, on test patients" in text
+    assert decision.volume.text in text and card["decision"]["volume"]["min_slices"] == 2
+    assert "chosen on validation patients" in text and "have also chosen the epoch" in text
+    own = replace(decision, about=decision.about | dict(part="calibration"))
+    text, _ = model_card({}, run, 0, "student", own)
+    assert "chosen on calibration patients" in text and "have also chosen the epoch" not in text
 
 
 def test_what_was_not_recorded_is_said(run):

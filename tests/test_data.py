@@ -54,6 +54,49 @@ def test_no_group_has_two_roles_whatever_the_table(patients, n_folds, val_fracti
     assert sorted(folds.path[folds.role == "test"]) == sorted(t.path)
 
 
+rules = st.sampled_from([(False, False), (True, True), (True, False), (False, True)])
+
+
+@settings(max_examples=40)
+@given(patients, rules, st.integers(2, 4), st.sampled_from([0.1, 0.2, 0.3]), st.booleans(), st.data())
+def test_calibration_patients_are_in_no_other_part_whatever_the_protocol_and_rule(patients, rule, n_folds, share, official, data):
+    t = table_of(patients)
+    ill = {p: data.draw(st.sampled_from("AB")) for p in sorted(set(t.patient))}
+    tested = {p for i, p in enumerate(sorted(ill)) if i % 3 == 0}
+    t = t.assign(patient_label=t.patient.map(ill), split=np.where(t.patient.isin(tested), "test", "train") if official else "")
+    try: folds = make_folds(t, n_folds, 0.25, protocol="official" if official else "grouped-cv", worst_case=rule, calibration_fraction=share)
+    except KdoctError as e:
+        assert "are not valid" not in str(e)
+        assume(False)                                               # too few patients of a class: refused
+    for _, f in folds.groupby("fold"):
+        of = {r: set(f.group[f.role == r]) for r in ("train", "val", "calib", "test")}
+        assert sum(map(len, of.values())) == len(set().union(*of.values())) and all(of.values())
+    shows = folds.path.map(t.set_index("path").eval("label == patient_label"))
+    assert shows[(folds.role == "calib")].all() or not all(rule)      # calibrated on slices as they are tested
+
+
+def test_a_calibration_part_is_taken_from_training_and_changes_nothing_else():
+    t = table_of([[("AB"[p % 2], 2)] for p in range(60)])
+    without, folds = make_folds(t, 3), make_folds(t, 3, calibration_fraction=0.2)
+    same = folds.role.where(folds.role != "calib", "train")
+    assert same.equals(without.role)
+    n = folds[folds.role.isin(["train", "val", "calib"])].groupby(["fold", "role"]).group.nunique()
+    assert (n.xs("calib", level="role") == 8).all()   # of 40
+    labels = folds.assign(label=folds.path.str[0])[folds.role == "calib"].groupby(["fold", "label"]).group.nunique()
+    assert (labels == 4).all()                        # stratified
+
+
+def test_a_patient_who_calibrates_and_trains_is_refused(tmp_path):
+    folds = make_folds(table_of([[("AB"[p % 2], 2)] for p in range(40)]), 3, calibration_fraction=0.2)
+    assert check_folds(folds) is folds
+    leak, lost = folds.copy(), folds.copy()
+    leak.loc[leak.index[leak.role == "calib"][0], "role"] = "train"
+    lost.loc[(lost.role == "calib") & (lost.fold == 1), "role"] = "train"
+    for f, says in ((leak, "two roles"), (lost, "2 of 3 folds have a part calib")):
+        f.to_csv(tmp_path / "folds.csv", index=False)
+        with pytest.raises(KdoctError, match=says): read_folds(tmp_path / "folds.csv")
+
+
 @settings(max_examples=10)
 @given(st.randoms(use_true_random=False))
 def test_folds_do_not_depend_on_the_order_of_the_rows(random):
@@ -500,7 +543,7 @@ def test_grouped_cv_uses_both_official_folders_and_tests_every_image_once(tmp_pa
     assert facts["images"] == 62 and sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0]) and facts["leak"] is None
 
 
-@pytest.mark.parametrize("change", [dict(protocol="grouped-cv"), dict(official_overlap="keep")])
+@pytest.mark.parametrize("change", [dict(protocol="grouped-cv"), dict(official_overlap="keep"), dict(calibration_fraction=0.2)])
 def test_folds_of_another_rule_are_not_taken_over(tmp_path, change):
     folder = write_ucsd(tmp_path / "d")
     theirs, mine = ucsd_run(folder, "theirs"), ucsd_run(folder, "mine", **change)

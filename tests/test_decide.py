@@ -17,6 +17,7 @@ from kdoct.core import DecideRecipe, EvaluateRecipe, KdoctError, create_run, pre
 from kdoct.data import open_fold, prepare_data
 from kdoct.metrics import aurc, log_softmax, logits_of, risk_coverage, share_interval, simulate_predictions, targets_of
 from kdoct.models import load_bundle
+from kdoct.patients import VolumeRule
 from kdoct.training import predict_logits, train_role
 
 QUICK = EvaluateRecipe(n_boot=100)
@@ -32,7 +33,7 @@ def fitted(val=None, recipe=None, seed=1, **about):
 
 def same(a, b):
     "Whether two decisions are the same to the last bit."
-    def numbers(d): return d.temperature, d.defer_below, d.conformal, d.outlier.threshold, d.notes
+    def numbers(d): return d.temperature, d.defer_below, d.set_minimum, d.outlier.threshold, d.notes, d.volume
     return numbers(a) == numbers(b) \
         and a.operating_points.equals(b.operating_points) and all(np.array_equal(v, b.outlier.arrays()[k]) for k, v in a.outlier.arrays().items())
 
@@ -59,7 +60,7 @@ def test_temperature_without_a_mistake_is_as_sure_as_so_many_images_allow(n):
     y = np.arange(n) % 3
     t, note = D.fit_temperature(20*np.eye(3)[y], y)
     p = np.exp(log_softmax(np.array([20, 0, 0])/t))[0]
-    assert p == pytest.approx((n + 1)/(n + 2), abs=1e-4) and f'no mistake in {n} validation images' in note
+    assert p == pytest.approx((n + 1)/(n + 2), abs=1e-4) and f'no mistake in {n} images' in note
 
 
 @pytest.mark.parametrize('scale,bound', [(1e-4, D.BOUNDS[0]), (1e4, D.BOUNDS[1])])
@@ -109,9 +110,9 @@ def test_thresholds_keep_the_wish_on_validation_and_cost_no_more_than_needed(see
 def test_a_wish_that_is_out_of_reach_is_said():
     y = np.array([0, 0, 1, 1])
     t = D.operating_points(np.array([[.5, .5]]*4), y, ['a', 'b'], DecideRecipe())
-    assert t.threshold.isna().all() and set(t.note) == {'not reachable: only by calling all', 'not reachable: only by calling none'}
+    assert t.threshold.isna().all() and set(t.note) == {'not reachable: only by predicting it always', 'not reachable: only by predicting it never'}
     t = D.operating_points(np.eye(3)[[0, 1, 0, 1]], np.array([0, 1, 0, 1]), ['a', 'b', 'c'], DecideRecipe()).set_index('class')
-    assert set(t.loc['c', 'note']) == {'not reachable: no validation image'} and (t.loc['a', 'sensitivity'] == 1).all()
+    assert set(t.loc['c', 'note']) == {'not reachable: no image of the class'} and (t.loc['a', 'sensitivity'] == 1).all()
 
 
 def test_deferral_keeps_the_wished_share_or_risk():
@@ -146,6 +147,34 @@ def test_sets_are_never_empty_and_grow_with_the_wish():
     p = d.probabilities(features(200, d=4))
     small, large = d.sets(p, .3), d.sets(p, .05)
     assert small.any(1).all() and (small <= large).all() and small[np.arange(200), p.argmax(1)].all()
+
+
+# --- what is said of a picture
+
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_numbers_that_are_compared_are_told_apart(a, b):
+    x, y = D.told_apart(100*a, 100*b)
+    assert (x == y) == (100*a == 100*b) and (float(x) < float(y)) == (100*a < 100*b)
+
+
+@pytest.mark.parametrize('step', [1e-9, 1e-6, 1e-4, .1])
+def test_a_confidence_is_never_said_to_be_below_itself(step):
+    d = fitted()
+    for p, word in ((d.defer_below - step, 'is below'), (d.defer_below + step, 'is at least')):
+        rest = (1 - p)/3
+        sentence = next(s for s in D.explained(d, np.array([p, rest, rest, rest]), .5) if s.startswith('Confidence'))
+        a, b = (float(s.split()[-1]) for s in sentence.replace(word, '|').replace('%', '').rstrip('. ').split('|'))
+        assert word in sentence and (a < b) == (word == 'is below') and a != b
+
+
+def test_an_outlier_is_deferred_and_every_word_of_it_is_of_one_function():
+    d = fitted()
+    sure = np.array([.97, .01, .01, .01])
+    far, near = d.outlier.threshold*(1 + 1e-9), d.outlier.threshold
+    assert d.judge(sure[None], [far]).iloc[0][['deferred', 'why', 'outlier']].tolist() == [True, 'outlier', True]
+    assert d.judge(sure[None], [near]).iloc[0][['deferred', 'why', 'outlier']].tolist() == [False, '', False]
+    assert D.explained(d, sure, far)[0] == 'Deferred to a person (outlier).' and D.explained(d, sure, near)[0] == 'Not deferred.'
+    assert 'was not measured' in ' '.join(D.explained(d, sure, None))
 
 
 # --- outliers
@@ -214,6 +243,21 @@ def folder(tmp_path):
     D.save_decision(tmp_path, fitted(weights_sha256='w'))
     write_json(tmp_path/'model.json', dict(weights_sha256='w'))
     return tmp_path
+
+
+def test_a_decision_of_an_earlier_version_is_refused_by_name(folder):
+    change(folder, lambda s: (s.pop('volume'), s.update(conformal=s.pop('prediction_sets'))))
+    with pytest.raises(KdoctError, match='earlier version(.|\n)*05g_decide'): D.load_decision(folder)
+
+
+def test_the_volume_rule_is_a_part_of_the_decision(tmp_path):
+    order = ('NORMAL', 'DRUSEN', 'DME', 'CNV')
+    val = simulate_predictions(60)
+    a = D.fit_decision(val, features(len(val)), features(99), DecideRecipe(min_slices=3, drop_outliers=False), order)
+    D.save_decision(tmp_path, a)
+    assert D.load_decision(tmp_path).volume == a.volume == VolumeRule('worst', 3, False, order)
+    change(tmp_path, lambda s: s['volume'].update(severity=['NORMAL', 'CNV']))
+    with pytest.raises(KdoctError, match='order of severity of other classes'): D.load_decision(tmp_path)
 
 
 def test_a_decision_is_read_as_it_was_written(tmp_path):
@@ -292,6 +336,34 @@ def test_the_decision_knows_training_and_validation_and_no_test_image(made, run,
     assert same(made[1], again) != changes
 
 
+@pytest.fixture(scope='module')
+def calibrated(tmp_path_factory):
+    "A tiny run with a calibration part, whose baseline is trained in fold 0."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('calib', preset('tiny', **{'student.epochs': 1, 'data.calibration_fraction': .25}))
+        prepare_data(run)
+        train_role(run, 0, 'baseline')
+        yield run, D.decide_fold(run, 0, 'baseline')
+
+
+@pytest.mark.parametrize('part,changes', [('val', False), ('test', False), ('calib', True), ('train', True)])
+def test_with_a_calibration_part_patients_who_chose_the_epoch_decide_nothing(calibrated, monkeypatch, part, changes):
+    run, decision = calibrated
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(run.path.parent))
+    model, _ = load_bundle(run.stage_dir(0, 'baseline'))
+    again = D._fitted(run, poisoned(open_fold(run, 0), part), model, role='baseline')
+    assert same(decision, again) != changes and again.about['part'] == 'calibration'
+
+
+def test_fitting_on_patients_who_chose_the_epoch_is_said_and_on_others_is_not(calibrated, made):
+    test = simulate_predictions(30)
+    for decision, said in ((made[1], True), (calibrated[1], False)):
+        assert bool(D.fitted_on(decision)[1]) == said
+        j = J.Judged(replace(fitted(), about=decision.about), test, np.zeros(len(test)))
+        for s in (J.sets_section, J.calibration_section): assert ('have also chosen the epoch' in s({'student': [j]}, QUICK).caption) == said
+
+
 def test_poisoned_test_predictions_are_refused_and_decide_nothing(made, run):
     folder = run.stage_dir(0, 'baseline')
     path, before = folder/'predictions.parquet', (folder/'decision.json').read_bytes()
@@ -304,14 +376,23 @@ def test_poisoned_test_predictions_are_refused_and_decide_nothing(made, run):
     assert (folder/'decision.json').read_bytes() == before
 
 
-def test_predictions_are_compared_in_the_arithmetic_they_were_made_in(made, run):
-    "In bfloat16 a network may say something else than in float32, and is still the same network."
+def test_predictions_are_in_the_arithmetic_in_which_decisions_are_fitted(made, run):
+    "A network trained in bfloat16 is predicted, decided about and shipped in float32."
     data, (model, _) = open_fold(run, 0), load_bundle(run.stage_dir(0, 'baseline'))
     exact = D._pass(run, data, model, data.idx['test'])[1]
-    assert D._as_predicted(run, data, model, exact, 'fp32') is exact
-    rounded = D._as_predicted(run, data, model, exact, 'bf16')
     model.precision = 'bf16'
-    assert np.array_equal(rounded, predict_logits(model, D._batches(run, data, model, data.idx['test']))) and not np.array_equal(rounded, exact)
+    batches = D._batches(run, data, model, data.idx['test'])
+    with torch.inference_mode(): rounded = torch.cat([model(x) for x, _ in batches]).numpy()
+    assert not np.allclose(rounded, exact, atol=1e-5)                                  # so that the test has something to see
+    np.testing.assert_allclose(predict_logits(model, batches), exact, atol=1e-5)
+    assert model.precision == 'bf16'
+
+
+def test_predictions_in_another_arithmetic_are_refused(made, run):
+    folder, data = run.stage_dir(0, 'baseline'), open_fold(run, 0)
+    exact = D.logits_of(pd.read_parquet(folder/'predictions.parquet'))
+    df, off = pd.read_parquet(folder/'predictions.parquet'), .03*max(1., np.abs(exact).max())
+    with pytest.raises(KdoctError, match='in float32'): D._check_same(folder, df, data.rows('test'), exact + off)
 
 
 def test_validation_is_of_other_patients_than_test(made, run):
@@ -351,7 +432,7 @@ def test_a_test_part_that_is_drawn_otherwise_is_said(changes, says):
 def test_strange_pictures_are_counted(made):
     strange = made[1].about['strange']
     assert set(strange) == {'white noise', 'smooth noise', 'flat grey', 'inverted', 'tiles'}
-    assert all(0 <= v['flagged'] <= 1 and v['images'] > 1 for v in strange.values())
+    assert all(0 <= v['outliers'] <= 1 and v['images'] > 1 for v in strange.values())
 
 
 @pytest.mark.parametrize('shape', [(6, 50, 50), (6, 50, 50, 3)])
@@ -383,8 +464,9 @@ def test_sections_count_what_the_decision_does():
     d = fitted()
     j = J.Judged(d, test, features(len(test), 7)[:, 0] + d.outlier.threshold)
     s, p = J.judged_sections({'student': [j]}, QUICK), d.probabilities(logits_of(test))
-    assert s['deferral'].table.coverage['student'] == pytest.approx((p.max(1) >= d.defer_below).mean())
-    assert s['outliers'].table.flagged['student'] == pytest.approx((j.outlier > d.outlier.threshold).mean())
+    kept = (p.max(1) >= d.defer_below) & (j.distance <= d.outlier.threshold)   # as predict ships it: an outlier is deferred too
+    assert s['deferral'].table.coverage['student'] == pytest.approx(kept.mean()) and not (j.distance <= d.outlier.threshold).all()
+    assert s['outliers'].table.outliers['student'] == pytest.approx((j.distance > d.outlier.threshold).mean())
     hit = d.sets(p, .1)[np.arange(len(test)), targets_of(test)]
     assert s['sets'].table.covered['student, wished 90 %'] == pytest.approx(hit.mean())
     r, k = d.operating_points.iloc[0], targets_of(test) == 0
@@ -406,7 +488,7 @@ def test_evaluation_shows_decisions_where_they_are(monkeypatch):
     before = E.evaluate_fold(run, 0, verbose=False)
     df = pd.read_parquet(run.stage_dir(0, 'student')/'predictions.parquet')
     D.save_decision(run.stage_dir(0, 'student'), d := fitted(simulate_predictions(30, classes=tuple(sorted(df.label.unique())))))
-    df[['path', 'fold']].assign(outlier=d.outlier.score(features(len(df)))).to_parquet(run.stage_dir(0, 'student')/'outliers.parquet')
+    df[['path', 'fold']].assign(distance=d.outlier.score(features(len(df)))).to_parquet(run.stage_dir(0, 'student')/'outliers.parquet')
     assert not run.is_finished('evaluate', 0)                      # the evaluation does not know of it yet
     after = E.evaluate_fold(run, 0, verbose=False)
     assert 'calibration' not in before['sections'] and run.is_finished('evaluate', 0)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdoct.core import KdoctError
 from kdoct.data import BadImage
 from kdoct.volumes import read_scans
 
@@ -339,10 +338,10 @@ def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp
     assert "NumberOfFrames is 2, and there are pixels for 3" in refusal(write(tmp_path/"b.dcm", bscans(3), 8, NumberOfFrames=2))
     d = pydicom.dcmread(write(tmp_path/"c.dcm", bscans(3), 8))
     d.compress(uid.RLELossless)
-    for n in (2, 4):
+    for n, said in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
         d.NumberOfFrames = n
         d.save_as(tmp_path/"c.dcm")
-        with pytest.raises(KdoctError, match="NumberOfFrames is 2|3 of 4 frames|corrupt"): read(tmp_path/"c.dcm")
+        assert said in refusal(tmp_path/"c.dcm")
 
 
 @pytest.mark.parametrize("element", ["PhotometricInterpretation", "BitsStored", "PixelRepresentation"])

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,21 @@ import pytest
 from PIL import Image
 
 from kdoct import evaluate as E
+from kdoct import judged as J
 from kdoct import patients as P
 from kdoct import report as R
 from kdoct import tables as T
-from kdoct.core import ROLES, KdoctError, create_run, preset, read_json, write_json
+from kdoct.core import (
+    ROLES,
+    DecideRecipe,
+    EvaluateRecipe,
+    KdoctError,
+    create_run,
+    preset,
+    read_json,
+    write_json,
+)
+from kdoct.decide import fit_decision
 from kdoct.metrics import (
     HEADLINE,
     bootstrap,
@@ -23,6 +35,9 @@ from kdoct.metrics import (
     read_predictions,
     simulate_predictions,
 )
+from kdoct.predict import Volumes, judged
+
+QUICK = EvaluateRecipe(n_boot=100)
 
 
 def quiet(f, *args, **kw):
@@ -130,7 +145,7 @@ def test_fold_writes_every_number_and_figure(made):
     saved = read_json(run.fold_dir(0)/'evaluation.json')
     df = read_predictions(run.stage_dir(0, 'student')/'predictions.parquet')
     for m in HEADLINE: assert saved['estimates']['student'][m] == pytest.approx(evaluate_predictions(df)[m])
-    assert list(saved['sections']) == ['classes', 'patients', 'blanked', 'costs']  # one view, one set of weights, no diagnosis of the patient
+    assert list(saved['sections']) == ['classes', 'volumes', 'blanked', 'costs']  # one view, one set of weights, no diagnosis of the patient
     assert set(saved['figures']) == {'confusion', 'roc', 'reliability', 'training', 'mistakes', 'counts'}
     assert all((run.path/p).is_file() for p in saved['figures'].values())
     assert saved['parameters'] == {'teacher': 300_000, 'student': 100_000, 'baseline': 100_000}
@@ -238,7 +253,7 @@ def test_main_table_is_of_the_kept_weights_in_one_view(viewed):
 def test_a_further_model_is_a_row_of_its_fold_and_named_where_it_cannot_be_pooled(viewed):
     run, fold, pooled = viewed
     assert fold['table'].index.tolist() == [*ROLES, 'hog_svm'] and fold['table'].parameters['hog_svm'] == '–'
-    assert 'hog_svm, worst slice' in fold['sections']['patients'].table.index
+    assert 'hog_svm, patients' in fold['sections']['volumes'].table.index
     assert 'Hog_svm gives margins, no probabilities' in fold['protocol'] and E.is_evaluated(run, 0)
     assert 'hog_svm' not in pooled['table'].index and 'hog_svm is not in every fold' in pooled['protocol'].lower()
 
@@ -332,8 +347,8 @@ def test_official_models_are_pooled_on_the_same_test_images():
     assert '3 models on the same test images' in r['protocol'] and 'test-time views: none' in r['protocol']
     n = len(simulate_predictions(40))
     assert r['table'].n_images['student'] == 3*n and r['table'].n_groups['student'] == 40
-    patients = r['sections']['patients']
-    assert patients.table.n_images['student, mean of slices'] == 120 and '40 patients' in patients.caption and 'called by 3 models' in patients.caption
+    volumes = r['sections']['volumes']
+    assert volumes.table.n_images['student, volumes'] == 120 and '40 volumes' in volumes.caption and 'decided by 3 models' in volumes.caption
 
 
 def test_official_ensemble_is_the_mean_of_the_members_probabilities():
@@ -368,37 +383,85 @@ def test_official_folds_must_test_the_same_images():
 
 def test_mean_of_slices_is_one_row_a_patient_with_the_mean_probability():
     df = simulate_predictions(40, 1.)
-    p, lost = P.mean_of_slices(df)
+    p, lost = P.decide_all_volumes(df, P.VolumeRule(), level='patient')
     want = pd.DataFrame(np.exp(log_probs(df))).groupby(df.patient.to_numpy()).mean()
     np.testing.assert_allclose(np.exp(log_probs(p)), want.loc[p.patient], rtol=1e-9)
     assert lost == [] and p.n_slices.sum() == len(df) and bootstrap(p, 100).n_groups.iloc[0] == 40
 
 
-def test_worst_slice_calls_the_most_severe_class_of_any_slice():
-    df, order = simulate_predictions(60, 1.), ['NORMAL', 'DRUSEN', 'DME', 'CNV']
-    w = P.worst_slice(df.sample(frac=1, random_state=0), order)
-    calls = np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(df).argmax(1)]
-    want = pd.Series([order.index(c) for c in calls]).groupby(df.patient.to_numpy()).max().loc[w.patient]
-    assert np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(w).argmax(1)].tolist() == [order[i] for i in want]
+@pytest.mark.parametrize('n', [1, 2])
+def test_the_worst_rule_takes_the_most_severe_class_that_so_many_slices_reach(n):
+    df, order = simulate_predictions(60, 1.), ('NORMAL', 'DRUSEN', 'DME', 'CNV')
+    w, _ = P.decide_all_volumes(df.sample(frac=1, random_state=0), P.VolumeRule('worst', n, severity=order), level='patient')
+    shown = np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(df).argmax(1)]
+    ranks = pd.Series([order.index(c) for c in shown]).groupby(df.patient.to_numpy())
+    want = ranks.apply(lambda r: sorted(r, reverse=True)[min(n, len(r)) - 1]).loc[w.patient]
+    assert w.predicted.tolist() == [order[i] for i in want]
+    assert np.array(['CNV', 'DME', 'DRUSEN', 'NORMAL'])[log_probs(w).argmax(1)].tolist() == w.predicted.tolist()
+
+
+def decided(df, rule, outliers=()):
+    "A decision with this rule about these predictions, `outliers` being far from the training images."
+    f = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    d = fit_decision(val := simulate_predictions(60, seed=5), f[:len(val)], f, DecideRecipe())
+    far = np.isin(df.path, outliers)
+    return J.Judged(replace(d, volume=rule), df, np.where(far, d.outlier.threshold + 1, 0.))
+
+
+@pytest.mark.parametrize('rule', [P.VolumeRule(), P.VolumeRule('worst', 2, severity=('NORMAL', 'DRUSEN', 'DME', 'CNV')),
+                                  P.VolumeRule('worst', 1, False, ('NORMAL', 'DRUSEN', 'DME', 'CNV'))], ids=['mean', 'worst', 'worst of 1, all'])
+def test_evaluation_decides_every_volume_as_predict_does(rule):
+    "The rows that predict writes, and the table of evaluation, of the same B-scans."
+    df = simulate_predictions(40, 1.)
+    j = decided(df, rule, df.path[::3])
+    volumes = Volumes(j.decision.classes, rule)
+    for row, about in zip(judged(j.decision, j.probs, j.distance, .1), df.to_dict('records'), strict=True):
+        volumes.add(row | {k: about[k] for k in ('path', 'patient', 'eye', 'volume', 'slice')} | dict(n_slices=None, error=''))
+    shipped = pd.DataFrame(volumes.rows()).set_index('volume')
+    table, _ = J._decided_units(df, [j], None, 'volume')
+    table = table.set_index(table.path.str.split(' | ', regex=False).str[1]).loc[shipped.index]
+    for c in ('predicted', 'deferred', 'why'): assert table[c].tolist() == shipped[c].tolist()
+    assert table.n_used.tolist() == shipped.used.tolist() and (shipped.used < shipped.slices).any() == rule.drop_outliers
+    s = J.volumes_section({'student': df}, {'student': [j]}, P.VolumeRule(), QUICK)
+    n = (shipped.predicted != '')
+    assert s.table.accuracy['student, volumes'] == pytest.approx((shipped.predicted == df.groupby('volume').label.first()[shipped.index])[n].mean())
+    assert s.table.deferred['student, volumes'] == pytest.approx(shipped.deferred.mean()) and rule.text in s.caption
+    assert s.table.without['student, volumes'] == (~n).sum()
+
+
+def test_volumes_of_a_patient_are_decided_apart_and_together():
+    df = simulate_predictions(40, 1.).assign(eye=lambda d: np.where(d.slice % 2, 'OD', 'OS'))
+    s = J.volumes_section({'student': df}, {}, P.VolumeRule(), QUICK)
+    assert list(s.table.index) == ['student, volumes', 'student, patients']
+    assert s.table.n_images['student, volumes'] == df.groupby(['patient', 'eye']).ngroups > s.table.n_images['student, patients'] == 40
+    assert 'Without a decision' in s.caption
+    alone = J.volumes_section({'student': df.assign(volume='')}, {}, P.VolumeRule(), QUICK)
+    assert list(alone.table.index) == ['student, patients']
+
+
+def test_a_table_without_a_usable_volume_is_not_made():
+    df = simulate_predictions(10)
+    assert J.volumes_section({'student': df}, {'student': [decided(df, P.VolumeRule(), df.path)]}, P.VolumeRule(), QUICK) is None
 
 
 def test_patients_with_contradicting_slices_are_named_or_take_the_worst():
     df = simulate_predictions(30)
     df.loc[df.index[df.patient == df.patient.value_counts().index[0]][0], 'label'] = 'DME'
     name = df.groupby('patient').label.nunique().idxmax()
-    p, lost = P.mean_of_slices(df)
+    p, lost = P.decide_all_volumes(df, P.VolumeRule(), level='patient')
     assert lost == [name] and name not in set(p.patient)
-    s = T.patients_section({'student': df}, preset('tiny').evaluate)
-    assert f'1 patients ({name})' in s.caption and 'Worst slice: not given' in s.caption
-    assert name in set(P.mean_of_slices(df, ('NORMAL', 'DRUSEN', 'DME', 'CNV'))[0].patient)
-    known, lost = P.mean_of_slices(df.assign(patient_label='CNV'))
+    s = J.volumes_section({'student': df.drop(columns='volume')}, {}, P.VolumeRule(), QUICK)
+    assert f'1 patients ({name})' in s.caption
+    ordered = P.VolumeRule(severity=('NORMAL', 'DRUSEN', 'DME', 'CNV'))
+    assert name in set(P.decide_all_volumes(df, ordered, level='patient')[0].patient)
+    known, lost = P.decide_all_volumes(df.assign(patient_label='CNV'), P.VolumeRule(), level='patient')
     assert lost == [] and set(known.label) == {'CNV'}
 
 
 def test_a_patient_in_two_groups_is_refused():
     df = simulate_predictions(20)
     df['group'] = df.path
-    with pytest.raises(KdoctError, match='in several groups'): P.mean_of_slices(df)
+    with pytest.raises(KdoctError, match='in several groups'): P.decide_all_volumes(df, P.VolumeRule(), level='patient')
 
 
 def test_the_published_selection_stands_beside_all_slices(tmp_path):

@@ -1,4 +1,5 @@
 "The explorer: its state without widgets, its widgets without a browser, and all of it in a real browser."
+import dataclasses
 import io
 import json
 import os
@@ -125,13 +126,29 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
     cases = state.open()
     p = cases.probabilities["student"]
     assert p == pytest.approx(decision.probabilities(logits_of(cases.predictions)))
-    assert state.table.deferred.tolist() == (p.max(1) < decision.defer_below).tolist()
-    flagged = pick(state.table, Choice(strange="flagged"))
-    assert set(flagged) == set(np.flatnonzero(cases.outliers > decision.outlier.threshold))
+    assert state.table.deferred.tolist() == ((p.max(1) < decision.defer_below) | (cases.distances > decision.outlier.threshold)).tolist()
+    flagged = pick(state.table, Choice(outlier="outlier"))
+    assert set(flagged) == set(np.flatnonzero(cases.distances > decision.outlier.threshold))
     said = " ".join(explore.verdict(cases, state.subject(0)))
-    assert "remain" in said and ("Not deferred" in said) != ("DEFERRED" in said) and ("Not flagged" in said) != ("FLAGGED" in said)
+    assert "Prediction sets" in said and ("Not deferred" in said) != ("Deferred to" in said) and ("No outlier" in said) != ("Outlier:" in said)
     now = state.network(state.stamp()).answer(state.subject(0).image)
-    assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.outlier == pytest.approx(cases.outliers[0], rel=1e-3)
+    assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.distance == pytest.approx(cases.distances[0], rel=1e-3)
+
+
+def test_predict_and_explorer_say_the_same_of_every_picture(run):
+    from kdoct.predict import judged
+    decision, state = decide_fold(run, 0), Explorer()
+    cases = state.open()
+    middle = float(np.median(cases.distances))
+    decision = dataclasses.replace(decision, outlier=dataclasses.replace(decision.outlier, threshold=middle))   # half are outliers
+    state.cases = cases = dataclasses.replace(cases, decisions=dict(student=decision))
+    state.table = explore.case_table(cases)
+    rows = judged(decision, cases.probabilities["student"], cases.distances, .1)
+    for i, row in enumerate(rows):
+        assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
+        said = explore.verdict(cases, state.subject(i))
+        assert (f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred.") in said
+    assert {r["outlier"] for r in rows} == {True, False}
 
 
 def test_a_decision_of_other_weights_is_told_and_left_out(run):
@@ -189,7 +206,7 @@ def test_an_image_that_is_gone_is_told_and_the_rest_stays(run):
     assert subject.probabilities and not isinstance(state.subject(1).image, KdoctError)
     app = App()
     app.tests.list.value = 0
-    assert "ln -s" in app.viewer.picture.value and "student calls it" in app.viewer.words.value
+    assert "ln -s" in app.viewer.picture.value and "student predicts" in app.viewer.words.value
 
 
 @pytest.mark.parametrize("how", ["squash", "crop", "pad"])
@@ -330,10 +347,10 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
     app.state.subject(0).image.save(raw, "png")
     app.own.begin("mine.png", lambda name: explore.read_upload(name, raw.getvalue()))
     app.work.wait()
-    assert "student calls it" in app.viewer.words.value and "right" not in app.viewer.words.value
+    assert "student predicts" in app.viewer.words.value and "right" not in app.viewer.words.value
     app.role.value = "teacher"
     app.work.wait()
-    assert "teacher calls it" in app.viewer.words.value
+    assert "teacher predicts" in app.viewer.words.value
 
 
 def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):

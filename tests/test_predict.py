@@ -26,16 +26,16 @@ from kdoct.data import BadImage, inspect_file, prepare_data
 from kdoct.decide import Decision, Outlier
 from kdoct.deploy import Engine
 from kdoct.guard import Guard, Reader, is_plain
+from kdoct.patients import VolumeRule, decide_volume
 from kdoct.predict import (
     Predictor,
-    VolumeCalls,
+    Volumes,
     _Slot,
     answered,
     predict_files,
     read_ahead,
     record_fields,
     results_file,
-    volume_call,
 )
 
 CLASSES = ['CNV', 'DRUSEN', 'NORMAL']
@@ -78,17 +78,23 @@ def folder(tmp_path):
 # --- the numbers are those of training
 
 @pytest.fixture(scope='module')
-def shipped(tmp_path_factory):
-    "A tiny trained network, its bundle, its predictions on test images, and the folder of these."
+def trained(tmp_path_factory):
+    "A tiny run with a trained network and its bundle."
     from kdoct.deploy import export_fold
     from kdoct.teacher import train_teacher
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('t', preset('tiny', **{'data.margin': 8}))
-        facts = prepare_data(run)
+        run = create_run('t', preset('tiny', **{'data.margin': 8, 'data.phantom.slices': 2}))
+        prepare_data(run)
         train_teacher(run, 0)
-        bundle = export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
-        return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(facts['root'])
+        return run, export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
+
+
+@pytest.fixture
+def shipped(trained):
+    "The bundle, its predictions on test images, and the folder of these."
+    run, bundle = trained
+    return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(run.stage('data')['root'])
 
 
 @pytest.mark.parametrize(('engine', 'close'), [('torch', 1e-4), ('onnx', 1e-3)])
@@ -110,7 +116,7 @@ def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
         (row,) = p.predict(path)
         for picture in (Image.open(path), np.asarray(Image.open(path))):
             one = p.image(picture)
-            assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['call'] == row['call']
+            assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['predicted'] == row['predicted']
 
 
 def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_picture(tmp_path):
@@ -169,8 +175,8 @@ def test_rows_are_in_the_order_of_the_files_whatever_the_workers(folder):
 def test_a_bad_file_is_a_row_and_stops_nothing(folder):
     rows = {Path(r['path']).name: r for r in rows_of(folder)}
     assert {k: r['error'] for k, r in rows.items() if r['error']} == {'2b.png': 'empty', '4b.jpg': 'truncated', '6b.png': 'truncated'}
-    assert all(r['deferred'] and r['why'] == 'not read' and not r['call'] for r in rows.values() if r['error'])
-    assert all(r['call'] for r in rows.values() if not r['error'])
+    assert all(r['deferred'] and r['why'] == 'not read' and not r['predicted'] for r in rows.values() if r['error'])
+    assert all(r['predicted'] for r in rows.values() if not r['error'])
 
 
 def test_an_engine_that_fails_on_one_picture_fails_on_that_one(folder):
@@ -195,7 +201,7 @@ def test_a_picture_of_nothing_but_padding_stops_nothing(folder):
     bundle.framing = dict(fill_white=True)
     with Predictor(bundle) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
     assert rows['3b.png']['error'] == 'refused' and 'white padding' in rows['3b.png']['detail']
-    assert rows['4.png']['call'] and len(rows) == 11
+    assert rows['4.png']['predicted'] and len(rows) == 11
     assert p.image(Image.open(folder/'3b.png'))['error'] == 'refused'
 
 
@@ -206,7 +212,7 @@ def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
             yield from Guard.scans(p.guard, path)
         p.guard.scans = odd
         rows = {Path(r['path']).name: r for r in p.predict(folder)}
-    assert rows['3.png']['error'] == 'reader-failed' and 'Smith' not in str(rows) and rows['4.png']['call']
+    assert rows['3.png']['error'] == 'reader-failed' and 'Smith' not in str(rows) and rows['4.png']['predicted']
 
 
 def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
@@ -214,7 +220,7 @@ def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
     try: os.rename(os.fsencode(tmp_path/'a.png'), os.fsencode(tmp_path) + b'/\xff"\n.png')
     except OSError: pytest.skip('this file system has no such names')
     (row,) = rows_of(tmp_path)
-    assert row['call'] and row['path'].endswith('\\xff"\n.png')
+    assert row['predicted'] and row['path'].endswith('\\xff"\n.png')
     for kind in ('csv', 'json', 'jsonl', 'parquet'):
         with results_file(tmp_path/f'r.{kind}', record_fields(CLASSES)) as write: write(row)
     (back,) = csv.DictReader(open(tmp_path/'r.csv', encoding='utf-8', newline=''))
@@ -258,10 +264,10 @@ def test_a_blank_bscan_of_a_volume_is_a_row_with_its_reason_and_the_rest_goes_on
     pages = [noise(0), Image.fromarray(np.zeros((40, 48), np.uint8)), noise(2)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
     rows = rows_of(tmp_path/'v.tif')
-    assert [(r['slice'], r['error'], bool(r['call'])) for r in rows] == [(0, '', True), (1, 'blank', False), (2, '', True)]
-    calls = VolumeCalls(CLASSES)
-    for r in rows: calls.add(r)
-    (volume,) = calls.rows()
+    assert [(r['slice'], r['error'], bool(r['predicted'])) for r in rows] == [(0, '', True), (1, 'blank', False), (2, '', True)]
+    volumes = Volumes(CLASSES, VolumeRule())
+    for r in rows: volumes.add(r)
+    (volume,) = volumes.rows()
     assert (volume['slices'], volume['used'], volume['failed']) == (3, 2, 1)
 
 
@@ -271,7 +277,7 @@ def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_p
     photo = disc*np.array([200, 100, 50]) + np.random.default_rng(0).normal(0, 5, (240, 320, 3))
     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path/'fundus.jpg')
     (row,) = rows_of(tmp_path)
-    assert row['error'] == 'not-a-bscan' and not row['call'] and 'colour' in row['detail']
+    assert row['error'] == 'not-a-bscan' and not row['predicted'] and 'colour' in row['detail']
     with Predictor(straw(channels=3)) as p: assert next(p.predict(tmp_path))['error'] == ''
 
 
@@ -282,7 +288,7 @@ def test_a_row_is_deferred_for_confidence_or_for_strangeness(folder, p, score, w
     def engine(x):
         return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
     with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
-    assert (row['why'], row['deferred'], row['outlier'], row['call']) == (why, bool(why), score > 2, 'CNV')
+    assert (row['why'], row['deferred'], row['outlier'], row['predicted']) == (why, bool(why), score > 2, 'CNV')
 
 
 # --- batches
@@ -397,13 +403,13 @@ def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path)
 # --- volumes
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 4))
-def test_the_worst_rule_is_the_most_severe_class_that_enough_slices_reach(calls, enough):
-    p = np.eye(3)[calls]*.8 + .1
-    order = [2, 0, 1]                                # harmless to severe
-    rank = sorted((order.index(c) for c in calls), reverse=True)
-    call, _, deciding = volume_call(p, 'worst', order, enough)
-    assert order.index(call) == rank[min(enough, len(calls)) - 1]
-    assert set(deciding) <= {i for i, c in enumerate(calls) if order.index(c) >= order.index(call)}
+def test_the_worst_rule_is_the_most_severe_class_that_enough_slices_reach(shown, enough):
+    p = np.eye(3)[shown]*.8 + .1
+    order = ['NORMAL', 'CNV', 'DRUSEN']              # harmless to severe
+    ranks = [order.index(CLASSES[k]) for k in shown]
+    d = decide_volume(p, CLASSES, VolumeRule('worst', enough, severity=order))
+    assert order.index(d.predicted) == sorted(ranks, reverse=True)[min(enough, len(shown)) - 1]
+    assert set(d.deciding) <= {i for i, r in enumerate(ranks) if r >= order.index(d.predicted)}
 
 
 def slices(n=5, **given):
@@ -412,43 +418,43 @@ def slices(n=5, **given):
     return [base | dict(slice=i) | {f'probability_{c}': v for c, v in zip(CLASSES, p, strict=True)} | given for i, p in enumerate(probs)]
 
 
-def call_of(rows, **how):
-    calls = VolumeCalls(CLASSES, ['NORMAL', 'DRUSEN', 'CNV'], **how)
-    for r in rows: calls.add(r)
-    (out,) = calls.rows()
+def volume_of(rows, **how):
+    volumes = Volumes(CLASSES, VolumeRule(**dict(rule='worst', severity=('NORMAL', 'DRUSEN', 'CNV')) | how))
+    for r in rows: volumes.add(r)
+    (out,) = volumes.rows()
     return out
 
 
-def test_outliers_and_failed_slices_are_left_out_of_the_call_and_counted():
+def test_outliers_and_failed_slices_are_left_out_of_the_decision_and_counted():
     rows = slices()
     rows[1]['outlier'], rows[3]['error'] = True, 'corrupt'
-    row = call_of(rows, enough=1)
-    assert (row['call'], row['deciding'], row['slices'], row['used'], row['outliers'], row['failed']) == ('CNV', [2], 5, 3, 1, 1)
-    assert call_of(rows)['call'] == 'NORMAL'         # one CNV slice is not two
+    row = volume_of(rows, min_slices=1)
+    assert (row['predicted'], row['deciding'], row['slices'], row['used'], row['outliers'], row['failed']) == ('CNV', [2], 5, 3, 1, 1)
+    assert volume_of(rows)['predicted'] == 'NORMAL'         # one CNV slice is not two
 
 
 def test_slices_that_a_broken_file_never_gave_have_failed():
-    row = call_of(slices(n=40))
-    assert (row['slices'], row['used'], row['failed'], row['deferred'], row['why']) == (40, 5, 35, True, 'most slices left out')
+    row = volume_of(slices(n=40))
+    assert (row['slices'], row['used'], row['failed'], row['deferred'], row['why']) == (40, 5, 35, True, 'most B-scans left out')
 
 
-def test_a_volume_without_a_usable_slice_has_no_call():
-    row = call_of(slices(outlier=True))
-    assert (row['call'], row['deferred'], row['why'], row['confidence']) == ('', True, 'no usable slice', None)
+def test_a_volume_without_a_usable_slice_has_no_prediction():
+    row = volume_of(slices(outlier=True))
+    assert (row['predicted'], row['deferred'], row['why'], row['confidence']) == ('', True, 'no usable B-scan', None)
 
 
-def test_a_call_that_rests_on_deferred_slices_is_deferred():
+def test_a_volume_that_rests_on_deferred_slices_is_deferred():
     rows = slices()
     rows[1]['deferred'] = rows[2]['deferred'] = True
-    assert call_of(rows)['why'] == 'deciding slices deferred'
+    assert volume_of(rows)['why'] == 'deciding B-scans deferred'
     rows[2]['deferred'] = False
-    assert not call_of(rows)['deferred']
+    assert not volume_of(rows)['deferred']
 
 
 def test_two_files_with_the_same_volume_name_are_two_volumes():
-    calls = VolumeCalls(CLASSES)
-    for r in slices() + slices(path='b.vol'): calls.add(r)
-    assert [(r['path'], r['slices']) for r in calls.rows()] == [('a.vol', 5), ('b.vol', 5)]
+    volumes = Volumes(CLASSES, VolumeRule())
+    for r in slices() + slices(path='b.vol'): volumes.add(r)
+    assert [(r['path'], r['slices']) for r in volumes.rows()] == [('a.vol', 5), ('b.vol', 5)]
 
 
 # --- the command
@@ -505,10 +511,52 @@ def test_an_empty_folder_is_an_error_that_says_so(tmp_path):
     assert os.listdir(tmp_path) == ['in']
 
 
+def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, capsys):
+    order = ('NORMAL', 'DRUSEN', 'CNV')
+    bundle = straw()
+    bundle.decision = replace(bundle.decision, volume=VolumeRule('worst', 2, True, order))
+    predict_files(bundle, [folder], tmp_path/'a.csv')
+    assert 'decided as asked' not in capsys.readouterr().err
+    predict_files(bundle, [folder], tmp_path/'b.csv', volume_rule='mean')
+    assert 'mean of the B-scans' in (err := capsys.readouterr().err) and 'evaluated with its own rule: most severe class on 2 B-scans' in err
+    predict_files(bundle, [folder], tmp_path/'c.csv', min_slices=5)
+    assert 'most severe class on 5 B-scans' in capsys.readouterr().err
+    with pytest.raises(KdoctError, match='order of severity'): predict_files(straw(), [folder], tmp_path/'d.csv', volume_rule='worst')
+    with pytest.raises(KdoctError, match='no use for a number'): predict_files(straw(), [folder], tmp_path/'e.csv', min_slices=2)
+    with pytest.raises(KdoctError, match='wants 0 B-scans'): predict_files(bundle, [folder], tmp_path/'f.csv', min_slices=0)
+
+
+@pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the same asked for'])
+def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
+    "Files of the test volumes, from pixels to the table of evaluation."
+    from kdoct.core import EvaluateRecipe
+    from kdoct.judged import read_judged, volumes_section
+    bundle, table, root = shipped
+    for (patient, eye), rows in table.groupby(['patient', 'eye']):
+        pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]
+        pages[0].save(tmp_path/f'{patient}_{eye}.tif', save_all=True, append_images=pages[1:])
+    predict_files(bundle, [tmp_path], tmp_path/'rows.csv', tmp_path/'volumes.csv', engine='torch', **how)
+    said = pd.read_csv(tmp_path/'volumes.csv').assign(name=lambda d: d.path.map(lambda p: Path(p).stem)).set_index('name')
+    j = read_judged(trained[0].stage_dir(0, 'teacher'), table)
+    s = volumes_section({'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100))
+    row = s.table.loc['teacher, volumes']
+    truth = table.assign(name=table.patient + '_' + table.eye).groupby('name').label.agg(lambda y: y.iloc[0] if y.nunique() == 1 else None).dropna()
+    said = said.loc[truth.index]              # phantoms have no order of severity: eyes with slices of two classes are left out
+    usable = said.predicted.notna()
+    assert len(said) == row.n_units and said.deferred.mean() == pytest.approx(row.deferred) and (said.slices == 2).all()
+    assert (said.predicted == truth)[usable].mean() == pytest.approx(row.accuracy) and (~usable).sum() == row.without
+    assert s.caption.count(said.rule.iloc[0]) == 1
+
+
+def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
+    from kdoct.deploy import open_bundle
+    assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
+
+
 def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
-    with pytest.raises(KdoctError, match='no conformal sets for alpha 0.3'): Predictor(straw(), alpha=.3)
-    with pytest.raises(KdoctError, match='order of severity'): VolumeCalls(CLASSES, rule='worst')
-    with pytest.raises(KdoctError, match='no rule'): VolumeCalls(CLASSES, rule='best')
+    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.3'): Predictor(straw(), alpha=.3)
+    with pytest.raises(KdoctError, match='order of severity'): VolumeRule('worst')
+    with pytest.raises(KdoctError, match='no volume rule'): VolumeRule('best')
 
 
 # --- real files
