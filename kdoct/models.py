@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'computes_bf16', 'resolve_precision', 'Bf16Step', 'autocast', 'set_tf32', 'float32_products', 'Classifier',
            'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'read_state', 'misfits',
-           'check_fit', 'read_bundle', 'create_classifier', 'count_parameters', 'save_bundle', 'load_bundle',
-           'class_order', 'load_for_classes', 'data_identity', 'weights_origin', 'check_origin', 'import_bundle']
+           'check_fit', 'read_bundle', 'create_classifier', 'count_parameters', 'data_identity', 'save_bundle',
+           'load_bundle', 'class_order', 'load_for_classes', 'weights_origin', 'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
 import importlib
@@ -393,6 +393,16 @@ def count_parameters(
     "Number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+# %% ../nbs/02_models.ipynb #ea5b27f7
+def data_identity(
+    data:DataRecipe,  # part of a recipe
+)->str:               # the same text for the same images
+    "A name for the images that a recipe reads."
+    match data.source:
+        case 'phantom': return f'phantom {data.phantom.model_dump_json()}'
+        case 'folder' | 'csv': return f'{data.source} {Path(data.root or "").expanduser().resolve().as_posix()}'
+        case public: return public
+
 # %% ../nbs/02_models.ipynb #1e847863
 def _write_bundle(
     folder:str|Path,   # where the two files go
@@ -464,16 +474,6 @@ def load_for_classes(
         raise KdoctError(f"The classes of the network in {folder} cannot be put into the order {', '.join(classes)}.",
                          fix=f"Give the run its order: --set data.classes={','.join(about['classes'])}")
     return model, about
-
-# %% ../nbs/02_models.ipynb #ea5b27f7
-def data_identity(
-    data:DataRecipe,  # part of a recipe
-)->str:               # the same text for the same images
-    "A name for the images that a recipe reads."
-    match data.source:
-        case 'phantom': return f'phantom {data.phantom.model_dump_json()}'
-        case 'folder' | 'csv': return f'{data.source} {Path(data.root or "").expanduser().resolve().as_posix()}'
-        case public: return public
 
 # %% ../nbs/02_models.ipynb #b7b42daa
 def weights_origin(
