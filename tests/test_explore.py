@@ -369,7 +369,7 @@ def test_importing_the_explorer_does_not_wait_for_torch():
 # --- as a page
 
 def test_without_voila_the_extra_is_named(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "voila.app", None)
+    monkeypatch.setitem(sys.modules, "voila", None)
     with pytest.raises(KdoctError, match=r"kdoct\[app\]"): explore.serve(browser=False)
 
 
