@@ -16,7 +16,7 @@ from .core import KdoctError, Run, read_json, sha256_file, stage_command
 from .decide import fitted_on
 from .metrics import EACH_CLASS
 from .probe import run_verdict
-from .tables import NO_INTERVAL, blanked_warning, interval_text
+from .tables import blanked_warning, interval_text
 
 # %% ../nbs/07b_card.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'
@@ -104,13 +104,15 @@ def _data_facts(run, fold):
 
 # %% ../nbs/07b_card.ipynb #92fea03f
 _SCORES = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'specificity': 'macro specificity %', 'precision': 'macro precision %',
-           'f1': 'macro F1 %', 'auc': 'AUC', 'nll': 'NLL', 'ece': 'ECE', 'brier': 'Brier'}
+           'f1': 'macro F1 %', 'auc': 'AUC', 'nll': 'NLL', 'ece': 'ECE %', 'brier': 'Brier'}
 
 def _evaluation(run, fold, role):
     "evaluation.json of the fold where it is of the role's predictions, else None and why."
     path, predictions = run.fold_dir(fold)/'evaluation.json', run.stage_dir(fold, role)/'predictions.parquet'
     if not path.exists(): return None, f'{NOT}: the fold was not evaluated before this was written (stage 05_evaluate)'
     e = read_json(path)
+    if any('texts' not in s for s in e.get('sections', {}).values()):
+        return None, f'{NOT}: the evaluation is of an earlier version of kdoct (stage 05_evaluate)'
     if not predictions.exists() or e.get('predictions', {}).get(role) != sha256_file(predictions):
         return None, f'{NOT}: the evaluation is of other predictions (stage 05_evaluate)'
     return e, ''
@@ -127,9 +129,9 @@ def _of_role(sections, role):
     out = {}
     for key in (k for k in _DECISIONS if k in sections):
         s = sections[key]
-        rows = {n: r for n, r in s['table'].items() if n == role or n.startswith(f'{role}, ')}
-        if key == 'operating' and s['title'].endswith(f'the {role}'): rows = s['table']
-        if rows: out[key] = dict(title=s['title'], caption=s['caption'], table=rows)
+        is_all_about_it = key == 'operating' and s['title'].endswith(f'the {role}')
+        rows = [n for n in s['table'] if is_all_about_it or n == role or n.startswith(f'{role}, ')]
+        if rows: out[key] = dict(title=s['title'], caption=s['caption'], **{what: {n: s[what][n] for n in rows} for what in ('table', 'texts')})
     return out
 
 def _measured(run, fold, role):
@@ -259,16 +261,6 @@ def _results_text(card):
                 *_grid(['score', 'mean', 'sd'], [[s, v.get('mean'), v.get('sd')] for s, v in folds['mean_sd'].items() if s in _SCORES])]
     return out
 
-def _with_intervals(row):
-    "A row of numbers, each estimate in one cell with its interval."
-    row = {k.removesuffix('_difference'): v for k, v in row.items()}
-    ends = {k for k in row if k.endswith(('_low', '_high')) and k.rpartition('_')[0] in row}
-    def text(k, v):
-        if f'{k}_low' not in ends or v is None: return v
-        low, high = row[f'{k}_low'], row[f'{k}_high']
-        return f'{_cell(v)} {NO_INTERVAL}' if low is None else f'{_cell(v)} [{_cell(low)}, {_cell(high)}]'
-    return {k: text(k, v) for k, v in row.items() if k not in ends}
-
 def _decision_text(card):
     "Section of calibration and thresholds."
     d = card['decision']
@@ -287,16 +279,18 @@ def _decision_text(card):
         points = d['operating_points']
         out += ['Operating points of each class against the rest, chosen and counted on these patients; what they do on test is not recorded:',
                 *_grid(list(points[0]) if points else ['class'], [list(p.values()) for p in points])]
-    for s in card['measured']['decisions'].values():
-        rows = {n: _with_intervals(r) for n, r in s['table'].items()}
-        columns = list(dict.fromkeys(c for r in rows.values() for c in r))
-        out += [f'### {s["title"]}, on test patients', '', s['caption'], *_grid(['', *columns], [[n, *(r.get(c) for c in columns)] for n, r in rows.items()])]
+    for section in card['measured']['decisions'].values():
+        notes = [f'{name}: {row["note"]}' for name, row in section['table'].items() if row.get('note')]
+        texts = {name: {h: t for h, t in row.items() if h != 'note'} for name, row in section['texts'].items()}
+        heads = list(dict.fromkeys(h for row in texts.values() for h in row if row[h] != ''))
+        rows = [[name, *(row.get(h, '') for h in heads)] for name, row in texts.items()]
+        out += [f'### {section["title"]}, on test patients', '', section['caption'], *_grid(['', *heads], rows), *_list(notes)]
     return out
 
 # %% ../nbs/07b_card.ipynb #024f57fa
 _FORMAT = {  # what an export notes of a format -> heading, text
     'kept': ('kept', lambda v: 'yes' if v else 'no'), 'bytes': ('MB', lambda v: f'{v/1e6:.1f}'),
-    'parity.probability': ('largest difference of a probability', '{:.1e}'.format), 'parity.labels': ('same call %', lambda v: f'{100*v:.1f}'),
+    'parity.probability': ('largest difference of a probability', '{:.1e}'.format), 'parity.labels': ('same predicted class %', lambda v: f'{100*v:.1f}'),
     'parity.lost_points': ('accuracy lost [points]', '{:.2f}'.format), 'latency_ms': ('one picture [ms]', '{:.1f}'.format),
     'images_a_second': ('pictures a second', '{:.0f}'.format),
     'times_as_fast': ('times as fast as in float32', '{:.2f}'.format), 'times_as_fast_in_batches': ('in batches', '{:.2f}'.format), 'reason': ('reason', str)}
@@ -345,6 +339,10 @@ def _licences_text(known, data):
             *_list(known['what_follows'])]
 
 # %% ../nbs/07b_card.ipynb #35dd9f3d
+def _millions(n):
+    "A number of parameters, as in the report."
+    return f'{n/1e6:.2f} M' if isinstance(n, (int, float)) else _cell(n)
+
 def card_text(
     card:dict,  # from `card_facts`
 )->str:         # Markdown
@@ -352,7 +350,7 @@ def card_text(
     m, s, c, out = card['model'], card['source'], card['cost'], []
     def section(title, *lines): out.extend([f'## {title}', '', *lines, ''])
     taught = '; '.join(f"{t['role']} ({t['arch'] or NOT})" for t in m['taught_by'])
-    section('Network', f"{m['arch']}, {_cell(m['parameters'])} parameters, {m['role']} of fold {s['fold']} of run {s['run']}"
+    section('Network', f"{m['arch']}, {_millions(m['parameters'])} parameters, {m['role']} of fold {s['fold']} of run {s['run']}"
             + (f', distilled from {taught}' if taught else '') + f". Classes, in this order: {_cell(m['classes'])}.", '', f"Input: {_cell(m['input'])}.",
             f"Output: {_cell(m['outputs'])}.")
     section('Intended use', *_list(card['use']['intended']))
@@ -365,7 +363,7 @@ def card_text(
     section('Licences', *_licences_text(card['licences'], card['data']))
     section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_cell(c["machine"])}.',
                                     f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
-    section('Where it comes from', *_grid(['what', 'value'], list(_leaves(s))))
+    section('Where it comes from', *_grid(['what', 'value'], [[k, v] for k, v in _leaves(s) if v not in (None, '', NOT)]))
     text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '',
                       *(f'**Warning.** {w}\n' for w in card['warnings']), *out])
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'

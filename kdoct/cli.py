@@ -192,9 +192,9 @@ def import_(
     classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's authors: NORMAL,DRUSEN,CNV (NEH), CNV,DME,DRUSEN,NORMAL (UCSD).")],
     size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
     role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
-    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
+    out:Annotated[Path|None, typer.Option(help="The model folder. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
 ):
-    "Make a bundle of somebody else's state dict, after checking every name and shape."
+    "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models import import_bundle
     folder = out or outputs_root()/'imported'/file.stem
     about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role)
@@ -297,7 +297,7 @@ def predict(
     volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the deciding B-scans.")]=None,
     volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the most severe class that enough B-scans show). "
                                             "Default: the bundle's rule, with which it was evaluated.")]='',
-    min_slices:Annotated[int, typer.Option(min=0, help="B-scans that must show a class for the rule worst. Default (0): the bundle's number.")]=0,
+    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the bundle's number.")]=None,
     engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks.")]='',
     threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
     workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,

@@ -37,7 +37,7 @@ from .augment import Batches
 from .bundle import open_sealed, seal
 from .core import KdoctError, Run, provenance, read_json, require_extra, usable_cores, write_json
 from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image_bytes, resized
-from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits
+from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits, told_apart
 from .frozen import freeze, private_copy
 from .models import Classifier, load_bundle
 
@@ -412,7 +412,7 @@ def compare(
     got:dict,            # answers of an engine: probabilities (n, classes), outlier (n,)
     want:dict,           # answers of PyTorch
     labels:np.ndarray,   # (n,) true classes, as numbers
-    threshold:float,     # distance from which a picture is flagged
+    threshold:float,     # a picture with a larger distance is an outlier
     val:np.ndarray,      # (n,) bool: pictures of the validation part, on which accuracy is counted
 )->dict:                 # how far the two are apart
     "Parity of an engine with PyTorch on the same pictures."
@@ -428,9 +428,10 @@ def refused(
     exact:bool,     # whether the engine calculates in float32
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
-    why = [f"a {k} is off by {parity[k]:.2g} (at most {LIMITS[k]:g})" for k in ('probability', 'distance') if exact and parity[k] > LIMITS[k]]
-    why += [f"{100*parity[k]:.2f} % of {k} agree (at least {100*LIMITS[k]:g} %)" for k in ('labels', 'flags') if parity[k] < LIMITS[k]]
-    return '; '.join(why)
+    off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity[k] > LIMITS[k]}
+    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in ('labels', 'flags') if parity[k] < LIMITS[k]}
+    return '; '.join([*(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
+                      *(f'{got} % of {k} agree (at least {limit} %)' for k, (got, limit) in few.items())])
 
 # %% ../nbs/07_deploy.ipynb #7a54c14b
 def ask_all(
@@ -471,8 +472,9 @@ def worth_it(
     "Whether INT8 is faster enough than OpenVINO in float32, and loses little enough."
     times, many = timed['openvino']['latency_ms']/timed['int8']['latency_ms'], timed['int8']['images_a_second']/timed['openvino']['images_a_second']
     facts = dict(times_as_fast=times, times_as_fast_in_batches=many)
-    why = [] if times >= LIMITS['speed'] else [f"{times:.2f} times as fast as OpenVINO in float32 (at least {LIMITS['speed']:g})"]
-    if parity['lost_points'] > LIMITS['points']: why.append(f"loses {parity['lost_points']:.2f} points of accuracy (at most {LIMITS['points']:g})")
+    (fast, wished), (lost, most) = told_apart(times, LIMITS['speed'], 2), told_apart(parity['lost_points'], LIMITS['points'], 2)
+    why = [] if times >= LIMITS['speed'] else [f'{fast} times as fast as OpenVINO in float32 (at least {wished})']
+    if parity['lost_points'] > LIMITS['points']: why.append(f'loses {lost} points of accuracy (at most {most})')
     return facts, '; '.join(why)
 
 def calibration_rows(

@@ -670,7 +670,8 @@ def _weights_text(run, folds):
 
 def _plain_tables(result):
     "The same as JSON wants it."
-    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table)) for k, s in result['sections'].items()}
+    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table), texts=_numbers(s.texts.fillna('').astype(str)))
+             for k, s in result['sections'].items()}   # numbers for programs, texts as a report shows them
     return dict(warnings=result['warnings'], protocol=result['protocol'], table=_numbers(result['table']),
                 differences=_numbers(result['differences']), sections=plain)
 

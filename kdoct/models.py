@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'resolve_precision', 'Bf16Step', 'autocast', 'Classifier', 'head_modules', 'undecayed', 'map_lite_names',
            'probe_picture', 'check_numbers', 'read_state', 'misfits', 'check_fit', 'read_bundle', 'create_classifier',
-           'count_parameters', 'save_bundle', 'load_bundle', 'class_order', 'load_for_classes', 'data_identity',
+           'count_parameters', 'data_identity', 'save_bundle', 'load_bundle', 'class_order', 'load_for_classes',
            'weights_origin', 'check_origin', 'import_bundle']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
@@ -241,6 +241,9 @@ def _load_tensors(path:Path)->dict:
     if not path.is_file(): raise KdoctError(f"There is no weight file {path}.", fix="Give the path of a .safetensors, .pth, .pt or .bin file.")
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
+        with open(path, 'rb') as f: first = f.read(1)
+        if first == b'<':
+            raise KdoctError(f"{path.name} is a web page, no weights.", fix="The download gave a page instead of the file: get it in a browser.") from e
         raise KdoctError(f"{path.name} does not hold plain tensors, or is damaged ({type(e).__name__}).",
                          fix="Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)") from e
 
@@ -320,7 +323,7 @@ def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
 def read_bundle(
     folder:str|Path,    # with model.safetensors and model.json
 )->tuple[dict, dict]:   # model.json; name -> tensor
-    "Both files of a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
+    "Both files of a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     folder = Path(folder)
     about = read_json(folder/'model.json')
     if not (folder/'model.safetensors').exists() or sha256_file(folder/'model.safetensors') != about['weights_sha256']:
@@ -328,10 +331,10 @@ def read_bundle(
     return about, load_file(folder/'model.safetensors')
 
 def _from_bundle(folder:str, arch:str, size:int, **kwargs)->nn.Module:
-    "A model with a bundle's weights and normalisation, all but the classifier."
+    "A model with a model folder's weights and normalisation, all but the classifier."
     about, state = read_bundle(folder)
     require_same_arch(about, folder, arch)
-    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The bundle in {folder} ({about['input_size']} px)", arch)
+    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The network in {folder} ({about['input_size']} px)", arch)
     body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
     return body
 
@@ -361,6 +364,16 @@ def count_parameters(
     "Number of trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+# %% ../nbs/02_models.ipynb #ea5b27f7
+def data_identity(
+    data:DataRecipe,  # part of a recipe
+)->str:               # the same text for the same images
+    "A name for the images that a recipe reads."
+    match data.source:
+        case 'phantom': return f'phantom {data.phantom.model_dump_json()}'
+        case 'folder' | 'csv': return f'{data.source} {Path(data.root or "").expanduser().resolve().as_posix()}'
+        case public: return public
+
 # %% ../nbs/02_models.ipynb #1e847863
 def _write_bundle(
     folder:str|Path,   # where the two files go
@@ -385,17 +398,17 @@ def save_bundle(
     classes:list[str],   # in the order of the logits
     **facts,             # e.g. folds_sha256, metrics
 )->dict:                 # what stands in model.json
-    "The bundle of a network that a run has trained."
+    "The model folder of a network that a run has trained."
     return _write_bundle(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
                          recipe=recipe.model_dump(mode='json'), **facts)
 
 def load_bundle(
     folder:str|Path,   # with model.safetensors and model.json
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU, and its model.json
-    "Read a bundle; `KdoctError` if it is incomplete or its halves do not belong together."
+    "Read a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     about, state = read_bundle(folder)
     body = _timm_model(about['arch'], about['input_size'], num_classes=len(about['classes']))
-    check_fit(body, state, f'The bundle in {folder}', about['arch'])
+    check_fit(body, state, f'The network in {folder}', about['arch'])
     body.load_state_dict(state)
     net = Classifier(body, about['input_size'], about['mean'], about['std'], about['interpolation'])
     return net.to(memory_format=torch.channels_last).eval(), about
@@ -433,21 +446,11 @@ def load_for_classes(
                          fix=f"Give the run its order: --set data.classes={','.join(about['classes'])}")
     return model, about
 
-# %% ../nbs/02_models.ipynb #ea5b27f7
-def data_identity(
-    data:DataRecipe,  # part of a recipe
-)->str:               # the same text for the same images
-    "A name for the images that a recipe reads."
-    match data.source:
-        case 'phantom': return f'phantom {data.phantom.model_dump_json()}'
-        case 'folder' | 'csv': return f'{data.source} {Path(data.root or "").expanduser().resolve().as_posix()}'
-        case public: return public
-
 # %% ../nbs/02_models.ipynb #b7b42daa
 def weights_origin(
     recipe:TrainRecipe,  # architecture and weights
 )->dict:                 # for model.json, under `weights_from`
-    "Where a network's first weights come from; for a bundle also what it was trained on, and where its own came from."
+    "Where a network's first weights come from; for a model folder also what it was trained on, and where its own came from."
     path = Path(recipe.weights)
     if recipe.weights in ('none', 'hub', 'package'): return dict(kind=recipe.weights)
     if not path.is_dir(): return dict(kind='file', file=path.name, sha256=sha256_file(path))
@@ -486,12 +489,12 @@ def import_bundle(
     path:str|Path,       # .pth, .pt, .bin or .safetensors with tensors only
     arch:str,            # timm model name
     classes:list[str],   # in the order of the logits
-    folder:str|Path,     # where the bundle goes; must not hold one
+    folder:str|Path,     # the model folder; must not hold one
     size:int=384,        # side of the square input [px]
     role:str='student',  # teacher, student or baseline
 )->dict:                 # what stands in model.json
-    "Make a bundle of a state dict; `KdoctError` unless every tensor has its place in the network."
-    if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a bundle already.", fix="Name another folder: --out DIR")
+    "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
+    if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a network already.", fix="Name another folder: --out DIR")
     if role not in ROLES: raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)): raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once.")
     body, state = _timm_model(arch, size, num_classes=len(classes)), _state_for(arch, path)

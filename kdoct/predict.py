@@ -236,11 +236,15 @@ def _decided(self:Volumes, v:_Volume)->dict:
 def asked_rule(
     shipped:VolumeRule,  # the bundle's
     rule:str='',         # mean or worst instead; '': the bundle's
-    min_slices:int=0,    # another number of B-scans for `worst`; 0: the bundle's
+    min_slices:int|None=None,  # another number of B-scans for `worst`, 1 or more; None: the bundle's
 )->tuple[VolumeRule, str]:  # the rule that is used; what is to be said about it, '' if it is the bundle's
     "The bundle's rule, or what is asked for instead, which nobody has evaluated."
-    asked = dict(rule=rule or shipped.rule, min_slices=min_slices or shipped.min_slices)
-    if (used := replace(shipped, **asked)) == shipped: return shipped, ''
+    name = rule or shipped.rule
+    if name == 'mean' and min_slices is not None:
+        raise KdoctError(f"The volume rule is mean, which has no use for a number of B-scans ({min_slices}).",
+                         fix="Leave --min-slices out, or ask for --volume-rule worst.")
+    used = replace(shipped, rule=name, min_slices=shipped.min_slices if min_slices is None else min_slices)
+    if used == shipped: return shipped, ''
     return used, f"Volumes are decided as asked for: {used.text}. The bundle was evaluated with its own rule: {shipped.text}."
 
 # %% ../nbs/07c_predict.ipynb #86ab1bfc
@@ -502,7 +506,7 @@ def predict_files(
     out=None,               # file of results (.csv, .json, .jsonl, .parquet); None: CSV to standard output
     volumes_out=None,       # file of the volumes; None: not written
     volume_rule:str='',     # mean or worst; '': the bundle's rule
-    min_slices:int=0,       # B-scans that must show a class for the rule worst; 0: the bundle's number
+    min_slices:int|None=None,  # B-scans that must show a class for the rule worst, 1 or more; None: the bundle's number
     **how,                  # engine, threads, workers, batch, alpha, key, seconds, memory, as `Predictor`
 )->dict[str, int]:          # rows by outcome: predicted, unsure, outliers, failed; and the failed ones by kind
     "Predict files, write rows as they come, and say in numbers what was done."

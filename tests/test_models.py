@@ -233,7 +233,7 @@ def test_a_bundle_of_another_architecture_is_refused_before_training(tmp_path):
 
 
 def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
-    with pytest.raises(KdoctError, match='no bundle'): models.require_weights(starting_from(tmp_path))
+    with pytest.raises(KdoctError, match='no model folder'): models.require_weights(starting_from(tmp_path))
     bundle_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
@@ -350,7 +350,7 @@ def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
 
 def test_a_bundle_is_not_overwritten(theirs, tmp_path):
     imported(tmp_path, theirs.state_dict())
-    with pytest.raises(KdoctError, match='holds a bundle already'): imported(tmp_path, theirs.state_dict())
+    with pytest.raises(KdoctError, match='holds a network already'): imported(tmp_path, theirs.state_dict())
 
 
 def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, capsys):
@@ -360,4 +360,9 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     assert e.value.code == 0 and (outputs/'imported'/'best'/'model.json').is_file()
     assert 'student.weights=' in (out := capsys.readouterr().out) and 'not known' in out
     with pytest.raises(SystemExit) as e: main(arguments)
-    assert e.value.code == 1 and 'holds a bundle already' in capsys.readouterr().err
+    assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
+
+
+def test_a_web_page_instead_of_weights_is_named(tmp_path):
+    (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
+    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'bundle')

@@ -78,17 +78,23 @@ def folder(tmp_path):
 # --- the numbers are those of training
 
 @pytest.fixture(scope='module')
-def shipped(tmp_path_factory):
-    "A tiny trained network, its bundle, its predictions on test images, and the folder of these."
+def trained(tmp_path_factory):
+    "A tiny run with a trained network and its bundle."
     from kdoct.deploy import export_fold
     from kdoct.teacher import train_teacher
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('t', preset('tiny', **{'data.margin': 8}))
-        facts = prepare_data(run)
+        run = create_run('t', preset('tiny', **{'data.margin': 8, 'data.phantom.slices': 2}))
+        prepare_data(run)
         train_teacher(run, 0)
-        bundle = export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
-        return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(facts['root'])
+        return run, export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
+
+
+@pytest.fixture
+def shipped(trained):
+    "The bundle, its predictions on test images, and the folder of these."
+    run, bundle = trained
+    return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(run.stage('data')['root'])
 
 
 @pytest.mark.parametrize(('engine', 'close'), [('torch', 1e-4), ('onnx', 1e-3)])
@@ -516,6 +522,30 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
     predict_files(bundle, [folder], tmp_path/'c.csv', min_slices=5)
     assert 'most severe class on 5 B-scans' in capsys.readouterr().err
     with pytest.raises(KdoctError, match='order of severity'): predict_files(straw(), [folder], tmp_path/'d.csv', volume_rule='worst')
+    with pytest.raises(KdoctError, match='no use for a number'): predict_files(straw(), [folder], tmp_path/'e.csv', min_slices=2)
+    with pytest.raises(KdoctError, match='wants 0 B-scans'): predict_files(bundle, [folder], tmp_path/'f.csv', min_slices=0)
+
+
+@pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the same asked for'])
+def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
+    "Files of the test volumes, from pixels to the table of evaluation."
+    from kdoct.core import EvaluateRecipe
+    from kdoct.judged import read_judged, volumes_section
+    bundle, table, root = shipped
+    for (patient, eye), rows in table.groupby(['patient', 'eye']):
+        pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]
+        pages[0].save(tmp_path/f'{patient}_{eye}.tif', save_all=True, append_images=pages[1:])
+    predict_files(bundle, [tmp_path], tmp_path/'rows.csv', tmp_path/'volumes.csv', engine='torch', **how)
+    said = pd.read_csv(tmp_path/'volumes.csv').assign(name=lambda d: d.path.map(lambda p: Path(p).stem)).set_index('name')
+    j = read_judged(trained[0].stage_dir(0, 'teacher'), table)
+    s = volumes_section({'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100))
+    row = s.table.loc['teacher, volumes']
+    truth = table.assign(name=table.patient + '_' + table.eye).groupby('name').label.agg(lambda y: y.iloc[0] if y.nunique() == 1 else None).dropna()
+    said = said.loc[truth.index]              # phantoms have no order of severity: eyes with slices of two classes are left out
+    usable = said.predicted.notna()
+    assert len(said) == row.n_units and said.deferred.mean() == pytest.approx(row.deferred) and (said.slices == 2).all()
+    assert (said.predicted == truth)[usable].mean() == pytest.approx(row.accuracy) and (~usable).sum() == row.without
+    assert s.caption.count(said.rule.iloc[0]) == 1
 
 
 def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
