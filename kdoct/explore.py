@@ -550,18 +550,6 @@ def own_subject(self:Explorer,
     facts = dict(file=own.file, size=f'{own.image.width} x {own.image.height} px') | {k: v for k, v in more.items() if v}
     return Subject(('own', hashlib.sha256(own.image.tobytes()).hexdigest()), f'{own.file} {own.scan}'.strip(), facts, own.image)
 
-# %% ../nbs/09_explore.ipynb #aecd8abe
-@patch
-def thumbnails(self:Explorer,
-    rows,         # of `table`
-    side:int=56,  # of the small pictures [px]
-)->list[str]:     # data: addresses, one a row; empty where the decoded squares are no longer there
-    "Small pictures of test images, as the networks see them."
-    if self.cache is None: return []
-    squares = self.cache.images[self.cache.rows(self.hashes[p] for p in self.table.path[rows])]
-    return [_uri(_fitted(Image.fromarray(a), side, side), 'jpeg', quality=80) for a in squares]
-
-
 # %% ../nbs/09_explore.ipynb #a4d68922
 @patch
 def stamp(self:Explorer)->tuple:  # run, fold, role, and when the network was written
@@ -660,6 +648,18 @@ def scale_html()->str:
     strip = overlay(np.full((12, 256), .43, np.float32), np.tile(np.linspace(0, 1, 256), (12, 1)))
     bar = f'<img alt="from dark and clear to yellow" src="{_uri(Image.fromarray((255*strip).astype(np.uint8)))}">'
     return f'<div class="kd-scale"><span>importance 0</span>{bar}<span>1</span></div>'
+
+# %% ../nbs/09_explore.ipynb #aecd8abe
+@patch
+def thumbnails(self:Explorer,
+    rows,         # of `table`
+    side:int=56,  # of the small pictures [px]
+)->list[str]:     # data: addresses, one a row; empty where the decoded squares are no longer there
+    "Small pictures of test images, as the networks see them."
+    if self.cache is None: return []
+    squares = self.cache.images[self.cache.rows(self.hashes[p] for p in self.table.path[rows])]
+    return [_uri(_fitted(Image.fromarray(a), side, side), 'jpeg', quality=80) for a in squares]
+
 
 # %% ../nbs/09_explore.ipynb #b6888d99
 def _bar(p:float, top:bool)->str:
@@ -888,7 +888,7 @@ def ask(self:Viewer):
 def got(self:Viewer, kind:str, key:tuple, result):
     "Something was made; it is shown if it is still wanted."
     if isinstance(result, NoMaps):
-        self.no_maps[key[1:5]] = result
+        self.no_maps[key[:4]] = result   # the stamp
         self.grey_maps()
     if self.wanted.get(kind, (None,))[0] != key: return
     self.made[kind] = key, result
@@ -961,7 +961,7 @@ class TestPanel:
         self.save = _press('Save these cases as CSV', lambda: do(self.write))
         self.count, self.why, self.small, self.saved = (w.HTML() for _ in range(4))
         self.kind = f'kd-{uuid.uuid4().hex[:8]}'
-        self.list = _classed(w.RadioButtons(options=[], description='Test images', layout=w.Layout(width='auto')), 'kd-list', self.kind)
+        self.list = _classed(w.RadioButtons(options=[], description='Cases', layout=w.Layout(width='auto')), 'kd-list', self.kind)
         self.filters = (self.true, self.predicted, self.calls, self.beside, self.deferred, self.outlier, self.confidence, self.order)
         f, turns = self.filters, self.turns.values()
         pairs = [w.HBox(f[i:i + 2], layout=w.Layout(width='340px')) for i in (0, 2, 4)]
@@ -1222,8 +1222,9 @@ CSS = '''
 .kd-app .kd-about{font-weight:600}.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
 .kd-app .kd-looking,.kd-app .kd-viewer{display:flex;flex-direction:column;gap:8px 14px;width:100%}
 .kd-app .kd-side{width:auto;gap:4px 14px}.kd-middle,.kd-words{min-width:0}.kd-words{overflow:auto}
-.kd-app .kd-panes{display:grid;gap:8px;overflow:visible}.kd-app .kd-plain{display:none}
-.kd-app .kd-pane{--kd-height:min(520px,64vh);display:block;container-type:inline-size;overflow:auto;max-height:calc(var(--kd-height) + 2px);background:#000;cursor:grab}
+.kd-app .kd-panes{display:grid;gap:8px;overflow:visible}
+.kd-app .kd-pane{--kd-height:min(520px,64vh);display:block;container-type:inline-size;overflow:auto;max-height:calc(var(--kd-height) + 2px);
+background:#000;cursor:grab}.kd-app .kd-pane.kd-plain{display:none}
 .kd-app .kd-pane .widget-html{margin:0;width:max-content;min-width:100%}.kd-app .kd-pane .kd-bad{max-width:calc(100cqw - 26px)}
 .kd-pane .widget-html-content{overflow:visible}
 .kd-stack{--kd-fit:min(100cqw,calc(var(--kd-height)*var(--kd-aspect)));display:grid;margin:0 auto;width:var(--kd-fit);aspect-ratio:var(--kd-aspect)}
@@ -1236,9 +1237,9 @@ line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6e
 .kd-app .kd-list .widget-radio-box input{order:-1;margin:0 2px;flex:none}.kd-app .kd-list label:has(input:checked){background:#e8f1f8;font-weight:600}
 .kd-app .kd-pages .widget-button{padding:0 8px}.kd-page{font-weight:600}
 .kd-app .kd-above{flex-direction:column;height:auto}.kd-app .kd-above>label{width:auto;text-align:left}
-@container (min-width:700px){.kd-app .kd-looking{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
+@container (min-width:860px){.kd-app .kd-looking{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
 @container (min-width:1180px){.kd-app .kd-viewer{display:grid;grid-template-columns:minmax(0,1fr) 420px}}
-@container (min-width:1480px){.kd-app .kd-pane{--kd-height:min(760px,62vh)}.kd-app .kd-plain{display:block}
+@container (min-width:1480px){.kd-app .kd-pane{--kd-height:min(760px,62vh)}.kd-app .kd-pane.kd-plain{display:block}
 .kd-app .kd-panes{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}}
 .kd-scale{display:flex;gap:8px;align-items:center;font-size:12.5px}.kd-scale img{height:12px;width:200px}
 .kd-app table.kd-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:2px 0 6px}
