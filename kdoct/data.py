@@ -7,10 +7,10 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
            'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
            'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'merge_groups', 'official_overlap', 'Audit', 'audit', 'shows_diagnosis', 'make_folds', 'protocol_of',
-           'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized',
-           'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of',
-           'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'merge_groups', 'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
+           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
+           'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -56,6 +56,7 @@ from kdoct.sources import (
     load_table,
     wants_twins,
 )
+from .spreadsheet import read_table
 
 # %% ../nbs/01_data.ipynb #521d564a
 PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
@@ -481,16 +482,25 @@ class Audit:
         where:str|Path='audit.csv',  # file with the findings, for the message
         new_run:str='NEW',           # name of a run to propose
     )->'Audit':
-        "`KdoctError` if a finding stops the run, or nothing is left."
+        "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
-            out = sorted({*self.summary['leave_out'], *stops.index})
             raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among {self.summary['listed']} images. "
                              f"{where} names each file.",
                              fix=f"Mend or remove these files; or leave them out in a new run, given the same parameters and -p run {new_run} "
-                                 f"-p overrides 'data.leave_out={json.dumps(out, separators=(',', ':'))}'")
+                                 f"-p overrides {self.leave_out_too}")
         if len(self.table) == 0: raise KdoctError(f"The audit leaves no image. {where} says why.", fix="Mend the files, or leave out less.")
+        if lost := self.summary['lost_classes']:
+            raise KdoctError(f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
+                             fix="Mend the files; or, if the class is not meant, name those that are: --classes "
+                                 f"{','.join(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
         return self
+
+    @property
+    def leave_out_too(self)->str:
+        "The recipe field that leaves out what stops the run, as `--set` and papermill's `overrides` take it."
+        stops = self.findings.problem[self.findings.action == 'stops the run']
+        return 'data.leave_out=' + ','.join(sorted({*self.summary['leave_out'], *stops}))
 
 # %% ../nbs/01_data.ipynb #64429e6b
 def _check_leave_out(leave_out:Iterable[str]):
@@ -527,7 +537,8 @@ def audit(
     findings = _decided(found, leave_out)
     gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
     kept = table[~table.path.isin(gone)].reset_index(drop=True)
-    return Audit(kept, findings, _summary(listing, kept, findings, leave_out) | dict(merged_groups=merged))
+    lost = sorted(set(listing.table.label) - set(kept.label)) if not classes else sorted(set(classes) & set(listing.table.label) - set(kept.label))
+    return Audit(kept, findings, _summary(listing, kept, findings, leave_out) | dict(merged_groups=merged, lost_classes=lost))
 
 # %% ../nbs/01_data.ipynb #531a0d2b
 def _decided(found:list[dict], leave_out:tuple[str, ...])->pd.DataFrame:
@@ -551,6 +562,50 @@ def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_ou
                 problems=findings.problem.value_counts().sort_index().to_dict(),
                 actions=findings.action.where(~findings.action.str.endswith(' merged'), 'groups merged').value_counts().sort_index().to_dict(),
                 sizes=dict(Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(10)))
+
+# %% ../nbs/01_data.ipynb #5dd3c2d7
+_SHOWN = 12   # kinds of problems, and classes, on a page
+
+def _shortened(text:str, width:int)->str:
+    "Text cut in its middle to a width."
+    return text if len(text) <= width else f'{text[:width//2 - 1]}…{text[-(width//2):]}'
+
+def _class_lines(result:Audit)->list[str]:
+    "Images and patients of each class, and images of each official part."
+    t = result.table
+    rows = t.groupby('label').agg(images=('path', 'size'), patients=('group', 'nunique'))
+    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace('', 'no part')))
+    lost = result.summary['lost_classes']
+    rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
+    rows.index = [_shortened(c, 40) for c in rows.index]
+    more = [f'... and {len(rows) - _SHOWN} further classes'] if len(rows) > _SHOWN else []
+    return rows.head(_SHOWN).to_string().split('\n') + more if len(rows) else []
+
+def _problem_lines(found:pd.DataFrame)->list[str]:
+    "Two lines a kind of problem: how many, what, what follows; the first examples. What stops the run comes first."
+    kinds = []
+    for problem, rows in found.groupby('problem'):
+        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'groups merged').value_counts()
+        what = f"{PROBLEMS[problem][1]}: {', '.join(actions.index[:3])}"
+        examples = ', '.join(_shortened(p or 'a row', 40) for p in rows.path.drop_duplicates()[:2])
+        rank = 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
+        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {what}", f"{'':>7} {examples}{' ...' if len(rows) > 2 else ''}"))
+    lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
+    return lines + ([f'    ... and {len(kinds) - _SHOWN} further kinds'] if len(kinds) > _SHOWN else [])
+
+def audit_page(
+    result:Audit,    # from `audit`
+    where:str='',    # file with all findings; '': none was written
+)->str:
+    "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
+    s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
+    lines = [f"{s['kept']} of {s['listed']} listed images can be used, of {s['groups']} groups (patients); {colour}.", '', *_class_lines(result), '']
+    if len(result.findings): lines += [f"{len(result.findings)} findings:", *_problem_lines(result.findings)]
+    else: lines.append("No findings.")
+    if s['merged_groups']: lines.append(f"{len(s['merged_groups'])} groups hold several patients (or images) who share pixels or near-duplicates.")
+    if result.table.label.nunique() == 1: lines.append(f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart.")
+    if where and len(result.findings): lines.append(f"All findings, one a line: {where}")
+    return '\n'.join(lines)
 
 # %% ../nbs/01_data.ipynb #1ccded8b
 FOLD_COLUMNS, OUT = ('path', 'group', 'fold', 'role'), 'out'
@@ -581,6 +636,9 @@ def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
         raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
+    if (most := table.stratum.value_counts()).iloc[0] < parts:
+        raise KdoctError(f"The largest class, {most.index[0]}, has {most.iloc[0]} images; they cannot be split into {parts} parts.",
+                         fix="Add patients, or raise data.val_fraction, or make fewer folds: data.n_folds")
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
@@ -727,9 +785,8 @@ def read_folds(
 )->pd.DataFrame:       # path, group, fold, role
     "Read folds and prove them; `KdoctError` if they are missing or leak."
     if not Path(path).exists(): raise KdoctError(f"{path} does not exist.", fix="Make it with notebook 01_data.")
-    try: folds = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8')
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise KdoctError(f"{path} is not a table of folds: {e}.", fix="Delete it and make it again with notebook 01_data.") from e
+    try: folds = read_table(path)
+    except KdoctError as e: raise KdoctError(e.problem, fix="Delete it and make it again with notebook 01_data.") from e
     if 'fold' not in folds or not folds.fold.str.fullmatch(r'\d+').all():
         raise KdoctError(f"{path} has no whole number of a fold in every row.", fix="Delete it and make it again with notebook 01_data.")
     return check_folds(folds.astype({'fold': 'int64'}), protocol, leak)

@@ -140,7 +140,7 @@ def _data_tables(run):
     "Parts of every fold, and the audit's summary where there is one."
     out = []
     if run.folds_csv.is_file():
-        f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str})
+        f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str}, keep_default_na=False)
         n = f.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
         text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
         out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold; out: not used in that fold.'))

@@ -81,7 +81,7 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
     'linked-folder': ('note', "a link to a folder: followed if it leads out of the data set"),
-    'hidden': ('note', "names that begin with a dot, and folders of the system (__MACOSX), are not looked at"),
+    'hidden': ('note', "names that begin with a dot, folders of the system (__MACOSX) and our own outputs are not looked at"),
     'other-file': ('note', "not named like an image"),
 }
 
@@ -139,7 +139,7 @@ def walk_images(
         except PermissionError as e: return found.append(finding(prefix or '.', 'folder-unreadable', e.strerror))
         for e in entries:
             path, is_image, is_link = prefix + e.name, e.name.lower().endswith(extensions), _links_to_folder(e)
-            if e.name.startswith('.') or e.name.lower() in _SYSTEM_FOLDERS: found.append(finding(path, 'hidden', action='not used'))
+            if _is_no_data(e): found.append(finding(path, 'hidden', action='not used'))
             elif is_image and not is_link: paths.append(path)
             elif e.is_dir(follow_symlinks=False): visit(e.path, path + '/')
             elif is_link and _is_elsewhere(target := os.path.realpath(e.path), seen):
@@ -153,6 +153,11 @@ def walk_images(
     return sorted(paths), found
 
 # %% ../nbs/01b_sources.ipynb #49694f39
+def _is_no_data(entry:os.DirEntry)->bool:
+    "Whether an entry is hidden, a folder that the system made, or the folder of our own results."
+    if entry.name.startswith('.') or entry.name.lower() in _SYSTEM_FOLDERS: return True
+    return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(outputs_root())
+
 def _links_to_folder(entry:os.DirEntry)->bool:
     "Is this a symbolic link to a folder? A link in a circle, or to nothing, is not."
     try: return entry.is_symlink() and entry.is_dir()
@@ -257,7 +262,7 @@ def _class_folders(root:Path)->list[str]:
     def below(folder, prefix=''):
         try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError: return []
-        entries = [e for e in entries if not e.name.startswith('.') and e.name.lower() not in _SYSTEM_FOLDERS]
+        entries = [e for e in entries if not _is_no_data(e)]
         return [prefix + e.name for e in entries if os.path.isdir(e.path) or e.is_symlink() and not os.path.exists(e.path) and '.' not in e.name]
     return [d for top in below(root) for d in (below(root/top, f'{top}/') if part_name(top) else [top])]
 

@@ -3,14 +3,16 @@ import io
 import os
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from kdoct.core import DataRecipe, KdoctError
-from kdoct.data import MAX_PIXELS, PROBLEMS, audit, decode_image, inspect_file, read_image_bytes
-from kdoct.sources import load_table, make_listing
+from kdoct.data import MAX_PIXELS, PROBLEMS, audit, audit_page, decode_image, inspect_file, read_image_bytes
+from kdoct.sources import finding, load_table, make_listing
 
 RNG = np.random.default_rng(0)
 
@@ -164,8 +166,8 @@ def test_what_is_no_file_at_all_is_reported_too(wrecked, path): assert kinds(wre
 def test_errors_stop_the_run_and_the_message_tells_how_to_go_on(wrecked, wreck):
     with pytest.raises(KdoctError) as e: wrecked.check()
     text = str(e.value)
-    assert "3 suspicious-size" in text and "data.leave_out=[" in text
-    stops = set(wrecked.findings.problem[wrecked.findings.severity == "error"])
+    stops = sorted(set(wrecked.findings.problem[wrecked.findings.severity == "error"]))
+    assert "3 suspicious-size" in text and f"data.leave_out={','.join(stops)}" in text
     lenient = audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")), leave_out=tuple(stops)).check()
     good = {f"CNV/{n}" for n, (_, p) in FILES.items() if not p or PROBLEMS.get(p.rstrip("?"), ("error",))[0] == "note"}
     assert set(lenient.table.path) == good == set(wrecked.table.path)
@@ -292,3 +294,26 @@ def test_training_images_of_people_in_the_official_test_part_are_noted_and_can_b
     assert list(f.path[f.problem == "official-overlap"]) == ["a.png", "c.png"]  # by number, by pixels; not for a test image that is left out
     assert len(noted.check().table) == 6 and set(gone.check().table.path) == {"b.png", "d.png", "e.png", "f.png"}
     assert noted.summary["merged_groups"] == {"2": ["2", "3"]}
+
+
+def test_a_class_whose_images_are_all_left_out_stops_the_run(tmp_path):
+    table = listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"), C_3_1=b"")
+    with pytest.raises(KdoctError, match="leaves no image of class C.*\n.*--classes A,B"): audit(table, leave_out=("empty",)).check()
+    assert list(audit(table, leave_out=("empty", "unknown-label"), classes=("A", "B")).check().table.label) == ["A", "B"]
+
+
+def test_the_page_shows_classes_with_images_and_patients_and_what_stops_the_run_first(tmp_path):
+    result = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), A_1_2=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"), B_3_1=b"", C_4_1=b""))
+    lines = audit_page(result, "all.csv").split("\n")
+    assert lines[0] == "3 of 5 listed images can be used, of 2 groups (patients); grey."
+    assert [line.split() for line in lines[2:6]] == [["images", "patients"], ["A", "2", "1"], ["B", "1", "1"], ["C", "0", "0"]]
+    assert any(line.split()[:2] == ["2", "empty:"] and "stops the run" in line for line in lines) and lines[-1].endswith("all.csv")
+
+
+def test_25_000_copies_are_a_page(tmp_path):
+    one = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG")))
+    copies = [finding(f"A/{'x'*90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS)
+              for i in range(12_500) for kind in ("near-duplicate", "duplicate-across-groups")]
+    copies += [finding("a.png", kind, action="stops the run", problems=PROBLEMS) for kind in PROBLEMS]
+    page = audit_page(replace(one, findings=pd.DataFrame(copies)), "all.csv").split("\n")
+    assert len(page) <= 45 and max(map(len, page)) <= 150 and f"{len(copies)} findings:" in page

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from kdoct.cli import app, main
@@ -72,3 +73,36 @@ except SystemExit as e: print(e.code, 'torch' in sys.modules)
 def test_recipe_shows_what_crossval_would_use():
     shown = CliRunner().invoke(app, ["recipe", "--set", "student.epochs=3"]).output
     assert "name = edge\n" in shown and "student.epochs = 3\n" in shown
+
+
+def test_a_pattern_and_classes_are_typed_without_nested_quotes():
+    shown = CliRunner().invoke(app, ["recipe", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV", "--set", r"data.root=C:\new data"]).output
+    assert r"data.group_pattern = (P\d+)_" in shown and "data.classes = ('NORMAL', 'CNV')" in shown and r"data.root = C:\new data" in shown
+
+
+@pytest.mark.parametrize("name", ["2026", "007", "1e5", "true", "null", "None", "True"])
+def test_a_run_may_have_a_name_like_a_number(name, tmp_path, capsys):
+    for c in "AB":
+        for i in range(9):
+            (tmp_path / c).mkdir(exist_ok=True)
+            Image.effect_noise((64, 48), 20 + 60*(c == "A")).save(tmp_path / c / f"P{c}{i}_1.png")
+    main_(["folds", "--preset", "tiny", "--source", "folder", "--data-root", str(tmp_path), "--group-pattern", "(P[^_]+)_", "--run", name])
+    main_(["runs"])
+    assert f"{name}: folder, done: data" in capsys.readouterr().out and (outputs_root() / name / "folds.csv").is_file()
+
+
+def main_(argv):
+    "A command that ends well."
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code in (0, None)
+
+
+def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
+    for i, name in enumerate(("CNV/CNV-1-1", "DME/DME-2-1", "DME/DME-02-2")):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 48), 30 + i).save(tmp_path / "d" / f"{name}.jpeg")
+    main_(["audit", "--source", "ucsd", "--data-root", str(tmp_path / "d"), "--no-probe"])
+    said = capsys.readouterr().out
+    assert "3 of 3 listed images can be used, of 2 groups (patients)" in said and "1 patient-spelling" in said
+    written = outputs_root() / "audit" / "ucsd-d.csv"
+    assert str(written) in said and "groups 02 and 2 merged" in written.read_text()

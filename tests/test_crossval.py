@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from kdoct.core import STAGES, create_run, open_stage, outputs_root, preset
+from kdoct.core import STAGES, create_run, open_run, open_stage, outputs_root, preset
 from kdoct.crossval import RUN_HEADING, run_stage, stage_cells
 
 ROOT = Path(__file__).parent.parent
@@ -121,3 +121,11 @@ def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name)
     assert nb.cells[1].source.startswith(RUN_HEADING)
     code = [c.source for c in stage_cells(nb).cells if c.cell_type == 'code']
     assert not [line for source in code for line in source.splitlines() if len(line) > 100]
+
+
+def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path):
+    nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)), tmp_path/'t.ipynb')
+    run = create_run('007', preset('tiny'))
+    done = shell('papermill', tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'run', '007', '-p', 'overrides', 'data.n_folds=2')
+    assert done.returncode == 0, done.stderr[-800:]
+    assert run.is_finished('data') and open_run('007').recipe.data.n_folds == 2 and not (outputs_root()/'7').exists()

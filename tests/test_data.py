@@ -677,3 +677,8 @@ def test_on_real_scans_the_white_at_the_border_is_gone(shared_data):
         left.append([(np.concatenate([x[:3].ravel(), x[-3:].ravel(), x[:, :3].ravel(), x[:, -3:].ravel()]) >= 240).mean() for x in (a, b)])
     before, after = np.mean(left, axis=0)
     assert before > 0.15 and after < 0.002
+
+
+def test_fewer_images_than_parts_are_refused_in_words():
+    t = image_table([dict(path=f"{c}/{i}.png", label=c, patient=f"{c}{i}") for c in "AB" for i in range(6)])
+    with pytest.raises(KdoctError, match="The largest class, [AB], has 4 images; they cannot be split into 5 parts.*\n.*val_fraction"): make_folds(t, n_folds=3)

@@ -1,0 +1,331 @@
+"Names and tables as spreadsheets and typists leave them: found, merged with a note, or refused with what helps."
+import gzip
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from kdoct.core import DataRecipe, KdoctError, preset
+from kdoct.sources import load_table, part_name
+from kdoct.spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key
+
+
+def lay_out(folder, *names):
+    for n in names:
+        (folder / n).parent.mkdir(parents=True, exist_ok=True)
+        (folder / n).touch()
+    return str(folder)
+
+
+def problems(listing): return dict(zip(listing.findings.path, listing.findings.problem, strict=True))
+
+
+def table_of(tmp_path, text, encoding="utf-8", name="table.csv"):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode(encoding))
+    return DataRecipe(source="csv", root=str(tmp_path / name))
+
+
+def of_patients(tmp_path, *patients, labels=("A",), column="patient"):
+    rows = [f'{i}.png,{labels[i % len(labels)]},"{p}"' for i, p in enumerate(patients)]
+    lay_out(tmp_path, *(f"{i}.png" for i in range(len(rows))))
+    return load_table(table_of(tmp_path, f"path,label,{column}\n" + "\n".join(rows) + "\n"))
+
+
+# --- patients
+
+SEVEN = ["7", "7.0", "07", "007", " 7", "7\u00a0", "\uff17", "7,0", "7.", "'7", "\u0667", "7e0",
+         "Patient 7 ", "patient 7", "PATIENT-7", "P7", "P-7", "p007", "P_7",
+         "Pat. 7", "sub-07", "7\u200b", "\ufeff7"]
+
+
+@pytest.mark.parametrize("spelling", SEVEN)
+def test_a_patient_in_another_spelling_is_the_same_group(spelling, tmp_path):
+    listing = of_patients(tmp_path, "7", spelling, "8")
+    assert listing.table.group.nunique() == 2 and listing.table.group[0] == listing.table.group[1]
+    if spelling.strip() != "7": assert problems(listing)[f"{0 if min('7', spelling.strip()) != '7' else 1}.png"] == "patient-spelling"
+
+
+@pytest.mark.parametrize(("one", "other"), [("7", "70"), ("1-2", "12"), ("1.5", "15"), ("A1", "B1"), ("7a", "7b"), ("CNV/7", "DRUSEN/7"), ("10", "1"),
+                                            ("2020-01-03", "2020-01-30"), ("x1_11", "x11_1"), ("12345678901234567890", "12345678901234567891")])
+def test_different_patients_stay_apart(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other)
+    assert listing.table.group.nunique() == 2 and not len(listing.findings)
+
+
+@pytest.mark.parametrize(("one", "other"), [("1e5", "100000"), ("1E+05", "100000.0"), ("1,5", "1.5"), ("100,000", "100000"), ("M\u00fcller", "Mu\u0308ller"),
+                                            ("CNV/7", "cnv/07"), ("0", "0.0"), ("0998A", "998a"), ("Schmidt  Anna", "schmidt anna")])
+def test_numbers_and_words_have_one_key_in_all_their_spellings(one, other):
+    assert same_patient_key(one) == same_patient_key(other)
+
+
+def test_patients_keep_their_names_and_the_note_says_who_was_merged(tmp_path):
+    listing = of_patients(tmp_path, "0001", "1", "2")
+    assert list(listing.table.patient) == ["0001", "1", "2"] and list(listing.table.group) == ["0001", "0001", "2"]
+    (note,) = listing.findings.to_dict("records")
+    assert note["severity"] == "note" and note["action"] == "groups 0001 and 1 merged" and "'1' (1 images) and '0001'" in note["detail"]
+
+
+def test_images_that_are_groups_of_their_own_are_not_merged_by_their_names(tmp_path):
+    data = DataRecipe(source="folder", root=lay_out(tmp_path, "CNV/1.png", "CNV/01.png", "NORMAL/P1.png"))
+    assert load_table(data).table.group.nunique() == 3
+
+
+def test_spellings_are_found_in_names_of_files_and_in_tables_of_groups(tmp_path):
+    root = lay_out(tmp_path, "CNV/P7_1.png", "CNV/p07_2.png", "DME/P8_1.png")
+    assert load_table(DataRecipe(source="folder", root=root, group_pattern=r"/([^_]+)_")).table.group.nunique() == 2
+    (tmp_path / "groups.csv").write_text("Path;Group \ncnv/P7_1.png;tile 1\nCNV\\p07_2.png;Tile 01\nDME/P8_1.png;tile 2\n")
+    t = load_table(DataRecipe(source="folder", root=root, groups=str(tmp_path / "groups.csv"))).table
+    assert t.group.nunique() == 2 and t.group[0] == t.group[1]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "nan", "NaN", "#N/A", "NULL", "<NA>"])
+def test_a_patient_that_is_a_word_for_an_empty_cell_is_nobody(blank, tmp_path):
+    listing = of_patients(tmp_path, "7", blank, blank)
+    assert problems(listing) == {"1.png": "no-patient", "2.png": "no-patient"}
+
+
+# --- labels
+
+@pytest.mark.parametrize("labels", [("NORMAL", "Normal"), ("CNV", "cnv\u00a0"), ("COVID-19", "COVID19"), ("lung_n", "Lung N"), ("1", "1.0"),
+                                    ("D\u00e9pots", "De\u0301pots")])
+def test_a_class_in_two_spellings_is_refused_unless_both_are_named(labels, tmp_path):
+    with pytest.raises(KdoctError, match="in several spellings.*first 0.png.*\n.*--classes") as e: of_patients(tmp_path, *"1234", labels=labels)
+    assert labels[0] in str(e.value)
+    listing = load_table(table_of(tmp_path, (tmp_path / "table.csv").read_text()).model_copy(update=dict(classes=tuple(s.strip() for s in labels))))
+    assert listing.table.label.nunique() == 2
+
+
+def test_class_folders_that_differ_only_by_case_are_refused(tmp_path):
+    with pytest.raises(KdoctError, match="'CNV' .*'Cnv'"): load_table(DataRecipe(source="folder", root=lay_out(tmp_path, "CNV/1.png", "Cnv/2.png")))
+
+
+@pytest.mark.parametrize("empty", ["nan", "NaN", "", "#N/A", "null", "N/A"])
+def test_a_word_for_an_empty_cell_is_no_class(empty, tmp_path):
+    assert problems(of_patients(tmp_path, "1", "2", labels=("CNV", empty))) == {"1.png": "no-label"}
+
+
+def test_na_and_none_are_classes(tmp_path):
+    assert set(of_patients(tmp_path, "1", "2", labels=("NA", "None")).table.label) == {"NA", "None"}
+    assert not is_empty_cell("0")
+
+
+# --- tables
+
+GOOD = "path,label,patient\na.png,CNV,0012\nb.png,NORMAL,7\n"
+
+
+def reads(tmp_path, text, encoding="utf-8", name="table.csv"):
+    lay_out(tmp_path, "a.png", "b.png")
+    t = load_table(table_of(tmp_path, text, encoding, name)).table
+    return list(t.path) == ["a.png", "b.png"] and list(t.label) == ["CNV", "NORMAL"] and list(t.patient) == ["0012", "7"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_separators_encodings_and_line_ends_are_found(separator, encoding, end, tmp_path):
+    assert reads(tmp_path, GOOD.replace(",", separator).replace("\n", end), encoding)
+
+
+@pytest.mark.parametrize("text", [
+    "sep=;\r\n" + GOOD.replace(",", ";"), GOOD.replace("path,label,patient", " Path ,LABEL,Patient"), "\n\n" + GOOD.replace("\n", "\n,,\n"),
+    GOOD.replace(",label", ",\"label\"").replace("CNV", "\" CNV \""), ",path,label,patient\n0,a.png,CNV,0012\n1,b.png,NORMAL,7\n",
+    GOOD.replace("\n", ",\n").replace("patient,", "patient"), "path,note,label,patient\na.png,\"two\nlines, \"\"quoted\"\"\",CNV,0012\nb.png,,NORMAL,7\n",
+    "path,label,label,patient\na.png,CNV,CNV,0012\nb.png,NORMAL,NORMAL,7\n", "path,label,label.1,patient\na.png,CNV,CNV,0012\nb.png,NORMAL,NORMAL,7\n",
+    "path;size;label;patient\na.png;1,5;CNV;0012\nb.png;2,5;NORMAL;7\n"])
+def test_tables_that_can_be_read_in_one_way_are_read(text, tmp_path):
+    assert reads(tmp_path, text)
+
+
+def test_a_packed_table_is_read(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z: z.writestr("listing.csv", GOOD)
+    assert reads(tmp_path, gzip.compress(GOOD.encode()), name="t.csv.gz") and reads(tmp_path, packed.getvalue(), name="t.zip")
+
+
+def a_zip(*names):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        for n in names: z.writestr(n, "x")
+    return out.getvalue()
+
+
+def arrays():
+    out = io.BytesIO()
+    np.savez(out, train_images=np.zeros(3))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("text", "says", "helps"), [
+    (GOOD.replace("7\n", "7,checked, twice\n"), "line 3 has 5 cells, the header 3", "quotes"),
+    (GOOD.replace("CNV,0012", "CNV"), "line 2 has 2 cells", "empty one"),
+    (GOOD.replace("b.png,NORMAL,7\n", "b.png,NORMAL,7,\n"), "line 3 has 4 cells", "quotes"),
+    ("path,label,patient\n1,a.png,CNV,0012\n2,b.png,NORMAL,7\n", "line 2 has 4 cells, the header 3", "name in the header"),
+    ("path,label,patient\n\"a\nb.png\",CNV,1\nc.png,CNV\n", "line 4 has 2 cells", "quotes"),
+    (GOOD.replace("CNV", "\"CNV"), "line 2", "CSV UTF-8"),
+    (GOOD.replace("NORMAL", "\xd6dem").encode("cp1252"), "line 3 is not UTF-8; it may be Windows-1252 ('b.png,\xd6dem", "iconv"),
+    (GOOD.encode("utf-16-le"), "UTF-16 without its mark", "CSV UTF-8"),
+    ("path,label,label,patient\na.png,CNV,DME,1\n", "two columns named 'label', the 2. and the 3.", "Rename"),
+    ("path,label,label.1,patient\na.png,CNV,DME,1\n", "'label' and 'label.1'", "--set data.columns.label=label"),
+    ("path,label,Label,patient\na.png,CNV,DME,1\n", "'label' and 'Label'", "--set data.columns.label=label"),
+    ("path,label,patient\n", "a header and no row", "one row an image"), ("", "it is empty", "header"), (b"\x00\x01\x02" * 9, "zero bytes", "CSV UTF-8"),
+    (a_zip("xl/workbook.xml"), "an Excel workbook", "CSV UTF-8"), (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "CSV UTF-8"),
+    (arrays(), "NumPy arrays (train_images.npy)", "PNG files"), (a_zip("a.csv", "b.csv"), "an archive of 2 files", "Unpack"),
+    ("path;label,patient\na;b,c\n", "semicolon", "comma-separated"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer", "CSV")])
+def test_a_malformed_table_is_refused_with_the_line_and_what_helps(text, says, helps, tmp_path):
+    with pytest.raises(KdoctError) as e: load_table(table_of(tmp_path, text))
+    assert says in e.value.problem and helps in e.value.fix
+
+
+def test_a_shifted_row_does_not_train_on_masks(tmp_path):
+    lay_out(tmp_path, "img/0.png", "img/1.png", "mask/0.png", "mask/1.png")
+    text = "path,mask,label,grade,patient\nimg/0.png,mask/0.png,CNV,C0,P000,\nimg/1.png,mask/1.png,NORMAL,N1,P001,\n"
+    t = load_table(table_of(tmp_path, text)).table
+    assert list(t.path) == ["img/0.png", "img/1.png"] and list(t.label) == ["CNV", "NORMAL"] and list(t.patient) == ["P000", "P001"]
+
+
+def test_columns_are_found_by_another_spelling_and_missing_ones_are_proposed(tmp_path):
+    lay_out(tmp_path, "a.png")
+    data = table_of(tmp_path, "File_Name,Disease,Patient ID\na.png,CNV,1\n")
+    with pytest.raises(KdoctError) as e: load_table(data)
+    assert "--set data.columns.path=File_Name --set data.columns.label=Disease --set data.columns.patient='Patient ID'" in e.value.fix
+    t = load_table(data.model_copy(update=dict(columns=dict(path="file name", label="disease ", patient="patient_id")))).table
+    assert list(t.path) == ["a.png"] and list(t.label) == ["CNV"] and list(t.patient) == ["1"]
+
+
+def test_cells_stay_as_they_are(tmp_path):
+    table_of(tmp_path, "a,b\n 007 ,NA\n")
+    assert read_table(tmp_path / "table.csv").to_dict("list") == dict(a=[" 007 "], b=["NA"])
+
+
+@pytest.mark.parametrize(("written", "real", "problem"), [
+    ("img/a.PNG", "img/a.png", "path-by-case"), (r"IMG\a.png", "img/a.png", "path-by-case"), ("img/a", "img/a.png", "path-by-ending"),
+    ("img/a.jpeg", "img/a.JPG", "path-by-ending"), ("a", "deep/er/a.jpg", "path-by-name"), ("A.PNG", "img/a.png", "path-by-name"),
+    ("img/M\u00fcller.png", "img/Mu\u0308ller.png", "path-by-case"),
+    ("/img/a.png", "img/a.png", ""), ("./img/a.png", "img/a.png", ""), (r"img\a.png", "img/a.png", "")])
+def test_a_path_of_a_table_is_found_among_the_files(written, real, problem, tmp_path):
+    lay_out(tmp_path, real)
+    listing = load_table(table_of(tmp_path, f"path,label,patient\n{written},CNV,1\n"))
+    assert list(listing.table.path) == [real] and list(listing.findings.problem) == [problem] * bool(problem)
+
+
+def test_a_path_that_could_be_two_files_is_not_guessed_and_one_that_is_nowhere_stays(tmp_path):
+    lay_out(tmp_path, "x/a.png", "y/a.png", "b.tif", "b.jpg", "z/c.png")
+    listing = load_table(table_of(tmp_path, "path,label,patient\na.png,CNV,1\nb.png,CNV,1\nC:\\data\\q.png,CNV,1\n"))
+    assert list(listing.table.path) == ["C:/data/q.png"] and set(listing.findings.problem) == {"ambiguous-path"} and len(listing.findings) == 2
+
+
+def test_two_rows_that_lead_to_one_file_are_one_image_or_a_contradiction(tmp_path):
+    lay_out(tmp_path, "a.png", "b.png")
+    listing = load_table(table_of(tmp_path, "path,label,patient\na.png,CNV,1\nA.PNG,CNV,1\nb.png,CNV,1\nb,DME,1\n"))
+    assert list(listing.table.path) == ["a.png"] and {"repeated-row", "contradictory-rows"} <= set(listing.findings.problem)
+
+
+# --- folders
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid", "Test"), ("training", "validation", "Testing"),
+                                   ("train_set", "dev", "test set")])
+def test_folders_of_parts_are_the_split_and_not_the_classes(names, tmp_path):
+    root = lay_out(tmp_path, *(f"{part}/{c}/{c}_{part}{i}_1.png" for part in names for c in ("AMD", "NORMAL") for i in range(2)))
+    t = load_table(DataRecipe(source="folder", root=root, group_pattern=r"_([^_]+)_")).table
+    assert set(t.label) == {"AMD", "NORMAL"} and dict(t.split.value_counts()) == dict(train=4, val=4, test=4)
+
+
+def test_parts_within_classes_and_patients_within_parts(tmp_path):
+    inner = lay_out(tmp_path / "a", "CNV/train/1.png", "CNV/test/2.png", "DME/train/3.png")
+    assert list(load_table(DataRecipe(source="folder", root=inner)).table.split) == ["test", "train", "train"]
+    deep = lay_out(tmp_path / "b", "train/CNV/p1/OD/1.png", "train/DME/p2/1.png")
+    t = load_table(DataRecipe(source="folder", root=deep, group_pattern=r"/(p\d+)/")).table
+    assert list(t.label) == ["CNV", "DME"] and list(t.patient) == ["p1", "p2"] and set(t.split) == {"train"}
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (("train/CNV/1.png", "DME/2.png"), "parts (train) beside other folders (DME)"), (("images/1.png", "masks/1.png"), "folders of images and of masks"),
+    (("OCTDL/AMD/1.png", "OCTDL/NO/2.png"), "one class folder, OCTDL, with folders AMD, NO in it")])
+def test_folders_that_cannot_be_classes_are_refused(names, says, tmp_path):
+    with pytest.raises(KdoctError, match="->") as e: load_table(DataRecipe(source="folder", root=lay_out(tmp_path, *names)))
+    assert says in e.value.problem and "--data-root" in e.value.fix or "--classes" in e.value.fix
+
+
+def test_a_class_may_be_called_test_where_it_is_named(tmp_path):
+    data = DataRecipe(source="folder", root=lay_out(tmp_path, "test/1.png", "control/2.png"), classes=("control", "test"))
+    assert list(load_table(data).table.label) == ["control", "test"] and part_name("contest") == ""
+
+
+def test_masks_below_a_class_are_no_images_of_it(tmp_path):
+    listing = load_table(DataRecipe(source="folder", root=lay_out(tmp_path, "CNV/1.png", "CNV/masks/1.png", "DME/images/2.png")))
+    assert problems(listing) == {"CNV/masks/1.png": "mask-folder"} and len(listing.table) == 2
+
+
+def test_a_class_folder_without_an_image_stops_the_run_and_says_why(tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "DME/1.ppm", "DME/2.ppm")
+    for folder, target in dict(DRUSEN="not mounted", loop="loop").items(): (tmp_path / folder).symlink_to(tmp_path / target)
+    (tmp_path / "NORMAL").mkdir()
+    (tmp_path / "again").symlink_to(tmp_path / "CNV")
+    listing = load_table(DataRecipe(source="folder", root=root))
+    f = listing.findings[listing.findings.problem == "empty-class"].set_index("path").detail
+    assert set(f.index) == {"DME", "DRUSEN", "NORMAL", "again", "loop"}
+    assert "2 .ppm" in f.DME and "leads nowhere" in f.DRUSEN and f.NORMAL == "no file in it" and "read already" in f.again
+    named = load_table(DataRecipe(source="folder", root=root, classes=("CNV", "DME")))
+    assert list(named.findings.path[named.findings.problem == "empty-class"]) == ["DME"]   # what is no class may be empty
+
+
+def test_a_class_on_another_disk_is_followed_and_circles_are_not(tmp_path):
+    lay_out(tmp_path, "data/CNV/CNV-1-1.jpeg", "disk/NORMAL/NORMAL-2-1.jpeg")
+    (tmp_path / "data/NORMAL").symlink_to(tmp_path / "disk/NORMAL")
+    (tmp_path / "disk/NORMAL/up").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/NORMAL/home").symlink_to(tmp_path / "data")
+    listing = load_table(DataRecipe(source="ucsd", root=str(tmp_path / "data")))
+    assert list(listing.table.label) == ["CNV", "NORMAL"] and (listing.root / listing.table.path[1]).is_file()
+    assert list(listing.findings.action) == ["followed", "not used", "not used"]
+
+
+def test_our_own_outputs_in_the_folder_of_the_images_are_no_class(tmp_path, outputs):
+    root = lay_out(tmp_path, "CNV/1.png", "DME/1.png", "outputs/edge/fold_0/figures/curves.png")
+    assert outputs == tmp_path / "outputs"
+    listing = load_table(DataRecipe(source="folder", root=root))
+    assert set(listing.table.label) == {"CNV", "DME"} and problems(listing) == {"outputs": "hidden"}
+
+
+def test_a_picture_under_a_name_of_no_picture_is_not_passed_over(tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "NORMAL/1.png", "NORMAL/3.txt")
+    (tmp_path / "NORMAL/2.jpg_large").write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
+    (tmp_path / "NORMAL/4").write_bytes(bytes(128) + b"DICM")
+    assert problems(load_table(DataRecipe(source="folder", root=root))) == {
+        "NORMAL/2.jpg_large": "picture-by-content", "NORMAL/4": "picture-by-content", "NORMAL/3.txt": "other-file"}
+
+
+def test_the_folder_that_is_meant_is_named(tmp_path):
+    lay_out(tmp_path, "OCT2017 /train/CNV/CNV-1-1.jpeg", "__MACOSX/OCT2017 /train/CNV/._CNV-1-1.jpeg")
+    with pytest.raises(KdoctError) as e: load_table(DataRecipe(source="ucsd", root=str(tmp_path)))
+    assert f"Did you mean --data-root '{tmp_path}/OCT2017 '" in e.value.fix
+
+
+def test_a_pattern_that_matches_nothing_is_shown_with_three_names(tmp_path):
+    root = lay_out(tmp_path, *(f"CNV/{i}.png" for i in range(5)))
+    with pytest.raises(KdoctError) as e: load_table(DataRecipe(source="folder", root=root, group_pattern=r"(P\d+)_"))
+    assert r"(P\d+)_" in e.value.problem and "none of 5 paths, such as CNV/0.png, CNV/1.png, CNV/2.png" in e.value.problem
+
+
+# --- what is typed
+
+@pytest.mark.parametrize(("typed", "field", "value"), [
+    (r"data.group_pattern=(P\d+)_", "group_pattern", r"(P\d+)_"), (r"data.group_pattern=^[A-Z]{2}-(\d+)\b", "group_pattern", r"^[A-Z]{2}-(\d+)\b"),
+    (r'data.group_pattern="(P\\d+)_"', "group_pattern", r"(P\d+)_"), (r"data.group_pattern='(P\d+) x=\w'", "group_pattern", r"(P\d+) x=\w"),
+    (r"data.group_pattern=[0-9]+_(\d+)", "group_pattern", r"[0-9]+_(\d+)"), (r"data.group_pattern=(\d)", "group_pattern", r"(\d)"),
+    (r"data.root=C:\new\table.csv", "root", r"C:\new\table.csv"), ("data.root=my data/2026 03", "root", "my data/2026 03"), ("data.root=2026", "root", "2026"),
+    ("data.root=O'Brien's", "root", "O'Brien's"), ("data.root=null", "root", None), ("data.classes=NORMAL,CNV", "classes", ("NORMAL", "CNV")),
+    ('data.classes=["NORMAL", "CNV"]', "classes", ("NORMAL", "CNV")), ("data.classes=[NORMAL,CNV]", "classes", ("NORMAL", "CNV")),
+    ("data.classes=0,1,007", "classes", ("0", "1", "007")), ("data.leave_out=empty", "leave_out", ("empty",)),
+    ("data.columns.label=disease", "columns", {"label": "disease"}), ('data.columns={"label": "a b=c"}', "columns", {"label": "a b=c"})])
+@pytest.mark.parametrize("more", ["", " seed=7 student.epochs=2"])
+def test_what_is_typed_arrives(typed, field, value, more):
+    from kdoct.core import parse_overrides
+    recipe = preset("demo", **parse_overrides(typed + more))
+    assert getattr(recipe.data, field) == value
+    if more: assert recipe.seed == 7 and recipe.student.epochs == 2
+
+
+def test_every_spelling_of_a_name_has_the_key_of_its_key():
+    for name in [*SEVEN, "CNV/7", "1e5", "COVID-19", "Pat. 70"]: assert same_name_key(same_name_key(name)) == same_name_key(name), name
