@@ -168,7 +168,8 @@ def _links_to_folder(entry:os.DirEntry)->bool:
 
 def _is_elsewhere(target:str, seen:list[str])->bool:
     "Whether a folder neither lies in one of those seen nor holds one: following it cannot lead round in a circle."
-    return not any(os.path.commonpath([target, s]) in (target, s) for s in seen)
+    def is_below(a, b): return Path(a).is_relative_to(b)   # unlike os.path.commonpath, also between drives
+    return not any(is_below(target, s) or is_below(s, target) for s in seen)
 
 def _is_picture(entry:os.DirEntry)->bool:
     "Whether a file that is not named like a picture begins like one (JPEG, PNG, GIF, TIFF, JPEG 2000) or like DICOM."
