@@ -1284,6 +1284,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'kdoct.sources._neh_rows': ('sources.html#_neh_rows', 'kdoct/sources.py'),
                                'kdoct.sources._number': ('sources.html#_number', 'kdoct/sources.py'),
                                'kdoct.sources._our_columns': ('sources.html#_our_columns', 'kdoct/sources.py'),
+                               'kdoct.sources._parted_patients': ('sources.html#_parted_patients', 'kdoct/sources.py'),
                                'kdoct.sources._parts_and_labels': ('sources.html#_parts_and_labels', 'kdoct/sources.py'),
                                'kdoct.sources._real_paths': ('sources.html#_real_paths', 'kdoct/sources.py'),
                                'kdoct.sources._relative': ('sources.html#_relative', 'kdoct/sources.py'),

@@ -77,7 +77,7 @@ def _fitted_on(decided)->str:
     "On what the decisions were fitted."
     decisions = [j.decision for folds in decided.values() for j in folds]
     about, (part, _) = [d.about for d in decisions], fitted_on(decisions[0])
-    return (f'Fitted on {part} ({_span([a["images"] for a in about], "{:d}")} images of {_span([a["patients"] for a in about], "{:d}")} patients'
+    return (f'Fitted on the {part} part ({_span([a["images"] for a in about], "{:d}")} images of {_span([a["patients"] for a in about], "{:d}")} patients'
             f'{" a fold" if len(next(iter(decided.values()))) > 1 else ""}), counted on test. ' + about[0].get('caveat', '')).strip()
 
 def _bias(decided)->str:
