@@ -334,8 +334,8 @@ def test_a_selection_is_saved_with_what_it_is_of(run):
     app = App()
     app.tests.calls.value = "wrong"
     app.tests.save.click()
-    (file,) = (run.path / "selections").glob("*.csv")
-    assert str(file.absolute()) in app.tests.saved.value
+    file = Path(re.search(r"saved in (\S+\.csv)", app.tests.saved.value)[1])
+    assert file.parent == (run.path / "selections").absolute()
     saved, cases = pd.read_csv(file), app.state.cases
     want = app.state.table.loc[app.tests.rows]
     assert saved.path.tolist() == want.path.tolist() and saved.predicted.tolist() == want.predicted.tolist()
@@ -432,6 +432,13 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
     app.role.value = "teacher"
     app.work.wait()
     assert "teacher predicts" in app.viewer.words.value
+
+
+def test_a_path_that_is_not_given_is_asked_for(run):
+    app = App()
+    app.view.value = explore.VIEWS[1]
+    app.own.read.click()
+    assert "Type the path" in app.own.status.value
 
 
 def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
