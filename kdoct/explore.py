@@ -725,7 +725,8 @@ def cut_html(
     rest = cut.total.sum() - cut.total[k], cut.called.sum() - cut.called[k]
     rows.append(['all', str(cut.called.sum()), str(cut.total.sum() - cut.called.sum()), str(cut.total.sum())])
     table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
-                       f'{cut.total.sum()} test images of {n_groups} groups (patients); predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
+                       f'{cut.total.sum()} test images of {n_groups} groups (patients); '
+                       f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
     return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.called[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
             + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
