@@ -1317,6 +1317,7 @@ SCRIPT = '''
 
   function look() {
     for (const app of document.querySelectorAll('.kd-app')) {
+      put(app, 'data-lm-suppress-shortcuts', 'true');   // else JupyterLab takes the arrow keys for its cells
       app.querySelectorAll('.widget-slider').forEach(slider);
       app.querySelectorAll('.widget-radio').forEach(radios);
       reasons(app);
