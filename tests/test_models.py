@@ -279,19 +279,20 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 
 
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
+    tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'bundle', **{'size': 64, **kwargs})
+    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
 
 
 @pytest.mark.parametrize('wrap', [
     lambda s: s, lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': .93}, lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
     lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
-def test_a_state_dict_becomes_a_bundle_that_computes_what_it_computed(wrap, theirs, tmp_path):
+def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
-    net, _ = models.load_bundle(tmp_path/'bundle')
+    net, _ = models.load_bundle(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
-    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bilinear')
+    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bicubic')
     assert about['imported'] == dict(file='theirs.pth', sha256=sha256_file(tmp_path/'theirs.pth'))
     assert about['folds_sha256'] is about['recipe'] is None and 'unknown' in about['protocol']
 
@@ -299,9 +300,9 @@ def test_a_state_dict_becomes_a_bundle_that_computes_what_it_computed(wrap, thei
 @pytest.mark.parametrize('name', ['efficientnet_b2', 'efficientnet_b2.ra_in1k'])
 def test_the_authors_student_is_imported_under_either_name_and_started_from(name, tmp_path):
     imported(tmp_path, timm.create_model('efficientnet_b2', num_classes=3).state_dict(), name, size=384)
-    about = read_json(tmp_path/'bundle'/'model.json')
+    about = read_json(tmp_path/'folder'/'model.json')
     assert (about['parameters'], about['input_size'], about['classes']) == (7_705_221, 384, NEH)
-    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'bundle')}).student
+    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'folder')}).student
     assert len(models.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
 
 
@@ -313,7 +314,7 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
     with pytest.raises(KdoctError) as e: imported(tmp_path, state)
     assert '3 missing, 1 not known, 1 of another shape' in e.value.problem
     for part in ('bn1.weight is missing', 'stray is not known', 'conv_stem.weight is ('): assert part in e.value.problem
-    assert not (tmp_path/'bundle').exists()
+    assert not (tmp_path/'folder').exists()
 
 
 @pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
@@ -340,7 +341,7 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     if name.endswith('pth'): torch.save(theirs.state_dict(), file)
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'bundle')
+    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
@@ -348,9 +349,25 @@ def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
     with pytest.raises(KdoctError, match='no state dict|several state dicts'): imported(tmp_path, thing)
 
 
-def test_a_bundle_is_not_overwritten(theirs, tmp_path):
+def test_a_model_folder_is_not_overwritten(theirs, tmp_path):
     imported(tmp_path, theirs.state_dict())
     with pytest.raises(KdoctError, match='holds a network already'): imported(tmp_path, theirs.state_dict())
+
+
+def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path):
+    state = timm.create_model('test_convnext', num_classes=3).state_dict()
+    own = imported(tmp_path/'a', state, 'test_convnext')
+    assert (own['mean'], own['std'], own['interpolation']) == ([.5]*3, [.5]*3, 'bicubic')
+    given = imported(tmp_path/'b', state, 'test_convnext', mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear')
+    assert given['mean'] == pytest.approx([.1, .2, .3]) and given['std'] == pytest.approx([.4, .5, .6]) and given['interpolation'] == 'bilinear'
+    assert models.load_bundle(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
+
+
+@pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
+                                 dict(interpolation='lanczos')])
+def test_statistics_that_cannot_be_are_refused(bad, theirs, tmp_path):
+    with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e: imported(tmp_path, theirs.state_dict(), **bad)
+    assert '--' in e.value.fix and not (tmp_path/'folder').exists()
 
 
 def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, capsys):
@@ -358,11 +375,18 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     arguments = ['import', str(tmp_path/'best.pth'), '--model', 'test_efficientnet', '--classes', 'NORMAL,DRUSEN,CNV', '--size', '64']
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 0 and (outputs/'imported'/'best'/'model.json').is_file()
-    assert 'student.weights=' in (out := capsys.readouterr().out) and 'not known' in out
+    out = capsys.readouterr().out
+    assert 'Which images it was trained on is not known' in out and "--mean, --std, --interpolation: timm's own" in out
+    for command in ('kdoct predict {} FILES', 'kdoct export {} --images', 'kdoct crossval --teacher {}', 'student.weights={}'):
+        assert command.format(outputs/'imported'/'best') in out
+    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'given'), '--mean', '0.5,0.5,0.5', '--std', '.2,.2,.2', '--interpolation', 'bilinear'])
+    assert 'by mean 0.5, 0.5, 0.5 and standard deviation 0.2, 0.2, 0.2.\n' in capsys.readouterr().out
+    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'none'), '--mean', 'imagenet'])
+    assert 'these are no numbers' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
 
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
-    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'bundle')
+    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')
