@@ -1,4 +1,4 @@
-"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a bundle."
+"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a model folder."
 import importlib
 from pathlib import Path
 
@@ -97,13 +97,13 @@ def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(
 
 
 @pytest.mark.parametrize('arch', [a for a in PUBLISHED if a != 'vgg16'])  # VGG16's half a gigabyte would only be slow
-def test_compared_networks_round_trip_through_a_bundle(arch, tmp_path):
+def test_compared_networks_round_trip_through_a_model_folder(arch, tmp_path):
     net = round_trip(arch, 0., 64, tmp_path)
     assert len(net.body.get_classifier().weight) == 3
 
 
 def round_trip(arch, drop_path, size, folder):
-    "One training step on two images, then a bundle that gives the same network."
+    "One training step on two images, then a model folder that gives the same network."
     recipe = preset('tiny', **{'student.arch': arch, 'student.drop_rate': .3, 'student.drop_path_rate': drop_path})
     net = models.create_classifier(recipe.student, 3, size)
     before = net.body.get_classifier().weight.detach().clone()
@@ -202,10 +202,10 @@ def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
         models.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
 
 
-# --- a run that starts from another one's bundle
+# --- a run that starts from another one's model folder
 
-def bundle_in(folder, **changes):
-    "A bundle of the tiny network, as a run would leave it."
+def model_folder_in(folder, **changes):
+    "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
     net = models.create_classifier(recipe.teacher, 4, 64)
     models.save_bundle(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
@@ -216,7 +216,7 @@ def starting_from(folder, **changes): return preset('tiny', **{'teacher.weights'
 
 
 def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation(tmp_path):
-    first = bundle_in(tmp_path)
+    first = model_folder_in(tmp_path)
     about = read_json(tmp_path/'model.json')
     write_json(tmp_path/'model.json', about | dict(mean=[.1, .2, .3], interpolation='bilinear'))
     second = models.create_classifier(starting_from(tmp_path), 4, 96)   # four classes again: still a new classifier
@@ -226,15 +226,15 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
     assert (second.size, second.interpolation) == (96, 'bilinear') and second.mean.flatten().tolist() == pytest.approx([.1, .2, .3])
 
 
-def test_a_bundle_of_another_architecture_is_refused_before_training(tmp_path):
-    bundle_in(tmp_path)
+def test_a_model_folder_of_another_architecture_is_refused_before_training(tmp_path):
+    model_folder_in(tmp_path)
     recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
     with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): models.require_weights(recipe)
 
 
-def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
+def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path):
     with pytest.raises(KdoctError, match='no model folder'): models.require_weights(starting_from(tmp_path))
-    bundle_in(tmp_path)
+    model_folder_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
 
@@ -242,7 +242,7 @@ def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
 @pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
     ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
 def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fold, leaks, tmp_path):
-    bundle_in(tmp_path, **{'data.source': 'ucsd'})
+    model_folder_in(tmp_path, **{'data.source': 'ucsd'})
     origin = models.weights_origin(starting_from(tmp_path))
     assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
     for start in (origin, dict(kind='bundle', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
@@ -379,7 +379,8 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     assert 'Which images it was trained on is not known' in out and "--mean, --std, --interpolation: timm's own" in out
     for command in ('kdoct predict {} FILES', 'kdoct export {} --images', 'kdoct crossval --teacher {}', 'student.weights={}'):
         assert command.format(outputs/'imported'/'best') in out
-    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'given'), '--mean', '0.5,0.5,0.5', '--std', '.2,.2,.2', '--interpolation', 'bilinear'])
+    given = ['--mean', '0.5,0.5,0.5', '--std', '.2,.2,.2', '--interpolation', 'bilinear']
+    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'given'), *given])
     assert 'by mean 0.5, 0.5, 0.5 and standard deviation 0.2, 0.2, 0.2.\n' in capsys.readouterr().out
     with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'none'), '--mean', 'imagenet'])
     assert 'these are no numbers' in capsys.readouterr().err

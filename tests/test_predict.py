@@ -573,7 +573,7 @@ def mine(tmp_path):
     from kdoct.models import import_bundle
     torch.manual_seed(0)
     net = timm.create_model('test_efficientnet', num_classes=3)
-    torch.nn.init.normal_(net.classifier.weight)
+    torch.nn.init.normal_(net.classifier.weight, std=8)
     torch.save(net.state_dict(), tmp_path/'mine.pth')
     import_bundle(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
     return tmp_path/'mine'
