@@ -1427,6 +1427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'kdoct.together.from_first': ('together.html#from_first', 'kdoct/together.py'),
                                 'kdoct.together.join': ('together.html#join', 'kdoct/together.py'),
                                 'kdoct.together.launched': ('together.html#launched', 'kdoct/together.py'),
+                                'kdoct.together.leave': ('together.html#leave', 'kdoct/together.py'),
                                 'kdoct.together.one_for_all': ('together.html#one_for_all', 'kdoct/together.py'),
                                 'kdoct.together.places': ('together.html#places', 'kdoct/together.py'),
                                 'kdoct.together.random_states': ('together.html#random_states', 'kdoct/together.py'),
