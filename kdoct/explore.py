@@ -233,8 +233,8 @@ def save_selection(
 class Cut(NamedTuple):
     "What a threshold on one class does to the test images."
     name:str                  # the class
-    threshold:float           # an image is called so from this probability on
-    called:np.ndarray         # (K,) images of each true class that are called so
+    threshold:float           # the class is predicted from this probability on
+    called:np.ndarray         # (K,) images of each true class for which it is predicted
     total:np.ndarray          # (K,) images of each true class
     sensitivity:tuple         # estimate, low, high; NaN where there is no image of the class
     specificity:tuple         # estimate, low, high; NaN where there is no other image
@@ -724,8 +724,9 @@ def cut_html(
             for i, c in enumerate(classes)]
     rest = cut.total.sum() - cut.total[k], cut.called.sum() - cut.called[k]
     rows.append(['all', str(cut.called.sum()), str(cut.total.sum() - cut.called.sum()), str(cut.total.sum())])
-    table = table_html(['true class', f'called {cut.name}', f'not called {cut.name}', 'images'], rows,
-                       f'{cut.total.sum()} test images of {n_groups} groups (patients); called {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
+    table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
+                       f'{cut.total.sum()} test images of {n_groups} groups (patients); '
+                       f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
     return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.called[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
             + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
