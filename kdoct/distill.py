@@ -21,7 +21,8 @@ from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher
 from .models import Classifier, class_order, load_bundle
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache, picture_facts
-from .training import best_device, step_number, train_role
+from .together import best_device, join, one_for_all, team, tell
+from .training import step_number, train_role
 
 # %% ../nbs/04_distill.ipynb #d9c37add
 def as_teacher(
@@ -262,11 +263,18 @@ def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
         raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.", fix="Train it again, or set distill.combine to probabilities.")
     return teacher_weights(list(losses.values()))
 
+def _frozen(model:Classifier, wanted:str)->tuple[Frozen, dict]:
+    "A teacher on this process's device, in the arithmetic that process 0 has found to be faster."
+    if team()[0]: return freeze(model, tell(None)['precision'], best_device())
+    frozen, facts = freeze(model, wanted, best_device())
+    tell(facts)
+    return frozen, facts
+
 def _ready(found:dict[str, tuple[Classifier, dict]], run:Run)->tuple[dict, dict]:
     "Teachers as `Distill` takes them, and what run.json says of each."
     recipe, teachers, facts = run.recipe.distill, {}, {}
     for role, (model, about) in found.items():
-        try: frozen, facts[role] = freeze(model, run.recipe.training(role).precision, best_device())
+        try: frozen, facts[role] = _frozen(model, run.recipe.training(role).precision)
         except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: {e.problem}", fix=e.fix) from e
         teachers[role] = frozen
         if recipe.views: teachers[role] = TeacherCache(frozen, about['weights_sha256'], recipe.teacher_batch, about['arch'], picture_facts(run.recipe.data))
@@ -280,7 +288,12 @@ def train_student(
     "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
     if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
-    found = load_teachers(run, fold)
+    join()   # before a device is asked for: each process has a GPU of its own
+    with one_for_all(): return _taught(run, fold)
+
+def _taught(run:Run, fold:int)->dict:
+    "The student of a fold, trained with its teachers."
+    found, role = load_teachers(run, fold), 'student'
     if run.is_finished(role, fold): return train_role(run, fold, role)
     weights = _weights(found, run.recipe.distill.combine)
     teachers, facts = _ready(found, run)
@@ -289,7 +302,7 @@ def train_student(
     about = train_role(run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by)
     for r, t in teachers.items():
         if isinstance(t, TeacherCache): facts[r] |= dict(cache=t.path.name, asked=t.asked, seconds=t.seconds)
-    run.record(f'fold_{fold}/{role}', teachers=facts)
+    if not team()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 
 def train_baseline(

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .augment import in_thread
 from .core import KdoctError
-from .models import Classifier
+from .models import Classifier, computes_bf16, float32_products
 from .step import faster, measure_steps, seconds_of
 
 # %% ../nbs/02g_frozen.ipynb #27f3f298
@@ -106,7 +106,7 @@ class Quick:
         scale_weights(self.body)
         for m in self.body.modules():
             if hasattr(m, 'fused_attn'): m.fused_attn = True
-        want, got = body(x), self.body(x)
+        with float32_products(False): want, got = body(x), self.body(x)
         if not want.isfinite().all(): raise KdoctError("The network's logits are not finite.", fix="Train it again.")
         if not torch.allclose(got, want, rtol=1e-3, atol=1e-3*float(want.abs().max())):
             raise KdoctError("The network computes something else once it is simplified.", fix="Report this network.")
@@ -160,19 +160,19 @@ class Frozen(Classifier):
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
         n = min(self.chunk, -(-len(x)//torch.get_num_threads())) if x.device.type == 'cpu' else len(x)
-        return torch.cat(each_core(self.some, x.split(n), x.device))
+        with float32_products(False): return torch.cat(each_core(self.some, x.split(n), x.device))
 
 # %% ../nbs/02g_frozen.ipynb #8436d326
 def freeze(
     model:Classifier,        # trained network; not changed
-    precision:str='auto',    # fp32, bf16, or auto: what is faster here
+    precision:str='auto',    # fp32, bf16, or auto: what is faster here; fp32 where nothing multiplies in bf16
     device='cpu',            # where it answers
     seconds:float=1.,        # how long to measure [s]
     timer=seconds_of,        # (pass, precision) -> seconds
 )->tuple[Frozen, dict]:      # the frozen network; precision, and with `auto` seconds of a pass in each
     "A trained network for answering, in the arithmetic that is wanted."
     device = torch.device(device)
-    if precision == 'auto' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(): precision = 'fp32'
+    if precision == 'auto' and not computes_bf16(device): precision = 'fp32'
     if precision != 'auto': return Frozen(model, precision, device), dict(precision=precision)
     both = {p: Frozen(model, p, device) for p in ('fp32', 'bf16')}
     x = torch.rand(2*torch.get_num_threads() if device.type == 'cpu' else 32, 1, model.size, model.size, device=device)

@@ -77,7 +77,7 @@ def _fitted_on(decided)->str:
     "On what the decisions were fitted."
     decisions = [j.decision for folds in decided.values() for j in folds]
     about, (part, _) = [d.about for d in decisions], fitted_on(decisions[0])
-    return (f'Fitted on {part} ({_span([a["images"] for a in about], "{:d}")} images of {_span([a["patients"] for a in about], "{:d}")} patients'
+    return (f'Fitted on the {part} part ({_span([a["images"] for a in about], "{:d}")} images of {_span([a["patients"] for a in about], "{:d}")} patients'
             f'{" a fold" if len(next(iter(decided.values()))) > 1 else ""}), counted on test. ' + about[0].get('caveat', '')).strip()
 
 def _bias(decided)->str:
@@ -124,9 +124,9 @@ def calibration_section(
     for m, folds in decided.items():
         before, after = (pd.concat([getattr(j, w) for j in folds], ignore_index=True) for w in ('before', 'after'))
         change = paired_difference(after, before, *e, metrics=tuple(_CALIBRATION))
-        for name, *given in (('as trained', before, [1.], e), ('calibrated', after, [j.decision.temperature for j in folds], e, change)):
+        for name, *given in (('as trained', before, [1.], e), ('after calibration', after, [j.decision.temperature for j in folds], e, change)):
             rows[f'{m}, {name}'], texts[f'{m}, {name}'] = _calibration_row(*given)
-        rows[f'{m}, as trained']['note'], rows[f'{m}, calibrated']['note'] = '', _notes(folds, 'temperature')
+        rows[f'{m}, as trained']['note'], rows[f'{m}, after calibration']['note'] = '', _notes(folds, 'temperature')
     caption = (f'Temperature scaling. {_fitted_on(decided)} {_bias(decided)} No prediction changes. '
                'NLL: mean negative log-likelihood. ECE: 15 bins of equal width. Brier: squared distance to the truth, summed over classes. '
                'Change: paired, on the same resamples of groups.')

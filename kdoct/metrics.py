@@ -144,7 +144,7 @@ def macro(
     return _ratio(np.where(present, values, 0.).sum(-1), present.sum(-1).astype(float))
 
 # %% ../nbs/05a_metrics.ipynb #17ea351c
-CALLS = ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1')  # what the called class is enough for
+CALLS = ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1')  # what the predicted class is enough for
 
 def from_confusion(
     matrix,  # (K, K) counts, rows true, columns predicted; lists or an array
@@ -329,7 +329,7 @@ def bootstrap_classes(
     level:float=0.95,  # coverage of the interval, 0..1
     seed:int=0,  # of the resampling
 ) -> pd.DataFrame:  # rows (class, metric): estimate, low, high, n_used, n (true images of the class)
-    "What `bootstrap` gives, for every class against the rest; NaN where a class has no images or was never called."
+    "What `bootstrap` gives, for every class against the rest; NaN where a class has no images or was never predicted."
     s = _Sample(check_predictions(df))
     def values(weights): _, m, auc = _metrics(s, weights, ('auc',)); return m | dict(auc=auc)
     est, drawn = values(None), values(group_weights(len(s.groups), n_boot, seed))
@@ -359,10 +359,10 @@ def _by_confidence(confidence):
     return order, np.searchsorted(-confidence[order], -confidence[order], side='right') - 1
 
 def risk_coverage(
-    confidence:np.ndarray,  # (N,) probability of the called class
-    right:np.ndarray,  # (N,) bool, was the call right
+    confidence:np.ndarray,  # (N,) probability of the predicted class
+    right:np.ndarray,  # (N,) bool, was the prediction right
 ) -> pd.DataFrame:  # one row a threshold, highest first: threshold, coverage, risk (fractions)
-    "What is kept, and how much of it is wrong, when calls below a threshold are deferred."
+    "What is kept, and how much of it is wrong, when predictions below a threshold are deferred."
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
     if not len(confidence): raise KdoctError('no images', fix='give the predictions of at least one')
     order, last = _by_confidence(confidence)
@@ -370,8 +370,8 @@ def risk_coverage(
     return pd.DataFrame(dict(threshold=confidence[order][at], coverage=n[at]/len(order), risk=(np.cumsum(~right[order])/n)[at]))
 
 def aurc(
-    confidence:np.ndarray,  # (N,) probability of the called class
-    right:np.ndarray,  # (N,) bool, was the call right
+    confidence:np.ndarray,  # (N,) probability of the predicted class
+    right:np.ndarray,  # (N,) bool, was the prediction right
     groups:np.ndarray,  # (N,) group (patient) of every image
     n_boot:int=1000,  # number of resamples
     level:float=0.95,  # coverage of the interval, 0..1

@@ -49,7 +49,7 @@ _ALT = {
     'reliability': 'Reliability diagram of each model before calibration: share correct by predicted probability, and images a bin',
     'calibration': 'Reliability of each model as trained (above) and after calibration (below): share correct by predicted probability, images a bin, '
                    'expected calibration error (ECE)',
-    'coverage_risk': 'Share of mistakes among the calls that are kept, while ever more unsure calls are deferred, with the chosen threshold',
+    'coverage_risk': 'Share of mistakes among the B-scans that are kept, while ever more unsure ones are deferred, with the chosen threshold',
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',

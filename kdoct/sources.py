@@ -77,6 +77,7 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
     'path-by-name': ('note', "the table gives this file's name without its folder"),
     'patient-spelling': ('note', "the patient (or group) has another spelling too: the groups are merged"),
+    'patient-in-two-groups': ('note', "the groups that were given part this patient (or two of one name): is that meant?"),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
@@ -167,7 +168,8 @@ def _links_to_folder(entry:os.DirEntry)->bool:
 
 def _is_elsewhere(target:str, seen:list[str])->bool:
     "Whether a folder neither lies in one of those seen nor holds one: following it cannot lead round in a circle."
-    return not any(os.path.commonpath([target, s]) in (target, s) for s in seen)
+    def is_below(a, b): return Path(a).is_relative_to(b)   # unlike os.path.commonpath, also between drives
+    return not any(is_below(target, s) or is_below(s, target) for s in seen)
 
 def _is_picture(entry:os.DirEntry)->bool:
     "Whether a file that is not named like a picture begins like one (JPEG, PNG, GIF, TIFF, JPEG 2000) or like DICOM."
@@ -242,10 +244,21 @@ def join_spellings(
             join[other] = main
             notes.append(finding(first[other], 'patient-spelling', f"{other!r} ({n[other]} images) and {main!r} ({n[main]} images) may be one patient",
                                  f"groups {main} and {other} merged"))
-    if not join: return listing
-    found = pd.concat([listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')])
     group = table.group.where(table.group == table.path, table.group.replace(join))
+    notes += _parted_patients(table.assign(group=group))
+    if not notes: return listing
+    found = pd.concat([listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')])
     return replace(listing, table=table.assign(group=group), findings=found.sort_values(['path', 'problem'], ignore_index=True))
+
+def _parted_patients(table:pd.DataFrame)->list[dict]:
+    "A note on each patient, in any spelling, whose images are in several groups."
+    named = table[table.patient != '']
+    key = named.patient.map({p: same_patient_key(p) for p in named.patient.unique()})
+    parted = named[named.groupby(key).group.transform('nunique') > 1]
+    return [finding(rows.path.iloc[0], 'patient-in-two-groups',
+                    f"patient {' / '.join(sorted(rows.patient.unique())[:3])}: groups {', '.join(sorted(rows.group.unique())[:5])}", 'kept apart')
+            for _, rows in parted.groupby(key[parted.index])]
+
 
 # %% ../nbs/01b_sources.ipynb #4c6615e0
 _PART = re.compile(r'(train|training|val|valid|validation|dev|test|testing)(?: ?(?:set|data|dataset|images|part|split)s?)?')

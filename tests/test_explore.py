@@ -1,4 +1,5 @@
 "The explorer: its state without widgets, its widgets without a browser, and all of it in a real browser."
+import base64
 import dataclasses
 import io
 import json
@@ -290,6 +291,86 @@ def test_without_runs_the_page_says_how_to_make_one(outputs):
     assert "kdoct demo" in app.message.value and app.looking.layout.display == app.cut.box.layout.display == "none"
 
 
+def test_the_list_has_pages(run, monkeypatch):
+    monkeypatch.setattr(explore, "PAGE", 5)
+    app = App()
+    panel, n = app.tests, len(app.state.table)
+    pages = -(-n // 5)
+    assert pages > 2 and f"Page 1 of {pages}: 1 to 5 of {n}." in panel.count.value
+    assert panel.turns["Previous"].disabled and panel.turns["Previous"].tooltip == "This is the first page"
+    seen = [i for _, i in panel.list.options]
+    while not panel.turns["Next"].disabled:
+        panel.turns["Next"].click()
+        seen += [i for _, i in panel.list.options]
+    assert seen == panel.rows.tolist() and f"Page {pages} of {pages}" in panel.count.value
+    assert panel.turns["Last"].disabled and panel.turns["Last"].tooltip == "This is the last page"
+    panel.turns["First"].click()
+    assert panel.page.value == 1 and not panel.turns["Last"].disabled
+
+
+def test_small_pictures_are_those_of_the_page_and_open_no_file(run, monkeypatch):
+    asked, made = [], Explorer.thumbnails
+    monkeypatch.setattr(explore, "PAGE", 5)
+    monkeypatch.setattr(Explorer, "thumbnails", lambda self, rows: asked.append(list(rows)) or made(self, rows))
+    app = App()
+    assert asked == [[i for _, i in app.tests.list.options]] and app.tests.small.value.count("url(data:image/jpeg") == 5
+    monkeypatch.setattr(explore, "read_image_bytes", lambda path: pytest.fail(f"opened {path}"))
+    row = asked[0][2]
+    small = np.asarray(Image.open(io.BytesIO(base64.b64decode(app.state.thumbnails([row])[0].partition(",")[2]))), float)
+    data = open_fold(run, 0)
+    square = data.images[data.idx["test"][row]]
+    assert data.rows("test").path[row] == app.state.table.path[row]
+    assert abs(small - np.asarray(Image.fromarray(square).resize(small.shape[::-1]), float)).mean() < 12
+
+
+def test_without_decoded_squares_the_list_says_why_it_has_no_small_pictures(run, outputs):
+    for file in (outputs / "cache").glob("*.npy"): file.unlink()
+    app = App()
+    assert "No small pictures" in app.tests.small.value and "01_data" in app.tests.small.value and app.tests.list.options
+
+
+def test_a_selection_is_saved_with_what_it_is_of(run):
+    decide_fold(run, 0)
+    app = App()
+    app.tests.calls.value = "wrong"
+    app.tests.save.click()
+    file = Path(re.search(r"saved in (\S+\.csv)", app.tests.saved.value)[1])
+    assert file.parent == (run.path / "selections").absolute()
+    saved, cases = pd.read_csv(file), app.state.cases
+    want = app.state.table.loc[app.tests.rows]
+    assert saved.path.tolist() == want.path.tolist() and saved.predicted.tolist() == want.predicted.tolist()
+    assert saved.deferred.tolist() == want.deferred.tolist() and saved.outlier.tolist() == want.outlier.tolist()
+    for role in ("student", "teacher"):
+        assert saved[[f"probability_{role}_{c}" for c in cases.classes]].to_numpy() == pytest.approx(cases.probabilities[role][app.tests.rows])
+    told = json.loads(file.with_suffix(".json").read_text())
+    assert told["choice"]["calls"] == "wrong" and told["protocol"] == cases.protocol and told["images"] == len(want)
+
+
+def test_an_empty_selection_cannot_be_saved_and_says_so(run):
+    app = App()
+    app.tests.confidence.value = (0, 0)
+    assert app.tests.save.disabled and "No test image" in app.tests.save.tooltip and "No test image is as chosen" in app.tests.count.value
+
+
+def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch):
+    def none(body, size, name): raise KdoctError("Mixer has no layer with maps.", fix="Look at another network.")
+    monkeypatch.setattr("kdoct.cam._layer_of", none)
+    app = App()
+    app.viewer.map_on.value = True
+    app.work.wait()
+    assert app.viewer.map_on.disabled and app.viewer.which.disabled and app.viewer.opacity.disabled and not app.viewer.map_on.value
+    assert "Score-CAM, of class, opacity: Mixer has no layer with maps. Look at another network." in app.viewer.why.value
+    app.role.value = "teacher"
+    assert not app.viewer.map_on.disabled and app.viewer.why.value == ""
+
+
+def test_every_pixel_of_the_file_is_shown_when_zoomed(run):
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 1536), dtype=np.uint8))
+    def sizes(html): return [Image.open(io.BytesIO(base64.b64decode(b))).size for b in re.findall(r"base64,([^\"]+)", html)]
+    assert sizes(explore.picture_html(wide, "x")) == [(1024, 40)] and "reduced to 1024 x 40 px" in explore.size_text(wide)
+    assert sizes(explore.picture_html(wide, "x", np.zeros((8, 8)), whole=True)) == [wide.size, wide.size]
+
+
 def test_a_damaged_run_is_told(run):
     (run.path / "run.json").write_text("{")
     app = App()
@@ -353,6 +434,13 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
     assert "teacher predicts" in app.viewer.words.value
 
 
+def test_a_path_that_is_not_given_is_asked_for(run):
+    app = App()
+    app.view.value = explore.VIEWS[1]
+    app.own.read.click()
+    assert "Type the path" in app.own.status.value
+
+
 def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
     app = App()
     def broken(*a): raise ZeroDivisionError("surprise")
@@ -369,7 +457,7 @@ def test_importing_the_explorer_does_not_wait_for_torch():
 # --- as a page
 
 def test_without_voila_the_extra_is_named(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "voila.app", None)
+    monkeypatch.setitem(sys.modules, "voila", None)
     with pytest.raises(KdoctError, match=r"kdoct\[app\]"): explore.serve(browser=False)
 
 
@@ -409,6 +497,10 @@ class Hand:
         (label,) = [e for e in self.all("label") if e.text.strip() == text]
         return label.find_element("tag name", "input")
 
+    def labelled_select(self, text):
+        (found,) = [e for e in self.all("select") if e.accessible_name == text]
+        return found
+
     def press(self, *keys):
         from selenium.webdriver.common.action_chains import ActionChains
         for key in keys: ActionChains(self.browser).send_keys(key).perform()
@@ -446,7 +538,7 @@ def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
 
     # the list: another image
     before = hand.text(".kd-facts")
-    (listed,) = hand.all("select[size]")
+    (listed,) = hand.all(".kd-list input:checked")
     listed.send_keys(Keys.ARROW_DOWN)
     hand.until(lambda: hand.text(".kd-facts") not in ("", before))
 
@@ -481,6 +573,92 @@ def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
     sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     assert len(urls) > 10 and not [u for u in urls if not re.match(r"http://localhost:|data:|blob:|chrome", u)]
+
+
+def opened(browser, page, width, height=1000):
+    "The page at a size, once it shows a list."
+    browser.set_window_size(width, height)
+    browser.get(page)
+    hand = Hand(browser)
+    hand.until(lambda: "Page 1 of" in hand.text(".kd-page") and hand.all(".kd-pane[tabindex]"))
+    return hand
+
+
+def place(element): return [element.rect[k] for k in ("x", "y", "width", "height")]
+
+
+def test_a_wide_screen_is_used_and_a_narrow_one_scrolls_down(page, browser):
+    from selenium.webdriver.common.keys import Keys
+    hand = opened(browser, page, 1700)
+    hand.labelled("Score-CAM").send_keys(Keys.SPACE)
+    hand.until(lambda: len(hand.all(".kd-pane")) == 2)
+    parts = [place(hand.all(css)[0]) for css in (".kd-list", ".kd-plain", ".kd-mapped", ".kd-words table")]
+    for left, right in zip(parts, parts[1:], strict=False): assert left[0] + left[2] <= right[0]
+    assert parts[-1][0] + parts[-1][2] > 1500 and max(y for _, y, _, _ in parts[1:]) < min(y + h for _, y, _, h in parts[1:])
+    for width in (1280, 800):
+        browser.set_window_size(width, 1000)
+        hand.until(lambda: len(hand.all(".kd-pane")) == 1)
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert hand.all(".kd-mapped img[alt='Score-CAM']"), "one pane: the picture under its map"
+    tops = [place(hand.all(css)[0])[1] for css in (".kd-list", ".kd-mapped", ".kd-words")]
+    assert tops == sorted(tops) and len({place(hand.all(css)[0])[0] // 20 for css in (".kd-list", ".kd-mapped", ".kd-words")}) == 1
+
+
+def test_the_picture_is_enlarged_and_moved_by_keyboard_with_its_map(page, browser):
+    from selenium.webdriver.common.keys import Keys
+    hand = opened(browser, page, 1280)
+    hand.labelled("Score-CAM").send_keys(Keys.SPACE)
+    hand.until(lambda: hand.all("img[alt='Score-CAM']"))
+    (pane,) = hand.all(".kd-pane")
+    def fact(code): return browser.execute_script(f"return (p => {code})(arguments[0])", hand.all(".kd-pane")[0])
+    before = fact("p.querySelector('.kd-stack').offsetWidth")
+    pane.send_keys("+")
+    hand.until(lambda: fact("p.querySelector('.kd-stack').offsetWidth") == pytest.approx(1.5 * before, abs=2))
+    pane.send_keys("+")
+    hand.until(lambda: fact("p.querySelector('.kd-stack').offsetWidth") == pytest.approx(2 * before, abs=2))
+    assert fact("(p.scrollTop + p.clientHeight/2)/p.scrollHeight") == pytest.approx(.5, abs=.02), "the middle stays in the middle"
+    base, above = (place(e) for e in hand.all(".kd-stack img"))
+    assert base == above
+    left = fact("p.scrollTop")
+    pane.send_keys(Keys.ARROW_DOWN)
+    hand.until(lambda: fact("p.scrollTop") > left)
+    pane.send_keys("-" * 2)
+    hand.until(lambda: fact("p.querySelector('.kd-stack').offsetWidth") == pytest.approx(before, abs=2))
+
+    # pixel for pixel
+    hand.labelled_select("zoom").send_keys("pixel")
+    hand.until(lambda: fact("p.querySelector('.kd-stack').offsetWidth == p.querySelector('img').naturalWidth"))
+
+
+def test_a_screen_reader_has_a_name_for_everything_and_grey_controls_say_why(made, page, browser):
+    from selenium.webdriver.common.keys import Keys
+    hand = opened(browser, page, 1280)
+    moved = hand.all(".kd-pane, .kd-list input, select, [role=slider]")
+    assert all(e.get_attribute("data-lm-suppress-shortcuts") == "true" for e in moved), "JupyterLab would take the arrow keys for its cells"
+    everything = ":is(button, select, input, img, svg[role=img], [role=slider], [role=radiogroup], [tabindex='0'], [contenteditable=true])"
+    for view in explore.VIEWS:
+        hand.labelled(view).send_keys(Keys.SPACE)
+        shown = hand.until(lambda: hand.all(everything))
+        nameless = [e.get_attribute("outerHTML")[:200] for e in shown if not e.accessible_name.strip()]
+        assert len(shown) > 8 and not nameless, view
+    (points,) = [e for e in hand.all("select") if not e.is_enabled()]
+    assert "No decision is fitted" in points.get_attribute("title")
+
+    hand.labelled(explore.VIEWS[0]).send_keys(Keys.SPACE)
+    grey = hand.until(lambda: [e for e in hand.all(":is(select, button)") if not e.is_enabled()])
+    assert {e.accessible_name for e in grey} == {"deferral", "outlier", "First", "Previous", "Next", "Last"}
+    for e in grey:
+        assert e.get_attribute("title") not in ("", e.accessible_name)
+        if e.tag_name == "select": assert browser.find_element("id", e.get_attribute("aria-describedby")).is_displayed()
+
+    # each line has its own small picture
+    code = "return [...document.querySelectorAll('.kd-list .widget-radio-box label')].map(e => getComputedStyle(e, '::before').backgroundImage)"
+    assert len(set(browser.execute_script(code))) == len(hand.all(".kd-list input"))
+
+    # the table, by keyboard
+    next(e for e in hand.all("button") if e.accessible_name.startswith("Save")).send_keys(Keys.SPACE)
+    file = hand.until(lambda: re.search(r"saved in (\S+\.csv)", hand.text(".kd-text")))[1]
+    assert len(pd.read_csv(file)) == len(hand.all(".kd-list input")) and Path(file).parent == made / "small" / "selections"
 
 
 def test_the_page_is_for_those_who_have_its_token(page):

@@ -4,8 +4,11 @@ import threading
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from kdoct.frozen import each_core
+from kdoct.core import TrainRecipe
+from kdoct.frozen import Frozen, Quick, each_core, freeze, private_copy
+from kdoct.models import create_classifier, float32_products
 
 
 def test_every_core_works_and_an_error_comes_out():
@@ -17,3 +20,57 @@ def test_every_core_works_and_an_error_comes_out():
         with pytest.raises(ZeroDivisionError): each_core(lambda p: 1//p, [1, 2, 0, 3], torch.device("cpu"))
         assert torch.get_num_threads() == 2
     finally: torch.set_num_threads(before)
+
+
+def to_tf32(x):
+    "Float32 numbers rounded to 10 bits of mantissa, halves to even; everything else unchanged."
+    if not torch.is_tensor(x) or x.dtype is not torch.float32: return x
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class LikeAGpu(TorchFunctionMode):
+    "Convolutions and matrix products as a GPU with TF32 computes them, by torch's own settings."
+    matmuls, rounded, exact = ("linear", "matmul", "mm", "bmm", "baddbmm"), 0, 0
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, backends = getattr(func, "__name__", ""), torch.backends
+        by = backends.cudnn.conv if name == "conv2d" else backends.cuda.matmul if name in self.matmuls else None
+        if by is not None and by.fp32_precision == "tf32":
+            args, self.rounded = tuple(map(to_tf32, args)), self.rounded + 1
+        elif by is not None: self.exact += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "tf_efficientnet_lite2", "ofa595", "efficientnet_b0"])
+def test_the_check_of_a_simplified_network_is_exact_where_gpus_round(arch):
+    torch.manual_seed(0)
+    model = create_classifier(TrainRecipe(arch=arch, weights="none", precision="fp32"), 3, 96).eval()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms: m.momentum = 1.   # statistics as a training leaves them, so that folding scales the weights
+    with torch.no_grad(): model.train()(torch.rand(4, 1, 96, 96))
+    body = private_copy(model.eval())
+    x = model.prepare(torch.rand(1, 1, 96, 96))
+    with float32_products(True), torch.no_grad(), LikeAGpu() as gpu:
+        quick = Quick(body, x)
+        products, looked = gpu.exact, gpu.rounded   # finding what to fold is one rounded pass, whose numbers nobody uses
+        assert products >= 2*looked > 0             # both sides of the comparison are exact
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"   # as it was
+    with torch.no_grad(): assert torch.allclose(quick.exact(x), body(x), rtol=1e-3, atol=1e-3*float(body(x).abs().max()))
+
+
+def test_a_frozen_network_in_float32_answers_exactly_where_gpus_round():
+    model = create_classifier(TrainRecipe(arch="test_efficientnet", weights="none", precision="fp32"), 3, 64).eval()
+    frozen, x = Frozen(model), torch.rand(2, 1, 64, 64)
+    with torch.no_grad(): want = frozen(x)
+    with float32_products(True), LikeAGpu() as gpu:
+        assert torch.equal(frozen(x), want)
+        assert gpu.rounded == 0
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_tried_only_where_the_device_multiplies_in_it(monkeypatch, able):
+    asked = []
+    monkeypatch.setattr("kdoct.frozen.computes_bf16", lambda device: able)
+    model = create_classifier(TrainRecipe(arch="test_efficientnet", weights="none", precision="fp32"), 3, 64).eval()
+    _, facts = freeze(model, seconds=0., timer=lambda step, p: asked.append(p) or dict(fp32=2., bf16=1.)[p])
+    assert (facts["precision"], bool(asked)) == (("bf16", True) if able else ("fp32", False))

@@ -66,6 +66,13 @@ def test_patients_keep_their_names_and_the_note_says_who_was_merged(tmp_path):
     assert note["severity"] == "note" and note["action"] == "groups 0001 and 1 merged" and "'1' (1 images) and '0001'" in note["detail"]
 
 
+def test_a_patient_whom_the_given_groups_part_is_noted(tmp_path):
+    lay_out(tmp_path, "a.png", "b.png", "c.png")
+    listing = load_table(table_of(tmp_path, "path,label,patient,group\na.png,CNV,7,g1\nb.png,CNV,7.0,g2\nc.png,CNV,8,g2\n"))
+    assert list(listing.table.group) == ["g1", "g2", "g2"] and problems(listing) == {"a.png": "patient-in-two-groups"}
+    assert listing.findings.detail[0] == "patient 7 / 7.0: groups g1, g2"
+
+
 def test_images_that_are_groups_of_their_own_are_not_merged_by_their_names(tmp_path):
     data = DataRecipe(source="folder", root=lay_out(tmp_path, "CNV/1.png", "CNV/01.png", "NORMAL/P1.png"))
     assert load_table(data).table.group.nunique() == 3

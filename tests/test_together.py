@@ -7,7 +7,13 @@ import textwrap
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 from safetensors.torch import load_file
+
+from kdoct import distill, together
+from kdoct.core import KdoctError
+from kdoct.models import float32_products
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.
 SCRIPT = textwrap.dedent('''
@@ -81,3 +87,91 @@ def test_what_fails_in_one_ends_the_other_and_both_go_on_exactly(tmp_path):
         pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/d/f'history{rank}.csv') for d in 'ab'), check_exact=True)
         a, b = (load_file(tmp_path/d/f'end{rank}.safetensors') for d in 'ab')
         assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    "Four GPUs that nobody can compute on, seen by process 2 of 4; which one was made current."
+    current = []
+    for k, v in dict(WORLD_SIZE='4', RANK='2', LOCAL_RANK='2').items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    with float32_products(True): yield current
+
+
+def test_each_process_has_its_own_gpu_whether_it_has_met_the_others_or_not(gpus):
+    assert together.best_device() == torch.device('cuda', 2) == gpus[-1]
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'): together.best_device()
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)   # the launcher shows each process its own alone
+    assert together.best_device() == torch.device('cuda', 0)
+
+
+def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatch):
+    order = []
+    monkeypatch.setattr(distill, 'join', lambda: order.append('join'))
+    monkeypatch.setattr(distill, 'load_teachers', lambda *_: order.append('load') or {})
+    monkeypatch.setattr(distill, '_weights', lambda *_: torch.zeros(0))
+    monkeypatch.setattr(distill, '_ready', lambda *_: order.append('device') or ({}, {}))
+    monkeypatch.setattr(distill, 'train_role', lambda *_, **__: order.append('train'))
+    class Run:
+        class recipe: distill = type('D', (), dict(combine='logits'))
+        def is_finished(self, *_): return False
+        def record(self, *_, **__): pass
+    monkeypatch.setattr(distill, 'Distill', lambda *_: None)
+    distill.train_student(Run(), 0)
+    assert order == ['join', 'load', 'device', 'train']
+
+
+# Two processes, one of which waits as NCCL lets it: no error comes when the other is gone.
+WAITS = textwrap.dedent('''
+    import threading, time
+    from kdoct import together
+    from kdoct.together import tell
+    def fate(aborts):
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        child = os.fork()
+        os.environ.update(RANK=str(int(child == 0)), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
+        together._watch.__defaults__ = (.1, .5)
+        rank, _ = join()
+        waiting = threading.Event()
+        if aborts: together._abort = waiting.set
+        began = time.monotonic()
+        try:
+            with one_for_all():
+                if rank: raise ValueError('out of luck')
+                waiting.wait(100)
+                raise RuntimeError('NCCL communicator was aborted')
+        except Exception as e: print(rank, type(e).__name__, e, time.monotonic() - began < 20, flush=True)
+        if rank: os._exit(0)
+''')
+
+
+def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_path):
+    said = run(WAITS + 'fate(True)', tmp_path)
+    assert re.search(r'^0 KdoctError Process 1 of this training failed: out of luck.*?True$', said, re.M | re.S), said
+
+
+def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
+    done = subprocess.run([sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 1 and 'Process 1 of this training failed: out of luck' in done.stderr
+
+
+def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
+    code = SCRIPT.replace('with one_for_all(), learn.no_bar(), learn.no_logging()', 'with one_for_all()')
+    code = code.replace(', cross_entropy, r, folder', ", hard_loss(r, labels[:rows], 3), r, folder")
+    code = code.replace('from kdoct.losses import cross_entropy', 'from kdoct.losses import hard_loss')
+    assert code.count('hard_loss') == 2 and 'no_bar' not in code
+    (tmp_path/'a').mkdir()
+    done = subprocess.run([sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    a, b = (pd.read_csv(tmp_path/f'a/history{r}.csv') for r in (0, 1))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert len(a) == 3 and 'valid_loss' in done.stdout   # process 0's table

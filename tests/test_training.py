@@ -19,8 +19,8 @@ from kdoct.data import open_fold, prepare_data
 from kdoct.distill import Distill
 from kdoct.frozen import Frozen
 from kdoct.losses import balanced_weights, cross_entropy, hard_loss
-from kdoct.models import create_classifier, head_modules, load_bundle, undecayed
-from kdoct.step import measure_steps
+from kdoct.models import computes_bf16, create_classifier, head_modules, load_bundle, resolve_precision, undecayed
+from kdoct.step import faster, measure_steps
 from kdoct.teacher import train_teacher
 from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
 
@@ -242,8 +242,9 @@ def measured(learn, fp32, bf16):
 
 @pytest.fixture
 def quick(monkeypatch):
-    "Measuring a step takes no time."
-    monkeypatch.setattr('kdoct.step.measure_steps.__defaults__', (0., measure_steps.__defaults__[1]))
+    "Measuring a step takes no time, on a processor that multiplies in bfloat16."
+    monkeypatch.setattr('kdoct.step.measure_steps.__defaults__', (0., *measure_steps.__defaults__[1:]))
+    monkeypatch.setattr('kdoct.step.computes_bf16', lambda device: True)
 
 
 @pytest.mark.parametrize(('bf16', 'chosen'), [(.9, 'bf16'), (.97, 'fp32'), (2., 'fp32')])
@@ -260,6 +261,70 @@ def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
     again, asked = measured(learner(tmp_path, auto), .5, 1.)
     fit(again)
     assert again.model.precision == 'bf16' and not asked and len(again.history.rows) == 3
+
+
+def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatch):
+    monkeypatch.setattr('kdoct.step.computes_bf16', lambda device: False)
+    learn, asked = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1., .5)
+    fit(learn)
+    assert learn.model.precision == 'fp32' and not asked and learn.precision.facts == dict(precision='fp32', step_seconds=None)
+
+
+@pytest.mark.parametrize(('has', 'kernels', 'able'), [
+    (dict(avx512_bf16=True), 'AVX512', True), (dict(amx_tile=True), 'AVX512', True), (dict(avx512_bf16=True), 'AVX2', False),
+    (dict(avx512_f=True), 'AVX512', False), (dict(avx2=True), 'AVX2', False), (dict(neon=True, bf16=True), 'SVE256', True),
+    (dict(neon=True), 'DEFAULT', False)])
+def test_the_processor_is_asked_whether_it_multiplies_in_bf16(monkeypatch, has, kernels, able):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: kernels)
+    assert computes_bf16('cpu') is able
+    assert resolve_precision('auto', 'cpu') == ('bf16' if has.get('amx_tile') else 'fp32')
+
+
+@pytest.mark.parametrize(('times', 'asked'), [
+    ([1.4, 11.6], 2),                      # lost in its first step, which took longer than all was meant to take
+    ([.1, .9, .1, .3], 4),                 # a short first step may only be short of its kernels: one more of each
+    ([.1, .15, .1, .11], 4)])              # not lost: measured until it is time
+def test_a_trial_that_bf16_loses_ends_at_once(times, asked):
+    said = []
+    medians = measure_steps(None, 2. if times[1] != .15 else 0., lambda step, p: said.append(p) or times[len(said) - 1])
+    assert len(said) == asked and faster(medians) == 'fp32'
+
+
+def test_the_printed_times_are_for_readers(tmp_path, recipe, quick, capsys):
+    learn, _ = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1.42, 16.9)
+    fit(learn)
+    assert 'A training step takes 1.4 s in fp32, 17 s in bf16: fp32 it is.' in capsys.readouterr().out
+
+
+def test_fastai_gathers_nothing_and_the_table_is_filled(tmp_path, recipe, monkeypatch, capsys):
+    called = []
+    for module in ('fastai.learner', 'fastai.torch_core'):
+        monkeypatch.setattr(f'{module}.to_detach', lambda *a, **k: called.append(a) or a[0])
+    monkeypatch.setattr('fastai.torch_core.maybe_gather', lambda x, axis=0: called.append(x) or x)
+    learn = learner(tmp_path, recipe.model_copy(update=dict(epochs=2)))
+    learn.fit(2)   # with bar and table
+    assert not called
+    last = learn.history.rows[-1]
+    assert list(learn.recorder.values[-1]) == [last['train_loss'], last['valid_loss'], last['accuracy']]
+    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+    assert len(learn.recorder.losses) == 4 and float(learn.recorder.losses[-1]) == pytest.approx(last['train_loss'], rel=1e-4)
+
+
+def test_only_training_steps_may_round_to_tf32(tmp_path, recipe, monkeypatch):
+    seen, matmul = [], torch.backends.cuda.matmul
+    for module in ('kdoct.training', 'kdoct.step'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
+    class Look(Callback):
+        def after_pred(self): seen.append((self.training, matmul.allow_tf32))
+        def after_loss(self): seen.append((self.training, matmul.allow_tf32))
+        def before_step(self): seen.append((True, matmul.allow_tf32))        # backward is done
+        def before_batch(self): seen.append(('input', matmul.allow_tf32))
+    learn = learner(tmp_path, recipe.model_copy(update=dict(epochs=1)))
+    learn.add_cb(Look())
+    fit(learn)
+    assert {rounds for part, rounds in seen if part is True} == {True}
+    assert {rounds for part, rounds in seen if part is not True} == {False}   # validation, and the making of batches
+    assert matmul.allow_tf32 is False
 
 
 def test_an_ordered_precision_is_not_measured(tmp_path, recipe, quick):
@@ -279,7 +344,7 @@ def test_measuring_changes_nothing_that_is_trained(tmp_path, recipe, quick):
 def test_the_record_holds_steps_and_memory(trained):
     _, folder = trained
     stage = Run(folder.parent.parent, None).stage('fold_0/teacher')
-    assert stage['step_seconds'] is None and stage['peak_memory']['bytes'] > 2**26
+    assert stage['step_seconds'] is None and stage['tf32_steps'] is False and stage['peak_memory']['bytes'] > 2**26
 
 
 def with_maker(learn, make):
