@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctErr
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
            'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
            'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
-           'provenance', 'Run', 'create_run', 'open_run', 'run_of', 'record', 'is_finished', 'stage_command',
-           'as_typed', 'open_stage']
+           'provenance', 'human_time', 'Run', 'create_run', 'open_run', 'run_of', 'record', 'is_finished',
+           'stage_command', 'as_typed', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -726,6 +726,18 @@ def provenance()->dict:
     return dict(git=_git_commit(), python=platform.python_version(), packages={p: _version(p) for p in _PACKAGES},
                 machine=dict(system=f'{platform.system()} {platform.machine()}', processor=_processor(), cores=usable_cores(),
                              memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpu=gpu, threads=torch.get_num_threads()))
+
+# %% ../nbs/00_core.ipynb #39434332
+def human_time(
+    seconds:float,  # a duration, >= 0 [s]
+)->str:             # such as '35 ms', '1.4 s', '17 s', '3 min 20 s', '2 h 5 min'
+    "A duration for reading."
+    if seconds < .00995: return f'{1e3*seconds:.1f} ms'
+    if seconds < .9995: return f'{1e3*seconds:.0f} ms'
+    if seconds < 9.95: return f'{seconds:.1f} s'
+    if seconds < 119.5: return f'{seconds:.0f} s'
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes} min {rest} s' if minutes < 120 else f'{minutes//60} h {minutes % 60} min'
 
 # %% ../nbs/00_core.ipynb #52b27ea3
 ROLES = ('teacher', 'student', 'baseline')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_rate', 'step_number', 'Schedule', 'Accumulate',
-           'History', 'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy',
-           'make_learner', 'keep_freed_memory', 'best_device', 'predict_logits', 'predictions_frame', 'train_role']
+           'History', 'score_of', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy', 'Table',
+           'make_learner', 'keep_freed_memory', 'predict_logits', 'predictions_frame', 'train_role']
 
 # %% ../nbs/02b_training.ipynb #15c89b8d
 import ctypes
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
+from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -35,10 +36,11 @@ from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_eve
 from .data import FoldData, open_fold
 from .losses import hard_loss
 from .mixing import Mix
-from .models import Classifier, check_origin, create_classifier, data_identity, head_modules, save_bundle, undecayed, weights_origin
+from .models import (Classifier, check_origin, create_classifier, data_identity, float32_products, head_modules, save_bundle, undecayed,
+                          weights_origin)
 from .probe import blank_retina
-from .step import Compile, Precision, peak_memory
-from .together import SharedBatches, Together, add_gradients, add_up, join, one_for_all, places, random_states, set_random_states, team, tell
+from .step import Compile, Precision, peak_memory, rounds_steps
+from .together import SharedBatches, Together, add_gradients, add_up, best_device, join, one_for_all, places, random_states, set_random_states, team, tell
 
 # %% ../nbs/02b_training.ipynb #9f2ebeba
 def param_groups(
@@ -349,6 +351,9 @@ class ResumableLearner(Learner):
             self.epoch = self.dls.train.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', _Never)
 
+    def _do_one_batch(self):
+        with float32_products(self.training and rounds_steps(self.dls.device)): super()._do_one_batch()
+
 class _Never(Exception): "No callback cancels an epoch here."
 
 def accuracy(
@@ -357,6 +362,17 @@ def accuracy(
 )->torch.Tensor:          # scalar in [0, 1]
     "Share of images whose largest logit is the label's (for fastai's table; the records are made by `History`)."
     return (pred.argmax(1) == target).float().mean()
+
+class Table(Recorder):
+    "fastai's table of the epochs, filled by `History`. fastai's own sums gather from all processes and wait for the GPU at every batch."
+    name, _train_mets, _valid_mets = 'recorder', L(), L()
+    def after_batch(self):
+        if not self.training: return
+        sums = self.learn.history.sums
+        self.learn.smooth_loss = torch.tensor(sums['loss']/max(sums['n'], 1))   # beside the progress bar: mean of the epoch so far, in this process
+        self.smooth_loss.count += 1
+        self.lrs.append(self.opt.hypers[-1]['lr'])
+        self.losses.append(self.learn.smooth_loss)
 
 def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
     "`KdoctError` if a process would have no image of a step, or a batch of one image is to be blended with itself."
@@ -385,6 +401,7 @@ def make_learner(
     if recipe.compile: ours.append(Compile())
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
     learn = ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
+    learn.remove_cb(Recorder).add_cb(Table())
     if team()[0]: learn.remove_cb(ProgressCallback).logger = noop   # process 0 reports
     return learn
 
@@ -394,10 +411,6 @@ def keep_freed_memory():
     if platform.libc_ver()[0] != 'glibc': return
     libc = ctypes.CDLL(None)
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**27)): libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-
-def best_device()->torch.device:
-    "The GPU if there is one, else the CPU."
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/02b_training.ipynb #517955e6
 @torch.inference_mode()
@@ -556,6 +569,7 @@ def _write_and_record(run:Run, data:FoldData, role:str, learn:ResumableLearner, 
     about = _write_results(run, data, role, learn, recipe, facts)
     run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds + time.perf_counter() - began,
                training_seconds=sum(r['seconds'] for r in learn.history.rows), parameters=about['parameters'], precision=about['precision'],
+               tf32_steps=rounds_steps(learn.dls.device),
                step_seconds=learn.precision.facts.get('step_seconds'), **(learn.compile.facts if recipe.compile else {}), peak_memory=memory,
                **about['metrics'], weights_sha256=about['weights_sha256'])
     for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
