@@ -311,3 +311,13 @@ def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
     folder = str(made.run.stage_dir(0, "baseline"))
     with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])
     assert e.value.code == 0 and asked == [("tiny", 0, "baseline", None, ("onnx",), None)]
+
+
+def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_path):
+    import shutil
+    copied = shutil.copytree(made.run.stage_dir(0, "baseline"), tmp_path / "copied", ignore=shutil.ignore_patterns("bundle", "resume"))
+    opened = deploy.open_bundle(deploy.export_folder(copied, theirs.pictures, formats=[]))
+    assert opened.decision.temperature == deploy.load_decision(copied).temperature
+    parity = opened.about["formats"]["torch"]["parity"]
+    assert {"distance", "flags"} <= set(parity) and "accuracy" not in parity and opened.about["channels"] == 1
+    assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()
