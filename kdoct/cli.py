@@ -9,14 +9,15 @@ __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'Pa
 
 # %% ../nbs/10_cli.ipynb #3f3b7d56
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .core import (PRESETS, KdoctError, atomic_path, create_run, open_run, outputs_root, own_teachers, parse_overrides, preset, recipe_fields,
-                        require_data_root, require_extra, require_weights)
+from .core import (PRESETS, KdoctError, Run, atomic_path, create_run, open_run, outputs_root, own_teachers, parse_overrides, preset, recipe_fields,
+                        require_data_root, require_extra, require_weights, run_of)
 
 # %% ../nbs/10_cli.ipynb #54187f9b
 app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.", no_args_is_help=True,
@@ -199,13 +200,40 @@ def import_(
     size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
     role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
     out:Annotated[Path|None, typer.Option(help="The model folder. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
+    mean:Annotated[str, typer.Option(help="Mean that the weights expect, of red, green and blue from 0 to 1: 0.485,0.456,0.406. "
+                                     "Default: timm's own for the model.")]='',
+    std:Annotated[str, typer.Option(help="Standard deviation, in the same way: 0.229,0.224,0.225. Default: timm's own.")]='',
+    interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's authors) or bicubic. Default: timm's own.")]='',
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models import import_bundle
     folder = out or outputs_root()/'imported'/file.stem
-    about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role)
-    typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}\n"
-               f"Which images it was trained on is not known. To start from it: --set {'teacher' if role == 'teacher' else 'student'}.weights={_short(folder)}")
+    about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
+                          _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None)
+    typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}")
+    typer.echo(_what_is_taken_for_granted(about, mean, std, interpolation))
+    typer.echo(_what_to_do_with(folder, 'teacher' if role == 'teacher' else 'student'))
+
+def _numbers(text:str, option:str)->list[float]|None:
+    "Numbers with commas between them; None where nothing is given."
+    try: return [float(v) for v in text.split(',')] if text else None
+    except ValueError: raise KdoctError(f"{option} {text}: these are no numbers.", fix=f"Three of them, with commas: {option} 0.5,0.5,0.5") from None
+
+def _what_is_taken_for_granted(about:dict, mean:str, std:str, interpolation:str)->str:
+    "Normalisation and resize of an imported network, and where they are from."
+    def numbers(name): return ', '.join(f'{v:.4g}' for v in about[name])
+    assumed = [option for option, given in (('--mean', mean), ('--std', std), ('--interpolation', interpolation)) if not given]
+    doubt = f" ({', '.join(assumed)}: timm's own for this model. If it was trained with others, import it again with them.)" if assumed else ''
+    return (f"Pictures are resized {about['interpolation']}, and normalised by mean {numbers('mean')} and standard deviation {numbers('std')}.{doubt}\n"
+            "Which images it was trained on is not known.")
+
+def _what_to_do_with(folder:Path, role:str)->str:
+    "Commands that go on with an imported network."
+    there = shlex.quote(str(_short(folder)))
+    return (f"\nPredict with it:         kdoct predict {there} FILES\n"
+            f"Export it:               kdoct export {there} --images DIR\n"
+            f"Teach with it as it is:  kdoct crossval --teacher {there}\n"
+            f"Start a training there:  kdoct crossval --set {role}.weights={there}")
 
 @app.command('baseline-svm')
 def baseline_svm(
@@ -273,17 +301,48 @@ def bench(
 # %% ../nbs/10_cli.ipynb #37e81017
 @app.command()
 def export(
-    run:Annotated[str, typer.Argument(help="Name of the run; the network must be trained.")],
-    fold:Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]=0,
-    role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME.")]='student',
-    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: outputs/RUN/fold_K/ROLE/bundle.")]=None,
+    network:Annotated[str, typer.Argument(metavar='RUN|FOLDER',
+                                              help="Name of a run whose network is trained, or a model folder (of a run, or of `kdoct import`).")],
+    fold:Annotated[int|None, typer.Option(min=0, help="Fold of the run, counted from 0. Default: 0.")]=None,
+    role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME of the run. Default: student.")]='',
+    images:Annotated[Path|None, typer.Option(help="Folder of pictures on which the formats are checked; needed for a model folder without a run.")]=None,
+    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: bundle, in the model folder (outputs/RUN/fold_K/ROLE).")]=None,
     formats:Annotated[str, typer.Option(help="Beside PyTorch: onnx, openvino, int8, with commas.")]='onnx,openvino,int8',
     key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct make-keys` makes one.")]=None,
 ):
     "Write a bundle: one graph from picture to calibrated probabilities, each format checked against PyTorch and timed, model card, hashes, signature."
-    if formats.strip() or key: require_extra('deploy')   # said now, not after torch is imported
-    from kdoct.deploy import export_fold
-    typer.echo(_short(export_fold(open_run(run), fold, role, out, tuple(f.strip() for f in formats.split(',') if f.strip()), key)))
+    chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
+    if chosen or key: require_extra('deploy')   # said now, not after torch is imported
+    place = _network_of(network, fold, role, images)
+    from kdoct.deploy import export_fold, export_folder
+    written = export_fold(*place, out, chosen, key) if isinstance(place[0], Run) else export_folder(*place, out, chosen, key)
+    typer.echo(_short(written))
+
+def _network_of(network:str, fold:int|None, role:str, images:Path|None)->tuple:
+    "What `kdoct export` is about: (run, fold, role), or (model folder, pictures) where there is no run; `KdoctError` if it is neither, or options do not fit."
+    folder = Path(network)
+    is_run = (outputs_root()/network/'run.json').is_file()
+    if not is_run and not folder.is_dir():
+        raise KdoctError(f"There is neither a run nor a model folder '{network}'.", fix="`kdoct runs` lists the runs, `kdoct import` writes a model folder.")
+    if is_run: place = open_run(network), fold or 0, role or 'student'
+    elif fold is not None or role:
+        raise KdoctError(f"{network} is a folder; --fold and --role are for the name of a run.", fix="Leave them out, or give the name of the run.")
+    else: place = _run_of_model_folder(folder)
+    if place and images: raise KdoctError(f"Run '{place[0].name}' has images of its own to check the formats on.", fix="Leave --images out.")
+    if place: return place
+    if images is None:
+        raise KdoctError(f"{network} belongs to no run here, so there are no images to check the formats on.",
+                         fix="Give some of the kind that it was trained on: --images DIR")
+    if not images.exists(): raise KdoctError(f"There is no folder {images}.", fix="Give a folder of pictures: --images DIR")
+    return folder, images
+
+def _run_of_model_folder(folder:Path)->tuple|None:
+    "The run that a folder belongs to, None where there is none; `KdoctError` if it is no model folder, or a bundle already."
+    if (folder/'bundle.json').exists(): raise KdoctError(f"{folder} is a bundle already.", fix="`kdoct predict` opens it as it is.")
+    if not (folder/'model.json').is_file():
+        raise KdoctError(f"{folder} is no model folder: it has no model.json.",
+                         fix="Give the name of a run, or a folder with model.safetensors and model.json.")
+    return run_of(folder)
 
 @app.command('make-keys')
 def make_keys(
@@ -297,22 +356,24 @@ def make_keys(
 # %% ../nbs/10_cli.ipynb #a1095ec1
 @app.command()
 def predict(
-    bundle:Annotated[Path, typer.Argument(help="Folder that `kdoct export` wrote.")],
+    network:Annotated[Path, typer.Argument(metavar='BUNDLE|FOLDER',
+                                               help="A bundle, which `kdoct export` writes, or a model folder (of a run, or of `kdoct import`).")],
     paths:Annotated[list[Path], typer.Argument(help="Pictures, TIFF, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds, .img, and folders of them.")],
     out:Annotated[Path|None, typer.Option(help="Rows of the B-scans: .csv, .json, .jsonl or .parquet. Default: CSV to standard output.")]=None,
     volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the deciding B-scans.")]=None,
     volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the most severe class that enough B-scans show). "
-                                            "Default: the bundle's rule, with which it was evaluated.")]='',
-    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the bundle's number.")]=None,
-    engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks.")]='',
+                                            "Default: the network's rule, with which it was evaluated.")]='',
+    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the network's number.")]=None,
+    engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks; "
+                                       "a model folder has torch only.")]='',
     threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
     workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,
     batch:Annotated[int, typer.Option(min=1, help="Most pictures asked about at once.")]=32,
     key:Annotated[Path|None, typer.Option(help="Public key that the bundle must be signed with.")]=None,
 ):
-    "What a bundle says of files: a row a B-scan, a row a volume; a bad file is a row too, and makes the exit status 1."
+    "What a network says of files: a row a B-scan, a row a volume; a bad file is a row too, and makes the exit status 1."
     from kdoct.predict import predict_files
-    counts = predict_files(bundle, paths, out, volumes_out, volume_rule, min_slices, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
+    counts = predict_files(network, paths, out, volumes_out, volume_rule, min_slices, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
     if counts.get('failed'): raise typer.Exit(1)
 
 @app.command()

@@ -8,8 +8,8 @@ __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctErr
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
            'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
            'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
-           'provenance', 'human_time', 'Run', 'create_run', 'open_run', 'record', 'is_finished', 'stage_command',
-           'as_typed', 'open_stage']
+           'provenance', 'human_time', 'Run', 'create_run', 'open_run', 'run_of', 'record', 'is_finished',
+           'stage_command', 'as_typed', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -804,6 +804,15 @@ def open_run(
         raise KdoctError(f"There is no run '{name}' in {outputs_root()}.",
                          fix=f"Runs there: {', '.join(there) or 'none yet'}. `kdoct demo` makes a first one.")
     return Run(path, _validated(read_json(path/'run.json')['recipe']))
+
+def run_of(
+    folder:str|Path,  # a model folder
+)->tuple[Run, int, str]|None:  # the run that it lies in, its fold and its role; None: it lies in none
+    "Whose network a model folder is, by where it lies."
+    folder = Path(folder).resolve()
+    fold, path = folder.parent, folder.parent.parent
+    if not re.fullmatch(r'fold_[0-9]+', fold.name) or not (path/'run.json').is_file(): return None
+    return Run(path, _validated(read_json(path/'run.json')['recipe'])), int(fold.name.removeprefix('fold_')), folder.name
 
 def record(
     run:Run,  # run whose run.json is extended

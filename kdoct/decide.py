@@ -322,7 +322,7 @@ def _with_threshold(o:Outlier, features, groups, share)->tuple[Outlier, str]:
 _FIX = 'Make it again with notebook 05g_decide.'
 
 def save_decision(
-    folder:str|Path,    # a network's folder
+    folder:str|Path,    # a model folder
     decision:Decision,  # what to write
 )->Path:                # decision.json
     "Write decision.safetensors and decision.json, each atomically, the statistics first."
@@ -335,7 +335,7 @@ def save_decision(
     return folder/'decision.json'
 
 def load_decision(
-    folder:str|Path,  # a network's folder, or a bundle's
+    folder:str|Path,  # a model folder, or a bundle
 )->Decision:
     "Read a decision; `KdoctError` if it is damaged, or belongs to other weights than those beside it."
     folder = Path(folder)

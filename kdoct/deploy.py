@@ -7,7 +7,8 @@ __all__ = ['OUTPUTS', 'OPSET', 'ENGINES', 'LIMITS', 'FORMATS', 'resize_weights',
            'Prepare', 'Network', 'Finish', 'Deployable', 'write_onnx', 'write_openvino', 'write_int8', 'Engine',
            'torch_engine', 'onnx_engine', 'cut_graph', 'Compiled', 'openvino_engine', 'network_alone', 'compare',
            'refused', 'ask_all', 'time_engines', 'worth_it', 'calibration_rows', 'runs_here', 'make_engine',
-           'write_formats', 'check_engines', 'summary', 'export_fold', 'Bundle', 'open_bundle']
+           'write_formats', 'CheckPictures', 'pictures_of_run', 'pictures_of_files', 'check_engines', 'summary',
+           'export_fold', 'Bundle', 'open_bundle', 'open_model_folder', 'open_network', 'export_folder']
 
 # %% ../nbs/07_deploy.ipynb #edf85106
 import copy
@@ -22,9 +23,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ from torch import nn
 
 from .augment import Batches
 from .bundle import open_sealed, seal
-from .core import KdoctError, Run, provenance, read_json, require_extra, usable_cores, write_json
+from .core import KdoctError, Run, provenance, read_json, require_extra, run_of, usable_cores, write_json
 from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image_bytes, resized
 from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits, told_apart
 from .frozen import freeze, private_copy
-from .models import Classifier, load_bundle
+from .guard import Guard
+from .models import Classifier, load_bundle, read_bundle
+from .volumes import find_files
 
 # %% ../nbs/07_deploy.ipynb #0c99f53a
 def resize_weights(
@@ -110,21 +113,24 @@ class Network(nn.Module):
         return pooled_and_logits(self.body, x)
 
 class Finish(nn.Module):
-    "Features and logits -> probabilities and distance."
-    def __init__(self, decision:Decision):
+    "Features and logits -> probabilities and distance; without a decision probabilities as trained, and NaN: no distance is measured."
+    def __init__(self, decision:Decision|None):
         super().__init__()
-        self.temperature = decision.temperature
-        for name, v in decision.outlier.arrays().items(): self.register_buffer(name, torch.from_numpy(np.array(v, np.float32)))
+        self.temperature, self.measures = (1., False) if decision is None else (decision.temperature, True)
+        statistics = decision.outlier.arrays() if self.measures else {}
+        for name, v in statistics.items(): self.register_buffer(name, torch.from_numpy(np.array(v, np.float32)))
 
     def forward(self, features:torch.Tensor, logits:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # -> (n, classes), (n,)
-        return (logits/self.temperature).softmax(1), distance(features, self.mean, self.axes, self.scale, self.residual)
+        probabilities = (logits/self.temperature).softmax(1)
+        if not self.measures: return probabilities, features[:, 0]*torch.nan
+        return probabilities, distance(features, self.mean, self.axes, self.scale, self.residual)
 
 # %% ../nbs/07_deploy.ipynb #cde0c05b
 class Deployable(nn.Module):
     "Decoded pictures -> calibrated probabilities, and how far each picture is from the training images."
     def __init__(self,
         model:Classifier,    # trained network; not changed
-        decision:Decision,   # its temperature, and what its features usually are
+        decision:Decision|None,  # its temperature, and what its features usually are; None: not known
         size:int,            # working size, `data.size` [px]
         margin:int=0,        # `data.margin` [px]
     ):
@@ -263,8 +269,9 @@ class Engine:
         name:str,         # one of `ENGINES`
         answer:Callable,  # uint8 array -> probabilities, outlier
         channels:int,     # 1 or 3
+        measures:bool=True,  # whether it measures distances; without a decision they are NaN
     ):
-        self.name, self.answer, self.channels = name, answer, channels
+        self.name, self.answer, self.channels, self.measures = name, answer, channels, measures
 
     def __call__(self,
         images:np.ndarray,  # uint8 (n, h, w), or (n, h, w, 3) where `channels` is 3
@@ -275,13 +282,13 @@ class Engine:
             raise KdoctError(f"Pictures of shape {x.shape} and type {x.dtype}: the engine takes uint8 (n, h, w{', 3' if last else ''}).",
                              fix="Take them from `kdoct.data.framed`, with the bundle's framing.")
         out = dict(zip(OUTPUTS, (np.asarray(v, np.float32) for v in self.answer(x)), strict=True))
-        if all(np.isfinite(v).all() for v in out.values()): return out
+        if all(np.isfinite(out[k]).all() for k in (OUTPUTS if self.measures else OUTPUTS[:1])): return out
         raise KdoctError(f"The engine '{self.name}' gives numbers that are not finite.", fix="Ask each picture alone to find the one; try the engine 'torch'.")
 
 # %% ../nbs/07_deploy.ipynb #719d40f9
 def torch_engine(
     model:Classifier,    # trained network
-    decision:Decision,   # what is done with its answers
+    decision:Decision|None,  # what is done with its answers; None: not known
     size:int,            # working size [px]
     margin:int,          # [px]
     threads:int=0,       # 0: those that PyTorch has
@@ -411,25 +418,30 @@ LIMITS = dict(probability=1e-3, distance=1e-2, labels=.995, flags=.995, near=.05
 def compare(
     got:dict,            # answers of an engine: probabilities (n, classes), outlier (n,)
     want:dict,           # answers of PyTorch
-    labels:np.ndarray,   # (n,) true classes, as numbers
-    threshold:float,     # a picture with a larger distance is an outlier
-    val:np.ndarray,      # (n,) bool: pictures of the validation part, on which accuracy is counted
-)->dict:                 # how far the two are apart
+    labels=None,         # (n,) true classes, as numbers; None: not known
+    threshold:float|None=None,  # a picture with a larger distance is an outlier; None: no distance is measured
+    val=None,            # (n,) bool: pictures of the validation part, on which accuracy is counted; None: none
+)->dict:                 # how far the two are apart; what cannot be compared is left out
     "Parity of an engine with PyTorch on the same pictures."
-    calls, wanted = got['probabilities'].argmax(1), want['probabilities'].argmax(1)
-    same, near = (got['outlier'] > threshold) == (want['outlier'] > threshold), np.abs(want['outlier']/threshold - 1) < LIMITS['near']
-    return dict(images=len(labels), probability=float(np.abs(got['probabilities'] - want['probabilities']).max()),
-                distance=float(np.abs(got['outlier']/want['outlier'] - 1).max()), labels=float((calls == wanted).mean()),
-                flags=float((same | near).mean()), near_threshold=int(near.sum()),
-                accuracy=float((calls == labels)[val].mean()), lost_points=float(100*((wanted == labels)[val].mean() - (calls == labels)[val].mean())))
+    predicted, wanted = got['probabilities'].argmax(1), want['probabilities'].argmax(1)
+    out = dict(images=len(wanted), probability=float(np.abs(got['probabilities'] - want['probabilities']).max()),
+               labels=float((predicted == wanted).mean()))
+    if threshold is not None:
+        same, near = (got['outlier'] > threshold) == (want['outlier'] > threshold), np.abs(want['outlier']/threshold - 1) < LIMITS['near']
+        out |= dict(distance=float(np.abs(got['outlier']/want['outlier'] - 1).max()), flags=float((same | near).mean()),
+                    near_threshold=int(near.sum()))
+    if labels is not None:
+        right, expected = ((p == labels)[val].mean() for p in (predicted, wanted))
+        out |= dict(accuracy=float(right), lost_points=float(100*(expected - right)))
+    return out
 
 def refused(
     parity:dict,    # of `compare`
     exact:bool,     # whether the engine calculates in float32
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
-    off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity[k] > LIMITS[k]}
-    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in ('labels', 'flags') if parity[k] < LIMITS[k]}
+    off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity.get(k, 0) > LIMITS[k]}
+    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in ('labels', 'flags') if parity.get(k, 1) < LIMITS[k]}
     return '; '.join([*(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
                       *(f'{got} % of {k} agree (at least {limit} %)' for k, (got, limit) in few.items())])
 
@@ -507,8 +519,8 @@ def runs_here(
 def make_engine(
     folder:str|Path,     # with the files of a bundle
     name:str,            # one of `ENGINES`
-    about:dict,          # size, margin, channels, classes, as in bundle.json
-    decision:Decision,   # for the engine torch; graphs have it in them
+    about:dict,          # size, margin, channels, classes, as in bundle.json; temperature None: no distance is measured
+    decision:Decision|None,  # for the engine torch; graphs have it in them
     threads:int=0,       # 0: all usable cores
 )->Engine:
     "An engine for the files of a folder; `KdoctError` if it cannot run here, or its graph is not what it should be."
@@ -520,7 +532,7 @@ def make_engine(
         case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
     if facts != want:
         raise KdoctError(f"The graph {file.name} takes and gives {facts}, not {want}.", fix="Do not use this bundle. Get it again from whoever made it.")
-    return Engine(name, lambda x: answer(squared(x, stored)), about['channels'])
+    return Engine(name, lambda x: answer(squared(x, stored)), about['channels'], about.get('temperature', 1.) is not None)
 
 # %% ../nbs/07_deploy.ipynb #45134e73
 FORMATS = {'onnx': ('onnx', 'onnxscript'), 'openvino': ('onnx', 'onnxscript', 'openvino'), 'int8': ('onnx', 'onnxscript', 'openvino', 'nncf')}   # -> packages
@@ -574,32 +586,71 @@ def _pictures(run:Run, data:FoldData, rows:pd.DataFrame)->Iterator[np.ndarray]:
 def _spread(n:int, most:int)->np.ndarray: return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 # %% ../nbs/07_deploy.ipynb #b7e88523
-def check_engines(
-    run:Run,             # the run
-    data:FoldData,       # its fold
-    folder:Path,         # with the files of a bundle
-    about:dict,          # size, margin, channels, classes
-    decision:Decision,   # of the network
-    names:list[str],     # of engines, torch first
-    images:int=400,      # most images of validation and test that are compared
-)->dict[str, dict]:      # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
-    "Compare engines with PyTorch on images of validation and test, and time them."
+@dataclass(frozen=True)
+class CheckPictures:
+    "Pictures on which engines are compared with PyTorch."
+    squares:np.ndarray   # uint8 (n, side, side) or (n, side, side, 3), decoded as for training
+    read:Callable        # () -> the same n pictures from their files, as a graph takes them
+    middle:np.ndarray    # one of them, for timing
+    labels:np.ndarray|None=None  # (n,) true classes, as numbers; None: not known
+    val:np.ndarray|None=None     # (n,) bool: those of the validation part, on which accuracy is counted
+
+def pictures_of_run(
+    run:Run,         # the run
+    data:FoldData,   # its fold
+    images:int=400,  # most images
+)->CheckPictures:
+    "Images of validation and test."
     rows, table = (join([f(part) for part in ('val', 'test')]) for join, f in ((np.concatenate, data.idx.get), (pd.concat, data.rows)))
     at = _spread(len(rows), images)
     rows, table = rows[at], table.iloc[at]
-    batches = Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), rows, 16, size=about['size'])
-    features, logits = features_and_logits(load_bundle(folder)[0], batches)
-    want = dict(probabilities=decision.probabilities(logits), outlier=decision.outlier.score(features))
+    return CheckPictures(np.asarray(data.images[rows]), lambda: _pictures(run, data, table), next(_pictures(run, data, table.iloc[len(table)//2:])),
+                         data.labels[rows], (table.role == 'val').to_numpy())
+
+def pictures_of_files(
+    paths,           # files and folders, or one of either
+    about:dict,      # size, margin, channels, framing, as in bundle.json
+    images:int=400,  # most pictures
+)->CheckPictures:
+    "Pictures of one's own, whose classes are not known; `KdoctError` naming the first that cannot be read."
+    files = list(find_files(paths))
+    if not files: raise KdoctError("There is no picture to compare the formats on.", fix="Give a folder that has some: --images DIR")
+    files = [files[i] for i in _spread(len(files), images)]
+    def each():
+        with closing(Guard()) as guard:
+            for f in files:
+                try: yield from (framed(scan.image, about['channels'], **about['framing']) for scan in guard.scans(f))
+                except KdoctError as e:
+                    raise KdoctError(f"{f}: {e.problem}", fix="Every file of --images is read: leave out those that are no pictures.") from e
+    def read(): return islice(each(), images)
+    first, side = next(read()), about['size'] + about['margin']
+    return CheckPictures(np.stack([resized(x, side) for x in read()]), read, first)
+
+def _wanted(decision:Decision|None, features:np.ndarray, logits:np.ndarray)->dict:
+    "What engines should say, from what the network says."
+    if decision is None: return dict(probabilities=torch.from_numpy(logits).softmax(1).numpy(), outlier=np.full(len(logits), np.nan, np.float32))
+    return dict(probabilities=decision.probabilities(logits), outlier=decision.outlier.score(features))
+
+def check_engines(
+    pictures:CheckPictures,  # what they are compared on
+    folder:Path,             # with the files of a bundle
+    about:dict,              # size, margin, channels, classes, temperature
+    decision:Decision|None,  # of the network
+    names:list[str],         # of engines, torch first
+)->dict[str, dict]:          # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
+    "Compare engines with the network itself on pictures, and time them."
+    none, threshold = np.zeros(len(pictures.squares), np.int64), None if decision is None else decision.outlier.threshold
+    batches = Batches(pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size'])
+    want = _wanted(decision, *features_and_logits(load_bundle(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     engines = {name: make_engine(folder, name, about, decision) for name in names if name not in out}
-    said = ask_all(engines, _pictures(run, data, table))
+    said = ask_all(engines, pictures.read())
     for name in engines:
-        parity = compare(said[name], want, data.labels[rows], decision.outlier.threshold, (table.role == 'val').to_numpy())
+        parity = compare(said[name], want, pictures.labels, threshold, pictures.val)
         why = refused(parity, name in ('torch', 'onnx', 'openvino'))
         out[name] = dict(kept=not why, reason=why, **_size(folder, name), parity=parity)
-    middle = next(_pictures(run, data, table.iloc[len(table)//2:]))
-    timed = time_engines(engines, middle)
-    for name, t in timed.items(): out[name] |= t | dict(picture=list(middle.shape))
+    timed = time_engines(engines, pictures.middle)
+    for name, t in timed.items(): out[name] |= t | dict(picture=list(pictures.middle.shape))
     return {name: out[name] for name in names}
 
 def _size(folder:Path, name:str)->dict:
@@ -629,18 +680,20 @@ def summary(
     return pd.DataFrame(rows).T.infer_objects().rename_axis('engine')
 
 # %% ../nbs/07_deploy.ipynb #54e738ba
-def _about(run:Run, fold:int, role:str, model:dict, decision:Decision)->dict:
-    "What bundle.json says of the network, before anything is checked."
-    d, channels = run.recipe.data, run.stage('data')['channels']
-    shapes = {k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)]) for k, (t, s) in _signature(channels, len(model['classes'])).items()}
-    meaning = (f'decoded pictures, 0 black to 255 white, of any size; made square ({d.size + d.margin} px) by PIL, as kdoct does, they give what was checked; '
-               'the graph resizes others as PIL does, but for one grey level in a few pixels, and for pictures higher than wide')
-    return dict(name=f'{run.name}-fold{fold}-{role}', created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), role=role, arch=model['arch'],
-                classes=list(model['classes']), channels=channels, size=d.size, margin=d.margin,
-                framing={k: getattr(d, k) for k in FRAMING}, temperature=decision.temperature,
-                input=dict(name='images', **shapes.pop('images'), meaning=meaning), outputs=shapes,
-                source=dict(run=run.name, fold=fold, role=role, folds_sha256=model['folds_sha256'], weights_sha256=model['weights_sha256'],
-                            recipe_key=run.recipe.key), **provenance())
+def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, source:dict)->dict:
+    "What bundle.json says of the network, before anything is checked; `taken` is of `_taken`."
+    shapes = {k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)]) for k, (t, s) in _signature(taken['channels'], len(model['classes'])).items()}
+    meaning = (f"decoded pictures, 0 black to 255 white, of any size; made square ({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
+               'what was checked; the graph resizes others as PIL does, but for one grey level in a few pixels, and for pictures higher than wide')
+    if decision is None: shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
+    return dict(name=name, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), role=role, arch=model['arch'],
+                classes=list(model['classes']), **taken, temperature=None if decision is None else decision.temperature,
+                input=dict(name='images', **shapes.pop('images'), meaning=meaning), outputs=shapes, source=source, **provenance())
+
+def _taken(model:dict, data:dict, channels:int|None)->dict:
+    "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
+    return dict(channels=channels or 3, channels_known=channels is not None, size=data.get('size', model['input_size']), margin=data.get('margin', 0),
+                framing={k: data.get(k, v) for k, v in FRAMING.items()})
 
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:
     "Network and decision, in the folder of the bundle."
@@ -652,28 +705,36 @@ def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision
     return model, load_decision(work)
 
 # %% ../nbs/07_deploy.ipynb #623fab8e
+def _write_and_check(work:Path, about:dict, decision:Decision|None, formats:tuple, calibration:list, pictures:CheckPictures):
+    "Write formats beside the network, and keep the files of engines that pass; `about` is told."
+    net = Deployable(load_bundle(work)[0], decision, about['size'], about['margin'])
+    failed = write_formats(net, work, formats, about['channels'], calibration)
+    engines = ['torch', *(e for f in formats if f not in failed for e in _ENGINES_OF[f])]
+    beside = ['openvino'] if 'int8' in engines and 'openvino' not in engines else []   # INT8 is compared with it
+    found = check_engines(pictures, work, about, decision, engines + beside)
+    _judge_int8(found)
+    about['formats'] = {k: v for k, v in found.items() if k not in beside}
+    about['formats'] |= {e: dict(kept=False, reason=why) for f, why in failed.items() for e in _ENGINES_OF[f]}
+    keep = {f for v in about['formats'].values() if v['kept'] for f in v['files']}
+    for f in {f for v in found.values() for f in v.get('files', ())} | {'model.onnx', 'openvino.xml', 'openvino.bin'}:
+        if f not in keep | {'model.safetensors'}: (work/f).unlink(missing_ok=True)
+
+def _write_card(work:Path, text:str, card:dict):
+    (work/'CARD.md').write_text(text, encoding='utf-8')
+    write_json(work/'card.json', card)
+
 def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->dict:
     "Everything but the seal; returns what bundle.json says."
     from kdoct.card import model_card  # the card reads records of evaluation, which this notebook does not need
     model, decision = _network_files(run, fold, role, work)
-    data, about = open_fold(run, fold), _about(run, fold, role, model, decision)
+    data, d = open_fold(run, fold), run.recipe.data.model_dump()
     if model['folds_sha256'] != data.folds_sha256: raise KdoctError(f"The {role} was trained on other folds.", fix="Train it again, in a new run.")
+    source = dict(run=run.name, fold=fold, role=role, folds_sha256=model['folds_sha256'], weights_sha256=model['weights_sha256'], recipe_key=run.recipe.key)
+    about = _about(f'{run.name}-fold{fold}-{role}', role, model, _taken(model, d, run.stage('data')['channels']), decision, source)
     rows = calibration_rows(data) if 'int8' in formats else np.array([], np.int64)
-    net = Deployable(load_bundle(work)[0], decision, about['size'], about['margin'])
-    failed = write_formats(net, work, formats, about['channels'], [data.images[i][None] for i in rows])
-    engines = ['torch', *(e for f in formats if f not in failed for e in _ENGINES_OF[f])]
-    beside = ['openvino'] if 'int8' in engines and 'openvino' not in engines else []   # INT8 is compared with it
-    found = check_engines(run, data, work, about, decision, engines + beside, images)
-    _judge_int8(found)
-    about['formats'] = {k: v for k, v in found.items() if k not in beside}
-    about['formats'] |= {e: dict(kept=False, reason=why) for f, why in failed.items() for e in _ENGINES_OF[f]}
+    _write_and_check(work, about, decision, formats, [data.images[i][None] for i in rows], pictures_of_run(run, data, images))
     if 'int8' in formats: about['calibration'] = _calibration_facts(data, rows)
-    keep = {f for v in about['formats'].values() if v['kept'] for f in v['files']}
-    for f in {f for v in found.values() for f in v.get('files', ())} | {'model.onnx', 'openvino.xml', 'openvino.bin'}:
-        if f not in keep | {'model.safetensors'}: (work/f).unlink(missing_ok=True)
-    text, card = model_card(about, run, fold, role, decision)
-    (work/'CARD.md').write_text(text, encoding='utf-8')
-    write_json(work/'card.json', card)
+    _write_card(work, *model_card(about, run, fold, role, decision))
     return about
 
 def _calibration_facts(data:FoldData, rows:np.ndarray)->dict:
@@ -694,27 +755,33 @@ def export_fold(
     "Write the bundle of one network: every format checked against PyTorch on real images and timed, those that pass kept."
     formats, out = _checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
     if not run.is_finished(role, fold): raise KdoctError(f"Fold {fold} of run '{run.name}' has no finished {role}.", fix="Train it first.")
+    about = _sealed(out, key, lambda work: _fill(run, fold, role, work, formats, images))
+    run.record(f'fold_{fold}/deploy', status='done', **{role: {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}})
+    return out
+
+def _sealed(out:Path, key, fill:Callable)->dict:
+    "Fill a new folder, seal it, give it its name, and print what was found; returns what bundle.json says."
     if out.exists(): raise KdoctError(f"{out} exists already.", fix="Delete it, or name another folder: --out DIR")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.bundle-', dir=out.parent) as d:
         work = Path(d)/out.name
         work.mkdir()
-        about = _fill(run, fold, role, work, formats, images)
+        about = fill(work)
         if not about['formats']['torch']['kept']:
-            raise KdoctError(f"PyTorch does not say what it said in evaluation: {about['formats']['torch']['reason']}.", fix="Report this network.")
+            why = about['formats']['torch']['reason']
+            raise KdoctError(f"PyTorch does not say of the files what the network itself says: {why}.", fix="Report this network.")
         seal(work, about, key)
         os.replace(work, out)
-    run.record(f'fold_{fold}/deploy', status='done', **{role: {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}})
     with pd.option_context('display.max_colwidth', None, 'display.width', 200): print(summary(about['formats']).to_string(float_format='{:.4g}'.format))
-    return out
+    return about
 
 # %% ../nbs/07_deploy.ipynb #13fef3e0
 @dataclass(frozen=True)
 class Bundle:
-    "An opened bundle."
-    folder:Path          # where it lies
-    about:dict           # bundle.json, and whether a signature was checked
-    decision:Decision    # temperature, thresholds, statistics
+    "An opened bundle, or model folder."
+    folder:Path              # where it lies
+    about:dict               # bundle.json, and whether a signature was checked
+    decision:Decision|None   # temperature, thresholds, statistics; None: not known
 
     @property
     def classes(self)->tuple[str, ...]: return tuple(self.about['classes'])
@@ -730,11 +797,11 @@ class Bundle:
         name:str='',     # torch, onnx, openvino, openvino-bf16 or int8; '': the fastest that runs here
         threads:int=0,   # cores it uses; 0: all usable ones (torch: those that PyTorch has)
     )->Engine:           # uint8 pictures -> dict(probabilities, outlier)
-        "An engine of the bundle; `KdoctError` if the bundle does not have it, or it cannot run here."
+        "One of its engines; `KdoctError` if there is no such engine, or it cannot run here."
         names = [name] if name else [e for e in self.engines if not runs_here(e)]
         if names and names[0] in self.engines: return make_engine(self.folder, names[0], self.about, self.decision, threads)
         reason = self.about['formats'].get(name, {}).get('reason', '')
-        raise KdoctError(f"The bundle has no engine '{name}'{': ' + reason if reason else ''}.", fix=f"It has: {', '.join(self.engines)}.")
+        raise KdoctError(f"{self.folder.name} has no engine '{name}'{': ' + reason if reason else ''}.", fix=f"It has: {', '.join(self.engines)}.")
 
 # %% ../nbs/07_deploy.ipynb #ae9fe94f
 def open_bundle(
@@ -746,8 +813,81 @@ def open_bundle(
     folder, fix = Path(folder), "Do not use this bundle. Get it again from whoever made it."
     if lost := [k for k in ('classes', 'channels', 'size', 'margin', 'framing', 'input', 'outputs', 'formats') if k not in about]:
         raise KdoctError(f"bundle.json does not say: {', '.join(lost)}.", fix=fix)
-    decision, model = load_decision(folder), read_json(folder/'model.json')
-    if not list(about['classes']) == list(decision.classes) == list(model['classes']):
-        raise KdoctError("bundle.json, decision.json and model.json name different classes.", fix=fix)
+    decision = load_decision(folder) if (folder/'decision.json').exists() else None
+    if (decision is None) != (about.get('temperature', 1.) is None):
+        raise KdoctError("bundle.json and decision.json contradict each other on whether there is a decision.", fix=fix)
+    named = [about['classes'], read_json(folder/'model.json')['classes'], *([] if decision is None else [decision.classes])]
+    if any(list(classes) != list(named[0]) for classes in named): raise KdoctError("bundle.json, decision.json and model.json name different classes.", fix=fix)
     if odd := sorted(set(about['formats']) - set(ENGINES)): raise KdoctError(f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct.")
     return Bundle(folder, about, decision)
+
+# %% ../nbs/07_deploy.ipynb #a7d20c12
+_TORCH_ONLY = 'a model folder has PyTorch only; `kdoct export` writes the others'
+_OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
+
+def open_model_folder(
+    folder:str|Path,  # with model.safetensors and model.json
+)->Bundle:            # with the engine torch, and the decision that lies there, or None
+    "Open a model folder; `KdoctError` if it is none, or its files contradict each other."
+    folder = Path(folder)
+    if not (folder/'model.json').is_file():
+        raise KdoctError(f"{folder} is no model folder: it has no model.json.", fix="`kdoct import` and every training write one.")
+    model = read_bundle(folder)[0]
+    if lost := [k for k in ('arch', 'classes', 'input_size', 'mean', 'std', 'interpolation') if k not in model]:
+        raise KdoctError(f"{folder/'model.json'} does not say: {', '.join(lost)}.", fix="Import or train the network again.")
+    decision = load_decision(folder) if (folder/'decision.json').exists() else None
+    if decision is not None and list(decision.classes) != list(model['classes']):
+        raise KdoctError(f"decision.json and model.json in {folder} name different classes.", fix="Make the decision again with notebook 05g_decide.")
+    channels, place = model.get('channels'), run_of(folder)
+    if channels is None and place: channels = place[0].stage('data').get('channels')   # a network of before model.json said it
+    taken = _taken(model, (model.get('recipe') or {}).get('data') or {}, channels)
+    formats = {e: dict(kept=e == 'torch', reason='' if e == 'torch' else _TORCH_ONLY, latency_ms=0.) for e in ENGINES}
+    return Bundle(folder, dict(name=folder.name, arch=model['arch'], classes=list(model['classes']), **taken,
+                               temperature=None if decision is None else decision.temperature, formats=formats), decision)
+
+def open_network(
+    folder:str|Path,     # a bundle, or a model folder
+    public_key=None,     # file of the public key that must have signed a bundle; None: a signature is not asked for
+)->Bundle:
+    "Open what can be predicted with; `KdoctError` if it is neither, or a model folder where a signature is asked for."
+    folder = Path(folder)
+    if not folder.exists():
+        raise KdoctError(f"There is no bundle and no model folder {folder}.", fix="`kdoct export` writes a bundle, `kdoct import` a model folder.")
+    if any((folder/n).exists() for n in _OF_BUNDLES): return open_bundle(folder, public_key)
+    if not (folder/'model.json').exists():
+        raise KdoctError(f"{folder} is neither a bundle nor a model folder: it has no bundle.json and no model.json.",
+                         fix="The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` writes a bundle.")
+    if public_key: raise KdoctError(f"{folder} is a model folder, which is not signed.", fix="Export it with --key, or leave the key out.")
+    return open_model_folder(folder)
+
+# %% ../nbs/07_deploy.ipynb #a7d20c15
+_NO_INT8 = 'it needs training pictures to be made and labelled ones to be judged, and a network without a run has neither'
+
+def export_folder(
+    folder:str|Path,               # a model folder that lies in no run
+    pictures,                      # files and folders, or one of either: pictures of the kind that it was trained on
+    out:str|Path|None=None,        # folder of the bundle, which must not exist; None: `bundle` in the model folder
+    formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino; int8 is left out, and the record says why
+    key:str|Path|None=None,        # private key file to sign with, see `kdoct.bundle.new_keys`; None: not signed
+    images:int=400,                # most pictures on which engines are compared
+)->Path:                           # the bundle
+    "Write the bundle of a network without a run: every format checked against PyTorch on pictures of one's own and timed, those that pass kept."
+    from kdoct.card import folder_card
+    folder, formats = Path(folder), _checked_formats(formats)
+    opened, (model, _) = open_model_folder(folder), read_bundle(folder)
+    made = tuple(f for f in formats if f != 'int8')
+    checked = pictures_of_files(pictures, opened.about, images)
+    def fill(work):
+        write_json(work/'model.json', _shareable(model))
+        decided = ('decision.json', 'decision.safetensors') if opened.decision is not None else ()
+        for name in ('model.safetensors', *decided): shutil.copyfile(folder/name, work/name)
+        source = dict(run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported'))
+        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'size', 'margin', 'framing')}
+        about = _about(folder.resolve().name, model.get('role', 'network'), model, taken, opened.decision, source)
+        _write_and_check(work, about, opened.decision, made, [], checked)
+        if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
+        _write_card(work, *folder_card(about, model, opened.decision))
+        return about
+    out = Path(out or folder/'bundle')
+    _sealed(out, key, fill)
+    return out

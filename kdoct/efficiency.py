@@ -61,7 +61,7 @@ def latency(
 
 # %% ../nbs/05d_efficiency.ipynb #2b99c56f
 def efficiency(
-    model:Classifier|str|Path,  # a network, or the folder of a bundle
+    model:Classifier|str|Path,  # a network, or a model folder
     repeats:int=30,             # passes that are timed
     devices=None,               # where to time it; None: the processor, and the GPU if there is one
 )->dict:                        # parameters, macs, bytes (None without a file), input_size, latency: a list, one entry a device

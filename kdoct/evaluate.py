@@ -438,7 +438,7 @@ def _simulated_variants(run, table, role, fold, main):
     return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
 
 def _simulated_stages(run, fold):
-    "The data stage, and the bundles of simulated models of a fold."
+    "The data stage, and the model folders of simulated models of a fold."
     if run.recipe.name != 'tiny': raise KdoctError(f"Run '{run.name}' is not a test.", fix='Simulate models in runs of the preset tiny only.')
     prepare_data(run)
     test, teachers = open_fold(run, fold).rows('test'), run.recipe.teacher_roles

@@ -1317,12 +1317,13 @@ SCRIPT = '''
 
   function look() {
     for (const app of document.querySelectorAll('.kd-app')) {
-      put(app, 'data-lm-suppress-shortcuts', 'true');   // else JupyterLab takes the arrow keys for its cells
       app.querySelectorAll('.widget-slider').forEach(slider);
       app.querySelectorAll('.widget-radio').forEach(radios);
       reasons(app);
       for (const pane of app.querySelectorAll('.kd-pane')) if (!pane.role) enlarged(pane);
       app.querySelectorAll('.kd-stack').forEach(stack => sized.observe(stack));
+      for (const e of app.querySelectorAll(':is(select, input, button, [role=slider], .kd-pane)'))
+        put(e, 'data-lm-suppress-shortcuts', 'true');   // else JupyterLab takes the arrow keys for its cells
     }
   }
   let soon = 0;

@@ -99,7 +99,7 @@ def _write(run:Run, data:FoldData, role:str, model:Classifier, device, began:flo
     _write_predictions(run, data, role, model, device, dict(unchanged=weights), 'unchanged')
     metrics = dict(kept='unchanged', best_epoch=None, validation=scores, candidates=dict(unchanged=scores))
     about = save_bundle(run.stage_dir(data.fold, role), model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
-                        precision=model.precision, metrics=metrics, **facts)
+                        precision=model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
     run.record(key, status='done', trained=False, seconds=time.perf_counter() - began, parameters=about['parameters'], precision=about['precision'],
                weights_sha256=about['weights_sha256'], notes=[*notes, *run.stage(key).get('notes', [])], **metrics)
     return read_json(run.stage_dir(data.fold, role)/'model.json')

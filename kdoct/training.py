@@ -418,7 +418,7 @@ def predict_logits(
     model:Classifier,        # network, on the device of the batches
     batches:Batches,         # in order, unchanged
 )->np.ndarray:               # (n, classes) float32
-    "Logits of all images of a part, in the order of its rows; in float32 whatever the precision of training, as decisions and bundles are."
+    "Logits of all images of a part, in the order of its rows; in float32 whatever the precision of training, as decisions and exported networks are."
     trained_in, model.precision = model.precision, 'fp32'
     try:
         model.eval()
@@ -501,7 +501,7 @@ def _finished(run:Run, fold:int, role:str, folds_sha256:str)->bool:
     return True
 
 def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, facts:dict)->dict:
-    "History, predictions of the test part, bundle (last: it says that the role is finished)."
+    "History, predictions of the test part, model folder (last: it says that the role is finished)."
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
     scores = {name: _validated(learn, w, _batches(data, 'val', run, recipe, device)) for name, w in candidates.items()}
@@ -513,7 +513,7 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     if len(scores) > 1:
         print('validation:', '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()), f'; {kept} kept')
     return save_bundle(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
-                       precision=learn.model.precision, metrics=metrics, **facts)
+                       precision=learn.model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
 
 # %% ../nbs/02b_training.ipynb #64a7d9a6
 _ORDER = 'order 2'   # raised where batches, steps or parameters change places: a state of before cannot go on

@@ -106,3 +106,34 @@ def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
     assert "3 of 3 listed images can be used, of 2 groups (patients)" in said and "1 patient-spelling" in said
     written = outputs_root() / "audit" / "ucsd-d.csv"
     assert str(written) in said and "groups 02 and 2 merged" in written.read_text()
+
+
+@pytest.fixture
+def loose(tmp_path):
+    "What looks like a model folder that lies in no run."
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.json").write_text("{}")
+    return tmp_path / "mine"
+
+
+def test_a_network_without_a_run_needs_pictures_and_that_is_said_before_torch_is_imported(loose):
+    code = f"""
+import sys
+from kdoct.cli import main
+try: main(['export', {str(loose)!r}, '--formats', ''])
+except SystemExit as e: print(e.code, 'torch' in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "1 False", done.stderr
+    assert "belongs to no run here" in done.stderr and "--images DIR" in done.stderr
+
+
+def test_export_says_what_it_cannot_export(loose, capsys, tmp_path):
+    pytest.importorskip("openvino", reason="the extra deploy is not installed")
+    assert "neither a run nor a model folder 'nowhere'" in refused(capsys, "export", "nowhere")
+    assert "--fold and --role are for the name of a run" in refused(capsys, "export", str(loose), "--fold", "0")
+    assert "There is no folder" in refused(capsys, "export", str(loose), "--images", str(tmp_path / "none"))
+    (loose / "bundle.json").write_text("{}")
+    assert "is a bundle already" in refused(capsys, "export", str(loose), "--images", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "no model folder: it has no model.json" in refused(capsys, "export", str(tmp_path / "empty"), "--images", str(tmp_path))

@@ -238,3 +238,86 @@ def test_a_freed_engine_leaves_signals_alone():
     "OpenVINO 2026.4 takes the signal stack of the main thread; with a core freed elsewhere, the end of any child process would end this one."
     done = subprocess.run([sys.executable, "-c", _LIFE_AFTER_OPENVINO], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-500:]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    "A model folder as `kdoct import` writes it, and pictures."
+    import timm
+
+    from kdoct.models import import_bundle
+    at = tmp_path_factory.mktemp("theirs")
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=3)
+    torch.nn.init.normal_(net.classifier.weight)
+    torch.save(net.state_dict(), at / "their-own.pth")
+    import_bundle(at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
+    (at / "pictures").mkdir()
+    for i in range(7): Image.fromarray(np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)).save(at / "pictures" / f"{i}.png")
+    return SimpleNamespace(folder=at / "mine", pictures=at / "pictures", bundle=deploy.export_folder(at / "mine", at / "pictures"))
+
+
+def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decision(theirs):
+    from kdoct import Predictor
+    opened = deploy.open_bundle(theirs.bundle)
+    f = opened.about["formats"]
+    assert {"torch", "onnx", "openvino"} <= set(opened.engines) and theirs.bundle == theirs.folder / "bundle"
+    for name in EXACT: assert f[name]["parity"]["images"] == 7 and f[name]["parity"]["probability"] < 1e-3 and "accuracy" not in f[name]["parity"]
+    assert not f["int8"]["kept"] and "training pictures" in f["int8"]["reason"]
+    assert opened.decision is None and opened.about["temperature"] is None and "NaN" in opened.about["outputs"]["outlier"]["meaning"]
+    assert not any("decision" in name for name in opened.about["files"])
+    def rows(folder, engine):
+        with Predictor(folder, engine=engine) as p: return list(p.predict(theirs.pictures))
+    want = rows(theirs.folder, "torch")
+    for engine in EXACT:
+        for got, w in zip(rows(theirs.bundle, engine), want, strict=True):
+            assert [got[k] for k in ("deferred", "distance", "outlier", "prediction_set")] == [None] * 4 and got["notes"] == ("no-decision",)
+            assert got["predicted"] == w["predicted"] and all(abs(got[k] - w[k]) < 1e-3 for k in got if k.startswith("probability_"))
+
+
+def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
+    text, card = (theirs.bundle / "CARD.md").read_text(), (theirs.bundle / "card.json").read_text()
+    assert text.index("Training data, calibration and evaluation of this network are not known") < text.index("## Network")
+    for said in ("imported from the file their-own.pth", "Evaluation: not known", "Training pictures: not known", "no evaluation is recorded",
+                 "compared with PyTorch on 7 pictures given at the export", "licence is not recorded"): assert said in text, said
+    assert "None" not in text and "nan" not in text and str(theirs.folder.parent) not in text + card
+
+
+def test_pictures_that_cannot_be_read_are_named_before_anything_is_written(theirs, tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(KdoctError, match="no picture to compare") as e: deploy.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    assert "--images" in e.value.fix
+    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(KdoctError, match="bad.png"): deploy.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_that_lost_its_decision_is_refused(made, theirs, tmp_path):
+    import json
+    import shutil
+
+    from kdoct.bundle import seal
+    copy = shutil.copytree(made.folder, tmp_path / "b")
+    for name in ("decision.json", "decision.safetensors"): (copy / name).unlink()
+    about = json.loads((copy / "bundle.json").read_text())
+    seal(copy, {k: v for k, v in about.items() if k not in ("bundle", "files")})
+    with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"): deploy.open_bundle(copy)
+
+
+def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
+    from kdoct import cli
+    asked = []
+    monkeypatch.setattr(deploy, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder)
+    folder = str(made.run.stage_dir(0, "baseline"))
+    with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])
+    assert e.value.code == 0 and asked == [("tiny", 0, "baseline", None, ("onnx",), None)]
+
+
+def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_path):
+    import shutil
+    copied = shutil.copytree(made.run.stage_dir(0, "baseline"), tmp_path / "copied", ignore=shutil.ignore_patterns("bundle", "resume"))
+    opened = deploy.open_bundle(deploy.export_folder(copied, theirs.pictures, formats=[]))
+    assert opened.decision.temperature == deploy.load_decision(copied).temperature
+    parity = opened.about["formats"]["torch"]["parity"]
+    assert {"distance", "flags"} <= set(parity) and "accuracy" not in parity and opened.about["channels"] == 1
+    assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()

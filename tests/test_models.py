@@ -1,4 +1,4 @@
-"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a bundle."
+"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a model folder."
 import importlib
 from pathlib import Path
 
@@ -97,13 +97,13 @@ def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(
 
 
 @pytest.mark.parametrize('arch', [a for a in PUBLISHED if a != 'vgg16'])  # VGG16's half a gigabyte would only be slow
-def test_compared_networks_round_trip_through_a_bundle(arch, tmp_path):
+def test_compared_networks_round_trip_through_a_model_folder(arch, tmp_path):
     net = round_trip(arch, 0., 64, tmp_path)
     assert len(net.body.get_classifier().weight) == 3
 
 
 def round_trip(arch, drop_path, size, folder):
-    "One training step on two images, then a bundle that gives the same network."
+    "One training step on two images, then a model folder that gives the same network."
     recipe = preset('tiny', **{'student.arch': arch, 'student.drop_rate': .3, 'student.drop_path_rate': drop_path})
     net = models.create_classifier(recipe.student, 3, size)
     before = net.body.get_classifier().weight.detach().clone()
@@ -202,10 +202,10 @@ def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
         models.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
 
 
-# --- a run that starts from another one's bundle
+# --- a run that starts from another one's model folder
 
-def bundle_in(folder, **changes):
-    "A bundle of the tiny network, as a run would leave it."
+def model_folder_in(folder, **changes):
+    "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
     net = models.create_classifier(recipe.teacher, 4, 64)
     models.save_bundle(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
@@ -216,7 +216,7 @@ def starting_from(folder, **changes): return preset('tiny', **{'teacher.weights'
 
 
 def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation(tmp_path):
-    first = bundle_in(tmp_path)
+    first = model_folder_in(tmp_path)
     about = read_json(tmp_path/'model.json')
     write_json(tmp_path/'model.json', about | dict(mean=[.1, .2, .3], interpolation='bilinear'))
     second = models.create_classifier(starting_from(tmp_path), 4, 96)   # four classes again: still a new classifier
@@ -226,15 +226,15 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
     assert (second.size, second.interpolation) == (96, 'bilinear') and second.mean.flatten().tolist() == pytest.approx([.1, .2, .3])
 
 
-def test_a_bundle_of_another_architecture_is_refused_before_training(tmp_path):
-    bundle_in(tmp_path)
+def test_a_model_folder_of_another_architecture_is_refused_before_training(tmp_path):
+    model_folder_in(tmp_path)
     recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
     with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): models.require_weights(recipe)
 
 
-def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
+def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path):
     with pytest.raises(KdoctError, match='no model folder'): models.require_weights(starting_from(tmp_path))
-    bundle_in(tmp_path)
+    model_folder_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
 
@@ -242,7 +242,7 @@ def test_a_folder_without_a_bundle_and_a_torn_bundle_are_refused(tmp_path):
 @pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
     ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
 def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fold, leaks, tmp_path):
-    bundle_in(tmp_path, **{'data.source': 'ucsd'})
+    model_folder_in(tmp_path, **{'data.source': 'ucsd'})
     origin = models.weights_origin(starting_from(tmp_path))
     assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
     for start in (origin, dict(kind='bundle', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
@@ -279,19 +279,20 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 
 
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
+    tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'bundle', **{'size': 64, **kwargs})
+    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
 
 
 @pytest.mark.parametrize('wrap', [
     lambda s: s, lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': .93}, lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
     lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
-def test_a_state_dict_becomes_a_bundle_that_computes_what_it_computed(wrap, theirs, tmp_path):
+def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
-    net, _ = models.load_bundle(tmp_path/'bundle')
+    net, _ = models.load_bundle(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
-    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bilinear')
+    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bicubic')
     assert about['imported'] == dict(file='theirs.pth', sha256=sha256_file(tmp_path/'theirs.pth'))
     assert about['folds_sha256'] is about['recipe'] is None and 'unknown' in about['protocol']
 
@@ -299,9 +300,9 @@ def test_a_state_dict_becomes_a_bundle_that_computes_what_it_computed(wrap, thei
 @pytest.mark.parametrize('name', ['efficientnet_b2', 'efficientnet_b2.ra_in1k'])
 def test_the_authors_student_is_imported_under_either_name_and_started_from(name, tmp_path):
     imported(tmp_path, timm.create_model('efficientnet_b2', num_classes=3).state_dict(), name, size=384)
-    about = read_json(tmp_path/'bundle'/'model.json')
+    about = read_json(tmp_path/'folder'/'model.json')
     assert (about['parameters'], about['input_size'], about['classes']) == (7_705_221, 384, NEH)
-    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'bundle')}).student
+    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'folder')}).student
     assert len(models.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
 
 
@@ -313,7 +314,7 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
     with pytest.raises(KdoctError) as e: imported(tmp_path, state)
     assert '3 missing, 1 not known, 1 of another shape' in e.value.problem
     for part in ('bn1.weight is missing', 'stray is not known', 'conv_stem.weight is ('): assert part in e.value.problem
-    assert not (tmp_path/'bundle').exists()
+    assert not (tmp_path/'folder').exists()
 
 
 @pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
@@ -340,7 +341,7 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     if name.endswith('pth'): torch.save(theirs.state_dict(), file)
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'bundle')
+    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
@@ -348,9 +349,25 @@ def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
     with pytest.raises(KdoctError, match='no state dict|several state dicts'): imported(tmp_path, thing)
 
 
-def test_a_bundle_is_not_overwritten(theirs, tmp_path):
+def test_a_model_folder_is_not_overwritten(theirs, tmp_path):
     imported(tmp_path, theirs.state_dict())
     with pytest.raises(KdoctError, match='holds a network already'): imported(tmp_path, theirs.state_dict())
+
+
+def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path):
+    state = timm.create_model('test_convnext', num_classes=3).state_dict()
+    own = imported(tmp_path/'a', state, 'test_convnext')
+    assert (own['mean'], own['std'], own['interpolation']) == ([.5]*3, [.5]*3, 'bicubic')
+    given = imported(tmp_path/'b', state, 'test_convnext', mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear')
+    assert given['mean'] == pytest.approx([.1, .2, .3]) and given['std'] == pytest.approx([.4, .5, .6]) and given['interpolation'] == 'bilinear'
+    assert models.load_bundle(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
+
+
+@pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
+                                 dict(interpolation='lanczos')])
+def test_statistics_that_cannot_be_are_refused(bad, theirs, tmp_path):
+    with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e: imported(tmp_path, theirs.state_dict(), **bad)
+    assert '--' in e.value.fix and not (tmp_path/'folder').exists()
 
 
 def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, capsys):
@@ -358,11 +375,19 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     arguments = ['import', str(tmp_path/'best.pth'), '--model', 'test_efficientnet', '--classes', 'NORMAL,DRUSEN,CNV', '--size', '64']
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 0 and (outputs/'imported'/'best'/'model.json').is_file()
-    assert 'student.weights=' in (out := capsys.readouterr().out) and 'not known' in out
+    out = capsys.readouterr().out
+    assert 'Which images it was trained on is not known' in out and "--mean, --std, --interpolation: timm's own" in out
+    for command in ('kdoct predict {} FILES', 'kdoct export {} --images', 'kdoct crossval --teacher {}', 'student.weights={}'):
+        assert command.format(outputs/'imported'/'best') in out
+    given = ['--mean', '0.5,0.5,0.5', '--std', '.2,.2,.2', '--interpolation', 'bilinear']
+    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'given'), *given])
+    assert 'by mean 0.5, 0.5, 0.5 and standard deviation 0.2, 0.2, 0.2.\n' in capsys.readouterr().out
+    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'none'), '--mean', 'imagenet'])
+    assert 'these are no numbers' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
 
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
-    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'bundle')
+    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')

@@ -65,10 +65,10 @@ def test_older_published_names_load_too(published, tmp_path):
     assert map_ofa_names(old).keys() == map_ofa_names(published.state_dict()).keys() == timm.create_model("ofa595").state_dict().keys()
 
 
-def test_a_bundle_is_made_of_the_published_weights(published, tmp_path):
+def test_a_model_folder_is_made_of_the_published_weights(published, tmp_path):
     save_file(published.state_dict(), tmp_path / "ofa.safetensors")
-    import_bundle(tmp_path / "ofa.safetensors", "ofa595", [f"c{i}" for i in range(1000)], tmp_path / "bundle", 96)
-    net, about = load_bundle(tmp_path / "bundle")
+    import_bundle(tmp_path / "ofa.safetensors", "ofa595", [f"c{i}" for i in range(1000)], tmp_path / "folder", 96)
+    net, about = load_bundle(tmp_path / "folder")
     assert about["parameters"] == 9_135_928
     x = torch.rand(1, 3, 96, 96)
     with torch.inference_mode(): torch.testing.assert_close(net(x), published((x - net.mean)/net.std), atol=1e-4, rtol=1e-4)

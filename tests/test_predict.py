@@ -559,6 +559,103 @@ def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
     with pytest.raises(KdoctError, match='no volume rule'): VolumeRule('best')
 
 
+# --- model folders
+
+UNJUDGED = ['deferred', 'distance', 'outlier', 'prediction_set']
+
+
+@pytest.fixture
+def mine(tmp_path):
+    "A network that `kdoct import` has made a model folder of."
+    import timm
+    import torch
+
+    from kdoct.models import import_bundle
+    torch.manual_seed(0)
+    net = timm.create_model('test_efficientnet', num_classes=3)
+    torch.nn.init.normal_(net.classifier.weight, std=8)
+    torch.save(net.state_dict(), tmp_path/'mine.pth')
+    import_bundle(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
+    return tmp_path/'mine'
+
+
+def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_else_is_known(mine, folder, tmp_path, capsys):
+    import torch
+
+    from kdoct.data import resized
+    from kdoct.models import load_bundle
+    with pytest.raises(SystemExit) as e: main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
+    err, rows = capsys.readouterr().err, pd.read_csv(tmp_path/'r.csv', dtype=str, keep_default_na=False)
+    assert e.value.code == 1 and err.count('No decision is known') == 1 and 'without calibration' in err and 'Volumes are decided' not in err
+    assert '7 predicted, 3 failed' in err and 'engine torch' in err
+    good = rows[rows.error == '']
+    assert (good[[*UNJUDGED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
+    x = np.stack([resized(np.asarray(Image.open(p).convert('RGB')), 48) for p in good.path])
+    with torch.no_grad(): want = load_bundle(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
+    np.testing.assert_allclose(good[[f'probability_{c}' for c in CLASSES]].astype(float), want, atol=1e-4)
+    assert good.predicted.tolist() == [CLASSES[k] for k in want.argmax(1)] and np.ptp(want) > .1
+
+
+@pytest.mark.parametrize('ending', ['.csv', '.json', '.jsonl', '.parquet'])
+def test_what_is_not_known_is_empty_in_every_format(mine, folder, tmp_path, ending):
+    predict_files(mine, [folder/'0.png'], tmp_path/f'r{ending}')
+    read = {'.csv': pd.read_csv, '.parquet': pd.read_parquet}.get(ending)
+    (row,) = read(tmp_path/f'r{ending}').to_dict('records') if read else \
+        map(json.loads, [(tmp_path/f'r{ending}').read_text().strip('[]\n')])
+    assert all(row[k] is None or row[k] != row[k] for k in UNJUDGED)
+    with Predictor(mine) as p: assert [p.image(Image.open(folder/'0.png'))[k] for k in UNJUDGED] == [None]*4
+
+
+def test_volumes_without_a_decision_are_decided_by_the_mean_and_said_so(mine, tmp_path, capsys):
+    pages = [noise(i) for i in range(3)]
+    pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
+    predict_files(mine, tmp_path/'v.tif', tmp_path/'r.csv', tmp_path/'v.csv')
+    rows, (v,) = pd.read_csv(tmp_path/'r.csv'), pd.read_csv(tmp_path/'v.csv', dtype=str, keep_default_na=False).to_dict('records')
+    assert 'no rule was evaluated for this network' in capsys.readouterr().err
+    mean = rows[[f'probability_{c}' for c in CLASSES]].mean()
+    assert v['predicted'] == CLASSES[mean.to_numpy().argmax()] and (v['used'], v['failed']) == ('3', '0')
+    assert [v[k] for k in ('deferred', 'unsure', 'outliers', 'why')] == ['']*4
+    with pytest.raises(KdoctError, match='order of severity'): predict_files(mine, tmp_path/'v.tif', tmp_path/'s.csv', volume_rule='worst')
+
+
+def test_a_coloured_picture_is_noted_where_nobody_knows_what_a_network_was_trained_on(mine, tmp_path):
+    a = np.asarray(noise(0, mode='L'))
+    Image.fromarray(np.stack([a, a//4, a//8], -1)).save(tmp_path/'fundus.png')
+    Image.fromarray(np.stack([a]*3, -1)).save(tmp_path/'grey.png')
+    with Predictor(mine) as p: notes = [r['notes'] for r in p.predict([tmp_path/'fundus.png', tmp_path/'grey.png'])]
+    assert notes == [('no-decision', 'coloured'), ('no-decision',)]
+
+
+def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, shipped, tmp_path):
+    "With decision.json beside it the same rows as its bundle; without it the same probabilities before calibration, and nothing else."
+    run, (bundle, table, root) = trained[0], shipped
+    theirs, files = run.stage_dir(0, 'teacher'), [root/f for f in table.path[:6]]
+    def rows(folder):
+        with Predictor(folder, engine='torch') as p: return p.decision, p.channels, list(p.predict(files))
+    assert rows(theirs)[2] == rows(bundle)[2]
+    copied = shutil.copytree(theirs, tmp_path/'copied', ignore=shutil.ignore_patterns('decision.*'))
+    decision, channels, got = rows(copied)
+    z = table.filter(like='logit_').to_numpy()[:6]
+    want = np.exp(z - z.max(1, keepdims=True))
+    np.testing.assert_allclose([[r[f'probability_{c}'] for c in run.stage('data')['classes']] for r in got], want/want.sum(1, keepdims=True), atol=1e-4)
+    assert decision is None and channels == 1 and all(r[k] is None for r in got for k in UNJUDGED)
+
+
+def test_what_is_no_model_folder_is_refused_with_a_way_out(mine, shipped, folder, tmp_path):
+    for what, says in ((folder, 'neither a bundle nor a model folder'), (tmp_path/'nowhere', 'There is no bundle and no model folder')):
+        with pytest.raises(KdoctError, match=says): Predictor(what)
+    _, public = new_keys(tmp_path/'key')
+    with pytest.raises(KdoctError, match='a model folder, which is not signed'): Predictor(mine, key=public)
+    with pytest.raises(KdoctError, match='model folder has PyTorch only'): Predictor(mine, engine='onnx')
+    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.1'): Predictor(mine, alpha=.1)
+    opened = shutil.copytree(shipped[0], tmp_path/'opened')
+    (opened/'bundle.json').unlink()
+    with pytest.raises(KdoctError, match='no bundle.json'): Predictor(opened)   # a bundle that lost its seal does not pass for less
+    about = json.loads((mine/'model.json').read_text())
+    (mine/'model.json').write_text(json.dumps({k: v for k, v in about.items() if k != 'mean'}))
+    with pytest.raises(KdoctError, match='does not say: mean'): Predictor(mine)
+
+
 # --- real files
 
 def test_real_pictures_and_volumes(shared_data, tmp_path):

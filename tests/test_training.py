@@ -221,7 +221,7 @@ def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
     assert list(other.path) == list(p.path) and not np.allclose(other.filter(like='logit'), p.filter(like='logit'))
 
 
-def test_the_saved_bundle_gives_the_saved_predictions(trained):
+def test_the_saved_model_folder_gives_the_saved_predictions(trained):
     _, folder = trained
     p = pd.read_parquet(folder/'predictions.parquet')
     run = Run(folder.parent.parent, preset('tiny', **{'data.margin': 8}))
