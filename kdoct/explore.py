@@ -709,7 +709,7 @@ def _percent(share:tuple, yes:int, of:int, level:float)->str:
     "A share with its counts and interval."
     value, low, high = share
     if not np.isfinite(value): return 'undefined: no such image'
-    interval = f' [{100*low:.1f}, {100*high:.1f}]' if np.isfinite(low) else ' (one group: no interval)'
+    interval = f' [{100*low:.1f}, {100*high:.1f}]' if np.isfinite(low) else ' (no interval)'
     return f'<b>{100*value:.1f} %</b>{interval} <span class="kd-count">({yes} of {of})</span>'
 
 def cut_html(
@@ -914,7 +914,8 @@ def draw(self:Viewer):
     self.size.value = '' if broken else text_html(size_text(image, whole), 'soft')
     self.scale.value = scale_html() if look else ''
     facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in s.facts.items())
-    said = ''.join(text_html(t, 'busy' if t.split()[0].isupper() else '') for t in verdict(c, s, self.result('answer')))
+    said = ''.join(text_html(t, 'busy' if t.startswith(('Deferred', 'Outlier:')) else '')
+                   for t in verdict(c, s, self.result('answer')))   # what a person must look at stands out
     self.words.value = answers_html(c, s, self.result('answer')) + said + f'<dl class="kd-facts">{facts}</dl>'
     self.status.value = self.progress()
 

@@ -252,7 +252,7 @@ h3{font-size:1.05rem;margin:1.75rem 0 .5rem}p{max-width:46rem}.lead{font-size:1.
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;list-style:none;padding:0;margin:1rem 0}a{color:var(--accent)}
 .scroll{overflow-x:auto;margin:1rem 0 1.5rem}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;max-width:60rem}
-.scroll table{min-width:min(100%,34rem)}.numbers td{max-width:22rem;overflow-wrap:break-word}
+.scroll table{min-width:min(100%,34rem)}.numbers td{max-width:22rem;overflow-wrap:break-word}.numbers tbody th{white-space:normal;min-width:7rem}
 details{margin:1rem 0}summary{cursor:pointer;color:var(--accent)}
 th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
