@@ -583,6 +583,7 @@ PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores
 # %% ../nbs/00_core.ipynb #08bb153c
 def preset(
     name:str,     # one of `PRESETS`
+    /,            # so that the recipe's own field `name` can be changed too
     **overrides,  # changes by dotted name
 )->Recipe:
     "The recipe called `name`, changed by `overrides`."
@@ -771,6 +772,8 @@ def _differences(a:Recipe, b:Recipe)->list[str]:
     fa, fb = dict(flat(a.model_dump(mode='json'))), dict(flat(b.model_dump(mode='json')))
     return [f"{k}: {fa.get(k)}, not {fb.get(k)}" for k in {**fa, **fb} if k != 'name' and fa.get(k) != fb.get(k)]
 
+_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
+
 def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
@@ -778,6 +781,9 @@ def create_run(
     "Make the run folder, or open it; `KdoctError` if it has results of another recipe (other decisions and explanations change no network)."
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
         raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
+    if len(name) > 100 or name in _OTHER_FOLDERS:
+        raise KdoctError(f"'{name[:100]}' cannot be a run's name: it is {'too long' if len(name) > 100 else 'a folder of another purpose in outputs/'}.",
+                         fix="Choose another name of at most 100 letters.")
     path = outputs_root()/name
     with locked(path/'.run', what=f"run '{name}'", wait=30):
         if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):

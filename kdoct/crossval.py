@@ -34,6 +34,8 @@ def parse_folds(
     folds = set()
     for part in text.split(','):
         first, _, last = part.partition('-')
+        if int(last or first) < int(first):
+            raise KdoctError(f"'{part}' does not name folds.", fix=f"Write the smaller number first: {last}-{first}")
         folds |= set(range(int(first), int(last or first) + 1))
     if bad := sorted(f for f in folds if f >= n_folds):
         raise KdoctError(f"Fold {bad[0]} does not exist.", fix=f"This run has {n_folds} folds, 0 to {n_folds - 1}.")

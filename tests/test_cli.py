@@ -137,3 +137,16 @@ def test_export_says_what_it_cannot_export(loose, capsys, tmp_path):
     assert "is a bundle already" in refused(capsys, "export", str(loose), "--images", str(tmp_path))
     (tmp_path / "empty").mkdir()
     assert "no model folder: it has no model.json" in refused(capsys, "export", str(tmp_path / "empty"), "--images", str(tmp_path))
+
+
+def test_folds_in_the_wrong_order_are_refused(capsys):
+    assert "Write the smaller number first: 0-1" in refused(capsys, "crossval", "--preset", "tiny", "--folds", "1-0")
+
+
+def test_the_name_in_a_recipe_can_be_set():
+    assert "name = 2026\n" in CliRunner().invoke(app, ["recipe", "--set", "name=2026"]).output
+
+
+@pytest.mark.parametrize("name", ["cache", "audit", "x" * 260])
+def test_a_name_that_no_run_can_have_is_refused(name, capsys):
+    assert "cannot be a run's name" in refused(capsys, "folds", "--preset", "tiny", "--run", name)
