@@ -206,9 +206,9 @@ def import_(
     interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's authors) or bicubic. Default: timm's own.")]='',
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
-    from kdoct.models import import_bundle
+    from kdoct.models import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
-    about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
+    about = import_model_folder(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
                           _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None)
     typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}")
     typer.echo(_what_is_taken_for_granted(about, mean, std, interpolation))
