@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'computes_bf16', 'resolve_precision', 'Bf16Step', 'autocast', 'set_tf32', 'float32_products', 'Classifier',
-           'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'read_state', 'misfits',
-           'check_fit', 'read_model_folder', 'create_classifier', 'count_parameters', 'data_identity',
-           'save_model_folder', 'load_model_folder', 'class_order', 'load_for_classes', 'weights_origin',
-           'check_origin', 'import_model_folder']
+           'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'require_arch',
+           'read_state', 'misfits', 'check_fit', 'read_model_folder', 'create_classifier', 'count_parameters',
+           'data_identity', 'save_model_folder', 'load_model_folder', 'class_order', 'load_for_classes',
+           'weights_origin', 'check_origin', 'import_model_folder']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
+import difflib
 import importlib
 import re
 from contextlib import contextmanager, nullcontext
@@ -243,13 +244,22 @@ def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->
                          'or "size" in teachers.')
 
 # %% ../nbs/02_models.ipynb #c4c418c9
+def require_arch(
+    arch:str,  # timm name, with or without the tag of its weights
+):
+    "`KdoctError` if timm knows no such model, or no such weights of it, with the names that are nearest."
+    name, _, tag = arch.partition('.')
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name.split('_')[0]}*")[:3]
+        raise KdoctError(f"timm knows no model '{arch}'.", fix=f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.")
+    tags = timm.list_pretrained(f'{name}.*') if tag else []
+    if tag and arch not in tags:
+        near = difflib.get_close_matches(arch, tags, n=5, cutoff=0) or ['none']
+        raise KdoctError(f"timm knows no weights '{arch}'.", fix=f"It knows: {', '.join(near)}")
+
 def _timm_model(arch:str, size:int, pretrained:bool=False, **kwargs)->nn.Module:
     "timm's model for an input size [px]; `KdoctError` for an unknown name or tag, a rate that it does not have, or a size that it cannot take."
-    if not timm.is_model(arch.split('.')[0]):
-        near = timm.list_models(f"*{arch.split('_')[0]}*")[:5]
-        raise KdoctError(f"timm knows no model '{arch}'.", fix=f"For example: {', '.join(near) or 'see timm.list_models()'}")
-    if '.' in arch and arch not in timm.list_pretrained(f"{arch.split('.')[0]}.*"):
-        raise KdoctError(f"timm knows no weights '{arch}'.", fix=f"It knows: {', '.join(timm.list_pretrained(arch.split('.')[0] + '.*')) or 'none'}")
+    require_arch(arch)
     try: body = timm.create_model(arch, pretrained, **kwargs)
     except TypeError as e:
         if 'drop_path_rate' not in str(e): raise
