@@ -140,6 +140,7 @@ _SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', 
                *_JPEG_2000)
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
+_TIFF_ERRORS = (*_DECODE_ERRORS, ArithmeticError, AssertionError, AttributeError, MemoryError)   # and what tifffile raises
 
 def _broken(e:Exception)->BadImage:
     "What a decoder's exception means."
@@ -257,8 +258,7 @@ def tiff_stack(
     "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
-    except BadImage: raise
-    except Exception as e:  # noqa: BLE001 (tifffile raises whatever damaged tags lead to)
+    except _TIFF_ERRORS as e:
         raise BadImage('corrupt', f"its TIFF tags cannot be read ({type(e).__name__})") from e
 
 def _tiff_words(data:bytes)->str:
@@ -268,7 +268,7 @@ def _tiff_words(data:bytes)->str:
             page = t.pages.first
             kind, n = page.dtype, page.samplesperpixel
             return f"a TIFF of {kind}, {n} channels, compression {page.compression}"
-    except Exception: return ''  # noqa: BLE001 (it is damaged, then)
+    except _TIFF_ERRORS: return ''   # it is damaged, then
 
 # %% ../nbs/01_data.ipynb #0feb7781
 def _open(data:bytes)->Image.Image:

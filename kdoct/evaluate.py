@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from sklearn.metrics import roc_curve
 
-from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_json, sha256_file
+from .core import ROLES, KdoctError, Run, atomic_path, counted, locked, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
 from .judged import Judged, judged_sections, read_judged, volumes_section
@@ -263,7 +263,8 @@ def mistakes_figure(
     cols = 4; rows = max(1, -(-len(worst)//cols))
     with _style():
         fig, axes = _axes(2.35*cols, 2.45*rows + .4, rows, cols) if len(worst) else _axes(2.35*cols, 1.2)
-        fig.suptitle(f'{name}: {f"the {len(worst)} surest of " if total > len(worst) else ""}{total} mistakes in {len(df)} images', fontsize=11)
+        some = f'the {len(worst)} surest of ' if total > len(worst) else ''
+        fig.suptitle(f'{name}: {some}{counted(total, "mistake")} in {counted(len(df), "image")}', fontsize=11)
         for ax in axes.flat: ax.set_axis_off()
         for ax, (_, r) in zip(axes.flat, worst.iterrows(), strict=False):
             ax.set_axis_on(); _show(ax, _load_or_reason(load_image, r.path))
@@ -280,7 +281,7 @@ def counts_of(
 ) -> pd.DataFrame:  # label, role, images, groups
     "Images and groups of every class in every part of a fold."
     t = folds.assign(label=folds.path.map(labels))
-    if (n := int(t.label.isna().sum())): raise KdoctError(f'{n} image(s) of folds.csv have no label, first {t.path[t.label.isna()].iloc[0]}',
+    if (n := int(t.label.isna().sum())): raise KdoctError(f'{counted(n, "image")} of folds.csv without a label, first {t.path[t.label.isna()].iloc[0]}',
                                                           fix='pass the labels of the table that the folds were made from')
     return t.groupby(['label', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique')).reset_index()
 
@@ -625,7 +626,7 @@ def warnings_of(
     out = [f'Shortcut. {words}'] if verdict == 'above' else []
     if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))): out.append(w)
     if leak := data.get('leak'):
-        out.append(f'The published leak is kept: {leak["groups"]} tested groups were trained on too; '
+        out.append(f'The published leak is kept: {counted(leak["groups"], "tested group")} trained on too; '
                    'the scores are too good.')
     chosen = dict(validation=('val_lacks', 'The epoch, and what else was chosen there,'),
                   calibration=('calib_lacks', 'The temperature, thresholds and prediction sets'))
@@ -779,11 +780,11 @@ def _pool(per_fold, protocol='grouped-cv'):
     pooled = {m: pd.concat([models[m] for models in per_fold.values()], ignore_index=True) for m in names}
     tested = pooled['student'].groupby('path' if protocol == 'official' else 'group').fold.nunique()
     if protocol == 'official':
-        if (tested != len(per_fold)).any():
-            raise KdoctError(f'{(tested != len(per_fold)).sum()} image(s) are not tested in every fold, such as {tested.index[tested != len(per_fold)][0]}.',
+        if (some := tested != len(per_fold)).any():
+            raise KdoctError(f'{counted(some.sum(), "image")} not tested in every fold, such as {tested.index[some][0]}.',
                              fix='The official protocol tests the same images in every fold: train the folds again on one folds.csv.')
     elif (tested > 1).any():
-        raise KdoctError(f'{(tested > 1).sum()} group(s) are tested in more than one fold, such as {tested.index[tested > 1][0]}.',
+        raise KdoctError(f'{counted((tested > 1).sum(), "group")} tested in more than one fold, such as {tested.index[tested > 1][0]}.',
                          fix='Evaluate the folds one by one, or make folds whose test parts share no patient (01_data).')
     return pooled
 

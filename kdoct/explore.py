@@ -42,7 +42,7 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import EvaluateRecipe, KdoctError, Run, atomic_path, open_run, outputs_root, require_extra, stage_command, write_json
+from .core import EvaluateRecipe, KdoctError, Run, atomic_path, counted, open_run, outputs_root, require_extra, stage_command, write_json
 from .data import FRAMING, MAX_BYTES, _open_cache, cache_facts, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
@@ -118,9 +118,9 @@ class Cases:
         from kdoct.decide import fitted_on
         d, t = self.decisions.get(self.role), self.predictions
         how = "as the network gives them, not calibrated"
-        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {fitted_on(d)[0]} patients)"
+        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {counted(fitted_on(d)[0], 'patient')})"
         return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({self.run.recipe.training(self.role).arch}); "
-                f"test part, {len(t)} images of {t.group.nunique()} patients (groups); probabilities {how}")
+                f"test part, {counted(len(t), 'image')} of {counted(t.group.nunique(), 'patient (group)', 'patients (groups)')}; probabilities {how}")
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)
@@ -725,7 +725,7 @@ def cut_html(
     rest = cut.total.sum() - cut.total[k], cut.predicted.sum() - cut.predicted[k]
     rows.append(['all', str(cut.predicted.sum()), str(cut.total.sum() - cut.predicted.sum()), str(cut.total.sum())])
     table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
-                       f'{cut.total.sum()} test images of {n_groups} groups (patients); '
+                       f'{counted(cut.total.sum(), "test image")} of {counted(n_groups, "group (patient)", "groups (patients)")}; '
                        f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
     return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.predicted[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .core import KdoctError
+from .core import KdoctError, counted
 
 # %% ../nbs/05a_metrics.ipynb #b505889e
 _LOGIT = 'logit_'
@@ -38,18 +38,18 @@ def check_predictions(
     def refuse(problem): raise KdoctError(f'{what}: {problem}', fix=remedy)
     if missing := [c for c in _REQUIRED if c not in df.columns]: refuse(f'column(s) {", ".join(missing)} missing')
     classes = classes_of(df)
-    if len(classes) < 2: refuse(f'{len(classes)} column(s) named {_LOGIT}CLASS, at least 2 are needed')
+    if len(classes) < 2: refuse(f'{counted(len(classes), "column")} named {_LOGIT}CLASS, at least 2 are needed')
     if df.empty: refuse('no rows')
     for c in ('path', 'group', 'fold', 'label'):
-        if n := int(df[c].isna().sum()): refuse(f'{n} row(s) without a {c}')
+        if n := int(df[c].isna().sum()): refuse(f'{counted(n, "row")} without a {c}')
     if unknown := sorted(set(df.label.astype(str)) - set(classes)):
         refuse(f'label(s) {unknown} are none of the classes {classes}')
     logits = logits_of(df)
     if bad := int((~np.isfinite(logits)).any(axis=1).sum()):
         first = df.path[~np.isfinite(logits).all(axis=1)].iloc[0]
-        refuse(f'logits of {bad} row(s) are not finite, first {first}')
+        refuse(f'logits of {counted(bad, "row")} are not finite, first {first}')
     if (twice := df.duplicated(['fold', 'path'])).any():
-        refuse(f'{int(twice.sum())} image(s) occur twice in one fold, first {df.path[twice].iloc[0]}')
+        refuse(f'{counted(int(twice.sum()), "image")} twice in one fold, first {df.path[twice].iloc[0]}')
     return df
 
 # %% ../nbs/05a_metrics.ipynb #a66293fc
@@ -291,7 +291,7 @@ def group_weights(
     seed:int=0,  # the same seed gives the same resamples
 ) -> np.ndarray:  # (B, n_groups) how often each group was drawn, each row sums to n_groups
     "Resamples of whole groups, drawn with replacement."
-    if n_groups < 2: raise KdoctError(f'{n_groups} group: an interval over patients needs at least 2',
+    if n_groups < 2: raise KdoctError(f'{counted(n_groups, "group")}: an interval over patients needs at least 2',
                                       fix='test on more patients, or check the column `group`')
     if n_boot < 1: raise KdoctError(f'n_boot is {n_boot}', fix='give a positive number of resamples, usually 1000')
     return np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1/n_groups), size=n_boot)
@@ -405,7 +405,7 @@ def _same_images(a, b):
     b = b.set_index(key).loc[ka].reset_index()
     for c in ('label', 'group'):
         if (other := a[c].astype(str).to_numpy() != b[c].astype(str).to_numpy()).any():
-            raise KdoctError(f'{other.sum()} image(s) differ in {c}, first {a.path[other].iloc[0]}', fix=remedy)
+            raise KdoctError(f'{c} differs in {counted(other.sum(), "image")}, first {a.path[other].iloc[0]}', fix=remedy)
     return b[a.columns.intersection(b.columns, sort=False)]
 
 # %% ../nbs/05a_metrics.ipynb #ca5947b3

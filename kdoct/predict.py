@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from .core import KdoctError, usable_cores
+from .core import KdoctError, counted, usable_cores
 from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .patients import VolumeRule, decide_volume
@@ -509,7 +509,8 @@ def _interruptible(counts:_Counts, out):
     "Say what is there when somebody interrupts."
     try: yield
     except KeyboardInterrupt as e:
-        raise KdoctError(f"Interrupted after {counts.rows} rows{f'; {out}.partial has them' if out else ''}.", fix="The same command begins anew.") from e
+        raise KdoctError(f"Interrupted after {counted(counts.rows, 'row')}{f'; {out}.partial has them' if out else ''}.",
+                         fix="The same command begins anew.") from e
 
 def _standard_output():
     "Where a name that the terminal cannot show stops nothing."
@@ -520,7 +521,8 @@ def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool
     "What was done, in numbers."
     deferred = f"{counts['unsure']} deferred as unsure, {counts['outliers']} as outliers, " if judges else ''
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
-    return (f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''} in {seconds:.1f} s by the engine {engine}: {counts['predicted']} predicted, "
+    done = counted(counts.rows, 'row') + (' and ' + counted(volumes, 'volume') if volumes else '')
+    return (f"{done} in {seconds:.1f} s by the engine {engine}: {counts['predicted']} predicted, "
             f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
 
 def predict_files(

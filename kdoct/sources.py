@@ -849,12 +849,14 @@ def regroup(
     real, _ = resolve_paths(wanted, [*dict.fromkeys([*listing.table.path, *listing.findings.path])])
     df = pd.DataFrame(dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())).drop_duplicates()
     def refuse(paths, what, fix):
-        if len(paths): raise KdoctError(f"{file}: {len(paths)} {what}, first {sorted(paths)[0]}.", fix=fix)
-    refuse(set(df.path[df.group == '']), "rows have no group", "Give every image a group; one that belongs to no other has its own path as group.")
-    refuse(set(df.path[df.path.duplicated()]), "images are in two groups", "Keep one row an image, or name both groups alike.")
-    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), "rows name no image of the source",
+        if len(paths): raise KdoctError(f"{file}: {counted(len(paths), *what)}, first {sorted(paths)[0]}.", fix=fix)
+    refuse(set(df.path[df.group == '']), ("row has no group", "rows have no group"),
+           "Give every image a group; one that belongs to no other has its own path as group.")
+    refuse(set(df.path[df.path.duplicated()]), ("image is in two groups", "images are in two groups"), "Keep one row an image, or name both groups alike.")
+    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), ("row names no image of the source", "rows name no image of the source"),
            f"Paths are relative to {listing.root}.")
-    refuse(set(listing.table.path) - set(df.path), "images of the source are in no row", "Add a row for each, with a group of its own if it has no other.")
+    refuse(set(listing.table.path) - set(df.path), ("image of the source is in no row", "images of the source are in no row"),
+           "Add a row for each, with a group of its own if it has no other.")
     return replace(listing, table=listing.table.assign(group=listing.table.path.map(df.set_index('path').group).astype('str')))
 
 # %% ../nbs/01b_sources.ipynb #11989bd0

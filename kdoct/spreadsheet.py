@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import KdoctError
+from .core import KdoctError, counted
 
 # %% ../nbs/00a_spreadsheet.ipynb #f11b5d83
 _NUMBER = re.compile(r'([+-]?)(\d*)[.,]?(\d*)(?:e([+-]?\d{1,9}))?')
@@ -120,7 +120,7 @@ def _zipped(data:bytes, file:Path)->bytes:
         if any(n.endswith('.npy') for n in names):
             _refuse(file, f"it holds NumPy arrays ({', '.join(names[:3])}), as MedMNIST's do",
                     "Write the pictures as PNG files, and a CSV table with columns path, label and patient.")
-        if len(names) != 1: _refuse(file, f"it is an archive of {len(names)} files", "Unpack it, and give the table in it.")
+        if len(names) != 1: _refuse(file, f"it is an archive of {counted(len(names), 'file')}", "Unpack it, and give the table in it.")
         return z.read(names[0])
 
 # %% ../nbs/00a_spreadsheet.ipynb #4f83cfdb
@@ -182,7 +182,7 @@ def _check_widths(rows:list[tuple[int, list[str]]], separator:str, file:Path)->l
     line, cells = misfit
     fix = 'Put a cell that holds the separator into quotes "..."; write a cell without content as an empty one.'
     if wider: fix = "Every row is longer than the header: give the first column (row numbers?) a name in the header."
-    _refuse(file, f"line {line} has {len(cells)} cells, the header {n}: {separator.join(cells)[:80]!r}", fix)
+    _refuse(file, f"line {line} has {counted(len(cells), 'cell')}, the header {n}: {separator.join(cells)[:80]!r}", fix)
 
 def _check_header(header:list[str], rows:list[list[str]], file:Path)->list[int]:
     "The columns that are kept: a second one of the same name must hold the same cells, else `KdoctError`."

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import EvaluateRecipe, KdoctError, Run
+from .core import EvaluateRecipe, KdoctError, Run, counted
 from .data import shows_diagnosis
 from .metrics import EACH_CLASS, HEADLINE, MIN_DEFINED, bootstrap, bootstrap_classes, check_predictions, classes_of
 from .metrics import evaluate_predictions, fold_summary, logits_of, paired_difference
@@ -45,7 +45,7 @@ def _notes(point, ci):
     "Remarks on one row of the table."
     out = []
     if absent := [c for c, v in point['per_class'].items() if not v['n']]:
-        out.append(f'macro over {point["n_present"]} classes: no image of {", ".join(absent)}')
+        out.append(f'macro over {counted(point["n_present"], "class")}: no image of {", ".join(absent)}')
     n = ci.n_boot.iloc[0]
     if (lost := n - ci.n_used['sensitivity']) > 0:
         bare = not np.isfinite(ci.low['sensitivity'])
@@ -57,7 +57,7 @@ def _notes(point, ci):
         only = np.isfinite(ci.low['sensitivity']) and not np.isfinite(ci.low['precision'])
         out.append(f'in {lost} of {n} resamples a class was never predicted: no macro precision there' + (', and no interval of it' if only else ''))
     if point['accuracy'] == 1:
-        out.append(f'no error in {point["n_groups"]} groups: the error rate may be up to {300/point["n_groups"]:.0f} %')
+        out.append(f'no error in {counted(point["n_groups"], "group")}: the error rate may be up to {300/point["n_groups"]:.0f} %')
     return '; '.join(out)
 
 # %% ../nbs/05e_tables.ipynb #15029cb3
@@ -101,9 +101,10 @@ def _split_text(run, predictions):
     which = f'fold {folds[0]}' if len(folds) == 1 else 'folds ' + ', '.join(map(str, folds))
     groups, n = predictions.group.nunique(), len(predictions)
     if data.protocol != 'official':
-        return f'{data.n_folds}-fold cross-validation split by group (patient); {which}: {n} test images of {groups} groups'
+        return f'{data.n_folds}-fold cross-validation split by group (patient); {which}: {counted(n, "test image")} of {counted(groups, "group")}'
     facts, images = run.stage('data'), predictions.path.nunique()
-    text = (f'the official test part, {images} images of {groups} groups; models of {which}, each validated on another part by group of the rest'
+    text = (f'the official test part, {counted(images, "image")} of {counted(groups, "group")}; '
+            f'models of {which}, each validated on another part by group of the rest'
             + (f': {len(folds)} models on the same test images, so n is {n}' if len(folds) > 1 else ''))
     if leak := facts.get('leak'): return text + (f'; the published leak is kept: {leak["groups"]} tested groups were trained on too, with {leak["images"]} '
                                                  'images, and the scores are too good')

@@ -218,8 +218,8 @@ def test_paired_difference_of_a_model_with_itself_is_nothing():
 @pytest.mark.parametrize('change,says', [
     (lambda t: t.iloc[2:], '2 only in the first'),
     (lambda t: t.assign(fold=1), 'only in the second'),
-    (lambda t: t.assign(label='CNV'), 'differ in label'),
-    (lambda t: t.assign(group=t.path), 'differ in group'),
+    (lambda t: t.assign(label='CNV'), 'label differs in'),
+    (lambda t: t.assign(group=t.path), 'group differs in'),
     (lambda t: t.rename(columns={'logit_DME': 'logit_CNV2'}).assign(label='CNV'), 'classes differ'),
 ], ids=['fewer images', 'other fold', 'other labels', 'other groups', 'other classes'])
 def test_models_on_different_images_are_not_compared(change, says):

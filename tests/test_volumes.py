@@ -348,7 +348,7 @@ def test_octa_in_an_e2e_file_is_left_out_and_said(tmp_path):
     at = raw.rindex((1073741824).to_bytes(4, "little"), 0, raw.index(b"MDbData"))   # the last record's kind in the directory
     both.write_bytes(raw[:at] + (1073751901).to_bytes(4, "little") + raw[at + 4:])
     scans = list(read_scans(both))
-    assert len(scans) == 2 and scans[0].notes == ("1 pictures of OCT angiography in the file are left out",)
+    assert len(scans) == 2 and scans[0].notes == ("left out: 1 picture of OCT angiography in the file",)
 
 
 def test_an_e2e_file_of_fundus_pictures_says_so(tmp_path):
