@@ -693,7 +693,8 @@ def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, s
 
 def _taken(model:dict, data:dict, channels:int|None)->dict:
     "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
-    return dict(channels=channels or 3, channels_known=channels is not None, modality=modality_of(data), size=data.get('size', model['input_size']), margin=data.get('margin', 0),
+    return dict(channels=channels or 3, channels_known=channels is not None, modality=modality_of(data),
+                size=data.get('size', model['input_size']), margin=data.get('margin', 0),
                 framing={k: data.get(k, v) for k, v in FRAMING.items()})
 
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:

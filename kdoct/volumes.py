@@ -660,10 +660,11 @@ def _dicom_kind(d, modality:str)->tuple[str, ...]:
     "Notes where it may be of another modality than is wanted; `BadImage` where an element says that it is."
     wanted = _MODALITIES.get(modality)
     if not wanted: return ()
-    kinds, fix = (_KINDS, _LEAVE_OUT) if modality == 'oct' else (_ANY_KINDS, _AS_PNG)
+    kinds, fix = (_KINDS, _LEAVE_OUT) if modality == 'oct' else (_ANY_KINDS, "leave it out")
     said = list(_said(d, kinds))
     for element, value, what in said:
         if what == wanted: continue
+        if what in _MODALITIES.values(): fix = _AS_PNG
         raise BadImage('not-a-bscan', f"{what} by its {element}, {value}, where {wanted} is expected: {fix}")
     notes = []
     if not any(element == 'SOP class' for element, *_ in said):
@@ -693,7 +694,8 @@ def _dicom_head(path:Path):
         if whole and (syntax := pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')) == _DEFLATED:
             raise BadImage('unreadable', "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT")
         f.file.seek(0)
-        d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=[*_DICOM_ELEMENTS, *_OVERLAY_BITS])   # leaves the file at the pixels
+        wanted = [*_DICOM_ELEMENTS, *_OVERLAY_BITS]
+        d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=wanted)   # leaves the file at the pixels
         if not whole and not ('SOPClassUID' in d or 'Rows' in d): raise BadImage('corrupt', "it does not begin like a DICOM file")
         syntax = d.file_meta.TransferSyntaxUID = _dicom_syntax(d)
         if not syntax.is_transfer_syntax: raise BadImage('unreadable', f"its pixels are stored in a way that is not known, {syntax}; {_ANEW}")

@@ -1,5 +1,6 @@
 "DICOM: what is in the file is shown as the file says, and what cannot be shown is named."
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ from PIL import Image
 
 from kdoct import volumes
 from kdoct.data import BadImage
+from kdoct.deploy import Engine
+from kdoct.predict import Predictor
 from kdoct.volumes import read_scans
 
 pydicom = pytest.importorskip("pydicom")
@@ -271,9 +274,10 @@ def test_values_beyond_the_bits_of_the_header_are_refused(tmp_path, stored, high
 @pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless])
 def test_values_beyond_the_bits_of_the_header_are_refused_in_compressed_files(tmp_path, syntax):
     a = bscans(high=60000)
-    d = pydicom.dcmread(write(tmp_path/"a.dcm", a))
-    if syntax == uid.JPEGLSLossless: gdcm_copy(tmp_path/"a.dcm", tmp_path/"a.dcm", "JPEGLSLossless"); d = pydicom.dcmread(tmp_path/"a.dcm")
-    else: d.compress(syntax)
+    write(tmp_path/"a.dcm", a)
+    if syntax == uid.JPEGLSLossless: gdcm_copy(tmp_path/"a.dcm", tmp_path/"a.dcm", "JPEGLSLossless")
+    d = pydicom.dcmread(tmp_path/"a.dcm")
+    if syntax != uid.JPEGLSLossless: d.compress(syntax)
     d.save_as(tmp_path/"a.dcm")
     assert np.array_equal(pictures(tmp_path/"a.dcm"), spread(a))
     d.BitsStored, d.HighBit = 12, 11
@@ -495,7 +499,8 @@ def test_an_image_type_of_another_kind_is_refused(tmp_path, value, sop):
 
 
 @pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
-@pytest.mark.parametrize("text", ["Fundus photograph", "Colour fundus", "Thickness map", "RNFL Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
+@pytest.mark.parametrize("text", [
+    "Fundus photograph", "Colour fundus", "Thickness map", "RNFL Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
 def test_a_text_that_names_another_kind_is_refused(tmp_path, element, text):
     heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, **{element: text}))
     assert f"by its {element}, which says '" in heard and "leave it out" in heard
@@ -517,9 +522,11 @@ def test_a_text_that_names_bscans_too_is_noted(tmp_path, text):
 
 
 @pytest.mark.parametrize("elements", [
-    dict(ImageType=["ORIGINAL", "PRIMARY"]), dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]), dict(ImageType=["DERIVED", "SECONDARY"]),
+    dict(ImageType=["ORIGINAL", "PRIMARY"]), dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]),
+    dict(ImageType=["DERIVED", "SECONDARY"]),
     dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]), dict(SeriesDescription="Macular Cube 512x128"), dict(SeriesDescription="HD 5 Line Raster"),
-    dict(SeriesDescription="Volume", ProtocolName="OCT ART"), dict(SeriesDescription="RNFL circle"), dict(Modality=None), dict(Modality="OCT"), dict(Modality="OT")])
+    dict(SeriesDescription="Volume", ProtocolName="OCT ART"), dict(SeriesDescription="RNFL circle"),
+    dict(Modality=None), dict(Modality="OCT"), dict(Modality="OT")])
 def test_a_sound_oct_is_read_without_a_note(tmp_path, elements):
     path = write(tmp_path/"a.dcm", bscans(), 8, **elements)
     assert np.array_equal(pictures(path), bscans()) and notes(path) == ""
@@ -551,10 +558,29 @@ def test_a_network_of_radiographs_reads_them_and_no_oct(tmp_path, sop, modality)
 
 
 def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes_captures(tmp_path):
+    radiograph = dict(sop=RADIOGRAPHS[0], Modality="CR")
     for elements in (dict(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), dict(Modality="CT"), dict(sop=uid.CTImageStorage, Modality="CT")):
-        assert "where a radiograph is expected" in refusal(write(tmp_path/"a.dcm", bscans(1), 8, **{"sop": RADIOGRAPHS[0], "Modality": "CR"} | elements), "radiograph")
+        path = write(tmp_path/"a.dcm", bscans(1), 8, **radiograph | elements)
+        assert "where a radiograph is expected" in refusal(path, "radiograph")
     path = write(tmp_path/"b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT")
     assert notes(path, "radiograph") == "no radiograph: Secondary Capture Image Storage"
+
+
+@pytest.mark.parametrize("modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")])
+def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
+    def engine(name="", threads=0): return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
+    about = dict(modality=modality) if modality else {}
+    network = SimpleNamespace(decision=None, classes=["a", "b"], framing={}, about=about, engine=engine)
+    path = write(tmp_path/"a.dcm", bscans(1), 8, sop=RADIOGRAPHS[1], Modality="DX")
+    with Predictor(network) as p: (row,) = p.predict(path)
+    assert row["error"] == error and bool(row["predicted"]) == (not error)
+    if error: assert f"not-a-bscan: {row['detail']}" in refusal(path)
+
+
+@pytest.mark.parametrize("name,begin", [("a.vol", b"HSF-OCT-103"), ("a.e2e", b"CMDb"), ("a.fda", b"FOCT")])
+def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name, begin):
+    (tmp_path/name).write_bytes(begin + bytes(5000))
+    assert "a file of an OCT device, where a radiograph is expected" in refusal(tmp_path/name, "radiograph")
 
 
 # --- which eye
