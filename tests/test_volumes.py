@@ -213,7 +213,7 @@ def test_e2e_takes_what_is_not_measured_for_black_and_says_what_it_leaves_out(tm
     at = raw.rindex((35652097).to_bytes(4, "little"))
     path.write_bytes(raw[:at] + b"\x07" + raw[at + 1:])
     scan, = read_scans(path)
-    assert scan.n_slices == 1 and "1 pictures of unknown kinds" in scan.notes[0]
+    assert scan.n_slices == 1 and "1 picture of unknown kinds" in scan.notes[0]
 
 
 def test_an_e2e_directory_that_leads_back_to_itself_ends(tmp_path):
