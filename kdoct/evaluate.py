@@ -281,7 +281,7 @@ def counts_of(
 ) -> pd.DataFrame:  # label, role, images, groups
     "Images and groups of every class in every part of a fold."
     t = folds.assign(label=folds.path.map(labels))
-    if (n := int(t.label.isna().sum())): raise KdoctError(f'{counted(n, "image")} of folds.csv without a label, first {t.path[t.label.isna()].iloc[0]}',
+    if (n := int(t.label.isna().sum())): raise KdoctError(f'{counted(n, "image")} of folds.csv with no label, first {t.path[t.label.isna()].iloc[0]}',
                                                           fix='pass the labels of the table that the folds were made from')
     return t.groupby(['label', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique')).reset_index()
 
