@@ -6,8 +6,8 @@
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
            'PART_WORDS', 'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE',
            'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'is_picture', 'other_file',
-           'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values', 'check_size',
-           'check_pages', 'decoded', 'check_jpeg', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
+           'check_jpeg', 'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values',
+           'check_size', 'check_pages', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
            'merge_groups', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
            'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
            'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
@@ -184,6 +184,33 @@ def other_file(
                 "in a table")
     found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
     return next(found, '')
+
+# %% ../nbs/01_data.ipynb #5b1e90a1
+_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')   # how libjpeg's warnings of damage begin
+
+def check_jpeg(
+    data:bytes,  # that begins with a JPEG picture
+)->list[str]:    # notes, keys of `PROBLEMS`
+    """`BadImage` where libjpeg, which fills up what is damaged and goes on, warns of damage (simplejpeg's strict decoding).
+
+    A part that is lost or overwritten is found nearly always. What decodes to other pixels without a contradiction is
+    not: of single wrong bytes three of four, and a run of some tens of zeros now and then. JPEG has no check sum.
+    JPEG 2000, WebP, GIF, BMP and uncompressed TIFF have none either, and their decoders do not warn; PNG has one.
+    """
+    try: simplejpeg.decode_jpeg(data, 'GRAY', strict=True)
+    except (ValueError, RuntimeError) as e:
+        if not str(e).startswith(_JPEG_DAMAGE): return ['not-checked']
+        what = "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
+        raise BadImage('corrupt', f"{what}; copy or export the file again") from e
+    return []
+
+def _check_tiff_jpegs(data:bytes, t:TiffFile):
+    "As `check_jpeg`, of each strip or tile of a TIFF that is a JPEG; their tables may stand in a tag."
+    for page in t.pages:
+        if page.tags.valueof(259) != 7: continue
+        tables = page.tags.valueof(347) or b'\xff\xd8\xff\xd9'
+        for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
+            check_jpeg(tables[:-2] + data[at + 2:at + n])
 
 # %% ../nbs/01_data.ipynb #83621e37
 def has_copies(
@@ -431,33 +458,6 @@ def decoded(
     unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
     if unsaid: notes.append('extra-channels')
     return out, notes
-
-# %% ../nbs/01_data.ipynb #5b1e90a1
-_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')   # how libjpeg's warnings of damage begin
-
-def check_jpeg(
-    data:bytes,  # that begins with a JPEG picture
-)->list[str]:    # notes, keys of `PROBLEMS`
-    """`BadImage` where libjpeg, which fills up what is damaged and goes on, warns of damage (simplejpeg's strict decoding).
-
-    A part that is lost or overwritten is found nearly always. What decodes to other pixels without a contradiction is
-    not: of single wrong bytes three of four, and a run of some tens of zeros now and then. JPEG has no check sum.
-    JPEG 2000, WebP, GIF, BMP and uncompressed TIFF have none either, and their decoders do not warn; PNG has one.
-    """
-    try: simplejpeg.decode_jpeg(data, 'GRAY', strict=True)
-    except (ValueError, RuntimeError) as e:
-        if not str(e).startswith(_JPEG_DAMAGE): return ['not-checked']
-        what = "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
-        raise BadImage('corrupt', f"{what}; copy or export the file again") from e
-    return []
-
-def _check_tiff_jpegs(data:bytes, t:TiffFile):
-    "As `check_jpeg`, of each strip or tile of a TIFF that is a JPEG; their tables may stand in a tag."
-    for page in t.pages:
-        if page.tags.valueof(259) != 7: continue
-        tables = page.tags.valueof(347) or b'\xff\xd8\xff\xd9'
-        for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
-            check_jpeg(tables[:-2] + data[at + 2:at + n])
 
 # %% ../nbs/01_data.ipynb #d181ddc8
 _ENDS = {'PNG': b'IEND\xaeB`\x82', 'JPEG2000': b'\xff\xd9'}
