@@ -31,10 +31,13 @@ from kdoct.data import (
     BadImage,
     TiffStack,
     _broken,
-    check_values,
+    check_jpeg,
+    check_pages,
     decode_image,
     decoded,
     full_pages,
+    has_copies,
+    is_picture,
     other_file,
     read_image_bytes,
     tiff_stack,
@@ -123,13 +126,12 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         im = Image.open(io.BytesIO(data), formats=FORMATS)
         pages, stack = full_pages(im), tiff_stack(data) if im.format == 'TIFF' else TiffStack()
         if stack.pictures is not None: yield from _planes(path, stack); return
-        n, left_out = len(pages), ('several-pictures',) if len(pages) < im.n_frames else ()
+        n = len(pages)
         if n > MAX_SLICES: raise BadImage('several-frames', f"{n} pages")
+        check_pages(im, data, pages)
+        left_out = ('several-pictures',) if n < im.n_frames or has_copies(im) else ()
         for i, at in enumerate(pages):
             im.seek(at)
-            _check_shape(im.height, im.width)
-            try: check_values(im, data)
-            except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}") from e
             page, notes = decoded(im)
             yield Scan(page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes))
     except _DECODE_ERRORS as e: raise _broken(e) from e
@@ -220,6 +222,17 @@ def _vol_kind(path:Path, f:_Bytes)->tuple[str, ...]:
     return ()
 
 # %% ../nbs/01c_volumes.ipynb #d2873364
+_INVALID = "values below 0 or not a number, which reflectivity never is"
+
+def _check_vol_values(a:np.ndarray, which:str)->tuple[str, ...]:
+    "A note where values are invalid; `BadImage` where all are."
+    negative, number = a < 0, np.isfinite(a)
+    if (number & ~negative).any():
+        doubt = "black here; OCT angiography has such values, and other maps"
+        return (f"{_INVALID}: {doubt}",) if negative.any() or not number.all() else ()
+    what = "below 0" if number.all() else "not a number (NaN or infinite)" if not negative.any() else "below 0 or not a number"
+    raise BadImage('wrong-mode', f"{which}: all its values are {what}, and reflectivity is 0 to 1; export the volume again as HEYEX RAW")
+
 def _read_vol(path:Path)->Iterator[Scan]:
     "A HEYEX RAW export."
     with _Bytes(path) as f:
@@ -238,6 +251,7 @@ def _read_vol(path:Path)->Iterator[Scan]:
             a = np.frombuffer(f.read(at + size, 4*h*w), '<f4').reshape(h, w)
             lie = (f"the file header says {head['header']} bytes for a B-scan's header; its own says {size}",) if size != head['header'] else ()
             odd = ("intensities far above 1, the format's limit, are white",) if ((a > 2) & (a < 1e30)).any() else ()
+            odd += _check_vol_values(a, f"B-scan {i + 1}")
             yield Scan(Image.fromarray(display_grey(a)), str(path), i, n, path.stem, eye, patient, (*pattern, *lie, *odd, *twin, *withheld))
             at += size + 4*h*w
 
@@ -434,11 +448,13 @@ def _topcon_jpeg(f:_Bytes, at:int, length:int)->Iterator[tuple]:
     at += 25
     for _ in range(n):
         size = int.from_bytes(f.read(at, 4), 'little')
-        im = Image.open(io.BytesIO(f.read(at + 4, size)), formats=('JPEG2000', 'JPEG'))
+        coded = f.read(at + 4, size)
+        im = Image.open(io.BytesIO(coded), formats=('JPEG2000', 'JPEG'))
         if im.size != (w, h): raise BadImage('corrupt', f"a B-scan of {im.width} x {im.height} pixels where the header says {w} x {h}")
         if im.mode not in ('L', 'RGB'): raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
+        notes = tuple(check_jpeg(coded)) if im.format == 'JPEG' else ()
         if im.mode == 'RGB' and _same_channels(im): im = im.getchannel(0)
-        yield im.copy(), n, ()
+        yield im.copy(), n, notes
         at += 4 + size
 
 def _same_channels(im:Image.Image)->bool:
@@ -1114,7 +1130,7 @@ def _read_dicom(path:Path, modality:str='oct')->Iterator[Scan]:
 
 # %% ../nbs/01c_volumes.ipynb #046ba607
 _MAGIC = ((0, b'HSF-OCT-', _read_vol), (0, b'CMDb', _read_e2e), (0, b'E2EMultipleVolumeFile', _read_e2e), (0, b'FOCT', _read_topcon),
-          (128, b'DICM', _read_dicom))
+          (0, b'ep-v', _read_vol), (128, b'DICM', _read_dicom))
 _SUFFIXES = {'.vol': _read_vol, '.xml': _read_xml, '.e2e': _read_e2e, '.fda': _read_topcon, '.fds': _read_topcon, '.img': _read_img, '.dcm': _read_dicom}
 
 def _reader(path:Path)->Callable[[Path], Iterator[Scan]]:
@@ -1125,7 +1141,7 @@ def _reader(path:Path)->Callable[[Path], Iterator[Scan]]:
     if (reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)) is not None: return reader
     if _NO_PREAMBLE.match(begin): return _read_dicom
     if what := other_file(begin): raise BadImage('not-an-image', what)
-    return _SUFFIXES.get(path.suffix.lower(), _read_picture)
+    return _read_picture if is_picture(begin) else _SUFFIXES.get(path.suffix.lower(), _read_picture)
 
 def read_scans(
     path:str|Path,    # one file: picture, TIFF of several pages, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds or .img
