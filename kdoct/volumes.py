@@ -663,7 +663,7 @@ def _described(d, kinds, certain:bool)->Iterator[tuple[str, str, str, bool]]:
     bscans = any(_named(_BSCANS, t) for t in texts.values())
     for k, text in texts.items():
         angiography = kinds is _KINDS and _other_kind(text) == "OCT angiography"
-        if angiography: yield k, 'angiography', "OCT angiography", False
+        if angiography: yield k, 'angiography', "OCT angiography", not (bscans or certain)
         for what, _, whole, short in kinds:
             if words := _named(whole, text): yield k, words, what, not bscans
             elif words := _named(short, text): yield k, words, what, not (bscans or certain)
@@ -934,7 +934,7 @@ def _displayed(values:np.ndarray, voi, depth:int)->np.ndarray:
 # %% ../nbs/01c_volumes.ipynb #d1c0a005
 KEPT_BYTES = 1 << 27   # frames of a file are decoded twice where they need more than this
 SAMPLED = 1 << 22      # pixels of a volume whose percentiles are taken
-VISIBLE = 16           # grey levels of 256 that the middle 80 % of pixels span at least
+VISIBLE = 32           # grey levels of 256 that the middle 80 % of pixels span at least
 
 def _padding(a:np.ndarray, d)->np.ndarray|None:
     "Where there are padding pixels, which no detector measured; None: the file has no value for them."
@@ -958,7 +958,8 @@ def _ends(sample:np.ndarray, low:float, high:float)->tuple[float, float, int]:
     "The values that become black and white, and the percentage of pixels that is left out at each end for it."
     middle = np.ptp(np.percentile(sample, (10, 90)))
     for share in (0, 1, 5, 10):
-        ends = np.percentile(sample, (share, 100 - share)) if share else np.array([low, high])
+        within = [np.percentile(sample, p, method=m) for p, m in ((share, 'higher'), (100 - share, 'lower'))]
+        ends = np.array(within if share else [low, high])
         if middle*255 >= VISIBLE*np.ptp(ends) > 0: return float(ends[0]), float(ends[1]), share
     ends = np.percentile(sample, (1, 99))   # most pixels have one value
     if not np.ptp(ends):
@@ -1093,6 +1094,8 @@ def _check_bits(d)->tuple[str, ...]:
     if not 8 <= bits <= allocated <= 16:
         what = 'a mask' if bits == 1 else 'no grey values of 8 to 16 bits'
         raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: {what}")
+    if (sign := int(d.PixelRepresentation)) not in (0, 1):
+        raise BadImage('corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible")
     if 'HighBit' not in d or bits - 1 <= high < allocated: return ()
     return (f"HighBit is {high}, which cannot be: {bits - 1} is taken",)
 
@@ -1114,13 +1117,15 @@ def _read_dicom(path:Path, modality:str='oct')->Iterator[Scan]:
     slice, total, volume, order = _dicom_place(path, d, n, withheld)
     pixels, spread, size = lambda: _dicom_frames(path, d, n), None, n*int(d.Rows)*int(d.Columns)
     needed, windows = _frame_windows(d, groups_of, n)
+    eyes = {_dicom_eye(groups_of(i))[0] for i in range(len(frames[:n]))} - {''}
+    both = ("its B-scans are of both eyes",) if len(eyes) > 1 else ()
     if needed:
         if size*2 <= KEPT_BYTES: kept = list(pixels()); pixels = lambda: kept
         spread = _spread(pixels(), d, groups_of, size)
     for i, a in enumerate(pixels()):
         image, notes = _dicom_picture(a, d, groups_of(i), spread)
         eye, doubt = _dicom_eye(groups_of(i))
-        about = (*what, *read, *bits, *notes, *windows, *doubt, *order, *withheld)
+        about = (*what, *read, *bits, *notes, *windows, *doubt, *both, *order, *withheld)
         yield Scan(image, str(path), None if slice is None else slice + i, total, volume, eye, patient, about)
 
 # %% ../nbs/01c_volumes.ipynb #046ba607
