@@ -31,10 +31,13 @@ from kdoct.data import (
     BadImage,
     TiffStack,
     _broken,
-    check_values,
+    check_jpeg,
+    check_pages,
     decode_image,
     decoded,
     full_pages,
+    has_copies,
+    is_picture,
     other_file,
     read_image_bytes,
     tiff_stack,
@@ -123,13 +126,12 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         im = Image.open(io.BytesIO(data), formats=FORMATS)
         pages, stack = full_pages(im), tiff_stack(data) if im.format == 'TIFF' else TiffStack()
         if stack.pictures is not None: yield from _planes(path, stack); return
-        n, left_out = len(pages), ('several-pictures',) if len(pages) < im.n_frames else ()
+        n = len(pages)
         if n > MAX_SLICES: raise BadImage('several-frames', f"{n} pages")
+        check_pages(im, data, pages)
+        left_out = ('several-pictures',) if n < im.n_frames or has_copies(im) else ()
         for i, at in enumerate(pages):
             im.seek(at)
-            _check_shape(im.height, im.width)
-            try: check_values(im, data)
-            except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}") from e
             page, notes = decoded(im)
             yield Scan(page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes))
     except _DECODE_ERRORS as e: raise _broken(e) from e
@@ -220,6 +222,17 @@ def _vol_kind(path:Path, f:_Bytes)->tuple[str, ...]:
     return ()
 
 # %% ../nbs/01c_volumes.ipynb #d2873364
+_INVALID = "values below 0 or not a number, which reflectivity never is"
+
+def _check_vol_values(a:np.ndarray, which:str)->tuple[str, ...]:
+    "A note where values are invalid; `BadImage` where all are."
+    negative, number = a < 0, np.isfinite(a)
+    if (number & ~negative).any():
+        doubt = "black here; OCT angiography has such values, and other maps"
+        return (f"{_INVALID}: {doubt}",) if negative.any() or not number.all() else ()
+    what = "below 0" if number.all() else "not a number (NaN or infinite)" if not negative.any() else "below 0 or not a number"
+    raise BadImage('wrong-mode', f"{which}: all its values are {what}, and reflectivity is 0 to 1; export the volume again as HEYEX RAW")
+
 def _read_vol(path:Path)->Iterator[Scan]:
     "A HEYEX RAW export."
     with _Bytes(path) as f:
@@ -238,6 +251,7 @@ def _read_vol(path:Path)->Iterator[Scan]:
             a = np.frombuffer(f.read(at + size, 4*h*w), '<f4').reshape(h, w)
             lie = (f"the file header says {head['header']} bytes for a B-scan's header; its own says {size}",) if size != head['header'] else ()
             odd = ("intensities far above 1, the format's limit, are white",) if ((a > 2) & (a < 1e30)).any() else ()
+            odd += _check_vol_values(a, f"B-scan {i + 1}")
             yield Scan(Image.fromarray(display_grey(a)), str(path), i, n, path.stem, eye, patient, (*pattern, *lie, *odd, *twin, *withheld))
             at += size + 4*h*w
 
@@ -434,11 +448,13 @@ def _topcon_jpeg(f:_Bytes, at:int, length:int)->Iterator[tuple]:
     at += 25
     for _ in range(n):
         size = int.from_bytes(f.read(at, 4), 'little')
-        im = Image.open(io.BytesIO(f.read(at + 4, size)), formats=('JPEG2000', 'JPEG'))
+        coded = f.read(at + 4, size)
+        im = Image.open(io.BytesIO(coded), formats=('JPEG2000', 'JPEG'))
         if im.size != (w, h): raise BadImage('corrupt', f"a B-scan of {im.width} x {im.height} pixels where the header says {w} x {h}")
         if im.mode not in ('L', 'RGB'): raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
+        notes = tuple(check_jpeg(coded)) if im.format == 'JPEG' else ()
         if im.mode == 'RGB' and _same_channels(im): im = im.getchannel(0)
-        yield im.copy(), n, ()
+        yield im.copy(), n, notes
         at += 4 + size
 
 def _same_channels(im:Image.Image)->bool:
@@ -647,7 +663,7 @@ def _described(d, kinds, certain:bool)->Iterator[tuple[str, str, str, bool]]:
     bscans = any(_named(_BSCANS, t) for t in texts.values())
     for k, text in texts.items():
         angiography = kinds is _KINDS and _other_kind(text) == "OCT angiography"
-        if angiography: yield k, 'angiography', "OCT angiography", False
+        if angiography: yield k, 'angiography', "OCT angiography", not (bscans or certain)
         for what, _, whole, short in kinds:
             if words := _named(whole, text): yield k, words, what, not bscans
             elif words := _named(short, text): yield k, words, what, not (bscans or certain)
@@ -918,7 +934,7 @@ def _displayed(values:np.ndarray, voi, depth:int)->np.ndarray:
 # %% ../nbs/01c_volumes.ipynb #d1c0a005
 KEPT_BYTES = 1 << 27   # frames of a file are decoded twice where they need more than this
 SAMPLED = 1 << 22      # pixels of a volume whose percentiles are taken
-VISIBLE = 16           # grey levels of 256 that the middle 80 % of pixels span at least
+VISIBLE = 32           # grey levels of 256 that the middle 80 % of pixels span at least
 
 def _padding(a:np.ndarray, d)->np.ndarray|None:
     "Where there are padding pixels, which no detector measured; None: the file has no value for them."
@@ -942,7 +958,8 @@ def _ends(sample:np.ndarray, low:float, high:float)->tuple[float, float, int]:
     "The values that become black and white, and the percentage of pixels that is left out at each end for it."
     middle = np.ptp(np.percentile(sample, (10, 90)))
     for share in (0, 1, 5, 10):
-        ends = np.percentile(sample, (share, 100 - share)) if share else np.array([low, high])
+        within = [np.percentile(sample, p, method=m) for p, m in ((share, 'higher'), (100 - share, 'lower'))]
+        ends = np.array(within if share else [low, high])
         if middle*255 >= VISIBLE*np.ptp(ends) > 0: return float(ends[0]), float(ends[1]), share
     ends = np.percentile(sample, (1, 99))   # most pixels have one value
     if not np.ptp(ends):
@@ -1077,6 +1094,8 @@ def _check_bits(d)->tuple[str, ...]:
     if not 8 <= bits <= allocated <= 16:
         what = 'a mask' if bits == 1 else 'no grey values of 8 to 16 bits'
         raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: {what}")
+    if (sign := int(d.PixelRepresentation)) not in (0, 1):
+        raise BadImage('corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible")
     if 'HighBit' not in d or bits - 1 <= high < allocated: return ()
     return (f"HighBit is {high}, which cannot be: {bits - 1} is taken",)
 
@@ -1098,18 +1117,20 @@ def _read_dicom(path:Path, modality:str='oct')->Iterator[Scan]:
     slice, total, volume, order = _dicom_place(path, d, n, withheld)
     pixels, spread, size = lambda: _dicom_frames(path, d, n), None, n*int(d.Rows)*int(d.Columns)
     needed, windows = _frame_windows(d, groups_of, n)
+    eyes = {_dicom_eye(groups_of(i))[0] for i in range(len(frames[:n]))} - {''}
+    both = ("its B-scans are of both eyes",) if len(eyes) > 1 else ()
     if needed:
         if size*2 <= KEPT_BYTES: kept = list(pixels()); pixels = lambda: kept
         spread = _spread(pixels(), d, groups_of, size)
     for i, a in enumerate(pixels()):
         image, notes = _dicom_picture(a, d, groups_of(i), spread)
         eye, doubt = _dicom_eye(groups_of(i))
-        about = (*what, *read, *bits, *notes, *windows, *doubt, *order, *withheld)
+        about = (*what, *read, *bits, *notes, *windows, *doubt, *both, *order, *withheld)
         yield Scan(image, str(path), None if slice is None else slice + i, total, volume, eye, patient, about)
 
 # %% ../nbs/01c_volumes.ipynb #046ba607
 _MAGIC = ((0, b'HSF-OCT-', _read_vol), (0, b'CMDb', _read_e2e), (0, b'E2EMultipleVolumeFile', _read_e2e), (0, b'FOCT', _read_topcon),
-          (128, b'DICM', _read_dicom))
+          (0, b'ep-v', _read_vol), (128, b'DICM', _read_dicom))
 _SUFFIXES = {'.vol': _read_vol, '.xml': _read_xml, '.e2e': _read_e2e, '.fda': _read_topcon, '.fds': _read_topcon, '.img': _read_img, '.dcm': _read_dicom}
 
 def _reader(path:Path)->Callable[[Path], Iterator[Scan]]:
@@ -1120,7 +1141,7 @@ def _reader(path:Path)->Callable[[Path], Iterator[Scan]]:
     if (reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)) is not None: return reader
     if _NO_PREAMBLE.match(begin): return _read_dicom
     if what := other_file(begin): raise BadImage('not-an-image', what)
-    return _SUFFIXES.get(path.suffix.lower(), _read_picture)
+    return _read_picture if is_picture(begin) else _SUFFIXES.get(path.suffix.lower(), _read_picture)
 
 def read_scans(
     path:str|Path,    # one file: picture, TIFF of several pages, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds or .img

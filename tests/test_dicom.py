@@ -8,8 +8,6 @@ from PIL import Image
 
 from kdoct import volumes
 from kdoct.data import BadImage
-from kdoct.deploy import Engine
-from kdoct.predict import Predictor
 from kdoct.volumes import read_scans
 
 pydicom = pytest.importorskip("pydicom")
@@ -109,7 +107,7 @@ def test_8_bits_without_window_are_shown_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("rows", [1, 3, 5, 6])
 def test_a_few_very_bright_rows_leave_the_rest_visible(tmp_path, rows, photometric):
     a = bscans(h=100, low=100, high=900)
     a[:, 40:40 + rows] = 60000
@@ -313,6 +311,10 @@ def test_an_impossible_high_bit_is_noted(tmp_path):
     a = bscans(high=4095)
     path = write(tmp_path/"a.dcm", a, 16, 12, HighBit=7)
     assert np.array_equal(pictures(path), spread(a)) and "HighBit is 7, which cannot be: 11 is taken" in notes(path)
+
+
+def test_a_representation_that_does_not_exist_is_refused(tmp_path):
+    assert "PixelRepresentation is 2" in refusal(write(tmp_path/"a.dcm", bscans(), 8, PixelRepresentation=2))
 
 
 def test_signed_values_of_fewer_bits_than_a_pixel_has_are_read(tmp_path):
@@ -568,6 +570,8 @@ def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes
 
 @pytest.mark.parametrize("modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")])
 def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
+    from kdoct.deploy import Engine  # here: they import torch
+    from kdoct.predict import Predictor
     def engine(name="", threads=0): return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
     about = dict(modality=modality) if modality else {}
     network = SimpleNamespace(decision=None, classes=["a", "b"], framing={}, about=about, engine=engine)
@@ -593,6 +597,12 @@ def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, 
     if frame: elements["SharedFunctionalGroupsSequence"] = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=frame)])]
     path = write(tmp_path/"a.dcm", bscans(), 8, **{k: v for k, v in elements.items() if v})
     assert read(path)[0].eye == eye and said in notes(path) and bool(said) == ("which eye" in notes(path))
+
+
+def test_bscans_of_both_eyes_in_a_volume_are_noted(tmp_path):
+    groups = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=side)]) for side in "LRR"]
+    path = write(tmp_path/"a.dcm", bscans(), 8, PerFrameFunctionalGroupsSequence=groups)
+    assert [s.eye for s in read(path)] == ["OS", "OD", "OD"] and "its B-scans are of both eyes" in notes(path)
 
 
 @pytest.mark.parametrize("sop", [uid.SecondaryCaptureImageStorage, None])
