@@ -978,7 +978,8 @@ class TestPanel:
         self.page = w.BoundedIntText(1, min=1, max=1, description='page', style=dict(description_width='36px'), layout=w.Layout(width='110px'))
         self.turns = {name: _press(name, lambda name=name: do(lambda: self.turn(name))) for name in ('First', 'Previous', 'Next', 'Last')}
         self.download = _press('Download these cases as CSV', lambda: do(self.offer_files))
-        self.path = w.Text(description='or save as', placeholder='.../cases.csv on this machine; empty: in the run', continuous_update=False, **_LAYOUT)
+        self.path = w.Text(description='or save as', placeholder='a path; empty: in the run', continuous_update=False,
+                           style=_LAYOUT['style'], layout=w.Layout(width='270px'))
         self.save = _press('Save', lambda: do(self.write))
         self.count, self.why, self.small, self.saved = (w.HTML() for _ in range(4))
         self.kind = f'kd-{uuid.uuid4().hex[:8]}'
@@ -1266,6 +1267,7 @@ background:#000;cursor:grab}.kd-app .kd-pane.kd-plain{display:none}
 line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6ea}
 .kd-list .widget-radio-box label::before{content:"";flex:0 0 56px;height:56px;background:#000 center/contain no-repeat}
 .kd-app .kd-list .widget-radio-box input{order:-1;margin:0 2px;flex:none}.kd-app .kd-list label:has(input:checked){background:#e8f1f8;font-weight:600}
+.kd-app a.kd-file{color:#0b5cad;text-decoration:underline}
 .kd-app .kd-pages .widget-button{padding:0 8px}.kd-page{font-weight:600}
 .kd-app .kd-above{flex-direction:column;height:auto}.kd-app .kd-above>label{width:auto;text-align:left}
 @container (min-width:860px){.kd-app .kd-looking{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
