@@ -7,10 +7,10 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
            'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
            'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'merge_groups', 'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds',
-           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
-           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
-           'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds', 'protocol_of',
+           'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized',
+           'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of',
+           'leak_of', 'prepare_data', 'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -53,6 +53,7 @@ from kdoct.sources import (
     Listing,
     check_table,
     finding,
+    merge_groups,
     load_table,
     wants_twins,
 )
@@ -427,22 +428,6 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
             action = 'kept' if kind == 'duplicate' else f"groups {first.group} and {r.group} merged"
             found.append(finding(r.path, kind, what, action, PROBLEMS))
     return found
-
-# %% ../nbs/01_data.ipynb #05a8cabf
-def merge_groups(
-    group:pd.Series,   # group of every image
-    pixels:pd.Series,  # hash of its pixels; '' where there are none
-)->pd.Series:          # group of every image; a merged one has the first name of its members
-    "Merge groups that share pixels, directly or through others."
-    parent = {g: g for g in group}
-    def top(g):
-        while parent[g] != g: parent[g] = g = parent[parent[g]]
-        return g
-    shared = pixels[(pixels != '') & pixels.duplicated(keep=False)]
-    for _, gs in group[shared.index].groupby(shared, sort=False):
-        tops = sorted({top(g) for g in gs})
-        for t in tops[1:]: parent[t] = tops[0]
-    return group.map(top)
 
 # %% ../nbs/01_data.ipynb #11067dbe
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
