@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
-           'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
-           'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
-           'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds', 'protocol_of',
-           'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed', 'resized',
-           'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash', 'folds_of',
-           'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'PART_WORDS', 'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE',
+           'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages',
+           'TiffStack', 'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank',
+           'inspect_file', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
+           'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
+           'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
+           'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data',
+           'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -44,7 +45,21 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tifffile import TiffFile
 from tifffile.tifffile import shaped_description_metadata
 
-from .core import DataRecipe, KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
+from kdoct.core import (
+    DataRecipe,
+    KdoctError,
+    Recipe,
+    Run,
+    atomic_path,
+    counted,
+    locked,
+    outputs_root,
+    read_json,
+    sha256_file,
+    stage_command,
+    usable_cores,
+    write_json,
+)
 from kdoct.sources import (
     FINDING_COLUMNS,
     LISTING_PROBLEMS,
@@ -57,7 +72,7 @@ from kdoct.sources import (
     load_table,
     wants_twins,
 )
-from .spreadsheet import read_table
+from .spreadsheet import read_table, same_patient_key
 
 # %% ../nbs/01_data.ipynb #521d564a
 PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
@@ -83,8 +98,8 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'several-pictures': ('note', "a preview, a gain map, a mask or a smaller copy in the same file is left out"),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
-    'duplicate-across-groups': ('note', "the same pixels occur in another group: the groups are merged"),
-    'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image: the groups are merged"),
+    'duplicate-across-groups': ('note', "the same pixels occur in another group"),
+    'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image"),
     'official-overlap': ('note', "not in the official test part, but of a group that has images there"),
 }
 
@@ -465,21 +480,30 @@ class Audit:
 
     def check(self,
         where:str|Path='audit.csv',  # file with the findings, for the message
-        new_run:str='NEW',           # name of a run to propose
+        new_run:str='',              # name of a run to propose, where there is one already
     )->'Audit':
         "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
-            raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among {self.summary['listed']} images. "
-                             f"{where} names each file.",
-                             fix=f"Mend or remove these files; or leave them out in a new run, given the same parameters and -p run {new_run} "
-                                 f"-p overrides {self.leave_out_too}")
+            raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
+                             f"{counted(self.summary['listed'], 'image')}. {where} names each file.", fix=self._remedy({*stops.index}, new_run))
         if len(self.table) == 0: raise KdoctError(f"The audit leaves no image. {where} says why.", fix="Mend the files, or leave out less.")
         if lost := self.summary['lost_classes']:
             raise KdoctError(f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
                              fix="Mend the files; or, if the class is not meant, name those that are: --classes "
                                  f"{','.join(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
         return self
+
+    def _remedy(self, stops:set[str], new_run:str)->str:
+        "What to do about what stops the run; to leave files out is no remedy where nothing, or nothing of a class, would be left."
+        lost = self.summary['lost_classes']
+        if len(self.table) == 0 and stops == {'missing'}:
+            return f"Paths are looked for in {self.summary['root']}: correct them, or give the table that lies beside its images."
+        if len(self.table) == 0: return "Mend or replace these files: no other image is left."
+        if lost: return f"Mend or replace these files: without them there is no image of class {', '.join(lost)}."
+        run, papermill = (f"in a new run: --run {new_run} ", f"-p run {new_run} ") if new_run else ('', '')
+        return f"Mend or remove these files; or leave them out{':' if not run else ''} {run}--set {self.leave_out_too} " \
+               f"(papermill: {papermill}-p overrides {self.leave_out_too})"
 
     @property
     def leave_out_too(self)->str:
@@ -541,7 +565,7 @@ def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
 def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...])->dict:
     "The audit in numbers."
     colour, merged = kept.colour >= COLOUR_SHARE, listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy()
-    return dict(listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
+    return dict(root=listing.root, listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
                 groups=kept.group.nunique(), images_in_renamed_groups=int(merged.sum()), colour_images=int(colour.sum()),
                 most_coloured=float(kept.colour.max()) if len(kept) else 0., leave_out=sorted(leave_out),
                 problems=findings.problem.value_counts().sort_index().to_dict(),
@@ -550,44 +574,79 @@ def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_ou
 
 # %% ../nbs/01_data.ipynb #5dd3c2d7
 _SHOWN = 12   # kinds of problems, and classes, on a page
+PART_WORDS = {'train': 'training', 'val': 'validation', 'calib': 'calibration', 'test': 'test', 'out': 'left out'}
 
 def _shortened(text:str, width:int)->str:
     "Text cut in its middle to a width."
     return text if len(text) <= width else f'{text[:width//2 - 1]}…{text[-(width//2):]}'
 
+def _are_patients(table:pd.DataFrame)->bool:
+    "Whether each group is one patient, in whatever spelling."
+    patients = table.patient.map({p: same_patient_key(p) for p in table.patient.unique()})
+    return bool((table.patient != '').all()) and bool((patients.groupby(table.group).nunique() == 1).all())
+
 def _class_lines(result:Audit)->list[str]:
-    "Images and patients of each class, and images of each official part."
+    "Images and patients (or groups, where these are no patients) of each class, and images of each official part."
     t = result.table
-    rows = t.groupby('label').agg(images=('path', 'size'), patients=('group', 'nunique'))
-    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace('', 'no part')))
+    unit = 'patients' if _are_patients(t) else 'groups'
+    rows = t.groupby('label').agg(**{'images': ('path', 'size'), unit: ('group', 'nunique')})
+    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
     rows.index = [_shortened(c, 40) for c in rows.index]
-    more = [f'... and {len(rows) - _SHOWN} further classes'] if len(rows) > _SHOWN else []
+    more = [f"... and {counted(len(rows) - _SHOWN, 'further class')}"] if len(rows) > _SHOWN else []
     return rows.head(_SHOWN).to_string().split('\n') + more if len(rows) else []
+
+def _example(rows:pd.DataFrame)->str:
+    "The first file of a problem with what was seen there, and the second; those that stop the run before others."
+    rows = pd.concat([rows[rows.action == 'stops the run'], rows]).drop_duplicates('path')
+    paths = [_shortened(p or 'a row', 40) for p in rows.path[:2]]
+    detail = rows.detail.iloc[0] if rows.detail.iloc[0] != PROBLEMS[rows.problem.iloc[0]][1] else ''
+    first = f"{paths[0]}: {_shortened(detail, 90)}" if detail else ', '.join(paths)
+    return first + (' ...' if len(rows) > (1 if detail else 2) else '')
+
+def mixed_parts(
+    table:pd.DataFrame,  # split
+    protocol:str,        # grouped-cv or official
+)->str:                  # '' where there is nothing to say
+    "What to say where the source has parts of its own (train, test) and the folds do not keep to them."
+    n = table.split[table.split != ''].value_counts()
+    if protocol == 'official' or len(n) < 2: return ''
+    parts = ', '.join(f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items())
+    said = f"WARNING: the images come in parts ({parts}); they are put together, and split anew by patient (data.protocol is grouped-cv)."
+    can_keep = 'test' in n and set(table.split) <= {'train', 'val', 'test'}
+    return said + (" To test on the source's own test part: --set data.protocol=official" if can_keep else '')
 
 def _problem_lines(found:pd.DataFrame)->list[str]:
     "Two lines a kind of problem: how many, what, what follows; the first examples. What stops the run comes first."
     kinds = []
     for problem, rows in found.groupby('problem'):
-        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'groups merged').value_counts()
-        what = f"{PROBLEMS[problem][1]}: {', '.join(actions.index[:3])}"
-        examples = ', '.join(_shortened(p or 'a row', 40) for p in rows.path.drop_duplicates()[:2])
+        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'the groups are merged').value_counts()
+        follows = [a for a in actions.index[:3] if a != 'kept']
         rank = 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
-        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {what}", f"{'':>7} {examples}{' ...' if len(rows) > 2 else ''}"))
+        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {'; '.join([PROBLEMS[problem][1], *follows])}", f"{'':>7} {_example(rows)}"))
     lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
-    return lines + ([f'    ... and {len(kinds) - _SHOWN} further kinds'] if len(kinds) > _SHOWN else [])
+    return lines + ([f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"] if len(kinds) > _SHOWN else [])
+
+def _groups(n:int)->str: return counted(n, 'group (patient)', 'groups (patients)')
+
+def _merged_text(n:int)->str:
+    verb = 'holds' if n == 1 else 'hold'
+    return f"{counted(n, 'group')} {verb} several patients (or images) who share pixels or near-duplicates, or whose names differ only by spelling."
 
 def audit_page(
     result:Audit,    # from `audit`
     where:str='',    # file with all findings; '': none was written
+    protocol:str='grouped-cv',  # of the recipe, or official
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
     s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    lines = [f"{s['kept']} of {s['listed']} listed images can be used, of {s['groups']} groups (patients); {colour}.", '', *_class_lines(result), '']
-    if len(result.findings): lines += [f"{len(result.findings)} findings:", *_problem_lines(result.findings)]
+    groups = _groups(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
+    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {groups}; {colour}.", '', *_class_lines(result), '']
+    if len(result.findings): lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
-    if s['merged_groups']: lines.append(f"{len(s['merged_groups'])} groups hold several patients (or images) who share pixels or near-duplicates.")
+    if s['merged_groups']: lines.append(_merged_text(len(s['merged_groups'])))
+    if parts := mixed_parts(result.table, protocol): lines.append(parts)
     if result.table.label.nunique() == 1: lines.append(f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart.")
     if where and len(result.findings): lines.append(f"All findings, one a line: {where}")
     return '\n'.join(lines)
@@ -607,31 +666,34 @@ def shows_diagnosis(
     return (table.label == table.patient_label).to_numpy()
 
 # %% ../nbs/01_data.ipynb #bc81edc5
-def _check_enough(table:pd.DataFrame, n_folds:int):
-    "`KdoctError` if some class has too few groups for all parts of all folds."
+def _check_enough(table:pd.DataFrame, n_folds:int, besides:str=''):
+    "`KdoctError` if some class has too few groups for all parts of all folds; `besides` is said with it."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
     groups = table.groupby('label').group.nunique()
     if len(groups) < 2: raise KdoctError(f"All images are of class {groups.index[0]}.", fix="Give images of two classes at least.")
     if few := {k: int(n) for k, n in groups.items() if n <= n_folds}:
         raise KdoctError(f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
-                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.",
-                         fix="Add patients, or make fewer folds: data.n_folds=" + str(max(2, min(few.values()) - 1)))
+                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.{besides}", fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.")
+
+def _or_fewer(n_folds:int)->str:
+    "The other remedy, where as many folds are still folds."
+    return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
 
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
+        raise KdoctError(f"{_groups(n)} cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
     if (most := table.stratum.value_counts()).iloc[0] < parts:
-        raise KdoctError(f"The largest class, {most.index[0]}, has {most.iloc[0]} images; they cannot be split into {parts} parts.",
-                         fix="Add patients, or raise data.val_fraction, or make fewer folds: data.n_folds")
+        raise KdoctError(f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they cannot be split into {parts} parts.",
+                         fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make fewer folds (data.n_folds), at least 2.")
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
         return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
 
 # %% ../nbs/01_data.ipynb #dfd646b5
-def _check_official(table:pd.DataFrame):
-    "`KdoctError` unless every image has an official part, and some are for testing and some are not."
+def _check_official(table:pd.DataFrame, overlap:str='remove'):
+    "`KdoctError` unless every image has an official part, some are for testing, and some are left to train on."
     parts = table.split.value_counts()
     if strange := set(parts.index) - set(NEEDED):
         n = int(parts[list(strange)].sum())
@@ -640,6 +702,9 @@ def _check_official(table:pd.DataFrame):
     if 'test' not in parts or len(parts) < 2:
         raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
                          fix="Give both official parts, or take data.protocol=grouped-cv.")
+    if overlap == 'remove' and (official_overlap(table) | (table.split == 'test')).all():
+        raise KdoctError("data.protocol is official, but every group (patient) has images in the test part: nobody is left to train on.",
+                         fix="Split anew by patient: --set data.protocol=grouped-cv. (data.official_overlap=keep trains on the tested patients, and says so.)")
 
 def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str, calibration:float=0.)->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
@@ -673,24 +738,27 @@ def make_folds(
     t = table.sort_values('path', ignore_index=True)
     worst = shows_diagnosis(t) if any(worst_case) else np.ones(len(t), bool)
     t['stratum'] = t.label.where(worst, t.label + ', not the diagnosis')
-    if protocol == 'official': _check_official(t)
-    _check_enough(t[worst & (t.split != 'test').to_numpy()] if protocol == 'official' else t[worst], n_folds)
+    if protocol == 'official': _check_official(t, overlap)
+    gone = official_overlap(t) & (protocol == 'official' and overlap == 'remove')
+    besides = f" Left out are {counted(gone.sum(), 'image')} of patients who are in the test part." if gone.any() else ''
+    tested = (t.split == 'test').to_numpy() & (protocol == 'official')
+    _check_enough(t[worst & ~tested & ~gone], n_folds, besides)
     folds = []
     rules = dict(zip(('train', 'val', 'test', CALIB), (worst_case[0], *worst_case, all(worst_case)), strict=True))   # calib is as the test part
     for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)):
         role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
-        _check_classes(t.label, role, k)
+        _check_classes(t.label, role, k, n_folds)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
     return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')
 
 # %% ../nbs/01_data.ipynb #1d037789
-def _check_classes(label:pd.Series, role:np.ndarray, fold:int):
+def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int):
     "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
     for part in ('train', 'test'):
         if lost := sorted(set(label) - set(label[role == part])):
             raise KdoctError(f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
-                             fix="Add patients of that class, or make fewer folds: data.n_folds")
+                             fix=f"Add patients of that class{_or_fewer(n_folds - 1)}.")
 
 # %% ../nbs/01_data.ipynb #301c7d17
 def _times(folds:pd.DataFrame)->pd.DataFrame:
@@ -967,7 +1035,8 @@ def class_names(
     if not classes: return sorted(table.label.unique())
     if len(set(classes)) < len(classes): raise KdoctError(f"data.classes names a class twice: {', '.join(classes)}.", fix="Name each once.")
     if lost := [c for c in classes if c not in set(table.label)]:
-        raise KdoctError(f"There is no image of class {', '.join(lost)}.", fix=f"data.classes can be: {', '.join(sorted(table.label.unique()))}")
+        raise KdoctError(f"There is no image of class {', '.join(lost)}.",
+                         fix=f"The images are of these classes: --classes {','.join(sorted(table.label.unique()))}")
     return list(classes)
 
 def table_hash(
@@ -1011,16 +1080,25 @@ def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     return data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns | calib].any())
 
 # %% ../nbs/01_data.ipynb #7a783a85
-def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
+def plan_folds(
+    result:Audit,              # the audited images
+    recipe:Recipe,             # how they are split
+    where:str|Path='audit.csv',  # file with the findings, for the message
+    new_run:str='',            # as for `Audit.check`
+)->pd.DataFrame:               # path, group, fold, role
+    "New folds of audited images; `KdoctError` where a run would stop."
+    table, data = result.check(where, new_run).table, recipe.data
+    class_names(table, data.classes)
+    return make_folds(table, data.n_folds, data.val_fraction, recipe.seed, data.protocol, data.official_overlap,
+                      (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
+
+def _folds_for(run:Run, result:Audit)->pd.DataFrame:
     "The run's folds: those it has, if they fit the table and the recipe, else new ones."
     data = run.recipe.data
-    if not run.folds_csv.exists():
-        made = make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed, data.protocol, data.official_overlap,
-                          (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
-        write_folds(made, run.folds_csv, **_rules(data))
+    if not run.folds_csv.exists(): write_folds(plan_folds(result, run.recipe), run.folds_csv, **_rules(data))
     folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
-    if not _fits(folds, table, data):
+    if not _fits(folds, result.table, data):
         raise KdoctError(f"{run.folds_csv} does not fit the images or the recipe of run '{run.name}'.",
                          fix="Delete it, or start a new run with another name: -p run NEW")
     return folds
@@ -1042,17 +1120,34 @@ def _counts(folds:pd.DataFrame)->dict:
     c = folds.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
     return {str(k): c.loc[k].to_dict('index') for k in sorted(folds.fold.unique())}
 
-def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
-    "List and audit the run's images; the findings are on disk before they stop anything."
-    data = run.recipe.data
-    listing = load_table(data)
+def write_findings(
+    result:Audit,   # from `audit`
+    path:str|Path,  # CSV file, written atomically
+):
+    "Write all findings, one a line."
+    with atomic_path(path) as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
+
+def list_and_audit(
+    data:DataRecipe,            # which images
+    workers:int=0,              # threads; 0: one a core, 8 at most
+    listing:Listing|None=None,  # what the source has listed already
+)->tuple[Listing, Audit]:
+    "List the images of a recipe and open each."
+    listing = listing or load_table(data)
     result = audit(listing, data.classes, data.leave_out, workers, wants_twins(data))
     if data.source in NEAR_DUPLICATES and data.near_duplicates == 'separate' and not data.groups:
         print(f"WARNING: {data.source} holds copies of images that were turned or flipped, and data.near_duplicates is separate: copies will be\n"
               "spread over training and test, and the results will be too good.")
-    with atomic_path(run.path/'audit.csv') as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
+    return listing, result
+
+def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
+    "List and audit the run's images, unless that was done when it was made; the findings are on disk before they stop anything."
+    (listing, result), run.seen = run.seen or (None, None), None
+    if result is None: listing, result = list_and_audit(run.recipe.data, workers, listing)
+    write_findings(result, run.path/'audit.csv')
     write_json(run.path/'audit.json', result.summary)
-    return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2')
+    return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2' if run.folds_csv.exists() else '')
+
 
 # %% ../nbs/01_data.ipynb #6c8e2b1a
 def prepare_data(
@@ -1066,7 +1161,7 @@ def prepare_data(
         listing, result = _audited(run, workers)
         table, classes = result.table, class_names(result.table, data.classes)
         _same_or_first(run, 'table_sha256', digest := table_hash(table))
-        folds = _folds_for(run, table)
+        folds = _folds_for(run, result)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = _cache(data, table, listing.root, result.channels, workers)
         val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
@@ -1075,6 +1170,7 @@ def prepare_data(
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
                            overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),
+                           mixed_parts=mixed_parts(table, data.protocol),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
@@ -1092,16 +1188,20 @@ def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, 
 def _print_summary(facts:dict):
     "A few lines on what the data are."
     classes = ', '.join(f'{k} {n}' for k, n in facts['per_class'].items())
-    print(f"{facts['images']} images of {facts['groups']} groups (patients): {classes}")
-    print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
+    print(f"{counted(facts['images'], 'image')} of {_groups(facts['groups'])}: {classes}")
+    print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {counted(facts['not_used'], 'listed image')} not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
-    if facts['merged_groups']:
-        print(f"{facts['merged_groups']} groups hold several patients (or images) who share pixels or near-duplicates; audit.json names them")
-    if facts['overlap']: print(f"{facts['overlap']} images are outside the official test part, and of patients in it")
+    if facts['merged_groups']: print(f"{_merged_text(facts['merged_groups'])} audit.json names them.")
+    if facts['mixed_parts']: print(facts['mixed_parts'])
+    elif facts['overlap']:
+        print(f"{counted(facts['overlap'], 'image')} {'is' if facts['overlap'] == 1 else 'are'} outside the official test part, and of patients in it")
     for k, roles in facts['per_fold'].items():
-        print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
-    if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "
-                            "the scores will be too good".format(**facts['leak']))
+        sizes = {PART_WORDS[r]: f"{counted(roles[r]['images'], 'image')} / {counted(roles[r]['groups'], 'group')}" for r in (*ROLE_NAMES, OUT) if r in roles}
+        print(f"fold {k}: " + ', '.join(f'{part} {size}' for part, size in sizes.items()))
+    if leak := facts['leak']:
+        print(f"WARNING: the published leak is kept: {counted(leak['groups'], 'patient')} of the official test part "
+              f"{'is' if leak['groups'] == 1 else 'are'} trained on too, "
+              f"with {counted(leak['images'], 'image')}; the scores will be too good")
     for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
         for k, lost in lacks.items(): print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 

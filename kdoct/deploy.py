@@ -41,7 +41,7 @@ from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image
 from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits, told_apart
 from .frozen import freeze, private_copy
 from .guard import Guard
-from .models import Classifier, load_bundle, read_bundle
+from .models import Classifier, load_model_folder, read_model_folder
 from .volumes import find_files
 
 # %% ../nbs/07_deploy.ipynb #0c99f53a
@@ -527,7 +527,7 @@ def make_engine(
     if (why := runs_here(name)): raise KdoctError(f"The engine '{name}' does not run here: {why}.", fix="pip install 'kdoct[deploy]', or use another engine.")
     file, want, stored = Path(folder)/ENGINES[name][0], _signature(about['channels'], len(about['classes'])), about['size'] + about['margin']
     match name:
-        case 'torch': answer, facts = torch_engine(load_bundle(folder)[0], decision, about['size'], about['margin'], threads), want
+        case 'torch': answer, facts = torch_engine(load_model_folder(folder)[0], decision, about['size'], about['margin'], threads), want
         case 'onnx': answer, facts = onnx_engine(file, threads)
         case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
     if facts != want:
@@ -641,7 +641,7 @@ def check_engines(
     "Compare engines with the network itself on pictures, and time them."
     none, threshold = np.zeros(len(pictures.squares), np.int64), None if decision is None else decision.outlier.threshold
     batches = Batches(pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size'])
-    want = _wanted(decision, *features_and_logits(load_bundle(folder)[0], batches))
+    want = _wanted(decision, *features_and_logits(load_model_folder(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     engines = {name: make_engine(folder, name, about, decision) for name in names if name not in out}
     said = ask_all(engines, pictures.read())
@@ -698,7 +698,7 @@ def _taken(model:dict, data:dict, channels:int|None)->dict:
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:
     "Network and decision, in the folder of the bundle."
     folder = run.stage_dir(fold, role)
-    model = load_bundle(folder)[1]
+    model = load_model_folder(folder)[1]
     if not (folder/'decision.json').exists(): decide_fold(run, fold, role)
     write_json(work/'model.json', _shareable(model))
     for name in ('model.safetensors', 'decision.json', 'decision.safetensors'): shutil.copyfile(folder/name, work/name)
@@ -707,7 +707,7 @@ def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision
 # %% ../nbs/07_deploy.ipynb #623fab8e
 def _write_and_check(work:Path, about:dict, decision:Decision|None, formats:tuple, calibration:list, pictures:CheckPictures):
     "Write formats beside the network, and keep the files of engines that pass; `about` is told."
-    net = Deployable(load_bundle(work)[0], decision, about['size'], about['margin'])
+    net = Deployable(load_model_folder(work)[0], decision, about['size'], about['margin'])
     failed = write_formats(net, work, formats, about['channels'], calibration)
     engines = ['torch', *(e for f in formats if f not in failed for e in _ENGINES_OF[f])]
     beside = ['openvino'] if 'int8' in engines and 'openvino' not in engines else []   # INT8 is compared with it
@@ -832,7 +832,7 @@ def open_model_folder(
     folder = Path(folder)
     if not (folder/'model.json').is_file():
         raise KdoctError(f"{folder} is no model folder: it has no model.json.", fix="`kdoct import` and every training write one.")
-    model = read_bundle(folder)[0]
+    model = read_model_folder(folder)[0]
     if lost := [k for k in ('arch', 'classes', 'input_size', 'mean', 'std', 'interpolation') if k not in model]:
         raise KdoctError(f"{folder/'model.json'} does not say: {', '.join(lost)}.", fix="Import or train the network again.")
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
@@ -874,7 +874,7 @@ def export_folder(
     "Write the bundle of a network without a run: every format checked against PyTorch on pictures of one's own and timed, those that pass kept."
     from kdoct.card import folder_card
     folder, formats = Path(folder), _checked_formats(formats)
-    opened, (model, _) = open_model_folder(folder), read_bundle(folder)
+    opened, (model, _) = open_model_folder(folder), read_model_folder(folder)
     made = tuple(f for f in formats if f != 'int8')
     checked = pictures_of_files(pictures, opened.about, images)
     def fill(work):

@@ -191,9 +191,9 @@ def _other_keys(parts:list[str], kept:set[int])->list[tuple[str, str]]:
     "Keys that a name of these parts may have besides its own, and why."
     keys = [_patient_part_key(p) for p in parts]
     def within(i, other): return '/'.join([*keys[:i], other, *keys[i + 1:]])
-    return [(within(i, other), why) for i, part in enumerate(parts)
-            for why, others in ((_MARK, _as_thousands(part)), (_DATE, _as_date(part)), (_MONTH, _as_month(part)), (_LONG, _as_rounded(part, kept)))
-            for other in others]
+    def readings(part):
+        return {_MARK: _as_thousands(part), _DATE: _as_date(part), _MONTH: _as_month(part), _LONG: _as_rounded(part, kept)}
+    return [(within(i, other), why) for i, part in enumerate(parts) for why, others in readings(part).items() for other in others]
 
 def _lost_zeros(parts:dict[str, list[str]], by_key:dict[str, list[str]])->list[tuple[list[str], str]]:
     "Names that differ only in zeros behind decimals: 7.1 and 7.10."
@@ -204,13 +204,17 @@ def _lost_zeros(parts:dict[str, list[str]], by_key:dict[str, list[str]])->list[t
 
 def _lost_digits(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
     "Names such as 1.23E+11, which Excel makes of numbers of 12 digits and more."
-    return [([name], _LONG) for name, ps in parts.items() if any((m := _ROUNDED.fullmatch(p)) and 11 <= int(m[3]) > len(m[2] or '') for p in ps)]
+    def is_rounded(part):
+        m = _ROUNDED.fullmatch(part)
+        return bool(m) and int(m[3]) >= 11 and int(m[3]) > len(m[2] or '')
+    return [([name], _LONG) for name, ps in parts.items() if any(map(is_rounded, ps))]
 
 def _kept_digits(parts:list[str])->set[int]:
-    "How many digits a spreadsheet may have kept: those of 1.23E+05; 15 where more long numbers than chance explains have zeros behind the 15th."
+    "How many digits a spreadsheet may have kept: those of 1.23E+05; 15 where long numbers end in zeros more often than by chance."
     long = {p for p in parts if re.fullmatch(r'[1-9]\d{15,}', p)}
     cut = sum(p[_KEPT:].strip('0') == '' for p in long)
-    return {1 + len(m[2] or '') for p in parts if (m := _ROUNDED.fullmatch(p))} | ({_KEPT} if cut > len(long)/5 else set())
+    shown = {1 + len(m[2] or '') for p in parts if (m := _ROUNDED.fullmatch(p))}
+    return shown | {_KEPT} if cut > len(long)/5 else shown
 
 def _uncertain_dates(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
     "Uncertain dates of two forms that may be one day: 3/4/2021 and 3-4-2021."
@@ -306,7 +310,8 @@ def _table_text(file:Path)->str:
     if not text.strip(): _refuse(file, "it is empty")
     if '\ufffd' in text:
         line = text[:text.index('\ufffd')].count('\n') + 1
-        _refuse(file, f"line {line} has \ufffd, the sign for a letter that was lost when the file was converted", "Save it from the original again, as CSV UTF-8.")
+        _refuse(file, f"line {line} has \ufffd, the sign for a letter that was lost when the file was converted",
+                "Save it from the original again, as CSV UTF-8.")
     return text
 
 # %% ../nbs/00a_spreadsheet.ipynb #aa6a2d7b
@@ -352,8 +357,9 @@ def _rarely_separated(text:str, lines:list[str], file:Path)->tuple[str, list[tup
         if len(rows) > 1 and len(widths) == 1 and min(widths) > 1: return s, rows
         if len(rows[0][1]) > 2:
             line, cells = next((line, cells) for line, cells in rows if len(cells) != len(rows[0][1])) if len(rows) > 1 else rows[0]
-            _refuse(file, f"it has no comma, semicolon, tab or |; with {'blanks' if s == ' ' else 'colons'} between the cells, "
-                          f"line {line} has {len(cells)} and the header {len(rows[0][1])}")
+            between = 'blanks' if s == ' ' else 'colons'
+            _refuse(file, f"it has no comma, semicolon, tab or |; with {between} between the cells, line {line} has {len(cells)} "
+                          f"and the header {len(rows[0][1])}")
     return ',', _rows(text, ',')
 
 # %% ../nbs/00a_spreadsheet.ipynb #6f912ada
@@ -394,7 +400,8 @@ def refuse_header(
     if again: raise KdoctError(f"{file}, line {again[0]}, is the header once more.", fix=f"Delete line {again[0]}.")
     names = ['path' if _is_picture(c) else f'NAME{i}' for i, c in enumerate(header, 1)]
     raise KdoctError(f"{file} has no header: its first line is data, {','.join(header)[:80]!r}.",
-                     fix="Add a line above it that names the columns (path, label, patient, ...), as here, so that no row is lost: " + ','.join(names))
+                     fix="Add a line above it that names the columns (path, label, patient, ...), as here, so that no row is lost: "
+                         + ','.join(names))
 
 def _check_header(table:pd.DataFrame, file:Path)->list[int]:
     "The columns that are kept: a second one of the same name must hold the same cells, else `KdoctError`."

@@ -310,6 +310,29 @@ def test_the_page_shows_classes_with_images_and_patients_and_what_stops_the_run_
     assert any(line.split()[:2] == ["2", "empty:"] and "stops the run" in line for line in lines) and lines[-1].endswith("all.csv")
 
 
+def test_leaving_out_is_no_remedy_where_nothing_would_be_left(tmp_path):
+    gone = make_listing(tmp_path, [dict(path=f"{c}.png", label=c, patient=c) for c in "AB"], [], "t")
+    with pytest.raises(KdoctError, match="2 missing") as e: audit(gone).check()
+    assert "leave_out" not in e.value.fix and f"looked for in {tmp_path}" in e.value.fix
+    with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=b"")).check()
+    assert "leave" not in e.value.fix and "no other image is left" in e.value.fix
+    with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=coded(scan(), "PNG"))).check()
+    assert "leave_out" not in e.value.fix and "no image of class A" in e.value.fix
+
+
+def test_the_page_shows_what_was_seen_in_the_first_file(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    page = audit_page(audit(listed(tmp_path, A_1_1=pointer, A_2_1=pointer, B_2_1=coded(scan(), "PNG"))))
+    assert "A_1_1: a Git LFS pointer, not the file: fetch it with 'git lfs pull' ..." in page
+
+
+def test_the_page_counts_one_as_one_and_says_each_thing_once(tmp_path):
+    same = coded(scan(), "PNG")
+    page = audit_page(audit(listed(tmp_path, A_1_1=same, A_2_1=same)))
+    assert "2 of 2 listed images can be used, of 1 group (patient)" in page and "1 finding:" in page and "1 group holds" in page
+    assert "1 duplicate-across-groups: the same pixels occur in another group; the groups are merged\n" in page
+
+
 def test_25_000_copies_are_a_page(tmp_path):
     one = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG")))
     copies = [finding(f"A/{'x'*90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS)

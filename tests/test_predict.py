@@ -1,4 +1,4 @@
-"From files to calls: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
+"From files to predictions: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
 import csv
 import io
 import json
@@ -284,7 +284,7 @@ def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_p
 # --- deferral
 
 @pytest.mark.parametrize(('p', 'score', 'why'), [(.9, 1., ''), (.55, 1., 'confidence'), (.9, 3., 'outlier'), (.55, 3., 'confidence, outlier')])
-def test_a_row_is_deferred_for_confidence_or_for_strangeness(folder, p, score, why):
+def test_a_row_is_deferred_for_confidence_or_as_an_outlier(folder, p, score, why):
     def engine(x):
         return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
     with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
@@ -570,12 +570,12 @@ def mine(tmp_path):
     import timm
     import torch
 
-    from kdoct.models import import_bundle
+    from kdoct.models import import_model_folder
     torch.manual_seed(0)
     net = timm.create_model('test_efficientnet', num_classes=3)
     torch.nn.init.normal_(net.classifier.weight, std=8)
     torch.save(net.state_dict(), tmp_path/'mine.pth')
-    import_bundle(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
+    import_model_folder(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
     return tmp_path/'mine'
 
 
@@ -583,7 +583,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     import torch
 
     from kdoct.data import resized
-    from kdoct.models import load_bundle
+    from kdoct.models import load_model_folder
     with pytest.raises(SystemExit) as e: main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
     err, rows = capsys.readouterr().err, pd.read_csv(tmp_path/'r.csv', dtype=str, keep_default_na=False)
     assert e.value.code == 1 and err.count('No decision is known') == 1 and 'without calibration' in err and 'Volumes are decided' not in err
@@ -591,7 +591,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     good = rows[rows.error == '']
     assert (good[[*UNJUDGED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
     x = np.stack([resized(np.asarray(Image.open(p).convert('RGB')), 48) for p in good.path])
-    with torch.no_grad(): want = load_bundle(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
+    with torch.no_grad(): want = load_model_folder(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
     np.testing.assert_allclose(good[[f'probability_{c}' for c in CLASSES]].astype(float), want, atol=1e-4)
     assert good.predicted.tolist() == [CLASSES[k] for k in want.argmax(1)] and np.ptp(want) > .1
 
