@@ -300,7 +300,7 @@ def join_spellings(
             join[other] = main
             both = ' and '.join(f"{name!r} ({counted(n[name], 'image')})" for name in (other, main))
             notes.append(finding(first[other], 'patient-spelling', f"{both} are taken for one", f"groups {main} and {other} merged"))
-    group = table.group.where(table.group == table.path, table.group.replace(join))
+    group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
     patient = table.patient.map({p: same_patient_key(p) if p else '' for p in table.patient.unique()})
     notes += _parted_patients(table.assign(group=group), patient)
     group = merge_groups(group, patient)

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from datetime import date
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -58,6 +59,7 @@ def _plain_part(text:str)->str:
     text = ''.join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     return unicodedata.normalize('NFKC', text.casefold()).strip().strip('="\'').strip()
 
+@lru_cache(1 << 16)   # most names come many times
 def _part_key(part:str)->str:
     "The key of a part between two slashes."
     text = _plain_part(part)
@@ -114,6 +116,7 @@ def _patient_parts(name:str)->list[str]:
     parts = [*(m[1].split('/') if m[1] else []), m[2]] if m else text.split('/')
     return [_plain_part(part) for part in parts]
 
+@lru_cache(1 << 16)
 def _patient_part_key(part:str)->str:
     "`_part_key` without a title; one key for all forms of a certain date."
     days = dates_meant(part)
