@@ -654,6 +654,8 @@ def _say_lines(lines:Iterable[int])->str:
     first, *more = lines
     return f"line {first}" + (f" and {len(more)} other{'s'[:len(more) - 1]}" if more else '')
 
+_FILES = (*IMAGE_EXTENSIONS, '.dcm', '.vol', '.e2e', '.fda', '.fds', '.img', '.npy')
+
 def _check_cells(df:pd.DataFrame, file:Path):
     "`KdoctError` with the line where a cell seems to stand in another column than it should."
     def refuse(bad, what, fix):
@@ -663,13 +665,16 @@ def _check_cells(df:pd.DataFrame, file:Path):
         refuse(df[c].str.contains('[\r\n]'), lambda r, c=c: f"{c} {r[c][:40]!r} goes over several lines",
                "Look for a quote that is not closed, there or before.")
     paths = df.path.map(lambda p: PureWindowsPath(p).as_posix())
-    files = {*paths, *paths.str.rpartition('/')[2]}
-    def is_file(cell): return bool(cell) and _whole_number(cell) is None and (cell in files or cell.lower().endswith(IMAGE_EXTENSIONS))
+    bare = paths.str.rpartition('/')[2]
     for c in df.columns.intersection(['label', 'patient_label']):
-        refuse(df[c].isin([t for t in df[c].unique() if is_file(t)]), lambda r, c=c: f"the {c} {r[c]!r} is the name of a file", shifted)
-    if 'patient' in df:
-        classes = [c for c in df.label.unique() if c and _whole_number(c) is None]
-        refuse(df.patient.isin(classes), lambda r: f"the patient {r.patient!r} is the name of a class", shifted)
+        words = [t for t in df[c].unique() if t and _whole_number(t) is None]   # numbers may be names of files and of classes
+        refuse(df[c].isin([t for t in words if t.lower().endswith(_FILES)]), lambda r, c=c: f"the {c} {r[c]!r} is the name of a file", shifted)
+        for t in words:
+            listed = df.index[(paths == t) | (bare == t)]
+            if len(listed): refuse(df[c] == t, lambda r, c=c, at=listed[0]: f"the {c} {r[c]!r} is the path in line {at}", shifted)   # noqa: B023
+    classes = [c for c in df.label.unique() if c and _whole_number(c) is None]
+    if 'patient' in df: refuse(df.patient.isin(classes), lambda r: f"the patient {r.patient!r} is the name of a class", shifted)
+    if 'group' in df: refuse(df.group.isin(classes) & (df.group != df.label), lambda r: f"the group {r.group!r} is the name of another class", shifted)
 
 # %% ../nbs/01b_sources.ipynb #a1db7e04
 _NOT_KNOWN = ("Write the {} there. Where nobody knows, leave the cell empty: the image then is a group of its own, "
@@ -678,7 +683,7 @@ _NOT_KNOWN = ("Write the {} there. Where nobody knows, leave the cell empty: the
 def _check_people(df:pd.DataFrame, file:Path, fix:str=_NOT_KNOWN):
     "`KdoctError` where a patient or group is a word for nobody, or a spreadsheet may have made it of another; `fix` for the former."
     for c in df.columns.intersection(['patient', 'group']):
-        cells = df[c][df[c] != '']
+        cells = df[c][(df[c] != '') & (df[c] != df.path)]
         if nobody := _nobody(cells, set(df.label)):
             raise KdoctError(f"{file}, {_say_lines(cells.index[cells.isin(nobody)])}: {c} {nobody[0]!r} seems to mean that it is not known. "
                              f"All these images would count as one {c}.",
@@ -694,7 +699,8 @@ def _nobody(cells:pd.Series, classes:set[str])->list[str]:
     last = {cell: same_name_key(cell).rpartition('/')[2] for cell in n.index}
     from_0 = '1' in last.values()
     def is_none(cell):
-        if any(map(is_nobody, set(cell.split('/')) - classes)): return True
+        parts = [p for p in cell.split('/') if p not in classes]
+        if parts and (is_nobody(parts[-1]) or all(map(is_nobody, parts))): return True
         if last[cell] == '0': return not from_0 or n[cell] > 3*n.drop(cell).max()
         return last[cell] == 'na' and n[cell] > 1 and cell not in classes
     return [cell for cell in n.index if is_none(cell)]
@@ -955,7 +961,7 @@ def regroup(
     if lost := [c for c, there in dict(path=path, group=group).items() if there is None]:
         raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df)}")
     alone = "Give every image a group; one that belongs to no other has its own path as group."
-    _check_people(pd.DataFrame(dict(group=group.str.strip(), label='')), file, alone)
+    _check_people(pd.DataFrame(dict(path=path.str.strip(), group=group.str.strip(), label='')), file, alone)
     wanted = [_relative(p.strip(), listing.root) for p in path]
     real, _ = resolve_paths(wanted, [*dict.fromkeys([*listing.table.path, *listing.findings.path])])
     df = pd.DataFrame(dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())).drop_duplicates()

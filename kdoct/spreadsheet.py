@@ -106,7 +106,7 @@ def _day(year:int, month:int, day:int)->str:
     return f'{year:04}{month:02}{day:02}'
 
 # %% ../nbs/00a_spreadsheet.ipynb #4511ed14
-_TITLE = re.compile(r'(?:patient|pat|pt|p|subject|subj|sub|id|no|nr)+(?=\d)')
+_TITLE = re.compile(r'(?:patient|pat|pt|p|subject|subj|sub|id|no|nr|#)+ ?(?=\d)')
 _SLASH_DATE = re.compile(r'(?:(.*)/)?(\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/(?:\d{4}|\d\d))')
 
 def _patient_parts(name:str)->list[str]:
@@ -164,7 +164,8 @@ def _as_date(part:str)->list[str]:
     return [_number_key(t) for t in [*(days if len(days) > 1 else ()), *(str(c) for c in counts if c > 0)]]
 
 def _as_month(part:str)->list[str]:
-    "The dates that a spreadsheet makes of 1-2."
+    "The dates that a spreadsheet makes of 1-2 and of 2021-03."
+    if m := re.fullmatch(r'\d\d(\d\d)[-/.](\d\d?)', part): return [f'{name}{m[1]}' for name, i in _MONTHS.items() if i == int(m[2])]
     m = re.fullmatch(r'(\d\d?)[-/.](\d\d?)', part)
     pairs = [(int(m[1]), int(m[2])), (int(m[2]), int(m[1]))] if m else []
     return [key for day, month in pairs for name, i in _MONTHS.items() if i == month for key in (f'{day}{name}', f'{name}{day}')]
@@ -202,7 +203,7 @@ def _lost_zeros(parts:dict[str, list[str]], by_key:dict[str, list[str]])->list[t
     "Names that differ only in zeros behind decimals: 7.1 and 7.10."
     def decimals(part):
         m = _NUMBER.fullmatch(_bare_number(part))
-        return m[3] if m and m[3].strip('0') else ''
+        return m[3] if m and m[3].strip('0') and not m[4] else ''
     return [(several, _DECIMALS) for several in by_key.values() if len({tuple(map(decimals, parts[name])) for name in several}) > 1]
 
 def _lost_digits(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
@@ -377,7 +378,7 @@ def _check_widths(rows:list[tuple[int, list[str]]], separator:str, file:Path)->l
     line, cells = misfit
     fix = 'Put a cell that holds the separator into quotes "..."; write a cell without content as an empty one.'
     if wider: fix += " Or, as every row is longer than the header: give the first column (row numbers?) a name in the header."
-    if header[0].startswith('#') or line == body[0][0] and len(widths) == 1 and len(cells) > n + 1:
+    if header[0].startswith('#') or line == body[0][0] and len(widths) == 1:
         fix = f"If line {at} is a comment or a title, delete what stands above the header. {fix}"
     _refuse(file, f"line {line} has {len(cells)} cells, the header {n}: {separator.join(cells)[:80]!r}", fix)
 

@@ -29,7 +29,7 @@ def of_patients(tmp_path, *patients, labels=("A",), column="patient"):
 
 SEVEN = ["7", "7.0", "07", "007", " 7", "7\u00a0", "\uff17", "7,0", "7.", "'7", "\u0667", "7e0",
          "Patient 7 ", "patient 7", "PATIENT-7", "P7", "P-7", "p007", "P_7",
-         "Pat. 7", "sub-07", "7\u200b", "\ufeff7", "7,00 \u20ac", "\u20ac7.00", "$ 7"]
+         "Pat. 7", "sub-07", "7\u200b", "\ufeff7", "7,00 \u20ac", "\u20ac7.00", "$ 7", "#7", "# 07"]
 
 
 @pytest.mark.parametrize("spelling", SEVEN)
@@ -49,7 +49,8 @@ def test_different_patients_stay_apart(one, other, tmp_path):
     assert listing.table.group.nunique() == 2 and not len(listing.findings)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1e5", "100000"), ("1E+05", "100000.0"), ("1,5", "1.5"), ("100,000", "100000"), ("M\u00fcller", "Mu\u0308ller"),
+@pytest.mark.parametrize(("one", "other"), [("1e5", "100000"), ("1E+05", "100000.0"), ("1,23E+05", "123000"), ("1,5", "1.5"),
+                                            ("100,000", "100000"), ("M\u00fcller", "Mu\u0308ller"),
                                             ("CNV/7", "cnv/07"), ("0", "0.0"), ("0998A", "998a"), ("Schmidt  Anna", "schmidt anna"),
                                             ("1 234", "1234"), ("1\u00a0234", "1234"), ("1\u2009234", "1234"), ("1\u202f234,5", "1234.5"), ("1'234", "1234"),
                                             ("1\u2019234", "1234"), ("1,234", "1234"), ("1.234,00 \u20ac", "1234"), ("12.345.678", "12345678"),
@@ -89,7 +90,7 @@ def test_no_patient_is_in_two_groups_whatever_the_table(rows):
     ("2021-03-04", "3/4/2021", "2021-03-04"), ("04.03.2021", "3-4-2021", "2021-03-04"), ("3/4/2021", "3-4-2021", "2021-03-04"),
     ("2021-03-04", "04-Mar-21", "2021-03-04"), ("2021-03-04", "44259", "2021-03-04"), ("3/4/2021",
     "44259", "2021-03-04"), ("2021-03-04", "42797", "2021-03-04"),
-    ("2-1", "2-Jan", "as text"), ("1-2", "02. Jan", "as text"), ("1.23E+05", "123456", "as text"),
+    ("2-1", "2-Jan", "as text"), ("2021-03", "Mar-21", "as text"), ("1-2", "02. Jan", "as text"), ("1.23E+05", "123456", "as text"),
     ("1.23457E+14", "123456789012345", "as text"), ("1234567890123450", "1234567890123456", "as text")])
 def test_patients_who_may_be_one_are_refused_where_it_cannot_be_known(one, other, helps, tmp_path):
     with pytest.raises(KdoctError, match="line 2 and 1 other|line 3: patient .1.23457E|cannot be known") as e: of_patients(tmp_path, one, other, "8")
@@ -117,6 +118,10 @@ def test_a_word_for_nobody_is_no_patient_that_many_share(nobody, tmp_path):
     with pytest.raises(KdoctError, match="line 3 and 1 other: patient .* not known") as e: of_patients(tmp_path, "7", nobody, nobody, "12")
     assert "leave the cell empty" in e.value.fix
     with pytest.raises(KdoctError, match="group .* not known"): of_patients(tmp_path, "7", nobody, nobody, column="group")
+
+
+def test_a_hospital_that_is_not_known_does_not_make_its_patients_nobody(tmp_path):
+    assert list(of_patients(tmp_path, "unknown/7", "-/8").table.patient) == ["unknown/7", "-/8"]
 
 
 @pytest.mark.parametrize("names", [("0", "1", "2"), ("0", "0", "1", "1", "2"), ("NA", "7"), ("P0", "P0", "7"), ("X1", "X2")])
@@ -261,7 +266,11 @@ HEAD = "path,label,patient\n"
     (HEAD + "a.png,CNV,1\nb.png,c.png,CNV\n", "line 3: the label 'c.png' is the name of a file", "cell by cell"),
     (HEAD + "a.png,CNV,1\n,b.png,CNV\n", "line 3: the label 'b.png' is the name of a file", "empty one"),
     (HEAD + "a.png,CNV,1\nb.png,IMG\\Z.TIFF,1\n", "line 3: the label", "cell by cell"),
-    (HEAD + "img/scan_a,CNV,1\nb.png,scan_a,CNV\n", "line 3: the label 'scan_a' is the name of a file", "cell by cell"),
+    (HEAD + "img/scan_a,CNV,1\nb.png,scan_a,2\n", "line 3: the label 'scan_a' is the path in line 2", "cell by cell"),
+    ("path,label,patient,eye\na.png,CNV,1,OD\nCNV,2,OS,\n", "line 2: the label 'CNV' is the path in line 3", "cell by cell"),
+    (HEAD + "a.png,CNV,1\nb.png,vol/3.dcm,1\n", "line 3: the label 'vol/3.dcm' is the name of a file", "cell by cell"),
+    ("path,label,group\na.png,CNV,g1\nb.png,g2,CNV\n", "line 3: the group 'CNV' is the name of another class", "cell by cell"),
+    ("Study A;Clinic B\n" + HEAD + "a.png,CNV,1\n", "line 2 has 1 cells, the header 2", "comment or a title"),
     (HEAD + "a.png,CNV,P1\nb.png,P2,CNV\n", "line 3: the patient 'CNV' is the name of a class", "cell by cell"),
     ("a.png,CNV,1\nb.png,CNV,2\n", "has no header: its first line is data, 'a.png,CNV,1'", "no row is lost: path,NAME2,NAME3"),
     ("1,1,a.png\n2,2,b.png\n", "has no header", "NAME1,NAME2,path"), ("1,1\n2,3\n", "has no header", "NAME1,NAME2"),
