@@ -72,7 +72,7 @@ from kdoct.sources import (
     load_table,
     wants_twins,
 )
-from .spreadsheet import read_table, same_patient_key
+from .spreadsheet import read_table
 
 # %% ../nbs/01_data.ipynb #521d564a
 PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
@@ -581,9 +581,8 @@ def _shortened(text:str, width:int)->str:
     return text if len(text) <= width else f'{text[:width//2 - 1]}…{text[-(width//2):]}'
 
 def _are_patients(table:pd.DataFrame)->bool:
-    "Whether each group is one patient, in whatever spelling."
-    patients = table.patient.map({p: same_patient_key(p) for p in table.patient.unique()})
-    return bool((table.patient != '').all()) and bool((patients.groupby(table.group).nunique() == 1).all())
+    "Whether the groups are patients: all are known, and a group has the name of one."
+    return bool((table.patient != '').all()) and set(table.group) <= set(table.patient)
 
 def _class_lines(result:Audit)->list[str]:
     "Images and patients (or groups, where these are no patients) of each class, and images of each official part."
