@@ -165,6 +165,8 @@ class DataRecipe(Part):
     classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
     group_pattern:str|None = Field(None, description="source folder: regular expression on the relative path; its first group is the patient")
     columns:dict[str, str] = Field({}, description="source csv: our column name -> the file's column name")
+    modality:Literal['oct', 'radiograph', 'histology', 'other'] = Field('oct', description="sources folder and csv: what the pictures are; predict "
+        "refuses DICOM and volumes that say that they are something else; other: it asks for nothing")
     near_duplicates:Literal['auto', 'group', 'separate'] = Field('auto', description="copies that were turned, flipped, cropped or compressed again: one "
         "group, or groups of their own; auto: one group for the sources known to hold such copies (lc25000, covid_qu_ex)")
     groups:str|None = Field(None, description="CSV file with columns path and group: what must stay together, instead of what the source and "
@@ -575,7 +577,7 @@ PRESETS['explainable-covid'] = _EXPLAINABLE | _XRAY | _named('data', source='cov
 PRESETS['explainable-lc25000'] = _EXPLAINABLE | _HISTOLOGY | _named('data', source='lc25000')
 
 PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores: one small teacher, small pictures, two folds
-    **_named('data', source='csv', size=96, margin=8, n_folds=2), 'teachers': {},
+    **_named('data', source='csv', modality='radiograph', size=96, margin=8, n_folds=2), 'teachers': {},
     **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=6, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
              warmup=1., lr_floor=1e-6, precision='fp32'),
     **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5, precision='fp32')}

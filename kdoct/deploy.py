@@ -42,6 +42,7 @@ from .decide import Decision, decide_fold, distance, features_and_logits, load_d
 from .frozen import freeze, private_copy
 from .guard import Guard
 from .models import Classifier, load_model_folder, read_model_folder
+from .sources import modality_of
 from .volumes import find_files
 
 # %% ../nbs/07_deploy.ipynb #0c99f53a
@@ -617,7 +618,7 @@ def pictures_of_files(
     if not files: raise KdoctError("There is no picture to compare the formats on.", fix="Give a folder that has some: --images DIR")
     files = [files[i] for i in _spread(len(files), images)]
     def each():
-        with closing(Guard()) as guard:
+        with closing(Guard(modality=about.get('modality', 'oct'))) as guard:
             for f in files:
                 try: yield from (framed(scan.image, about['channels'], **about['framing']) for scan in guard.scans(f))
                 except KdoctError as e:
@@ -692,7 +693,8 @@ def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, s
 
 def _taken(model:dict, data:dict, channels:int|None)->dict:
     "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
-    return dict(channels=channels or 3, channels_known=channels is not None, size=data.get('size', model['input_size']), margin=data.get('margin', 0),
+    return dict(channels=channels or 3, channels_known=channels is not None, modality=modality_of(data),
+                size=data.get('size', model['input_size']), margin=data.get('margin', 0),
                 framing={k: data.get(k, v) for k, v in FRAMING.items()})
 
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:
@@ -816,7 +818,9 @@ def open_bundle(
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
     if (decision is None) != (about.get('temperature', 1.) is None):
         raise KdoctError("bundle.json and decision.json contradict each other on whether there is a decision.", fix=fix)
-    named = [about['classes'], read_json(folder/'model.json')['classes'], *([] if decision is None else [decision.classes])]
+    model = read_json(folder/'model.json')
+    about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))   # a bundle of before it was said
+    named = [about['classes'], model['classes'], *([] if decision is None else [decision.classes])]
     if any(list(classes) != list(named[0]) for classes in named): raise KdoctError("bundle.json, decision.json and model.json name different classes.", fix=fix)
     if odd := sorted(set(about['formats']) - set(ENGINES)): raise KdoctError(f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct.")
     return Bundle(folder, about, decision)
@@ -882,7 +886,7 @@ def export_folder(
         decided = ('decision.json', 'decision.safetensors') if opened.decision is not None else ()
         for name in ('model.safetensors', *decided): shutil.copyfile(folder/name, work/name)
         source = dict(run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported'))
-        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'size', 'margin', 'framing')}
+        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'modality', 'size', 'margin', 'framing')}
         about = _about(folder.resolve().name, model.get('role', 'network'), model, taken, opened.decision, source)
         _write_and_check(work, about, opened.decision, made, [], checked)
         if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)

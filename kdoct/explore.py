@@ -46,6 +46,7 @@ from .core import EvaluateRecipe, KdoctError, Run, atomic_path, open_run, output
 from .data import FRAMING, MAX_BYTES, _open_cache, cache_facts, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
+from .sources import modality_of
 from .tables import protocol_of
 
 # %% ../nbs/09_explore.ipynb #a1426b4e
@@ -312,11 +313,12 @@ MOST_SCANS = 1000  # of one file
 def read_own(
     file:str|Path,   # a picture or a volume
     name:str='',     # how to call it; '': the file's name
+    modality:str='oct',  # what DICOM and volumes must hold, as `kdoct.volumes.read_scans` takes it
 )->list[Own]:        # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
     name = name or Path(file).name
     def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    with closing(Guard()) as guard:   # a damaged file gets so much time and memory, and the page goes on
+    with closing(Guard(modality=modality)) as guard:   # a damaged file gets so much time and memory, and the page goes on
         own = [Own(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(guard.scans(file), MOST_SCANS)]
     if not own: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return own
@@ -324,12 +326,13 @@ def read_own(
 def read_upload(
     name:str,    # of the file, as the browser gives it; only its ending is used
     data:bytes,  # its content
+    modality:str='oct',  # as `read_own` takes it
 )->list[Own]:    # at most MOST_SCANS
     "The pictures of an uploaded file."
     with tempfile.TemporaryDirectory(prefix='kdoct-') as folder:
         file = Path(folder)/f"upload{re.sub(r'[^A-Za-z0-9.]', '', Path(name).suffix)}"
         file.write_bytes(data)
-        return read_own(file, name)
+        return read_own(file, name, modality)
 
 # %% ../nbs/09_explore.ipynb #210abbec
 def lay_back(
@@ -1085,18 +1088,26 @@ class OwnPanel:
 
 # %% ../nbs/09_explore.ipynb #18d9f36f
 @patch
+def modality(self:OwnPanel)->str:
+    "What the network that is chosen was trained on."
+    cases = self.state.cases
+    return 'oct' if cases is None else modality_of(cases.run.recipe.data.model_dump())
+
+@patch
 def uploaded(self:OwnPanel):
     "A file came through the browser."
     if not self.upload.value: return
     file = self.upload.value[0]
     self.upload.value = ()   # the same file may come again
-    self.begin(file['name'], lambda name: read_upload(name, bytes(file['content'])))
+    modality = self.modality()
+    self.begin(file['name'], lambda name: read_upload(name, bytes(file['content']), modality))
 
 @patch
 def from_path(self:OwnPanel):
     "A path was given."
     if not self.path.value.strip(): self.status.value = text_html('Type the path of a file on this machine first.', 'busy', 'status')
-    self.begin(self.path.value.strip(), lambda path: read_own(Path(path).expanduser()))
+    modality = self.modality()
+    self.begin(self.path.value.strip(), lambda path: read_own(Path(path).expanduser(), modality=modality))
 
 @patch
 def begin(self:OwnPanel, name:str, read):

@@ -24,7 +24,7 @@ from kdoct.cli import main
 from kdoct.core import KdoctError, create_run, preset
 from kdoct.data import BadImage, inspect_file, prepare_data
 from kdoct.decide import Decision, Outlier
-from kdoct.deploy import Engine
+from kdoct.deploy import Engine, _taken, open_bundle
 from kdoct.guard import Guard, Reader, is_plain
 from kdoct.patients import VolumeRule, decide_volume
 from kdoct.predict import (
@@ -360,7 +360,7 @@ def test_few_bytes_wait_however_large_the_pictures_and_many_the_threads():
 
 def reader_that(tmp_path, does, **limits):
     "A reader whose `read_scans` is replaced; its process starts with that."
-    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path): {does}\ng.read_scans = bad\n{Reader.code}"
+    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path, modality): {does}\ng.read_scans = bad\n{Reader.code}"
     (tmp_path/'x.vol').write_bytes(b'x')
     return Replaced(**limits), tmp_path/'x.vol'
 
@@ -551,6 +551,18 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
 def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
     from kdoct.deploy import open_bundle
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
+
+
+def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_says(shipped, tmp_path):
+    assert open_bundle(shipped[0]).about['modality'] == 'oct'
+    assert _taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality'] == 'radiograph'
+    older = shutil.copytree(shipped[0], tmp_path/'older')
+    about, model = (json.loads((older/f'{k}.json').read_text()) for k in ('bundle', 'model'))
+    model['recipe']['data']['source'] = 'covid_qu_ex'
+    (older/'model.json').write_text(json.dumps(model))
+    for k in ('signature.json', 'bundle.json'): (older/k).unlink(missing_ok=True)
+    seal(older, {k: v for k, v in about.items() if k not in ('modality', 'bundle', 'files', 'signed', 'signature')})
+    assert open_bundle(older).about['modality'] == 'radiograph'
 
 
 def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
