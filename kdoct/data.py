@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
            'PART_WORDS', 'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE',
-           'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages',
-           'TiffStack', 'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank',
-           'inspect_file', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
-           'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
-           'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
-           'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data',
-           'FoldData', 'open_fold']
+           'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'is_picture', 'other_file',
+           'check_jpeg', 'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values',
+           'check_size', 'check_pages', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
+           'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
+           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
+           'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data', 'FoldData',
+           'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -37,6 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import simplejpeg
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from scipy import ndimage
@@ -82,18 +84,21 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'empty': ('error', "0 bytes"),
     'too-large': ('error', "the file is larger than any B-scan"),
     'not-an-image': ('error', "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says"),
-    'corrupt': ('error', "begins like an image and cannot be decoded"),
+    'corrupt': ('error', "begins like an image; its header or its data are damaged"),
     'truncated': ('error', "the end is missing"),
     'decompression-bomb': ('error', "its header claims more pixels than any B-scan has; it was not decoded"),
     'several-frames': ('error', "an animation or a file of several pages: which one is meant is not known"),
+    'mixed-pages': ('error', "pages of several volumes, sizes or kinds in one file: they are not one volume"),
     'not-a-bscan': ('error', "a picture of another kind: OCT angiography, fundus, en face, a preview or a mask"),
-    'wrong-mode': ('error', "more than 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
+    'wrong-mode': ('error', "not 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
     'transparent': ('error', "partly transparent: what lies behind would be a guess"),
     'suspicious-size': ('error', "a side below 32 px, or more than 8 times as long as the other"),
     'blank': ('error', "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is nothing to see"),
     'same-pixels-two-labels': ('error', "the same pixels occur under another label"),
-    'converted': ('note', "palette, CMYK, 1-bit or opaque alpha: converted without loss of meaning"),
+    'converted': ('note', "palette, CMYK or opaque alpha: converted without loss of meaning"),
     'exif-rotated': ('note', "turned upright as its orientation (EXIF or TIFF) says"),
+    'invalid-orientation': ('note', "its orientation (EXIF or TIFF) is not one of 1 to 8, so it is invalid: not turned"),
+    'not-checked': ('note', "a JPEG of a kind whose data are not checked for damage"),
     'extra-channels': ('note', "the TIFF has further channels, and does not say what they are: left out"),
     'several-pictures': ('note', "a preview, a gain map, a mask or a smaller copy in the same file is left out"),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
@@ -142,10 +147,13 @@ _SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
 
+_DAMAGED = "its header or its data are damaged and no decoder reads them; copy or export the file again"
+_CUT = "its data end before the picture is complete; copy or export the file again"
+
 def _broken(e:Exception)->BadImage:
-    "What a decoder's exception means."
+    "What a decoder's exception means; its own words are for programmers, and may quote the header."
     early = isinstance(e, EOFError) or 'truncated' in str(e).lower()
-    return BadImage('truncated' if early else 'corrupt', str(e) or type(e).__name__)
+    return BadImage('truncated', _CUT) if early else BadImage('corrupt', _DAMAGED)
 
 # %% ../nbs/01_data.ipynb #74dd1bce
 _OTHER_FILES = (  # first byte of the mark, mark, what the file is
@@ -157,7 +165,16 @@ _OTHER_FILES = (  # first byte of the mark, mark, what the file is
     (0, b'<!DOCTYPE html', "a web page: the download has failed"),
     (0, b'<html', "a web page: the download has failed"),
     (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"),
+    *((0, mark, f"a volume of B-scans ({kind}), whatever its name says: 'kdoct predict' reads it; "
+       "for training save its B-scans as PNG") for mark, kind in ((b'HSF-OCT-', "HEYEX .vol"), (b'CMDb', "HEYEX .e2e"),
+       (b'E2EMultipleVolumeFile', "HEYEX .e2e"), (b'FOCT', "Topcon .fda or .fds"))),
     (4, b'ftypheic', "HEIC: export it as JPEG or PNG"), (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
+
+def is_picture(
+    begin:bytes,  # the first bytes of a file; 12 are enough
+)->bool:
+    "Whether a file begins like one of `FORMATS`, BMP left out, whose two bytes may begin anything."
+    return begin.startswith(_SIGNATURES) and not begin.startswith(b'BM')
 
 def other_file(
     begin:bytes,  # the first bytes of a file; 160 are enough
@@ -169,7 +186,40 @@ def other_file(
     found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
     return next(found, '')
 
+# %% ../nbs/01_data.ipynb #5b1e90a1
+_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')   # how libjpeg's warnings of damage begin
+
+def check_jpeg(
+    data:bytes,  # that begins with a JPEG picture
+)->list[str]:    # notes, keys of `PROBLEMS`
+    """`BadImage` where libjpeg, which fills up what is damaged and goes on, warns of damage (simplejpeg's strict decoding).
+
+    A part that is lost or overwritten is found nearly always. What decodes to other pixels without a contradiction is
+    not: of single wrong bytes three of four, and a run of some tens of zeros now and then. JPEG has no check sum.
+    JPEG 2000, WebP, GIF, BMP and uncompressed TIFF have none either, and their decoders do not warn; PNG has one.
+    """
+    try: simplejpeg.decode_jpeg(data, 'GRAY', strict=True)
+    except (ValueError, RuntimeError) as e:
+        if not str(e).startswith(_JPEG_DAMAGE): return ['not-checked']
+        what = "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
+        raise BadImage('corrupt', f"{what}; copy or export the file again") from e
+    return []
+
+def _check_tiff_jpegs(data:bytes, t:TiffFile):
+    "As `check_jpeg`, of each strip or tile of a TIFF that is a JPEG; their tables may stand in a tag."
+    for page in t.pages:
+        if page.tags.valueof(259) != 7: continue
+        tables = page.tags.valueof(347) or b'\xff\xd8\xff\xd9'
+        for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
+            check_jpeg(tables[:-2] + data[at + 2:at + n])
+
 # %% ../nbs/01_data.ipynb #83621e37
+def has_copies(
+    im:Image.Image,  # an opened file, at one of its pages
+)->bool:
+    "Whether a TIFF page names smaller copies of itself, which are no pages (SubIFDs)."
+    return im.format == 'TIFF' and 330 in im.tag_v2
+
 def full_pages(
     im:Image.Image,  # an opened file; left at the first of these pages
 )->list[int]:        # numbers of its pages or frames
@@ -188,34 +238,48 @@ def full_pages(
 # %% ../nbs/01_data.ipynb #32f662e4
 logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
 
-def _shaped_claims(t:TiffFile)->tuple[int, int]:
-    "Pictures, and channels of each, that tifffile's descriptions claim; one stands before every series."
-    n, channels, at = 0, 1, 0
+def _shaped_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
+    "Stacks, and channels of each, that tifffile's descriptions claim; one stands before every series."
+    stacks, channels, at = [], 1, 0
     while at < len(t.pages):
         page = t.pages[at]
         text = page.shaped_description
         said = shaped_description_metadata(text) if text else {'shape': page.shape}
         claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
+        leading = tuple(int(k) for k in said['shape'][:-page.ndim])
         sizes = dict(zip(said.get('axes', ''), said['shape'], strict=False))
         channels = max(channels, sizes.get('C', 1))
-        n, at = n + claimed, at + (1 if said.get('truncated') else claimed)
-    return n, channels
+        stacks.append(leading if math.prod(leading) == claimed else (claimed,))
+        at += 1 if said.get('truncated') else claimed
+    return stacks, channels
 
-def _claims(t:TiffFile)->tuple[int, int]:
-    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, a page each."
+def _stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
+    "Numbers of pictures along each axis of each stack that a TIFF's description claims (none: it says nothing), and channels, a page each."
     page = t.pages.first
     if t.is_imagej:
         counted = ('images', 'slices', 'frames', 'channels')
         said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
         channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
         images = said['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
-        return max(said['slices']*said['frames']*channels, images), channels
-    if page.shaped_description: return _shaped_claims(t)
-    if t.is_stk: return int(t.stk_metadata['NumberPlanes']), 1
+        stack = (said['frames'], said['slices'], channels)
+        return [stack if math.prod(stack) >= images else (images,)], channels
+    if page.shaped_description: return _shaped_stacks(t)
+    if t.is_stk: return [(int(t.stk_metadata['NumberPlanes']),)], 1
     if t.is_ome:
         sizes = [dict(zip(s.axes, s.shape, strict=True)) for s in t.series]
-        return 0, max(s.get('C', 1) for s in sizes)
-    return 0, 1
+        stacks = [tuple(n for axis, n in each.items() if axis not in 'YXS') for each in sizes]
+        return stacks, max(each.get('C', 1) for each in sizes)
+    return [], 1
+
+def _check_one_volume(stacks:list[tuple[int, ...]]):
+    "`BadImage` where a description claims several stacks, or pictures along two axes."
+    shapes = [tuple(n for n in stack if n > 1) for stack in stacks]
+    if len(shapes) > 1 and any(shapes):
+        counts = ', '.join(f"{math.prod(shape)}" for shape in shapes[:8])
+        raise BadImage('mixed-pages', f"{len(shapes)} stacks of {counts} pictures in one TIFF; save each volume as a file of its own")
+    if several := next((shape for shape in shapes if len(shape) > 1), None):
+        what = f"{' x '.join(map(str, several))} pictures in one TIFF, and not said which of them are one volume"
+        raise BadImage('mixed-pages', f"{what}; save each volume as a file of its own")
 
 # %% ../nbs/01_data.ipynb #2fa20f5a
 class TiffStack(NamedTuple):
@@ -238,26 +302,28 @@ def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
 # %% ../nbs/01_data.ipynb #89a0a386
 def _one_directory(data:bytes, t:TiffFile)->TiffStack:
     "As `tiff_stack`, of an opened file."
-    (n, channels), page, there = _claims(t), t.pages.first, len(t.pages)
+    (stacks, channels), page, there = _stacks(t), t.pages.first, len(t.pages)
+    n = 0 if t.is_ome and not t.is_imagej else sum(map(math.prod, stacks))   # the pages of an OME-TIFF may lie in other files
     if page.imagedepth > 1: raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
     if page.shaped_description and page.planarconfig == 2 and (planes := page.shaped[0]) > 1:
         what = f"its colours, or {planes} B-scans? Save it as PNG"
         raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
     if 1 < channels < max(n, there):
         raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known")
+    if 1 < there < n: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+    _check_one_volume(stacks)
     doubt = f"its description says {channels} channels, not slices: are they B-scans?"
     notes = (doubt,) if channels > 1 else ()
-    if n <= there: return TiffStack(None, notes)
-    if there > 1:
-        raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
-    return TiffStack(_hidden_pictures(data, page, n), notes)
+    return TiffStack(_hidden_pictures(data, page, n) if n > there else None, notes)
 
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
     "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
-        with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
+        with TiffFile(io.BytesIO(data), _multifile=False) as t:
+            _check_tiff_jpegs(data, t)
+            return _one_directory(data, t)
     except BadImage: raise
     except Exception as e:  # noqa: BLE001 (tifffile raises whatever damaged tags lead to)
         raise BadImage('corrupt', f"its TIFF tags cannot be read ({type(e).__name__})") from e
@@ -268,7 +334,9 @@ def _tiff_words(data:bytes)->str:
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
             page = t.pages.first
             kind, n = page.dtype, page.samplesperpixel
-            return f"a TIFF of {kind}, {n} channels, compression {page.compression}"
+            if kind is None or not page.imagewidth or not page.imagelength: return ''
+            how = "save it as PNG" if kind == np.uint8 else _SAVE_8_BIT
+            return f"a TIFF of {kind}, {n} channels, compression {page.compression}; {how}"
     except Exception: return ''  # noqa: BLE001 (it is damaged, then)
 
 # %% ../nbs/01_data.ipynb #0feb7781
@@ -282,36 +350,71 @@ def _open(data:bytes)->Image.Image:
         what = _tiff_words(data) if data[:2] in (b'II', b'MM') else ''
         if what: raise BadImage('wrong-mode', what) from e
         kind = 'corrupt' if data.startswith(_SIGNATURES) else 'not-an-image'
-        raise BadImage(kind, other_file(data[:160])) from e
+        raise BadImage(kind, other_file(data[:160]) or _DAMAGED*(kind == 'corrupt')) from e
     except _DECODE_ERRORS as e: raise _broken(e) from e
     if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
-    w, h = im.size
-    if w*h > MAX_PIXELS: raise BadImage('decompression-bomb', f"{w} x {h} pixels")
-    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h): raise BadImage('suspicious-size', f"{w} x {h} pixels")
+    check_pages(im, data, pages)
     if stack is not None: raise BadImage('several-frames', f"{len(stack)} pictures in one directory")
     if len(pages) > 1: raise BadImage('several-frames', f"{len(pages)} frames")
-    check_values(im, data)
     return im
 
 # %% ../nbs/01_data.ipynb #e004a9b4
+_SAVE_8_BIT = "save it with 8 bits a channel (ImageJ: Image > Type > 8-bit, then File > Save As > PNG)"
+
+def check_depth(
+    bits:int,    # of a grey value or of a channel, as the file has them
+    most:int=8,  # that can be shown without a guess
+):
+    "`BadImage` where a B-scan cannot have so few bits, or so many cannot be shown without a guess."
+    if bits == 1: raise BadImage('wrong-mode', "1 bit a pixel: a mask or a drawing, no B-scan")
+    if bits < 8: raise BadImage('wrong-mode', f"{bits} bits a pixel: fewer grey values than a B-scan has")
+    if bits > most: raise BadImage('wrong-mode', f"{bits} bits a channel, and not said which values are black and white; {_SAVE_8_BIT}")
+
 def check_values(
     im:Image.Image,  # opened, not decoded
     data:bytes,      # the file
 ):
-    "`BadImage` unless its channels have 8 bits without a sign at most."
-    if (bits := _bits(im, data)) > 8: raise BadImage('wrong-mode', f"mode {im.mode}, {bits} bits a channel")
+    "`BadImage` unless its channels have 8 bits without a sign."
+    check_depth(_bits(im, data))
     if _signed(im, data):
-        raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
+        raise BadImage('wrong-mode', f"signed values: which grey value 0 stands for would be a guess; {_SAVE_8_BIT}")
     if im.format == 'JPEG2000' and not features.check('jpg_2000'):
         raise BadImage('not-an-image', "JPEG 2000, which this build of Pillow does not decode")
 
 def _bits(im:Image.Image, data:bytes)->int:
-    "Bits a channel as the file has them; PIL cuts 16-bit colour down to 8 without a word."
+    "Bits a channel as the file has them; PIL cuts 16-bit colour down to 8, and spreads 1 bit to 8, without a word."
     if im.mode[0] in 'IF': return 16 if ';16' in im.mode else 32
+    if im.mode == '1': return 1
+    if im.mode in ('P', 'PA'): return 8   # whatever its numbers of colours have; `decoded` counts the colours
     if im.format == 'PNG': return data[24]
-    if im.format == 'TIFF': return max(im.tag_v2.get(258, (8,)))
+    if im.format == 'TIFF': return max(im.tag_v2.get(258, (1,)))
     if im.format == 'JPEG2000': return max((b & 127) + 1 for b in _jpeg_2000_depths(data))
     return 8
+
+def check_size(
+    im:Image.Image,  # opened, not decoded
+):
+    "`BadImage` unless a B-scan can have this size."
+    w, h = im.size
+    if w*h > MAX_PIXELS: raise BadImage('decompression-bomb', f"{w} x {h} pixels")
+    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h): raise BadImage('suspicious-size', f"{w} x {h} pixels")
+
+def check_pages(
+    im:Image.Image,   # opened, not decoded; left at the first of the pages
+    data:bytes,       # the file
+    pages:list[int],  # of `full_pages`
+):
+    "`BadImage` unless each page can be a B-scan and all are of one size and mode; audit and prediction ask here."
+    seen = Counter()
+    for at in pages if im.format == 'TIFF' else pages[:1]:   # the frames of the other formats are alike
+        im.seek(at)
+        try: check_size(im); check_values(im, data)
+        except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}" if len(pages) > 1 else e.detail) from e
+        seen[f"{im.width} x {im.height} pixels, mode {im.mode}"] += 1
+    im.seek(pages[0])
+    if len(seen) > 1:
+        there = '; '.join(f"{n} of {what}" for what, n in seen.most_common(4))
+        raise BadImage('mixed-pages', f"its pages are not alike: {there}; save the B-scans alone, all of one size and 8-bit grey")
 
 def _signed(im:Image.Image, data:bytes)->bool:
     "Whether numbers below 0 occur; PIL takes them for large ones."
@@ -325,13 +428,20 @@ def _jpeg_2000_depths(data:bytes)->bytes:
     return data[at + 42:at + 42 + 3*int.from_bytes(data[at + 40:at + 42], 'big'):3]
 
 # %% ../nbs/01_data.ipynb #7f5efe3c
+def _orientation_note(orientation)->list[str]:
+    "What to note of an orientation, which is 1 (upright) to 8."
+    if orientation == 1: return []
+    return ['exif-rotated'] if orientation in range(2, 9) else ['invalid-orientation']
+
 def _plain(im:Image.Image)->tuple[Image.Image, list[str]]:
     "A decoded image as L or RGB, and the notes on how it became that."
     notes, mode = [], im.mode
-    if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im); notes.append('exif-rotated')
+    said = _orientation_note(im.getexif().get(0x0112, 1))
+    if said == ['exif-rotated']: im = ImageOps.exif_transpose(im)
+    notes += said
     if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema() != (255, 255): raise BadImage('transparent', f"mode {mode}")
     if mode not in ('L', 'RGB'): notes.append('converted')
-    if mode in ('1', 'L', 'LA', 'La'): return im.convert('L'), notes
+    if mode in ('L', 'LA', 'La'): return im.convert('L'), notes
     if mode in ('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV'): return im.convert('RGB'), notes
     raise BadImage('wrong-mode', f"mode {mode}")
 
@@ -340,10 +450,12 @@ def decoded(
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
     # PIL turns a TIFF while it decodes it, and forgets that it has
-    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)
+    said = _orientation_note(im.tag_v2.get(274, 1)) if im.format == 'TIFF' else []
     im.load()
+    two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
+    if two_colours: check_depth(1)
     out, notes = _plain(im)
-    if turned: notes.append('exif-rotated')
+    notes += [note for note in said if note not in notes]
     unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
     if unsaid: notes.append('extra-channels')
     return out, notes
@@ -373,9 +485,9 @@ def decode_image(
     try:
         out, notes = decoded(im)
         if im.format == 'PNG': Image.open(io.BytesIO(data)).verify()
-        alone = getattr(im, 'n_frames', 1) == 1
+        alone = getattr(im, 'n_frames', 1) == 1 and not has_copies(im)
     except _DECODE_ERRORS as e: raise _broken(e) from e
-    if im.format in ('JPEG', 'MPO'): notes += _behind_jpeg(data)
+    if im.format in ('JPEG', 'MPO'): notes += [*check_jpeg(data), *_behind_jpeg(data)]
     elif not alone: notes.append('several-pictures')
     return out, notes
 

@@ -7,7 +7,8 @@ __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENS
            'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
            'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'check_labels',
            'classes_option', 'merge_groups', 'check_classes', 'join_spellings', 'part_name', 'ucsd', 'folder',
-           'eye_name', 'resolve_paths', 'csv', 'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'regroup', 'phantom']
+           'eye_name', 'resolve_paths', 'csv', 'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'modality_of', 'regroup',
+           'phantom']
 
 # %% ../nbs/01b_sources.ipynb #512c6e16
 import difflib
@@ -947,6 +948,15 @@ def wants_twins(
     "Whether the audit is to look for near-duplicates, and with which profile."
     if data.groups or data.near_duplicates == 'separate': return ''
     return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
+
+# %% ../nbs/01b_sources.ipynb #d1c0b002
+_NO_OCT = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}   # source -> modality
+
+def modality_of(
+    data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
+)->str:         # oct, radiograph, histology or other
+    "What the pictures of a recipe are; OCT where nothing is said."
+    return _NO_OCT.get(data.get('source'), data.get('modality') or 'oct')
 
 # %% ../nbs/01b_sources.ipynb #7e106657
 def regroup(
