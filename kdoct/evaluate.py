@@ -37,8 +37,8 @@ from .metrics import read_predictions, reliability_bins, risk_coverage, targets_
 from .patients import rule_of
 from .probe import run_verdict
 from .tables import BLANKED, COMPARED, MANY, ONE, PART_NAMES, TOGETHER, Section, blanked_section, blanked_warning, classes_section
-from .tables import costs_section, differences_of, folds_section, named_together, protocol_of, read_variants, scores_section, selection_section
-from .tables import shown, shown_differences, table_of, views_differences, views_section
+from .tables import costs_section, differences_of, folds_section, named_together, protocol_of, read_variants, resampled, scores_section
+from .tables import selection_section, shown, shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
@@ -593,10 +593,11 @@ def sections_of(
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
     decided:dict[str, list[Judged]],  # from `pool_judged`
+    drawn:dict|None=None,  # from `resampled`; None: it is asked
 ) -> dict[str, Section]:  # those that there are
     "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
-    made = dict(classes=classes_section(models, e, seed), selection=selection_section(models, e, seed),
+    made = dict(classes=classes_section(models, e, seed, drawn), selection=selection_section(models, e, seed),
                 volumes=volumes_section(models, decided, rule_of(run.recipe.decide, data.severity), e, seed),
                 views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
@@ -661,7 +662,8 @@ def _tables(run, each, models, notes=()):
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
     variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
     decided, lost = pool_judged({k: fold_judged(run, k, m) for k, m in each.items()})
-    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided) | judged_sections(decided, e, seed)
+    drawn = resampled(models, e, seed)
+    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided, drawn) | judged_sections(decided, e, seed)
     notes = [*missing, *notes, *lost]
     if len(folds) > 1:
         together, reason = ensemble_section(run, folds, models)
@@ -674,7 +676,7 @@ def _tables(run, each, models, notes=()):
     protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
     params = {m: d.get('parameters') for m, d in about.items()}
     if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
-    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
+    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed, drawn), differences=differences_of(models, e, seed),
                 sections=sections, decided=decided, warnings=warnings_of(run, sections))
 
 def _weights_text(run, folds):

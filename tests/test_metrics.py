@@ -326,3 +326,11 @@ def test_a_share_of_one_patients_images_has_no_interval():
 def test_a_single_fold_has_no_standard_deviation():
     s = M.fold_summary([M.evaluate_predictions(M.simulate_predictions(40))])
     assert np.isfinite(s['mean']).all() and s.sd.isna().all()
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_one_pass_gives_what_two_give(folds):
+    df = pd.concat([M.simulate_predictions(30, seed=k).assign(fold=k) for k in range(folds)], ignore_index=True)
+    headline, each_class = M.bootstrap_both(df, 200, .9, 7)
+    pd.testing.assert_frame_equal(headline, M.bootstrap(df, 200, .9, 7))
+    pd.testing.assert_frame_equal(each_class, M.bootstrap_classes(df, 200, .9, 7))
