@@ -8,11 +8,11 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'is_picture', 'other_file',
            'check_jpeg', 'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values',
            'check_size', 'check_pages', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'merge_groups', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
-           'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
-           'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
-           'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data',
-           'FoldData', 'open_fold']
+           'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
+           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
+           'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data', 'FoldData',
+           'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -70,6 +70,7 @@ from kdoct.sources import (
     Listing,
     check_table,
     finding,
+    merge_groups,
     load_table,
     wants_twins,
 )
@@ -556,22 +557,6 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
             found.append(finding(r.path, kind, what, action, PROBLEMS))
     return found
 
-# %% ../nbs/01_data.ipynb #05a8cabf
-def merge_groups(
-    group:pd.Series,   # group of every image
-    pixels:pd.Series,  # hash of its pixels; '' where there are none
-)->pd.Series:          # group of every image; a merged one has the first name of its members
-    "Merge groups that share pixels, directly or through others."
-    parent = {g: g for g in group}
-    def top(g):
-        while parent[g] != g: parent[g] = g = parent[parent[g]]
-        return g
-    shared = pixels[(pixels != '') & pixels.duplicated(keep=False)]
-    for _, gs in group[shared.index].groupby(shared, sort=False):
-        tops = sorted({top(g) for g in gs})
-        for t in tops[1:]: parent[t] = tops[0]
-    return group.map(top)
-
 # %% ../nbs/01_data.ipynb #11067dbe
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
     "Groups merged by near-duplicates, and a note on each image that is one; the first of each set is the original."
@@ -708,10 +693,15 @@ def _shortened(text:str, width:int)->str:
     "Text cut in its middle to a width."
     return text if len(text) <= width else f'{text[:width//2 - 1]}…{text[-(width//2):]}'
 
+def _are_patients(table:pd.DataFrame)->bool:
+    "Whether the groups are patients: all are known, and a group has the name of one."
+    return bool((table.patient != '').all()) and set(table.group) <= set(table.patient)
+
 def _class_lines(result:Audit)->list[str]:
-    "Images and patients of each class, and images of each official part."
+    "Images and patients (or groups, where these are no patients) of each class, and images of each official part."
     t = result.table
-    rows = t.groupby('label').agg(images=('path', 'size'), patients=('group', 'nunique'))
+    unit = 'patients' if _are_patients(t) else 'groups'
+    rows = t.groupby('label').agg(**{'images': ('path', 'size'), unit: ('group', 'nunique')})
     if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
@@ -763,7 +753,8 @@ def audit_page(
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
     s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {_groups(s['groups'])}; {colour}.", '', *_class_lines(result), '']
+    groups = _groups(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
+    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {groups}; {colour}.", '', *_class_lines(result), '']
     if len(result.findings): lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
     if s['merged_groups']: lines.append(_merged_text(len(s['merged_groups'])))

@@ -442,9 +442,10 @@ def refused(
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
     off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity.get(k, 0) > LIMITS[k]}
-    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in ('labels', 'flags') if parity.get(k, 1) < LIMITS[k]}
+    words = dict(labels='predicted classes', flags='outliers')
+    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in words if parity.get(k, 1) < LIMITS[k]}
     return '; '.join([*(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
-                      *(f'{got} % of {k} agree (at least {limit} %)' for k, (got, limit) in few.items())])
+                      *(f'{got} % of the {words[k]} agree (at least {limit} %)' for k, (got, limit) in few.items())])
 
 # %% ../nbs/07_deploy.ipynb #7a54c14b
 def ask_all(
@@ -674,9 +675,10 @@ def summary(
     "What was checked and measured of each engine."
     def row(f):
         p, nan = f.get('parity', {}), float('nan')
-        return dict(kept='yes' if f['kept'] else 'no', MB=f.get('bytes', nan)/2**20, ms=f.get('latency_ms', nan), images_a_second=f.get('images_a_second', nan),
-                    off_by=p.get('probability', nan), same_label=p.get('labels', nan), same_flag=p.get('flags', nan), lost_points=p.get('lost_points', nan),
-                    reason=f['reason'])
+        return {'kept': 'yes' if f['kept'] else 'no', 'MB': f.get('bytes', nan)/2**20, 'ms': f.get('latency_ms', nan),
+                'images a second': f.get('images_a_second', nan), 'largest difference': p.get('probability', nan),
+                'same class %': 100*p.get('labels', nan), 'same outliers %': 100*p.get('flags', nan),
+                'accuracy lost [points]': p.get('lost_points', nan), 'reason': f['reason']}
     rows = {name: row(f) for name, f in formats.items()}
     return pd.DataFrame(rows).T.infer_objects().rename_axis('engine')
 

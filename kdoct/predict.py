@@ -520,7 +520,7 @@ def _standard_output():
 
 def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool=True)->str:
     "What was done, in numbers."
-    deferred = f"{counts['unsure']} deferred as unsure, {counts['outliers']} as outliers, " if judges else ''
+    deferred = f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, " if judges else ''
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
     return (f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''} in {seconds:.1f} s by the engine {engine}: {counts['predicted']} predicted, "
             f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
