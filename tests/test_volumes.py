@@ -756,9 +756,10 @@ def test_an_orientation_that_does_not_exist_is_said_to_be_invalid(tmp_path, orie
 
 
 def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
+    write_dicom(tmp_path/"a.dcm", textured()//200, BitsStored=1, HighBit=0)
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.png")
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.gif")
-    for name in ("a.png", "a.gif"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
+    for name in ("a.png", "a.gif", "a.dcm"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
 
 
 @pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
