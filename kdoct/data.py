@@ -521,9 +521,9 @@ def is_blank(
 
 def inspect_file(
     path:str|Path,  # the file
-)->dict:            # sha256, pixels (hash), width, height [px], colour [0-1], problems: list of (kind, detail)
+)->dict:            # sha256, pixels (hash), width, height [px], colour, main_colour [0-1], problems: list of (kind, detail)
     "Everything the audit needs to know about one file; bad files are reported, not raised."
-    out = dict(sha256='', pixels='', width=0, height=0, colour=0., problems=[])
+    out = dict(sha256='', pixels='', width=0, height=0, colour=0., main_colour=0., problems=[])
     try:
         data = read_image_bytes(path)
         out['sha256'] = hashlib.sha256(data).hexdigest()
@@ -532,7 +532,8 @@ def inspect_file(
     grey = im.convert('L')
     if is_blank(im): notes = ['blank', *notes]
     pixels = hashlib.sha256(f'{im.width}x{im.height} '.encode() + grey.tobytes()).hexdigest()
-    return out | dict(pixels=pixels, width=im.width, height=im.height, colour=_colour_share(im), problems=[(n, '') for n in notes])
+    return out | dict(pixels=pixels, width=im.width, height=im.height, colour=_colour_share(im), main_colour=main_colour(im),
+                      problems=[(n, '') for n in notes])
 
 # %% ../nbs/01_data.ipynb #4f49a990
 def _in_order(f, items:Iterable, workers:int=0)->Iterator:
@@ -1278,6 +1279,7 @@ def prepare_data(
         val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
+                           coloured=int((table.main_colour > COLOURED).sum()),
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
                            overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),

@@ -31,6 +31,7 @@ from kdoct.data import (
     BadImage,
     TiffStack,
     _broken,
+    check_depth,
     check_jpeg,
     check_pages,
     decode_image,
@@ -1091,9 +1092,9 @@ def _dicom_place(path:Path, d, n:int, withheld:tuple)->tuple[int|None, int|None,
 def _check_bits(d)->tuple[str, ...]:
     "`BadImage` unless grey values have 8 to 16 bits; a note where HighBit is not possible."
     bits, allocated, high = int(d.BitsStored), int(d.BitsAllocated), int(d.get('HighBit') or 0)
-    if not 8 <= bits <= allocated <= 16:
-        what = 'a mask' if bits == 1 else 'no grey values of 8 to 16 bits'
-        raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: {what}")
+    if not bits <= allocated <= 16:
+        raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: no grey values of 8 to 16 bits")
+    check_depth(bits, most=16)
     if (sign := int(d.PixelRepresentation)) not in (0, 1):
         raise BadImage('corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible")
     if 'HighBit' not in d or bits - 1 <= high < allocated: return ()
