@@ -270,7 +270,7 @@ HEAD = "path,label,patient\n"
     ("path,label,patient,eye\na.png,CNV,1,OD\nCNV,2,OS,\n", "line 2: the label 'CNV' is the path in line 3", "cell by cell"),
     (HEAD + "a.png,CNV,1\nb.png,vol/3.dcm,1\n", "line 3: the label 'vol/3.dcm' is the name of a file", "cell by cell"),
     ("path,label,group\na.png,CNV,g1\nb.png,g2,CNV\n", "line 3: the group 'CNV' is the name of another class", "cell by cell"),
-    ("Study A;Clinic B\n" + HEAD + "a.png,CNV,1\n", "line 2 has 1 cells, the header 2", "comment or a title"),
+    ("Study A;Clinic B\n" + HEAD + "a.png,CNV,1\n", "line 2 has 1 cell, the header 2", "comment or a title"),
     (HEAD + "a.png,CNV,P1\nb.png,P2,CNV\n", "line 3: the patient 'CNV' is the name of a class", "cell by cell"),
     ("a.png,CNV,1\nb.png,CNV,2\n", "has no header: its first line is data, 'a.png,CNV,1'", "no row is lost: path,NAME2,NAME3"),
     ("1,1,a.png\n2,2,b.png\n", "has no header", "NAME1,NAME2,path"), ("1,1\n2,3\n", "has no header", "NAME1,NAME2"),
