@@ -43,9 +43,9 @@ from .distill import Distill
 from .efficiency import count_macs
 from .frozen import Frozen, freeze
 from .losses import cross_entropy
-from .models import Classifier, create_classifier
+from .models import Classifier, computes_bf16, create_classifier
 from .sources import Listing, load_table
-from .step import peak_memory
+from .step import compile_here, peak_memory
 from .teacher_cache import TeacherCache
 from .training import best_device, keep_freed_memory, make_learner
 
@@ -145,11 +145,13 @@ def clock(
 
 def machine_rates(
     device='cpu',  # which one
-)->dict:           # fp32, bf16: operations a second, two a multiply-add; copy: bytes read and written a second
+)->dict:           # fp32, bf16 where the device has it: operations a second, two a multiply-add;
+                  # copy: bytes read and written a second
     "What this machine does at this moment; a moment is about half a second."
     side, size = (8192, 1 << 30) if torch.device(device).type == 'cuda' else (1536, 1 << 26)
     out = {}
-    for name, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+    kinds = dict(fp32=torch.float32) | (dict(bf16=torch.bfloat16) if computes_bf16(device) else {})
+    for name, dtype in kinds.items():
         a, b = torch.randn(2, side, side, device=device, dtype=dtype)
         out[name] = 2*side**3/np.median([clock(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(4)][1:])
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -457,7 +459,7 @@ def _reference_inference(plan:Plan, images:Images)->dict[str, Row]:
 def _kdoct_inference(plan:Plan, images:Images)->dict[str, Row]:
     nets = _networks(plan)
     ways = {'kdoct': nets, 'kdoct frozen': {role: freeze(m, device=best_device())[0] for role, m in nets.items()}}
-    if plan.compile: ways['kdoct compiled'] = {role: torch.compile(m, dynamic=False) for role, m in nets.items()}
+    if plan.compile: ways['kdoct compiled'] = {role: compile_here(m) for role, m in nets.items()}
     precisions = {how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values())) for how, made in ways.items()}
     return {k: row for how, made in ways.items() for k, row in inference_rows(plan, how, made, 1, 'float32 eager', precision=precisions[how]).items()}
 
@@ -691,7 +693,8 @@ def _limits(row:dict, part:list[dict])->dict[str, dict]:
     "Share of each limit that the row knows, round by round."
     out = {}
     def share(operations, rate): return _spread(operations*t['images']/t['rates'][rate]/t['seconds'] for t in part)
-    if row['macs']: out |= {rate: share(2*row['macs'], rate) for rate in ('fp32', 'bf16')}
+    products = [rate for rate in ('fp32', 'bf16') if all(rate in t['rates'] for t in part)]
+    if row['macs']: out |= {rate: share(2*row['macs'], rate) for rate in products}
     if row['nbytes']: out['copy'] = share(row['nbytes'], 'copy')
     return out
 
@@ -751,7 +754,7 @@ def record_of(
     times:list[dict],  # the same
 )->dict:               # what JSON can hold
     "Everything that is to be known about a benchmark, for a JSON file."
-    rates = {k: float(np.median([t['rates'][k] for t in times])) for k in ('fp32', 'bf16', 'copy')}
+    rates = {k: float(np.median([t['rates'][k] for t in times])) for k in times[0]['rates']}
     return dict(what=plan.what, about=WHATS[plan.what][2], made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 plan={k: v for k, v in asdict(plan).items() if k not in ('what', 'place', 'root')}, images='real' if plan.root else 'simulated',
                 weights='random', device=best_device().type, threads=torch.get_num_threads(), workers=plan.workers,
@@ -786,9 +789,10 @@ def caption(
     "What a table is about: networks, sizes, machine, versions."
     p, m, v, r = record['plan'], record['machine'], record['packages'], {k: f'{x/1e9:.0f}' for k, x in record['rates'].items()}
     rounds = max(row['rounds'] for row in record['rows'].values())
+    products = ' and '.join(f'{r[k]} ({k})' for k in ('fp32', 'bf16') if k in r)
     return (f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; {p['size']} px, {2*p['batch']} images a step "
             f"(reference: two batches of {p['batch']}), {p['steps']} batches "
             f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} rounds after one that is not counted; ratios within a "
-            f"round, in brackets the least and the largest. Limit: matrix product {r['fp32']} (fp32) and {r['bf16']} (bf16) GFLOP/s, copy {r['copy']} GB/s, "
+            f"round, in brackets the least and the largest. Limit: matrix product {products} GFLOP/s, copy {r['copy']} GB/s, "
             f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, {record['threads']} threads, load {record['load']['median']:.1f}; "
             f"torch {v['torch']}, timm {v['timm']}, kdoct {(record['git'] or v['kdoct'])[:8]}.")

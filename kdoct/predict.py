@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from .core import KdoctError, usable_cores
+from .core import KdoctError, human_time, usable_cores
 from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .patients import VolumeRule, decide_volume
@@ -520,7 +520,8 @@ def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool
     "What was done, in numbers."
     deferred = f"{counts['unsure']} deferred as unsure, {counts['outliers']} as outliers, " if judges else ''
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
-    return (f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''} in {seconds:.1f} s by the engine {engine}: {counts['predicted']} predicted, "
+    done = f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''}"
+    return (f"{done} in {human_time(seconds)} by the engine {engine}: {counts['predicted']} predicted, "
             f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
 
 def predict_files(

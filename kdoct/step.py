@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['untouched', 'rounds_steps', 'trial_step', 'seconds_of', 'measure_steps', 'faster', 'Precision', 'peak_memory',
-           'Compile']
+           'vector_units', 'compile_here', 'step_numbers', 'step_agrees', 'Compile']
 
 # %% ../nbs/02f_step.ipynb #ea5e9b6d
+import os
 import random
 import re
 import statistics
@@ -22,7 +23,7 @@ from fastai.callback.core import Callback
 
 from .core import TrainRecipe, human_time
 from .models import Classifier, computes_bf16, float32_products
-from .together import from_first, team, tell
+from .together import add_up, from_first, team, tell
 
 # %% ../nbs/02f_step.ipynb #82d6047b
 @contextmanager
@@ -50,10 +51,13 @@ def trial_step(
     model:Classifier,     # network
     batch:tuple,          # images, labels
     loss,                 # (logits, target) -> scalar
-):
+)->torch.Tensor:          # the loss, detached
     "Forward, loss, backward; no step of the optimiser."
     model.zero_grad(set_to_none=True)
-    with float32_products(rounds_steps(batch[0].device)): loss(model.train()(batch[0]), batch[1]).backward()
+    with float32_products(rounds_steps(batch[0].device)):
+        value = loss(model.train()(batch[0]), batch[1])
+        value.backward()
+    return value.detach()
 
 # %% ../nbs/02f_step.ipynb #d2eec4e6
 def seconds_of(
@@ -131,26 +135,77 @@ def _most_resident()->int:
     import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
+# %% ../nbs/02f_step.ipynb #5c1e90a7
+def vector_units()->str:   # e.g. 'AVX2 avx2 fma3'
+    "The vector instructions that torch uses, and those that the processor has."
+    has = torch.cpu.get_capabilities()
+    return ' '.join([torch.backends.cpu.get_cpu_capability(), *sorted(f'{k}:{v}' for k, v in has.items() if v)])
+
+def compile_here(
+    forward,             # a network, or its forward
+    dynamic:bool=False,  # whether one kernel serves batches of several sizes
+):                       # the same, by kernels of its own
+    "torch.compile, which takes only those kernels from its cache that were made for vector units like these."
+    of_user = os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')
+    torch.compiler.config.cache_key_tag = f'{of_user} {vector_units()}'.strip()
+    return torch.compile(forward, dynamic=dynamic)
+
+# %% ../nbs/02f_step.ipynb #5c1e90aa
+_ROUNDING = dict(fp32=.01, bf16=.1)   # how far a compiled step may be from a plain one [fraction]
+_RANDOM = .5                          # the same where plain steps differ too, by dropout
+
+def step_numbers(
+    model:Classifier,  # network
+    batch:tuple,       # images, labels
+    loss,              # (logits, target) -> scalar
+)->torch.Tensor:       # (1 + parameters,) float64, on the CPU
+    "Loss of a trial step, and the norm of each parameter's gradient."
+    value = trial_step(model, batch, loss)
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack([value, *norms]).double().cpu()
+
+def step_agrees(
+    compiled:torch.Tensor,  # `step_numbers` of a compiled step
+    plain:torch.Tensor,     # of a plain one
+    again:torch.Tensor,     # of another plain one, with other random numbers
+    precision:str='fp32',   # arithmetic of the network: fp32 or bf16
+)->bool:                    # False too where a number is not finite
+    "Whether a compiled step computes what plain steps do."
+    rounding = _ROUNDING[precision]*plain.norm()
+    random = (again - plain).norm() > rounding
+    return bool((compiled - plain).norm() <= (_RANDOM*plain.norm() if random else rounding))
+
 # %% ../nbs/02f_step.ipynb #d426af48
 class Compile(Callback):
     "Runs training batches of the most frequent size by what torch.compile has made of the network."
     order, run_valid = -11, False   # after Precision (-20) and Together (-12), which may exchange the body
-    def __init__(self, make=torch.compile): self.make, self.facts = make, {}
+    def __init__(self, make=compile_here): self.make, self.facts = make, {}
 
     def before_fit(self):
-        body, parts, began = self.model.body, self.dls.train.parts(), time.perf_counter()
+        parts, began = self.dls.train.parts(), time.perf_counter()
         self.n = statistics.mode(map(len, parts))
-        batch = self.dls.train.batch(next(p for p in parts if len(p) == self.n))
-        self.plain, self.compiled = body.forward, self.make(body.forward, dynamic=False)
-        body.forward = self.compiled
-        try:
-            with untouched(self.model): trial_step(self.model, batch, self.learn.loss_func)
-        except (RuntimeError, ImportError, OSError) as e:   # torch's own kinds of failing are RuntimeErrors
-            self.compiled = None
-            self.facts = dict(compiled=False, reason=f'{type(e).__name__}: {e}'.strip().splitlines()[0])
+        self.plain, self.compiled = self.model.body.forward, self.make(self.model.body.forward, dynamic=False)
+        reason = self.reason_against(self.dls.train.batch(next(p for p in parts if len(p) == self.n)))
+        failed = int(add_up(torch.tensor(int(bool(reason)))))   # one process falls back: all do
+        if not failed: self.facts = dict(compiled=True, compile_seconds=time.perf_counter() - began)
+        else:
+            self.compiled, self.facts = None, dict(compiled=False, reason=reason or 'It failed in another process.')
             print(f"torch.compile cannot be used here, training goes on without. {self.facts['reason']}")
-        else: self.facts = dict(compiled=True, compile_seconds=time.perf_counter() - began)
-        finally: del body.forward
+
+    def reason_against(self, batch:tuple)->str:  # '' if there is none
+        "Try a compiled step beside two plain ones, which come first: processes meet in the same places."
+        body, trial = self.model.body, lambda: step_numbers(self.model, batch, self.learn.loss_func)
+        try:
+            with untouched(self.model):
+                plain, again = trial(), trial()
+                body.forward = self.compiled
+                made = trial()
+        except (RuntimeError, ImportError, OSError) as e:   # torch's own kinds of failing are RuntimeErrors
+            return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
+        finally: body.__dict__.pop('forward', None)
+        if step_agrees(made, plain, again, self.model.precision): return ''
+        (loss, slope), (loss_made, slope_made) = ((float(x[0]), float(x[1:].norm())) for x in (plain, made))
+        return f'A compiled step has loss {loss_made:.4g} and gradient norm {slope_made:.4g}, a plain one {loss:.4g} and {slope:.4g}.'
 
     def before_train(self):
         if self.compiled is None: return
