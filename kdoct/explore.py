@@ -930,7 +930,9 @@ def progress(self:Viewer)->str:
     if self.map_on.value and isinstance(self.subject.image, KdoctError): return text_html("No map: the picture cannot be read.", 'soft', 'status')
     if self.map_on.value and self.number() is None: return text_html("The true class is not known: choose another class for the map.", 'soft', 'status')
     look = self.result('look')
-    return ''.join(failed) + (text_html(f'Score-CAM of the {self.state.cases.role}: {look.passes}, {human_time(look.seconds)}.', 'soft', 'status') if look else '')
+    if not look: return ''.join(failed)
+    said = f'Score-CAM of the {self.state.cases.role}: {look.passes}, {human_time(look.seconds)}.'
+    return ''.join(failed) + text_html(said, 'soft', 'status')
 
 # %% ../nbs/09_explore.ipynb #85287b9b
 PAGE = 24  # images of the list at a time
