@@ -177,7 +177,8 @@ def from_first(
 # %% ../nbs/02e_together.ipynb #9344f1d9
 class SharedBatches(Batches):
     "Batches of which no process gets an empty part."
-    def parts(self)->list[np.ndarray]: return [p if len(p) else self.rows[:1] for p in super().parts()]
+    def parts(self)->list[np.ndarray]:
+        return [p if len(p) else self.rows[:1] for p in super().parts()]
 
 def places(
     batches:Batches,     # with a share
