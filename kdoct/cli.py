@@ -16,8 +16,8 @@ from typing import Annotated
 
 import typer
 
-from .core import (PRESETS, KdoctError, Run, atomic_path, create_run, open_run, outputs_root, own_teachers, parse_overrides, preset, recipe_fields,
-                        require_data_root, require_extra, require_weights, run_of)
+from .core import (PRESETS, KdoctError, Run, create_run, open_run, outputs_root, own_teachers, parse_overrides, preset, recipe_fields,
+                        require_archs, require_data_root, require_extra, require_weights, run_of)
 
 # %% ../nbs/10_cli.ipynb #54187f9b
 app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.", no_args_is_help=True,
@@ -43,30 +43,28 @@ def _recipe(preset_name:str, source:str, data_root:str, changes:list[str], teach
     for change in changes: overrides |= parse_overrides(change)
     return preset(preset_name, **overrides)
 
-def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str], trains:bool=True, teachers:list[Path]=(), **data):
-    "The run that the options describe; `KdoctError`, before it is made, if its images or weights are not to be had."
-    recipe = _recipe(preset_name, source, data_root, changes, teachers, **data)
+def _name_of(run:str, preset_name:str, recipe)->str:
+    "The run's name: the one given, else the preset's, with the source's where the preset has another."
     names_its_source = recipe.data.source == 'phantom' or preset_name.endswith(f'-{recipe.data.source}')
-    default = preset_name if names_its_source else f'{preset_name}-{recipe.data.source}'
-    name = run or default
-    if trains:
-        for role in recipe.roles: require_weights(recipe.training(role))
-    is_new = not (outputs_root()/name/'run.json').exists()
-    if is_new: _require_images(recipe.data)
-    return create_run(name, recipe)
+    return run or (preset_name if names_its_source else f'{preset_name}-{recipe.data.source}')
 
-def _require_images(data):
-    "`KdoctError` if the source finds no image where it is told to look; simulated ones are made when the run begins."
-    from kdoct.sources import load_table
-    if data.source == 'phantom': require_data_root(data)
-    else: load_table(data)
+def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str], folds:str, teachers:list[Path]=(), **data):
+    "The run that the options describe, and its folds; `KdoctError`, before it is made, if its images, networks, weights or folds are not to be had."
+    recipe = _recipe(preset_name, source, data_root, changes, teachers, **data)
+    name = _name_of(run, preset_name, recipe)
+    if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)   # at once; `create_run` asks too, after torch is there
+    require_archs(recipe)
+    for role in recipe.roles: require_weights(recipe.training(role))
+    from kdoct.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
+    numbers = parse_folds(folds, recipe.data.n_folds)
+    return create_run(name, recipe), numbers
+
 
 # %% ../nbs/10_cli.ipynb #a147c5f5
-def _all_stages(run, folds:str, notebooks):
+def _all_stages(run, numbers:list[int], notebooks):
     "Stages, pooled results, report; prints the table and the files."
-    from kdoct.crossval import crossval, parse_folds  # here, so that `kdoct --help` does not wait for torch
+    from kdoct.crossval import crossval
     from kdoct.together import launched
-    numbers = parse_folds(folds, run.recipe.data.n_folds)
     typer.echo(f"Run '{run.name}' in {run.path}")
     crossval(run, numbers, notebooks)
     if launched()[0]: return   # process 0 reports
@@ -86,7 +84,7 @@ def demo(
     run:RunOption='', changes:SetOption=[], notebooks:NotebooksOption=None,  # noqa: B006 (typer copies it)
 ):
     "Simulate a data set and run every stage of fold 0 on it: about 5 minutes on 2 cores."
-    _all_stages(_run('demo', run, '', '', changes), '0', notebooks)
+    _all_stages(*_run('demo', run, '', '', changes, '0'), notebooks)
 
 @app.command()
 def crossval(
@@ -96,7 +94,7 @@ def crossval(
     teachers:TeacherOption=[], changes:SetOption=[], notebooks:NotebooksOption=None,  # noqa: B006
 ):
     "Data, teacher, student, baseline and evaluation of several folds; the same command continues after an interruption."
-    _all_stages(_run(preset_name, run, source, data_root, changes, teachers=teachers, group_pattern=group_pattern, classes=classes), folds, notebooks)
+    _all_stages(*_run(preset_name, run, source, data_root, changes, folds, teachers, group_pattern=group_pattern, classes=classes), notebooks)
 
 # %% ../nbs/10_cli.ipynb #06040fc7
 def _echo_probe(table, root):
@@ -120,21 +118,28 @@ def audit(
     probe:Annotated[bool, typer.Option(help="Ask how well the class can be told from what is not retina.")]=True,
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
-    from kdoct.data import audit as look
-    from kdoct.data import audit_page
-    from kdoct.sources import load_table, wants_twins
-    data = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes).data
-    listing = load_table(data)
-    result = look(listing, data.classes, data.leave_out, twins=wants_twins(data))
-    name = re.sub(r'[^\w.-]+', '-', f'{data.source}-{listing.root.name}').strip('-')
+    from kdoct.data import audit_page, list_and_audit, plan_folds, write_findings
+    recipe = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes)
+    listing, result = list_and_audit(recipe.data)
+    name = re.sub(r'[^\w.-]+', '-', f'{recipe.data.source}-{listing.root.name}').strip('-')
     out = out or outputs_root()/'audit'/f'{name}.csv'
-    with atomic_path(out) as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
-    typer.echo(audit_page(result, _short(out)))
+    write_findings(result, out)
+    typer.echo(audit_page(result, _short(out), recipe.data.protocol))
     if probe: _echo_probe(result.table, listing.root)
-    if stops := sorted(set(result.findings.problem[result.findings.action == 'stops the run'])):
-        raise KdoctError(f"A run would stop here: {', '.join(stops)}.",
-                         fix=f"Mend the files, or leave these images out: --set {result.leave_out_too}")
-    result.check(_short(out))
+    plan_folds(result, recipe, _short(out))
+
+def _look_first(name:str):
+    "What `folds` does before it makes a run of that name: the audit, and folds as a trial. What it refuses leaves its findings, and no run."
+    from kdoct.data import list_and_audit, plan_folds, write_findings
+    def look(recipe):
+        seen = list_and_audit(recipe.data)
+        out = outputs_root()/'audit'/f'{name}.csv'
+        try: plan_folds(seen[1], recipe, _short(out))
+        except KdoctError:
+            if len(seen[1].findings): write_findings(seen[1], out)
+            raise
+        return seen
+    return look
 
 @app.command()
 def folds(
@@ -144,13 +149,16 @@ def folds(
     "Make the folds of a run, grouped by patient, and show what is in each."
     import pandas as pd
 
-    from kdoct.data import folds_of, prepare_data
-    the_run = _run(preset_name, run, source, data_root, changes, trains=False, group_pattern=group_pattern, classes=classes)
+    from kdoct.data import PART_WORDS, folds_of, prepare_data
+    recipe = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes)
+    name = _name_of(run, preset_name, recipe)
+    the_run = create_run(name, recipe, _look_first(name))
     prepare_data(the_run)
     _echo_verdict(the_run)
     rows = folds_of(the_run).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
     typer.echo('\nImages of each class:')
-    typer.echo(pd.crosstab([rows.fold, rows.role], rows.label, margins=False).to_string())
+    parts = rows.role.map(PART_WORDS)
+    typer.echo(pd.crosstab([rows.fold, parts], rows.label, rownames=['fold', 'part'], colnames=['class']).to_string())
     typer.echo(f"\nWritten to {_short(the_run.folds_csv)}")
 
 # %% ../nbs/10_cli.ipynb #d9b2a067
@@ -206,9 +214,9 @@ def import_(
     interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's authors) or bicubic. Default: timm's own.")]='',
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
-    from kdoct.models import import_bundle
+    from kdoct.models import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
-    about = import_bundle(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
+    about = import_model_folder(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
                           _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None)
     typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}")
     typer.echo(_what_is_taken_for_granted(about, mean, std, interpolation))

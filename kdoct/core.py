@@ -7,9 +7,9 @@ __all__ = ['PRESETS', 'EXTRAS', 'PACKAGED_WEIGHTS', 'ROLES', 'STAGES', 'KdoctErr
            'sha256_file', 'locked', 'seed_everything', 'Part', 'PhantomRecipe', 'DataRecipe', 'AugmentRecipe',
            'TrainRecipe', 'DistillRecipe', 'ExplainRecipe', 'EvaluateRecipe', 'DecideRecipe', 'Recipe', 'recipe_fields',
            'parse_overrides', 'preset', 'own_teachers', 'require_extra', 'require_packaged_weights',
-           'require_same_arch', 'require_weights', 'require_data_root', 'outputs_root', 'notebooks_dir', 'usable_cores',
-           'provenance', 'human_time', 'Run', 'create_run', 'open_run', 'run_of', 'record', 'is_finished',
-           'stage_command', 'as_typed', 'open_stage']
+           'require_same_arch', 'require_weights', 'require_archs', 'require_data_root', 'outputs_root',
+           'notebooks_dir', 'usable_cores', 'provenance', 'human_time', 'counted', 'Run', 'create_run', 'open_run',
+           'run_of', 'record', 'is_finished', 'stage_command', 'as_typed', 'open_stage']
 
 # %% ../nbs/00_core.ipynb #24613126
 import ast
@@ -165,6 +165,8 @@ class DataRecipe(Part):
     classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
     group_pattern:str|None = Field(None, description="source folder: regular expression on the relative path; its first group is the patient")
     columns:dict[str, str] = Field({}, description="source csv: our column name -> the file's column name")
+    modality:Literal['oct', 'radiograph', 'histology', 'other'] = Field('oct', description="sources folder and csv: what the pictures are; predict "
+        "refuses DICOM and volumes that say that they are something else; other: it asks for nothing")
     near_duplicates:Literal['auto', 'group', 'separate'] = Field('auto', description="copies that were turned, flipped, cropped or compressed again: one "
         "group, or groups of their own; auto: one group for the sources known to hold such copies (lc25000, covid_qu_ex)")
     groups:str|None = Field(None, description="CSV file with columns path and group: what must stay together, instead of what the source and "
@@ -575,7 +577,7 @@ PRESETS['explainable-covid'] = _EXPLAINABLE | _XRAY | _named('data', source='cov
 PRESETS['explainable-lc25000'] = _EXPLAINABLE | _HISTOLOGY | _named('data', source='lc25000')
 
 PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores: one small teacher, small pictures, two folds
-    **_named('data', source='csv', size=96, margin=8, n_folds=2), 'teachers': {},
+    **_named('data', source='csv', modality='radiograph', size=96, margin=8, n_folds=2), 'teachers': {},
     **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=6, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
              warmup=1., lr_floor=1e-6, precision='fp32'),
     **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5, precision='fp32')}
@@ -664,6 +666,18 @@ def require_weights(
         raise KdoctError(f"There is no weight file {path}, and no model folder.",
                          fix="Give package, hub, none, an existing file, or a model folder.")
 
+# %% ../nbs/00_core.ipynb #6d1f0b14
+def require_archs(
+    recipe:Recipe,  # whose networks are asked for
+):
+    "`KdoctError` for a network that timm does not know, with names that are near."
+    presets = [{'teacher.arch': 'tf_efficientnet_lite2', 'student.arch': 'tf_efficientnet_lite0'}, *PRESETS.values()]
+    known = {v for p in presets for k, v in p.items() if k.endswith('.arch')} | {t['arch'] for p in presets for t in p.get('teachers', {}).values()}
+    for arch in dict.fromkeys(recipe.training(role).arch for role in recipe.roles):
+        if arch in known: continue
+        from kdoct.models import require_arch  # here, so that the presets do not wait for torch
+        require_arch(arch)
+
 # %% ../nbs/00_core.ipynb #3e8096a6
 def require_data_root(
     data:DataRecipe,  # `source` and `root`
@@ -740,12 +754,24 @@ def human_time(
     minutes, rest = divmod(round(seconds), 60)
     return f'{minutes} min {rest} s' if minutes < 120 else f'{minutes//60} h {minutes % 60} min'
 
+# %% ../nbs/00_core.ipynb #6d1f0b11
+def counted(
+    n:int,           # how many
+    what:str,        # of what, in the singular: image, test image, class
+    several:str='',  # the plural, where it is not made by -s or -es
+)->str:              # such as '1 image', '3 classes'
+    "A number of things for reading."
+    ending = 'es' if what.endswith(('s', 'x', 'ch')) else 's'
+    return f"{n} {what if n == 1 else several or what + ending}"
+
 # %% ../nbs/00_core.ipynb #52b27ea3
 ROLES = ('teacher', 'student', 'baseline')
 
 class Run:
     "A folder that holds one recipe, its folds, and what each stage made of them."
-    def __init__(self, path:str|Path, recipe:Recipe): self.path, self.recipe = Path(path), recipe
+    def __init__(self, path:str|Path, recipe:Recipe, seen:tuple|None=None):
+        self.path, self.recipe = Path(path), recipe
+        self.seen = seen   # (listing, audit or None) of its images, where making the run has looked at them; the data stage takes it, once
 
     @property
     def name(self)->str: return self.path.name
@@ -774,17 +800,30 @@ def _differences(a:Recipe, b:Recipe)->list[str]:
 
 _OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
 
+def _look(recipe:Recipe)->tuple|None:
+    "What a source lists for a new run; `KdoctError` if there are no such networks or images. Simulated images are made by the data stage."
+    require_archs(recipe)
+    require_data_root(recipe.data)
+    if recipe.data.source == 'phantom': return None
+    from kdoct.sources import load_table  # a later notebook
+    return load_table(recipe.data), None
+
 def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
+    look=None,      # function of the recipe, called before a new run is made; gives its `Run.seen`. None: lists the images
 )->Run:
-    "Make the run folder, or open it; `KdoctError` if it has results of another recipe (other decisions and explanations change no network)."
+    """Make the run folder, or open it; `KdoctError` if a new run cannot begin, or if it has results of another recipe.
+
+    Other decisions and explanations change no network, so they are no other recipe."""
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
         raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
     if len(name) > 100 or name in _OTHER_FOLDERS:
         raise KdoctError(f"'{name[:100]}' cannot be a run's name: it is {'too long' if len(name) > 100 else 'a folder of another purpose in outputs/'}.",
                          fix="Choose another name of at most 100 letters.")
     path = outputs_root()/name
+    is_new = not (path/'run.json').exists() or ((there := open_run(name)).recipe != recipe and not there.folds_csv.exists())
+    seen = (look or _look)(recipe) if is_new else None   # before there is a folder
     with locked(path/'.run', what=f"run '{name}'", wait=30):
         if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):
             diff = _differences(run.recipe, recipe)
@@ -795,7 +834,7 @@ def create_run(
             return run
         write_json(path/'run.json', dict(name=name, created=_now(), recipe=recipe.model_dump(mode='json'), recipe_key=recipe.key,
                                          **provenance(), stages={}))
-    return Run(path, recipe)
+    return Run(path, recipe, seen)
 
 def _now()->str: return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 
@@ -951,9 +990,7 @@ def open_stage(
         base = preset(preset_name) if preset_name else open_run(name).recipe
         out = create_run(name, base.override(**changes)) if preset_name or changes else open_run(name)
     else:
-        recipe = preset(preset_name or 'demo', **changes)
-        require_data_root(recipe.data)   # no run is made of what is not there
-        out = create_run(name, recipe)
+        out = create_run(name, preset(preset_name or 'demo', **changes))
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
         raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
     is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead

@@ -126,6 +126,7 @@ def crossval(
         wishes = {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()} if stage == 'decide' else None
         run_stage(run, stage, fold, notebooks, wishes)   # which may be others than those of a finished run
         print(human_time(time.perf_counter() - began), flush=True)
+        if stage == 'data' and (said := run.stage('data').get('mixed_parts')): print(said, flush=True)
     return run
 
 # %% ../nbs/08_crossval.ipynb #aab0b3b8

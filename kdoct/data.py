@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_ASPECT', 'COLOUR_STEP', 'COLOUR_SHARE', 'COLOURED',
-           'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE', 'TILE',
-           'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'other_file', 'full_pages', 'TiffStack',
-           'tiff_stack', 'check_values', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'merge_groups', 'official_overlap', 'Audit', 'audit', 'audit_page', 'shows_diagnosis', 'make_folds',
-           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
-           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
-           'folds_of', 'leak_of', 'prepare_data', 'FoldData', 'open_fold']
+           'PART_WORDS', 'FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'ROLE_NAMES', 'WHITE', 'CONTACT', 'REACH', 'FRINGE',
+           'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'is_picture', 'other_file',
+           'check_jpeg', 'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values',
+           'check_size', 'check_pages', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
+           'merge_groups', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
+           'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
+           'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
+           'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data',
+           'FoldData', 'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -36,6 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import simplejpeg
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from scipy import ndimage
@@ -44,7 +47,21 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tifffile import TiffFile
 from tifffile.tifffile import shaped_description_metadata
 
-from .core import DataRecipe, KdoctError, Run, atomic_path, locked, outputs_root, read_json, sha256_file, stage_command, usable_cores, write_json
+from kdoct.core import (
+    DataRecipe,
+    KdoctError,
+    Recipe,
+    Run,
+    atomic_path,
+    counted,
+    locked,
+    outputs_root,
+    read_json,
+    sha256_file,
+    stage_command,
+    usable_cores,
+    write_json,
+)
 from kdoct.sources import (
     FINDING_COLUMNS,
     LISTING_PROBLEMS,
@@ -66,24 +83,27 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'empty': ('error', "0 bytes"),
     'too-large': ('error', "the file is larger than any B-scan"),
     'not-an-image': ('error', "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says"),
-    'corrupt': ('error', "begins like an image and cannot be decoded"),
+    'corrupt': ('error', "begins like an image; its header or its data are damaged"),
     'truncated': ('error', "the end is missing"),
     'decompression-bomb': ('error', "its header claims more pixels than any B-scan has; it was not decoded"),
     'several-frames': ('error', "an animation or a file of several pages: which one is meant is not known"),
+    'mixed-pages': ('error', "pages of several volumes, sizes or kinds in one file: they are not one volume"),
     'not-a-bscan': ('error', "a picture of another kind: OCT angiography, fundus, en face, a preview or a mask"),
-    'wrong-mode': ('error', "more than 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
+    'wrong-mode': ('error', "not 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
     'transparent': ('error', "partly transparent: what lies behind would be a guess"),
     'suspicious-size': ('error', "a side below 32 px, or more than 8 times as long as the other"),
     'blank': ('error', "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is nothing to see"),
     'same-pixels-two-labels': ('error', "the same pixels occur under another label"),
-    'converted': ('note', "palette, CMYK, 1-bit or opaque alpha: converted without loss of meaning"),
+    'converted': ('note', "palette, CMYK or opaque alpha: converted without loss of meaning"),
     'exif-rotated': ('note', "turned upright as its orientation (EXIF or TIFF) says"),
+    'invalid-orientation': ('note', "its orientation (EXIF or TIFF) is not one of 1 to 8, so it is invalid: not turned"),
+    'not-checked': ('note', "a JPEG of a kind whose data are not checked for damage"),
     'extra-channels': ('note', "the TIFF has further channels, and does not say what they are: left out"),
     'several-pictures': ('note', "a preview, a gain map, a mask or a smaller copy in the same file is left out"),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
-    'duplicate-across-groups': ('note', "the same pixels occur in another group: the groups are merged"),
-    'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image: the groups are merged"),
+    'duplicate-across-groups': ('note', "the same pixels occur in another group"),
+    'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image"),
     'official-overlap': ('note', "not in the official test part, but of a group that has images there"),
 }
 
@@ -126,10 +146,13 @@ _SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', 
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
 
+_DAMAGED = "its header or its data are damaged and no decoder reads them; copy or export the file again"
+_CUT = "its data end before the picture is complete; copy or export the file again"
+
 def _broken(e:Exception)->BadImage:
-    "What a decoder's exception means."
+    "What a decoder's exception means; its own words are for programmers, and may quote the header."
     early = isinstance(e, EOFError) or 'truncated' in str(e).lower()
-    return BadImage('truncated' if early else 'corrupt', str(e) or type(e).__name__)
+    return BadImage('truncated', _CUT) if early else BadImage('corrupt', _DAMAGED)
 
 # %% ../nbs/01_data.ipynb #74dd1bce
 _OTHER_FILES = (  # first byte of the mark, mark, what the file is
@@ -141,7 +164,16 @@ _OTHER_FILES = (  # first byte of the mark, mark, what the file is
     (0, b'<!DOCTYPE html', "a web page: the download has failed"),
     (0, b'<html', "a web page: the download has failed"),
     (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"),
+    *((0, mark, f"a volume of B-scans ({kind}), whatever its name says: 'kdoct predict' reads it; "
+       "for training save its B-scans as PNG") for mark, kind in ((b'HSF-OCT-', "HEYEX .vol"), (b'CMDb', "HEYEX .e2e"),
+       (b'E2EMultipleVolumeFile', "HEYEX .e2e"), (b'FOCT', "Topcon .fda or .fds"))),
     (4, b'ftypheic', "HEIC: export it as JPEG or PNG"), (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
+
+def is_picture(
+    begin:bytes,  # the first bytes of a file; 12 are enough
+)->bool:
+    "Whether a file begins like one of `FORMATS`, BMP left out, whose two bytes may begin anything."
+    return begin.startswith(_SIGNATURES) and not begin.startswith(b'BM')
 
 def other_file(
     begin:bytes,  # the first bytes of a file; 160 are enough
@@ -153,7 +185,40 @@ def other_file(
     found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
     return next(found, '')
 
+# %% ../nbs/01_data.ipynb #5b1e90a1
+_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')   # how libjpeg's warnings of damage begin
+
+def check_jpeg(
+    data:bytes,  # that begins with a JPEG picture
+)->list[str]:    # notes, keys of `PROBLEMS`
+    """`BadImage` where libjpeg, which fills up what is damaged and goes on, warns of damage (simplejpeg's strict decoding).
+
+    A part that is lost or overwritten is found nearly always. What decodes to other pixels without a contradiction is
+    not: of single wrong bytes three of four, and a run of some tens of zeros now and then. JPEG has no check sum.
+    JPEG 2000, WebP, GIF, BMP and uncompressed TIFF have none either, and their decoders do not warn; PNG has one.
+    """
+    try: simplejpeg.decode_jpeg(data, 'GRAY', strict=True)
+    except (ValueError, RuntimeError) as e:
+        if not str(e).startswith(_JPEG_DAMAGE): return ['not-checked']
+        what = "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
+        raise BadImage('corrupt', f"{what}; copy or export the file again") from e
+    return []
+
+def _check_tiff_jpegs(data:bytes, t:TiffFile):
+    "As `check_jpeg`, of each strip or tile of a TIFF that is a JPEG; their tables may stand in a tag."
+    for page in t.pages:
+        if page.tags.valueof(259) != 7: continue
+        tables = page.tags.valueof(347) or b'\xff\xd8\xff\xd9'
+        for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
+            check_jpeg(tables[:-2] + data[at + 2:at + n])
+
 # %% ../nbs/01_data.ipynb #83621e37
+def has_copies(
+    im:Image.Image,  # an opened file, at one of its pages
+)->bool:
+    "Whether a TIFF page names smaller copies of itself, which are no pages (SubIFDs)."
+    return im.format == 'TIFF' and 330 in im.tag_v2
+
 def full_pages(
     im:Image.Image,  # an opened file; left at the first of these pages
 )->list[int]:        # numbers of its pages or frames
@@ -172,34 +237,48 @@ def full_pages(
 # %% ../nbs/01_data.ipynb #32f662e4
 logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
 
-def _shaped_claims(t:TiffFile)->tuple[int, int]:
-    "Pictures, and channels of each, that tifffile's descriptions claim; one stands before every series."
-    n, channels, at = 0, 1, 0
+def _shaped_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
+    "Stacks, and channels of each, that tifffile's descriptions claim; one stands before every series."
+    stacks, channels, at = [], 1, 0
     while at < len(t.pages):
         page = t.pages[at]
         text = page.shaped_description
         said = shaped_description_metadata(text) if text else {'shape': page.shape}
         claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
+        leading = tuple(int(k) for k in said['shape'][:-page.ndim])
         sizes = dict(zip(said.get('axes', ''), said['shape'], strict=False))
         channels = max(channels, sizes.get('C', 1))
-        n, at = n + claimed, at + (1 if said.get('truncated') else claimed)
-    return n, channels
+        stacks.append(leading if math.prod(leading) == claimed else (claimed,))
+        at += 1 if said.get('truncated') else claimed
+    return stacks, channels
 
-def _claims(t:TiffFile)->tuple[int, int]:
-    "Pictures that a TIFF's description claims (0: it says nothing), and channels of each, a page each."
+def _stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
+    "Numbers of pictures along each axis of each stack that a TIFF's description claims (none: it says nothing), and channels, a page each."
     page = t.pages.first
     if t.is_imagej:
         counted = ('images', 'slices', 'frames', 'channels')
         said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
         channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
         images = said['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
-        return max(said['slices']*said['frames']*channels, images), channels
-    if page.shaped_description: return _shaped_claims(t)
-    if t.is_stk: return int(t.stk_metadata['NumberPlanes']), 1
+        stack = (said['frames'], said['slices'], channels)
+        return [stack if math.prod(stack) >= images else (images,)], channels
+    if page.shaped_description: return _shaped_stacks(t)
+    if t.is_stk: return [(int(t.stk_metadata['NumberPlanes']),)], 1
     if t.is_ome:
         sizes = [dict(zip(s.axes, s.shape, strict=True)) for s in t.series]
-        return 0, max(s.get('C', 1) for s in sizes)
-    return 0, 1
+        stacks = [tuple(n for axis, n in each.items() if axis not in 'YXS') for each in sizes]
+        return stacks, max(each.get('C', 1) for each in sizes)
+    return [], 1
+
+def _check_one_volume(stacks:list[tuple[int, ...]]):
+    "`BadImage` where a description claims several stacks, or pictures along two axes."
+    shapes = [tuple(n for n in stack if n > 1) for stack in stacks]
+    if len(shapes) > 1 and any(shapes):
+        counts = ', '.join(f"{math.prod(shape)}" for shape in shapes[:8])
+        raise BadImage('mixed-pages', f"{len(shapes)} stacks of {counts} pictures in one TIFF; save each volume as a file of its own")
+    if several := next((shape for shape in shapes if len(shape) > 1), None):
+        what = f"{' x '.join(map(str, several))} pictures in one TIFF, and not said which of them are one volume"
+        raise BadImage('mixed-pages', f"{what}; save each volume as a file of its own")
 
 # %% ../nbs/01_data.ipynb #2fa20f5a
 class TiffStack(NamedTuple):
@@ -222,26 +301,28 @@ def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
 # %% ../nbs/01_data.ipynb #89a0a386
 def _one_directory(data:bytes, t:TiffFile)->TiffStack:
     "As `tiff_stack`, of an opened file."
-    (n, channels), page, there = _claims(t), t.pages.first, len(t.pages)
+    (stacks, channels), page, there = _stacks(t), t.pages.first, len(t.pages)
+    n = 0 if t.is_ome and not t.is_imagej else sum(map(math.prod, stacks))   # the pages of an OME-TIFF may lie in other files
     if page.imagedepth > 1: raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
     if page.shaped_description and page.planarconfig == 2 and (planes := page.shaped[0]) > 1:
         what = f"its colours, or {planes} B-scans? Save it as PNG"
         raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
     if 1 < channels < max(n, there):
         raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known")
+    if 1 < there < n: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+    _check_one_volume(stacks)
     doubt = f"its description says {channels} channels, not slices: are they B-scans?"
     notes = (doubt,) if channels > 1 else ()
-    if n <= there: return TiffStack(None, notes)
-    if there > 1:
-        raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
-    return TiffStack(_hidden_pictures(data, page, n), notes)
+    return TiffStack(_hidden_pictures(data, page, n) if n > there else None, notes)
 
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
     "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
-        with TiffFile(io.BytesIO(data), _multifile=False) as t: return _one_directory(data, t)
+        with TiffFile(io.BytesIO(data), _multifile=False) as t:
+            _check_tiff_jpegs(data, t)
+            return _one_directory(data, t)
     except BadImage: raise
     except Exception as e:  # noqa: BLE001 (tifffile raises whatever damaged tags lead to)
         raise BadImage('corrupt', f"its TIFF tags cannot be read ({type(e).__name__})") from e
@@ -252,7 +333,9 @@ def _tiff_words(data:bytes)->str:
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
             page = t.pages.first
             kind, n = page.dtype, page.samplesperpixel
-            return f"a TIFF of {kind}, {n} channels, compression {page.compression}"
+            if kind is None or not page.imagewidth or not page.imagelength: return ''
+            how = "save it as PNG" if kind == np.uint8 else _SAVE_8_BIT
+            return f"a TIFF of {kind}, {n} channels, compression {page.compression}; {how}"
     except Exception: return ''  # noqa: BLE001 (it is damaged, then)
 
 # %% ../nbs/01_data.ipynb #0feb7781
@@ -266,36 +349,71 @@ def _open(data:bytes)->Image.Image:
         what = _tiff_words(data) if data[:2] in (b'II', b'MM') else ''
         if what: raise BadImage('wrong-mode', what) from e
         kind = 'corrupt' if data.startswith(_SIGNATURES) else 'not-an-image'
-        raise BadImage(kind, other_file(data[:160])) from e
+        raise BadImage(kind, other_file(data[:160]) or _DAMAGED*(kind == 'corrupt')) from e
     except _DECODE_ERRORS as e: raise _broken(e) from e
     if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
-    w, h = im.size
-    if w*h > MAX_PIXELS: raise BadImage('decompression-bomb', f"{w} x {h} pixels")
-    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h): raise BadImage('suspicious-size', f"{w} x {h} pixels")
+    check_pages(im, data, pages)
     if stack is not None: raise BadImage('several-frames', f"{len(stack)} pictures in one directory")
     if len(pages) > 1: raise BadImage('several-frames', f"{len(pages)} frames")
-    check_values(im, data)
     return im
 
 # %% ../nbs/01_data.ipynb #e004a9b4
+_SAVE_8_BIT = "save it with 8 bits a channel (ImageJ: Image > Type > 8-bit, then File > Save As > PNG)"
+
+def check_depth(
+    bits:int,    # of a grey value or of a channel, as the file has them
+    most:int=8,  # that can be shown without a guess
+):
+    "`BadImage` where a B-scan cannot have so few bits, or so many cannot be shown without a guess."
+    if bits == 1: raise BadImage('wrong-mode', "1 bit a pixel: a mask or a drawing, no B-scan")
+    if bits < 8: raise BadImage('wrong-mode', f"{bits} bits a pixel: fewer grey values than a B-scan has")
+    if bits > most: raise BadImage('wrong-mode', f"{bits} bits a channel, and not said which values are black and white; {_SAVE_8_BIT}")
+
 def check_values(
     im:Image.Image,  # opened, not decoded
     data:bytes,      # the file
 ):
-    "`BadImage` unless its channels have 8 bits without a sign at most."
-    if (bits := _bits(im, data)) > 8: raise BadImage('wrong-mode', f"mode {im.mode}, {bits} bits a channel")
+    "`BadImage` unless its channels have 8 bits without a sign."
+    check_depth(_bits(im, data))
     if _signed(im, data):
-        raise BadImage('wrong-mode', "signed values: which grey value 0 stands for would be a guess")
+        raise BadImage('wrong-mode', f"signed values: which grey value 0 stands for would be a guess; {_SAVE_8_BIT}")
     if im.format == 'JPEG2000' and not features.check('jpg_2000'):
         raise BadImage('not-an-image', "JPEG 2000, which this build of Pillow does not decode")
 
 def _bits(im:Image.Image, data:bytes)->int:
-    "Bits a channel as the file has them; PIL cuts 16-bit colour down to 8 without a word."
+    "Bits a channel as the file has them; PIL cuts 16-bit colour down to 8, and spreads 1 bit to 8, without a word."
     if im.mode[0] in 'IF': return 16 if ';16' in im.mode else 32
+    if im.mode == '1': return 1
+    if im.mode in ('P', 'PA'): return 8   # whatever its numbers of colours have; `decoded` counts the colours
     if im.format == 'PNG': return data[24]
-    if im.format == 'TIFF': return max(im.tag_v2.get(258, (8,)))
+    if im.format == 'TIFF': return max(im.tag_v2.get(258, (1,)))
     if im.format == 'JPEG2000': return max((b & 127) + 1 for b in _jpeg_2000_depths(data))
     return 8
+
+def check_size(
+    im:Image.Image,  # opened, not decoded
+):
+    "`BadImage` unless a B-scan can have this size."
+    w, h = im.size
+    if w*h > MAX_PIXELS: raise BadImage('decompression-bomb', f"{w} x {h} pixels")
+    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h): raise BadImage('suspicious-size', f"{w} x {h} pixels")
+
+def check_pages(
+    im:Image.Image,   # opened, not decoded; left at the first of the pages
+    data:bytes,       # the file
+    pages:list[int],  # of `full_pages`
+):
+    "`BadImage` unless each page can be a B-scan and all are of one size and mode; audit and prediction ask here."
+    seen = Counter()
+    for at in pages if im.format == 'TIFF' else pages[:1]:   # the frames of the other formats are alike
+        im.seek(at)
+        try: check_size(im); check_values(im, data)
+        except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}" if len(pages) > 1 else e.detail) from e
+        seen[f"{im.width} x {im.height} pixels, mode {im.mode}"] += 1
+    im.seek(pages[0])
+    if len(seen) > 1:
+        there = '; '.join(f"{n} of {what}" for what, n in seen.most_common(4))
+        raise BadImage('mixed-pages', f"its pages are not alike: {there}; save the B-scans alone, all of one size and 8-bit grey")
 
 def _signed(im:Image.Image, data:bytes)->bool:
     "Whether numbers below 0 occur; PIL takes them for large ones."
@@ -309,13 +427,20 @@ def _jpeg_2000_depths(data:bytes)->bytes:
     return data[at + 42:at + 42 + 3*int.from_bytes(data[at + 40:at + 42], 'big'):3]
 
 # %% ../nbs/01_data.ipynb #7f5efe3c
+def _orientation_note(orientation)->list[str]:
+    "What to note of an orientation, which is 1 (upright) to 8."
+    if orientation == 1: return []
+    return ['exif-rotated'] if orientation in range(2, 9) else ['invalid-orientation']
+
 def _plain(im:Image.Image)->tuple[Image.Image, list[str]]:
     "A decoded image as L or RGB, and the notes on how it became that."
     notes, mode = [], im.mode
-    if im.getexif().get(0x0112, 1) != 1: im = ImageOps.exif_transpose(im); notes.append('exif-rotated')
+    said = _orientation_note(im.getexif().get(0x0112, 1))
+    if said == ['exif-rotated']: im = ImageOps.exif_transpose(im)
+    notes += said
     if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema() != (255, 255): raise BadImage('transparent', f"mode {mode}")
     if mode not in ('L', 'RGB'): notes.append('converted')
-    if mode in ('1', 'L', 'LA', 'La'): return im.convert('L'), notes
+    if mode in ('L', 'LA', 'La'): return im.convert('L'), notes
     if mode in ('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV'): return im.convert('RGB'), notes
     raise BadImage('wrong-mode', f"mode {mode}")
 
@@ -324,10 +449,12 @@ def decoded(
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
     # PIL turns a TIFF while it decodes it, and forgets that it has
-    turned = im.format == 'TIFF' and im.tag_v2.get(274, 1) in range(2, 9)
+    said = _orientation_note(im.tag_v2.get(274, 1)) if im.format == 'TIFF' else []
     im.load()
+    two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
+    if two_colours: check_depth(1)
     out, notes = _plain(im)
-    if turned: notes.append('exif-rotated')
+    notes += [note for note in said if note not in notes]
     unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
     if unsaid: notes.append('extra-channels')
     return out, notes
@@ -357,9 +484,9 @@ def decode_image(
     try:
         out, notes = decoded(im)
         if im.format == 'PNG': Image.open(io.BytesIO(data)).verify()
-        alone = getattr(im, 'n_frames', 1) == 1
+        alone = getattr(im, 'n_frames', 1) == 1 and not has_copies(im)
     except _DECODE_ERRORS as e: raise _broken(e) from e
-    if im.format in ('JPEG', 'MPO'): notes += _behind_jpeg(data)
+    if im.format in ('JPEG', 'MPO'): notes += [*check_jpeg(data), *_behind_jpeg(data)]
     elif not alone: notes.append('several-pictures')
     return out, notes
 
@@ -480,21 +607,30 @@ class Audit:
 
     def check(self,
         where:str|Path='audit.csv',  # file with the findings, for the message
-        new_run:str='NEW',           # name of a run to propose
+        new_run:str='',              # name of a run to propose, where there is one already
     )->'Audit':
         "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
-            raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among {self.summary['listed']} images. "
-                             f"{where} names each file.",
-                             fix=f"Mend or remove these files; or leave them out in a new run, given the same parameters and -p run {new_run} "
-                                 f"-p overrides {self.leave_out_too}")
+            raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
+                             f"{counted(self.summary['listed'], 'image')}. {where} names each file.", fix=self._remedy({*stops.index}, new_run))
         if len(self.table) == 0: raise KdoctError(f"The audit leaves no image. {where} says why.", fix="Mend the files, or leave out less.")
         if lost := self.summary['lost_classes']:
             raise KdoctError(f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
                              fix="Mend the files; or, if the class is not meant, name those that are: --classes "
                                  f"{','.join(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
         return self
+
+    def _remedy(self, stops:set[str], new_run:str)->str:
+        "What to do about what stops the run; to leave files out is no remedy where nothing, or nothing of a class, would be left."
+        lost = self.summary['lost_classes']
+        if len(self.table) == 0 and stops == {'missing'}:
+            return f"Paths are looked for in {self.summary['root']}: correct them, or give the table that lies beside its images."
+        if len(self.table) == 0: return "Mend or replace these files: no other image is left."
+        if lost: return f"Mend or replace these files: without them there is no image of class {', '.join(lost)}."
+        run, papermill = (f"in a new run: --run {new_run} ", f"-p run {new_run} ") if new_run else ('', '')
+        return f"Mend or remove these files; or leave them out{':' if not run else ''} {run}--set {self.leave_out_too} " \
+               f"(papermill: {papermill}-p overrides {self.leave_out_too})"
 
     @property
     def leave_out_too(self)->str:
@@ -556,7 +692,7 @@ def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
 def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...])->dict:
     "The audit in numbers."
     colour, merged = kept.colour >= COLOUR_SHARE, listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy()
-    return dict(listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
+    return dict(root=listing.root, listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
                 groups=kept.group.nunique(), images_in_renamed_groups=int(merged.sum()), colour_images=int(colour.sum()),
                 most_coloured=float(kept.colour.max()) if len(kept) else 0., leave_out=sorted(leave_out),
                 problems=findings.problem.value_counts().sort_index().to_dict(),
@@ -565,6 +701,7 @@ def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_ou
 
 # %% ../nbs/01_data.ipynb #5dd3c2d7
 _SHOWN = 12   # kinds of problems, and classes, on a page
+PART_WORDS = {'train': 'training', 'val': 'validation', 'calib': 'calibration', 'test': 'test', 'out': 'left out'}
 
 def _shortened(text:str, width:int)->str:
     "Text cut in its middle to a width."
@@ -574,35 +711,62 @@ def _class_lines(result:Audit)->list[str]:
     "Images and patients of each class, and images of each official part."
     t = result.table
     rows = t.groupby('label').agg(images=('path', 'size'), patients=('group', 'nunique'))
-    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace('', 'no part')))
+    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
     rows.index = [_shortened(c, 40) for c in rows.index]
-    more = [f'... and {len(rows) - _SHOWN} further classes'] if len(rows) > _SHOWN else []
+    more = [f"... and {counted(len(rows) - _SHOWN, 'further class')}"] if len(rows) > _SHOWN else []
     return rows.head(_SHOWN).to_string().split('\n') + more if len(rows) else []
+
+def _example(rows:pd.DataFrame)->str:
+    "The first file of a problem with what was seen there, and the second; those that stop the run before others."
+    rows = pd.concat([rows[rows.action == 'stops the run'], rows]).drop_duplicates('path')
+    paths = [_shortened(p or 'a row', 40) for p in rows.path[:2]]
+    detail = rows.detail.iloc[0] if rows.detail.iloc[0] != PROBLEMS[rows.problem.iloc[0]][1] else ''
+    first = f"{paths[0]}: {_shortened(detail, 90)}" if detail else ', '.join(paths)
+    return first + (' ...' if len(rows) > (1 if detail else 2) else '')
+
+def mixed_parts(
+    table:pd.DataFrame,  # split
+    protocol:str,        # grouped-cv or official
+)->str:                  # '' where there is nothing to say
+    "What to say where the source has parts of its own (train, test) and the folds do not keep to them."
+    n = table.split[table.split != ''].value_counts()
+    if protocol == 'official' or len(n) < 2: return ''
+    parts = ', '.join(f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items())
+    said = f"WARNING: the images come in parts ({parts}); they are put together, and split anew by patient (data.protocol is grouped-cv)."
+    can_keep = 'test' in n and set(table.split) <= {'train', 'val', 'test'}
+    return said + (" To test on the source's own test part: --set data.protocol=official" if can_keep else '')
 
 def _problem_lines(found:pd.DataFrame)->list[str]:
     "Two lines a kind of problem: how many, what, what follows; the first examples. What stops the run comes first."
     kinds = []
     for problem, rows in found.groupby('problem'):
-        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'groups merged').value_counts()
-        what = f"{PROBLEMS[problem][1]}: {', '.join(actions.index[:3])}"
-        examples = ', '.join(_shortened(p or 'a row', 40) for p in rows.path.drop_duplicates()[:2])
+        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'the groups are merged').value_counts()
+        follows = [a for a in actions.index[:3] if a != 'kept']
         rank = 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
-        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {what}", f"{'':>7} {examples}{' ...' if len(rows) > 2 else ''}"))
+        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {'; '.join([PROBLEMS[problem][1], *follows])}", f"{'':>7} {_example(rows)}"))
     lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
-    return lines + ([f'    ... and {len(kinds) - _SHOWN} further kinds'] if len(kinds) > _SHOWN else [])
+    return lines + ([f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"] if len(kinds) > _SHOWN else [])
+
+def _groups(n:int)->str: return counted(n, 'group (patient)', 'groups (patients)')
+
+def _merged_text(n:int)->str:
+    verb = 'holds' if n == 1 else 'hold'
+    return f"{counted(n, 'group')} {verb} several patients (or images) who share pixels or near-duplicates, or whose names differ only by spelling."
 
 def audit_page(
     result:Audit,    # from `audit`
     where:str='',    # file with all findings; '': none was written
+    protocol:str='grouped-cv',  # of the recipe, or official
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
     s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    lines = [f"{s['kept']} of {s['listed']} listed images can be used, of {s['groups']} groups (patients); {colour}.", '', *_class_lines(result), '']
-    if len(result.findings): lines += [f"{len(result.findings)} findings:", *_problem_lines(result.findings)]
+    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {_groups(s['groups'])}; {colour}.", '', *_class_lines(result), '']
+    if len(result.findings): lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
-    if s['merged_groups']: lines.append(f"{len(s['merged_groups'])} groups hold several patients (or images) who share pixels or near-duplicates.")
+    if s['merged_groups']: lines.append(_merged_text(len(s['merged_groups'])))
+    if parts := mixed_parts(result.table, protocol): lines.append(parts)
     if result.table.label.nunique() == 1: lines.append(f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart.")
     if where and len(result.findings): lines.append(f"All findings, one a line: {where}")
     return '\n'.join(lines)
@@ -622,31 +786,34 @@ def shows_diagnosis(
     return (table.label == table.patient_label).to_numpy()
 
 # %% ../nbs/01_data.ipynb #bc81edc5
-def _check_enough(table:pd.DataFrame, n_folds:int):
-    "`KdoctError` if some class has too few groups for all parts of all folds."
+def _check_enough(table:pd.DataFrame, n_folds:int, besides:str=''):
+    "`KdoctError` if some class has too few groups for all parts of all folds; `besides` is said with it."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
     groups = table.groupby('label').group.nunique()
     if len(groups) < 2: raise KdoctError(f"All images are of class {groups.index[0]}.", fix="Give images of two classes at least.")
     if few := {k: int(n) for k, n in groups.items() if n <= n_folds}:
         raise KdoctError(f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
-                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.",
-                         fix="Add patients, or make fewer folds: data.n_folds=" + str(max(2, min(few.values()) - 1)))
+                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.{besides}", fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.")
+
+def _or_fewer(n_folds:int)->str:
+    "The other remedy, where as many folds are still folds."
+    return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
 
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{n} groups cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
+        raise KdoctError(f"{_groups(n)} cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
     if (most := table.stratum.value_counts()).iloc[0] < parts:
-        raise KdoctError(f"The largest class, {most.index[0]}, has {most.iloc[0]} images; they cannot be split into {parts} parts.",
-                         fix="Add patients, or raise data.val_fraction, or make fewer folds: data.n_folds")
+        raise KdoctError(f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they cannot be split into {parts} parts.",
+                         fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make fewer folds (data.n_folds), at least 2.")
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
         return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
 
 # %% ../nbs/01_data.ipynb #dfd646b5
-def _check_official(table:pd.DataFrame):
-    "`KdoctError` unless every image has an official part, and some are for testing and some are not."
+def _check_official(table:pd.DataFrame, overlap:str='remove'):
+    "`KdoctError` unless every image has an official part, some are for testing, and some are left to train on."
     parts = table.split.value_counts()
     if strange := set(parts.index) - set(NEEDED):
         n = int(parts[list(strange)].sum())
@@ -655,6 +822,9 @@ def _check_official(table:pd.DataFrame):
     if 'test' not in parts or len(parts) < 2:
         raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
                          fix="Give both official parts, or take data.protocol=grouped-cv.")
+    if overlap == 'remove' and (official_overlap(table) | (table.split == 'test')).all():
+        raise KdoctError("data.protocol is official, but every group (patient) has images in the test part: nobody is left to train on.",
+                         fix="Split anew by patient: --set data.protocol=grouped-cv. (data.official_overlap=keep trains on the tested patients, and says so.)")
 
 def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str, calibration:float=0.)->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
@@ -688,24 +858,27 @@ def make_folds(
     t = table.sort_values('path', ignore_index=True)
     worst = shows_diagnosis(t) if any(worst_case) else np.ones(len(t), bool)
     t['stratum'] = t.label.where(worst, t.label + ', not the diagnosis')
-    if protocol == 'official': _check_official(t)
-    _check_enough(t[worst & (t.split != 'test').to_numpy()] if protocol == 'official' else t[worst], n_folds)
+    if protocol == 'official': _check_official(t, overlap)
+    gone = official_overlap(t) & (protocol == 'official' and overlap == 'remove')
+    besides = f" Left out are {counted(gone.sum(), 'image')} of patients who are in the test part." if gone.any() else ''
+    tested = (t.split == 'test').to_numpy() & (protocol == 'official')
+    _check_enough(t[worst & ~tested & ~gone], n_folds, besides)
     folds = []
     rules = dict(zip(('train', 'val', 'test', CALIB), (worst_case[0], *worst_case, all(worst_case)), strict=True))   # calib is as the test part
     for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)):
         role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
-        _check_classes(t.label, role, k)
+        _check_classes(t.label, role, k, n_folds)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
     return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')
 
 # %% ../nbs/01_data.ipynb #1d037789
-def _check_classes(label:pd.Series, role:np.ndarray, fold:int):
+def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int):
     "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
     for part in ('train', 'test'):
         if lost := sorted(set(label) - set(label[role == part])):
             raise KdoctError(f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
-                             fix="Add patients of that class, or make fewer folds: data.n_folds")
+                             fix=f"Add patients of that class{_or_fewer(n_folds - 1)}.")
 
 # %% ../nbs/01_data.ipynb #301c7d17
 def _times(folds:pd.DataFrame)->pd.DataFrame:
@@ -982,7 +1155,8 @@ def class_names(
     if not classes: return sorted(table.label.unique())
     if len(set(classes)) < len(classes): raise KdoctError(f"data.classes names a class twice: {', '.join(classes)}.", fix="Name each once.")
     if lost := [c for c in classes if c not in set(table.label)]:
-        raise KdoctError(f"There is no image of class {', '.join(lost)}.", fix=f"data.classes can be: {', '.join(sorted(table.label.unique()))}")
+        raise KdoctError(f"There is no image of class {', '.join(lost)}.",
+                         fix=f"The images are of these classes: --classes {','.join(sorted(table.label.unique()))}")
     return list(classes)
 
 def table_hash(
@@ -1026,16 +1200,25 @@ def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     return data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns | calib].any())
 
 # %% ../nbs/01_data.ipynb #7a783a85
-def _folds_for(run:Run, table:pd.DataFrame)->pd.DataFrame:
+def plan_folds(
+    result:Audit,              # the audited images
+    recipe:Recipe,             # how they are split
+    where:str|Path='audit.csv',  # file with the findings, for the message
+    new_run:str='',            # as for `Audit.check`
+)->pd.DataFrame:               # path, group, fold, role
+    "New folds of audited images; `KdoctError` where a run would stop."
+    table, data = result.check(where, new_run).table, recipe.data
+    class_names(table, data.classes)
+    return make_folds(table, data.n_folds, data.val_fraction, recipe.seed, data.protocol, data.official_overlap,
+                      (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
+
+def _folds_for(run:Run, result:Audit)->pd.DataFrame:
     "The run's folds: those it has, if they fit the table and the recipe, else new ones."
     data = run.recipe.data
-    if not run.folds_csv.exists():
-        made = make_folds(table, data.n_folds, data.val_fraction, run.recipe.seed, data.protocol, data.official_overlap,
-                          (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
-        write_folds(made, run.folds_csv, **_rules(data))
+    if not run.folds_csv.exists(): write_folds(plan_folds(result, run.recipe), run.folds_csv, **_rules(data))
     folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
-    if not _fits(folds, table, data):
+    if not _fits(folds, result.table, data):
         raise KdoctError(f"{run.folds_csv} does not fit the images or the recipe of run '{run.name}'.",
                          fix="Delete it, or start a new run with another name: -p run NEW")
     return folds
@@ -1057,17 +1240,34 @@ def _counts(folds:pd.DataFrame)->dict:
     c = folds.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
     return {str(k): c.loc[k].to_dict('index') for k in sorted(folds.fold.unique())}
 
-def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
-    "List and audit the run's images; the findings are on disk before they stop anything."
-    data = run.recipe.data
-    listing = load_table(data)
+def write_findings(
+    result:Audit,   # from `audit`
+    path:str|Path,  # CSV file, written atomically
+):
+    "Write all findings, one a line."
+    with atomic_path(path) as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
+
+def list_and_audit(
+    data:DataRecipe,            # which images
+    workers:int=0,              # threads; 0: one a core, 8 at most
+    listing:Listing|None=None,  # what the source has listed already
+)->tuple[Listing, Audit]:
+    "List the images of a recipe and open each."
+    listing = listing or load_table(data)
     result = audit(listing, data.classes, data.leave_out, workers, wants_twins(data))
     if data.source in NEAR_DUPLICATES and data.near_duplicates == 'separate' and not data.groups:
         print(f"WARNING: {data.source} holds copies of images that were turned or flipped, and data.near_duplicates is separate: copies will be\n"
               "spread over training and test, and the results will be too good.")
-    with atomic_path(run.path/'audit.csv') as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
+    return listing, result
+
+def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
+    "List and audit the run's images, unless that was done when it was made; the findings are on disk before they stop anything."
+    (listing, result), run.seen = run.seen or (None, None), None
+    if result is None: listing, result = list_and_audit(run.recipe.data, workers, listing)
+    write_findings(result, run.path/'audit.csv')
     write_json(run.path/'audit.json', result.summary)
-    return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2')
+    return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2' if run.folds_csv.exists() else '')
+
 
 # %% ../nbs/01_data.ipynb #6c8e2b1a
 def prepare_data(
@@ -1081,7 +1281,7 @@ def prepare_data(
         listing, result = _audited(run, workers)
         table, classes = result.table, class_names(result.table, data.classes)
         _same_or_first(run, 'table_sha256', digest := table_hash(table))
-        folds = _folds_for(run, table)
+        folds = _folds_for(run, result)
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = _cache(data, table, listing.root, result.channels, workers)
         val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
@@ -1090,6 +1290,7 @@ def prepare_data(
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
                            overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),
+                           mixed_parts=mixed_parts(table, data.protocol),
                            not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
     _print_summary(facts)
     return facts
@@ -1107,16 +1308,20 @@ def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, 
 def _print_summary(facts:dict):
     "A few lines on what the data are."
     classes = ', '.join(f'{k} {n}' for k, n in facts['per_class'].items())
-    print(f"{facts['images']} images of {facts['groups']} groups (patients): {classes}")
-    print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {facts['not_used']} listed images not used")
+    print(f"{counted(facts['images'], 'image')} of {_groups(facts['groups'])}: {classes}")
+    print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {counted(facts['not_used'], 'listed image')} not used")
     print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
-    if facts['merged_groups']:
-        print(f"{facts['merged_groups']} groups hold several patients (or images) who share pixels or near-duplicates; audit.json names them")
-    if facts['overlap']: print(f"{facts['overlap']} images are outside the official test part, and of patients in it")
+    if facts['merged_groups']: print(f"{_merged_text(facts['merged_groups'])} audit.json names them.")
+    if facts['mixed_parts']: print(facts['mixed_parts'])
+    elif facts['overlap']:
+        print(f"{counted(facts['overlap'], 'image')} {'is' if facts['overlap'] == 1 else 'are'} outside the official test part, and of patients in it")
     for k, roles in facts['per_fold'].items():
-        print(f"fold {k}: " + ', '.join(f"{r} {roles[r]['images']} images / {roles[r]['groups']} groups" for r in (*ROLE_NAMES, OUT) if r in roles))
-    if facts['leak']: print("WARNING: the published leak is kept: {groups} patients of the official test part are trained on too, with {images} images; "
-                            "the scores will be too good".format(**facts['leak']))
+        sizes = {PART_WORDS[r]: f"{counted(roles[r]['images'], 'image')} / {counted(roles[r]['groups'], 'group')}" for r in (*ROLE_NAMES, OUT) if r in roles}
+        print(f"fold {k}: " + ', '.join(f'{part} {size}' for part, size in sizes.items()))
+    if leak := facts['leak']:
+        print(f"WARNING: the published leak is kept: {counted(leak['groups'], 'patient')} of the official test part "
+              f"{'is' if leak['groups'] == 1 else 'are'} trained on too, "
+              f"with {counted(leak['images'], 'image')}; the scores will be too good")
     for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
         for k, lost in lacks.items(): print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'EVERYTHING', 'SELECTED', 'fit_temperature', 'patient_quantile', 'operating_points', 'deferral_threshold',
-           'conformal_minimum', 'distance', 'Outlier', 'fit_outlier', 'Decision', 'fitted_on', 'told_apart',
+           'prediction_set_minimum', 'distance', 'Outlier', 'fit_outlier', 'Decision', 'fitted_on', 'told_apart',
            'explained', 'fit_decision', 'save_decision', 'load_decision', 'pooled_and_logits', 'answer',
-           'features_and_logits', 'strange_pictures', 'decide_fold', 'decide_all']
+           'features_and_logits', 'outlier_pictures', 'decide_fold', 'decide_all']
 
 # %% ../nbs/05g_decide.ipynb #e4bde6c6
 from dataclasses import asdict, dataclass, replace
@@ -110,7 +110,7 @@ def deferral_threshold(
     return _middle(curve.threshold.get(i + 1, 0.), curve.threshold[i]), ''
 
 # %% ../nbs/05g_decide.ipynb #e5e5a263
-def conformal_minimum(
+def prediction_set_minimum(
     probs:np.ndarray,   # (n, K) calibrated probabilities
     y:np.ndarray,       # (n,) int, true classes
     groups:np.ndarray,  # (n,) patient (group) of each
@@ -243,7 +243,7 @@ class Decision:
 # %% ../nbs/05g_decide.ipynb #f6ad5276
 SELECTED = ('These patients have also chosen the epoch, which makes probabilities too high and prediction sets too small: in a simulation '
             '(40 patients, 30 equally good epochs; notebook 05g) sets wished at 90 % held the true class in 86 % of the images of new patients, and in '
-            '91 % when fitted on patients of their own (data.calibration_fraction).')
+            '91 % when fitted on patients of their own, a calibration part.')
 
 def fitted_on(
     decision:Decision,  # fitted on validation or on the calibration part
@@ -299,7 +299,7 @@ def fit_decision(
     temperature, said = fit_temperature(z, y)
     probs, notes = np.exp(log_softmax(z/temperature)), [said]
     keep, said = deferral_threshold(probs.max(1), probs.argmax(1) == y, recipe); notes.append(said)
-    sets = {a: conformal_minimum(probs, y, groups, a) for a in recipe.alpha}
+    sets = {a: prediction_set_minimum(probs, y, groups, a) for a in recipe.alpha}
     outlier, said = _with_threshold(fit_outlier(train_features), features, groups, recipe.outliers)
     notes += [*(said for _, said in sets.values()), said]
     about |= dict(images=len(held), patients=len(set(groups)), train_images=len(train_features), recipe=recipe.model_dump(mode='json'))
@@ -411,7 +411,7 @@ def features_and_logits(
     return f, z
 
 # %% ../nbs/05g_decide.ipynb #a182f4a6
-def strange_pictures(
+def outlier_pictures(
     images:np.ndarray,  # (n, s, s) or (n, s, s, 3) uint8, pictures of the training part
     seed:int=0,         # of noise and order
 )->dict[str, np.ndarray]:  # kind -> as many of the same shape
@@ -441,11 +441,11 @@ def _pass(run:Run, data:FoldData, model, rows=None, images=None)->tuple[np.ndarr
     "Features and logits of rows of a fold, or of other pictures of the same size."
     return features_and_logits(model, _batches(run, data, model, rows, images))
 
-def _strange(run:Run, data:FoldData, model, decision:Decision, n:int=32)->dict:
+def _share_of_outliers(run:Run, data:FoldData, model, decision:Decision, n:int=32)->dict:
     "Share of outliers among pictures that are no B-scans, by kind."
     rows = data.idx['train']
     one = rows[np.unique(data.groups[rows].astype(str), return_index=True)[1]][:n]   # of different patients
-    kinds = strange_pictures(np.asarray(data.images[one]), run.recipe.seed)
+    kinds = outlier_pictures(np.asarray(data.images[one]), run.recipe.seed)
     return {kind: dict(images=len(x), outliers=float((decision.outlier.score(_pass(run, data, model, images=x)[0]) > decision.outlier.threshold).mean()))
             for kind, x in kinds.items()}
 
@@ -467,7 +467,7 @@ def _fitted(run:Run, data:FoldData, model, **about)->Decision:
     about |= dict(part=_part(run.recipe.data), caveat=_caveat(run), run=run.name, fold=data.fold)
     (train, _), (features, logits) = (_pass(run, data, model, data.idx[part]) for part in ('train', held))
     decision = fit_decision(predictions_frame(data, held, logits), features, train, run.recipe.decide, run.recipe.data.severity, **about)
-    decision.about['strange'] = _strange(run, data, model, decision)
+    decision.about['outlier_pictures'] = _share_of_outliers(run, data, model, decision)
     return decision
 
 # %% ../nbs/05g_decide.ipynb #8a48b292
@@ -485,13 +485,13 @@ def decide_fold(
     role:str='student',  # a network of the run
 )->Decision:
     "Fit the decision of one network, and measure the distances of its test images; writes decision.json and outliers.parquet."
-    from kdoct.models import load_bundle
+    from kdoct.models import load_model_folder
     from kdoct.training import best_device
     folder = run.stage_dir(fold, role)
     if not run.is_finished(role, fold):
         raise KdoctError(f"Fold {fold} of run '{run.name}' has no {role} yet.", fix=f'Train it first: {stage_command(role, run, fold)}')
     with run.lock(fold, role):
-        data, predicted, (model, about) = open_fold(run, fold), read_predictions(folder/'predictions.parquet'), load_bundle(folder)
+        data, predicted, (model, about) = open_fold(run, fold), read_predictions(folder/'predictions.parquet'), load_model_folder(folder)
         if about['folds_sha256'] != data.folds_sha256: raise KdoctError(f'{folder} was trained on other folds.', fix=f'Delete {folder} to train it again.')
         model = model.to(best_device())
         decision = _fitted(run, data, model, role=role, folds_sha256=data.folds_sha256, weights_sha256=about['weights_sha256'])

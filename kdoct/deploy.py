@@ -41,7 +41,8 @@ from .data import FRAMING, FoldData, decode_image, framed, open_fold, read_image
 from .decide import Decision, decide_fold, distance, features_and_logits, load_decision, pooled_and_logits, told_apart
 from .frozen import freeze, private_copy
 from .guard import Guard
-from .models import Classifier, load_bundle, read_bundle
+from .models import Classifier, load_model_folder, read_model_folder
+from .sources import modality_of
 from .volumes import find_files
 
 # %% ../nbs/07_deploy.ipynb #0c99f53a
@@ -527,7 +528,7 @@ def make_engine(
     if (why := runs_here(name)): raise KdoctError(f"The engine '{name}' does not run here: {why}.", fix="pip install 'kdoct[deploy]', or use another engine.")
     file, want, stored = Path(folder)/ENGINES[name][0], _signature(about['channels'], len(about['classes'])), about['size'] + about['margin']
     match name:
-        case 'torch': answer, facts = torch_engine(load_bundle(folder)[0], decision, about['size'], about['margin'], threads), want
+        case 'torch': answer, facts = torch_engine(load_model_folder(folder)[0], decision, about['size'], about['margin'], threads), want
         case 'onnx': answer, facts = onnx_engine(file, threads)
         case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
     if facts != want:
@@ -617,7 +618,7 @@ def pictures_of_files(
     if not files: raise KdoctError("There is no picture to compare the formats on.", fix="Give a folder that has some: --images DIR")
     files = [files[i] for i in _spread(len(files), images)]
     def each():
-        with closing(Guard()) as guard:
+        with closing(Guard(modality=about.get('modality', 'oct'))) as guard:
             for f in files:
                 try: yield from (framed(scan.image, about['channels'], **about['framing']) for scan in guard.scans(f))
                 except KdoctError as e:
@@ -641,7 +642,7 @@ def check_engines(
     "Compare engines with the network itself on pictures, and time them."
     none, threshold = np.zeros(len(pictures.squares), np.int64), None if decision is None else decision.outlier.threshold
     batches = Batches(pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size'])
-    want = _wanted(decision, *features_and_logits(load_bundle(folder)[0], batches))
+    want = _wanted(decision, *features_and_logits(load_model_folder(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     engines = {name: make_engine(folder, name, about, decision) for name in names if name not in out}
     said = ask_all(engines, pictures.read())
@@ -692,13 +693,14 @@ def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, s
 
 def _taken(model:dict, data:dict, channels:int|None)->dict:
     "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
-    return dict(channels=channels or 3, channels_known=channels is not None, size=data.get('size', model['input_size']), margin=data.get('margin', 0),
+    return dict(channels=channels or 3, channels_known=channels is not None, modality=modality_of(data),
+                size=data.get('size', model['input_size']), margin=data.get('margin', 0),
                 framing={k: data.get(k, v) for k, v in FRAMING.items()})
 
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:
     "Network and decision, in the folder of the bundle."
     folder = run.stage_dir(fold, role)
-    model = load_bundle(folder)[1]
+    model = load_model_folder(folder)[1]
     if not (folder/'decision.json').exists(): decide_fold(run, fold, role)
     write_json(work/'model.json', _shareable(model))
     for name in ('model.safetensors', 'decision.json', 'decision.safetensors'): shutil.copyfile(folder/name, work/name)
@@ -707,7 +709,7 @@ def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision
 # %% ../nbs/07_deploy.ipynb #623fab8e
 def _write_and_check(work:Path, about:dict, decision:Decision|None, formats:tuple, calibration:list, pictures:CheckPictures):
     "Write formats beside the network, and keep the files of engines that pass; `about` is told."
-    net = Deployable(load_bundle(work)[0], decision, about['size'], about['margin'])
+    net = Deployable(load_model_folder(work)[0], decision, about['size'], about['margin'])
     failed = write_formats(net, work, formats, about['channels'], calibration)
     engines = ['torch', *(e for f in formats if f not in failed for e in _ENGINES_OF[f])]
     beside = ['openvino'] if 'int8' in engines and 'openvino' not in engines else []   # INT8 is compared with it
@@ -816,7 +818,9 @@ def open_bundle(
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
     if (decision is None) != (about.get('temperature', 1.) is None):
         raise KdoctError("bundle.json and decision.json contradict each other on whether there is a decision.", fix=fix)
-    named = [about['classes'], read_json(folder/'model.json')['classes'], *([] if decision is None else [decision.classes])]
+    model = read_json(folder/'model.json')
+    about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))   # a bundle of before it was said
+    named = [about['classes'], model['classes'], *([] if decision is None else [decision.classes])]
     if any(list(classes) != list(named[0]) for classes in named): raise KdoctError("bundle.json, decision.json and model.json name different classes.", fix=fix)
     if odd := sorted(set(about['formats']) - set(ENGINES)): raise KdoctError(f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct.")
     return Bundle(folder, about, decision)
@@ -832,7 +836,7 @@ def open_model_folder(
     folder = Path(folder)
     if not (folder/'model.json').is_file():
         raise KdoctError(f"{folder} is no model folder: it has no model.json.", fix="`kdoct import` and every training write one.")
-    model = read_bundle(folder)[0]
+    model = read_model_folder(folder)[0]
     if lost := [k for k in ('arch', 'classes', 'input_size', 'mean', 'std', 'interpolation') if k not in model]:
         raise KdoctError(f"{folder/'model.json'} does not say: {', '.join(lost)}.", fix="Import or train the network again.")
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
@@ -874,7 +878,7 @@ def export_folder(
     "Write the bundle of a network without a run: every format checked against PyTorch on pictures of one's own and timed, those that pass kept."
     from kdoct.card import folder_card
     folder, formats = Path(folder), _checked_formats(formats)
-    opened, (model, _) = open_model_folder(folder), read_bundle(folder)
+    opened, (model, _) = open_model_folder(folder), read_model_folder(folder)
     made = tuple(f for f in formats if f != 'int8')
     checked = pictures_of_files(pictures, opened.about, images)
     def fill(work):
@@ -882,7 +886,7 @@ def export_folder(
         decided = ('decision.json', 'decision.safetensors') if opened.decision is not None else ()
         for name in ('model.safetensors', *decided): shutil.copyfile(folder/name, work/name)
         source = dict(run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported'))
-        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'size', 'margin', 'framing')}
+        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'modality', 'size', 'margin', 'framing')}
         about = _about(folder.resolve().name, model.get('role', 'network'), model, taken, opened.decision, source)
         _write_and_check(work, about, opened.decision, made, [], checked)
         if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)

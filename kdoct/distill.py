@@ -18,7 +18,7 @@ from .augment import Batches, view_number
 from .core import DistillRecipe, KdoctError, Run
 from .frozen import Frozen, freeze
 from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher_weights
-from .models import Classifier, class_order, load_bundle
+from .models import Classifier, class_order, load_model_folder
 from .teacher import load_teachers
 from .teacher_cache import TeacherCache, picture_facts
 from .together import best_device, join, one_for_all, team, tell
@@ -34,7 +34,7 @@ def as_teacher(
     if not isinstance(teacher, (str, Path)):
         raise KdoctError(f"A {type(teacher).__name__} is no teacher.",
                          fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model")
-    model, about = load_bundle(teacher)
+    model, about = load_model_folder(teacher)
     frozen = Frozen(model)
     frozen.classes = tuple(about['classes'])
     return frozen

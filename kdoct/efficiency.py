@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import provenance
-from .models import Classifier, count_parameters, load_bundle
+from .models import Classifier, count_parameters, load_model_folder
 
 # %% ../nbs/05d_efficiency.ipynb #e3fc7fdf
 _NORMS = {torch.ops.aten.native_batch_norm: 2, torch.ops.aten.cudnn_batch_norm: 2, torch.ops.aten._native_batch_norm_legit_no_training: 2,
@@ -67,7 +67,7 @@ def efficiency(
 )->dict:                        # parameters, macs, bytes (None without a file), input_size, latency: a list, one entry a device
     "What a network costs."
     folder = None if isinstance(model, Classifier) else Path(model)
-    net = model if folder is None else load_bundle(folder)[0]
+    net = model if folder is None else load_model_folder(folder)[0]
     devices = devices or ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
     was, mode = next(net.parameters()).device, net.training
     try: macs, timed = count_macs(net.eval(), net.size), [latency(net, d, repeats) for d in devices]

@@ -36,8 +36,8 @@ from .metrics import expected_calibration_error, fold_summary, log_softmax, logi
 from .metrics import read_predictions, reliability_bins, risk_coverage, targets_of
 from .patients import rule_of
 from .probe import run_verdict
-from .tables import BLANKED, COMPARED, MANY, ONE, TOGETHER, Section, blanked_section, blanked_warning, classes_section
-from .tables import costs_section, differences_of, folds_section, protocol_of, read_variants, scores_section, selection_section
+from .tables import BLANKED, COMPARED, MANY, ONE, PART_NAMES, TOGETHER, Section, blanked_section, blanked_warning, classes_section
+from .tables import costs_section, differences_of, folds_section, named_together, protocol_of, read_variants, scores_section, selection_section
 from .tables import shown, shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
@@ -272,7 +272,7 @@ def mistakes_figure(
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #285b7835
-_PART_COLOUR = {'train': '#949494', 'val': _CB[9], 'calib': _CB[1], 'test': _CB[4], 'out': '#dcdcdc'}
+_PART_COLOUR = dict(zip(PART_NAMES, ('#949494', _CB[9], _CB[1], _CB[4], '#dcdcdc'), strict=True))
 
 def counts_of(
     folds:pd.DataFrame,  # path, group, fold, role: one fold of folds.csv
@@ -294,7 +294,8 @@ def counts_figure(
     with _style():
         fig, axes = _axes(8.6, 2.2 + .12*max(map(len, classes)), 1, 2)
         for ax, col, title in zip(axes[0], ('images', 'groups'), ('images', 'groups (patients)'), strict=True):
-            sns.barplot(counts, x='label', y=col, hue='role', order=classes, hue_order=parts, palette=_PART_COLOUR, ax=ax,
+            sns.barplot(counts.replace(dict(role=PART_NAMES)), x='label', y=col, hue='role', order=classes, ax=ax,
+                        hue_order=[PART_NAMES[p] for p in parts], palette=[_PART_COLOUR[p] for p in parts],
                         saturation=1, legend=ax is axes[0][1])
             for bars in ax.containers: ax.bar_label(bars, fontsize=7, padding=1)
             ax.set(title=title, xlabel='', ylabel=''); _classes_on(ax, classes, start=0); ax.tick_params(axis='x', length=0)
@@ -337,9 +338,15 @@ def views_figure(
     return fig
 
 # %% ../nbs/05_evaluate.ipynb #a05e731c
-FURTHER = ('hog_svm',)  # further models, shown where they are
+FURTHER = {'HOG + SVM': 'hog_svm'}  # further models, shown where they are: name -> folder
 
 def _opened(run): return run if isinstance(run, Run) else open_run(run)
+
+def _model_dir(run, fold, model): return run.stage_dir(fold, FURTHER.get(model, model))
+
+def _finished(run, fold):
+    "Names of the models of a fold that have predictions."
+    return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
 def _read_role(run, fold, role):
     "Predictions of one model of a fold; `KdoctError` if they are of another fold."
@@ -379,10 +386,10 @@ def fold_models(
         if not run.is_finished(role, fold):
             raise KdoctError(f"Fold {fold} of run '{run.name}' has no predictions of the {role} ({run.stage_dir(fold, role)/'predictions.parquet'}).",
                              fix=f'Train it first: {stage_command(role, run, fold)}')
-    out = {m: _read_role(run, fold, m) for m in (*run.recipe.roles, *FURTHER) if run.is_finished(m, fold)}
+    out = {m: _read_role(run, fold, FURTHER.get(m, m)) for m in _finished(run, fold)}
     for m in out:
         if m not in ROLES and sorted(out[m].path) != sorted(out['student'].path):
-            raise KdoctError(f'{m} has predicted other images than the student in fold {fold}.', fix=f'Delete {run.stage_dir(fold, m)} and make it again.')
+            raise KdoctError(f'{m} has predicted other images than the student in fold {fold}.', fix=f'Delete {_model_dir(run, fold, m)} and make it again.')
     if (taught := teachers_together(run, fold, out)) is None: return out
     return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: taught} | out
 
@@ -400,13 +407,13 @@ def is_evaluated(
     fold:int,  # counted from 0
 ) -> bool:
     "Whether a fold's evaluation is of the predictions that are there now, further models included."
-    here = {*ROLES, *(m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(m, fold))}
+    here = {*ROLES, *_finished(run, fold)}
     return run.is_finished('evaluate', fold) and set(read_json(run.fold_dir(fold)/'evaluation.json')['predictions']) == here
 
 # %% ../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
     "model.json of each model; `KdoctError` where it does not say the number of parameters."
-    out = {m: read_json(run.stage_dir(fold, m)/'model.json') for m in models if m != TOGETHER}
+    out = {m: read_json(_model_dir(run, fold, m)/'model.json') for m in models if m != TOGETHER}
     for role in (r for r in run.recipe.roles if r in out):
         if not isinstance(out[role].get('parameters'), int):
             raise KdoctError(f'{run.stage_dir(fold, role)/"model.json"} does not say the number of parameters.',
@@ -525,7 +532,7 @@ def costs_of(
     with locked(path, what=f"the timing of run '{run.name}'", wait=600):
         known = read_json(path) if path.exists() else {}
         for m in (m for m in models if m != TOGETHER):
-            folder = run.stage_dir(fold, m)
+            folder = _model_dir(run, fold, m)
             about = read_json(folder/'model.json')
             if reason := _not_measured(about, folder): out[m] = dict(parameters=about.get('parameters'), not_measured=reason)
             else:
@@ -616,15 +623,21 @@ def warnings_of(
     sections, data = sections or {}, run.stage('data')
     verdict, words = run_verdict(run)
     out = [f'Shortcut. {words}'] if verdict == 'above' else []
-    if 'blanked' in sections: out += [w for m, r in sections['blanked'].table.iterrows() if (w := blanked_warning(m, r))]
+    if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))): out.append(w)
     if leak := data.get('leak'):
         out.append(f'The published leak is kept: {leak["groups"]} tested groups were trained on too; '
                    'the scores are too good.')
-    out += [f'The validation part of fold {k} has no image of {", ".join(c)}: what was chosen on it knows nothing of that class.'
-            for k, c in (data.get('val_lacks') or {}).items() if c]
+    chosen = dict(validation=('val_lacks', 'The epoch, and what else was chosen there,'),
+                  calibration=('calib_lacks', 'The temperature, thresholds and prediction sets'))
+    out += [f'{_lacking(part, data[key])}. {what} know nothing of it.' for part, (key, what) in chosen.items() if any((data.get(key) or {}).values())]
     if n := _torn_duplicates(run):
         out.append(f'{n} near-duplicates have another class than the image that they copy: one of the two labels is wrong. audit.csv names them.')
     return out + _unfitted(sections)
+
+def _lacking(part, lacks):
+    "Which folds have no image of a class in a part, each class said once."
+    folds = {c: [k for k, lost in lacks.items() if c in lost] for c in dict.fromkeys(c for lost in lacks.values() for c in lost)}
+    return f'The {part} part has no image of ' + ', and none of '.join(f'{c} in {_folds_text(there)}' for c, there in folds.items())
 
 def _torn_duplicates(run):
     "Near-duplicates of an image of another class, as the audit noted them."
@@ -639,7 +652,8 @@ def _unfitted(sections):
     for s in (sections[k] for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers') if k in sections and 'note' in sections[k].table):
         note = s.table.note.fillna('')
         if (note != '').any():
-            out.append(f'{s.title}: not fitted as wished for {"; ".join(f"{name} ({n})" for name, n in note.items() if n)}. See Decisions.')
+            same = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}   # each note once, with all that it is about
+            out.append(f'{s.title}, not fitted as wished. {" ".join(f"For {names}: {n}." for n, names in same.items())} See Decisions.')
     return out
 
 def _tables(run, each, models, notes=()):
@@ -744,7 +758,7 @@ def evaluate_fold(
     write_json(run.fold_dir(fold)/'evaluation.json', dict(
         run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
         figures={n: p.relative_to(run.path) for n, p in figures.items()},
-        predictions={m: sha256_file(run.stage_dir(fold, m)/'predictions.parquet') for m in models if m != TOGETHER}))
+        predictions={m: sha256_file(_model_dir(run, fold, m)/'predictions.parquet') for m in models if m != TOGETHER}))
     run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
                accuracy={m: v['accuracy'] for m, v in estimates.items()})
     result = dict(run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models)

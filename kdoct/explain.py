@@ -25,7 +25,7 @@ from .evaluate import save_figure
 from .faithfulness import agreement_numbers, agreement_table, check_maps, correctness, explanation_table, map_numbers
 from .faithfulness import map_ssim, randomised, rank_correlation, sanity_verdict
 from .maps import Explained, agreement_figure, curves_figure, map_figure, save_maps
-from .models import Classifier, load_bundle, resolve_precision
+from .models import Classifier, load_model_folder, resolve_precision
 from .tables import Section
 from .training import best_device
 
@@ -196,8 +196,8 @@ def page_figure(
 )->Figure:
     "Teacher and student side by side on some images."
     method, shown = next(iter(made['teacher'].maps)), ('teacher', 'student')
-    def call(role, i): return classes[made[role].predicted[i]], float(made[role].probabilities[i].max())
-    rows = [Explained(images.x[i].permute(1, 2, 0).squeeze(2).numpy(), {r: made[r].maps[method][i] for r in shown}, {r: call(r, i) for r in shown},
+    def predicted(role, i): return classes[made[role].predicted[i]], float(made[role].probabilities[i].max())
+    rows = [Explained(images.x[i].permute(1, 2, 0).squeeze(2).numpy(), {r: made[r].maps[method][i] for r in shown}, {r: predicted(r, i) for r in shown},
                       images.rows.label[i], None if images.masks is None else images.masks[i], images.rows.path[i])
             for i in page_rows(made['student'].predicted != images.labels)]
     return map_figure(rows)
@@ -238,7 +238,7 @@ def explain_fold(
 
 def _on_device(run:Run, fold:int, role:str)->Classifier:
     "A trained network of the run, where it runs fastest."
-    model, _ = load_bundle(run.stage_dir(fold, role))
+    model, _ = load_model_folder(run.stage_dir(fold, role))
     device = best_device()
     model.precision = resolve_precision(run.recipe.training(role).precision, device)
     return model.to(device)

@@ -47,6 +47,7 @@ from .core import (EvaluateRecipe, KdoctError, Run, atomic_path, human_time, ope
 from .data import FRAMING, MAX_BYTES, _open_cache, cache_facts, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
+from .sources import modality_of
 from .tables import protocol_of
 
 # %% ../nbs/09_explore.ipynb #a1426b4e
@@ -170,7 +171,7 @@ class Choice:
     "Which test images are wanted; '' is all of them."
     true:str=''             # true class
     predicted:str=''        # predicted class
-    calls:str=''            # right or wrong
+    result:str=''           # right or wrong
     beside:str=''           # same or other: the class that the network beside predicts
     deferred:str=''         # deferred or decided
     outlier:str=''          # outlier or usual: unlike the training images, or not
@@ -194,7 +195,7 @@ def pick(
     keep = (t.confidence >= choice.low - 1e-9) & (t.confidence <= choice.high + 1e-9)
     if choice.true: keep &= t.label == choice.true
     if choice.predicted: keep &= t.predicted == choice.predicted
-    keep &= _kept(t, choice.calls, t.right, 'right', 'wrong', '')
+    keep &= _kept(t, choice.result, t.right, 'right', 'wrong', '')
     keep &= _kept(t, choice.beside, (t.other == t.predicted).where(t.apart.notna()), 'same', 'other', "No other network is trained in this fold")
     keep &= _kept(t, choice.deferred, t.deferred, 'deferred', 'decided', _NO_DECISION)
     keep &= _kept(t, choice.outlier, t.outlier, 'outlier', 'usual', _NO_DECISION)
@@ -235,7 +236,7 @@ class Cut(NamedTuple):
     "What a threshold on one class does to the test images."
     name:str                  # the class
     threshold:float           # the class is predicted from this probability on
-    called:np.ndarray         # (K,) images of each true class for which it is predicted
+    predicted:np.ndarray      # (K,) images of each true class for which it is predicted
     total:np.ndarray          # (K,) images of each true class
     sensitivity:tuple         # estimate, low, high; NaN where there is no image of the class
     specificity:tuple         # estimate, low, high; NaN where there is no other image
@@ -271,9 +272,9 @@ def at(self:Thresholds,
     threshold:float,  # 0 to 1
 )->Cut:
     "What this threshold does."
-    called = self.p >= threshold
-    counts = [np.bincount(self.y[m], minlength=self.n_classes) for m in (called, np.ones(len(called), bool))]
-    return Cut(self.name, float(threshold), *counts, self._share(called, self.positive), self._share(~called, ~self.positive))
+    predicted = self.p >= threshold
+    counts = [np.bincount(self.y[m], minlength=self.n_classes) for m in (predicted, np.ones(len(predicted), bool))]
+    return Cut(self.name, float(threshold), *counts, self._share(predicted, self.positive), self._share(~predicted, ~self.positive))
 
 @patch
 def curves(self:Thresholds,
@@ -313,11 +314,12 @@ MOST_SCANS = 1000  # of one file
 def read_own(
     file:str|Path,   # a picture or a volume
     name:str='',     # how to call it; '': the file's name
+    modality:str='oct',  # what DICOM and volumes must hold, as `kdoct.volumes.read_scans` takes it
 )->list[Own]:        # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
     name = name or Path(file).name
     def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    with closing(Guard()) as guard:   # a damaged file gets so much time and memory, and the page goes on
+    with closing(Guard(modality=modality)) as guard:   # a damaged file gets so much time and memory, and the page goes on
         own = [Own(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(guard.scans(file), MOST_SCANS)]
     if not own: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return own
@@ -325,12 +327,13 @@ def read_own(
 def read_upload(
     name:str,    # of the file, as the browser gives it; only its ending is used
     data:bytes,  # its content
+    modality:str='oct',  # as `read_own` takes it
 )->list[Own]:    # at most MOST_SCANS
     "The pictures of an uploaded file."
     with tempfile.TemporaryDirectory(prefix='kdoct-') as folder:
         file = Path(folder)/f"upload{re.sub(r'[^A-Za-z0-9.]', '', Path(name).suffix)}"
         file.write_bytes(data)
-        return read_own(file, name)
+        return read_own(file, name, modality)
 
 # %% ../nbs/09_explore.ipynb #210abbec
 def lay_back(
@@ -371,10 +374,10 @@ class Network:
         role:str,  # one of the recipe's roles
     ):
         from kdoct.decide import load_decision
-        from kdoct.models import load_bundle, resolve_precision
+        from kdoct.models import load_model_folder, resolve_precision
         from kdoct.training import best_device
         folder, device = run.stage_dir(fold, role), best_device()
-        self.model, self.about = load_bundle(folder)
+        self.model, self.about = load_model_folder(folder)
         self.model.precision = resolve_precision(run.recipe.training(role).precision, device)
         self.model.to(device)
         self.run, self.layer = run, run.recipe.explain.layers.get(role, '')
@@ -721,14 +724,14 @@ def cut_html(
 )->str:
     "Confusion, sensitivity and specificity of a threshold, with counts."
     k, name = classes.index(cut.name), html.escape(cut.name)
-    rows = [[html.escape(c) + (' <b>(the class)</b>' if i == k else ''), str(cut.called[i]), str(cut.total[i] - cut.called[i]), str(cut.total[i])]
+    rows = [[html.escape(c) + (' <b>(the class)</b>' if i == k else ''), str(cut.predicted[i]), str(cut.total[i] - cut.predicted[i]), str(cut.total[i])]
             for i, c in enumerate(classes)]
-    rest = cut.total.sum() - cut.total[k], cut.called.sum() - cut.called[k]
-    rows.append(['all', str(cut.called.sum()), str(cut.total.sum() - cut.called.sum()), str(cut.total.sum())])
+    rest = cut.total.sum() - cut.total[k], cut.predicted.sum() - cut.predicted[k]
+    rows.append(['all', str(cut.predicted.sum()), str(cut.total.sum() - cut.predicted.sum()), str(cut.total.sum())])
     table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
                        f'{cut.total.sum()} test images of {n_groups} groups (patients); '
                        f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
-    return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.called[k], cut.total[k], level)}</p>'
+    return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.predicted[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
             + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
                         'and no exception, the rate of exceptions may still be up to 300/n %.', 'soft'))
@@ -942,8 +945,8 @@ def case_line(
 )->str:
     "A test image in a line."
     where = ' '.join(v for k, v in _known(row).items() if k in ('patient', 'eye', 'slice'))
-    call = row.label if row.right else f'{row.label} → {row.predicted}'
-    return f"{'✓' if row.right else '✗'} {call} {100*row.confidence:.0f} % · {where or row.path}"
+    classes = row.label if row.right else f'{row.label} → {row.predicted}'
+    return f"{'✓' if row.right else '✗'} {classes} {100*row.confidence:.0f} % · {where or row.path}"
 
 class TestPanel:
     "Which test images, and a list of them."
@@ -955,7 +958,7 @@ class TestPanel:
         self.state, self.show, self.rows, self.filling = state, show, np.array([], int), False
         half = dict(style=dict(description_width='62px'), layout=w.Layout(width='165px'))
         def choose(what, *options): return w.Dropdown(description=what, options=[('all', ''), *options], **half)
-        self.true, self.predicted, self.calls = choose('true'), choose('predicted'), choose('result', ('right', 'right'), ('wrong', 'wrong'))
+        self.true, self.predicted, self.result = choose('true'), choose('predicted'), choose('result', ('right', 'right'), ('wrong', 'wrong'))
         self.beside = choose('beside', ('same class', 'same'), ('other class', 'other'))
         self.deferred = choose('deferral', ('deferred', 'deferred'), ('not deferred', 'decided'))
         self.outlier = choose('outlier', ('outliers', 'outlier'), ('no outliers', 'usual'))
@@ -967,7 +970,7 @@ class TestPanel:
         self.count, self.why, self.small, self.saved = (w.HTML() for _ in range(4))
         self.kind = f'kd-{uuid.uuid4().hex[:8]}'
         self.list = _classed(w.RadioButtons(options=[], description='Cases', layout=w.Layout(width='auto')), 'kd-list', self.kind)
-        self.filters = (self.true, self.predicted, self.calls, self.beside, self.deferred, self.outlier, self.confidence, self.order)
+        self.filters = (self.true, self.predicted, self.result, self.beside, self.deferred, self.outlier, self.confidence, self.order)
         f, turns = self.filters, self.turns.values()
         pairs = [w.HBox(f[i:i + 2], layout=w.Layout(width='340px')) for i in (0, 2, 4)]
         pages = _classed(w.HBox([*turns, self.page], layout=w.Layout(flex_flow='row wrap', align_items='center')), 'kd-pages')
@@ -983,7 +986,7 @@ def opened(self:TestPanel):
     "A fold was opened: all its test images."
     c, self.filling, decided = self.state.cases, True, self.state.cases.role in self.state.cases.decisions
     for control in (self.true, self.predicted): control.options = [('all', ''), *((k, k) for k in c.classes)]
-    for control in (self.true, self.predicted, self.calls, self.beside, self.deferred, self.outlier): control.value = ''
+    for control in (self.true, self.predicted, self.result, self.beside, self.deferred, self.outlier): control.value = ''
     self.beside.description, self.beside.disabled = c.beside or 'beside', not c.beside
     for control in (self.deferred, self.outlier): control.disabled = not decided
     unfitted = f'{_NO_DECISION}. To fit it: {stage_command("decide", c.run, c.fold)}'
@@ -997,7 +1000,7 @@ def opened(self:TestPanel):
 def choice(self:TestPanel)->Choice:
     "What is chosen."
     low, high = self.confidence.value
-    return Choice(self.true.value, self.predicted.value, self.calls.value, self.beside.value, self.deferred.value,
+    return Choice(self.true.value, self.predicted.value, self.result.value, self.beside.value, self.deferred.value,
                   self.outlier.value, low, high, self.order.value)
 
 @patch
@@ -1088,18 +1091,26 @@ class OwnPanel:
 
 # %% ../nbs/09_explore.ipynb #18d9f36f
 @patch
+def modality(self:OwnPanel)->str:
+    "What the network that is chosen was trained on."
+    cases = self.state.cases
+    return 'oct' if cases is None else modality_of(cases.run.recipe.data.model_dump())
+
+@patch
 def uploaded(self:OwnPanel):
     "A file came through the browser."
     if not self.upload.value: return
     file = self.upload.value[0]
     self.upload.value = ()   # the same file may come again
-    self.begin(file['name'], lambda name: read_upload(name, bytes(file['content'])))
+    modality = self.modality()
+    self.begin(file['name'], lambda name: read_upload(name, bytes(file['content']), modality))
 
 @patch
 def from_path(self:OwnPanel):
     "A path was given."
     if not self.path.value.strip(): self.status.value = text_html('Type the path of a file on this machine first.', 'busy', 'status')
-    self.begin(self.path.value.strip(), lambda path: read_own(Path(path).expanduser()))
+    modality = self.modality()
+    self.begin(self.path.value.strip(), lambda path: read_own(Path(path).expanduser(), modality=modality))
 
 @patch
 def begin(self:OwnPanel, name:str, read):

@@ -76,10 +76,10 @@ def _limit_time(seconds:float):
     "End this process when it has used the processor for that long from now on; 0: never."
     with suppress(AttributeError): signal.setitimer(signal.ITIMER_PROF, seconds)   # Windows has none
 
-def _told(path:str)->Iterator[tuple[dict, bytes]]:
+def _told(path:str, modality:str)->Iterator[tuple[dict, bytes]]:
     "What the process says about a file: head and pixels of each scan, and how it ended."
     try:
-        for s in read_scans(path):
+        for s in read_scans(path, modality):
             yield dict(s._asdict(), image=None, path=str(s.path), mode=s.image.mode, size=s.image.size), s.image.tobytes()
     except Exception as e:  # noqa: BLE001 (named by `bad_image`)
         bad = bad_image(e)
@@ -95,9 +95,9 @@ def serve(
     _limit_memory(memory)
     answers.write(_packed(dict(ready=True))); answers.flush()
     for line in sys.stdin.buffer:
-        path, seconds = json.loads(line)
+        path, seconds, modality = json.loads(line)
         _limit_time(seconds)
-        for head, pixels in _told(path):
+        for head, pixels in _told(path, modality):
             answers.write(_packed(head)); answers.write(pixels); answers.flush()
         _limit_time(0)
 
@@ -117,7 +117,8 @@ class Reader:
     def __init__(self,
         seconds:float=5.,  # processor time that a file may take [s], and a second more for each 20 MB
         memory:float=4.,   # address space that the process may have [GiB]
-    ): self.seconds, self.memory, self.process = seconds, memory, None
+        modality:str='oct',  # what DICOM and volumes must hold, as `read_scans` takes it
+    ): self.seconds, self.memory, self.modality, self.process = seconds, memory, modality, None
 
     def scans(self,
         path:str|Path,  # the file
@@ -170,7 +171,7 @@ def _start(self:Reader):
 def _ask(self:Reader, path:str, limit:float):
     "Send a path, and how long it may take."
     try:
-        self.process.stdin.write(json.dumps([path, limit]).encode() + b'\n')
+        self.process.stdin.write(json.dumps([path, limit, self.modality]).encode() + b'\n')
         self.process.stdin.flush()
     except OSError as e: raise self._ended() from e
 
@@ -214,14 +215,15 @@ class Guard:
     def __init__(self,
         seconds:float=5.,  # processor time that a file may take [s], and a second more for each 20 MB
         memory:float=4.,   # address space that a reader process may have [GiB]
-    ): self.seconds, self.memory, self.idle, self.all = seconds, memory, deque(), []
+        modality:str='oct',  # what DICOM and volumes must hold, as `read_scans` takes it
+    ): self.seconds, self.memory, self.modality, self.idle, self.all = seconds, memory, modality, deque(), []
 
     def scans(self,
         path:str|Path,  # the file
     )->Iterator[Scan]:
         "Its B-scans; `BadImage` where it cannot be read, or not within the limits."
         if is_plain(path):
-            with _named(): yield from read_scans(path)
+            with _named(): yield from read_scans(path, self.modality)
             return
         reader = self._reader()
         try: yield from reader.scans(path)
@@ -229,7 +231,7 @@ class Guard:
 
     def _reader(self)->Reader:
         try: return self.idle.pop()
-        except IndexError: self.all.append(Reader(self.seconds, self.memory)); return self.all[-1]
+        except IndexError: self.all.append(Reader(self.seconds, self.memory, self.modality)); return self.all[-1]
 
     def close(self):
         "End the reader processes."

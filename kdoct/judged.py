@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import EvaluateRecipe, KdoctError
 from .decide import Decision, fitted_on, load_decision
-from .metrics import CALLS, HEADLINE, aurc, bootstrap, classes_of, logits_of, paired_difference, share_interval, targets_of
+from .metrics import LABEL_METRICS, HEADLINE, aurc, bootstrap, classes_of, logits_of, paired_difference, share_interval, targets_of
 from .patients import LEVELS, VolumeRule, decide_all_volumes
 from .tables import Section, interval_text, scores_section
 
@@ -229,7 +229,8 @@ def outliers_section(
     for m, folds in decided.items():
         r = share_interval(_joined(folds, lambda j: j.said.outlier), _groups(folds), None, *e)
         t = [j.decision.outlier.threshold for j in folds]
-        kinds = {k: float(np.mean([j.decision.about['strange'][k]['outliers'] for j in folds])) for k in folds[0].decision.about.get('strange', {})}
+        each = [j.decision.about.get('outlier_pictures', {}) for j in folds]
+        kinds = {k: float(np.mean([shares[k]['outliers'] for shares in each])) for k in each[0]}
         rows[m] = {'threshold': float(np.mean(t)), **_numbers('outliers', r), **kinds, 'n_images': r['n'], 'note': _notes(folds, 'outliers among')}
         texts[m] = {'outlier above': _span(t), 'outliers among test images %': _text(r), **{f'{k} %': f'{100*v:.0f}' for k, v in kinds.items()}}
     w = next(iter(decided.values()))[0].decision.about['recipe']
@@ -278,7 +279,7 @@ def volumes_section(
         made = {(m, level): v for (m, level), v in made.items() if level == 'volume'}   # every patient has one volume
     kept = {f'{m}, {level}s': t[t.predicted != ''] for (m, level), (t, _) in made.items() if (t.predicted != '').any()}
     if not kept: return None
-    def metrics(name): return HEADLINE if rules[name.rpartition(', ')[0]].rule == 'mean' else CALLS
+    def metrics(name): return HEADLINE if rules[name.rpartition(', ')[0]].rule == 'mean' else LABEL_METRICS
     s = scores_section('Volumes and patients', kept, _units_caption(made, rules, decided, models), evaluate, seed, metrics)
     counts = {f'{m}, {level}s': _unit_counts(t, e) for (m, level), (t, _) in made.items()}
     notes = {n: '; '.join(filter(None, [s.table.note[n], *counts[n][2]])) for n in kept}
@@ -307,7 +308,7 @@ def _units_caption(made, rules, decided, models):
     if bare := [m for m in models if m not in decided]:
         out.append(f'Without a decision, so not calibrated, with no outliers and none deferred for its confidence: {", ".join(bare)}.')
     out.append('Intervals over groups.')
-    if lost: out.append(f'Left out for B-scans of several classes, with no order in data.severity: {len(lost)} {level}s ({", ".join(lost[:10])}'
+    if lost: out.append(f'Left out for B-scans of several classes, and the classes have no order of severity: {len(lost)} {level}s ({", ".join(lost[:10])}'
                         f'{", ..." if len(lost) > 10 else ""}).')
     return ' '.join(out)
 

@@ -61,7 +61,7 @@ class Explained(NamedTuple):
     "An image with what two or more networks make of it."
     image:np.ndarray                     # (H, W) or (H, W, 3), uint8 or [0, 1]
     maps:dict[str, np.ndarray]           # role -> (H, W) in [0, 1]; the last minus the first is the difference
-    calls:dict[str, tuple[str, float]]   # role -> predicted class and its probability
+    predicted:dict[str, tuple[str, float]]   # role -> predicted class and its probability
     label:str                            # true class
     mask:np.ndarray|None=None            # (H, W), above 0 on the lesion; None or empty: no outline
     name:str=''                          # what the image is called, in small type
@@ -82,7 +82,7 @@ def _short(name, width=28): return name if len(name) <= width else f'…{name[1 
 
 def _call(role, row):
     "Role, predicted class, probability, and whether that is right."
-    name, p = row.calls[role]
+    name, p = row.predicted[role]
     return f'{role}\n{_lines(name)}\n{p:.2f}, {"right" if name == row.label else "wrong"}'
 
 def _titles(row):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'computes_bf16', 'resolve_precision', 'Bf16Step', 'autocast', 'set_tf32', 'float32_products', 'Classifier',
-           'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'read_state', 'misfits',
-           'check_fit', 'read_bundle', 'create_classifier', 'count_parameters', 'data_identity', 'save_bundle',
-           'load_bundle', 'class_order', 'load_for_classes', 'weights_origin', 'check_origin', 'import_bundle']
+           'head_modules', 'undecayed', 'map_lite_names', 'probe_picture', 'check_numbers', 'require_arch',
+           'read_state', 'misfits', 'check_fit', 'read_model_folder', 'create_classifier', 'count_parameters',
+           'data_identity', 'save_model_folder', 'load_model_folder', 'class_order', 'load_for_classes',
+           'weights_origin', 'check_origin', 'import_model_folder']
 
 # %% ../nbs/02_models.ipynb #0acdbfd8
+import difflib
 import importlib
 import re
 from contextlib import contextmanager, nullcontext
@@ -247,15 +249,22 @@ def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->
                          'or "size" in teachers.')
 
 # %% ../nbs/02_models.ipynb #c4c418c9
+def require_arch(
+    arch:str,  # timm name, with or without the tag of its weights
+):
+    "`KdoctError` if timm knows no such model, or no such weights of it, with the names that are nearest."
+    name, _, tag = arch.partition('.')
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name.split('_')[0]}*")[:3]
+        raise KdoctError(f"timm knows no model '{arch}'.", fix=f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.")
+    tags = timm.list_pretrained(f'{name}.*') if tag else []
+    if tag and arch not in tags:
+        near = difflib.get_close_matches(arch, tags, n=5, cutoff=0) or ['none']
+        raise KdoctError(f"timm knows no weights '{arch}'.", fix=f"It knows: {', '.join(near)}")
+
 def _timm_model(arch:str, size:int, pretrained:bool=False, **kwargs)->nn.Module:
     "timm's model for an input size [px]; `KdoctError` for an unknown name or tag, a rate that it does not have, or a size that it cannot take."
-    if not timm.is_model(arch.split('.')[0]):
-        near = timm.list_models(f"*{arch.split('_')[0]}*")[:5]
-        raise KdoctError(f"timm knows no model '{arch}'.",
-                         fix=f"For example: {', '.join(near) or 'see timm.list_models()'}")
-    if '.' in arch and arch not in timm.list_pretrained(f"{arch.split('.')[0]}.*"):
-        raise KdoctError(f"timm knows no weights '{arch}'.",
-                         fix=f"It knows: {', '.join(timm.list_pretrained(arch.split('.')[0] + '.*')) or 'none'}")
+    require_arch(arch)
     try: body = timm.create_model(arch, pretrained, **kwargs)
     except TypeError as e:
         if 'drop_path_rate' not in str(e): raise
@@ -365,7 +374,7 @@ def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     return _load_all_but_head(_timm_model(arch, size, **kwargs), _state_for(arch, path), Path(path).name, arch)
 
 # %% ../nbs/02_models.ipynb #a803b65f
-def read_bundle(
+def read_model_folder(
     folder:str|Path,    # with model.safetensors and model.json
 )->tuple[dict, dict]:   # model.json; name -> tensor
     "Both files of a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
@@ -376,9 +385,9 @@ def read_bundle(
                          fix="Delete the folder and train again.")
     return about, load_file(folder/'model.safetensors')
 
-def _from_bundle(folder:str, arch:str, size:int, **kwargs)->nn.Module:
+def _from_model_folder(folder:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with a model folder's weights and normalisation, all but the classifier."
-    about, state = read_bundle(folder)
+    about, state = read_model_folder(folder)
     require_same_arch(about, folder, arch)
     body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The network in {folder} ({about['input_size']} px)", arch)
     body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
@@ -398,7 +407,7 @@ def create_classifier(
         case 'none': body = _timm_model(recipe.arch, size, **kwargs)
         case 'package': body = _from_package(recipe.arch, size, **kwargs)
         case 'hub': body = _from_hub(recipe.arch, size, **kwargs)
-        case path: body = (_from_bundle if Path(path).is_dir() else _from_file)(path, recipe.arch, size, **kwargs)
+        case path: body = (_from_model_folder if Path(path).is_dir() else _from_file)(path, recipe.arch, size, **kwargs)
     cfg = timm.data.resolve_data_config({}, model=body)
     body.reset_classifier(n_classes)
     net = Classifier(body, size, cfg['mean'], cfg['std'], cfg['interpolation'], resolve_precision(recipe.precision, device))
@@ -421,7 +430,7 @@ def data_identity(
         case public: return public
 
 # %% ../nbs/02_models.ipynb #1e847863
-def _write_bundle(
+def _write_model_folder(
     folder:str|Path,   # where the two files go
     model:Classifier,  # network
     **about,           # for model.json, beside what the network says of itself
@@ -436,7 +445,7 @@ def _write_bundle(
     write_json(folder/'model.json', about | facts)
     return about | facts
 
-def save_bundle(
+def save_model_folder(
     folder:str|Path,     # where the two files go
     model:Classifier,    # trained network
     role:str,            # one of the recipe's roles
@@ -445,14 +454,14 @@ def save_bundle(
     **facts,             # e.g. folds_sha256, metrics
 )->dict:                 # what stands in model.json
     "The model folder of a network that a run has trained."
-    return _write_bundle(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
+    return _write_model_folder(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
                          recipe=recipe.model_dump(mode='json'), **facts)
 
-def load_bundle(
+def load_model_folder(
     folder:str|Path,   # with model.safetensors and model.json
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU, and its model.json
     "Read a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
-    about, state = read_bundle(folder)
+    about, state = read_model_folder(folder)
     body = _timm_model(about['arch'], about['input_size'], num_classes=len(about['classes']))
     check_fit(body, state, f'The network in {folder}', about['arch'])
     body.load_state_dict(state)
@@ -480,7 +489,7 @@ def load_for_classes(
     classes:list[str],   # names in the order that is wanted
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU; its model.json
     "A trained network whose logits stand in the order of these classes; `KdoctError` if it has others."
-    model, about = load_bundle(folder)
+    model, about = load_model_folder(folder)
     order = class_order(about['classes'], classes, f"The network in {folder}")
     if order == list(range(len(order))): return model, about
     picture = probe_picture(model.size)
@@ -503,7 +512,7 @@ def weights_origin(
     if not path.is_dir(): return dict(kind='file', file=path.name, sha256=sha256_file(path))
     about, run = read_json(path/'model.json'), path.resolve().parents[1]
     known = {k: about.get(k) for k in ('arch', 'role', 'data', 'folds_sha256', 'fold', 'classes', 'weights_sha256', 'imported', 'weights_from')}
-    return dict(kind='bundle', run=run.name if (run/'run.json').exists() else None, **known)
+    return dict(kind='model folder', run=run.name if (run/'run.json').exists() else None, **known)
 
 def check_origin(
     origin:dict,       # of `weights_origin`
@@ -517,7 +526,7 @@ def check_origin(
         if origin['kind'] == 'file' or origin.get('imported'):
             name = origin.get('file') or origin['imported']['file']
             notes.append(f"It is not known which images {name} was trained on; if test images are among them, the scores are too good.")
-        if origin.get('data') in ('folder', 'csv', 'phantom'):   # a bundle tells no folder names
+        if origin.get('data') in ('folder', 'csv', 'phantom'):   # a shipped model.json tells no folder names
             notes.append(f"It is not known which images (source {origin['data']}) the {origin['arch']} was trained on; if test images are among them, the "
                          "scores are too good.")
         same_images = origin.get('data') == data_source or folds_sha256 == origin.get('folds_sha256')
@@ -545,7 +554,7 @@ def _statistics(body:nn.Module, **given)->dict:
                          fix="Give bilinear or bicubic: --interpolation bilinear")
     return use
 
-def import_bundle(
+def import_model_folder(
     path:str|Path,       # .pth, .pt, .bin or .safetensors with tensors only
     arch:str,            # timm model name
     classes:list[str],   # in the order of the logits
@@ -572,6 +581,6 @@ def import_bundle(
     check_fit(body, state, Path(path).name, arch)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
-    return _write_bundle(folder, Classifier(body, size, **expected), role=role, arch=arch, classes=list(classes), recipe=None,
+    return _write_model_folder(folder, Classifier(body, size, **expected), role=role, arch=arch, classes=list(classes), recipe=None,
                          data=None, folds_sha256=None, fold=None, imported=dict(file=Path(path).name, sha256=sha256_file(path)),
                          protocol="unknown: imported; which images it was trained and chosen on is not recorded")

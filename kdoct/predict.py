@@ -376,7 +376,8 @@ class Predictor:
         self.alpha = _known_alpha(self.decision, alpha)
         self.workers = workers or min(4, usable_cores())
         if self.workers < 1 or batch < 1: raise KdoctError(f"workers={workers} and batch={batch} must be positive.", fix="Leave them out.")
-        self.guard, self.engine = Guard(seconds, memory), _started(self.bundle, engine, threads)
+        self.guard = Guard(seconds, memory, self.bundle.about.get('modality', 'oct'))
+        self.engine = _started(self.bundle, engine, threads)
         self.channels = self.engine.channels
 
     def close(self):

@@ -11,16 +11,21 @@ import re
 from pathlib import Path
 
 import jinja2
+import markupsafe
 import pandas as pd
 
-from .card import formats_table
+from .card import MACHINE, formats_table
 from .core import KdoctError, Run, atomic_path, human_time, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
-from .evaluate import complete_folds, evaluate_fold, evaluate_run, is_evaluated, warnings_of
+from .evaluate import FURTHER, complete_folds, evaluate_fold, evaluate_run, is_evaluated, warnings_of
 from .probe import probe_table, run_verdict, shortcut_verdict
-from .tables import TOGETHER, shown, shown_differences
+from .tables import PART_NAMES, TOGETHER, named_together, shown, shown_differences
 
 # %% ../nbs/05b_report.ipynb #a28114e5
+def _marked(text):
+    "Text for the page, `names` in it as code."
+    return markupsafe.Markup(re.sub('`([^`]+)`', r'<code>\1</code>', str(markupsafe.escape(text))))
+
 def _table(
     frame,  # DataFrame of texts
     first='',  # heading of the index column; None leaves the index out
@@ -29,8 +34,8 @@ def _table(
 ):
     "What the template needs to draw a table."
     head = ([first] if first is not None else []) + list(map(str, frame.columns))
-    def text(v): return re.sub(r'\[[^\]]*\]|\bp \d', lambda m: m[0].replace(' ', '\xa0'), str(v))   # an interval, and a p, stay on one line
-    rows = [([str(i)] if first is not None else []) + [text(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
+    def text(v): return re.sub(r'\[[^\]]*\]|\bp \d|\d %', lambda m: m[0].replace(' ', '\xa0'), str(v))   # what is not parted at the end of a line
+    rows = [([text(i)] if first is not None else []) + [text(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
     return dict(head=head, rows=rows, caption=caption, protocol=protocol)
 
 # %% ../nbs/05b_report.ipynb #7407ce10
@@ -49,7 +54,8 @@ _ALT = {
     'reliability': 'Reliability diagram of each model before calibration: share correct by predicted probability, and images a bin',
     'calibration': 'Reliability of each model as trained (above) and after calibration (below): share correct by predicted probability, images a bin, '
                    'expected calibration error (ECE)',
-    'coverage_risk': 'Share of mistakes among the B-scans that are kept, while ever more unsure ones are deferred, with the chosen threshold',
+    'coverage_risk': 'Share of mistakes among the B-scans that are kept, while ever more unsure ones are deferred (line); '
+                     'as deferred by the decision, outliers too (dot)',
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
     'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',
@@ -106,7 +112,7 @@ def _short_protocol(run, folds):
 
 def _notes(notes):
     "Notes of rows, each said once, with the rows that it is about."
-    return [f'{"; ".join(map(str, notes.index[notes == n]))}: {n}' for n in dict.fromkeys(notes) if n]
+    return [f'{named_together(notes.index[notes == n])}: {n}' for n in dict.fromkeys(notes) if n]
 
 # %% ../nbs/05b_report.ipynb #c40044a7
 def _per_fold(per):
@@ -131,9 +137,11 @@ def _results(run, result, folds):
                          'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.', by))
     if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.', by))
     notes = _notes(r['table'].note)
+    if len(folds) == 1: r = r | dict(sections={k: s for k, s in r['sections'].items() if k != 'folds'})   # it would repeat the main table
+    one = f'One fold only (fold {folds[0]}), so there is no mean and no standard deviation over folds.' if len(folds) == 1 else ''
     sections = {place: [_section(s, '' if k == 'costs' else by.removesuffix('; one view')) for k, s in r['sections'].items()
                         if _ELSEWHERE.get(k, 'results') == place] for place in ('results', 'decisions', 'costs')}
-    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], tables=tables, notes=notes, sections=sections)
+    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], one_fold=one, tables=tables, notes=notes, sections=sections)
 
 # %% ../nbs/05b_report.ipynb #0d408824
 def _data_tables(run):
@@ -143,7 +151,8 @@ def _data_tables(run):
         f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str}, keep_default_na=False)
         n = f.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
         text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
-        out.append(_table(text.fillna('none'), 'fold', 'Images, and in brackets groups (patients), in each part of each fold; out: not used in that fold.'))
+        out.append(_table(text.fillna('none').rename(columns=PART_NAMES), 'fold',
+                          'Images, and in brackets groups (patients), in each part of each fold.'))
     if (path := run.path/'audit.json').is_file():
         out.append(_table(_audit_facts(read_json(path)), None, 'Audit of the images.'))
     if (path := run.path/'audit.csv').is_file():
@@ -172,32 +181,38 @@ def _probe_table(probe):
     "The features that tell most of the class without being retina."
     t = probe_table(probe).head(8)
     numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
-    return _table(t.assign(alone=(100*t.alone).map('{:.1f} %'.format), **numbers), None, f"Shortcut probe. {shortcut_verdict(probe)[1]} "
-                  'Columns: balanced accuracy of the feature alone on held-out patients, and its mean in each class.')
+    alone = {'balanced accuracy alone': (100*t.alone).map('{:.1f} %'.format)}
+    words = t[['meaning']].rename(columns=dict(meaning='what is not retina')).assign(**alone, **numbers)
+    return _table(words, None, f"Shortcut probe. {shortcut_verdict(probe)[1]} "
+                  'Columns: balanced accuracy of each feature alone on held-out patients, and its mean in each class.')
 
 # %% ../nbs/05b_report.ipynb #d79037d3
 def _recipe_rows(run):
-    "Every field of the recipe with its value, whether it is the default, and its meaning."
-    known, rows = recipe_fields(), []   # field names are what --set takes
+    "Every field of the recipe: meaning, value, whether it is the default, and the name that `--set` takes."
+    known, rows = recipe_fields(), []
     for name, value in _flat(run.recipe.model_dump(mode='json')):
         default, meaning = known.get(name, (None, ''))
         changed = '' if name == 'name' or str(value) == dict(_flat({'x': default}))['x'] else '•'
-        rows.append((name, value, changed, meaning))
-    return pd.DataFrame(rows, columns=['field', 'value', 'changed', 'meaning'])
+        part, _, own = name.rpartition('.')
+        rows.append((f'{part.replace(".", ", ")}: {meaning or own}' if part else meaning, value, changed, name))
+    return pd.DataFrame(rows, columns=['setting', 'value', 'changed', 'name for --set'])
 
-def _recipe_table(run):
-    "Every field of the recipe with its value and meaning."
-    return _table(_recipe_rows(run), None, 'The recipe as run; • marks a value other than the default.')
-
-def _changed_table(run):
-    "Fields of the recipe that are not the default."
+def _recipe_tables(run):
+    "What was changed in the recipe, and the whole of it."
     rows = _recipe_rows(run)
-    return _table(rows[rows.changed != ''].drop(columns='changed'), None, 'Fields of the recipe with a value other than the default.')
+    changed = rows[rows.changed != ''].drop(columns='changed')
+    return dict(changed=_table(changed, None, 'Settings with a value other than the default.'),
+                recipe=_table(rows, None, 'All settings as run; • marks a value other than the default.'))
 
 # %% ../nbs/05b_report.ipynb #2699bfc6
 _NOTED = {  # what a stage notes -> in words
     'parameters': 'parameters', 'precision': 'arithmetic', 'kept': 'weights kept', 'images': 'images', 'groups': 'groups',
     'processes': 'processes', 'training_seconds': 'training [s]', 'seed': 'seed'}
+
+def _stage_name(key):
+    "A stage of run.json in words: 'fold_0/student' is 'fold 0, student'."
+    names = {folder: name for name, folder in FURTHER.items()}
+    return ', '.join(names.get(part, part.replace('_', ' ')) for part in key.split('/'))
 
 def _stage_table(facts):
     "Stages with status, time and what a reader may want to know of them; run.json has the rest."
@@ -205,11 +220,20 @@ def _stage_table(facts):
     for key, d in facts.get('stages', {}).items():
         noted = {words: d[name] for name, words in _NOTED.items() if isinstance(d.get(name), (int, float, str))}
         if d.get('status') == 'failed': noted |= {k: d[k] for k in ('error', 'notebook') if d.get(k)}
-        text = '; '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in noted.items())
+        text = '; '.join(f'{k}: {v:.3g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in noted.items())
         took = human_time(d['seconds']) if 'seconds' in d else ''
-        rows.append((key.replace('_', ' ').replace('/', ', '), d.get('status', ''), took, text))
+        rows.append((_stage_name(key), d.get('status', ''), took, text))
     return _table(pd.DataFrame(rows, columns=['stage', 'status', 'time', 'noted']), None,
                   'Stages in the order in which they first reported; run.json has all that they noted.')
+
+def _machine_table(facts):
+    "Machine and versions, in words."
+    machine, rows = facts.get('machine') or {}, [('Python', facts.get('python'))]
+    rows += [(words, machine.get(name)) for name, words in MACHINE.items()]
+    rows += [(package, version) for package, version in (facts.get('packages') or {}).items()]
+    rows += [('hash of the recipe', facts.get('recipe_key')), ('hash of folds.csv', facts.get('stages', {}).get('data', {}).get('folds_sha256'))]
+    known = [(fact, str(value)) for fact, value in rows if value is not None]
+    return _table(pd.DataFrame(known, columns=['what', 'value']), None, 'Machine and versions, as noted when the run was made.')
 
 # %% ../nbs/05b_report.ipynb #717fae54
 def _formats(facts):
@@ -217,16 +241,18 @@ def _formats(facts):
     out, stages = [], facts.get('stages', {})
     for key, role, d in ((k, r, d) for k, s in stages.items() if k.endswith('/deploy') for r, d in s.items() if isinstance(d, dict)):
         head, rows, how = formats_table(d.get('formats', {}))
-        name = f"{d.get('name', role)} ({key.removesuffix('/deploy').replace('_', ' ')}, {role}), exported {d.get('created', 'at an unknown time')}."
+        name = f"{d.get('name', role)} ({_stage_name(key.removesuffix('/deploy'))}, {role}), exported {d.get('created', 'at an unknown time')}."
         out.append(_table(pd.DataFrame(rows, columns=head), None, f'{name} {how}'))
     return out
 
 # %% ../nbs/05b_report.ipynb #3abf0203
+def _sentence_case(text): return text[:1].upper() + text[1:]
+
 def _troubles(run, facts, folds):
     "Failed stages, and models missing from the folds asked for or begun."
-    out = [f'{key} failed: {d.get("error", "no message was recorded")}' + (f' (see {d["notebook"]})' if d.get('notebook') else '')
+    out = [f'{_sentence_case(_stage_name(key))}, failed: {d.get("error", "no message was recorded")}' + (f' (see {d["notebook"]})' if d.get('notebook') else '')
            for key, d in facts.get('stages', {}).items() if d.get('status') == 'failed']
-    out += [f'{key} has not finished: it is still running or was interrupted.' for key, d in facts.get('stages', {}).items()
+    out += [f'{_sentence_case(_stage_name(key))}, has not finished: it is still running or was interrupted.' for key, d in facts.get('stages', {}).items()
             if d.get('status') == 'running']
     begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in run.recipe.roles)}
     for k in sorted(begun | set(folds)):
@@ -238,8 +264,9 @@ def _troubles(run, facts, folds):
 def _remarks(facts):
     "What stages noted on the way, and what the audit found."
     stages = facts.get('stages', {})
-    out = [f'{key}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
-    return out + [f'data: the audit found {n} {p}' for p, n in (stages.get('data', {}).get('problems') or {}).items()]
+    out = [f'{_sentence_case(_stage_name(key))}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
+    found = stages.get('data', {}).get('problems') or {}
+    return out + ([f'Data: the audit found {", ".join(f"{n} {p}" for p, n in found.items())}.'] if found else [])
 
 # %% ../nbs/05b_report.ipynb #3d06f994
 _CSS = '''
@@ -256,7 +283,9 @@ caption{caption-side:top;text-align:left;color:var(--soft);padding:0 0 .4rem;max
 details{margin:1rem 0}summary{cursor:pointer;color:var(--accent)}
 th,td{padding:.35rem .75rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--tint);border-bottom:2px solid var(--line);white-space:nowrap}.wide td{max-width:30rem;overflow-wrap:anywhere}
-tbody th{white-space:nowrap}.numbers thead th{white-space:normal}figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
+tbody th{white-space:nowrap}.numbers thead th{white-space:normal}
+.wide tbody th{white-space:normal;max-width:30rem;font-weight:400}code{font-size:.92em}
+figure{margin:1rem 0 1.75rem}figure img{max-width:100%;height:auto;display:block}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.35rem;max-width:46rem}
 .titled caption{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .bad{border-left:4px solid #b3261e;padding:.1rem 0 .1rem 1rem}ul.bad{padding-left:2rem}ul.bad li{overflow-wrap:anywhere;max-width:52rem}
@@ -278,14 +307,14 @@ th,td{padding:.15rem .22rem;overflow-wrap:break-word}thead th,tbody th,caption{w
 _PIECES = '''
 {% macro table(t, kind) %}{% if t.rows %}
 <div class="scroll{{ ' short' if t.rows|length <= 12 }}" tabindex="0" role="region" aria-label="{{ t.caption }}">
-<table class="{{ kind }}"><caption>{{ t.caption }}</caption><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}
+<table class="{{ kind }}"><caption>{{ t.caption|marked }}</caption><thead><tr>{% for h in t.head %}<th scope="col">{{ h }}</th>{% endfor %}
 {%- if t.protocol %}<th scope="col" class="protocol">protocol</th>{% endif %}</tr></thead>
 <tbody>{% for r in t.rows %}
-<tr><th scope="row">{{ r[0] }}</th>{% for c in r[1:] %}<td>{{ c }}</td>{% endfor %}
+<tr><th scope="row">{{ r[0]|marked }}</th>{% for c in r[1:] %}<td>{{ c|marked }}</td>{% endfor %}
 {%- if t.protocol and loop.first %}<td class="protocol" rowspan="{{ t.rows|length }}">{{ t.protocol }}</td>{% endif %}</tr>{% endfor %}
 </tbody></table></div>{% else %}<p class="soft">{{ t.caption }} There are none.</p>{% endif %}{% endmacro %}
 {% macro figure(f) %}<figure><img src="{{ f.src }}" alt="{{ f.alt }}"><figcaption>{{ f.caption }}</figcaption></figure>{% endmacro %}
-{% macro parts(some) %}{% for s in some %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text }}</p>
+{% macro parts(some) %}{% for s in some %}<h3>{{ s.title }}</h3><p class="soft">{{ s.text|marked }}</p>
 {% for t in s.tables %}{{ table(t, 'numbers titled') }}{% endfor %}
 {% if s.notes %}<ul class="soft">{% for n in s.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}{% endfor %}{% endmacro %}
 '''
@@ -302,20 +331,21 @@ _PAGE = _PIECES + '''<!DOCTYPE html>
 {%- if version %} {{ version }}{% endif %}
 {%- if git %}, commit {{ git[:12] }}{% endif %}. For research; not for diagnosis.</p></header>
 <nav aria-label="Sections"><ul>{% for id, title in sections %}<li><a href="#{{ id }}">{{ title }}</a></li>{% endfor %}</ul></nav>
-<main>{% if warnings or troubles %}<section id="first"><h2>Read this first</h2><ul class="bad">{% for w in warnings %}<li>{{ w }}</li>{% endfor %}
+<main>{% if warnings or troubles %}<section id="first"><h2>Read this first</h2><ul class="bad">{% for w in warnings %}<li>{{ w|marked }}</li>{% endfor %}
 {% if troubles %}<li>{{ troubles|length }} {{ "stage or model has" if troubles|length == 1 else "stages or models have" }}
 failed or {{ "is" if troubles|length == 1 else "are" }} missing: <a href="#wrong">What went wrong</a>.</li>{% endif %}</ul></section>{% endif %}
 <section id="results"><h2>Results</h2>
 {% if results %}<p class="lead">{{ results.sentence }}</p><p class="soft">Protocol. {{ results.protocol }}</p>
 {% for n in results.notes %}<p class="bad">Note on {{ n }}.</p>{% endfor %}
 {% for t in results.tables %}{{ table(t, 'numbers') }}{% endfor %}
+{% if results.one_fold %}<p class="soft">{{ results.one_fold }}</p>{% endif %}
 {{ parts(results.sections.results) }}
 {% else %}<p class="bad">No fold has predictions of all three models yet, so there is nothing to compare.</p>{% endif %}</section>
-<section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t }}</li>{% endfor %}</ul>
+<section id="wrong"><h2>What went wrong</h2>{% if troubles %}<ul class="bad">{% for t in troubles %}<li>{{ t|marked }}</li>{% endfor %}</ul>
 {% elif warnings %}<p>No stage failed and no model is missing in the folds shown here. What was found in the data and the results stands at the top:
 <a href="#first">Read this first</a>.</p>
 {% else %}<p>Nothing: no stage failed and no model is missing in the folds shown here.</p>{% endif %}
-{% if remarks %}<h3>Noted on the way</h3><ul>{% for t in remarks %}<li>{{ t }}</li>{% endfor %}</ul>{% endif %}</section>
+{% if remarks %}<h3>Noted on the way</h3><ul>{% for t in remarks %}<li>{{ t|marked }}</li>{% endfor %}</ul>{% endif %}</section>
 <section id="decisions"><h2>Decisions</h2>{% if results and results.sections.decisions %}{{ parts(results.sections.decisions) }}
 {% else %}<p>No network of these folds has thresholds yet.</p>{% endif %}</section>
 <section id="figures"><h2>Figures</h2>{% for title, pictures in figures %}<h3>{{ title }}</h3>
@@ -328,7 +358,7 @@ failed or {{ "is" if troubles|length == 1 else "are" }} missing: <a href="#wrong
 {% else %}<p>No bundle yet. Command: kdoct export {{ run }}</p>{% endfor %}</section>
 <section id="data"><h2>Data</h2>{% for t in data %}{{ table(t, 'wide') }}{% else %}<p>No folds.csv and no audit yet.</p>{% endfor %}</section>
 <section id="recipe"><h2>Recipe</h2>{{ table(changed, 'wide') }}
-<details><summary>All {{ recipe.rows|length }} fields</summary>{{ table(recipe, 'wide') }}</details></section>
+<details><summary>All {{ recipe.rows|length }} settings</summary>{{ table(recipe, 'wide') }}</details></section>
 <section id="machine"><h2>Stages and machine</h2>
 <details><summary>{{ stages.rows|length }} stages: status, time, what they noted</summary>{{ table(stages, 'wide') }}</details>
 <details><summary>Machine and versions</summary>{{ table(machine, 'wide') }}</details></section>
@@ -356,13 +386,13 @@ def report_html(
     results, warnings = _results(run, result, use) if use else None, warnings_of(run, result['sections'] if use else None)
     verdict, words = run_verdict(run)
     facts = run.facts()
-    about = {k: facts.get(k) for k in ('python', 'machine', 'packages', 'recipe_key', 'folds_sha256') if facts.get(k)}
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE).render(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters['marked'] = _marked
+    page = environment.from_string(_PAGE).render(
         run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
         warnings=warnings, troubles=_troubles(run, facts, asked),
         remarks=[*([words] if verdict == 'not known' else []), *_remarks(facts)], formats=_formats(facts),
         created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
-        data=_data_tables(run), recipe=_recipe_table(run), changed=_changed_table(run), stages=_stage_table(facts),
-        machine=_table(pd.DataFrame(_flat(about), columns=['fact', 'value']), None, 'Machine and versions, as noted when the run was made.'))
+        data=_data_tables(run), stages=_stage_table(facts), machine=_machine_table(facts), **_recipe_tables(run))
     with atomic_path(run.path/'report.html') as tmp: tmp.write_text(page.strip() + '\n', encoding='utf-8')
     return run.path/'report.html'

@@ -6,10 +6,11 @@
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'NEH_LABELS',
            'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
            'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'check_labels',
-           'join_spellings', 'part_name', 'ucsd', 'folder', 'resolve_paths', 'csv', 'neh', 'covid_qu_ex', 'lc25000',
-           'wants_twins', 'regroup', 'phantom']
+           'check_classes', 'join_spellings', 'part_name', 'ucsd', 'folder', 'resolve_paths', 'csv', 'neh',
+           'covid_qu_ex', 'lc25000', 'wants_twins', 'modality_of', 'regroup', 'phantom']
 
 # %% ../nbs/01b_sources.ipynb #512c6e16
+import difflib
 import errno
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
-from .core import DataRecipe, KdoctError, outputs_root, require_data_root, usable_cores
+from .core import DataRecipe, KdoctError, counted, outputs_root, require_data_root, usable_cores
 from .spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key, spellings, table_column
 
 # %% ../nbs/01b_sources.ipynb #ba1c9e91
@@ -62,6 +63,7 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'no-label': ('error', "the table gives no label, or a word for an empty cell (nan, #N/A, null)"),
     'empty-class': ('error', "a class folder without a usable image"),
     'mask-folder': ('error', "the image lies in a folder of masks below its class"),
+    'mask-file': ('error', "named like the mask of another image in its folder"),
     'picture-by-content': ('error', "a picture (or DICOM file) by its content, but not by its name: it would be passed over"),
     'contradictory-rows': ('error', "the table lists this file more than once, with different facts"),
     'contradicts-path': ('error', "the table says another class, patient or label than folder and file name"),
@@ -72,17 +74,18 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'no-mask': ('note', "the image has no mask file of its name"),
     'mask-without-image': ('note', "a mask file without an image of its name"),
     'repeated-row': ('note', "the table lists this file more than once, with the same facts"),
-    'no-patient': ('note', "patient unknown: the image is a group of its own"),
+    'no-patient': ('note', "patient unknown"),
     'path-by-case': ('note', "the table writes this path with other upper and lower case, or its accents in another form (NFC, NFD)"),
     'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
     'path-by-name': ('note', "the table gives this file's name without its folder"),
-    'patient-spelling': ('note', "the patient (or group) has another spelling too: the groups are merged"),
+    'patient-spelling': ('note', "the patient (or group) has another spelling too"),
     'patient-in-two-groups': ('note', "the groups that were given part this patient (or two of one name): is that meant?"),
+    'annotation-folder': ('note', "masks or other marks beside the folders of the classes"),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
-    'linked-folder': ('note', "a link to a folder: followed if it leads out of the data set"),
-    'hidden': ('note', "names that begin with a dot, folders of the system (__MACOSX) and our own outputs are not looked at"),
+    'linked-folder': ('note', "a link to a folder"),
+    'hidden': ('note', "a name that begins with a dot, a folder of the system (__MACOSX), or our own outputs"),
     'other-file': ('note', "not named like an image"),
 }
 
@@ -125,6 +128,11 @@ def name_key(
 )->str:
     "What two spellings of one name have in common: neither upper and lower case nor the form of accents (macOS takes 'ü' apart) counts."
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
+
+def _stem(path:str)->str:
+    "A path without the ending of a picture."
+    ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
+    return path[:len(path) - len(ending)]
 
 _SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
 _PICTURE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'II*\0', b'MM\0*', b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')
@@ -199,12 +207,13 @@ def load_table(
         raise KdoctError(f"There is no source '{data.source}'.", fix=f"Known sources: {', '.join(sorted(SOURCES))}")
     listing = SOURCES[data.source](data)
     if len(listing.table) == 0:
-        seen = listing.findings.problem.value_counts().to_dict()
+        seen = ', '.join(f'{n} {kind}' for kind, n in listing.findings.problem.value_counts().items())
         raise KdoctError(f"Source '{data.source}' finds no usable image in {listing.root} (it finds: {seen or 'nothing'}).",
                          fix=f"{_meant_folder(data)}Expected layout: {LAYOUTS.get(data.source, 'see the source')}")
     if data.source in ('ucsd', 'folder'): listing = _with_empty_classes(listing, data.classes)
     if data.groups: listing = regroup(listing, data.groups)
     check_labels(listing.table, data.classes)
+    check_classes(listing, data.classes)
     return join_spellings(listing)
 
 def _meant_folder(data:DataRecipe)->str:
@@ -215,7 +224,7 @@ def _meant_folder(data:DataRecipe)->str:
     for d in below[:50]:
         try: n = len(SOURCES[data.source](data.model_copy(update=dict(root=str(d)))).table)
         except KdoctError: continue
-        if n: return f"Did you mean --data-root {shlex.quote(str(d))} ({n} images)? "
+        if n: return f"Did you mean --data-root {shlex.quote(str(d))} ({counted(n, 'image')})? "
     return ''
 
 # %% ../nbs/01b_sources.ipynb #8802855a
@@ -227,10 +236,32 @@ def check_labels(
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
     for several in spellings(table.label):
-        said = ', '.join(f"{c!r} ({n[c]} images, first {first[c]})" for c in several)
+        said = ', '.join(f"{c!r} ({counted(n[c], 'image')}, first {first[c]})" for c in several)
         raise KdoctError(f"One class in several spellings: {said}.",
                          fix="Write it in one way. If they are different classes, name all of them: "
                              f"--classes {','.join(sorted(n.index))}")
+
+def check_classes(
+    listing:Listing,                    # what a source found
+    classes:tuple[str, ...]|None=None,  # `data.classes`
+):
+    "`KdoctError` if a class that is named has no image, and there are images of classes that are not named: a slip of the pen."
+    there = set(listing.table.label)
+    empty = {p.rpartition('/')[2] for p in listing.findings.path[listing.findings.problem == 'empty-class']}
+    lost, others = [c for c in classes or () if c not in there | empty], sorted(there - set(classes or ()))
+    if not lost or not others: return
+    meant = [c if c in there else _nearest(c, others) for c in classes]
+    parted = [c for text in classes for c in re.split(r'\s*[;|/]\s*|\s+', text) if c]
+    if set(parted) <= there: fix = "Put commas between the classes"
+    elif all(meant) and len(set(meant)) == len(meant): parted, fix = meant, "Did you mean"
+    else: parted, fix = sorted(there), "The images are of these classes"
+    raise KdoctError(f"There is no image of class {', '.join(map(repr, lost))}.", fix=f"{fix}: --classes {shlex.quote(','.join(parted))}")
+
+def _nearest(name:str, names:list[str])->str:
+    "The name that was probably meant; '' if none is near."
+    keys = {same_name_key(n): n for n in names}
+    near = difflib.get_close_matches(same_name_key(name), keys, n=1)
+    return keys[near[0]] if near else ''
 
 def join_spellings(
     listing:Listing,  # what a source found
@@ -242,8 +273,8 @@ def join_spellings(
     for main, *others in spellings(named.group, same_patient_key):
         for other in others:
             join[other] = main
-            notes.append(finding(first[other], 'patient-spelling', f"{other!r} ({n[other]} images) and {main!r} ({n[main]} images) may be one patient",
-                                 f"groups {main} and {other} merged"))
+            both = ' and '.join(f"{name!r} ({counted(n[name], 'image')})" for name in (other, main))
+            notes.append(finding(first[other], 'patient-spelling', f"{both} may be one patient", f"groups {main} and {other} merged"))
     group = table.group.where(table.group == table.path, table.group.replace(join))
     notes += _parted_patients(table.assign(group=group))
     if not notes: return listing
@@ -261,14 +292,19 @@ def _parted_patients(table:pd.DataFrame)->list[dict]:
 
 
 # %% ../nbs/01b_sources.ipynb #4c6615e0
-_PART = re.compile(r'(train|training|val|valid|validation|dev|test|testing)(?: ?(?:set|data|dataset|images|part|split)s?)?')
+_PARTS = {  # part -> what it is called in English, German, French, Spanish, Italian and Portuguese
+    'train': 'train|trainings?|lernen|entra[iî]nement|apprentissage|entrenamiento|addestramento|treino|treinamento',
+    'val': 'val|valid|validation|dev|validierungs?|validaci[oó]n|validazione|valida[cç][aã]o',
+    'test': 'test|tests|testing|pr(?:ü|ue)f(?:ungs?)?|prueba|prova|teste|hold ?out'}
+_THINGS = '(?:set|data|dataset|image|part|split|daten|datensatz|menge|bild|bilder|teil)s?'
+_PART = {part: re.compile(f'(?:{words})(?: ?{_THINGS})?') for part, words in _PARTS.items()}
 
 def part_name(
     text:str,  # name of a folder, or a cell
 )->str:        # train, val, test, or '' for anything else
-    "The part of a data set that a name means: 'Training', 'train_set', 'valid', 'Testing', ..."
-    m = _PART.fullmatch(same_name_key(text))
-    return {'tr': 'train', 'va': 'val', 'de': 'val', 'te': 'test'}[m[1][:2]] if m else ''
+    "The part of a data set that a name means: 'Training', 'train_set', 'valid', 'Testing', 'Validierung', ..."
+    key = same_name_key(text)
+    return next((part for part, pattern in _PART.items() if pattern.fullmatch(key)), '')
 
 def _class_folders(root:Path)->list[str]:
     "Folders of classes, relative to the root: those in it, or in its folders of parts; links that lead nowhere too."
@@ -281,8 +317,8 @@ def _class_folders(root:Path)->list[str]:
 
 def _with_empty_classes(listing:Listing, classes:tuple[str, ...]|None)->Listing:
     "The listing with a finding for each class folder that gives no image and has no other error."
-    errors = listing.findings.path[listing.findings.severity == 'error']
-    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *errors] for n in (1, 2)}
+    named = listing.findings.path[(listing.findings.severity == 'error') | (listing.findings.problem == 'annotation-folder')]
+    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *named] for n in (1, 2)}
     found = []
     for d in _class_folders(listing.root):
         if d in used: continue
@@ -357,36 +393,151 @@ def _named_facts(m:re.Match)->dict:
     return dict(patient=patient, eye=named.get('eye', ''), volume=named.get('volume', ''), slice=int(slice) if slice else None)
 
 # %% ../nbs/01b_sources.ipynb #c720c21f
-_MASKS = {'mask', 'masks', 'lung masks', 'infection masks', 'segmentation', 'segmentations', 'annotation', 'annotations', 'ground truth', 'gt'}
-_IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures'}
+_SITE = ('site|centre|center|hospital|clinic|klinik|krankenhaus|zentrum|institut|institute|institution|'
+         'scanner|device|camera|vendor|cohort|domain')
+_PERSON = 'patient|pat|pt|subject|subj|sub|case|person|participant|volume|vol|visit|session|scan|series|study|exam|eye'
+_PIECE = 'part|set|batch|folder|dataset|archive|disk|chunk|shard|teil|ordner'
+_MAKERS = 'cirrus|spectralis|topcon|zeiss|heidelberg|optovue|nidek|triton|maestro|bioptigen'
+_EYES = 'od|os|ou|r|l|re|le|(?:right|left|both|rechts|links|rechtes|linkes)(?: (?:eyes?|auge))?'
+_NO_CLASSES = {kind: re.compile(names) for kind, names in {   # what folders may be instead, and how they are named
+    "eyes": _EYES,
+    "folds of a cross-validation": r'(?:cv|k)? ?(?:fold|split|round|cv) ?\d+',
+    "sites or devices": rf'(?:{_SITE}) ?(?:\d+|[a-z])|{_MAKERS}|'
+                        '(?:.* )?(?:hospital|clinic|klinik|klinikum|krankenhaus|university|universität)(?: .*)?',
+    "patients, eyes or volumes": rf'(?:{_PERSON})(?: (?:id|no|nr))? ?\d+|p ?\d\d+',
+    "dates": r'(?:19|20)\d\d(?: ?\d\d){0,2}',
+    "pieces of a data set": rf'(?:{_PIECE}) ?(?:\d+|[a-z])'}.items()}
+_KNOWN = 'normal|healthy|control|cnv|dme|drusen|amd|csr|erm|rvo|glaucoma|benign|malignant|pneumonia|covid'
+_DIAGNOSIS = re.compile(rf'(?:.* )?(?:{_KNOWN})(?: ?\d+)?(?: .*)?')
 
-def _parts_and_labels(paths:list[str], root:Path, classes:tuple[str, ...]|None)->dict[str, tuple[str, str]]:
-    "Part and class of each path that has both a class folder and a name; `KdoctError` where the top folders cannot all be classes."
-    split = {p: p.split('/') for p in paths}
-    tops = sorted({s[0] for s in split.values() if len(s) > 1})
-    parts = [t for t in tops if part_name(t) and t not in (classes or ())]
+def _words_of(name:str)->str:
+    "A folder's name in small letters, with single blanks between its words."
+    return re.sub(r'[\s_.–—-]+', ' ', unicodedata.normalize('NFKC', name).casefold()).strip()
+
+def _split_parts(name:str)->set[str]:
+    "The parts that the words of a name mean: 'train1' and 'oct_train' mean train."
+    return {part_name(word) for word in re.findall(r'[^\W\d_]+', _words_of(name))} - {''}
+
+def _what_instead(
+    names:list[str],       # folders of one level
+    inner:list[set[str]],  # the folders in each
+)->str:                    # '' where they may be classes
+    "What the folders of a level are, if none of them is a class."
+    if len(names) < 2: return ''
+    parts = [_split_parts(n) for n in names]
+    numbered = all(re.search(r'\d$', n) for n in names)
+    if all(parts) and (numbered or len(set.union(*parts)) > 1): return "named like parts of a split"
+    for kind, pattern in _NO_CLASSES.items():
+        if all(pattern.fullmatch(_words_of(n)) for n in names): return f"named like {kind}"
+    def known(names): return {n for n in names if _DIAGNOSIS.fullmatch(_words_of(n))}
+    shared = set.intersection(*inner)
+    hold_classes = len(shared) > 1 and known(shared) and not known(names)
+    return f"not the classes: each has folders {_some(sorted(shared))}" if hold_classes else ''
+
+def _some(names:list[str])->str: return ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
+
+
+# %% ../nbs/01b_sources.ipynb #6d1f0a32
+_MASKS = {'mask', 'masks', 'segmentation', 'segmentations', 'seg', 'annotation', 'annotations', 'label', 'labels',
+          'ground truth', 'groundtruth', 'gt', 'contour', 'contours', 'overlay', 'overlays', 'heatmap', 'heatmaps',
+          'thumbnail', 'thumbnails', 'masken', 'segmentierung', 'annotationen'}
+_IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures', 'bilder'}
+
+def _is_annotation(name:str)->bool:
+    "Whether a folder is named like one of masks or other marks: 'masks', 'lung masks', 'CNV_segmentation'."
+    key = same_name_key(name)
+    return bool({key, key.split(' ')[0], key.split(' ')[-1]} & _MASKS)
+
+def _names(folders:list[list[str]], level:int)->list[str]:
+    "The names of folders at a level, sorted."
+    return sorted({f[level] for f in folders if len(f) > level})
+
+def _classes_option(names:list[str])->str: return f"--classes {shlex.quote(','.join(names))}"
+
+def _remedy(folders:list[list[str]], level:int)->str:
+    "What to do where the folders of a level are not the classes: name those below that may be, or write a table."
+    table = "ist the images in a table with columns path, label and patient (or group): --source csv --data-root TABLE.csv."
+    for k in range(level + 1, level + 4):
+        names = [n for n in _names(folders, k) if not _is_annotation(n)]
+        are_classes = not all(map(part_name, names)) and not _what_instead(names, [set()])
+        if 1 < len(names) <= 50 and are_classes:
+            return f"If the classes are the folders in them: {_classes_option(names)}. Else l{table}"
+    return f"L{table}"
+
+def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
+    "`KdoctError` where folders at the level of the classes are none; it says what they are and what can be done."
+    names = _names(folders, level)
+    masks = [n for n in names if _is_annotation(n)]
+    images = [n for n in names if same_name_key(n) in _IMAGES]
+    others = [n for n in names if n not in masks]
+    if images and images == others: _refuse_images_and_masks(folders, level, root, images[0], masks)
+    if masks and others:
+        name_them = f"Name the classes, and the other folders are not used: {_classes_option(others)}"
+        rest = [f for f in folders if f[level:] and f[level] in others]
+        raise KdoctError(f"{root} has folders of masks or other marks ({_some(masks)}) beside other folders ({_some(others)}).",
+                         fix=_remedy(rest, level) if _what_instead(others, [set()]) else name_them)
+    inner = [set(_names([f for f in folders if f[level:level + 1] == [n]], level + 1)) for n in names]
+    if what := _what_instead(names, inner):
+        raise KdoctError(f"The folders {_some(names)} in {root} are {what}.",
+                         fix=f"{_remedy(folders, level)} If they are the classes all the same: {_classes_option(names)}")
+    if level == 0 and len(names) == 1: _refuse_one_folder(folders, root)
+
+def _refuse_images_and_masks(folders:list[list[str]], level:int, root:Path, images:str, masks:list[str]):
+    "`KdoctError`: what is there are images, and perhaps masks, and no classes."
+    has_folders = level == 0 and any(f[0] == images and len(f) > 1 for f in folders)
+    there = f"Give the images: --data-root {shlex.quote(str(root/images))}"
+    raise KdoctError(f"{root} has folders of images{' and of masks' if masks else ''} ({', '.join([images, *masks])}), not of classes.",
+                     fix=there if has_folders else _remedy(folders, level))
+
+def _refuse_one_folder(folders:list[list[str]], root:Path):
+    "`KdoctError` that names the folder to give, where the only folder has several in it."
+    depth = next((k for k in range(1, 6) if len(_names(folders, k)) != 1), 0)
+    if below := _names(folders, depth) if depth else []:
+        place = max((f for f in folders if len(f) > depth), key=len)[:depth]
+        inside = 'it' if depth == 1 else '/'.join(place)
+        raise KdoctError(f"{root} has one class folder, {place[0]}, with folders {_some(below)} in {inside}.",
+                         fix=f"If those are the classes: --data-root {shlex.quote(str(root.joinpath(*place)))}")
+
+# %% ../nbs/01b_sources.ipynb #6d1f0a33
+def _level_of_classes(folders:list[list[str]], root:Path, classes:tuple[str, ...]|None)->int:
+    "The level of the class folders: that of those that are named, else the first, or the second below parts."
+    named = (k for k in range(8) if {*_names(folders, k)} & {*(classes or ())})
+    if (level := next(named, None)) is not None: return level
+    tops = _names(folders, 0)
+    parts = [t for t in tops if part_name(t)]
     if parts and parts != tops:
         others = [t for t in tops if t not in parts]
-        raise KdoctError(f"{root} has parts ({', '.join(parts)}) beside other folders ({', '.join(others[:5])}).",
-                         fix="Give a folder that holds either parts or classes. If they are all classes, name them: "
-                             f"--classes {','.join(tops)}")
-    if parts: return {p: (part_name(s[0]), s[1]) for p, s in split.items() if len(s) > 2}
-    keys = {same_name_key(t): t for t in tops}
-    if (masks := set(keys) & _MASKS) and (images := set(keys) & _IMAGES):
-        raise KdoctError(f"{root} has folders of images and of masks ({', '.join(tops)}), not of classes.",
-                         fix=f"Give the images: --data-root {shlex.quote(str(root/keys[min(images)]))}; {keys[min(masks)]} is not needed.")
-    below = {s[1] for s in split.values() if len(s) > 2}
-    if len(tops) == 1 and len(below) > 1 and all(len(s) != 2 for s in split.values()):
-        raise KdoctError(f"{root} has one class folder, {tops[0]}, with folders {', '.join(sorted(below)[:5])} in it.",
-                         fix=f"If those are the classes: --data-root {shlex.quote(str(root/tops[0]))}")
-    inner = bool(below) and all(len(s) > 2 and part_name(s[1]) for s in split.values() if len(s) > 1)   # CLASS/train/...
-    return {p: (part_name(s[1]) if inner else '', s[0]) for p, s in split.items() if len(s) > 1}
+        in_parts = [f for f in folders if f[0] in parts]
+        raise KdoctError(f"{root} has parts ({', '.join(parts)}) beside other folders ({_some(others)}).",
+                         fix=f"Give a folder that holds either parts or classes. {_remedy(in_parts, 0)} "
+                             f"If all of them are classes: {_classes_option(tops)}")
+    level = 1 if parts else 0
+    _refuse_other_folders(folders, level, root)
+    return level
 
-def _in_mask_folder(path:str, label:str)->bool:
-    "Whether a folder below the class folder is one of masks."
-    below = path.split(f'{label}/', 1)[1].split('/')[:-1]
-    return any(same_name_key(f) in _MASKS for f in below)
+def _mark_folder(folders:list[str], classes:tuple[str, ...]|None)->str:
+    "The first folder of a path, up to the classes, that holds masks or other marks, where the classes are named; '' if none does."
+    named = classes or folders
+    at = next((i for i, name in enumerate(folders, 1) if name not in named and _is_annotation(name)), 0)
+    return '/'.join(folders[:at])
 
+def _parts_and_labels(folders:dict[str, list[str]], level:int, classes:tuple[str, ...]|None)->dict[str, tuple[str, str]]:
+    "Part and class of each path that lies in a class folder; the parts are on a level above, or just below."
+    within = {p: f for p, f in folders.items() if len(f) > level}
+    mine = [f for f in within.values() if not classes or f[level] in classes and not _mark_folder(f[:level], classes)]
+    def are_parts(k): return k != level and bool(mine) and all(len(f) > k and part_name(f[k]) for f in mine)
+    at = next((k for k in range(level + 2) if are_parts(k)), None)
+    return {p: (part_name(f[at]) if at is not None and len(f) > at else '', f[level]) for p, f in within.items()}
+
+_MASK_NAME = re.compile(r'(.+?)[ _.-]+(?:masks?|seg|segmentation|gt|annotation|labels?)(?:[ _-]?\d+)?', re.I)
+
+def _masks_of_others(paths:list[str])->set[str]:
+    "Paths that are named like the mask of another one: `1_mask.png` beside `1.png`."
+    stems = {p: _stem(p) for p in paths}
+    there = {name_key(stem) for stem in stems.values()}
+    return {p for p, stem in stems.items() if (m := _MASK_NAME.fullmatch(stem)) and name_key(m[1]) in there}
+
+# %% ../nbs/01b_sources.ipynb #6d1f0a34
 @source('folder')
 def folder(
     data:DataRecipe,  # reads `root`, `group_pattern` and `classes`
@@ -394,12 +545,16 @@ def folder(
     "[train|val|test/]CLASS/**/*.ext; the group comes out of the relative path, or every image is its own group."
     root, rows, pattern = _root(data), [], _group_pattern(data.group_pattern) if data.group_pattern else None
     paths, found = walk_images(root)
-    of = _parts_and_labels(paths, root, data.classes)
+    folders = {p: f for p in paths if (f := p.split('/')[:-1])}
+    level = _level_of_classes([*folders.values()], root, data.classes)
+    of, masks, marks = _parts_and_labels(folders, level, data.classes), _masks_of_others(paths), {}
     for path in paths:
         split, label = of.get(path, ('', ''))
-        row = dict(path=path, label=label, split=split)
-        if not label: found.append(finding(path, 'no-class-folder'))
-        elif _in_mask_folder(path, label): found.append(finding(path, 'mask-folder'))
+        row, mark = dict(path=path, label=label, split=split), _mark_folder(folders.get(path, [])[:level + 1], data.classes)
+        if mark: marks[mark] = marks.get(mark, 0) + 1
+        elif not label: found.append(finding(path, 'no-class-folder'))
+        elif any(map(_is_annotation, folders[path][level + 1:])): found.append(finding(path, 'mask-folder'))
+        elif path in masks: found.append(finding(path, 'mask-file'))
         elif pattern is None: rows.append(row | dict(group=path))
         elif (m := pattern.search(path)) and (facts := _named_facts(m)): rows.append(row | facts)
         else: found.append(finding(path, 'unparsable-name', f"data.group_pattern {data.group_pattern!r} does not match"))
@@ -407,8 +562,9 @@ def folder(
         print("WARNING: no --group-pattern (data.group_pattern) is given, so every image counts as a patient of its own. If a patient has\n"
               "several images, they will be spread over training and test, and the results will be too good.")
     elif of and not rows:
-        raise KdoctError(f"The pattern {data.group_pattern} finds a patient in none of {len(of)} paths, such as {', '.join(list(of)[:3])}.",
+        raise KdoctError(f"The pattern {data.group_pattern} finds a patient in none of {counted(len(of), 'path')}, such as {', '.join(list(of)[:3])}.",
                          fix="Change --group-pattern: a regular expression whose first group (in round brackets) is the patient in the path.")
+    found += [finding(d, 'annotation-folder', counted(k, 'file'), 'not used') for d, k in marks.items()]
     return make_listing(root, rows, found, 'folder')
 
 # %% ../nbs/01b_sources.ipynb #2f43b36c
@@ -442,11 +598,6 @@ def _our_columns(df:pd.DataFrame, columns:dict[str, str], file:Path)->pd.DataFra
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})
 
 # %% ../nbs/01b_sources.ipynb #617178fa
-def _stem(path:str)->str:
-    "A path without the ending of a picture."
-    ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
-    return path[:len(path) - len(ending)]
-
 _HOW_FOUND = {'path-by-case': name_key, 'path-by-ending': lambda p: name_key(_stem(p))}   # problem -> what must be equal
 
 def resolve_paths(
@@ -622,9 +773,10 @@ def _covid_base(data:DataRecipe)->Path:
         bases += [d for d in level if has_parts(d)]
         level = [p for d in level if not has_parts(d) for p in below(d)]
     if len(bases) == 1: return bases[0]
-    there = ' and '.join(str(b.relative_to(root)) for b in bases) or 'none'
-    raise KdoctError(f"{root} has {len(bases)} folders with the parts Train and Test in them: {there}.",
-                     fix=f"Give the one that is meant as data.root. Expected layout: {LAYOUTS['covid_qu_ex']}")
+    if not bases:
+        raise KdoctError(f"Neither {root} nor a folder in it has the parts Train and Test.", fix=f"Expected layout: {LAYOUTS['covid_qu_ex']}")
+    raise KdoctError(f"Several folders in {root} have the parts Train and Test: {' and '.join(str(b.relative_to(root)) for b in bases)}.",
+                     fix=f"Give the one that is meant: --data-root {shlex.quote(str(bases[0]))}")
 
 # %% ../nbs/01b_sources.ipynb #d9d07a4d
 @source('covid_qu_ex')
@@ -665,7 +817,9 @@ def lc25000(
             continue
         label = m['label'].lower()
         if folders.setdefault(label, m['folder']) != m['folder']:
-            raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.", fix="Give the one that is meant as data.root.")
+            first = shlex.quote(str((root/folders[label]).parent))
+            raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.",
+                             fix=f"Give the folder around the one that is meant, such as --data-root {first}")
         rows.append(dict(path=path, label=label, group=path))
     return make_listing(root, rows, found, 'lc25000')
 
@@ -678,6 +832,15 @@ def wants_twins(
     "Whether the audit is to look for near-duplicates, and with which profile."
     if data.groups or data.near_duplicates == 'separate': return ''
     return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
+
+# %% ../nbs/01b_sources.ipynb #d1c0b002
+_NO_OCT = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}   # source -> modality
+
+def modality_of(
+    data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
+)->str:         # oct, radiograph, histology or other
+    "What the pictures of a recipe are; OCT where nothing is said."
+    return _NO_OCT.get(data.get('source'), data.get('modality') or 'oct')
 
 # %% ../nbs/01b_sources.ipynb #7e106657
 def regroup(

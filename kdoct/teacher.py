@@ -15,7 +15,7 @@ import torch
 
 from .core import KdoctError, Run, read_json, require_weights, sha256_file, stage_command
 from .data import FRAMING, FoldData, open_fold
-from .models import Classifier, load_bundle, load_for_classes, save_bundle
+from .models import Classifier, load_model_folder, load_for_classes, save_model_folder
 from .together import join, one_for_all, tell
 from kdoct.training import (
     _batches,
@@ -99,7 +99,7 @@ def _write(run:Run, data:FoldData, role:str, model:Classifier, device, began:flo
     scores = _validation_scores(torch.from_numpy(predict_logits(model, batches)), torch.from_numpy(batches.labels[batches.rows]))
     _write_predictions(run, data, role, model, device, dict(unchanged=weights), 'unchanged')
     metrics = dict(kept='unchanged', best_epoch=None, validation=scores, candidates=dict(unchanged=scores))
-    about = save_bundle(run.stage_dir(data.fold, role), model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
+    about = save_model_folder(run.stage_dir(data.fold, role), model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
                         precision=model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
     run.record(key, status='done', trained=False, seconds=time.perf_counter() - began, parameters=about['parameters'], precision=about['precision'],
                weights_sha256=about['weights_sha256'], notes=[*notes, *run.stage(key).get('notes', [])], **metrics)
@@ -134,7 +134,7 @@ def load_teacher(
     if about['classes'] != (classes := run.stage('data')['classes']):
         raise KdoctError(f"The {role} of fold {fold} has the classes {', '.join(about['classes'])}, this run {', '.join(classes)}.",
                          fix=f"Delete {folder} and train it again: {command}")
-    model, about = load_bundle(folder)
+    model, about = load_model_folder(folder)
     return model.requires_grad_(False), about
 
 def load_teachers(

@@ -36,7 +36,7 @@ from .core import KdoctError, Run, TrainRecipe, atomic_path, read_json, seed_eve
 from .data import FoldData, open_fold
 from .losses import hard_loss
 from .mixing import Mix
-from .models import (Classifier, check_origin, create_classifier, data_identity, float32_products, head_modules, save_bundle, undecayed,
+from .models import (Classifier, check_origin, create_classifier, data_identity, float32_products, head_modules, save_model_folder, undecayed,
                           weights_origin)
 from .probe import blank_retina
 from .step import Compile, Precision, peak_memory, rounds_steps
@@ -532,7 +532,7 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
     if len(scores) > 1:
         print('validation:', '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()), f'; {kept} kept')
-    return save_bundle(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
+    return save_model_folder(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
                        precision=learn.model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
 
 # %% ../nbs/02b_training.ipynb #64a7d9a6

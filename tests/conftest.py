@@ -17,6 +17,19 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
+def lay_out(folder, *names):
+    "Make empty files with these names; the folder, as text."
+    for n in names:
+        (folder / n).parent.mkdir(parents=True, exist_ok=True)
+        (folder / n).touch()
+    return str(folder)
+
+
+def problems(listing):
+    "Path -> problem of a listing's findings."
+    return dict(zip(listing.findings.path, listing.findings.problem, strict=True))
+
+
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, monkeypatch):
     "A test's own outputs folder, for the processes it starts too."

@@ -11,7 +11,17 @@ import pytest
 from PIL import Image
 
 from kdoct.core import DataRecipe, KdoctError
-from kdoct.data import MAX_PIXELS, PROBLEMS, audit, audit_page, decode_image, inspect_file, read_image_bytes
+from kdoct.data import (
+    MAX_PIXELS,
+    PROBLEMS,
+    BadImage,
+    audit,
+    audit_page,
+    check_jpeg,
+    decode_image,
+    inspect_file,
+    read_image_bytes,
+)
 from kdoct.sources import finding, load_table, make_listing
 
 RNG = np.random.default_rng(0)
@@ -65,6 +75,34 @@ def with_orientation(n):
 def frames(format): return coded(Image.fromarray(scan()), format, save_all=True, append_images=[Image.fromarray(scan()) for _ in range(2)])
 
 
+def pages_of(first, *rest):
+    return coded(first, "TIFF", save_all=True, append_images=[Image.fromarray(a) for a in rest])
+
+
+def two_colours(format):
+    "A palette of two colours."
+    return coded(Image.fromarray(scan() > 90).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2), format)
+
+
+def entropy_coded(data):
+    "Where the data of a JPEG's first scan begin, and where the file's last marker stands."
+    at = data.index(b"\xff\xda")
+    return at + 2 + int.from_bytes(data[at + 2:at + 4], "big"), data.rindex(b"\xff\xd9")
+
+
+def zeroed(data, begin, end):
+    "A JPEG with a part of its data zeroed; its markers stand as they were."
+    first, last = entropy_coded(data)
+    a, b = (first + int(share*(last - first)) for share in (begin, end))
+    return data[:a] + bytes(b - a) + data[b:]
+
+
+def lost(data):
+    "A JPEG without 300 bytes in the middle."
+    middle = sum(entropy_coded(data))//2
+    return data[:middle] + data[middle + 300:]
+
+
 def flip_middle(data): return data[:len(data) // 2] + bytes(64) + data[len(data) // 2 + 64:]
 
 
@@ -106,7 +144,30 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "transparent.png": (rgba(False), "transparent"),
     "cmyk.jpg": (coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), "converted"),
     "palette.png": (coded(Image.fromarray(scan(channels=3)).convert("P"), "PNG"), "converted"),
-    "one bit.png": (coded(Image.fromarray(scan() > 90), "PNG"), "converted"),
+    "one bit.png": (coded(Image.fromarray(scan() > 90), "PNG"), "wrong-mode"),
+    "one bit.tif": (coded(Image.fromarray(scan() > 90), "TIFF"), "wrong-mode"),
+    "one bit.bmp": (coded(Image.fromarray(scan() > 90), "BMP"), "wrong-mode"),
+    "two colours.png": (two_colours("PNG"), "wrong-mode"),
+    "two colours.bmp": (two_colours("BMP"), "wrong-mode"),
+    "two colours.gif": (two_colours("GIF"), "wrong-mode"),
+    "zero half.jpg": (zeroed(coded(scan(), "JPEG"), .5, 1), "corrupt"),
+    "zero first half.jpg": (zeroed(coded(scan(), "JPEG"), 0, .5), "corrupt"),
+    "zero half, colour.jpg": (zeroed(coded(scan(channels=3), "JPEG"), .5, 1), "corrupt"),
+    "zero half, progressive.jpg": (zeroed(coded(scan(), "JPEG", progressive=True), .5, 1), "corrupt"),
+    "zero half, restarts.jpg": (zeroed(coded(scan(), "JPEG", restart_marker_blocks=4), .5, 1), "corrupt"),
+    "zero half.cmyk.jpg": (zeroed(coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), .5, 1), "corrupt"),
+    "lost part.jpg": (lost(coded(scan(), "JPEG")), "corrupt"),
+    "zero half, jpeg.tif": (zeroed(coded(scan(), "TIFF", compression="jpeg"), .3, .4), "corrupt"),
+    "restarts.jpg": (coded(scan(), "JPEG", restart_marker_blocks=4), ""),
+    "jpeg.tif": (coded(scan(), "TIFF", compression="jpeg"), ""),
+    "other pages.tif": (pages_of(scan(), scan(), scan(40, 50)), "mixed-pages"),
+    "mixed mode.tif": (pages_of(scan(), scan(channels=3)), "mixed-pages"),
+    "mixed depth.tif": (pages_of(scan(), scan().astype(np.uint16)), "wrong-mode"),
+    "orientation 0.jpg": (with_orientation(0), "invalid-orientation"),
+    "orientation 9.jpg": (with_orientation(9), "invalid-orientation"),
+    "orientation 0.tif": (coded(scan(), "TIFF", tiffinfo={274: 0}), "invalid-orientation"),
+    "orientation 9.tif": (coded(scan(), "TIFF", tiffinfo={274: 9}), "invalid-orientation"),
+    "volume.png": (b"HSF-OCT-103" + bytes(4000), "not-an-image"),
     "dot.png": (coded(scan(1, 1), "PNG"), "suspicious-size"),
     "line.png": (coded(scan(1, 20000), "PNG"), "suspicious-size"),
     "band.png": (coded(scan(40, 20000), "PNG"), "suspicious-size"),
@@ -310,6 +371,29 @@ def test_the_page_shows_classes_with_images_and_patients_and_what_stops_the_run_
     assert any(line.split()[:2] == ["2", "empty:"] and "stops the run" in line for line in lines) and lines[-1].endswith("all.csv")
 
 
+def test_leaving_out_is_no_remedy_where_nothing_would_be_left(tmp_path):
+    gone = make_listing(tmp_path, [dict(path=f"{c}.png", label=c, patient=c) for c in "AB"], [], "t")
+    with pytest.raises(KdoctError, match="2 missing") as e: audit(gone).check()
+    assert "leave_out" not in e.value.fix and f"looked for in {tmp_path}" in e.value.fix
+    with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=b"")).check()
+    assert "leave" not in e.value.fix and "no other image is left" in e.value.fix
+    with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=coded(scan(), "PNG"))).check()
+    assert "leave_out" not in e.value.fix and "no image of class A" in e.value.fix
+
+
+def test_the_page_shows_what_was_seen_in_the_first_file(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    page = audit_page(audit(listed(tmp_path, A_1_1=pointer, A_2_1=pointer, B_2_1=coded(scan(), "PNG"))))
+    assert "A_1_1: a Git LFS pointer, not the file: fetch it with 'git lfs pull' ..." in page
+
+
+def test_the_page_counts_one_as_one_and_says_each_thing_once(tmp_path):
+    same = coded(scan(), "PNG")
+    page = audit_page(audit(listed(tmp_path, A_1_1=same, A_2_1=same)))
+    assert "2 of 2 listed images can be used, of 1 group (patient)" in page and "1 finding:" in page and "1 group holds" in page
+    assert "1 duplicate-across-groups: the same pixels occur in another group; the groups are merged\n" in page
+
+
 def test_25_000_copies_are_a_page(tmp_path):
     one = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG")))
     copies = [finding(f"A/{'x'*90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS)
@@ -317,3 +401,51 @@ def test_25_000_copies_are_a_page(tmp_path):
     copies += [finding("a.png", kind, action="stops the run", problems=PROBLEMS) for kind in PROBLEMS]
     page = audit_page(replace(one, findings=pd.DataFrame(copies)), "all.csv").split("\n")
     assert len(page) <= 45 and max(map(len, page)) <= 150 and f"{len(copies)} findings:" in page
+
+
+# --- what the picture formats hide
+
+def refused(data):
+    "What is said of bytes that are refused."
+    with pytest.raises(BadImage) as e: decode_image(data)
+    return e.value.detail
+
+
+def test_wrong_bytes_of_a_jpeg_are_found_where_libjpeg_finds_a_contradiction():
+    "A single wrong byte often decodes to other pixels without one: that it is found is no rule, and the documentation says so."
+    data, found = coded(scan(496, 512), "JPEG"), 0
+    first, last = entropy_coded(data)
+    for at in np.random.default_rng(1).integers(first, last, 100):
+        try: decode_image(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:])
+        except BadImage: found += 1
+    assert found >= 10   # none was found before
+
+
+def test_a_warning_of_libjpeg_that_is_no_damage_is_a_note():
+    data = coded(scan(), "JPEG")
+    at = data.index(b"JFIF\0") + 5
+    assert decode_image(data[:at] + b"\2" + data[at + 1:])[1] == ["not-checked"]   # a version of JFIF that libjpeg does not know
+
+
+@pytest.mark.parametrize("data", [coded(scan().astype(np.uint16)*257, "PNG"), coded(scan().astype(np.uint16)*257, "TIFF"), png_16bit_rgb(),
+                                  coded(scan().astype(np.uint16)*257, "JPEG2000"), coded(scan().astype(np.float32), "TIFF")])
+def test_more_than_8_bits_says_how_to_save_8(data):
+    assert "Image > Type > 8-bit" in refused(data)
+
+
+def test_a_damaged_file_is_named_in_our_words():
+    tiff = coded(scan(), "TIFF")
+    at = tiff.index(struct.pack("<HH", 257, 4)) if struct.pack("<HH", 257, 4) in tiff else tiff.index(struct.pack("<HH", 257, 3))
+    said = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])   # Pillow: "Missing dimensions"
+    assert "dimensions" not in said and "damaged" in said and "copy or export the file again" in said
+    assert "copy or export the file again" in refused(coded(scan(), "JPEG")[:-2000])
+
+
+@pytest.mark.parametrize("begin,kind", [(b"HSF-OCT-103", ".vol"), (b"CMDb", ".e2e"), (b"E2EMultipleVolumeFile", ".e2e"), (b"FOCT", ".fda")])
+def test_a_volume_with_the_ending_of_a_picture_is_named_by_its_first_bytes(begin, kind):
+    assert kind in refused(begin + bytes(4000)) and "kdoct predict" in refused(begin + bytes(4000))
+
+
+def test_the_pixels_of_the_real_jpegs_are_undamaged(shared_data):
+    files = sorted(p for p in shared_data.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[::20]
+    assert len(files) > 100 and all(check_jpeg(p.read_bytes()) == [] for p in files)

@@ -100,7 +100,7 @@ def test_free_weights_are_said_to_be_free(run):
     assert "allow commercial use if their notices are kept" in text and "bsd-3-clause" in text
 
 
-@pytest.mark.parametrize("origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="bundle", arch="x", weights_from={})])
+@pytest.mark.parametrize("origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="model folder", arch="x", weights_from={})])
 def test_an_unknown_licence_is_not_guessed(run, origin):
     text, _ = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
     assert "licence is not recorded" in text and "allow commercial use" not in text
@@ -113,7 +113,7 @@ def test_a_teacher_that_is_not_the_one_who_taught_gives_no_licence(run):
 
 
 def test_a_folder_of_this_machine_is_not_named(run):
-    origin = dict(kind="bundle", run="earlier", data="csv /secret/place", arch="efficientnet_b2", weights_from=HUB)
+    origin = dict(kind="model folder", run="earlier", data="csv /secret/place", arch="efficientnet_b2", weights_from=HUB)
     text, card = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
     assert "/secret" not in text and "/secret" not in json.dumps(card) and str(run.path) not in text
 
@@ -138,16 +138,30 @@ def test_the_card_has_the_volume_rule_what_it_did_and_on_whom_decisions_were_fit
     rows = card["measured"]["decisions"]["volumes"]["table"]
     assert set(rows) == {"student, volumes", "student, patients"} and "### Volumes and patients, on test patients" in text
     assert decision.volume.text in text and card["decision"]["volume"]["min_slices"] == 2
-    assert "chosen on validation patients" in text and "have also chosen the epoch" in text
+    assert f"chosen on {len(val)} images of 60 validation patients" in text and "have also chosen the epoch" in text
     own = replace(decision, about=decision.about | dict(part="calibration"))
     text, _ = model_card({}, run, 0, "student", own)
-    assert "chosen on calibration patients" in text and "have also chosen the epoch" not in text
+    assert f"chosen on {len(val)} images of 60 calibration patients" in text and "have also chosen the epoch" not in text
 
 
 def test_what_was_not_recorded_is_said(run):
     text, card = model_card({}, run, 0, "student")
     assert card["decision"] is None and "has no decision" in text
     assert "Energy [kWh]: not recorded. Carbon: not recorded." in text and "Input: not recorded." in text
+
+
+def test_the_card_has_words_where_files_have_names(run):
+    val = simulate_predictions(60)
+    f = np.random.default_rng(0).normal(size=(len(val), 8)).astype(np.float32)
+    about = dict(input=dict(name="images", dtype="uint8", shape=["n", "h", "w"], meaning="decoded pictures"), outputs=dict(
+        probabilities=dict(dtype="float32", shape=["n", 4]), outlier=dict(dtype="float32", shape=["n"])))
+    text, _ = model_card(about, run, 0, "student", fit_decision(val, f, f, DecideRecipe(), run=run.name, fold=0, role="student"))
+    for raw in ("recipe_key", "sha256", "memory_gb", "packages.", "train_images", "dtype", "grouped-cv", "| val |", "| train |", "squash", "|  |\n", "gpu"):
+        assert raw not in text, raw
+    assert "Input: `images`, uint8, n x h x w: decoded pictures." in text
+    assert "Output: `probabilities`, float32, n x 4; `outlier`, float32, n." in text
+    assert [row.split(" | ")[0] for row in text.splitlines() if row.startswith(("| training |", "| validation |", "| test |"))] == [
+        "| training", "| validation", "| test"] and "Prediction sets with a wished error of 5 %" in text
 
 
 def test_energy_is_shown_where_stages_recorded_it(run):

@@ -97,15 +97,96 @@ def main_(argv):
     assert e.value.code in (0, None)
 
 
+def pictures(folder, *names):
+    "Noise, a picture of its own under each name."
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 48), 20 + i).save(folder / name)
+    return str(folder)
+
+
 def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
-    for i, name in enumerate(("CNV/CNV-1-1", "DME/DME-2-1", "DME/DME-02-2")):
-        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((64, 48), 30 + i).save(tmp_path / "d" / f"{name}.jpeg")
-    main_(["audit", "--source", "ucsd", "--data-root", str(tmp_path / "d"), "--no-probe"])
+    names = [f"{c}/{c}-{p}-1.jpeg" for p in range(1, 11) for c in ("CNV", "DME")]
+    root = pictures(tmp_path / "d", *names, "DME/DME-02-2.jpeg")
+    main_(["audit", "--source", "ucsd", "--data-root", root, "--no-probe"])
     said = capsys.readouterr().out
-    assert "3 of 3 listed images can be used, of 2 groups (patients)" in said and "1 patient-spelling" in said
+    assert "21 of 21 listed images can be used, of 10 groups (patients)" in said and "1 finding:" in said and "1 patient-spelling" in said
+    assert said.count("the groups are merged") == 1
     written = outputs_root() / "audit" / "ucsd-d.csv"
     assert str(written) in said and "groups 02 and 2 merged" in written.read_text()
+
+
+@pytest.mark.parametrize(("names", "more", "says"), [
+    ([f"CNV/{i}.png" for i in range(9)], [], "All images are of class CNV"),
+    ([f"{c}/P1_{i}.png" for c in ("CNV", "NORMAL") for i in range(5)], ["--group-pattern", "(P[0-9]+)_"], "there are 1 of CNV, 1 of NORMAL"),
+    ([f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)], ["--classes", "CNV,DME,NORMAL"], "no image of class DME")])
+def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(names, more, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: main(["audit", "--source", "folder", "--data-root", pictures(tmp_path / "d", *names), "--no-probe", *more])
+    said = capsys.readouterr()
+    assert e.value.code == 1 and "listed images can be used" in said.out and says in said.err
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_path, capsys):
+    root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9 if broken else 3)))
+    if broken: (tmp_path / "d" / "CNV" / "x.png").touch()
+    said = refused(capsys, "folds", "--source", "folder", "--data-root", root, "--run", "mine")
+    assert not (outputs_root() / "mine").exists()
+    if broken: assert "1 empty" in said and "CNV/x.png" in (outputs_root() / "audit" / "mine.csv").read_text() and "mine.csv" in said
+    else: assert "5 folds need 6 groups" in said
+    if broken: main_(["folds", "--source", "folder", "--data-root", root, "--run", "mine", "--set", "data.leave_out=empty"])
+
+
+def test_folds_that_do_not_exist_leave_no_run(capsys, tmp_path):
+    root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(2)))
+    said = refused(capsys, "crossval", "--preset", "tiny", "--source", "folder", "--data-root", root, "--folds", "9")
+    assert "0 to 2" in said and not outputs_root().exists()
+
+
+@pytest.mark.parametrize("field", ["student.arch", "teacher.arch"])
+def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(field, capsys, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    monkeypatch.setattr("kdoct.sources.load_table", lambda data: pytest.fail("looked at the images"))
+    said = refused(capsys, "crossval", "--source", "folder", "--data-root", tmp_path / "d", "--set", f"{field}=efficientnt_b2")
+    assert "knows no model 'efficientnt_b2'" in said and "Did you mean efficientnet_b2" in said and not outputs_root().exists()
+
+
+def in_parts(folder):
+    "Both classes in training and test folders, a patient a picture."
+    return pictures(folder, *(f"{part}/{c}/P{part}{c}{i}_1.png" for part in ("train", "test") for c in ("CNV", "NORMAL") for i in range(8)))
+
+
+@pytest.mark.parametrize("command", ["audit", "folds"])
+def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path, capsys):
+    argv = [command, "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_"]
+    main_(argv)
+    said = capsys.readouterr().out
+    assert "WARNING: the images come in parts" in said and "training 16 images" in said and "test 16 images" in said
+    assert "--set data.protocol=official" in said
+    main_([*argv, "--set", "data.protocol=official", *(["--run", "official"] if command == "folds" else [])])
+    assert "come in parts" not in capsys.readouterr().out
+
+
+def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
+    from kdoct.sources import SOURCES
+    calls, listed = [], SOURCES["folder"]
+    monkeypatch.setitem(SOURCES, "folder", lambda data: calls.append(1) or listed(data))
+    main_(["folds", "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_"])
+    assert len(calls) == 1
+    from kdoct.core import open_stage
+    from kdoct.data import prepare_data
+    run, _ = open_stage("tiny", "staged", data_root=str(tmp_path / "d"), overrides=r"data.source=folder data.group_pattern=/(P[^_]+)_")
+    prepare_data(run)
+    assert len(calls) == 2
+    prepare_data(run)      # later the files are looked at again
+    assert len(calls) == 3
+
+
+def test_a_stage_without_images_leaves_no_run(tmp_path):
+    from kdoct.core import KdoctError, open_stage
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KdoctError, match="finds no usable image"): open_stage("edge", "r", data_root=str(tmp_path / "empty"))
+    assert not outputs_root().exists()
 
 
 @pytest.fixture

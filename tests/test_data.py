@@ -127,6 +127,30 @@ def test_too_few_patients_are_refused_with_numbers(patients, n_folds, says):
     assert says in str(e.value)
 
 
+@pytest.mark.parametrize(("n_folds", "helps"), [(2, "-> Add patients."), (5, "--set data.n_folds=2")])
+def test_fewer_folds_are_proposed_only_where_they_are_fewer_and_enough(n_folds, helps):
+    few = table_of([[("A", 1)]] * 9 + [[("B", 1)]] * (2 if n_folds == 2 else 3))
+    with pytest.raises(KdoctError) as e: make_folds(few, n_folds)
+    assert helps in str(e.value) and ("fewer" in e.value.fix) == (n_folds > 2)
+
+
+def test_the_official_protocol_says_that_every_patient_is_in_both_parts():
+    both = table_of([[("AB"[p % 2], 2)] for p in range(20)])
+    both["split"] = ["train", "test"] * 20
+    with pytest.raises(KdoctError, match="every group .* has images in the test part") as e: make_folds(both, 3, protocol="official")
+    assert "grouped-cv" in e.value.fix
+    alone = [group for _, groups in both.groupby("label").group for group in groups.unique()[:2]]
+    both.loc[both.group.isin(alone), "split"] = "train"
+    with pytest.raises(KdoctError, match="2 of A, 2 of B. Left out are 16 images of patients who are in the test part"):
+        make_folds(both, 3, protocol="official")
+
+
+def test_the_data_stage_says_that_official_parts_are_mixed(tmp_path, capsys):
+    facts = prepare_data(ucsd_run(write_ucsd(tmp_path / "d"), "r", protocol="grouped-cv"))
+    assert facts["mixed_parts"] in capsys.readouterr().out and "--set data.protocol=official" in facts["mixed_parts"]
+    assert prepare_data(ucsd_run(tmp_path / "d", "o"))["mixed_parts"] == ""
+
+
 GOOD = make_folds(table_of([[("AB"[p % 2], 2)] for p in range(20)]), 3)
 
 

@@ -16,7 +16,7 @@ from kdoct import judged as J
 from kdoct.core import DecideRecipe, EvaluateRecipe, KdoctError, create_run, preset, read_json, write_json
 from kdoct.data import open_fold, prepare_data
 from kdoct.metrics import aurc, log_softmax, logits_of, risk_coverage, share_interval, simulate_predictions, targets_of
-from kdoct.models import load_bundle
+from kdoct.models import load_model_folder
 from kdoct.patients import VolumeRule
 from kdoct.training import predict_logits, train_role
 
@@ -206,7 +206,7 @@ def test_axes_are_the_principal_ones_and_the_rest_has_their_mean_variance():
 def test_short_and_long_features_of_the_usual_direction_and_other_directions_are_far():
     x = features(300) + 4
     o, usual = D.fit_outlier(x), features(50, 9) + 4
-    for strange in (.01*features(50, 8), 3*usual, usual*np.sign(features(1, 7))): assert o.score(strange).min() > o.score(usual).max()
+    for far in (.01*features(50, 8), 3*usual, usual*np.sign(features(1, 7))): assert o.score(far).min() > o.score(usual).max()
 
 
 def test_many_images_are_summed_in_pieces():
@@ -331,7 +331,7 @@ def poisoned(data, part):
 @pytest.mark.parametrize('part,changes', [('test', False), ('val', True), ('train', True)])
 def test_the_decision_knows_training_and_validation_and_no_test_image(made, run, part, changes):
     folder = run.stage_dir(0, 'baseline')
-    model, about = load_bundle(folder)
+    model, about = load_model_folder(folder)
     again = D._fitted(run, poisoned(open_fold(run, 0), part), model, role='baseline')
     assert same(made[1], again) != changes
 
@@ -351,7 +351,7 @@ def calibrated(tmp_path_factory):
 def test_with_a_calibration_part_patients_who_chose_the_epoch_decide_nothing(calibrated, monkeypatch, part, changes):
     run, decision = calibrated
     monkeypatch.setenv('KDOCT_OUTPUTS', str(run.path.parent))
-    model, _ = load_bundle(run.stage_dir(0, 'baseline'))
+    model, _ = load_model_folder(run.stage_dir(0, 'baseline'))
     again = D._fitted(run, poisoned(open_fold(run, 0), part), model, role='baseline')
     assert same(decision, again) != changes and again.about['part'] == 'calibration'
 
@@ -378,7 +378,7 @@ def test_poisoned_test_predictions_are_refused_and_decide_nothing(made, run):
 
 def test_predictions_are_in_the_arithmetic_in_which_decisions_are_fitted(made, run):
     "A network trained in bfloat16 is predicted, decided about and shipped in float32."
-    data, (model, _) = open_fold(run, 0), load_bundle(run.stage_dir(0, 'baseline'))
+    data, (model, _) = open_fold(run, 0), load_model_folder(run.stage_dir(0, 'baseline'))
     exact = D._pass(run, data, model, data.idx['test'])[1]
     model.precision = 'bf16'
     batches = D._batches(run, data, model, data.idx['test'])
@@ -429,16 +429,16 @@ def test_a_test_part_that_is_drawn_otherwise_is_said(changes, says):
     assert says in J.sets_section({'student': [j]}, QUICK).caption and bool(D._caveat(run)) == bool(says)
 
 
-def test_strange_pictures_are_counted(made):
-    strange = made[1].about['strange']
-    assert set(strange) == {'white noise', 'smooth noise', 'flat grey', 'inverted', 'tiles'}
-    assert all(0 <= v['outliers'] <= 1 and v['images'] > 1 for v in strange.values())
+def test_outlier_pictures_are_counted(made):
+    kinds = made[1].about['outlier_pictures']
+    assert set(kinds) == {'white noise', 'smooth noise', 'flat grey', 'inverted', 'tiles'}
+    assert all(0 <= v['outliers'] <= 1 and v['images'] > 1 for v in kinds.values())
 
 
 @pytest.mark.parametrize('shape', [(6, 50, 50), (6, 50, 50, 3)])
-def test_strange_pictures_keep_size_and_colours(shape):
+def test_outlier_pictures_keep_size_and_colours(shape):
     x = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
-    for kind, v in D.strange_pictures(x).items():
+    for kind, v in D.outlier_pictures(x).items():
         assert v.shape == shape and v.dtype == np.uint8 and (v != x).any(), kind
 
 

@@ -245,13 +245,13 @@ def theirs(tmp_path_factory):
     "A model folder as `kdoct import` writes it, and pictures."
     import timm
 
-    from kdoct.models import import_bundle
+    from kdoct.models import import_model_folder
     at = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=3)
     torch.nn.init.normal_(net.classifier.weight)
     torch.save(net.state_dict(), at / "their-own.pth")
-    import_bundle(at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
+    import_model_folder(at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
     (at / "pictures").mkdir()
     for i in range(7): Image.fromarray(np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)).save(at / "pictures" / f"{i}.png")
     return SimpleNamespace(folder=at / "mine", pictures=at / "pictures", bundle=deploy.export_folder(at / "mine", at / "pictures"))

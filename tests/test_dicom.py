@@ -1,10 +1,12 @@
 "DICOM: what is in the file is shown as the file says, and what cannot be shown is named."
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from kdoct import volumes
 from kdoct.data import BadImage
 from kdoct.volumes import read_scans
 
@@ -52,15 +54,15 @@ def write(path, frames, bits=16, stored=None, syntax=LITTLE, sop=OCT, **elements
     return path
 
 
-def read(path): return list(read_scans(path))
-def pictures(path): return np.stack([np.asarray(s.image) for s in read(path)])
+def read(path, modality="oct"): return list(read_scans(path, modality))
+def pictures(path, modality="oct"): return np.stack([np.asarray(s.image) for s in read(path, modality)])
 
 
-def notes(path): return "; ".join(read(path)[0].notes)
+def notes(path, modality="oct"): return "; ".join(read(path, modality)[0].notes)
 
 
-def refusal(path):
-    with pytest.raises(BadImage) as e: read(path)
+def refusal(path, modality="oct"):
+    with pytest.raises(BadImage) as e: read(path, modality)
     assert str(e.value).startswith(f"{e.value.kind}: {path.name}: ")
     return str(e.value)
 
@@ -102,6 +104,32 @@ def test_8_bits_without_window_are_shown_as_they_are(tmp_path):
     path = write(tmp_path/"a.dcm", a, 8)
     assert np.array_equal(pictures(path), a) and notes(path) == ""
     assert np.array_equal(pictures(write(tmp_path/"b.dcm", a, 16, 8)), a)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize("rows", [1, 3, 5, 6])
+def test_a_few_very_bright_rows_leave_the_rest_visible(tmp_path, rows, photometric):
+    a = bscans(h=100, low=100, high=900)
+    a[:, 40:40 + rows] = 60000
+    path = write(tmp_path/"a.dcm", a, PhotometricInterpretation=photometric)
+    rest = np.delete(pictures(path), range(40, 40 + rows), axis=1)
+    assert np.ptp(np.percentile(rest, (10, 90))) > 100
+    assert "all but the darkest and brightest" in notes(path) and "of 100 to 60000" in notes(path)
+
+
+def test_bright_rows_in_one_of_many_frames_leave_the_others_visible(tmp_path, monkeypatch):
+    a = bscans(20, high=900)
+    a[7, :4] = 65535
+    path = write(tmp_path/"a.dcm", a)
+    for kept in (1 << 27, 0):
+        monkeypatch.setattr("kdoct.volumes.KEPT_BYTES", kept)
+        assert np.ptp(np.percentile(pictures(path)[0], (10, 90))) > 100
+
+
+def test_16_bits_of_one_value_but_for_a_few_bright_rows_are_refused(tmp_path):
+    a = np.full((2, 300, 48), 500)
+    a[:, 5:7] = 60000
+    assert "98 % of its values are 500, and the others reach from 500 to 60000" in refusal(write(tmp_path/"a.dcm", a))
 
 
 @pytest.mark.parametrize("elements", [dict(PixelPaddingValue=0xffff), dict(PixelPaddingValue=60000, PixelPaddingRangeLimit=0xffff)])
@@ -147,7 +175,7 @@ def test_a_narrow_window_of_kind_linear_exact_is_applied(tmp_path):
 def test_the_first_of_several_windows_is_applied(tmp_path):
     a = bscans(high=900)
     path = write(tmp_path/"a.dcm", a, WindowCenter=[500.5, 1], WindowWidth=[401, 1])
-    assert np.abs(pictures(path).astype(int) - spread(a, 300, 700)).max() <= 1 and "by the window 300 to 700" in notes(path)
+    assert np.abs(pictures(path).astype(int) - spread(a, 300, 700)).max() <= 1 and "by the window 300 to 700, the first of 2" in notes(path)
 
 
 def test_a_sigmoid_window_is_applied(tmp_path):
@@ -162,6 +190,10 @@ def test_each_frame_has_the_window_of_its_own_group(tmp_path):
     groups = [data_set(FrameVOILUTSequence=[data_set(WindowCenter=c, WindowWidth=200, VOILUTFunction="LINEAR_EXACT")]) for c in (300, 600)]
     got = pictures(write(tmp_path/"a.dcm", a, PerFrameFunctionalGroupsSequence=groups, WindowCenter=1, WindowWidth=2))
     for g, x, c in zip(got, a, (300, 600), strict=True): assert np.abs(g.astype(int) - spread(x, c - 100, c + 100)).max() <= 1
+    assert "its B-scans have 2 different windows; each is shown by its own" in notes(tmp_path/"a.dcm")
+    del groups[1].FrameVOILUTSequence
+    assert "2 different windows" in notes(write(tmp_path/"b.dcm", a, PerFrameFunctionalGroupsSequence=groups))
+    assert "different" not in notes(write(tmp_path/"c.dcm", a, PerFrameFunctionalGroupsSequence=groups[:1]*2))
 
 
 @pytest.mark.parametrize("depth", [8, 12, 16])
@@ -204,16 +236,101 @@ def test_a_rescale_of_slope_0_is_refused(tmp_path):
     assert "RescaleSlope is 0" in refusal(write(tmp_path/"a.dcm", bscans(), RescaleSlope=0, RescaleIntercept=5))
 
 
+@pytest.mark.parametrize("element,value", [("RescaleSlope", b"nan "), ("RescaleSlope", b"inf "), ("RescaleIntercept", b"nan ")])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_rescale_that_is_no_number_is_refused(tmp_path, element, value, bits):
+    path = write(tmp_path/"a.dcm", bscans(), bits, RescaleSlope="1.25" if element == "RescaleSlope" else 2, RescaleIntercept="1.25")
+    raw = path.read_bytes()
+    tag = {"RescaleIntercept": b"\x28\0\x52\x10DS", "RescaleSlope": b"\x28\0\x53\x10DS"}[element]
+    path.write_bytes(raw.replace(tag + b"\4\x001.25", tag + b"\4\0" + value))
+    assert "no pixel would keep its value" in refusal(path)
+
+
 def test_a_rescale_that_falls_turns_the_picture_around(tmp_path):
     assert np.array_equal(pictures(write(tmp_path/"a.dcm", bscans(), 8, RescaleSlope=-1, RescaleIntercept=255)), 255 - bscans())
 
 
 # --- how pixels are stored
 
-def test_bits_above_the_stored_ones_are_no_part_of_the_picture(tmp_path):
+def test_bits_that_an_overlay_uses_are_no_part_of_the_picture(tmp_path):
     a = bscans(high=4095)
-    path = write(tmp_path/"a.dcm", a | 0x8000*(np.arange(48) % 3 == 0), 16, 12)
-    assert np.array_equal(pictures(path), spread(a))
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", a | 0x8000*(np.arange(48) % 3 == 0), 16, 12))
+    d.add_new(0x60000102, "US", 15)
+    d.save_as(tmp_path/"a.dcm")
+    assert np.array_equal(pictures(tmp_path/"a.dcm"), spread(a))
+
+
+@pytest.mark.parametrize("elements", [{}, dict(WindowCenter=2048, WindowWidth=4096), dict(HighBit=15), dict(HighBit=7)])
+@pytest.mark.parametrize("stored,high", [(12, 4096), (12, 65535), (10, 4095), (8, 300)])
+def test_values_beyond_the_bits_of_the_header_are_refused(tmp_path, stored, high, elements):
+    a = bscans(high=high)
+    path = write(tmp_path/"a.dcm", a | (elements.get("HighBit") == 15), 16, stored, **elements)   # with HighBit 15, low bits are the others
+    heard = refusal(path)
+    assert f"(BitsStored {stored}, HighBit {15 if elements.get('HighBit') == 15 else stored - 1})" in heard and "they reach from" in heard
+
+
+@pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless])
+def test_values_beyond_the_bits_of_the_header_are_refused_in_compressed_files(tmp_path, syntax):
+    a = bscans(high=60000)
+    write(tmp_path/"a.dcm", a)
+    if syntax == uid.JPEGLSLossless: gdcm_copy(tmp_path/"a.dcm", tmp_path/"a.dcm", "JPEGLSLossless")
+    d = pydicom.dcmread(tmp_path/"a.dcm")
+    if syntax != uid.JPEGLSLossless: d.compress(syntax)
+    d.save_as(tmp_path/"a.dcm")
+    assert np.array_equal(pictures(tmp_path/"a.dcm"), spread(a))
+    d.BitsStored, d.HighBit = 12, 11
+    d.save_as(tmp_path/"b.dcm")
+    assert "BitsStored 12, HighBit 11" in refusal(tmp_path/"b.dcm")
+
+
+def gdcm_copy(path, out, syntax):
+    "A file compressed by gdcm."
+    gdcm = pytest.importorskip("gdcm")
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(out))
+    assert writer.Write()
+    return out
+
+
+def test_padding_beyond_the_stored_bits_is_padding(tmp_path):
+    a = bscans(high=4000)
+    padded = a.copy()
+    padded[:, :5] = 0xffff
+    got = pictures(write(tmp_path/"a.dcm", padded, 16, 12, PixelPaddingValue=0xffff))
+    assert not got[:, :5].any() and np.array_equal(got[:, 5:], spread(a, *(f(a[:, 5:]) for f in (np.min, np.max)))[:, 5:])
+
+
+def test_an_impossible_high_bit_is_noted(tmp_path):
+    a = bscans(high=4095)
+    path = write(tmp_path/"a.dcm", a, 16, 12, HighBit=7)
+    assert np.array_equal(pictures(path), spread(a)) and "HighBit is 7, which cannot be: 11 is taken" in notes(path)
+
+
+def test_a_representation_that_does_not_exist_is_refused(tmp_path):
+    assert "PixelRepresentation is 2" in refusal(write(tmp_path/"a.dcm", bscans(), 8, PixelRepresentation=2))
+
+
+def test_signed_values_of_fewer_bits_than_a_pixel_has_are_read(tmp_path):
+    a = bscans(low=-700, high=300)
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", a, 16, 12)), spread(a))
+
+
+@pytest.mark.parametrize("bits,stored,high", [(8, 8, 255), (16, 16, 65535), (16, 12, 4095)])
+def test_unsigned_values_that_the_header_calls_signed_are_refused(tmp_path, bits, stored, high):
+    assert "PixelRepresentation" in refusal(write(tmp_path/"a.dcm", bscans(high=high), bits, stored, PixelRepresentation=1))
+
+
+@pytest.mark.parametrize("low,high", [(-128, 127), (-100, 0), (-30, 90)])
+def test_signed_values_of_the_whole_range_are_read(tmp_path, low, high):
+    a = bscans(low=low, high=high)
+    assert np.array_equal(pictures(write(tmp_path/"a.dcm", a, 8)), spread(a))
 
 
 def test_pixels_in_the_upper_bits_are_read(tmp_path):
@@ -265,7 +382,46 @@ def test_a_file_without_meta_information_is_read_as_its_elements_are(tmp_path):
 def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
     pytest.importorskip("gdcm")
     pytest.importorskip("openjpeg")
-    assert np.ptp(pictures(Path(pydicom.__file__).parent/"data"/"test_files"/name)) > 100
+    assert np.ptp(pictures(Path(pydicom.__file__).parent/"data"/"test_files"/name, "other")) > 100   # CT and MR among them
+
+
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
+def test_jpeg_of_12_bits_is_read_with_the_extra(name):
+    pytest.importorskip("gdcm")
+    values = next(volumes._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, volumes._dicom_head(path)[0], 1))
+    assert (values[420, 140], values[230, 120], values.max()) == (244, 95, 264)   # what libjpeg reads, as pydicom's own tests have it
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_a_volume_of_jpeg_of_12_bits_is_read_and_without_gdcm_names_the_extra(tmp_path, monkeypatch, photometric):
+    a = bscans(high=4095)
+    path = gdcm_copy(write(tmp_path/"a.dcm", a, 16, 12, PhotometricInterpretation=photometric), tmp_path/"b.dcm", "JPEGExtendedProcess2_4")
+    want = spread(a) if photometric == "MONOCHROME2" else 255 - spread(a)
+    assert np.abs(pictures(path).astype(int) - want).max() <= 1
+    monkeypatch.setattr(volumes, "find_spec", lambda name: None)
+    assert "JPEG Extended" in refusal(path) and "kdoct[volumes]" in refusal(path)
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.103.1", "1.2.840.10008.1.2.4.107"])
+def test_a_video_is_named_with_a_remedy_that_helps(tmp_path, syntax):
+    heard = refusal(encapsulated(tmp_path/"a.dcm", syntax))
+    assert "a video" in heard and "uncompressed" in heard and "pip install" not in heard
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.55", "1.2.3.4"])
+def test_a_way_of_storing_pixels_that_nothing_decodes_names_no_extra(tmp_path, syntax):
+    heard = refusal(encapsulated(tmp_path/"a.dcm", syntax))
+    assert "uncompressed" in heard and "pip install" not in heard
+
+
+def encapsulated(path, syntax):
+    "A file whose pixels are said to be compressed in some way."
+    d = pydicom.dcmread(write(path, bscans(), 8))
+    d.PixelData = pydicom.encaps.encapsulate([b"frame!"]*3)
+    d["PixelData"].is_undefined_length = True
+    d.file_meta.TransferSyntaxUID = uid.UID(syntax)
+    d.save_as(path, implicit_vr=False, little_endian=True, force_encoding=True)
+    return path
 
 
 def test_a_compression_that_nothing_decodes_names_the_extra(tmp_path, monkeypatch):
@@ -309,6 +465,144 @@ def test_float_pixels_are_named(tmp_path):
 ])
 def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, said):
     assert (heard := refusal(write(tmp_path/"a.dcm", bscans(1), 8, **elements))).startswith("not-a-bscan") and said in heard
+
+
+@pytest.mark.parametrize("modality", ["OPT", "OT", None])
+@pytest.mark.parametrize("sop", [
+    uid.OphthalmicPhotography8BitImageStorage, uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage,
+    uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage, uid.OphthalmicThicknessMapStorage, uid.SegmentationStorage, uid.CTImageStorage,
+    uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation, uid.UltrasoundImageStorage, uid.UltrasoundMultiFrameImageStorage,
+    uid.MRImageStorage, uid.VLPhotographicImageStorage, uid.IntravascularOpticalCoherenceTomographyImageStorageForPresentation])
+def test_another_class_is_refused_whatever_the_modality(tmp_path, sop, modality):
+    heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, Modality=modality))
+    assert heard.startswith("not-a-bscan") and f"SOP class, {sop.name}" in heard and "leave it out" in heard
+
+
+def test_another_class_in_the_meta_information_is_refused(tmp_path):
+    d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(1), 8))
+    d.file_meta.MediaStorageSOPClassUID = PHOTOGRAPH
+    d.save_as(tmp_path/"a.dcm")
+    assert "a photograph by its MediaStorageSOPClassUID" in refusal(tmp_path/"a.dcm")
+
+
+@pytest.mark.parametrize("modality", ["OP", "OPTENF", "OPTBSV", "OPM", "SEG", "CT", "CR", "DX", "US", "MR", "MG", "ES", "IVOCT"])
+@pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
+def test_another_modality_is_refused_whatever_the_class(tmp_path, modality, sop):
+    assert f"by its Modality, {modality}, where an OCT is expected" in refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, Modality=modality))
+
+
+@pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
+@pytest.mark.parametrize("value", [
+    "SLO", "CSLO", "FUNDUS", "FUNDUS PHOTO", "LOCALIZER", "THICKNESS", "THICKNESS MAP", "THICKNESS_MAP", "PROJECTION", "EN FACE", "ENFACE", "REPORT",
+    "SCREEN SAVE", "SCREENSHOT", "PREVIEW", "THUMBNAIL", "REFERENCE IMAGE", "IR", "FA", "ICGA", "FAF", "SEGMENTATION", "OCTA"])
+def test_an_image_type_of_another_kind_is_refused(tmp_path, value, sop):
+    heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, ImageType=["DERIVED", "SECONDARY", value]))
+    assert heard.startswith("not-a-bscan") and f"by its ImageType, {value}, where an OCT is expected" in heard
+
+
+@pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
+@pytest.mark.parametrize("text", [
+    "Fundus photograph", "Colour fundus", "Thickness map", "RNFL Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
+def test_a_text_that_names_another_kind_is_refused(tmp_path, element, text):
+    heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, **{element: text}))
+    assert f"by its {element}, which says '" in heard and "leave it out" in heard
+
+
+@pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
+@pytest.mark.parametrize("text", ["IR", "IR reflectance", "SLO", "FA", "ICGA", "FAF"])
+def test_the_mode_of_the_camera_is_noted_in_an_oct_and_refused_elsewhere(tmp_path, element, text):
+    path = write(tmp_path/"a.dcm", bscans(), 8, **{element: text})   # OCT-Converter writes it as ProtocolName of the volume
+    assert np.array_equal(pictures(path), bscans()) and f"its {element} names " in notes(path)
+    path = write(tmp_path/"b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT", **{element: text})
+    assert f"by its {element}" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["IR + OCT volume", "OCT with fundus photograph", "Volume IR", "Macular Cube 512x128, en face", "3D OCT, thickness map"])
+def test_a_text_that_names_bscans_too_is_noted(tmp_path, text):
+    path = write(tmp_path/"a.dcm", bscans(), 8, SeriesDescription=text)
+    assert np.array_equal(pictures(path), bscans()) and "its SeriesDescription names " in notes(path)
+
+
+@pytest.mark.parametrize("elements", [
+    dict(ImageType=["ORIGINAL", "PRIMARY"]), dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]),
+    dict(ImageType=["DERIVED", "SECONDARY"]),
+    dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]), dict(SeriesDescription="Macular Cube 512x128"), dict(SeriesDescription="HD 5 Line Raster"),
+    dict(SeriesDescription="Volume", ProtocolName="OCT ART"), dict(SeriesDescription="RNFL circle"),
+    dict(Modality=None), dict(Modality="OCT"), dict(Modality="OT")])
+def test_a_sound_oct_is_read_without_a_note(tmp_path, elements):
+    path = write(tmp_path/"a.dcm", bscans(), 8, **elements)
+    assert np.array_equal(pictures(path), bscans()) and notes(path) == ""
+
+
+def test_the_volume_and_the_picture_that_oct_converter_writes_are_told_apart(tmp_path):
+    converter = pytest.importorskip("oct_converter.dicom.dicom")
+    from oct_converter.dicom import metadata as m
+    series = m.SeriesMeta(laterality="R", series_id="1", protocol="ICGA", description="Volume", opt_anatomy=m.OPTAnatomyStructure.Retina)
+    patient, maker = m.PatientMeta(patient_id="Study-07"), m.ManufacturerMeta(manufacturer="Heidelberg")
+    about = m.DicomMetadata(patient, series, maker, m.ImageGeometry(pixel_spacing=[.01, .01]), m.OCTImageParams())
+    converter.write_opt_dicom(about, list(bscans().astype(float)), tmp_path/"volume.dcm")
+    assert np.abs(pictures(tmp_path/"volume.dcm").astype(int) - bscans()).max() <= 3 and "names angiography with a dye too" in notes(tmp_path/"volume.dcm")
+    converter.write_fundus_dicom(about, bscans(1)[0], tmp_path/"fundus.dcm")
+    assert "a photograph by its Modality" in refusal(tmp_path/"fundus.dcm")
+
+
+RADIOGRAPHS = [uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation, uid.DigitalXRayImageStorageForProcessing]
+
+
+@pytest.mark.parametrize("sop,modality", list(zip(RADIOGRAPHS, ("CR", "DX", "DX"), strict=True)))
+def test_a_network_of_radiographs_reads_them_and_no_oct(tmp_path, sop, modality):
+    path = write(tmp_path/"a.dcm", bscans(1, high=4000), 16, 12, sop=sop, Modality=modality, ImageType=["ORIGINAL", "PRIMARY"], SeriesDescription="Chest PA")
+    assert np.array_equal(pictures(path, "radiograph"), spread(bscans(1, high=4000))) and "radiograph" not in notes(path, "radiograph")
+    assert "a radiograph by its SOP class" in refusal(path) and "a radiograph by its SOP class" in refusal(path, "histology")
+    oct_ = write(tmp_path/"b.dcm", bscans(), 8)
+    assert "an OCT by its SOP class" in refusal(oct_, "radiograph") and "as PNG" in refusal(oct_, "radiograph")
+    assert np.array_equal(pictures(oct_, "other"), bscans()) and np.ptp(pictures(path, "other")) > 200
+
+
+def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes_captures(tmp_path):
+    radiograph = dict(sop=RADIOGRAPHS[0], Modality="CR")
+    for elements in (dict(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), dict(Modality="CT"), dict(sop=uid.CTImageStorage, Modality="CT")):
+        path = write(tmp_path/"a.dcm", bscans(1), 8, **radiograph | elements)
+        assert "where a radiograph is expected" in refusal(path, "radiograph")
+    path = write(tmp_path/"b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT")
+    assert notes(path, "radiograph") == "no radiograph: Secondary Capture Image Storage"
+
+
+@pytest.mark.parametrize("modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")])
+def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
+    from kdoct.deploy import Engine  # here: they import torch
+    from kdoct.predict import Predictor
+    def engine(name="", threads=0): return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
+    about = dict(modality=modality) if modality else {}
+    network = SimpleNamespace(decision=None, classes=["a", "b"], framing={}, about=about, engine=engine)
+    path = write(tmp_path/"a.dcm", bscans(1), 8, sop=RADIOGRAPHS[1], Modality="DX")
+    with Predictor(network) as p: (row,) = p.predict(path)
+    assert row["error"] == error and bool(row["predicted"]) == (not error)
+    if error: assert f"not-a-bscan: {row['detail']}" in refusal(path)
+
+
+@pytest.mark.parametrize("name,begin", [("a.vol", b"HSF-OCT-103"), ("a.e2e", b"CMDb"), ("a.fda", b"FOCT")])
+def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name, begin):
+    (tmp_path/name).write_bytes(begin + bytes(5000))
+    assert "a file of an OCT device, where a radiograph is expected" in refusal(tmp_path/name, "radiograph")
+
+
+# --- which eye
+
+@pytest.mark.parametrize("frame,image,series,eye,said", [
+    ("L", "R", None, "OS", "FrameLaterality says OS, ImageLaterality says OD"), (None, "L", "R", "OS", "ImageLaterality says OS, Laterality says OD"),
+    ("R", "R", "L", "OD", "Laterality says OS; OD is taken"), ("R", "R", "R", "OD", ""), ("U", "B", "L", "OS", ""), (None, None, "R", "OD", "")])
+def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, eye, said):
+    elements = dict(ImageLaterality=image, Laterality=series)
+    if frame: elements["SharedFunctionalGroupsSequence"] = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=frame)])]
+    path = write(tmp_path/"a.dcm", bscans(), 8, **{k: v for k, v in elements.items() if v})
+    assert read(path)[0].eye == eye and said in notes(path) and bool(said) == ("which eye" in notes(path))
+
+
+def test_bscans_of_both_eyes_in_a_volume_are_noted(tmp_path):
+    groups = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=side)]) for side in "LRR"]
+    path = write(tmp_path/"a.dcm", bscans(), 8, PerFrameFunctionalGroupsSequence=groups)
+    assert [s.eye for s in read(path)] == ["OS", "OD", "OD"] and "its B-scans are of both eyes" in notes(path)
 
 
 @pytest.mark.parametrize("sop", [uid.SecondaryCaptureImageStorage, None])

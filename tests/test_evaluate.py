@@ -231,16 +231,16 @@ def test_views_and_weights_are_those_of_variants_parquet(viewed):
 
 def test_each_architecture_is_measured_once_and_noted(monkeypatch):
     from kdoct.core import TrainRecipe
-    from kdoct.models import create_classifier, save_bundle
+    from kdoct.models import create_classifier, save_model_folder
     run, net = create_run('cost', preset('tiny')), create_classifier(TrainRecipe(arch='test_efficientnet', weights='none'), 4, 64)
-    for role in ('student', 'baseline'): save_bundle(run.stage_dir(0, role), net, role, run.recipe, list('abcd'))
+    for role in ('student', 'baseline'): save_model_folder(run.stage_dir(0, role), net, role, run.recipe, list('abcd'))
     write_json(run.stage_dir(0, 'hog_svm')/'model.json', dict(parameters=None))
-    c = E.costs_of(run, 0, ('student', 'baseline', 'hog_svm'), repeats=5)
+    c = E.costs_of(run, 0, ('student', 'baseline', 'HOG + SVM'), repeats=5)
     assert c['student'] == c['baseline'] and c['student']['parameters'] == sum(p.numel() for p in net.parameters())
     assert c['student']['bytes'] == (run.stage_dir(0, 'student')/'model.safetensors').stat().st_size
-    assert c['hog_svm'] == dict(parameters=None, not_measured='no model.safetensors')
+    assert c['HOG + SVM'] == dict(parameters=None, not_measured='no model.safetensors')
     s = T.costs_section(c)
-    assert 'hog_svm was not measured: no model.safetensors' in s.caption and s.texts.loc['student', 'weights on disk'] == '0.4 MB'
+    assert 'HOG + SVM was not measured: no model.safetensors' in s.caption and s.texts.loc['student', 'weights on disk'] == '0.4 MB'
     monkeypatch.setattr(E, '_measured', lambda *a: pytest.fail('measured twice'))
     assert E.costs_of(run, 0, ('student',))['student'] == read_json(run.path/'efficiency.json')['test_efficientnet, 4 classes, 64 px']
 
@@ -252,10 +252,10 @@ def test_main_table_is_of_the_kept_weights_in_one_view(viewed):
 
 def test_a_further_model_is_a_row_of_its_fold_and_named_where_it_cannot_be_pooled(viewed):
     run, fold, pooled = viewed
-    assert fold['table'].index.tolist() == [*ROLES, 'hog_svm'] and fold['table'].parameters['hog_svm'] == '–'
-    assert 'hog_svm, patients' in fold['sections']['volumes'].table.index
-    assert 'Hog_svm gives margins, no probabilities' in fold['protocol'] and E.is_evaluated(run, 0)
-    assert 'hog_svm' not in pooled['table'].index and 'hog_svm is not in every fold' in pooled['protocol'].lower()
+    assert fold['table'].index.tolist() == [*ROLES, 'HOG + SVM'] and fold['table'].parameters['HOG + SVM'] == '–'
+    assert 'HOG + SVM, patients' in fold['sections']['volumes'].table.index
+    assert 'HOG + SVM gives margins, no probabilities' in fold['protocol'] and E.is_evaluated(run, 0)
+    assert 'HOG + SVM' not in pooled['table'].index and 'HOG + SVM is not in every fold' in pooled['protocol']
 
 
 def test_an_evaluation_without_a_further_model_is_out_of_date(viewed):
@@ -264,7 +264,7 @@ def test_an_evaluation_without_a_further_model_is_out_of_date(viewed):
     text = path.read_text()
     try:
         saved = json.loads(text)
-        del saved['predictions']['hog_svm']
+        del saved['predictions']['HOG + SVM']
         path.write_text(json.dumps(saved))
         assert run.is_finished('evaluate', 0) and not E.is_evaluated(run, 0)
     finally: path.write_text(text)
@@ -636,6 +636,51 @@ def test_findings_of_data_and_decisions_are_warnings(run):
     (run.path/'audit.csv').write_text('path,problem,detail\na.png,near-duplicate,"of b.png, which is CNV, not DME; agreement 0.99"\n')
     try: said = E.warnings_of(run, dict(operating=section, blanked=T.Section('', blank, blank, '')))
     finally: (run.path/'audit.csv').unlink()
-    assert any('60.0 [50.0, 70.0] % macro sensitivity where chance is 25.0 %' in w for w in said)
+    assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in said)
     assert any('1 near-duplicates have another class' in w for w in said)
-    assert any('CNV, sensitivity 95 % (not reachable: no image)' in w and 'DME' not in w for w in said)
+    assert any('For CNV (sensitivity 95 %): not reachable: no image.' in w and 'DME' not in w for w in said)
+
+
+def test_what_is_true_of_several_networks_is_said_once(run):
+    above = dict(chance='above', sensitivity=.6, sensitivity_low=.5, sensitivity_high=.7, balanced_chance=.25)
+    blank = pd.DataFrame([above, above | dict(sensitivity=.625), above | dict(chance='not above')], index=['teacher', 'student', 'baseline'])
+    few = '9 patients are too few for sets with 5 % errors: every class is in every set'
+    sets = pd.DataFrame(dict(note=[few, few, '']), index=['teacher, wished 95 %', 'student, wished 95 %', 'baseline, wished 95 %'])
+    said = E.warnings_of(run, dict(sets=T.Section('Prediction sets', sets, sets, ''), blanked=T.Section('', blank, blank, '')))
+    covered = [w for w in said if 'retina is covered' in w]
+    assert len(covered) == 1 and 'teacher 60.0 [50.0, 70.0] %, student 62.5 [50.0, 70.0] %' in covered[0] and 'baseline' not in covered[0]
+    assert f'Prediction sets, not fitted as wished. For teacher, student (wished 95 %): {few}. See Decisions.' in said
+
+
+def test_a_class_that_validation_or_calibration_lacks_stands_at_the_top_of_the_report(run):
+    before = run.json.read_bytes()
+    try:
+        run.record('data', val_lacks={'0': ['CNV'], '2': ['CNV', 'DME']}, calib_lacks={'1': ['DRUSEN']})
+        html = R.report_html(run, [0]).read_text()
+    finally: run.json.write_bytes(before)
+    for words in ('The validation part has no image of CNV in folds 0, 2, and none of DME in fold 2.',
+                  'The calibration part has no image of DRUSEN in fold 1. The temperature, thresholds and prediction sets know nothing of it.'):
+        assert html.count(words) == 1 and html.index(words) < html.index('<h2>Results')
+
+
+def test_a_single_fold_has_no_summary_over_folds_in_the_report(run):
+    one, two = (R.report_html(run, folds).read_text() for folds in ([0], [0, 1]))
+    assert '<h3>Mean and standard deviation over folds</h3>' in two and 'One fold only' not in two
+    assert '<h3>Mean and standard deviation over folds</h3>' not in one and 'One fold only (fold 0)' in one
+
+
+def test_the_report_has_words_where_files_have_names(probed):
+    write_json(probed.path/'probe.json', shortcut() | dict(features=[dict(name='white_top', meaning='white above', balanced_accuracy=.7, mean={})]))
+    html = R.report_html(probed, [0, 1]).read_text()
+    page = html[html.index('<section id="results">'):html.index('<section id="recipe">')] + html[html.index('<section id="machine">'):]
+    for raw in ('patient_label', 'data.severity', 'data.calibration_fraction', 'recipe_key', 'folds_sha256', 'memory_gb', 'packages.', 'fold_0',
+                'val</th>', 'train</th>', '`'):
+        assert raw not in page, raw
+    assert 'validation</th>' in page and '<th scope="row">white above</th>' in page
+
+
+def test_the_recipe_is_read_once_for_both_of_its_tables(run, monkeypatch):
+    rows, asked = R._recipe_rows, []
+    monkeypatch.setattr(R, '_recipe_rows', lambda r: asked.append(r) or rows(r))
+    html = R.report_html(run, [0]).read_text()
+    assert len(asked) == 1 and 'teacher: passes over the training part' in html and html.count('<td>teacher.epochs</td>') == 2

@@ -23,7 +23,7 @@ from kdoct.explain import (
     read_mask,
 )
 from kdoct.faithfulness import energy_in_mask, randomised
-from kdoct.models import create_classifier, save_bundle
+from kdoct.models import create_classifier, save_model_folder
 from kdoct.phantom import simulate_bscan
 
 
@@ -33,7 +33,7 @@ def bundles(run, folds_sha256, seed=0):
         torch.manual_seed(seed + i)
         net = create_classifier(run.recipe.training(role), 4, run.recipe.data.size)
         folder = run.stage_dir(0, role)
-        save_bundle(folder, net, role, run.recipe, ["CNV", "DME", "DRUSEN", "NORMAL"], folds_sha256=folds_sha256, fold=0)
+        save_model_folder(folder, net, role, run.recipe, ["CNV", "DME", "DRUSEN", "NORMAL"], folds_sha256=folds_sha256, fold=0)
         pd.DataFrame(dict(path=[])).to_parquet(folder/"predictions.parquet")
 
 

@@ -26,7 +26,7 @@ from kdoct.data import open_fold, prepare_data, to_square
 from kdoct.decide import decide_fold
 from kdoct.explore import App, Background, Cases, Choice, Explorer, Thresholds, case_table, open_cases, pick
 from kdoct.metrics import log_softmax, logits_of, simulate_predictions
-from kdoct.models import create_classifier, save_bundle
+from kdoct.models import create_classifier, save_model_folder
 from kdoct.training import predict_logits, predictions_frame
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def untrained(run, fold, roles):
         folder = run.stage_dir(fold, role)
         folder.mkdir(parents=True)
         predictions_frame(data, "test", predict_logits(model, batches)).to_parquet(folder / "predictions.parquet", index=False)
-        save_bundle(folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold)
+        save_model_folder(folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_what_the_numbers_are_of_is_said(run):
 
 def test_choices_are_kept_together(run):
     table = case_table(simulated(run))
-    rows = pick(table, Choice(true="CNV", calls="wrong", low=.5, order="surest first"))
+    rows = pick(table, Choice(true="CNV", result="wrong", low=.5, order="surest first"))
     t = table.loc[rows]
     want = table[(table.label == "CNV") & (table.predicted != "CNV") & (table.confidence >= .5)]
     assert sorted(rows) == sorted(want.index) and len(rows)
@@ -166,10 +166,10 @@ def test_a_decision_of_other_weights_is_told_and_left_out(run):
 def test_counts_of_a_threshold_are_those_of_the_images(run, threshold):
     cases = simulated(run)
     cut = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100)).at(threshold)
-    called, true = cases.probabilities["student"][:, 1] >= threshold, (cases.predictions.label == "DME").to_numpy()
-    assert cut.called.tolist() == [int((called & (cases.predictions.label == c)).sum()) for c in cases.classes]
-    assert cut.sensitivity[0] == pytest.approx((called & true).sum() / true.sum())
-    assert cut.specificity[0] == pytest.approx((~called & ~true).sum() / (~true).sum())
+    predicted, true = cases.probabilities["student"][:, 1] >= threshold, (cases.predictions.label == "DME").to_numpy()
+    assert cut.predicted.tolist() == [int((predicted & (cases.predictions.label == c)).sum()) for c in cases.classes]
+    assert cut.sensitivity[0] == pytest.approx((predicted & true).sum() / true.sum())
+    assert cut.specificity[0] == pytest.approx((~predicted & ~true).sum() / (~true).sum())
     for value, low, high in (cut.sensitivity, cut.specificity): assert low <= value <= high
 
 
@@ -332,7 +332,7 @@ def test_without_decoded_squares_the_list_says_why_it_has_no_small_pictures(run,
 def test_a_selection_is_saved_with_what_it_is_of(run):
     decide_fold(run, 0)
     app = App()
-    app.tests.calls.value = "wrong"
+    app.tests.result.value = "wrong"
     app.tests.save.click()
     file = Path(re.search(r"saved in (\S+\.csv)", app.tests.saved.value)[1])
     assert file.parent == (run.path / "selections").absolute()
@@ -343,7 +343,7 @@ def test_a_selection_is_saved_with_what_it_is_of(run):
     for role in ("student", "teacher"):
         assert saved[[f"probability_{role}_{c}" for c in cases.classes]].to_numpy() == pytest.approx(cases.probabilities[role][app.tests.rows])
     told = json.loads(file.with_suffix(".json").read_text())
-    assert told["choice"]["calls"] == "wrong" and told["protocol"] == cases.protocol and told["images"] == len(want)
+    assert told["choice"]["result"] == "wrong" and told["protocol"] == cases.protocol and told["images"] == len(want)
 
 
 def test_an_empty_selection_cannot_be_saved_and_says_so(run):
@@ -445,7 +445,7 @@ def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
     app = App()
     def broken(*a): raise ZeroDivisionError("surprise")
     monkeypatch.setattr(explore, "pick", broken)
-    app.tests.calls.value = "wrong"
+    app.tests.result.value = "wrong"
     assert "surprise" in app.message.value and "Traceback" not in app.message.value
 
 
@@ -554,7 +554,7 @@ def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
     hand.until(lambda: "20.0 % on" in hand.text("caption"))
     cases = open_cases(run, 0, "student")
     cut = Thresholds(cases, cases.classes[0], run.recipe.evaluate, run.recipe.seed).at(.2)
-    now = f"({cut.called[0]} of {cut.total[0]})"
+    now = f"({cut.predicted[0]} of {cut.total[0]})"
     assert now in hand.text("#kd-sensitivity") and now not in shown
 
     # files of one's own: one that is none, then a good one

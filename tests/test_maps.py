@@ -89,7 +89,7 @@ def test_long_names_do_not_overlap():
 def test_three_roles_have_a_panel_each():
     r = row()
     r = r._replace(maps=dict(teacher=r.maps["teacher"], **{"teacher-visformer": r.maps["teacher"]}, student=r.maps["student"]),
-                   calls=r.calls | {"teacher-visformer": ("CNV", .7)})
+                   predicted=r.predicted | {"teacher-visformer": ("CNV", .7)})
     assert {"teacher-visformer\nCNV\n0.70, right", "student minus teacher"} <= set(texts(map_figure([r])))
 
 

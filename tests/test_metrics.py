@@ -52,8 +52,8 @@ PUBLISHED = {  # accuracy, sensitivity, specificity, precision, F1: percent, mea
 def test_published_tables_follow_from_their_confusion_matrices(text, expected, means, way):
     make = M.from_confusion if way == 'matrix' else lambda cm: M.evaluate_predictions(as_predictions(cm, 0))
     s = M.fold_summary([make(cm.tolist() if way == 'matrix' else cm) for cm in matrices(text)])
-    assert [f"{100*s['mean'][m]:.2f} ± {100*s['sd'][m]:.2f}" for m in M.CALLS[:3]] == expected
-    assert [100*s['mean'][m] for m in M.CALLS[3:]] == pytest.approx(means, abs=.01)
+    assert [f"{100*s['mean'][m]:.2f} ± {100*s['sd'][m]:.2f}" for m in M.LABEL_METRICS[:3]] == expected
+    assert [100*s['mean'][m] for m in M.LABEL_METRICS[3:]] == pytest.approx(means, abs=.01)
 
 
 def test_published_test_parts_of_teacher_and_student_differ():
@@ -74,7 +74,7 @@ def test_a_matrix_and_its_predictions_say_the_same(rows):
     cm = np.array(rows)
     if cm.sum() == 0: return
     e, p = M.from_confusion(rows), M.evaluate_predictions(as_predictions(cm, 0))
-    for m in M.CALLS: assert e[m] == pytest.approx(p[m], nan_ok=True), m
+    for m in M.LABEL_METRICS: assert e[m] == pytest.approx(p[m], nan_ok=True), m
     assert e['n_images'] == cm.sum()
 
 
@@ -101,8 +101,8 @@ def test_point_estimates_equal_scikit_learn(seed, k, digits):
     assert e['accuracy'] == pytest.approx(skm.accuracy_score(y, p.argmax(1)))
     assert e['sensitivity'] == pytest.approx(skm.recall_score(y, p.argmax(1), labels=present, average='macro'))
     assert e['f1'] == pytest.approx(skm.f1_score(y, p.argmax(1), labels=present, average='macro'))
-    called = np.isin(present, p.argmax(1)).all()
-    assert e['precision'] == pytest.approx(skm.precision_score(y, p.argmax(1), labels=present, average='macro') if called else np.nan, nan_ok=True)
+    predicted = np.isin(present, p.argmax(1)).all()
+    assert e['precision'] == pytest.approx(skm.precision_score(y, p.argmax(1), labels=present, average='macro') if predicted else np.nan, nan_ok=True)
     assert e['nll'] == pytest.approx(skm.log_loss(y, p, labels=range(k)))
     assert e['auc'] == pytest.approx(np.mean([skm.roc_auc_score(y == c, p[:, c]) for c in present]))
     assert e['specificity'] == pytest.approx(np.mean([skm.recall_score(y != c, p.argmax(1) != c) for c in present]))
@@ -273,10 +273,10 @@ def test_bootstrap_of_the_neh_test_images_stays_quick():
 
 def test_intervals_of_a_class_are_those_of_its_images_alone():
     df = M.simulate_predictions(40, margin=1.5, seed=3)
-    each, calls = M.bootstrap_classes(df, n_boot=300, seed=5), M.logits_of(df).argmax(1)
+    each, predicted = M.bootstrap_classes(df, n_boot=300, seed=5), M.logits_of(df).argmax(1)
     for k, c in enumerate(M.classes_of(df)):
         own = (df.label == c).to_numpy()
-        for metric, hit, of in (("sensitivity", calls == k, own), ("specificity", calls != k, ~own), ("precision", own, calls == k)):
+        for metric, hit, of in (("sensitivity", predicted == k, own), ("specificity", predicted != k, ~own), ("precision", own, predicted == k)):
             want = M.share_interval(hit, df.group, of, n_boot=300, seed=5)
             assert each.loc[(c, metric), ["estimate", "low", "high"]].tolist() == pytest.approx([want[e] for e in ("estimate", "low", "high")])
             assert each.loc[(c, metric), "n"] == own.sum()

@@ -114,8 +114,8 @@ def round_trip(arch, drop_path, size, folder):
     del opt
     net.zero_grad(set_to_none=True)
     assert torch.isfinite(loss) and not torch.equal(net.body.get_classifier().weight, before)
-    models.save_bundle(folder, net, 'student', recipe, ['A', 'B', 'C'])
-    again, about = models.load_bundle(folder)
+    models.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
+    again, about = models.load_model_folder(folder)
     ours, theirs = net.body.state_dict(), again.body.state_dict()
     assert about['arch'] == arch and list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert (again.size, again.interpolation, again.mean.tolist(), again.std.tolist()) == (size, net.interpolation, net.mean.tolist(), net.std.tolist())
@@ -144,9 +144,9 @@ def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, t
         with torch.no_grad(): logits[size] = net(x)
         assert logits[size].shape == (2, 3) and logits[size].isfinite().all()
         if size == 224: assert models.count_parameters(net) == SECOND[arch]
-    about = models.save_bundle(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
+    about = models.save_model_folder(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
     assert about['input_size'] == 96
-    again, _ = models.load_bundle(tmp_path)
+    again, _ = models.load_model_folder(tmp_path)
     with torch.no_grad(): assert torch.equal(again(x), logits[96])
 
 
@@ -208,7 +208,7 @@ def model_folder_in(folder, **changes):
     "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
     net = models.create_classifier(recipe.teacher, 4, 64)
-    models.save_bundle(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
+    models.save_model_folder(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
     return net
 
 
@@ -245,7 +245,7 @@ def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fo
     model_folder_in(tmp_path, **{'data.source': 'ucsd'})
     origin = models.weights_origin(starting_from(tmp_path))
     assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
-    for start in (origin, dict(kind='bundle', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
+    for start in (origin, dict(kind='model folder', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
         if leaks:
             with pytest.raises(KdoctError, match='would not be new'): models.check_origin(start, source, folds, fold)
         else: assert models.check_origin(start, source, folds, fold) == []
@@ -281,7 +281,7 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
     tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return models.import_bundle(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
+    return models.import_model_folder(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
 
 
 @pytest.mark.parametrize('wrap', [
@@ -289,7 +289,7 @@ def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='their
     lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
 def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
-    net, _ = models.load_bundle(tmp_path/'folder')
+    net, _ = models.load_model_folder(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
     assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bicubic')
@@ -341,7 +341,7 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     if name.endswith('pth'): torch.save(theirs.state_dict(), file)
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.raises(KdoctError, match='damaged'): models.import_bundle(file, 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='damaged'): models.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
@@ -360,7 +360,7 @@ def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path
     assert (own['mean'], own['std'], own['interpolation']) == ([.5]*3, [.5]*3, 'bicubic')
     given = imported(tmp_path/'b', state, 'test_convnext', mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear')
     assert given['mean'] == pytest.approx([.1, .2, .3]) and given['std'] == pytest.approx([.4, .5, .6]) and given['interpolation'] == 'bilinear'
-    assert models.load_bundle(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
+    assert models.load_model_folder(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
 
 
 @pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
@@ -390,4 +390,4 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
-    with pytest.raises(KdoctError, match='web page'): models.import_bundle(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='web page'): models.import_model_folder(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')

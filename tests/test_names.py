@@ -5,20 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import lay_out, problems
 
 from kdoct.core import DataRecipe, KdoctError, preset
 from kdoct.sources import load_table, part_name
 from kdoct.spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key
-
-
-def lay_out(folder, *names):
-    for n in names:
-        (folder / n).parent.mkdir(parents=True, exist_ok=True)
-        (folder / n).touch()
-    return str(folder)
-
-
-def problems(listing): return dict(zip(listing.findings.path, listing.findings.problem, strict=True))
 
 
 def table_of(tmp_path, text, encoding="utf-8", name="table.csv"):
@@ -63,7 +54,7 @@ def test_patients_keep_their_names_and_the_note_says_who_was_merged(tmp_path):
     listing = of_patients(tmp_path, "0001", "1", "2")
     assert list(listing.table.patient) == ["0001", "1", "2"] and list(listing.table.group) == ["0001", "0001", "2"]
     (note,) = listing.findings.to_dict("records")
-    assert note["severity"] == "note" and note["action"] == "groups 0001 and 1 merged" and "'1' (1 images) and '0001'" in note["detail"]
+    assert note["severity"] == "note" and note["action"] == "groups 0001 and 1 merged" and "'1' (1 image) and '0001' (1 image)" in note["detail"]
 
 
 def test_a_patient_whom_the_given_groups_part_is_noted(tmp_path):

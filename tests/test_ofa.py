@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdoct.core import KdoctError, preset
-from kdoct.models import count_parameters, create_classifier, import_bundle, load_bundle, probe_picture
+from kdoct.models import count_parameters, create_classifier, import_model_folder, load_model_folder, probe_picture
 from kdoct.ofa import OFA_595, map_ofa_names
 
 
@@ -67,8 +67,8 @@ def test_older_published_names_load_too(published, tmp_path):
 
 def test_a_model_folder_is_made_of_the_published_weights(published, tmp_path):
     save_file(published.state_dict(), tmp_path / "ofa.safetensors")
-    import_bundle(tmp_path / "ofa.safetensors", "ofa595", [f"c{i}" for i in range(1000)], tmp_path / "folder", 96)
-    net, about = load_bundle(tmp_path / "folder")
+    import_model_folder(tmp_path / "ofa.safetensors", "ofa595", [f"c{i}" for i in range(1000)], tmp_path / "folder", 96)
+    net, about = load_model_folder(tmp_path / "folder")
     assert about["parameters"] == 9_135_928
     x = torch.rand(1, 3, 96, 96)
     with torch.inference_mode(): torch.testing.assert_close(net(x), published((x - net.mean)/net.std), atol=1e-4, rtol=1e-4)

@@ -39,7 +39,7 @@ from kdoct.distill import Distill, Teachers, train_baseline, train_student
 from kdoct.evaluate import evaluate_fold
 from kdoct.losses import combine, soft_loss
 from kdoct.metrics import logits_of
-from kdoct.models import Classifier, create_classifier, import_bundle, load_bundle, save_bundle
+from kdoct.models import Classifier, create_classifier, import_model_folder, load_model_folder, save_model_folder
 from kdoct.report import report_html
 from kdoct.teacher import load_teachers, train_teacher
 
@@ -63,7 +63,7 @@ def model_folder(path, classes, arch='test_efficientnet', size=48, mean=(.5, .5,
     recipe = preset('tiny', **{'teacher.arch': arch, 'teacher.weights': 'none'})
     net = create_classifier(recipe.teacher, len(classes), size)
     net.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
-    save_bundle(path, net, 'teacher', recipe, classes)
+    save_model_folder(path, net, 'teacher', recipe, classes)
     return path
 
 
@@ -97,7 +97,7 @@ def learner(dls, teacher, loss=None, cbs=(), recipe=None, **how):
 def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
     recipe, note = DistillRecipe(alpha=.6, beta=.2, temperature=2.), Note()
     fit(learner(loaders(images), folder, nn.CrossEntropyLoss(label_smoothing=.1), [note], recipe))
-    net, _ = load_bundle(folder)
+    net, _ = load_model_folder(folder)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     assert len(note.seen) == 4
     for x, y, pred, loss in note.seen:
@@ -152,7 +152,7 @@ def test_neither_saved_weights_nor_an_exported_learner_hold_the_teacher(images, 
 def test_batches_without_a_normalisation_go_to_the_teacher_as_they_are(images, folder):
     note = Note()
     fit(learner(loaders(images, batch_tfms=None), folder, cbs=[note]))
-    net, _ = load_bundle(folder)
+    net, _ = load_model_folder(folder)
     x, y, pred, loss = note.seen[0]
     assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, net(x).detach()[:, [1, 0]], 4.)).item(), rel=1e-4)
 
@@ -166,7 +166,7 @@ def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, 
     assert 'normalised=(mean, std)' in e.value.fix
     fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own(), note], normalised=([.5]*3, [1/6]*3)))
     x, y, pred, loss = note.seen[0]
-    said = load_bundle(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
+    said = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
     assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
 
 
@@ -202,7 +202,7 @@ def test_grey_pictures_of_a_data_block_teach_too(images, folder):
     learn, note = Learner(dls, student(channels=1), loss_func=nn.CrossEntropyLoss(), cbs=[Distill(folder)]), Note()
     fit(learn.add_cb(note))
     x, y, pred, loss = note.seen[0]
-    said = load_bundle(folder)[0](x).detach()[:, [1, 0]]
+    said = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
     assert x.shape[1] == 1 and loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
 
 
@@ -217,7 +217,7 @@ def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folde
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     enabled, x, z = said[0]
     assert enabled and z.dtype == torch.float32
-    torch.testing.assert_close(z, load_bundle(folder)[0](x*std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, load_model_folder(folder)[0](x*std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5)
 
 
 def test_it_stands_beside_fastais_own_callbacks(images, folder):
@@ -231,7 +231,7 @@ def test_several_teachers_are_combined_as_in_a_run(images, folder, tmp_path, how
     fit(learner(loaders(images), {'a': folder, 'b': other}, cbs=[note], recipe=recipe))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     for i, (x, y, pred, loss) in enumerate(note.seen):
-        each = [load_bundle(folder)[0](x*std + mean).detach()[:, [1, 0]], load_bundle(other)[0](x*std + mean).detach()]
+        each = [load_model_folder(folder)[0](x*std + mean).detach()[:, [1, 0]], load_model_folder(other)[0](x*std + mean).detach()]
         together = each[i % 2] if how == 'turn' else combine(each, recipe)
         assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, together, 4.)).item(), rel=1e-3)
 
@@ -265,7 +265,7 @@ def imported(folder, classes=('NORMAL', 'DRUSEN', 'DME', 'CNV'), size=48, seed=1
     nn.init.normal_(net.classifier.weight)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.save(net.state_dict(), folder.with_suffix('.pth'))
-    import_bundle(folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher')
+    import_model_folder(folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher')
     return folder
 
 
@@ -283,7 +283,7 @@ def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     assert (facts['status'], facts['trained'], about['trained'], about['classes']) == ('done', False, False, CLASSES)
     assert facts['weights_from']['weights_sha256'] == source['weights_sha256'] and facts['weights_from']['imported'] == source['imported']
     assert any('not trained here' in n for n in facts['notes']) and any('not known which images' in n for n in facts['notes'])
-    there, data = load_bundle(mine)[0], open_fold(run, 0)
+    there, data = load_model_folder(mine)[0], open_fold(run, 0)
     for part, got in (('test', logits_of(pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'))), ('val', None)):
         x, y = next(iter(Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), data.idx[part], 999, size=64)))
         with torch.no_grad(): z = there(x)[:, [3, 2, 1, 0]]

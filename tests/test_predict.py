@@ -1,4 +1,4 @@
-"From files to calls: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
+"From files to predictions: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
 import csv
 import io
 import json
@@ -24,7 +24,7 @@ from kdoct.cli import main
 from kdoct.core import KdoctError, create_run, preset
 from kdoct.data import BadImage, inspect_file, prepare_data
 from kdoct.decide import Decision, Outlier
-from kdoct.deploy import Engine
+from kdoct.deploy import Engine, _taken, open_bundle
 from kdoct.guard import Guard, Reader, is_plain
 from kdoct.patients import VolumeRule, decide_volume
 from kdoct.predict import (
@@ -284,7 +284,7 @@ def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_p
 # --- deferral
 
 @pytest.mark.parametrize(('p', 'score', 'why'), [(.9, 1., ''), (.55, 1., 'confidence'), (.9, 3., 'outlier'), (.55, 3., 'confidence, outlier')])
-def test_a_row_is_deferred_for_confidence_or_for_strangeness(folder, p, score, why):
+def test_a_row_is_deferred_for_confidence_or_as_an_outlier(folder, p, score, why):
     def engine(x):
         return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
     with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
@@ -360,7 +360,7 @@ def test_few_bytes_wait_however_large_the_pictures_and_many_the_threads():
 
 def reader_that(tmp_path, does, **limits):
     "A reader whose `read_scans` is replaced; its process starts with that."
-    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path): {does}\ng.read_scans = bad\n{Reader.code}"
+    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path, modality): {does}\ng.read_scans = bad\n{Reader.code}"
     (tmp_path/'x.vol').write_bytes(b'x')
     return Replaced(**limits), tmp_path/'x.vol'
 
@@ -553,6 +553,18 @@ def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
 
 
+def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_says(shipped, tmp_path):
+    assert open_bundle(shipped[0]).about['modality'] == 'oct'
+    assert _taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality'] == 'radiograph'
+    older = shutil.copytree(shipped[0], tmp_path/'older')
+    about, model = (json.loads((older/f'{k}.json').read_text()) for k in ('bundle', 'model'))
+    model['recipe']['data']['source'] = 'covid_qu_ex'
+    (older/'model.json').write_text(json.dumps(model))
+    for k in ('signature.json', 'bundle.json'): (older/k).unlink(missing_ok=True)
+    seal(older, {k: v for k, v in about.items() if k not in ('modality', 'bundle', 'files', 'signed', 'signature')})
+    assert open_bundle(older).about['modality'] == 'radiograph'
+
+
 def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
     with pytest.raises(KdoctError, match='no prediction sets for alpha 0.3'): Predictor(straw(), alpha=.3)
     with pytest.raises(KdoctError, match='order of severity'): VolumeRule('worst')
@@ -570,12 +582,12 @@ def mine(tmp_path):
     import timm
     import torch
 
-    from kdoct.models import import_bundle
+    from kdoct.models import import_model_folder
     torch.manual_seed(0)
     net = timm.create_model('test_efficientnet', num_classes=3)
     torch.nn.init.normal_(net.classifier.weight, std=8)
     torch.save(net.state_dict(), tmp_path/'mine.pth')
-    import_bundle(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
+    import_model_folder(tmp_path/'mine.pth', 'test_efficientnet', CLASSES, tmp_path/'mine', 48)
     return tmp_path/'mine'
 
 
@@ -583,7 +595,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     import torch
 
     from kdoct.data import resized
-    from kdoct.models import load_bundle
+    from kdoct.models import load_model_folder
     with pytest.raises(SystemExit) as e: main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
     err, rows = capsys.readouterr().err, pd.read_csv(tmp_path/'r.csv', dtype=str, keep_default_na=False)
     assert e.value.code == 1 and err.count('No decision is known') == 1 and 'without calibration' in err and 'Volumes are decided' not in err
@@ -591,7 +603,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     good = rows[rows.error == '']
     assert (good[[*UNJUDGED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
     x = np.stack([resized(np.asarray(Image.open(p).convert('RGB')), 48) for p in good.path])
-    with torch.no_grad(): want = load_bundle(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
+    with torch.no_grad(): want = load_model_folder(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
     np.testing.assert_allclose(good[[f'probability_{c}' for c in CLASSES]].astype(float), want, atol=1e-4)
     assert good.predicted.tolist() == [CLASSES[k] for k in want.argmax(1)] and np.ptp(want) > .1
 

@@ -69,7 +69,7 @@ def test_every_section_is_reached_from_the_top(browser, page):
 def test_what_went_wrong_is_said(browser, page):
     from selenium.webdriver.common.by import By
     text = opened(browser, page).find_element(By.ID, "wrong").text
-    for said in ("fold_2/teacher failed: loss is not finite <nan> in epoch 3", "Fold 2 has no predictions of the student", "4 images were read twice"):
+    for said in ("Fold 2, teacher, failed: loss is not finite <nan> in epoch 3", "Fold 2 has no predictions of the student", "4 images were read twice"):
         assert said in text
 
 

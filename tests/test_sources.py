@@ -4,19 +4,10 @@ import os
 
 import pandas as pd
 import pytest
+from conftest import lay_out, problems
 
 from kdoct.core import DataRecipe, KdoctError
 from kdoct.sources import LAYOUTS, SOURCES, TABLE_COLUMNS, check_table, image_table, load_table, resolve_paths
-
-
-def lay_out(folder, *names):
-    for n in names:
-        (folder / n).parent.mkdir(parents=True, exist_ok=True)
-        (folder / n).touch()
-    return str(folder)
-
-
-def problems(listing): return dict(zip(listing.findings.path, listing.findings.problem, strict=True))
 
 
 def test_ucsd_groups_by_number_alone_across_classes_and_official_parts(tmp_path):

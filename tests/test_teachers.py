@@ -15,7 +15,7 @@ from kdoct.evaluate import evaluate_fold, fold_models
 from kdoct.frozen import Frozen
 from kdoct.losses import combine, cross_entropy, soft_loss, teacher_weights
 from kdoct.metrics import log_softmax, logits_of
-from kdoct.models import create_classifier, load_bundle
+from kdoct.models import create_classifier, load_model_folder
 from kdoct.report import report_html
 from kdoct.tables import TOGETHER
 from kdoct.teacher import load_teachers, train_teacher
@@ -303,7 +303,7 @@ def test_enlarged_images_are_told_of_once(here, capsys):
     try:
         train_teacher(here, 0, 'visformer')
         assert capsys.readouterr().out.count('teacher-visformer takes 96 px: images of 64 px are enlarged') == 1
-        net, _ = load_bundle(path.parent)
+        net, _ = load_model_folder(path.parent)
         assert net.size == 96
     finally: path.with_suffix('.hidden').replace(path)
 

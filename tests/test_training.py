@@ -19,7 +19,7 @@ from kdoct.data import open_fold, prepare_data
 from kdoct.distill import Distill
 from kdoct.frozen import Frozen
 from kdoct.losses import balanced_weights, cross_entropy, hard_loss
-from kdoct.models import computes_bf16, create_classifier, head_modules, load_bundle, resolve_precision, undecayed
+from kdoct.models import computes_bf16, create_classifier, head_modules, load_model_folder, resolve_precision, undecayed
 from kdoct.step import faster, measure_steps
 from kdoct.teacher import train_teacher
 from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
@@ -226,7 +226,7 @@ def test_the_saved_model_folder_gives_the_saved_predictions(trained):
     p = pd.read_parquet(folder/'predictions.parquet')
     run = Run(folder.parent.parent, preset('tiny', **{'data.margin': 8}))
     data = open_fold(run, 0)
-    model, _ = load_bundle(folder)
+    model, _ = load_model_folder(folder)
     rows = data.idx['test']
     x = apply_view(torch.from_numpy(np.asarray(data.images[rows]))[:, None].float()/255, 'identity', 64)
     with torch.inference_mode(): logits = model(x).numpy()

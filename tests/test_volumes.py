@@ -14,7 +14,7 @@ from PIL import Image
 
 import kdoct.volumes
 from kdoct.core import KdoctError
-from kdoct.data import BadImage, decode_image, read_image_bytes
+from kdoct.data import BadImage, decode_image, inspect_file, read_image_bytes
 from kdoct.volumes import SIDE_FILES, SYSTEM_FILES, Scan, display_grey, find_files, read_scans
 
 pydicom = pytest.importorskip("pydicom")
@@ -288,6 +288,58 @@ def test_eye_and_patient_of_a_cirrus_name(tmp_path, begin, patient):
     assert {(s.eye, s.patient, s.image.size) for s in read_scans(path)} == {("OS", patient, (200, 1024))}
 
 
+def with_values(path, values):
+    "A .vol file of which all values of the B-scans are those."
+    write_vol(path, textured())
+    raw, at, size = path.read_bytes(), 2048 + 300, 4*64*80
+    for i in range(3):
+        begin = at + i*(size + 300)
+        raw = raw[:begin] + np.broadcast_to(np.asarray(values, "<f4"), (64, 80)).tobytes() + raw[begin + size:]
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize("value,said", [(np.nan, "not a number"), (np.inf, "not a number"), (-.25, "below 0"), ([[np.nan, -1]*40], "below 0 or not a number")])
+def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, said):
+    found = refusal(with_values(tmp_path/"a.vol", value))
+    assert found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {said}" in found
+
+
+def test_values_of_a_vol_that_only_other_maps_have_are_noted(tmp_path):
+    scan = next(read_scans(with_values(tmp_path/"a.vol", np.where(np.arange(80) % 9, .01, -1.))))
+    assert "OCT angiography" in " ".join(scan.notes)
+    scan = next(read_scans(with_values(tmp_path/"a.vol", np.where(np.arange(80) % 9, .01, np.finfo(np.float32).max))))
+    assert "OCT angiography" not in " ".join(scan.notes)   # not measured, as HEYEX marks it
+
+
+@pytest.mark.parametrize("name", ["a.vol", "a.e2e", "a.fda", "a.dcm", "a.xml", "80x64x1.img"])
+def test_a_picture_with_the_ending_of_a_volume_is_read_as_what_it_is(tmp_path, name):
+    Image.fromarray(textured()[0]).save(tmp_path/"a.png")
+    (tmp_path/"a.png").rename(tmp_path/name)
+    scan, = read_scans(tmp_path/name)
+    assert np.array_equal(scan.image, textured()[0]) and scan.volume == ""
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "a.e2e", "a.img", "a.png", "a"])
+def test_a_volume_with_another_ending_is_read_as_what_it_is(tmp_path, name):
+    write_vol(tmp_path/"a.vol", textured())
+    (tmp_path/"a.vol").rename(tmp_path/name)
+    assert np.array_equal(images(tmp_path/name), textured())
+
+
+def test_damaged_jpeg_of_topcon_is_refused(tmp_path):
+    def part(coded):
+        head = b"\2" + bytes(8) + b"".join(v.to_bytes(4, "little") for v in (80, 64, 1, 0))
+        return head + len(coded).to_bytes(4, "little") + coded
+    buf = io.BytesIO()
+    Image.fromarray(textured()[0]).save(buf, "JPEG")
+    sound = buf.getvalue()
+    middle = len(sound) - 800
+    assert len(images(topcon(tmp_path/"a.fda", [(b"@IMG_JPEG", part(sound))]))) == 1
+    damaged = topcon(tmp_path/"b.fda", [(b"@IMG_JPEG", part(sound[:middle] + bytes(798) + sound[-2:]))])
+    assert refusal(damaged).startswith("corrupt: b.fda")
+
+
 # --- other pictures of the same devices
 
 def vol_names(folder):
@@ -515,7 +567,7 @@ def test_dicom_without_pydicom_names_the_extra(tmp_path, monkeypatch):
 def test_every_test_file_of_pydicom_is_read_or_refused():
     folder, read = Path(pydicom.__file__).parent/"data"/"test_files", set()
     for path in sorted(folder.glob("*.dcm")):
-        try: read |= {path.name for s in read_scans(path) if s.image.mode in ("L", "RGB")}
+        try: read |= {path.name for s in read_scans(path, "other") if s.image.mode in ("L", "RGB")}
         except KdoctError as e: assert path.name in str(e)
     assert {"SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle_2frame.dcm", "JPEG2000.dcm"} <= read
 
@@ -646,6 +698,67 @@ def test_colour_planes_one_after_the_other_are_one_picture(tmp_path, compression
 @pytest.mark.filterwarnings("ignore")
 def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_path):
     for n in (3, 4): assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
+
+
+@pytest.mark.parametrize("options", [{}, dict(truncate=True), dict(imagej=True, metadata={"axes": "TZYX"}), dict(metadata={"axes": "TZYX"})])
+def test_two_volumes_in_one_tiff_are_not_one(tmp_path, options):
+    path = save_tiff(tmp_path/"a.tif", textured(n=10).reshape(2, 5, 64, 80), **options)
+    said = refusal(path)
+    assert said.startswith("mixed-pages: a.tif: 2 x 5 pictures") and "save each volume as a file of its own" in said
+    assert inspect_file(path)["problems"] == [("mixed-pages", said.splitlines()[0].removeprefix("mixed-pages: a.tif: "))]
+    path = save_tiff(tmp_path/"b.ome.tif", textured(n=10).reshape(2, 5, 64, 80), metadata={"axes": "TZYX"})
+    assert refusal(path).startswith("mixed-pages: b.ome.tif: 2 x 5 pictures")
+
+
+def test_an_axis_of_one_is_no_second_axis(tmp_path):
+    for options in ({}, dict(truncate=True), dict(imagej=True, metadata={"axes": "TZYX"})):
+        assert np.array_equal(images(save_tiff(tmp_path/"a.tif", textured(n=5)[None], **options)), textured(n=5))
+
+
+def test_two_stacks_in_one_tiff_are_not_one_volume_and_pages_written_one_by_one_are(tmp_path):
+    with tifffile.TiffWriter(tmp_path/"a.tif") as t:
+        for seed in range(2): t.write(textured(seed, n=5))
+    assert "2 stacks of 5, 5 pictures" in refusal(tmp_path/"a.tif")
+    with tifffile.TiffWriter(tmp_path/"b.tif") as t:
+        for a in textured(): t.write(a)
+    assert np.array_equal(images(tmp_path/"b.tif"), textured())
+
+
+def test_pages_of_other_sizes_or_kinds_are_refused_alike_by_audit_and_prediction(tmp_path):
+    a, b = textured()[:2]
+    for name, other in dict(small=b[::2, ::2], colour=np.stack([b]*3, -1), deep=b.astype(np.uint16), mask=b > 120).items():
+        with tifffile.TiffWriter(tmp_path/f"{name}.tif") as t:
+            for page in (a, b, other): t.write(page, metadata=None, photometric="rgb" if page.ndim == 3 else "minisblack")
+        (kind, detail), = inspect_file(tmp_path/f"{name}.tif")["problems"]
+        assert refusal(tmp_path/f"{name}.tif").startswith(f"{kind}: {name}.tif: {detail}")
+        assert kind == ("wrong-mode" if name in ("deep", "mask") else "mixed-pages")
+
+
+def test_smaller_copies_below_a_page_are_no_bscans_and_noted(tmp_path):
+    for n in (1, 3):
+        with tifffile.TiffWriter(tmp_path/"a.tif") as t:
+            for a in textured(n=n):
+                t.write(a, subifds=1, metadata=None)
+                t.write(a[::2, ::2], subfiletype=1, metadata=None)
+        scans = list(read_scans(tmp_path/"a.tif"))
+        assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=n)) and {s.notes for s in scans} == {("several-pictures",)}
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_does_not_exist_is_said_to_be_invalid(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(textured()[0]).save(tmp_path/"a.png", exif=exif)
+    Image.fromarray(textured()[0]).save(tmp_path/"a.tif", tiffinfo={274: orientation})
+    for name in ("a.png", "a.tif"):
+        scan, = read_scans(tmp_path/name)
+        assert scan.notes == ("invalid-orientation",) and np.array_equal(scan.image, textured()[0])
+
+
+def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
+    Image.fromarray(textured()[0] > 120).save(tmp_path/"a.png")
+    Image.fromarray(textured()[0] > 120).save(tmp_path/"a.gif")
+    for name in ("a.png", "a.gif"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
 
 
 @pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
