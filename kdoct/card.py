@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from .core import KdoctError, Run, read_json, sha256_file, stage_command
+from .core import KdoctError, Run, counted, read_json, sha256_file, stage_command
 from .decide import fitted_on
 from .metrics import EACH_CLASS
 from .probe import run_verdict
@@ -175,10 +175,12 @@ def _limits(data, measured, role):
            'population was not measured.', 'All scores are of the network in PyTorch on the pictures of the run; other formats were compared with it as the '
            'section on formats says.', 'Age, sex, ethnicity and device of the patients are not in the records of the run; whether it serves all of them '
            'alike is not known.']
-    if row: out.append(f'{row["n_images"]} test images of {row["n_groups"]} groups (patients): the intervals are as wide as that makes them'
-                       + (f'. Note: {row["note"]}.' if row['note'] else '.'))
+    if row:
+        groups = counted(row["n_groups"], "group (patient)", "groups (patients)")
+        out.append(f'{counted(row["n_images"], "test image")} of {groups}: the intervals are as wide as that makes them'
+                   + (f'. Note: {row["note"]}.' if row['note'] else '.'))
     if data['source'] == 'phantom': out.insert(0, 'Trained on simulated pictures: it knows nothing about eyes.')
-    if data['leak']: out.insert(0, f'The published leak was kept: {data["leak"]["groups"]} tested groups were trained on too. The scores are too good.')
+    if data['leak']: out.insert(0, f'The published leak was kept: {data["leak"]["groups"]} of the tested groups were trained on too. The scores are too good.')
     if data['problems']: out.append('The audit found: ' + ', '.join(f'{n} {p}' for p, n in data['problems'].items()) + '.')
     return out
 
@@ -248,7 +250,7 @@ def _unknown_limits(about:dict, decision)->list[str]:
     return ['Evaluation: not known. No score on pictures of any patient is recorded.',
             'Training pictures: not known. A score on pictures that it has learned from says nothing, and here nobody can tell which those are.',
             *([uncalibrated] if decision is None else []),
-            f'Formats were compared with PyTorch on {n} pictures given at the export: this shows that they agree, not that they are right.',
+            f'Formats were compared with PyTorch on {counted(n, "picture")} given at the export: this shows that they agree, not that they are right.',
             *([] if about.get('channels_known') else ['Whether it was trained on grey or coloured pictures is not known; coloured ones are not refused.']),
             'No clinical validation: no prospective study, no comparison with readers, no measurement of what follows for patients.']
 
@@ -392,7 +394,7 @@ def _data_text(d):
     known = d['parts'] if isinstance(d['parts'], dict) else {}
     parts = {name: known[p] for p, name in PART_NAMES.items() if p in known}
     return [*_list([f'What: {d["what"]}. Licence: {d["licence"]}.',
-                    f'{d["images"]} images of {d["groups"]} groups (patients); by class: {_cell(d["per_class"])}.',
+                    f'{counted(d["images"], "image")} of {counted(d["groups"], "group (patient)", "groups (patients)")}; by class: {_cell(d["per_class"])}.',
                     f'Grouping: {d["grouping"]}; {_PROTOCOL.get(d["protocol"], d["protocol"])}, {d["folds"]} folds.', f'Pictures: {d["framing"]}.']),
             *_grid(['part', 'images', 'groups'], [[p, v['images'], v['groups']] for p, v in parts.items()])]
 

@@ -981,18 +981,17 @@ def open_stage(
     injected = _injected_names()
     _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
     if os.environ.get('IN_TEST'): return _test_stage(before or {})
+    name, teacher, student = as_typed('run', run) or preset_name or 'demo', as_typed('teacher', teacher), as_typed('student', student)
     own = bool(teacher) and (Path(teacher)/'model.json').is_file()
     named = {'data.root': as_typed('data_root', data_root), 'teacher.arch': '' if own else teacher, 'student.arch': student}
     changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in named.items() if v}
     if own: changes |= own_teachers([teacher])
-    name = as_typed('run', run) or preset_name or 'demo'
-    if (outputs_root()/name/'run.json').exists():
-        base = preset(preset_name) if preset_name else open_run(name).recipe
-        out = create_run(name, base.override(**changes)) if preset_name or changes else open_run(name)
-    else:
-        out = create_run(name, preset(preset_name or 'demo', **changes))
-    if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < out.recipe.data.n_folds:
-        raise KdoctError(f"Fold {fold!r} is not one of 0 to {out.recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    is_there = (outputs_root()/name/'run.json').exists()
+    base = open_run(name).recipe if is_there and not preset_name else preset(preset_name or 'demo')
+    recipe = base.override(**changes)
+    if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < recipe.data.n_folds:
+        raise KdoctError(f"Fold {fold!r} is not one of 0 to {recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+    out = create_run(name, recipe) if preset_name or changes or not is_there else open_run(name)
     is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
     if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
     os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)

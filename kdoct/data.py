@@ -8,11 +8,11 @@ __all__ = ['PROBLEMS', 'MAX_BYTES', 'FORMATS', 'MAX_PIXELS', 'MIN_SIDE', 'MAX_AS
            'TILE', 'NEAR', 'DECODER', 'FRAMING', 'BadImage', 'read_image_bytes', 'is_picture', 'other_file',
            'check_jpeg', 'has_copies', 'full_pages', 'TiffStack', 'tiff_stack', 'check_depth', 'check_values',
            'check_size', 'check_pages', 'decoded', 'decode_image', 'main_colour', 'is_blank', 'inspect_file',
-           'merge_groups', 'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis',
-           'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar',
-           'cover', 'framed', 'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names',
-           'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data',
-           'FoldData', 'open_fold']
+           'official_overlap', 'Audit', 'audit', 'mixed_parts', 'audit_page', 'shows_diagnosis', 'make_folds',
+           'protocol_of', 'check_folds', 'write_folds', 'read_folds', 'white_padding', 'scale_bar', 'cover', 'framed',
+           'resized', 'to_square', 'DecodeCache', 'cache_facts', 'decode_cache', 'class_names', 'table_hash',
+           'folds_of', 'plan_folds', 'leak_of', 'write_findings', 'list_and_audit', 'prepare_data', 'FoldData',
+           'open_fold']
 
 # %% ../nbs/01_data.ipynb #3aa8f0c9
 import errno
@@ -70,6 +70,7 @@ from kdoct.sources import (
     Listing,
     check_table,
     finding,
+    merge_groups,
     load_table,
     wants_twins,
 )
@@ -145,6 +146,7 @@ _SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', 
                *_JPEG_2000)
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
                   struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
+_TIFF_ERRORS = (*_DECODE_ERRORS, ArithmeticError, AssertionError, AttributeError, MemoryError)   # and what tifffile raises
 
 _DAMAGED = "its header or its data are damaged and no decoder reads them; copy or export the file again"
 _CUT = "its data end before the picture is complete; copy or export the file again"
@@ -323,8 +325,7 @@ def tiff_stack(
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
             _check_tiff_jpegs(data, t)
             return _one_directory(data, t)
-    except BadImage: raise
-    except Exception as e:  # noqa: BLE001 (tifffile raises whatever damaged tags lead to)
+    except _TIFF_ERRORS as e:
         raise BadImage('corrupt', f"its TIFF tags cannot be read ({type(e).__name__})") from e
 
 def _tiff_words(data:bytes)->str:
@@ -336,7 +337,7 @@ def _tiff_words(data:bytes)->str:
             if kind is None or not page.imagewidth or not page.imagelength: return ''
             how = "save it as PNG" if kind == np.uint8 else _SAVE_8_BIT
             return f"a TIFF of {kind}, {n} channels, compression {page.compression}; {how}"
-    except Exception: return ''  # noqa: BLE001 (it is damaged, then)
+    except _TIFF_ERRORS: return ''   # it is damaged, then
 
 # %% ../nbs/01_data.ipynb #0feb7781
 def _open(data:bytes)->Image.Image:
@@ -520,9 +521,9 @@ def is_blank(
 
 def inspect_file(
     path:str|Path,  # the file
-)->dict:            # sha256, pixels (hash), width, height [px], colour [0-1], problems: list of (kind, detail)
+)->dict:            # sha256, pixels (hash), width, height [px], colour, main_colour [0-1], problems: list of (kind, detail)
     "Everything the audit needs to know about one file; bad files are reported, not raised."
-    out = dict(sha256='', pixels='', width=0, height=0, colour=0., problems=[])
+    out = dict(sha256='', pixels='', width=0, height=0, colour=0., main_colour=0., problems=[])
     try:
         data = read_image_bytes(path)
         out['sha256'] = hashlib.sha256(data).hexdigest()
@@ -531,7 +532,8 @@ def inspect_file(
     grey = im.convert('L')
     if is_blank(im): notes = ['blank', *notes]
     pixels = hashlib.sha256(f'{im.width}x{im.height} '.encode() + grey.tobytes()).hexdigest()
-    return out | dict(pixels=pixels, width=im.width, height=im.height, colour=_colour_share(im), problems=[(n, '') for n in notes])
+    return out | dict(pixels=pixels, width=im.width, height=im.height, colour=_colour_share(im), main_colour=main_colour(im),
+                      problems=[(n, '') for n in notes])
 
 # %% ../nbs/01_data.ipynb #4f49a990
 def _in_order(f, items:Iterable, workers:int=0)->Iterator:
@@ -554,22 +556,6 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
             action = 'kept' if kind == 'duplicate' else f"groups {first.group} and {r.group} merged"
             found.append(finding(r.path, kind, what, action, PROBLEMS))
     return found
-
-# %% ../nbs/01_data.ipynb #05a8cabf
-def merge_groups(
-    group:pd.Series,   # group of every image
-    pixels:pd.Series,  # hash of its pixels; '' where there are none
-)->pd.Series:          # group of every image; a merged one has the first name of its members
-    "Merge groups that share pixels, directly or through others."
-    parent = {g: g for g in group}
-    def top(g):
-        while parent[g] != g: parent[g] = g = parent[parent[g]]
-        return g
-    shared = pixels[(pixels != '') & pixels.duplicated(keep=False)]
-    for _, gs in group[shared.index].groupby(shared, sort=False):
-        tops = sorted({top(g) for g in gs})
-        for t in tops[1:]: parent[t] = tops[0]
-    return group.map(top)
 
 # %% ../nbs/01_data.ipynb #11067dbe
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
@@ -707,10 +693,15 @@ def _shortened(text:str, width:int)->str:
     "Text cut in its middle to a width."
     return text if len(text) <= width else f'{text[:width//2 - 1]}…{text[-(width//2):]}'
 
+def _are_patients(table:pd.DataFrame)->bool:
+    "Whether the groups are patients: all are known, and a group has the name of one."
+    return bool((table.patient != '').all()) and set(table.group) <= set(table.patient)
+
 def _class_lines(result:Audit)->list[str]:
-    "Images and patients of each class, and images of each official part."
+    "Images and patients (or groups, where these are no patients) of each class, and images of each official part."
     t = result.table
-    rows = t.groupby('label').agg(images=('path', 'size'), patients=('group', 'nunique'))
+    unit = 'patients' if _are_patients(t) else 'groups'
+    rows = t.groupby('label').agg(**{'images': ('path', 'size'), unit: ('group', 'nunique')})
     if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
@@ -762,7 +753,8 @@ def audit_page(
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
     s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {_groups(s['groups'])}; {colour}.", '', *_class_lines(result), '']
+    groups = _groups(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
+    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {groups}; {colour}.", '', *_class_lines(result), '']
     if len(result.findings): lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
     if s['merged_groups']: lines.append(_merged_text(len(s['merged_groups'])))
@@ -1287,6 +1279,7 @@ def prepare_data(
         val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
         facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
                            per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
+                           coloured=int((table.main_colour > COLOURED).sum()),
                            channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
                            val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
                            overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),

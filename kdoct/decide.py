@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize_scalar
 
-from .core import DecideRecipe, KdoctError, Run, atomic_path, read_json, sha256_file, stage_command, write_json
+from .core import DecideRecipe, KdoctError, Run, atomic_path, counted, read_json, sha256_file, stage_command, write_json
 from .data import CALIB, FoldData, open_fold
 from .metrics import check_predictions, classes_of, log_softmax, logits_of, read_predictions, risk_coverage, targets_of
 from .patients import VolumeRule, rule_of
@@ -40,7 +40,7 @@ def fit_temperature(
     at = next((b for b in BOUNDS if abs(np.log(t/b)) < 1e-3), None)
     if at: return at, f'the temperature is at its bound {at:g}: ' + ('the logits tell nothing of the class' if at > 1 else 'the logits are very small')
     alone = (z[true] > np.where(true, -np.inf, z).max(1)).all()
-    return t, f'no mistake in {n} images: the temperature rests on the prior alone' if alone else ''
+    return t, f'no mistake in {counted(n, "image")}: the temperature rests on the prior alone' if alone else ''
 
 # %% ../nbs/05g_decide.ipynb #a1e34432
 def patient_quantile(
@@ -120,7 +120,7 @@ def prediction_set_minimum(
     q = patient_quantile(1 - probs[np.arange(len(y)), y], groups, 1 - alpha)
     if np.isfinite(q): return max(0., 1 - q), ''
     n = len(set(groups))
-    return 0., f'{n} patients are too few for sets with {100*alpha:g} % errors: every class is in every set'
+    return 0., f'{counted(n, "patient")}: too few for sets with {100*alpha:g} % errors: every class is in every set'
 
 # %% ../nbs/05g_decide.ipynb #186e6dd3
 def _ppca_distance(x, mean, axes, scale, residual):
@@ -314,7 +314,7 @@ def _with_threshold(o:Outlier, features, groups, share)->tuple[Outlier, str]:
     o = replace(o, scale=o.scale*unit[:, None], residual=o.residual*unit)
     scores = o.score(features)
     said = '' if np.isfinite(patient_quantile(scores, groups, 1 - share)) else (
-        f'{n} patients are too few for {100*share:g} % outliers among new ones: the largest distance of theirs is the threshold, and '
+        f'{counted(n, "patient")}: too few for {100*share:g} % outliers among new ones: the largest distance of theirs is the threshold, and '
         f'{100/(n + 1):.0f} % are to be expected')
     return replace(o, threshold=edge(scores)), said
 

@@ -442,9 +442,10 @@ def refused(
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
     off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity.get(k, 0) > LIMITS[k]}
-    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in ('labels', 'flags') if parity.get(k, 1) < LIMITS[k]}
+    words = dict(labels='predicted classes', flags='outliers')
+    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in words if parity.get(k, 1) < LIMITS[k]}
     return '; '.join([*(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
-                      *(f'{got} % of {k} agree (at least {limit} %)' for k, (got, limit) in few.items())])
+                      *(f'{got} % of the {words[k]} agree (at least {limit} %)' for k, (got, limit) in few.items())])
 
 # %% ../nbs/07_deploy.ipynb #7a54c14b
 def ask_all(
@@ -674,9 +675,10 @@ def summary(
     "What was checked and measured of each engine."
     def row(f):
         p, nan = f.get('parity', {}), float('nan')
-        return dict(kept='yes' if f['kept'] else 'no', MB=f.get('bytes', nan)/2**20, ms=f.get('latency_ms', nan), images_a_second=f.get('images_a_second', nan),
-                    off_by=p.get('probability', nan), same_label=p.get('labels', nan), same_flag=p.get('flags', nan), lost_points=p.get('lost_points', nan),
-                    reason=f['reason'])
+        return {'kept': 'yes' if f['kept'] else 'no', 'MB': f.get('bytes', nan)/2**20, 'ms': f.get('latency_ms', nan),
+                'images a second': f.get('images_a_second', nan), 'largest difference': p.get('probability', nan),
+                'same class %': 100*p.get('labels', nan), 'same outliers %': 100*p.get('flags', nan),
+                'accuracy lost [points]': p.get('lost_points', nan), 'reason': f['reason']}
     rows = {name: row(f) for name, f in formats.items()}
     return pd.DataFrame(rows).T.infer_objects().rename_axis('engine')
 
@@ -691,9 +693,9 @@ def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, s
                 classes=list(model['classes']), **taken, temperature=None if decision is None else decision.temperature,
                 input=dict(name='images', **shapes.pop('images'), meaning=meaning), outputs=shapes, source=source, **provenance())
 
-def _taken(model:dict, data:dict, channels:int|None)->dict:
+def _taken(model:dict, data:dict, channels:int|None, coloured:int|None=None)->dict:
     "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
-    return dict(channels=channels or 3, channels_known=channels is not None, modality=modality_of(data),
+    return dict(channels=channels or 3, channels_known=channels is not None, coloured=coloured, modality=modality_of(data),
                 size=data.get('size', model['input_size']), margin=data.get('margin', 0),
                 framing={k: data.get(k, v) for k, v in FRAMING.items()})
 
@@ -732,7 +734,9 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     data, d = open_fold(run, fold), run.recipe.data.model_dump()
     if model['folds_sha256'] != data.folds_sha256: raise KdoctError(f"The {role} was trained on other folds.", fix="Train it again, in a new run.")
     source = dict(run=run.name, fold=fold, role=role, folds_sha256=model['folds_sha256'], weights_sha256=model['weights_sha256'], recipe_key=run.recipe.key)
-    about = _about(f'{run.name}-fold{fold}-{role}', role, model, _taken(model, d, run.stage('data')['channels']), decision, source)
+    facts = run.stage('data')
+    taken = _taken(model, d, facts['channels'], facts.get('coloured'))
+    about = _about(f'{run.name}-fold{fold}-{role}', role, model, taken, decision, source)
     rows = calibration_rows(data) if 'int8' in formats else np.array([], np.int64)
     _write_and_check(work, about, decision, formats, [data.images[i][None] for i in rows], pictures_of_run(run, data, images))
     if 'int8' in formats: about['calibration'] = _calibration_facts(data, rows)
@@ -844,7 +848,8 @@ def open_model_folder(
         raise KdoctError(f"decision.json and model.json in {folder} name different classes.", fix="Make the decision again with notebook 05g_decide.")
     channels, place = model.get('channels'), run_of(folder)
     if channels is None and place: channels = place[0].stage('data').get('channels')   # a network of before model.json said it
-    taken = _taken(model, (model.get('recipe') or {}).get('data') or {}, channels)
+    coloured = place[0].stage('data').get('coloured') if place else None
+    taken = _taken(model, (model.get('recipe') or {}).get('data') or {}, channels, coloured)
     formats = {e: dict(kept=e == 'torch', reason='' if e == 'torch' else _TORCH_ONLY, latency_ms=0.) for e in ENGINES}
     return Bundle(folder, dict(name=folder.name, arch=model['arch'], classes=list(model['classes']), **taken,
                                temperature=None if decision is None else decision.temperature, formats=formats), decision)
@@ -886,7 +891,7 @@ def export_folder(
         decided = ('decision.json', 'decision.safetensors') if opened.decision is not None else ()
         for name in ('model.safetensors', *decided): shutil.copyfile(folder/name, work/name)
         source = dict(run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported'))
-        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'modality', 'size', 'margin', 'framing')}
+        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin', 'framing')}
         about = _about(folder.resolve().name, model.get('role', 'network'), model, taken, opened.decision, source)
         _write_and_check(work, about, opened.decision, made, [], checked)
         if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)

@@ -15,7 +15,7 @@ from fastai.data.transforms import Normalize
 from torch import nn
 
 from .augment import Batches, view_number
-from .core import DistillRecipe, KdoctError, Run
+from .core import DistillRecipe, KdoctError, Run, counted
 from .frozen import Frozen, freeze
 from .losses import blend_logits, combine, distillation_loss, soft_loss, teacher_weights
 from .models import Classifier, class_order, load_model_folder
@@ -235,8 +235,8 @@ def _build(self:Distill):
     for role, cache in self.teachers.items():
         asked = cache.asked
         cache.build(range(first, first + views))   # those that are there already cost nothing
-        if cache.asked > asked:
-            print(f"The {role} was asked about {cache.asked - asked} views of {len(cache.ids)} images; kept in {cache.path.name}.")
+        if (new := cache.asked - asked) > 0:
+            print(f"The {role} was asked about {counted(new, 'view')} of {counted(len(cache.ids), 'image')}; kept in {cache.path.name}.")
 
 def _answer(self:Distill, role:str, x:torch.Tensor)->torch.Tensor:  # (n, channels, h, w) -> (n, classes)
     "What one teacher says to a batch; `KdoctError` if it is no number."

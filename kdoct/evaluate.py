@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image as PILImage
 from sklearn.metrics import roc_curve
 
-from .core import ROLES, KdoctError, Run, atomic_path, locked, open_run, read_json, sha256_file
+from .core import ROLES, KdoctError, Run, atomic_path, counted, locked, open_run, read_json, sha256_file
 from .core import stage_command, write_json
 from .data import decode_image, folds_of, open_fold, prepare_data, read_image_bytes
 from .judged import Judged, judged_sections, read_judged, volumes_section
@@ -37,8 +37,8 @@ from .metrics import read_predictions, reliability_bins, risk_coverage, targets_
 from .patients import rule_of
 from .probe import run_verdict
 from .tables import BLANKED, COMPARED, MANY, ONE, PART_NAMES, TOGETHER, Section, blanked_section, blanked_warning, classes_section
-from .tables import costs_section, differences_of, folds_section, named_together, protocol_of, read_variants, scores_section, selection_section
-from .tables import shown, shown_differences, table_of, views_differences, views_section
+from .tables import costs_section, differences_of, folds_section, named_together, protocol_of, read_variants, resampled, scores_section
+from .tables import selection_section, shown, shown_differences, table_of, views_differences, views_section
 
 # %% ../nbs/05_evaluate.ipynb #8ec91f68
 _CB = sns.color_palette('colorblind').as_hex()
@@ -263,7 +263,8 @@ def mistakes_figure(
     cols = 4; rows = max(1, -(-len(worst)//cols))
     with _style():
         fig, axes = _axes(2.35*cols, 2.45*rows + .4, rows, cols) if len(worst) else _axes(2.35*cols, 1.2)
-        fig.suptitle(f'{name}: {f"the {len(worst)} surest of " if total > len(worst) else ""}{total} mistakes in {len(df)} images', fontsize=11)
+        some = f'the {len(worst)} surest of ' if total > len(worst) else ''
+        fig.suptitle(f'{name}: {some}{counted(total, "mistake")} in {counted(len(df), "image")}', fontsize=11)
         for ax in axes.flat: ax.set_axis_off()
         for ax, (_, r) in zip(axes.flat, worst.iterrows(), strict=False):
             ax.set_axis_on(); _show(ax, _load_or_reason(load_image, r.path))
@@ -280,7 +281,7 @@ def counts_of(
 ) -> pd.DataFrame:  # label, role, images, groups
     "Images and groups of every class in every part of a fold."
     t = folds.assign(label=folds.path.map(labels))
-    if (n := int(t.label.isna().sum())): raise KdoctError(f'{n} image(s) of folds.csv have no label, first {t.path[t.label.isna()].iloc[0]}',
+    if (n := int(t.label.isna().sum())): raise KdoctError(f'{counted(n, "image")} of folds.csv with no label, first {t.path[t.label.isna()].iloc[0]}',
                                                           fix='pass the labels of the table that the folds were made from')
     return t.groupby(['label', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique')).reset_index()
 
@@ -593,10 +594,11 @@ def sections_of(
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
     decided:dict[str, list[Judged]],  # from `pool_judged`
+    drawn:dict|None=None,  # from `resampled`; None: it is asked
 ) -> dict[str, Section]:  # those that there are
     "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
-    made = dict(classes=classes_section(models, e, seed), selection=selection_section(models, e, seed),
+    made = dict(classes=classes_section(models, e, seed, drawn), selection=selection_section(models, e, seed),
                 volumes=volumes_section(models, decided, rule_of(run.recipe.decide, data.severity), e, seed),
                 views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
                 blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
@@ -625,7 +627,7 @@ def warnings_of(
     out = [f'Shortcut. {words}'] if verdict == 'above' else []
     if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))): out.append(w)
     if leak := data.get('leak'):
-        out.append(f'The published leak is kept: {leak["groups"]} tested groups were trained on too; '
+        out.append(f'The published leak is kept: {counted(leak["groups"], "tested group")} trained on too; '
                    'the scores are too good.')
     chosen = dict(validation=('val_lacks', 'The epoch, and what else was chosen there,'),
                   calibration=('calib_lacks', 'The temperature, thresholds and prediction sets'))
@@ -661,7 +663,8 @@ def _tables(run, each, models, notes=()):
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
     variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
     decided, lost = pool_judged({k: fold_judged(run, k, m) for k, m in each.items()})
-    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided) | judged_sections(decided, e, seed)
+    drawn = resampled(models, e, seed)
+    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided, drawn) | judged_sections(decided, e, seed)
     notes = [*missing, *notes, *lost]
     if len(folds) > 1:
         together, reason = ensemble_section(run, folds, models)
@@ -674,7 +677,7 @@ def _tables(run, each, models, notes=()):
     protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
     params = {m: d.get('parameters') for m, d in about.items()}
     if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
-    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed), differences=differences_of(models, e, seed),
+    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed, drawn), differences=differences_of(models, e, seed),
                 sections=sections, decided=decided, warnings=warnings_of(run, sections))
 
 def _weights_text(run, folds):
@@ -779,11 +782,11 @@ def _pool(per_fold, protocol='grouped-cv'):
     pooled = {m: pd.concat([models[m] for models in per_fold.values()], ignore_index=True) for m in names}
     tested = pooled['student'].groupby('path' if protocol == 'official' else 'group').fold.nunique()
     if protocol == 'official':
-        if (tested != len(per_fold)).any():
-            raise KdoctError(f'{(tested != len(per_fold)).sum()} image(s) are not tested in every fold, such as {tested.index[tested != len(per_fold)][0]}.',
+        if (some := tested != len(per_fold)).any():
+            raise KdoctError(f'{counted(some.sum(), "image")} not tested in every fold, such as {tested.index[some][0]}.',
                              fix='The official protocol tests the same images in every fold: train the folds again on one folds.csv.')
     elif (tested > 1).any():
-        raise KdoctError(f'{(tested > 1).sum()} group(s) are tested in more than one fold, such as {tested.index[tested > 1][0]}.',
+        raise KdoctError(f'{counted((tested > 1).sum(), "group")} tested in more than one fold, such as {tested.index[tested > 1][0]}.',
                          fix='Evaluate the folds one by one, or make folds whose test parts share no patient (01_data).')
     return pooled
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .augment import Batches, image_ids, uniforms
 from .cam import explain
-from .core import ExplainRecipe, KdoctError, Run, atomic_path, read_json, stage_command, write_json
+from .core import ExplainRecipe, KdoctError, Run, atomic_path, counted, read_json, stage_command, write_json
 from .data import FoldData, decode_image, open_fold, read_image_bytes, to_square
 from .evaluate import save_figure
 from .faithfulness import agreement_numbers, agreement_table, check_maps, correctness, explanation_table, map_numbers
@@ -271,7 +271,7 @@ def explanation_sections(
     if not folds: return {}
     frame, pairs = (pd.concat([pd.read_parquet(run.fold_dir(k)/f'{n}.parquet') for k in folds], ignore_index=True) for n in ('explanations', 'agreement'))
     n, which = len(frame[['fold', 'path']].drop_duplicates()), f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}"
-    about = (f"{n} test images of {which}, drawn by class and group; each network explains the class that it predicts."
+    about = (f"{counted(n, 'test image')} of {which}, drawn by class and group; each network explains the class that it predicts."
              + (f" Explained with other settings and left out here: fold {', '.join(map(str, other))}." if other else ''))
     e, seed = run.recipe.evaluate, run.recipe.seed
     first = frame.method.iloc[0]

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'MOST_SCANS', 'BLUE', 'ORANGE', 'ZOOMS', 'PAGE', 'CSS', 'VIEWS', 'SCRIPT', 'runs_there', 'models_there',
-           'require_model', 'Cases', 'open_cases', 'case_table', 'Choice', 'pick', 'selection_table', 'save_selection',
-           'Cut', 'Thresholds', 'read_case', 'Own', 'read_own', 'read_upload', 'lay_back', 'Answer', 'Look', 'NoMaps',
-           'Network', 'seen_by', 'seen_picture', 'outcome', 'Background', 'Subject', 'Explorer', 'text_html',
-           'why_html', 'error_html', 'table_html', 'picture_html', 'size_text', 'scale_html', 'answers_html', 'verdict',
-           'cut_html', 'curves_svg', 'Viewer', 'case_line', 'TestPanel', 'OwnPanel', 'validated_points', 'CutPanel',
-           'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
+           'require_model', 'Cases', 'open_cases', 'case_table', 'Choice', 'pick', 'selection_table', 'selection_files',
+           'save_selection', 'Cut', 'Thresholds', 'read_case', 'Own', 'read_own', 'read_upload', 'lay_back', 'Answer',
+           'Look', 'NoMaps', 'Network', 'seen_by', 'seen_picture', 'outcome', 'Background', 'Subject', 'Explorer',
+           'text_html', 'why_html', 'error_html', 'table_html', 'picture_html', 'size_text', 'scale_html',
+           'answers_html', 'verdict', 'cut_html', 'curves_svg', 'Viewer', 'case_line', 'TestPanel', 'OwnPanel',
+           'validated_points', 'CutPanel', 'kernel_post', 'fold_label', 'App', 'write_page', 'serve']
 
 # %% ../nbs/09_explore.ipynb #9977183c
 import asyncio
@@ -18,6 +18,7 @@ import contextvars
 import hashlib
 import html
 import io
+import json
 import logging
 import os
 import re
@@ -42,11 +43,12 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import (EvaluateRecipe, KdoctError, Run, atomic_path, human_time, open_run, outputs_root, require_extra, stage_command,
-                        write_json)
+from .core import (EvaluateRecipe, KdoctError, Run, atomic_path, counted, human_time, open_run, outputs_root, require_extra,
+                        stage_command, write_json)
 from .data import FRAMING, MAX_BYTES, _open_cache, cache_facts, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
+from .predict import check_out
 from .sources import modality_of
 from .tables import protocol_of
 
@@ -120,9 +122,9 @@ class Cases:
         from kdoct.decide import fitted_on
         d, t = self.decisions.get(self.role), self.predictions
         how = "as the network gives them, not calibrated"
-        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {fitted_on(d)[0]} patients)"
+        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {counted(fitted_on(d)[0], 'patient')})"
         return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({self.run.recipe.training(self.role).arch}); "
-                f"test part, {len(t)} images of {t.group.nunique()} patients (groups); probabilities {how}")
+                f"test part, {counted(len(t), 'image')} of {counted(t.group.nunique(), 'patient (group)', 'patients (groups)')}; probabilities {how}")
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)
@@ -216,18 +218,33 @@ def selection_table(
     shares = {f'probability_{role}_{c}': p[rows, k] for role, p in cases.probabilities.items() for k, c in enumerate(cases.classes)}
     return t.reset_index(drop=True).assign(**shares)
 
+def selection_files(
+    cases:Cases,         # of a fold
+    table:pd.DataFrame,  # from `case_table`
+    choice:Choice,       # which of its rows
+)->dict[str, bytes]:     # name of a file -> its content: the CSV file, and a JSON file of the same name
+    "The chosen test images as CSV, and as JSON what was chosen and what the numbers are of."
+    chosen = selection_table(cases, table, pick(table, choice))
+    rows = chosen.to_csv(index=False, lineterminator='\n').encode()
+    name = f'{cases.run.name}-fold{cases.fold}-{cases.role}-{hashlib.sha256(rows).hexdigest()[:8]}'
+    about = dict(about=cases.about, protocol=cases.protocol, choice=asdict(choice), images=len(chosen), patients=chosen.group.nunique())
+    return {f'{name}.csv': rows, f'{name}.json': json.dumps(about, indent=1, ensure_ascii=False).encode()}
+
 def save_selection(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
     choice:Choice,       # which of its rows
-)->Path:                 # the CSV file, in the folder `selections` of the run
-    "Write the chosen test images as CSV, and beside it as JSON what was chosen and what the numbers are of."
-    chosen = selection_table(cases, table, pick(table, choice))
-    data = chosen.to_csv(index=False, lineterminator='\n').encode()
-    path = cases.run.path/'selections'/f'fold{cases.fold}-{cases.role}-{hashlib.sha256(data).hexdigest()[:8]}.csv'
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
-    write_json(path.with_suffix('.json'), dict(about=cases.about, protocol=cases.protocol, choice=asdict(choice), images=len(chosen),
-                                               patients=chosen.group.nunique()))
+    path:str|Path='',    # the CSV file, which must not exist; '': into the folder `selections` of the run, under a name of its own
+)->Path:                 # the CSV file
+    "Write the chosen test images as CSV, and a JSON file of the same name beside it."
+    files = selection_files(cases, table, choice)
+    if path:
+        path = check_out(Path(path).expanduser())
+        if path.suffix.lower() != '.csv': raise KdoctError(f"A selection is saved as CSV, not as '{path.suffix}'.", fix="End the name with .csv.")
+        if path.with_suffix('.json').exists(): raise KdoctError(f"{path.with_suffix('.json')} exists already.", fix="Give another name.")
+    else: path = cases.run.path/'selections'/next(iter(files))
+    for place, data in zip((path, path.with_suffix('.json')), files.values(), strict=True):
+        with atomic_path(place) as tmp: tmp.write_bytes(data)
     return path
 
 
@@ -729,7 +746,7 @@ def cut_html(
     rest = cut.total.sum() - cut.total[k], cut.predicted.sum() - cut.predicted[k]
     rows.append(['all', str(cut.predicted.sum()), str(cut.total.sum() - cut.predicted.sum()), str(cut.total.sum())])
     table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
-                       f'{cut.total.sum()} test images of {n_groups} groups (patients); '
+                       f'{counted(cut.total.sum(), "test image")} of {counted(n_groups, "group (patient)", "groups (patients)")}; '
                        f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
     return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.predicted[k], cut.total[k], level)}</p>'
             f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
@@ -966,7 +983,10 @@ class TestPanel:
         self.order = w.Dropdown(description='order', options=ORDERS, **_LAYOUT)
         self.page = w.BoundedIntText(1, min=1, max=1, description='page', style=dict(description_width='36px'), layout=w.Layout(width='110px'))
         self.turns = {name: _press(name, lambda name=name: do(lambda: self.turn(name))) for name in ('First', 'Previous', 'Next', 'Last')}
-        self.save = _press('Save these cases as CSV', lambda: do(self.write))
+        self.download = _press('Download these cases as CSV', lambda: do(self.offer_files))
+        self.path = w.Text(description='or save as', placeholder='a path; empty: in the run', continuous_update=False,
+                           style=_LAYOUT['style'], layout=w.Layout(width='270px'))
+        self.save = _press('Save', lambda: do(self.write))
         self.count, self.why, self.small, self.saved = (w.HTML() for _ in range(4))
         self.kind = f'kd-{uuid.uuid4().hex[:8]}'
         self.list = _classed(w.RadioButtons(options=[], description='Cases', layout=w.Layout(width='auto')), 'kd-list', self.kind)
@@ -975,7 +995,8 @@ class TestPanel:
         pairs = [w.HBox(f[i:i + 2], layout=w.Layout(width='340px')) for i in (0, 2, 4)]
         pages = _classed(w.HBox([*turns, self.page], layout=w.Layout(flex_flow='row wrap', align_items='center')), 'kd-pages')
         choices = _classed(w.VBox([*pairs, *f[6:], self.why]), 'kd-choices')
-        self.box = _classed(w.VBox([choices, w.VBox([self.small, self.count, self.list, pages, self.save, self.saved])]), 'kd-side')
+        files = w.VBox([self.download, w.HBox([self.path, self.save], layout=w.Layout(flex_flow='row wrap')), self.saved])
+        self.box = _classed(w.VBox([choices, w.VBox([self.small, self.count, self.list, pages, files])]), 'kd-side')
         for control in self.filters: control.observe(lambda change: self.filling or do(self.refresh), 'value')
         self.page.observe(lambda change: self.filling or do(self.fill), 'value')
         self.list.observe(lambda change: self.filling or do(self.look_at), 'value')
@@ -1050,8 +1071,9 @@ def ends(self:TestPanel):
     for name, end in dict(First=first, Previous=first, Next=last, Last=last).items():
         self.turns[name].disabled = end
         self.turns[name].tooltip = f"This is the {'first' if first and name in ('First', 'Previous') else 'last'} page" if end else f'{name} page'
-    self.save.disabled = not len(self.rows)
-    self.save.tooltip = 'Writes the table into the folder of the run' if len(self.rows) else 'No test image is as chosen'
+    for button, does in ((self.download, 'The browser saves the table'), (self.save, 'Writes the table on the machine that serves this page')):
+        button.disabled = not len(self.rows)
+        button.tooltip = does if len(self.rows) else 'No test image is as chosen'
 
 @patch
 def turn(self:TestPanel,
@@ -1062,9 +1084,17 @@ def turn(self:TestPanel,
     self.page.value = dict(First=1, Previous=at - 1, Next=at + 1, Last=self.page.max)[name]
 
 @patch
+def offer_files(self:TestPanel):
+    "Links to the files of what is chosen; the page's script follows the first."
+    files = selection_files(self.state.cases, self.state.table, self.choice())
+    links = [f'<a class="kd-file" download="{html.escape(name)}" href="data:application/octet-stream;base64,{base64.b64encode(data).decode()}">'
+             f'{html.escape(name)}</a>' for name, data in files.items()]
+    self.saved.value = f'<p role="status">{len(self.rows)} cases: {links[0]}. What they are of: {links[1]}.</p>'
+
+@patch
 def write(self:TestPanel):
     "Save what is chosen, and tell where."
-    path = save_selection(self.state.cases, self.state.table, self.choice())
+    path = save_selection(self.state.cases, self.state.table, self.choice(), self.path.value.strip())
     self.saved.value = text_html(f'{len(self.rows)} cases are saved in {path.absolute()}', 'text', 'status')
 
 
@@ -1251,6 +1281,7 @@ background:#000;cursor:grab}.kd-app .kd-pane.kd-plain{display:none}
 line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6ea}
 .kd-list .widget-radio-box label::before{content:"";flex:0 0 56px;height:56px;background:#000 center/contain no-repeat}
 .kd-app .kd-list .widget-radio-box input{order:-1;margin:0 2px;flex:none}.kd-app .kd-list label:has(input:checked){background:#e8f1f8;font-weight:600}
+.kd-app a.kd-file{color:#0b5cad;text-decoration:underline}
 .kd-app .kd-pages .widget-button{padding:0 8px}.kd-page{font-weight:600}
 .kd-app .kd-above{flex-direction:column;height:auto}.kd-app .kd-above>label{width:auto;text-align:left}
 @container (min-width:860px){.kd-app .kd-looking{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
@@ -1336,6 +1367,8 @@ SCRIPT = '''
       app.querySelectorAll('.widget-radio').forEach(radios);
       reasons(app);
       for (const pane of app.querySelectorAll('.kd-pane')) if (!pane.role) enlarged(pane);
+      const file = app.querySelector('.kd-file:not([data-given])');
+      if (file) { app.querySelectorAll('.kd-file').forEach(a => put(a, 'data-given', 'yes')); file.click(); }   // the first is saved at once
       app.querySelectorAll('.kd-stack').forEach(stack => sized.observe(stack));
       for (const e of app.querySelectorAll(':is(select, input, button, [role=slider], .kd-pane)'))
         put(e, 'data-lm-suppress-shortcuts', 'true');   // else JupyterLab takes the arrow keys for its cells

@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 from skimage.metrics import structural_similarity
 
 from .averaging import refresh_norms
-from .core import EvaluateRecipe, KdoctError
+from .core import EvaluateRecipe, KdoctError, counted
 from .metrics import group_weights
 from .models import Classifier, autocast
 from .tables import Section
@@ -451,10 +451,10 @@ def sanity_verdict(
 )->str:
     "Do maps depend on what was learned? A sentence."
     r = mean_interval(rank, groups, evaluate, seed)
-    if not np.isfinite(r['low']): return f'{what} were not judged: {r["n_groups"]} group(s) with a map before and after randomisation, 2 are needed.'
+    if not np.isfinite(r['low']): return f'{what} were not judged: {counted(r["n_groups"], "group")} with a map before and after randomisation, 2 are needed.'
     verdict = 'depend on the weights' if r['high'] < .5 else 'do NOT depend on the weights' if r['low'] > .5 else 'may or may not depend on the weights'
     return (f'{what} {verdict}: rank correlation {_text(r, 2)} with those of the same network with shuffled weights '
-            f'({r["n"]} images of {r["n_groups"]} groups; below 0.5 counts as dependent).')
+            f'({counted(r["n"], "image")} of {counted(r["n_groups"], "group")}; below 0.5 counts as dependent).')
 
 # %% ../nbs/06b_faithfulness.ipynb #5970aec4
 CORRECTNESS = ('both right', 'student wrong', 'teacher wrong', 'both wrong')

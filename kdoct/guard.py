@@ -25,7 +25,7 @@ from PIL import Image
 
 import kdoct
 from .core import KdoctError
-from .data import BadImage
+from .data import _DECODE_ERRORS, BadImage
 from .volumes import Scan, _read_picture, _reader, read_scans
 
 # %% ../nbs/01g_guard.ipynb #aa88380e
@@ -63,7 +63,7 @@ def is_plain(
     try:
         with Image.open(path, formats=('JPEG', 'PNG', 'BMP')) as im:
             return im.format in ('JPEG', 'PNG', 'BMP') and im.width*im.height <= PLAIN_PIXELS and not im.info.get('progressive')
-    except Exception: return True  # noqa: BLE001 (its header cannot be read; `decode_image` will stop there too, and name it)
+    except (*_DECODE_ERRORS, Image.DecompressionBombError): return True   # its header cannot be read; `decode_image` will stop there too, and name it
 
 # %% ../nbs/01g_guard.ipynb #da088947
 def _limit_memory(gigabytes:float):

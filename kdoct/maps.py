@@ -21,7 +21,7 @@ from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .core import EvaluateRecipe, KdoctError, atomic_path
+from .core import EvaluateRecipe, KdoctError, atomic_path, counted
 from .evaluate import ROLE_COLOUR
 from .faithfulness import CORRECTNESS, FEW
 from .metrics import group_weights
@@ -211,7 +211,8 @@ def agreement_figure(
             ax.axvline(chance, color='.5', ls=':', lw=1)
             ax.set(title=title, xlabel='dotted: independent maps')
         few = ['*'*(n < FEW) for n in t.n_groups]
-        axes[0].set_yticks(range(len(t)), [f'{c}{f}\n{i} images, {g} groups' for c, f, i, g in zip(parts, few, t.n_images, t.n_groups, strict=True)])
+        sizes = [f'{counted(i, "image")}, {counted(g, "group")}' for i, g in zip(t.n_images, t.n_groups, strict=True)]
+        axes[0].set_yticks(range(len(t)), [f'{c}{f}\n{size}' for c, f, size in zip(parts, few, sizes, strict=True)])
         axes[0].invert_yaxis()
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, alignment='left',
                    title=f'* and pale: under {FEW} groups' if any(few) else None)

@@ -6,8 +6,8 @@
 __all__ = ['LABEL_METRICS', 'HEADLINE', 'MIN_DEFINED', 'EACH_CLASS', 'classes_of', 'check_predictions', 'logits_of', 'targets_of',
            'read_predictions', 'simulate_predictions', 'log_softmax', 'confusion', 'class_metrics', 'macro',
            'from_confusion', 'weighted_auc', 'one_vs_rest_auc', 'reliability_bins', 'expected_calibration_error',
-           'evaluate_predictions', 'group_weights', 'bootstrap', 'bootstrap_classes', 'share_interval', 'risk_coverage',
-           'aurc', 'paired_difference', 'fold_summary']
+           'evaluate_predictions', 'group_weights', 'bootstrap', 'bootstrap_classes', 'bootstrap_both',
+           'share_interval', 'risk_coverage', 'aurc', 'paired_difference', 'fold_summary']
 
 # %% ../nbs/05a_metrics.ipynb #7fa3ea1c
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .core import KdoctError
+from .core import KdoctError, counted
 
 # %% ../nbs/05a_metrics.ipynb #b505889e
 _LOGIT = 'logit_'
@@ -38,18 +38,18 @@ def check_predictions(
     def refuse(problem): raise KdoctError(f'{what}: {problem}', fix=remedy)
     if missing := [c for c in _REQUIRED if c not in df.columns]: refuse(f'column(s) {", ".join(missing)} missing')
     classes = classes_of(df)
-    if len(classes) < 2: refuse(f'{len(classes)} column(s) named {_LOGIT}CLASS, at least 2 are needed')
+    if len(classes) < 2: refuse(f'{counted(len(classes), "column")} named {_LOGIT}CLASS, at least 2 are needed')
     if df.empty: refuse('no rows')
     for c in ('path', 'group', 'fold', 'label'):
-        if n := int(df[c].isna().sum()): refuse(f'{n} row(s) without a {c}')
+        if n := int(df[c].isna().sum()): refuse(f'{counted(n, "row")} without a {c}')
     if unknown := sorted(set(df.label.astype(str)) - set(classes)):
         refuse(f'label(s) {unknown} are none of the classes {classes}')
     logits = logits_of(df)
     if bad := int((~np.isfinite(logits)).any(axis=1).sum()):
         first = df.path[~np.isfinite(logits).all(axis=1)].iloc[0]
-        refuse(f'logits of {bad} row(s) are not finite, first {first}')
+        refuse(f'logits of {counted(bad, "row")} are not finite, first {first}')
     if (twice := df.duplicated(['fold', 'path'])).any():
-        refuse(f'{int(twice.sum())} image(s) occur twice in one fold, first {df.path[twice].iloc[0]}')
+        refuse(f'{counted(int(twice.sum()), "image")} twice in one fold, first {df.path[twice].iloc[0]}')
     return df
 
 # %% ../nbs/05a_metrics.ipynb #a66293fc
@@ -291,7 +291,7 @@ def group_weights(
     seed:int=0,  # the same seed gives the same resamples
 ) -> np.ndarray:  # (B, n_groups) how often each group was drawn, each row sums to n_groups
     "Resamples of whole groups, drawn with replacement."
-    if n_groups < 2: raise KdoctError(f'{n_groups} group: an interval over patients needs at least 2',
+    if n_groups < 2: raise KdoctError(f'{counted(n_groups, "group")}: an interval over patients needs at least 2',
                                       fix='test on more patients, or check the column `group`')
     if n_boot < 1: raise KdoctError(f'n_boot is {n_boot}', fix='give a positive number of resamples, usually 1000')
     return np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1/n_groups), size=n_boot)
@@ -316,8 +316,12 @@ def bootstrap(
 ) -> pd.DataFrame:  # one row a metric: estimate, low, high, n_used, n_boot, n_groups, level
     "Estimates with percentile intervals from resampling groups; `n_used` counts the resamples that define it (see `MIN_DEFINED`)."
     s = _Sample(check_predictions(df))
-    est, values = _metrics(s, names=metrics)[0], _metrics(s, group_weights(len(s.groups), n_boot, seed), metrics)[0]
-    rows = {m: dict(estimate=float(est[m][0]), **_interval(values[m], level)) for m in metrics}
+    est, drawn = _metrics(s, names=metrics), _metrics(s, group_weights(len(s.groups), n_boot, seed), metrics)
+    return _headline_rows(s, est, drawn, n_boot, level)
+
+def _headline_rows(s, est, drawn, n_boot, level):
+    "Headline metrics of `_metrics`, of the sample and of its resamples."
+    rows = {m: dict(estimate=float(v[0]), **_interval(drawn[0][m], level)) for m, v in est[0].items()}
     return pd.DataFrame(rows).T.assign(n_boot=n_boot, n_groups=len(s.groups), level=level).astype({'n_used': int})
 
 # %% ../nbs/05a_metrics.ipynb #95dd6647
@@ -331,11 +335,25 @@ def bootstrap_classes(
 ) -> pd.DataFrame:  # rows (class, metric): estimate, low, high, n_used, n (true images of the class)
     "What `bootstrap` gives, for every class against the rest; NaN where a class has no images or was never predicted."
     s = _Sample(check_predictions(df))
-    def values(weights): _, m, auc = _metrics(s, weights, ('auc',)); return m | dict(auc=auc)
-    est, drawn = values(None), values(group_weights(len(s.groups), n_boot, seed))
+    return _class_rows(s, _metrics(s, None, ('auc',)), _metrics(s, group_weights(len(s.groups), n_boot, seed), ('auc',)), level)
+
+def _class_rows(s, est, drawn, level):
+    "Metrics of every class of `_metrics`, of the sample and of its resamples."
+    est, drawn = (each_class | dict(auc=auc) for _, each_class, auc in (est, drawn))
     rows = {(c, m): dict(estimate=float(est[m][0, i]), **_interval(drawn[m][:, i], level), n=int(est['support'][0, i]))
             for i, c in enumerate(s.classes) for m in EACH_CLASS}
     return pd.DataFrame(rows).T.rename_axis(['class', 'metric']).astype({'n_used': int, 'n': int})
+
+def bootstrap_both(
+    df:pd.DataFrame,  # predictions of one model
+    n_boot:int=1000,  # number of resamples
+    level:float=0.95,  # coverage of the interval, 0..1
+    seed:int=0,  # of the resampling
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # what `bootstrap` gives, and what `bootstrap_classes` gives
+    "Both from one pass over the same resamples."
+    s = _Sample(check_predictions(df))
+    est, drawn = _metrics(s), _metrics(s, group_weights(len(s.groups), n_boot, seed))
+    return _headline_rows(s, est, drawn, n_boot, level), _class_rows(s, est, drawn, level)
 
 # %% ../nbs/05a_metrics.ipynb #057fa3e0
 def share_interval(
@@ -405,7 +423,7 @@ def _same_images(a, b):
     b = b.set_index(key).loc[ka].reset_index()
     for c in ('label', 'group'):
         if (other := a[c].astype(str).to_numpy() != b[c].astype(str).to_numpy()).any():
-            raise KdoctError(f'{other.sum()} image(s) differ in {c}, first {a.path[other].iloc[0]}', fix=remedy)
+            raise KdoctError(f'{c} differs in {counted(other.sum(), "image")}, first {a.path[other].iloc[0]}', fix=remedy)
     return b[a.columns.intersection(b.columns, sort=False)]
 
 # %% ../nbs/05a_metrics.ipynb #ca5947b3

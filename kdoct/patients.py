@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import DecideRecipe, KdoctError
+from .core import DecideRecipe, KdoctError, counted
 from .data import shows_diagnosis
 from .metrics import check_predictions, classes_of, log_softmax, logits_of
 
@@ -132,7 +132,7 @@ def unit_truth(
     t = unit_keys(df, level).assign(label=(df.patient_label if known else df.label).astype(str))
     g = t.groupby(['fold', 'name']).label
     if known and (g.nunique() > 1).any():
-        raise KdoctError(f'{(g.nunique() > 1).sum()} patient(s) have several diagnoses in `patient_label`, such as {g.nunique().idxmax()[1]}.',
+        raise KdoctError(f'{counted((g.nunique() > 1).sum(), "patient")} with several diagnoses in `patient_label`, such as {g.nunique().idxmax()[1]}.',
                          fix='Mend the image table: one diagnosis a patient.')
     if other := sorted(set(t.label) - set(classes_of(df))):
         raise KdoctError(f'`patient_label` has {", ".join(other)}, which is none of the classes.', fix='Mend the image table, or data.classes.')

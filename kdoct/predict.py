@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from .core import KdoctError, human_time, usable_cores
+from .core import KdoctError, counted, human_time, usable_cores
 from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .patients import VolumeRule, decide_volume
@@ -411,19 +411,20 @@ def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
     if self.decision is None: scan = scan._replace(notes=(*scan.notes, 'no-decision'))
-    if not self.bundle.about.get('channels_known', True) and main_colour(scan.image) > COLOURED: scan = scan._replace(notes=(*scan.notes, 'coloured'))
+    trained_on = 0 if self.channels == 1 else self.bundle.about.get('coloured')   # coloured pictures; None: not known
+    if trained_on is None and main_colour(scan.image) > COLOURED: scan = scan._replace(notes=(*scan.notes, 'coloured'))
     try:
-        _check_content(scan.image, self.channels)
+        _check_content(scan.image, trained_on)
         picture = framed(scan.image, self.channels, **self.bundle.framing)
     except KdoctError as e: picture = bad_image(e)   # nothing is in it, or nothing is left of it but padding
     return scan._replace(image=None), picture
 
-def _check_content(im:Image.Image, channels:int):
-    "`BadImage` where the audit refuses the picture, or a network that knows only grey ones is shown a coloured one."
+def _check_content(im:Image.Image, coloured:int|None):
+    "`BadImage` where the audit refuses the picture, or a network of `coloured=0` coloured training pictures is shown one."
     if is_blank(im): raise BadImage('blank')
-    if channels == 1 and (share := main_colour(im)) > COLOURED:
+    if coloured == 0 and (share := main_colour(im)) > COLOURED:
         seen = f"a colour picture ({100*share:.0f} % of its pixels), as of the fundus"
-        raise BadImage('not-a-bscan', f"{seen}; the network was trained on grey ones only")
+        raise BadImage('not-a-bscan', f"{seen}; none of the network's training pictures was one")
 
 def _weight(item:tuple)->int:
     "Bytes of what `_prepare` gives."
@@ -510,7 +511,8 @@ def _interruptible(counts:_Counts, out):
     "Say what is there when somebody interrupts."
     try: yield
     except KeyboardInterrupt as e:
-        raise KdoctError(f"Interrupted after {counts.rows} rows{f'; {out}.partial has them' if out else ''}.", fix="The same command begins anew.") from e
+        raise KdoctError(f"Interrupted after {counted(counts.rows, 'row')}{f'; {out}.partial has them' if out else ''}.",
+                         fix="The same command begins anew.") from e
 
 def _standard_output():
     "Where a name that the terminal cannot show stops nothing."
@@ -519,9 +521,9 @@ def _standard_output():
 
 def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool=True)->str:
     "What was done, in numbers."
-    deferred = f"{counts['unsure']} deferred as unsure, {counts['outliers']} as outliers, " if judges else ''
+    deferred = f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, " if judges else ''
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
-    done = f"{counts.rows} rows{f' and {volumes} volumes' if volumes else ''}"
+    done = counted(counts.rows, 'row') + (' and ' + counted(volumes, 'volume') if volumes else '')
     return (f"{done} in {human_time(seconds)} by the engine {engine}: {counts['predicted']} predicted, "
             f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
 

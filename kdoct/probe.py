@@ -25,7 +25,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
-from .core import KdoctError, Run, read_json, stage_command, usable_cores, write_json
+from .core import KdoctError, Run, counted, read_json, stage_command, usable_cores, write_json
 from .data import FORMATS, WHITE, BadImage, decode_image, read_image_bytes, scale_bar, white_padding
 
 # %% ../nbs/01e_probe.ipynb #42a656ad
@@ -393,7 +393,8 @@ def _sentence(r, who_tells=_BLIND):
     "The result in words."
     low, high = (f"{100*v:.1f}" for v in r['interval'])
     score = f"{100*r['balanced_accuracy']:.1f} % balanced accuracy [{low}, {high}] where chance is {100*r['chance']:.1f} %"
-    who = f"{r['images']} images of {r['groups']} groups" + (f", {r['images_a_group']} a group at most of {r['of']}" if r['images'] < r['of'] else '')
+    chosen = f", {r['images_a_group']} a group at most of {r['of']}" if r['images'] < r['of'] else ''
+    who = f"{counted(r['images'], 'image')} of {counted(r['groups'], 'group')}{chosen}"
     verdict = "above chance, the images hold a shortcut" if r['above_chance'] else "not above chance"
     worst = r['worst'] and f" The best feature alone: {r['worst']['name']} ({r['worst']['meaning']}), {100*r['worst']['balanced_accuracy']:.1f} %."
     return f"{who_tells} predicts the class with {score}: {verdict} ({who}).{worst if r['above_chance'] and worst else ''}"

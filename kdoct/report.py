@@ -45,7 +45,8 @@ def _flat(d, prefix=''):
         if isinstance(v, dict) and v: yield from _flat(v, f'{prefix}{k}.')
         elif isinstance(v, (list, tuple)):
             yield f'{prefix}{k}', f'{len(v)} entries' if any(isinstance(x, (dict, list)) for x in v) else ', '.join(map(str, v)) or 'none'
-        else: yield f'{prefix}{k}', '' if v is None else f'{v:g}' if isinstance(v, float) else 'none' if v == {} else str(v)
+        elif v is None or v == '': yield f'{prefix}{k}', 'not set'
+        else: yield f'{prefix}{k}', f'{v:g}' if isinstance(v, float) else 'none' if v == {} else str(v)
 
 # %% ../nbs/05b_report.ipynb #811490c2
 _ALT = {

@@ -6,24 +6,28 @@
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'SOURCES', 'LAYOUTS', 'NEH_LABELS',
            'COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_table', 'image_table', 'finding',
            'Listing', 'make_listing', 'name_key', 'walk_images', 'source', 'load_table', 'check_labels',
-           'check_classes', 'join_spellings', 'part_name', 'ucsd', 'folder', 'resolve_paths', 'csv', 'neh',
-           'covid_qu_ex', 'lc25000', 'wants_twins', 'modality_of', 'regroup', 'phantom']
+           'classes_option', 'merge_groups', 'check_classes', 'join_spellings', 'part_name', 'ucsd', 'folder',
+           'eye_name', 'resolve_paths', 'csv', 'neh', 'covid_qu_ex', 'lc25000', 'wants_twins', 'modality_of', 'regroup',
+           'phantom']
 
 # %% ../nbs/01b_sources.ipynb #512c6e16
 import difflib
 import errno
+import json
 import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
 from .core import DataRecipe, KdoctError, counted, outputs_root, require_data_root, usable_cores
-from .spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key, spellings, table_column
+from .spreadsheet import (
+    data_in_header, doubtful_spellings, is_empty_cell, is_nobody, is_only_signs, read_table, refuse_header, same_name_key, same_patient_key,
+    spellings, table_column)
 
 # %% ../nbs/01b_sources.ipynb #ba1c9e91
 TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
@@ -60,7 +64,7 @@ FINDING_COLUMNS = ('path', 'problem', 'severity', 'detail', 'action')
 LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'unparsable-name': ('error', "the name does not tell class, patient and slice as the source's pattern wants"),
     'no-class-folder': ('error', "the image lies beside the class folders, not in one"),
-    'no-label': ('error', "the table gives no label, or a word for an empty cell (nan, #N/A, null)"),
+    'no-label': ('error', "the table gives no label, or a sign or word for an empty cell (-, ?, nan, #N/A, null)"),
     'empty-class': ('error', "a class folder without a usable image"),
     'mask-folder': ('error', "the image lies in a folder of masks below its class"),
     'mask-file': ('error', "named like the mask of another image in its folder"),
@@ -79,11 +83,11 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
     'path-by-name': ('note', "the table gives this file's name without its folder"),
     'patient-spelling': ('note', "the patient (or group) has another spelling too"),
-    'patient-in-two-groups': ('note', "the groups that were given part this patient (or two of one name): is that meant?"),
+    'patient-in-two-groups': ('note', "the groups that were given part this patient, who must be in one"),
     'annotation-folder': ('note', "masks or other marks beside the folders of the classes"),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
-    'eye-unclear': ('note', "the table's eye is neither OD nor OS, not the folder's, or given in two ways"),
+    'eye-unclear': ('note', "the table's eye is neither right nor left, not the folder's, or given in two ways"),
     'linked-folder': ('note', "a link to a folder"),
     'hidden': ('note', "a name that begins with a dot, a folder of the system (__MACOSX), or our own outputs"),
     'other-file': ('note', "not named like an image"),
@@ -238,8 +242,30 @@ def check_labels(
     for several in spellings(table.label):
         said = ', '.join(f"{c!r} ({counted(n[c], 'image')}, first {first[c]})" for c in several)
         raise KdoctError(f"One class in several spellings: {said}.",
-                         fix="Write it in one way. If they are different classes, name all of them: "
-                             f"--classes {','.join(sorted(n.index))}")
+                         fix=f"Write it in one way. If they are different classes, name all of them: {classes_option(n.index)}")
+
+def classes_option(
+    names:Iterable[str],  # classes
+)->str:                   # as it is typed
+    "The option that names these classes."
+    names = sorted(names)
+    if not any(',' in c for c in names): return f"--classes {','.join(names)}"
+    return '--set ' + shlex.quote('data.classes=' + json.dumps(names, ensure_ascii=False))
+
+def merge_groups(
+    group:pd.Series,   # group of every image
+    shared:pd.Series,  # what images that belong together have in common (hash of the pixels, patient); '' where nothing
+)->pd.Series:          # group of every image; a merged one has the first name of its members
+    "Merge groups whose images share something, directly or through others."
+    parent = {g: g for g in group}
+    def top(g):
+        while parent[g] != g: parent[g] = g = parent[parent[g]]
+        return g
+    shared = shared[(shared != '') & shared.duplicated(keep=False)]
+    for _, gs in group[shared.index].groupby(shared, sort=False):
+        tops = sorted({top(g) for g in gs})
+        for t in tops[1:]: parent[t] = tops[0]
+    return group.map(top)
 
 def check_classes(
     listing:Listing,                    # what a source found
@@ -266,7 +292,7 @@ def _nearest(name:str, names:list[str])->str:
 def join_spellings(
     listing:Listing,  # what a source found
 )->Listing:           # the same with one group where a patient's name is spelled in several ways
-    "Merge groups whose names differ only by spelling, with a note on each spelling."
+    "Merge groups whose names differ only by spelling, and groups that part a patient, with a note on each."
     table, notes = listing.table, []
     named, join = table[table.group != table.path], {}
     n, first = named.group.value_counts(), named.drop_duplicates('group').set_index('group').path
@@ -274,21 +300,23 @@ def join_spellings(
         for other in others:
             join[other] = main
             both = ' and '.join(f"{name!r} ({counted(n[name], 'image')})" for name in (other, main))
-            notes.append(finding(first[other], 'patient-spelling', f"{both} may be one patient", f"groups {main} and {other} merged"))
-    group = table.group.where(table.group == table.path, table.group.replace(join))
-    notes += _parted_patients(table.assign(group=group))
+            notes.append(finding(first[other], 'patient-spelling', f"{both} are taken for one", f"groups {main} and {other} merged"))
+    group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
+    patient = table.patient.map({p: same_patient_key(p) if p else '' for p in table.patient.unique()})
+    notes += _parted_patients(table.assign(group=group), patient)
+    group = merge_groups(group, patient)
     if not notes: return listing
     found = pd.concat([listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')])
     return replace(listing, table=table.assign(group=group), findings=found.sort_values(['path', 'problem'], ignore_index=True))
 
-def _parted_patients(table:pd.DataFrame)->list[dict]:
-    "A note on each patient, in any spelling, whose images are in several groups."
-    named = table[table.patient != '']
-    key = named.patient.map({p: same_patient_key(p) for p in named.patient.unique()})
-    parted = named[named.groupby(key).group.transform('nunique') > 1]
-    return [finding(rows.path.iloc[0], 'patient-in-two-groups',
-                    f"patient {' / '.join(sorted(rows.patient.unique())[:3])}: groups {', '.join(sorted(rows.group.unique())[:5])}", 'kept apart')
-            for _, rows in parted.groupby(key[parted.index])]
+def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
+    "A note on each patient (a key of the name) whose images are in several groups."
+    parted = table[(patient != '') & (table.groupby(patient).group.transform('nunique') > 1)]
+    def say(rows):
+        groups = ', '.join(sorted(rows.group.unique())[:5])
+        names = ' / '.join(sorted(rows.patient.unique())[:3])
+        return finding(rows.path.iloc[0], 'patient-in-two-groups', f"patient {names}: groups {groups}", f"groups {groups} merged")
+    return [say(rows) for _, rows in parted.groupby(patient[parted.index])]
 
 
 # %% ../nbs/01b_sources.ipynb #4c6615e0
@@ -594,8 +622,89 @@ def _our_columns(df:pd.DataFrame, columns:dict[str, str], file:Path)->pd.DataFra
         near = {ours: next((c for c in df if same_name_key(c) in likely), '...') for ours, likely in _LIKELY.items()}
         wanted = [c.partition(' ')[0] for c in lost]
         say = ' '.join(f"--set data.columns.{c}={shlex.quote(near.get(c, '...'))}" for c in wanted)
+        _refuse_other_header(df, file)
         raise KdoctError(f"{file} does not give {', '.join(lost)}.", fix=f"The columns of {file.name} are: {', '.join(df)}. Say which is which: {say}")
+    used = [s.name for c in ('path', 'label', 'patient') if (s := table_column(df, columns.get(c, c), c in columns)) is not None]
+    if cell := data_in_header(df[used]): refuse_header(df, cell, file)
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})
+
+def _refuse_other_header(df:pd.DataFrame, file:Path):
+    "`KdoctError` where the first line names no columns: a later line does, or the table has none that does."
+    kinds = [{ours, *likely} for ours, likely in _LIKELY.items()]
+    for line, *cells in df.head(20).itertuples(name=None):
+        names = {same_name_key(c) for c in cells}
+        if sum(bool(names & kind) for kind in kinds) > 1:
+            raise KdoctError(f"{file}, line {line}, seems to be the header: {', '.join(cells)[:80]!r}.", fix="Delete what stands above it.")
+    files = [c for c in df if ('.' in c or '/' in c) and (file.parent/PureWindowsPath(c).as_posix()).is_file()]
+    if cell := next(iter(files), data_in_header(df)): refuse_header(df, cell, file)
+
+# %% ../nbs/01b_sources.ipynb #a1db7e01
+_EYES = {'OD': ('od', 'r', 're', 'right', 'right eye', 'dexter', 'oculus dexter', 'rechts', 'rechtes auge', 'droit', 'droite', 'derecho'),
+         'OS': ('os', 'l', 'le', 'left', 'left eye', 'sinister', 'oculus sinister', 'links', 'linkes auge', 'gauche', 'izquierdo', 'og', 'oi')}
+
+def eye_name(
+    text:str,  # a cell
+)->str:        # OD (right), OS (left), or '' for anything else: 1 and 2 stand for either
+    "The eye that a cell means: 'Right', 'r', 'od', 'O.D.', ..."
+    key = same_name_key(text.replace('.', ''))
+    return next((eye for eye, names in _EYES.items() if key in names), '')
+
+# %% ../nbs/01b_sources.ipynb #a1db7e03
+def _say_lines(lines:Iterable[int])->str:
+    "'line 3', or 'line 3 and 5 others'."
+    first, *more = lines
+    return f"line {first}" + (f" and {len(more)} other{'s'[:len(more) - 1]}" if more else '')
+
+_FILES = (*IMAGE_EXTENSIONS, '.dcm', '.vol', '.e2e', '.fda', '.fds', '.img', '.npy')
+
+def _check_cells(df:pd.DataFrame, file:Path):
+    "`KdoctError` with the line where a cell seems to stand in another column than it should."
+    def refuse(bad, what, fix):
+        if bad.any(): raise KdoctError(f"{file}, {_say_lines(df.index[bad])}: {what(df[bad].iloc[0])}.", fix=fix)
+    shifted = f"Compare the line with the header, cell by cell ({', '.join(df)}): write a cell without content as an empty one."
+    for c in df.columns.intersection(['path', 'label', 'patient', 'group']):
+        refuse(df[c].str.contains('[\r\n]'), lambda r, c=c: f"{c} {r[c][:40]!r} goes over several lines",
+               "Look for a quote that is not closed, there or before.")
+    paths = df.path.map(lambda p: PureWindowsPath(p).as_posix())
+    bare = paths.str.rpartition('/')[2]
+    for c in df.columns.intersection(['label', 'patient_label']):
+        words = [t for t in df[c].unique() if t and _whole_number(t) is None]   # numbers may be names of files and of classes
+        refuse(df[c].isin([t for t in words if t.lower().endswith(_FILES)]), lambda r, c=c: f"the {c} {r[c]!r} is the name of a file", shifted)
+        for t in words:
+            listed = df.index[(paths == t) | (bare == t)]
+            if len(listed): refuse(df[c] == t, lambda r, c=c, at=listed[0]: f"the {c} {r[c]!r} is the path in line {at}", shifted)   # noqa: B023
+    classes = [c for c in df.label.unique() if c and _whole_number(c) is None]
+    if 'patient' in df: refuse(df.patient.isin(classes), lambda r: f"the patient {r.patient!r} is the name of a class", shifted)
+    if 'group' in df: refuse(df.group.isin(classes) & (df.group != df.label), lambda r: f"the group {r.group!r} is the name of another class", shifted)
+
+# %% ../nbs/01b_sources.ipynb #a1db7e04
+_NOT_KNOWN = ("Write the {} there. Where nobody knows, leave the cell empty: the image then is a group of its own, "
+              "which is right only if its patient has no other.")
+
+def _check_people(df:pd.DataFrame, file:Path, fix:str=_NOT_KNOWN):
+    "`KdoctError` where a patient or group is a word for nobody, or a spreadsheet may have made it of another; `fix` for the former."
+    for c in df.columns.intersection(['patient', 'group']):
+        cells = df[c][(df[c] != '') & (df[c] != df.path)]
+        if nobody := _nobody(cells, set(df.label)):
+            raise KdoctError(f"{file}, {_say_lines(cells.index[cells.isin(nobody)])}: {c} {nobody[0]!r} seems to mean that it is not known. "
+                             f"All these images would count as one {c}.",
+                             fix=fix.format(c))
+        for names, why, help in doubtful_spellings(cells.unique()):
+            said = ' and '.join(map(repr, names))
+            open_is = "Whether these are one" if len(names) > 1 else "Whether this is one"
+            raise KdoctError(f"{file}, {_say_lines(cells.index[cells.isin(names)])}: {c} {said}. {open_is} {c} cannot be known: {why}.", fix=help)
+
+def _nobody(cells:pd.Series, classes:set[str])->list[str]:
+    "The names that say that there is none. 0 and NA may be names: 0 where numbers begin with it, NA for one image."
+    n = cells.value_counts()
+    last = {cell: same_name_key(cell).rpartition('/')[2] for cell in n.index}
+    from_0 = '1' in last.values()
+    def is_none(cell):
+        parts = [p for p in cell.split('/') if p not in classes]
+        if parts and (is_nobody(parts[-1]) or all(map(is_nobody, parts))): return True
+        if last[cell] == '0': return not from_0 or n[cell] > 3*n.drop(cell).max()
+        return last[cell] == 'na' and n[cell] > 1 and cell not in classes
+    return [cell for cell in n.index if is_none(cell)]
 
 # %% ../nbs/01b_sources.ipynb #617178fa
 _HOW_FOUND = {'path-by-case': name_key, 'path-by-ending': lambda p: name_key(_stem(p))}   # problem -> what must be equal
@@ -648,14 +757,16 @@ def _whole_number(text:str)->int|None:
     m = re.fullmatch(r'(\d+)(?:[.,]0*)?', text)
     return int(m[1]) if m else None
 
-def _csv_row(r:dict)->tuple[dict|None, list[dict]]:
-    "One row of the file as a row of the table, and what there is to say about it."
-    if not r['path']: return None, [finding('', 'unparsable-name', "a row without a path")]
-    if not r['label']: return None, [finding(r['path'], 'no-label')]
+def _csv_row(r:dict, line:int, classes:set[str])->tuple[dict|None, list[dict]]:
+    "One row of the file as a row of the table, and what there is to say about it; `classes`: those that may be a sign, such as + and -."
+    if not r['path']: return None, [finding('', 'unparsable-name', f"line {line}: a row without a path")]
+    if not r['label'] or is_only_signs(r['label']) and r['label'] not in classes:
+        return None, [finding(r['path'], 'no-label', f"line {line}: label {r['label']!r}")]
     slice = r.pop('slice', '')
-    if slice and _whole_number(slice) is None: return None, [finding(r['path'], 'unparsable-name', f"slice {slice!r} is not a whole number")]
+    if slice and _whole_number(slice) is None: return None, [finding(r['path'], 'unparsable-name', f"line {line}: slice {slice!r} is not a whole number")]
     group, split = r.get('group') or r.get('patient'), r.get('split', '')
     note = [] if group else [finding(r['path'], 'no-patient', action="a group of its own")]
+    if r.get('eye') and not eye_name(r['eye']): note.append(finding(r['path'], 'eye-unclear', f"the table says {r['eye']}", 'kept as it is'))
     return r | dict(slice=_whole_number(slice), group=group or r['path'], split=part_name(split) or split), note
 
 def _drop_repeats(df:pd.DataFrame)->tuple[pd.DataFrame, list[dict]]:
@@ -684,14 +795,18 @@ def csv(
 )->Listing:
     "Images listed in a table, with paths relative to its folder."
     file = _csv_file(data)
-    df = _our_columns(table := read_table(file), data.columns, file)
+    df = _our_columns(table := read_table(file, lines=True), data.columns, file)
     if not len(table): raise KdoctError(f"{file} has a header and no row.", fix=f"Expected layout: {LAYOUTS['csv']}")
+    _check_cells(df, file)
+    _check_people(df, file)
+    if 'eye' in df: df['eye'] = df.eye.map(lambda t: eye_name(t) or t)
+    signs = {'+', '-'} if '+' in set(df.label) else set()
     asked = df.path != ''
     df['path'], found = _real_paths(list(df.path), file.parent)
     df, repeats = _drop_repeats(df[(df.path != '') | ~asked])
     rows = []
-    for r in df.to_dict('records'):
-        row, notes = _csv_row(r)
+    for line, r in zip(df.index, df.to_dict('records'), strict=True):
+        row, notes = _csv_row(r, line, signs.union(data.classes or ()))
         found += notes
         if row: rows.append(row)
     return make_listing(file.parent, rows, [*found, *repeats], 'csv')
@@ -714,12 +829,13 @@ def _neh_places(data:DataRecipe)->tuple[Path, Path]:
 
 def _neh_rows(file:Path)->pd.DataFrame:
     "The table's rows under our names; labels and eyes in upper case, numbers without leading zeros."
-    df = read_table(file)
+    df = read_table(file, lines=True)
     found = {ours: table_column(df, theirs) for ours, theirs in _NEH_COLUMNS.items()}
     if lost := [theirs for ours, theirs in _NEH_COLUMNS.items() if found[ours] is None]:
         raise KdoctError(f"{file} has no column {', '.join(lost)}.", fix=f"Its columns are: {', '.join(df)}. Use the file as it was published.")
     df = pd.DataFrame({ours: cells.str.strip() for ours, cells in found.items()})
-    for c in ('label', 'patient_label', 'eye'): df[c] = df[c].str.upper()
+    _check_cells(df, file)
+    for c in ('label', 'patient_label'): df[c] = df[c].str.upper()
     return df.assign(path=[PureWindowsPath(p).as_posix().lstrip('/') for p in df.path], number=df.number.map(_number))
 
 def _number(text:str)->str: return text if (n := _whole_number(text)) is None else str(n)
@@ -735,7 +851,7 @@ def _neh_row(r:dict)->tuple[dict|None, list[dict]]:
     pairs = dict(Class=(r['patient_label'], m['folder'].upper()), number=(r['number'], _number(m['number'])), Label=(r['label'], m['label'].upper()))
     if differ := [f"{k} is {a}, the path says {b}" for k, (a, b) in pairs.items() if a != b]:
         return None, [finding(path, 'contradicts-path', '; '.join(differ))]
-    eye, patient = r['eye'] if r['eye'] in ('OD', 'OS') else '', f"{r['patient_label']}/{r['number']}"
+    eye, patient = eye_name(r['eye']), f"{r['patient_label']}/{r['number']}"
     unclear = not eye or (m['eye'] and m['eye'].upper() != eye)
     note = [finding(path, 'eye-unclear', f"the table says {r['eye'] or 'nothing'}", action='the table counts')] if unclear else []
     return dict(path=path, label=r['label'], patient=patient, eye=eye, volume=f'{patient}/{eye}'.rstrip('/'), slice=int(m['slice']),
@@ -850,20 +966,23 @@ def regroup(
     "Take the groups from a file; `KdoctError` if it leaves out an image, names a strange one, or contradicts itself."
     file = Path(file).expanduser()
     if not file.is_file(): raise KdoctError(f"The table of groups {file} does not exist.", fix="Give a CSV file with columns path and group: data.groups=FILE")
-    df = read_table(file)
+    df = read_table(file, lines=True)
     path, group = (table_column(df, c) for c in ('path', 'group'))
     if lost := [c for c, there in dict(path=path, group=group).items() if there is None]:
         raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df)}")
+    alone = "Give every image a group; one that belongs to no other has its own path as group."
+    _check_people(pd.DataFrame(dict(path=path.str.strip(), group=group.str.strip(), label='')), file, alone)
     wanted = [_relative(p.strip(), listing.root) for p in path]
     real, _ = resolve_paths(wanted, [*dict.fromkeys([*listing.table.path, *listing.findings.path])])
     df = pd.DataFrame(dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())).drop_duplicates()
     def refuse(paths, what, fix):
-        if len(paths): raise KdoctError(f"{file}: {len(paths)} {what}, first {sorted(paths)[0]}.", fix=fix)
-    refuse(set(df.path[df.group == '']), "rows have no group", "Give every image a group; one that belongs to no other has its own path as group.")
-    refuse(set(df.path[df.path.duplicated()]), "images are in two groups", "Keep one row an image, or name both groups alike.")
-    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), "rows name no image of the source",
+        if len(paths): raise KdoctError(f"{file}: {counted(len(paths), *what)}, first {sorted(paths)[0]}.", fix=fix)
+    refuse(set(df.path[df.group == '']), ("row has no group", "rows have no group"), alone)
+    refuse(set(df.path[df.path.duplicated()]), ("image is in two groups", "images are in two groups"), "Keep one row an image, or name both groups alike.")
+    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), ("row names no image of the source", "rows name no image of the source"),
            f"Paths are relative to {listing.root}.")
-    refuse(set(listing.table.path) - set(df.path), "images of the source are in no row", "Add a row for each, with a group of its own if it has no other.")
+    refuse(set(listing.table.path) - set(df.path), ("image of the source is in no row", "images of the source are in no row"),
+           "Add a row for each, with a group of its own if it has no other.")
     return replace(listing, table=listing.table.assign(group=listing.table.path.map(df.set_index('path').group).astype('str')))
 
 # %% ../nbs/01b_sources.ipynb #11989bd0

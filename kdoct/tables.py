@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPARED', 'PART_NAMES', 'NO_INTERVAL', 'TOGETHER', 'ONE', 'MANY', 'BLANKED', 'KEPT', 'interval_text', 'score_row',
-           'table_of', 'shown', 'protocol_of', 'differences_of', 'shown_differences', 'shown_folds', 'Section',
-           'scores_section', 'markdown', 'named_together', 'classes_section', 'selection_section', 'read_variants',
-           'views_section', 'views_differences', 'folds_section', 'blanked_warning', 'blanked_section', 'costs_section']
+           'resampled', 'table_of', 'shown', 'protocol_of', 'differences_of', 'shown_differences', 'shown_folds',
+           'Section', 'scores_section', 'markdown', 'named_together', 'classes_section', 'selection_section',
+           'read_variants', 'views_section', 'views_differences', 'folds_section', 'blanked_warning', 'blanked_section',
+           'costs_section']
 
 # %% ../nbs/05e_tables.ipynb #901fac3e
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .core import EvaluateRecipe, KdoctError, Run
+from .core import EvaluateRecipe, KdoctError, Run, counted
 from .data import shows_diagnosis
-from .metrics import EACH_CLASS, HEADLINE, MIN_DEFINED, bootstrap, bootstrap_classes, check_predictions, classes_of
+from .metrics import EACH_CLASS, HEADLINE, MIN_DEFINED, bootstrap, bootstrap_both, check_predictions, classes_of
 from .metrics import evaluate_predictions, fold_summary, logits_of, paired_difference
 from .patients import published_selection
 
@@ -45,7 +46,7 @@ def _notes(point, ci):
     "Remarks on one row of the table."
     out = []
     if absent := [c for c, v in point['per_class'].items() if not v['n']]:
-        out.append(f'macro over {point["n_present"]} classes: no image of {", ".join(absent)}')
+        out.append(f'macro over {counted(point["n_present"], "class")}: no image of {", ".join(absent)}')
     n = ci.n_boot.iloc[0]
     if (lost := n - ci.n_used['sensitivity']) > 0:
         bare = not np.isfinite(ci.low['sensitivity'])
@@ -57,7 +58,7 @@ def _notes(point, ci):
         only = np.isfinite(ci.low['sensitivity']) and not np.isfinite(ci.low['precision'])
         out.append(f'in {lost} of {n} resamples a class was never predicted: no macro precision there' + (', and no interval of it' if only else ''))
     if point['accuracy'] == 1:
-        out.append(f'no error in {point["n_groups"]} groups: the error rate may be up to {300/point["n_groups"]:.0f} %')
+        out.append(f'no error in {counted(point["n_groups"], "group")}: the error rate may be up to {300/point["n_groups"]:.0f} %')
     return '; '.join(out)
 
 # %% ../nbs/05e_tables.ipynb #15029cb3
@@ -66,13 +67,22 @@ def score_row(
     evaluate:EvaluateRecipe,  # resamples and level of the intervals
     seed:int=0,               # of the resampling
     metrics=HEADLINE,         # which there are; LABEL_METRICS where the columns of logits are no probabilities
+    ci=None,                  # what `bootstrap` gives for these; None: it is asked
 )->dict:                      # shown texts, then METRIC, METRIC_low, METRIC_high as fractions, n_images, n_groups, note
     "One row of a table."
-    point, ci = evaluate_predictions(df), bootstrap(df, evaluate.n_boot, evaluate.level, seed)
+    point, ci = evaluate_predictions(df), bootstrap(df, evaluate.n_boot, evaluate.level, seed) if ci is None else ci
     three = {m: ci.loc[m, ['estimate', 'low', 'high']] for m in metrics}
     texts = {title: interval_text(*three[m], percent=m != 'auc') if m in three else '–' for m, title in _SHOWN.items()}
     numbers = {k: v for m, values in three.items() for k, v in zip((m, f'{m}_low', f'{m}_high'), values, strict=True)}
     return {**texts, **numbers, 'n_images': len(df), 'n_groups': point['n_groups'], 'note': _notes(point, ci)}
+
+def resampled(
+    models:dict[str, pd.DataFrame],  # name -> predictions
+    evaluate:EvaluateRecipe,  # resamples and level of the intervals
+    seed:int=0,  # of the resampling
+) -> dict[str, tuple]:  # name -> from `bootstrap_both`
+    "What the main table and that of every class share: one pass over the resamples of each model."
+    return {name: bootstrap_both(df, evaluate.n_boot, evaluate.level, seed) for name, df in models.items()}
 
 def table_of(
     models:dict[str, pd.DataFrame],  # name -> predictions
@@ -80,10 +90,13 @@ def table_of(
     evaluate:EvaluateRecipe|None=None,  # resamples and level of the intervals
     protocol:str='',  # data, grouping, folds, seeds, views, in a sentence
     seed:int=0,  # of the resampling
+    drawn:dict|None=None,  # name -> from `resampled`; None: it is asked
 ) -> pd.DataFrame:  # one row a model: shown texts, then METRIC, METRIC_low, METRIC_high as fractions, note, protocol
     "All models in one table, estimates with intervals over groups."
     def size(n): return '–' if n is None else f'{n/1e6:.2f} M'
-    rows = {name: {'parameters': size(params[name]), **score_row(df, evaluate or EvaluateRecipe(), seed), 'n_parameters': params[name],
+    e = evaluate or EvaluateRecipe()
+    drawn = drawn or resampled(models, e, seed)
+    rows = {name: {'parameters': size(params[name]), **score_row(df, e, seed, ci=drawn[name][0]), 'n_parameters': params[name],
                    'protocol': protocol} for name, df in models.items()}
     return pd.DataFrame(rows).T.rename_axis('model').infer_objects()
 
@@ -101,9 +114,10 @@ def _split_text(run, predictions):
     which = f'fold {folds[0]}' if len(folds) == 1 else 'folds ' + ', '.join(map(str, folds))
     groups, n = predictions.group.nunique(), len(predictions)
     if data.protocol != 'official':
-        return f'{data.n_folds}-fold cross-validation split by group (patient); {which}: {n} test images of {groups} groups'
+        return f'{data.n_folds}-fold cross-validation split by group (patient); {which}: {counted(n, "test image")} of {counted(groups, "group")}'
     facts, images = run.stage('data'), predictions.path.nunique()
-    text = (f'the official test part, {images} images of {groups} groups; models of {which}, each validated on another part by group of the rest'
+    text = (f'the official test part, {counted(images, "image")} of {counted(groups, "group")}; '
+            f'models of {which}, each validated on another part by group of the rest'
             + (f': {len(folds)} models on the same test images, so n is {n}' if len(folds) > 1 else ''))
     if leak := facts.get('leak'): return text + (f'; the published leak is kept: {leak["groups"]} tested groups were trained on too, with {leak["images"]} '
                                                  'images, and the scores are too good')
@@ -233,9 +247,11 @@ def classes_section(
     models:dict[str, pd.DataFrame],  # name -> predictions
     evaluate:EvaluateRecipe,         # resamples and level
     seed:int=0,                      # of the resampling
+    drawn:dict|None=None,            # name -> from `resampled`; None: it is asked
 )->Section:                          # rows 'MODEL, CLASS'
     "Every class against the rest, with intervals over groups."
-    each = pd.concat({n: bootstrap_classes(df, evaluate.n_boot, evaluate.level, seed) for n, df in models.items()}, names=['model'])
+    drawn = drawn or resampled(models, evaluate, seed)
+    each = pd.concat({n: drawn[n][1] for n in models}, names=['model'])
     rows = {}
     for (model, c), t in each.groupby(level=['model', 'class'], sort=False):
         t = t.droplevel(['model', 'class'])

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .core import KdoctError
+from .core import KdoctError, counted
 from kdoct.data import (
     _DECODE_ERRORS,
     FORMATS,
@@ -31,6 +31,7 @@ from kdoct.data import (
     BadImage,
     TiffStack,
     _broken,
+    check_depth,
     check_jpeg,
     check_pages,
     decode_image,
@@ -395,7 +396,7 @@ def _e2e_bscans(f:_Bytes, entries:np.ndarray, skip:int)->tuple[np.ndarray, tuple
         there = ', '.join(f"{n} {what}" for what, n in {"infrared": infrared, **others}.items() if n)
         if not there: raise BadImage('not-an-image', "an .e2e file without a B-scan")
         raise BadImage('not-a-bscan', f"an .e2e file without a B-scan: its pictures are {there}")
-    notes = tuple(f"{n} pictures {what} in the file are left out" for what, n in others.items() if n)
+    notes = tuple(f"left out: {counted(n, 'picture')} {what} in the file" for what, n in others.items() if n)
     return e[types == _E2E_BSCAN], notes
 
 def _e2e_pixels(f:_Bytes, start:int)->np.ndarray:
@@ -524,7 +525,7 @@ def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
     if len(found) != 1: raise KdoctError(f"{name}: a .img file has no header, and its name gives {'no size' if not found else 'several sizes'}.", fix=fix)
     a, b, c = (int(v) if v else 0 for v in found.pop())
     w, h, n = (a, b, c) if c else (a, CIRRUS_SAMPLES, b)
-    if h*w*n != size: raise KdoctError(f"{name}: {n} B-scans of {w} x {h} pixels would be {h*w*n} bytes; the file has {size}.", fix=fix)
+    if h*w*n != size: raise KdoctError(f"{name}: {counted(n, 'B-scan')} of {w} x {h} pixels would be {h*w*n} bytes; the file has {size}.", fix=fix)
     _check_shape(h, w, n)
     return h, w, n
 
@@ -763,7 +764,7 @@ def _dicom_pixels(f:_Bytes, d, syntax)->tuple[int, tuple[str, ...]]:
     frame = int(d.Rows)*int(d.Columns)*samples*int(d.BitsAllocated)/8
     want = int(np.ceil(n*frame))
     if length == _UNDEFINED: raise BadImage('corrupt', "its pixels are compressed, and its header says that they are not")
-    if length < want: raise BadImage('truncated', f"{n} frames need {want} bytes of pixels; it has {length}")
+    if length < want: raise BadImage('truncated', f"pixels of {counted(n, 'frame')} need {want} bytes; it has {length}")
     f.need(at + length)
     if length >= want + frame: raise BadImage('corrupt', f"NumberOfFrames is {n}, and there are pixels for {int(length/frame)}")
     return n, (f"{length - want} bytes behind the pixels are ignored",) if length > want + want%2 else ()
@@ -1091,9 +1092,9 @@ def _dicom_place(path:Path, d, n:int, withheld:tuple)->tuple[int|None, int|None,
 def _check_bits(d)->tuple[str, ...]:
     "`BadImage` unless grey values have 8 to 16 bits; a note where HighBit is not possible."
     bits, allocated, high = int(d.BitsStored), int(d.BitsAllocated), int(d.get('HighBit') or 0)
-    if not 8 <= bits <= allocated <= 16:
-        what = 'a mask' if bits == 1 else 'no grey values of 8 to 16 bits'
-        raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: {what}")
+    if not bits <= allocated <= 16:
+        raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: no grey values of 8 to 16 bits")
+    check_depth(bits, most=16)
     if (sign := int(d.PixelRepresentation)) not in (0, 1):
         raise BadImage('corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible")
     if 'HighBit' not in d or bits - 1 <= high < allocated: return ()

@@ -394,6 +394,13 @@ def test_the_page_counts_one_as_one_and_says_each_thing_once(tmp_path):
     assert "1 duplicate-across-groups: the same pixels occur in another group; the groups are merged\n" in page
 
 
+def test_groups_that_are_no_patients_are_not_shown_as_patients(tmp_path):
+    listing = listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"))
+    for unknown in (listing.table.assign(patient=""), listing.table.assign(group=["site 1", "site 2"])):
+        page = audit_page(audit(replace(listing, table=unknown)))
+        assert "groups;" in page and "patient" not in page and "groups" in page.split("\n")[2]
+
+
 def test_25_000_copies_are_a_page(tmp_path):
     one = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG")))
     copies = [finding(f"A/{'x'*90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS)

@@ -182,6 +182,14 @@ def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("given", [dict(fold=9), dict(fold="two"), dict(fold=True), dict(overrides="student.epoch=3"), dict(overrides="student"),
+                                   dict(student="efficientnt_b2"), dict(data_root="nowhere"), dict(run="a/b"), dict(overrides=[1])])
+def test_a_stage_with_a_wrong_parameter_leaves_no_run(given):
+    from kdoct.core import KdoctError, open_stage
+    with pytest.raises(KdoctError): open_stage("tiny", **given)
+    assert not outputs_root().exists()
+
+
 def test_a_stage_without_images_leaves_no_run(tmp_path):
     from kdoct.core import KdoctError, open_stage
     (tmp_path / "empty").mkdir()

@@ -538,6 +538,21 @@ def ucsd_run(folder, name, **changes):
     return create_run(name, preset("small-ucsd", **data | {"data." + k: v for k, v in changes.items()}))
 
 
+def test_a_run_records_how_many_of_its_pictures_are_coloured_throughout(tmp_path):
+    "One coloured line makes a run take three channels, and none of its pictures a photograph of the fundus."
+    rng = np.random.default_rng(0)
+    for p in range(40):
+        grey = np.repeat(rng.integers(0, 200, (40, 60, 1)), 3, 2).astype(np.uint8)
+        if p < 2: grey[:4] = (255, 0, 0)
+        if p == 2: grey = grey//(1, 2, 4) + np.array((55, 20, 0))
+        path = tmp_path / "d" / "AB"[p % 2] / f"{p}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grey.astype(np.uint8)).save(path)
+    data = dict(source="folder", root=str(tmp_path / "d"), group_pattern=r"/(\d+)", classes=None, size=32, margin=0, n_folds=2)
+    facts = prepare_data(create_run("coloured", preset("edge", **{f"data.{k}": v for k, v in data.items()})))
+    assert (facts["channels"], facts["coloured"]) == (3, 1)
+
+
 def test_the_official_protocol_runs_reports_the_overlap_and_leaves_it_out(tmp_path, capsys):
     run = ucsd_run(write_ucsd(tmp_path / "d"), "r")
     facts = prepare_data(run)

@@ -174,7 +174,8 @@ def found_of(ms, lost=0., kept=True):
 
 def test_a_reason_never_compares_two_numbers_that_read_alike():
     parity = dict(probability=0.0010004, distance=0., labels=0.994999, flags=1.)
-    assert deploy.refused(parity, True) == "a probability is off by 0.0010004 (at most 0.0010000); 99.4999 % of labels agree (at least 99.5000 %)"
+    assert deploy.refused(parity, True) == (
+        "a probability is off by 0.0010004 (at most 0.0010000); 99.4999 % of the predicted classes agree (at least 99.5000 %)")
 
 
 @pytest.mark.parametrize("ms, lost, why", [(9.9, .5, ""), (10.1, 0., "1.29 times as fast"), (5., .6, "loses 0.60 points")])

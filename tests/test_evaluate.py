@@ -641,6 +641,13 @@ def test_findings_of_data_and_decisions_are_warnings(run):
     assert any('For CNV (sensitivity 95 %): not reachable: no image.' in w and 'DME' not in w for w in said)
 
 
+def test_the_main_table_and_that_of_every_class_share_one_pass(run, monkeypatch):
+    both, asked = T.bootstrap_both, []
+    monkeypatch.setattr(T, 'bootstrap_both', lambda df, *how: asked.append(len(df)) or both(df, *how))
+    made = quiet(E.evaluate_fold, run, 0)[0]
+    assert len(asked) == len(made['models'])
+
+
 def test_what_is_true_of_several_networks_is_said_once(run):
     above = dict(chance='above', sensitivity=.6, sensitivity_low=.5, sensitivity_high=.7, balanced_chance=.25)
     blank = pd.DataFrame([above, above | dict(sensitivity=.625), above | dict(chance='not above')], index=['teacher', 'student', 'baseline'])

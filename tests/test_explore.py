@@ -12,12 +12,14 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_volumes import textured, write_dicom
 
 from kdoct import explore
 from kdoct.augment import Batches
@@ -152,6 +154,47 @@ def test_predict_and_explorer_say_the_same_of_every_picture(run):
     assert {r["outlier"] for r in rows} == {True, False}
 
 
+def between(values):
+    "A threshold in the widest gap of the middle half of some values, so that rounding decides nothing."
+    v = np.sort(values)
+    some = v[len(v) // 4:-(len(v) // 4)]
+    at = np.diff(some).argmax()
+    return float(some[at] + some[at + 1]) / 2
+
+
+def test_the_same_picture_has_the_same_texts_in_predict_explorer_report_and_card(run):
+    from kdoct.card import model_card
+    from kdoct.decide import save_decision
+    from kdoct.judged import deferral_section, outliers_section, read_judged
+    from kdoct.predict import Predictor
+    folder, cases = run.stage_dir(0, "student"), (decide_fold(run, 0), open_cases(run, 0, "student"))[1]
+    d = cases.decisions["student"]
+    outlier = dataclasses.replace(d.outlier, threshold=between(cases.distances))
+    d = dataclasses.replace(d, defer_below=between(cases.probabilities["student"].max(1)), outlier=outlier)
+    save_decision(folder, d)
+    state = Explorer()
+    cases = state.open("small", 0, "student")
+    root = Path(run.stage("data")["root"])
+    with Predictor(folder) as p: rows = list(p.predict([root / f for f in cases.predictions.path]))
+    alpha = min(d.set_minimum)
+    for i, row in enumerate(rows):
+        assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
+        own = state.own_subject(explore.read_own(root / cases.predictions.path[i])[0])   # the same picture, as a file of one's own
+        said, of_own = explore.verdict(cases, state.subject(i)), explore.verdict(cases, own, state.network(state.stamp()).answer(own.image))
+        assert said[-4:] == of_own[-4:]
+        assert (f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred.") in said
+        assert any(t.startswith("Outlier:") for t in said) == row["outlier"]
+        assert f"{' or '.join(row['prediction_set'])} at an error of {100*alpha:g} %" in said[-1]
+    assert {r["outlier"] for r in rows} == {r["deferred"] for r in rows} == {True, False}
+
+    judged = {"student": [read_judged(folder, cases.predictions)]}   # what report and card count
+    few = EvaluateRecipe(n_boot=100)
+    assert deferral_section(judged, few).table.coverage["student"] == pytest.approx(np.mean([not r["deferred"] for r in rows]))
+    assert outliers_section(judged, few).table.outliers["student"] == pytest.approx(np.mean([r["outlier"] for r in rows]))
+    text, _ = model_card({}, run, 0, "student", d)
+    assert f"under {d.defer_below:.4g} is deferred to a person, and so is an outlier" in text and f"distance above {d.outlier.threshold:.4g}" in text
+
+
 def test_a_decision_of_other_weights_is_told_and_left_out(run):
     decide_fold(run, 0)
     path = run.stage_dir(0, "student") / "decision.json"
@@ -237,6 +280,21 @@ BAD = dict(nothing=b"", text=b"no picture at all", torn=b"\x89PNG\r\n\x1a\n" + b
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_a_bad_file_is_told(name, data):
     with pytest.raises(KdoctError): explore.read_upload(name, data)
+
+
+def test_a_file_must_be_what_the_network_was_trained_on(tmp_path):
+    pytest.importorskip("pydicom")
+    data = write_dicom(tmp_path/"a.dcm", textured()).read_bytes()
+    assert len(explore.read_upload("a.dcm", data)) == 3
+    with pytest.raises(KdoctError, match="where a radiograph is expected"): explore.read_upload("a.dcm", data, "radiograph")
+
+
+@pytest.mark.parametrize("source,modality", [("neh", "oct"), ("covid_qu_ex", "radiograph")])
+def test_the_explorer_knows_what_the_network_was_trained_on(source, modality):
+    def panel(cases): return SimpleNamespace(state=SimpleNamespace(cases=cases))
+    recipe = preset("demo", **{"data.source": source})
+    assert explore.OwnPanel.modality(panel(SimpleNamespace(run=SimpleNamespace(recipe=recipe)))) == modality
+    assert explore.OwnPanel.modality(panel(None)) == "oct"
 
 
 # --- nothing of a file is taken for HTML
@@ -346,10 +404,32 @@ def test_a_selection_is_saved_with_what_it_is_of(run):
     assert told["choice"]["result"] == "wrong" and told["protocol"] == cases.protocol and told["images"] == len(want)
 
 
+def test_a_selection_is_downloaded_or_saved_where_one_wishes(run, tmp_path):
+    app = App()
+    app.tests.result.value = "wrong"
+    app.tests.download.click()
+    links = re.findall(r'download="([^"]+)" href="data:application/octet-stream;base64,([^"]+)"', app.tests.saved.value)
+    data = {Path(name).suffix: base64.b64decode(text) for name, text in links}
+    assert pd.read_csv(io.BytesIO(data[".csv"])).path.tolist() == app.state.table.loc[app.tests.rows].path.tolist()
+    assert json.loads(data[".json"])["choice"]["result"] == "wrong" and not (run.path / "selections").exists()
+
+    app.tests.path.value = str(tmp_path / "cases.csv")
+    app.tests.save.click()
+    assert (tmp_path / "cases.csv").read_bytes() == data[".csv"] and (tmp_path / "cases.json").read_bytes() == data[".json"]
+    app.tests.save.click()
+    assert "exists already" in app.message.value
+    for wrong, says in (("no/such/folder/cases.csv", "There is no folder"), (str(tmp_path / "cases.json"), "saved as CSV"), ("cases.pkl", "cannot be written")):
+        app.tests.path.value = wrong
+        (tmp_path / "cases.json").unlink(missing_ok=True)
+        app.tests.save.click()
+        assert says in app.message.value and not (tmp_path / "cases.json").exists()
+
+
 def test_an_empty_selection_cannot_be_saved_and_says_so(run):
     app = App()
     app.tests.confidence.value = (0, 0)
-    assert app.tests.save.disabled and "No test image" in app.tests.save.tooltip and "No test image is as chosen" in app.tests.count.value
+    for button in (app.tests.save, app.tests.download): assert button.disabled and "No test image" in button.tooltip
+    assert "No test image is as chosen" in app.tests.count.value
 
 
 def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch):
@@ -541,6 +621,12 @@ def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
     (listed,) = hand.all(".kd-list input:checked")
     listed.send_keys(Keys.ARROW_DOWN)
     hand.until(lambda: hand.text(".kd-facts") not in ("", before))
+
+    # the cases as a file, by the browser
+    (download,) = [b for b in hand.all("button") if b.text == "Download these cases as CSV"]
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", dict(behavior="allow", downloadPath=str(tmp_path)))
+    download.send_keys(Keys.SPACE)
+    hand.until(lambda: list(tmp_path.glob("small-fold0-student-*.csv")))
 
     # its map
     hand.labelled("Score-CAM").send_keys(Keys.SPACE)

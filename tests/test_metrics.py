@@ -218,8 +218,8 @@ def test_paired_difference_of_a_model_with_itself_is_nothing():
 @pytest.mark.parametrize('change,says', [
     (lambda t: t.iloc[2:], '2 only in the first'),
     (lambda t: t.assign(fold=1), 'only in the second'),
-    (lambda t: t.assign(label='CNV'), 'differ in label'),
-    (lambda t: t.assign(group=t.path), 'differ in group'),
+    (lambda t: t.assign(label='CNV'), 'label differs in'),
+    (lambda t: t.assign(group=t.path), 'group differs in'),
     (lambda t: t.rename(columns={'logit_DME': 'logit_CNV2'}).assign(label='CNV'), 'classes differ'),
 ], ids=['fewer images', 'other fold', 'other labels', 'other groups', 'other classes'])
 def test_models_on_different_images_are_not_compared(change, says):
@@ -326,3 +326,11 @@ def test_a_share_of_one_patients_images_has_no_interval():
 def test_a_single_fold_has_no_standard_deviation():
     s = M.fold_summary([M.evaluate_predictions(M.simulate_predictions(40))])
     assert np.isfinite(s['mean']).all() and s.sd.isna().all()
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_one_pass_gives_what_two_give(folds):
+    df = pd.concat([M.simulate_predictions(30, seed=k).assign(fold=k) for k in range(folds)], ignore_index=True)
+    headline, each_class = M.bootstrap_both(df, 200, .9, 7)
+    pd.testing.assert_frame_equal(headline, M.bootstrap(df, 200, .9, 7))
+    pd.testing.assert_frame_equal(each_class, M.bootstrap_classes(df, 200, .9, 7))

@@ -6,10 +6,12 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import lay_out, problems
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kdoct.core import DataRecipe, KdoctError, preset
-from kdoct.sources import load_table, part_name
-from kdoct.spreadsheet import is_empty_cell, read_table, same_name_key, same_patient_key
+from kdoct.core import DataRecipe, KdoctError, parse_overrides, preset
+from kdoct.sources import classes_option, eye_name, load_table, part_name
+from kdoct.spreadsheet import doubtful_spellings, is_empty_cell, read_table, same_name_key, same_patient_key
 
 
 def table_of(tmp_path, text, encoding="utf-8", name="table.csv"):
@@ -27,7 +29,7 @@ def of_patients(tmp_path, *patients, labels=("A",), column="patient"):
 
 SEVEN = ["7", "7.0", "07", "007", " 7", "7\u00a0", "\uff17", "7,0", "7.", "'7", "\u0667", "7e0",
          "Patient 7 ", "patient 7", "PATIENT-7", "P7", "P-7", "p007", "P_7",
-         "Pat. 7", "sub-07", "7\u200b", "\ufeff7"]
+         "Pat. 7", "sub-07", "7\u200b", "\ufeff7", "7,00 \u20ac", "\u20ac7.00", "$ 7", "#7", "# 07"]
 
 
 @pytest.mark.parametrize("spelling", SEVEN)
@@ -38,14 +40,23 @@ def test_a_patient_in_another_spelling_is_the_same_group(spelling, tmp_path):
 
 
 @pytest.mark.parametrize(("one", "other"), [("7", "70"), ("1-2", "12"), ("1.5", "15"), ("A1", "B1"), ("7a", "7b"), ("CNV/7", "DRUSEN/7"), ("10", "1"),
-                                            ("2020-01-03", "2020-01-30"), ("x1_11", "x11_1"), ("12345678901234567890", "12345678901234567891")])
+                                            ("2020-01-03", "2020-01-30"), ("x1_11", "x11_1"), ("12345678901234567890", "12345678901234567891"),
+                                            ("0,123", "123"), ("1-234", "1234"), ("3/4/2021", "4/3/2021"),
+                                            ("1234567890123457", "1234567890123456"), ("2021-3-4", "44260"),
+                                            ("5e123456", "5e123457"), ("1-2", "1-Mar"), ("7.1", "7.2")])
 def test_different_patients_stay_apart(one, other, tmp_path):
     listing = of_patients(tmp_path, one, other)
     assert listing.table.group.nunique() == 2 and not len(listing.findings)
 
 
-@pytest.mark.parametrize(("one", "other"), [("1e5", "100000"), ("1E+05", "100000.0"), ("1,5", "1.5"), ("100,000", "100000"), ("M\u00fcller", "Mu\u0308ller"),
-                                            ("CNV/7", "cnv/07"), ("0", "0.0"), ("0998A", "998a"), ("Schmidt  Anna", "schmidt anna")])
+@pytest.mark.parametrize(("one", "other"), [("1e5", "100000"), ("1E+05", "100000.0"), ("1,23E+05", "123000"), ("1,5", "1.5"),
+                                            ("100,000", "100000"), ("M\u00fcller", "Mu\u0308ller"),
+                                            ("CNV/7", "cnv/07"), ("0", "0.0"), ("0998A", "998a"), ("Schmidt  Anna", "schmidt anna"),
+                                            ("1 234", "1234"), ("1\u00a0234", "1234"), ("1\u2009234", "1234"), ("1\u202f234,5", "1234.5"), ("1'234", "1234"),
+                                            ("1\u2019234", "1234"), ("1,234", "1234"), ("1.234,00 \u20ac", "1234"), ("12.345.678", "12345678"),
+                                            ("2021-03-04", "04.03.2021"), ("2021-03-04", "4.3.2021"),
+                                            ("2021-03-04 00:00:00", "2021/3/4"), ("25/12/2020", "12/25/2020"),
+                                            ("4 Mar 2021", "2021-03-04"), ("20210304.0", "04-Mar-2021"), ("CNV/13/4/2021", "cnv/2021-04-13")])
 def test_numbers_and_words_have_one_key_in_all_their_spellings(one, other):
     assert same_patient_key(one) == same_patient_key(other)
 
@@ -57,11 +68,65 @@ def test_patients_keep_their_names_and_the_note_says_who_was_merged(tmp_path):
     assert note["severity"] == "note" and note["action"] == "groups 0001 and 1 merged" and "'1' (1 image) and '0001' (1 image)" in note["detail"]
 
 
-def test_a_patient_whom_the_given_groups_part_is_noted(tmp_path):
-    lay_out(tmp_path, "a.png", "b.png", "c.png")
-    listing = load_table(table_of(tmp_path, "path,label,patient,group\na.png,CNV,7,g1\nb.png,CNV,7.0,g2\nc.png,CNV,8,g2\n"))
-    assert list(listing.table.group) == ["g1", "g2", "g2"] and problems(listing) == {"a.png": "patient-in-two-groups"}
-    assert listing.findings.detail[0] == "patient 7 / 7.0: groups g1, g2"
+def test_groups_that_part_a_patient_are_merged_and_a_note_says_so(tmp_path):
+    lay_out(tmp_path, *(f"{c}.png" for c in "abcd"))
+    listing = load_table(table_of(tmp_path, "path,label,patient,group\na.png,CNV,7,g1\nb.png,CNV,7.0,g2\nc.png,CNV,8,g2\nd.png,CNV,,g3\n"))
+    assert list(listing.table.group) == ["g1", "g1", "g1", "g3"] and problems(listing) == {"a.png": "patient-in-two-groups"}
+    assert listing.findings.detail[0] == "patient 7 / 7.0: groups g1, g2" and listing.findings.action[0] == "groups g1, g2 merged"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["7", "7.0", "P8", "008", "9", ""]), st.sampled_from(["a", "b", "c", "A "])), min_size=1, max_size=8))
+def test_no_patient_is_in_two_groups_whatever_the_table(rows):
+    from kdoct.sources import join_spellings, make_listing
+    listing = make_listing(".", [dict(path=f"{i}.png", label="CNV", patient=p, group=g) for i, (p, g) in enumerate(rows)], [], "test")
+    t = join_spellings(listing).table
+    assert (t[t.patient != ""].groupby(t.patient.map(same_patient_key)).group.nunique() <= 1).all()
+    assert (t.groupby(listing.table.group.map(same_patient_key)).group.nunique() == 1).all()
+
+
+@pytest.mark.parametrize(("one", "other", "helps"), [
+    ("7.1", "7.10", "as text"), ("007.1", "7.100", "as text"), ("CNV/7.1", "CNV/7.10", "as text"),
+    ("1.234", "1234", "without it"), ("1,234", "1.234", "without it"),
+    ("2021-03-04", "3/4/2021", "2021-03-04"), ("04.03.2021", "3-4-2021", "2021-03-04"), ("3/4/2021", "3-4-2021", "2021-03-04"),
+    ("2021-03-04", "04-Mar-21", "2021-03-04"), ("2021-03-04", "44259", "2021-03-04"), ("3/4/2021",
+    "44259", "2021-03-04"), ("2021-03-04", "42797", "2021-03-04"),
+    ("2-1", "2-Jan", "as text"), ("2021-03", "Mar-21", "as text"), ("1-2", "02. Jan", "as text"), ("1.23E+05", "123456", "as text"),
+    ("1.23457E+14", "123456789012345", "as text"), ("1234567890123450", "1234567890123456", "as text")])
+def test_patients_who_may_be_one_are_refused_where_it_cannot_be_known(one, other, helps, tmp_path):
+    with pytest.raises(KdoctError, match="line 2 and 1 other|line 3: patient .1.23457E|cannot be known") as e: of_patients(tmp_path, one, other, "8")
+    assert helps in e.value.fix and repr(one) in e.value.problem
+
+
+def test_a_rounded_number_is_refused_alone_for_it_may_be_several_patients(tmp_path):
+    with pytest.raises(KdoctError, match="line 3 and 1 other: patient '1.23457E\\+14'"): of_patients(tmp_path, "7", "1.23457E+14", "1.23457E+14")
+
+
+def test_long_numbers_in_a_row_are_no_rounded_ones():
+    assert doubtful_spellings([str(1234567890123440 + i) for i in range(40)]) == []
+    assert doubtful_spellings([str(1234567890123440 + i//2*10*(i % 2) + i) for i in range(6)] + ["1234567890123450", "1234567890123460"])
+
+
+@given(st.lists(st.integers(1, 99_999).map(str) | st.dates().map(str) | st.from_regex(r"[A-Z]{1,2}[0-9]{1,4}", fullmatch=True), max_size=12, unique=True))
+def test_a_table_in_one_form_is_never_doubtful(names):
+    dates = [n for n in names if n.count("-") == 2]
+    for kind in (dates, [n for n in names if n not in dates]): assert doubtful_spellings(kind) == []
+
+
+@pytest.mark.parametrize("nobody", ["-", "?", "..", "\u2014", "unknown", "Unknown ", "none", "None",
+    "n.a.", "anonymous", "-1", "-99", "0", "000", "NA", "CNV/-"])
+def test_a_word_for_nobody_is_no_patient_that_many_share(nobody, tmp_path):
+    with pytest.raises(KdoctError, match="line 3 and 1 other: patient .* not known") as e: of_patients(tmp_path, "7", nobody, nobody, "12")
+    assert "leave the cell empty" in e.value.fix
+    with pytest.raises(KdoctError, match="group .* not known"): of_patients(tmp_path, "7", nobody, nobody, column="group")
+
+
+def test_a_hospital_that_is_not_known_does_not_make_its_patients_nobody(tmp_path):
+    assert list(of_patients(tmp_path, "unknown/7", "-/8").table.patient) == ["unknown/7", "-/8"]
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ("0", "0", "1", "1", "2"), ("NA", "7"), ("P0", "P0", "7"), ("X1", "X2")])
+def test_names_that_look_like_nobody_are_patients_where_others_are_like_them(names, tmp_path):
+    assert list(of_patients(tmp_path, *names).table.patient) == list(names)
 
 
 def test_images_that_are_groups_of_their_own_are_not_merged_by_their_names(tmp_path):
@@ -103,6 +168,24 @@ def test_a_word_for_an_empty_cell_is_no_class(empty, tmp_path):
     assert problems(of_patients(tmp_path, "1", "2", labels=("CNV", empty))) == {"1.png": "no-label"}
 
 
+@pytest.mark.parametrize("sign", ["-", "?", "..", "\u2014", "--"])
+def test_a_sign_is_no_class(sign, tmp_path):
+    listing = of_patients(tmp_path, "1", "2", "3", labels=("CNV", sign))
+    assert problems(listing) == {"1.png": "no-label"} and "line 3" in listing.findings.detail[0]
+
+
+def test_plus_and_minus_are_classes(tmp_path):
+    assert set(of_patients(tmp_path, "1", "2", labels=("+", "-")).table.label) == {"+", "-"}
+
+
+def test_a_class_with_a_comma_can_be_named_as_the_message_says(tmp_path):
+    import shlex
+    with pytest.raises(KdoctError) as e: of_patients(tmp_path, "1", "2", labels=('"CNV, wet"', '"cnv, wet"'))
+    typed = shlex.split(e.value.fix.split("name all of them: ")[1])
+    assert typed[0] == "--set" and parse_overrides(typed[1]) == {"data.classes": ["CNV, wet", "cnv, wet"]}
+    assert classes_option(["b", "a"]) == "--classes a,b"
+
+
 def test_na_and_none_are_classes(tmp_path):
     assert set(of_patients(tmp_path, "1", "2", labels=("NA", "None")).table.label) == {"NA", "None"}
     assert not is_empty_cell("0")
@@ -119,7 +202,7 @@ def reads(tmp_path, text, encoding="utf-8", name="table.csv"):
     return list(t.path) == ["a.png", "b.png"] and list(t.label) == ["CNV", "NORMAL"] and list(t.patient) == ["0012", "7"]
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", " ", "   ", ":"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_separators_encodings_and_line_ends_are_found(separator, encoding, end, tmp_path):
@@ -174,6 +257,77 @@ def arrays():
 def test_a_malformed_table_is_refused_with_the_line_and_what_helps(text, says, helps, tmp_path):
     with pytest.raises(KdoctError) as e: load_table(table_of(tmp_path, text))
     assert says in e.value.problem and helps in e.value.fix
+
+
+HEAD = "path,label,patient\n"
+
+
+@pytest.mark.parametrize(("text", "says", "helps"), [
+    (HEAD + "a.png,CNV,1\nb.png,c.png,CNV\n", "line 3: the label 'c.png' is the name of a file", "cell by cell"),
+    (HEAD + "a.png,CNV,1\n,b.png,CNV\n", "line 3: the label 'b.png' is the name of a file", "empty one"),
+    (HEAD + "a.png,CNV,1\nb.png,IMG\\Z.TIFF,1\n", "line 3: the label", "cell by cell"),
+    (HEAD + "img/scan_a,CNV,1\nb.png,scan_a,2\n", "line 3: the label 'scan_a' is the path in line 2", "cell by cell"),
+    ("path,label,patient,eye\na.png,CNV,1,OD\nCNV,2,OS,\n", "line 2: the label 'CNV' is the path in line 3", "cell by cell"),
+    (HEAD + "a.png,CNV,1\nb.png,vol/3.dcm,1\n", "line 3: the label 'vol/3.dcm' is the name of a file", "cell by cell"),
+    ("path,label,group\na.png,CNV,g1\nb.png,g2,CNV\n", "line 3: the group 'CNV' is the name of another class", "cell by cell"),
+    ("Study A;Clinic B\n" + HEAD + "a.png,CNV,1\n", "line 2 has 1 cells, the header 2", "comment or a title"),
+    (HEAD + "a.png,CNV,P1\nb.png,P2,CNV\n", "line 3: the patient 'CNV' is the name of a class", "cell by cell"),
+    ("a.png,CNV,1\nb.png,CNV,2\n", "has no header: its first line is data, 'a.png,CNV,1'", "no row is lost: path,NAME2,NAME3"),
+    ("1,1,a.png\n2,2,b.png\n", "has no header", "NAME1,NAME2,path"), ("1,1\n2,3\n", "has no header", "NAME1,NAME2"),
+    ("scan_a,CNV,1\nscan_b,CNV,2\n", "has no header", "no row is lost"), ("sub/x,CNV,1\nsub/y,DME,2\n", "has no header", "no row is lost"),
+    (HEAD + "a.png,CNV,1\n" + HEAD + "b.png,CNV,2\n", "line 3, is the header once more", "Delete line 3"),
+    ("# exported\n" + HEAD + "a.png,CNV,1\n", "line 1 is no header: '# exported'", "Delete"),
+    ("# exported, by me\n" + HEAD + "a.png,CNV,1\n", "line 2 has 3 cells, the header 2", "comment or a title"),
+    ("My nice study\n\n" + HEAD + "a.png,CNV,1\n", "line 1 is no header", "may be 'path,label,patient'"),
+    ("My study,,\n" + HEAD + "a.png,CNV,1\n", "line 2, seems to be the header", "Delete what stands above"),
+    ("path label patient\na.png CNV 1\nb 2.png CNV 2\n", "line 3 has 4 and the header 3", "comma-separated"),
+    (HEAD + 'a.png,"CNV,1\nb.png,CNV",2\n', "line 2: label 'CNV,1\\nb.png,CNV' goes over several lines", "quote"),
+    (HEAD + 'a.png,"CNV,1\nb.png,CNV,2\n', "line 2: unexpected end", "Close the quote"),
+    (HEAD + "a.png,CNV, wet,1\n", "line 2 has 4 cells", "quotes"),
+    (HEAD + "a.png,\ufffddem,1\n", "line 2 has \ufffd", "original"),
+    ((HEAD + "a.png,\xd6dem,1\n").encode("utf-16-le"), "zero bytes", "CSV UTF-8"),
+    ((HEAD + "a.png,\xd6dem,1\n").encode("utf-16")[:-1], "UTF-16 is damaged", "again"),
+    (a_zip("mimetype", "content.xml"), "a LibreOffice workbook", "CSV UTF-8"), (b'<?xml version="1.0"?><Workbook/>', "it is XML", "CSV UTF-8"),
+    (arrays()[:200], "damaged", "download it again"), (b"\x07\x01\x02" * 9, "binary data", "CSV UTF-8")])
+def test_a_table_that_looks_right_and_is_not_is_refused_with_the_line_and_what_helps(text, says, helps, tmp_path):
+    lay_out(tmp_path, "a.png", "b.png", "c.png", "img/scan_a.png", "scan_b.png", "sub/x")
+    with pytest.raises(KdoctError) as e: load_table(table_of(tmp_path, text))
+    assert says in e.value.problem and helps in e.value.fix
+
+
+@pytest.mark.parametrize("at", [60, 150, 400])
+def test_a_damaged_archive_is_named_as_such(at, tmp_path):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z: z.writestr("t.csv", HEAD + "".join(f"{i}.png,CNV,{i}\n" for i in range(99)))
+    data = bytearray(out.getvalue())
+    data[at:at + 40] = b"\xaa" * 40
+    with pytest.raises(KdoctError, match="damaged"): load_table(table_of(tmp_path, bytes(data), name="t.zip"))
+
+
+def test_an_empty_path_is_named_with_its_line(tmp_path):
+    listing = load_table(table_of(tmp_path, HEAD + "a.png,CNV,1\n\n,CNV,2\n"))
+    assert list(listing.findings.problem) == ["unparsable-name"] and listing.findings.detail[0].startswith("line 4: ")
+
+
+def test_labels_that_are_numbers_may_be_names_of_files_and_patients(tmp_path):
+    lay_out(tmp_path, "0.png", "1.png")
+    listing = load_table(table_of(tmp_path, HEAD + "0,1,1\n1,0,0\n"))
+    assert list(listing.table.label) == ["1", "0"] and list(listing.table.patient) == ["1", "0"]
+
+
+@pytest.mark.parametrize(("written", "eye"), [("OD", "OD"), ("os", "OS"), ("Right", "OD"), ("R", "OD"),
+    (" left", "OS"), ("O.S.", "OS"), ("left eye", "OS"), ("rechts", "OD")])
+def test_the_eye_of_a_table_is_od_or_os(written, eye, tmp_path):
+    lay_out(tmp_path, "a.png")
+    listing = load_table(table_of(tmp_path, f"path,label,patient,eye\na.png,CNV,1,{written}\n"))
+    assert list(listing.table.eye) == [eye] and not len(listing.findings)
+
+
+@pytest.mark.parametrize("written", ["1", "2", "OU", "both", "?"])
+def test_an_eye_that_is_neither_right_nor_left_is_kept_and_noted(written, tmp_path):
+    lay_out(tmp_path, "a.png")
+    listing = load_table(table_of(tmp_path, f"path,label,patient,eye\na.png,CNV,1,{written}\n"))
+    assert list(listing.table.eye) == [written] and problems(listing) == {"a.png": "eye-unclear"} and eye_name(written) == ""
 
 
 def test_a_shifted_row_does_not_train_on_masks(tmp_path):

@@ -278,7 +278,10 @@ def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_p
     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path/'fundus.jpg')
     (row,) = rows_of(tmp_path)
     assert row['error'] == 'not-a-bscan' and not row['predicted'] and 'colour' in row['detail']
-    with Predictor(straw(channels=3)) as p: assert next(p.predict(tmp_path))['error'] == ''
+    with Predictor(straw(channels=3)) as p: assert next(p.predict(tmp_path))['notes'] == ('coloured',)   # not known what it was trained on
+    for coloured, error in ((0, 'not-a-bscan'), (7, '')):   # three channels, for a scale bar or because coloured pictures are what it knows
+        with Predictor(straw(channels=3, coloured=coloured)) as p: row = next(p.predict(tmp_path))
+        assert row['error'] == error and 'coloured' not in row['notes']
 
 
 # --- deferral

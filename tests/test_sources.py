@@ -312,7 +312,7 @@ def test_a_table_of_groups_replaces_those_of_any_source_and_keeps_the_patients(t
     assert list(t.group) == ["x", "x"] and list(t.patient) == ["1", "2"]
 
 
-@pytest.mark.parametrize(("rows", "says"), [(BOTH[:1], "1 images of the source are in no row, first CNV/CNV-2-1"), ([*BOTH, ("z.png", "x")], "z.png"),
+@pytest.mark.parametrize(("rows", "says"), [(BOTH[:1], "1 image of the source is in no row, first CNV/CNV-2-1"), ([*BOTH, ("z.png", "x")], "z.png"),
                                             ([*BOTH, (BOTH[0][0], "y")], "in two groups"), ([BOTH[0], (BOTH[1][0], " ")], "no group")])
 def test_a_table_of_groups_that_does_not_fit_is_refused_with_the_first_row(tmp_path, rows, says):
     with pytest.raises(KdoctError, match="->") as e: regrouped(tmp_path, rows)

@@ -213,7 +213,7 @@ def test_e2e_takes_what_is_not_measured_for_black_and_says_what_it_leaves_out(tm
     at = raw.rindex((35652097).to_bytes(4, "little"))
     path.write_bytes(raw[:at] + b"\x07" + raw[at + 1:])
     scan, = read_scans(path)
-    assert scan.n_slices == 1 and "1 pictures of unknown kinds" in scan.notes[0]
+    assert scan.n_slices == 1 and "1 picture of unknown kinds" in scan.notes[0]
 
 
 def test_an_e2e_directory_that_leads_back_to_itself_ends(tmp_path):
@@ -400,7 +400,7 @@ def test_octa_in_an_e2e_file_is_left_out_and_said(tmp_path):
     at = raw.rindex((1073741824).to_bytes(4, "little"), 0, raw.index(b"MDbData"))   # the last record's kind in the directory
     both.write_bytes(raw[:at] + (1073751901).to_bytes(4, "little") + raw[at + 4:])
     scans = list(read_scans(both))
-    assert len(scans) == 2 and scans[0].notes == ("1 pictures of OCT angiography in the file are left out",)
+    assert len(scans) == 2 and scans[0].notes == ("left out: 1 picture of OCT angiography in the file",)
 
 
 def test_an_e2e_file_of_fundus_pictures_says_so(tmp_path):
@@ -756,9 +756,10 @@ def test_an_orientation_that_does_not_exist_is_said_to_be_invalid(tmp_path, orie
 
 
 def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
+    write_dicom(tmp_path/"a.dcm", textured()//200, BitsStored=1, HighBit=0)
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.png")
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.gif")
-    for name in ("a.png", "a.gif"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
+    for name in ("a.png", "a.gif", "a.dcm"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
 
 
 @pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
