@@ -23,7 +23,8 @@ def ema_step(
     decay:float,  # share of the old average that is kept, in the long run
 ):                # function (average, weight, steps so far) -> new average
     "The update of an exponential moving average whose decay grows to its value."
-    def update(average, weight, n): return weight + min(decay, (1 + float(n))/(10 + float(n)))*(average - weight)
+    def update(average, weight, n):
+        return weight + min(decay, (1 + float(n))/(10 + float(n)))*(average - weight)
     return update
 
 def create_average(
@@ -52,7 +53,8 @@ def refresh_norms(
     for part in np.array_split(rows, math.ceil(len(rows)/batches.batch_size)):   # the variance of a last batch of one image would be none
         x, _ = batches.batch(part)
         seen += len(x)
-        for m in norms: m.momentum = len(x)/seen   # the running mean of batch statistics, weighted by images
+        for m in norms:
+            m.momentum = len(x)/seen   # the running mean of batch statistics, weighted by images
         model(x)
     for m, momentum in zip(norms, momenta, strict=True): m.momentum = momentum
     model.eval()
@@ -71,7 +73,8 @@ def average_candidates(
     for key, batches in ((name, clean), (f'{name}-augmented', augmented)):
         model.body.load_state_dict(average.module.state_dict())
         norms = refresh_norms(model, batches)
-        if norms or key == name: out[key] = {k: v.clone() for k, v in model.body.state_dict().items()}
+        if norms or key == name:
+            out[key] = {k: v.clone() for k, v in model.body.state_dict().items()}
     return out
 
 # %% ../nbs/02d_averaging.ipynb #a9be97b3
@@ -82,10 +85,12 @@ class Averaging(Callback):
     def before_fit(self): self.average = create_average(self.model, self.recipe)
 
     def after_batch(self):
-        if self.recipe.average == 'ema' and self.learn.accumulate.last: self.average.update_parameters(self.model.body)
+        if self.recipe.average == 'ema' and self.learn.accumulate.last:
+            self.average.update_parameters(self.model.body)
 
     def after_epoch(self):
-        if self.recipe.average == 'swa' and self.epoch >= self.learn.checkpoint.swa_from: self.average.update_parameters(self.model.body)
+        if self.recipe.average == 'swa' and self.epoch >= self.learn.checkpoint.swa_from:
+            self.average.update_parameters(self.model.body)
 
     @property
     def ready(self)->bool: return self.average is not None and int(self.average.n_averaged) > 0

@@ -43,9 +43,9 @@ from .distill import Distill
 from .efficiency import count_macs
 from .frozen import Frozen, freeze
 from .losses import cross_entropy
-from .models import Classifier, create_classifier
+from .models import Classifier, computes_bf16, create_classifier
 from .sources import Listing, load_table
-from .step import peak_memory
+from .step import compile_here, peak_memory
 from .teacher_cache import TeacherCache
 from .training import best_device, keep_freed_memory, make_learner
 
@@ -84,7 +84,8 @@ def bench_listing(
     "Files for a benchmark, spread over the table; `KdoctError` if there are none."
     if plan.root: data = DataRecipe(source=plan.source or 'ucsd', root=plan.root)
     else:
-        slices = min(4, -(-plan.images//16))   # of each of two eyes; there are eight patients at least
+        # of each of two eyes; there are eight patients at least
+        slices = min(4, -(-plan.images//16))
         data = DataRecipe(root=f'{plan.place}/images', phantom=PhantomRecipe(patients=max(8, -(-plan.images//(2*slices))), slices=slices))
     listing = load_table(data)
     at = np.linspace(0, len(listing.table) - 1, min(plan.images, len(listing.table))).astype(int)
@@ -110,7 +111,8 @@ def bench_images(
         audit(listing).check().table.assign(root=str(listing.root)).to_parquet(saved)
     table, data = pd.read_parquet(saved), plan.recipe.data
     root = table.root[0]
-    with outputs_in(plan.place): cache = decode_cache(table, root, data.size + data.margin, 3 if (table.colour > 0.02).any() else 1)
+    with outputs_in(plan.place):
+        cache = decode_cache(table, root, data.size + data.margin, 3 if (table.colour > 0.02).any() else 1)
     row, labels = cache.rows(table.sha256), table.label.astype('category').cat.codes.to_numpy(np.int64)
     return Images([Path(root)/p for p in table.path], labels, image_ids(table.sha256), cache.images[row], table, root)
 
@@ -145,11 +147,13 @@ def clock(
 
 def machine_rates(
     device='cpu',  # which one
-)->dict:           # fp32, bf16: operations a second, two a multiply-add; copy: bytes read and written a second
+)->dict:           # fp32, bf16 where the device has it: operations a second, two a multiply-add;
+                  # copy: bytes read and written a second
     "What this machine does at this moment; a moment is about half a second."
     side, size = (8192, 1 << 30) if torch.device(device).type == 'cuda' else (1536, 1 << 26)
     out = {}
-    for name, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+    kinds = dict(fp32=torch.float32) | (dict(bf16=torch.bfloat16) if computes_bf16(device) else {})
+    for name, dtype in kinds.items():
         a, b = torch.randn(2, side, side, device=device, dtype=dtype)
         out[name] = 2*side**3/np.median([clock(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(4)][1:])
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -220,7 +224,8 @@ def pil_changes(
 )->T.Compose:              # PIL image -> (3, size, size) float32, normalised
     "The chain of torchvision operations that a recipe stands for."
     r, some = recipe, [T.Resize((size + margin,)*2), T.RandomCrop(size), PilOps(recipe), T.RandomRotation(recipe.rotate)]
-    if r.shear or r.scale: some.append(T.RandomAffine(0, scale=(1 - r.scale, 1 + r.scale), shear=r.shear))
+    if r.shear or r.scale:
+        some.append(T.RandomAffine(0, scale=(1 - r.scale, 1 + r.scale), shear=r.shear))
     some += [T.ColorJitter(r.gain, r.contrast, r.saturation, r.hue), T.RandomHorizontalFlip(r.hflip)]
     if r.vflip: some.append(T.RandomVerticalFlip(r.vflip))
     if r.blur: some.append(T.RandomApply([T.GaussianBlur(3)], r.blur))
@@ -231,11 +236,13 @@ def pil_changes(
 # %% ../nbs/12_bench.ipynb #7442d36d
 class PilFiles(torch.utils.data.Dataset):
     "Opens, decodes and changes a file each time it is asked for one; begins again after the last."
-    def __init__(self, images:Images, changes:Callable, length:int): self.images, self.changes, self.length = images, changes, length
+    def __init__(self, images:Images, changes:Callable, length:int):
+        self.images, self.changes, self.length = images, changes, length
     def __len__(self)->int: return self.length
     def __getitem__(self, i:int)->tuple[torch.Tensor, int]:
         at = i % len(self.images.files)
-        with Image.open(self.images.files[at]) as im: return self.changes(im.convert('RGB')), int(self.images.labels[at])
+        with Image.open(self.images.files[at]) as im:
+            return self.changes(im.convert('RGB')), int(self.images.labels[at])
 
 def pil_loader(
     images:Images,         # files
@@ -244,7 +251,8 @@ def pil_loader(
 )->torch.utils.data.DataLoader:
     "The reference's batches: shuffled, the last incomplete one dropped."
     data = PilFiles(images, pil_changes(recipe, plan.size, plan.recipe.data.margin), plan.batch*10_000)
-    fork = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None   # as under the authors' Python
+    # as under the authors' Python
+    fork = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
     return torch.utils.data.DataLoader(data, plan.batch, shuffle=True, drop_last=True, num_workers=plan.workers, pin_memory=torch.cuda.is_available(),
                                        multiprocessing_context=fork)
 
@@ -296,7 +304,8 @@ def _batches(plan:Plan, images:Images, rows:np.ndarray, recipe:AugmentRecipe|Non
     "Our batches of some rows, on the best device."
     return Batches(images.decoded, images.labels, images.ids, rows, plan.step, recipe, seed, best_device(), plan.size)
 
-def _endless_rows(images:Images, batch:int)->np.ndarray: return np.resize(np.arange(len(images.labels)), batch*256)
+def _endless_rows(images:Images, batch:int)->np.ndarray:
+    return np.resize(np.arange(len(images.labels)), batch*256)
 
 @side_of('input', 'reference')
 def _reference_input(plan:Plan, images:Images)->dict[str, Row]:
@@ -397,14 +406,17 @@ def distilled_rows(
             'kdoct, no teacher': Row(alone, against, macs=_macs(plan, 0))}
 
 @side_of('step', 'kdoct')
-def _kdoct_step(plan:Plan, images:Images)->dict[str, Row]: return distilled_rows(plan, images, 'reference pattern')
+def _kdoct_step(plan:Plan, images:Images)->dict[str, Row]:
+    return distilled_rows(plan, images, 'reference pattern')
 
 # %% ../nbs/12_bench.ipynb #c25dcc55
 @side_of('cache', 'kdoct')
 def _cache(plan:Plan, images:Images)->dict[str, Row]:
     rows, recipe, teacher = distilled_rows(plan, images), plan.recipe, _teacher(plan, images)
-    every = _batches(plan, images, np.arange(len(images.labels)), recipe.student.augment, seed=1)   # another cache than the steps'
-    with outputs_in(plan.place): cache = TeacherCache(teacher, 'bench', recipe.distill.teacher_batch).open(every)
+    # another cache than the steps'
+    every = _batches(plan, images, np.arange(len(images.labels)), recipe.student.augment, seed=1)
+    with outputs_in(plan.place):
+        cache = TeacherCache(teacher, 'bench', recipe.distill.teacher_batch).open(every)
     def build():
         asked, seconds = cache.asked, cache.seconds
         cache.build([len(cache.views)])   # the next view of every image
@@ -457,7 +469,7 @@ def _reference_inference(plan:Plan, images:Images)->dict[str, Row]:
 def _kdoct_inference(plan:Plan, images:Images)->dict[str, Row]:
     nets = _networks(plan)
     ways = {'kdoct': nets, 'kdoct frozen': {role: freeze(m, device=best_device())[0] for role, m in nets.items()}}
-    if plan.compile: ways['kdoct compiled'] = {role: torch.compile(m, dynamic=False) for role, m in nets.items()}
+    if plan.compile: ways['kdoct compiled'] = {role: compile_here(m) for role, m in nets.items()}
     precisions = {how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values())) for how, made in ways.items()}
     return {k: row for how, made in ways.items() for k, row in inference_rows(plan, how, made, 1, 'float32 eager', precision=precisions[how]).items()}
 
@@ -476,7 +488,9 @@ def shipped_graphs(
     folder = Path(tempfile.mkdtemp(dir=plan.place))
     net = Deployable(model, stand_in, plan.size, images.decoded.shape[1] - plan.size)
     failed = write_formats(net, folder, ('onnx', 'openvino', 'int8'), channels, [x[None] for x in images.decoded[:_CALIBRATION]])
-    if failed: raise KdoctError(f"{getattr(plan, role)}: {next(iter(failed.values()))}.", fix="Name another network.")
+    if failed:
+        raise KdoctError(f"{getattr(plan, role)}: {next(iter(failed.values()))}.",
+                         fix="Name another network.")
     return folder, dict(about=dict(size=plan.size, margin=net.prepare.stored - plan.size, channels=channels, classes=range(4)), decision=None)
 
 def file_passes(
@@ -501,7 +515,8 @@ def shipped_rows(
         alone, about = network_alone(folder, engine, threads), dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:])
         for n in (1, plan.batch):
             x, other = np.random.default_rng(0).normal(size=(n, 3, plan.size, plan.size)).astype(np.float32), dict.fromkeys((role, 'teacher'))
-            def turn(f=alone, x=x): return repeated(lambda: [f(x) for _ in range(plan.steps)], plan.steps*len(x))
+            def turn(f=alone, x=x):
+                return repeated(lambda: [f(x) for _ in range(plan.steps)], plan.steps*len(x))
             out[f'{role}, batch {n}, {how}'] = Row(turn, tuple(f'{r}, batch {n}, float32 eager' for r in other), macs, about=about)
         if role == 'teacher': continue
         whole = make_engine(folder, engine, threads=threads, **made)
@@ -511,7 +526,8 @@ def shipped_rows(
 
 @side_of('infer', 'shipped')
 def _shipped_inference(plan:Plan, images:Images)->dict[str, Row]:
-    if not all(importlib.util.find_spec(p) for p in ('onnxscript', 'onnxruntime', 'openvino', 'nncf')): return {}
+    if not all(importlib.util.find_spec(p) for p in ('onnxscript', 'onnxruntime', 'openvino', 'nncf')):
+        return {}
     return shipped_rows(plan, 'teacher', images) | shipped_rows(plan, 'student', images)
 
 # %% ../nbs/12_bench.ipynb #8d49a823
@@ -530,12 +546,14 @@ def answering_network(
     with torch.no_grad():
         if weights == 'none' and norms:
             for m in norms: m.reset_running_stats(), setattr(m, 'momentum', None)
-            for p in model.prepare(x[torch.randperm(len(x))]).split(8): model.body.forward_features(p)
+            for p in model.prepare(x[torch.randperm(len(x))]).split(8):
+                model.body.forward_features(p)
         body = model.eval().body
         f = torch.cat([body.forward_head(body.forward_features(p), pre_logits=True) for p in model.prepare(x).split(8)])
         mean, scale, head = f.mean(0), f.std(0).mean(), body.get_classifier()
         fit = LogisticRegression(max_iter=1000).fit((f - mean)/scale, y)
-        if len(fit.coef_) == 1: fit.coef_, fit.intercept_ = (np.concatenate([-v, v])/2 for v in (fit.coef_, fit.intercept_))   # two classes
+        if len(fit.coef_) == 1:
+            fit.coef_, fit.intercept_ = (np.concatenate([-v, v])/2 for v in (fit.coef_, fit.intercept_))   # two classes
         w = torch.from_numpy(fit.coef_).float()/scale
         head.weight.copy_(w.view_as(head.weight))
         head.bias.copy_(torch.from_numpy(fit.intercept_).float() - w @ mean)
@@ -608,7 +626,8 @@ def gpu_memory()->int:
     "Most memory that tensors took on the GPU so far [bytes]."
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
-def _about(row:Row)->dict: return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
+def _about(row:Row)->dict:
+    return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
 
 def serve(
     pipe,           # of multiprocessing
@@ -624,7 +643,8 @@ def serve(
         with redirect_stdout(sys.stderr):   # the table alone is for printing
             rows = BENCHES[plan.what][side](plan, bench_images(plan))
             pipe.send({name: _about(row) for name, row in rows.items()})
-            while (name := pipe.recv()) is not None: pipe.send(rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory()))
+            while (name := pipe.recv()) is not None:
+                pipe.send(rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory()))
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
 def _answer(pipe, side:str)->dict:
@@ -640,7 +660,8 @@ def sides(
     plan:Plan,  # with `place`
 ):              # side -> its pipe, and the rows it has
     "Start the processes of a benchmark; they end with the block."
-    from kdoct.bench import serve   # a notebook's own function could not be found by the new process
+    # a notebook's own function could not be found by the new process
+    from kdoct.bench import serve
     context, running = multiprocessing.get_context('spawn'), {}
     try:
         for side in BENCHES[plan.what]:
@@ -690,15 +711,18 @@ def _spread(v:Iterable[float])->dict:
 def _limits(row:dict, part:list[dict])->dict[str, dict]:
     "Share of each limit that the row knows, round by round."
     out = {}
-    def share(operations, rate): return _spread(operations*t['images']/t['rates'][rate]/t['seconds'] for t in part)
-    if row['macs']: out |= {rate: share(2*row['macs'], rate) for rate in ('fp32', 'bf16')}
+    def share(operations, rate):
+        return _spread(operations*t['images']/t['rates'][rate]/t['seconds'] for t in part)
+    products = [rate for rate in ('fp32', 'bf16') if all(rate in t['rates'] for t in part)]
+    if row['macs']: out |= {rate: share(2*row['macs'], rate) for rate in products}
     if row['nbytes']: out['copy'] = share(row['nbytes'], 'copy')
     return out
 
 def _noted(part:list[dict])->dict:
     "What the turns of a row have noted beside their time."
     out = {'precision': part[-1]['precision']} if 'precision' in part[-1] else {}
-    if part[-1].get('correlation'): out['correlation'] = {o: min(t['correlation'][o] for t in part) for o in part[-1]['correlation']}
+    if part[-1].get('correlation'):
+        out['correlation'] = {o: min(t['correlation'][o] for t in part) for o in part[-1]['correlation']}
     return out
 
 def summary(
@@ -737,7 +761,9 @@ def bench(
     **settings,     # fields of `Plan`
 )->dict:            # the record
     "Run a benchmark; `KdoctError` for one that does not exist."
-    if what not in WHATS: raise KdoctError(f"There is no benchmark '{what}'.", fix=f"Take one of: {', '.join(WHATS)}.")
+    if what not in WHATS:
+        raise KdoctError(f"There is no benchmark '{what}'.",
+                         fix=f"Take one of: {', '.join(WHATS)}.")
     defaults = {k: v for k, v in zip(('size', 'steps'), WHATS[what], strict=False) if not settings.get(k)}
     with tempfile.TemporaryDirectory(prefix='kdoct-bench-') as d:
         plan = Plan(what, **settings | defaults | dict(place=d))
@@ -751,7 +777,7 @@ def record_of(
     times:list[dict],  # the same
 )->dict:               # what JSON can hold
     "Everything that is to be known about a benchmark, for a JSON file."
-    rates = {k: float(np.median([t['rates'][k] for t in times])) for k in ('fp32', 'bf16', 'copy')}
+    rates = {k: float(np.median([t['rates'][k] for t in times])) for k in times[0]['rates']}
     return dict(what=plan.what, about=WHATS[plan.what][2], made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                 plan={k: v for k, v in asdict(plan).items() if k not in ('what', 'place', 'root')}, images='real' if plan.root else 'simulated',
                 weights='random', device=best_device().type, threads=torch.get_num_threads(), workers=plan.workers,
@@ -773,9 +799,11 @@ def table(
     lines = [[name, r.get('precision', ''), f"{r['images_a_second']:.1f}", f"{1e3*r['seconds_an_image']['median']:.2f}"] for name, r in rows.items()]
     for other in dict.fromkeys(o for r in rows.values() for o in r['times_as_fast_as']):
         head.append(f'times {other}')
-        for line, r in zip(lines, rows.values(), strict=True): line.append(_times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else '')
+        for line, r in zip(lines, rows.values(), strict=True):
+            line.append(_times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else '')
     for line, r in zip(lines, rows.values(), strict=True):
-        if 'correlation' in r: line[1] = 'least correlation ' + ', '.join(f'{v:.4f} ({k})' for k, v in r['correlation'].items())
+        if 'correlation' in r:
+            line[1] = 'least correlation ' + ', '.join(f'{v:.4f} ({k})' for k, v in r['correlation'].items())
         line += [_limit_text(r['share_of_limit']), str(r['peak_gpu_mb'] or r['peak_memory_mb'])]
     lines = [[*head, 'of the limit', 'peak MB'], ['---']*(len(head) + 2), *lines]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n\n' + caption(record)
@@ -786,9 +814,10 @@ def caption(
     "What a table is about: networks, sizes, machine, versions."
     p, m, v, r = record['plan'], record['machine'], record['packages'], {k: f'{x/1e9:.0f}' for k, x in record['rates'].items()}
     rounds = max(row['rounds'] for row in record['rows'].values())
+    products = ' and '.join(f'{r[k]} ({k})' for k in ('fp32', 'bf16') if k in r)
     return (f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; {p['size']} px, {2*p['batch']} images a step "
             f"(reference: two batches of {p['batch']}), {p['steps']} batches "
             f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} rounds after one that is not counted; ratios within a "
-            f"round, in brackets the least and the largest. Limit: matrix product {r['fp32']} (fp32) and {r['bf16']} (bf16) GFLOP/s, copy {r['copy']} GB/s, "
+            f"round, in brackets the least and the largest. Limit: matrix product {products} GFLOP/s, copy {r['copy']} GB/s, "
             f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, {record['threads']} threads, load {record['load']['median']:.1f}; "
             f"torch {v['torch']}, timm {v['timm']}, kdoct {(record['git'] or v['kdoct'])[:8]}.")

@@ -34,7 +34,8 @@ class MultiScale(nn.Module):
     def forward_head(self, maps:list[torch.Tensor], pre_logits:bool=False)->torch.Tensor:
         h = self.hidden(torch.cat([self.pool(m, 1).flatten(1) for m in maps], 1))
         return h if pre_logits else self.fc(h)
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.forward_head(self.forward_features(x))
+    def forward(self, x:torch.Tensor)->torch.Tensor:
+        return self.forward_head(self.forward_features(x))
 
 # %% ../nbs/02c_compared.ipynb #5a0126f0
 def fresh(
@@ -56,7 +57,8 @@ class Pyramid(nn.Module):
         width:int=256,       # channels of every map that comes out
     ):
         super().__init__()
-        def conv(n, kernel): return nn.Sequential(nn.Conv2d(n, width, kernel, padding='same'), nn.ReLU())
+        def conv(n, kernel):
+            return nn.Sequential(nn.Conv2d(n, width, kernel, padding='same'), nn.ReLU())
         self.lateral = nn.ModuleList(conv(n, 1) for n in channels)
         self.smooth = nn.ModuleList(nn.Sequential(conv(width, 3), conv(width, 3)) for _ in channels)
 
@@ -101,7 +103,8 @@ class Excite(nn.Module):
         super().__init__()
         self.weigh = nn.Sequential(nn.Linear(channels, channels//ratio, bias=False), nn.ReLU(), nn.Linear(channels//ratio, channels, bias=False), nn.Sigmoid())
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: return x*self.weigh(x.mean((2, 3)))[..., None, None]
+    def forward(self, x:torch.Tensor)->torch.Tensor:
+        return x*self.weigh(x.mean((2, 3)))[..., None, None]
 
 # %% ../nbs/02c_compared.ipynb #5d08539e
 class Neighbours(nn.Module):
@@ -128,7 +131,8 @@ class SFNet(MultiScale):
         self.neck = Neighbours([96, 192, 384, 768])
         self.hidden = fresh(nn.Sequential(nn.Dropout(drop_rate), nn.Linear(4*384, 512), nn.LayerNorm(512), nn.GELU(), nn.Dropout(drop_rate/2)), self.init)
 
-    def depths(self, x:torch.Tensor)->list[torch.Tensor]: return self.backbone.forward_intermediates(x, range(4), intermediates_only=True)
+    def depths(self, x:torch.Tensor)->list[torch.Tensor]:
+        return self.backbone.forward_intermediates(x, range(4), intermediates_only=True)
 
 @register_model
 def sfnet(

@@ -18,7 +18,7 @@ import papermill
 from jupyter_client.manager import KernelManager
 from papermill.exceptions import PapermillExecutionError
 
-from .core import STAGES, KdoctError, Run, atomic_path, notebooks_dir, outputs_root
+from .core import STAGES, KdoctError, Run, atomic_path, human_time, notebooks_dir, outputs_root
 from .models import require_weights
 from .together import launched
 
@@ -125,7 +125,7 @@ def crossval(
         began = time.perf_counter()
         wishes = {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()} if stage == 'decide' else None
         run_stage(run, stage, fold, notebooks, wishes)   # which may be others than those of a finished run
-        print(f'{time.perf_counter() - began:6.0f} s', flush=True)
+        print(human_time(time.perf_counter() - began), flush=True)
         if stage == 'data' and (said := run.stage('data').get('mixed_parts')): print(said, flush=True)
     return run
 

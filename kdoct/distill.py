@@ -32,7 +32,8 @@ def as_teacher(
     if isinstance(teacher, TeacherCache): return teacher
     if isinstance(teacher, nn.Module): return teacher.eval()
     if not isinstance(teacher, (str, Path)):
-        raise KdoctError(f"A {type(teacher).__name__} is no teacher.", fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model")
+        raise KdoctError(f"A {type(teacher).__name__} is no teacher.",
+                         fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model")
     model, about = load_model_folder(teacher)
     frozen = Frozen(model)
     frozen.classes = tuple(about['classes'])
@@ -72,10 +73,13 @@ class Teachers:
     ):
         given = teachers if isinstance(teachers, dict) else dict(teacher=teachers)
         self.teachers, self.recipe, self.weights = {name: as_teacher(t) for name, t in given.items()}, recipe or DistillRecipe(), weights
-        if not given: raise KdoctError("There is no teacher.", fix="Give a network or a model folder.")
+        if not given:
+            raise KdoctError("There is no teacher.", fix="Give a network or a model folder.")
         if self.recipe.combine == 'nll' and len(given) > 1 and weights is None:
-            raise KdoctError("combine is 'nll', and the teachers have no weights.", fix="Give them: weights=teacher_weights([validation losses])")
-        self.normalised, self.batches, self.known = normalised, 0, False   # known: the first batch was as it should be
+            raise KdoctError("combine is 'nll', and the teachers have no weights.",
+                             fix="Give them: weights=teacher_weights([validation losses])")
+        # known: the first batch was as it should be
+        self.normalised, self.batches, self.known = normalised, 0, False
         self.set_classes(classes)
 
     def set_classes(self,
@@ -94,11 +98,13 @@ class Teachers:
         teacher, own = self.teachers[name], next(self.teachers[name].parameters(), None)
         if own is not None and own.device != x.device: teacher.to(x.device)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if isinstance(teacher, Classifier): z = teacher(unit_pictures(x, self.normalised, self.known))
+            if isinstance(teacher, Classifier):
+                z = teacher(unit_pictures(x, self.normalised, self.known))
             else: z = teacher(plain_tensor(x).to(x.dtype if own is None else own.dtype))
         self.known |= isinstance(teacher, Classifier)
         if not plain_tensor(z).isfinite().all():
-            raise KdoctError(f"The logits of the {name} are not finite{when}.", fix="Set that teacher's precision to fp32, or train it again.")
+            raise KdoctError(f"The logits of the {name} are not finite{when}.",
+                             fix="Set that teacher's precision to fp32, or train it again.")
         return plain_tensor(z).float()[:, self.order.get(name, slice(None))]
 
     def asked(self,
@@ -116,8 +122,11 @@ class Teachers:
         "The loss of distillation; `KdoctError` if student and teachers have other classes, or the loss is no single number."
         hard, logits = plain_tensor(hard), plain_tensor(logits)
         if logits.shape != said.shape:
-            raise KdoctError(f"The student gives {tuple(logits.shape)} logits, the teachers {tuple(said.shape)}.", fix="Both must have the same classes.")
-        if hard.ndim: raise KdoctError(f"The hard loss is of the shape {tuple(hard.shape)}.", fix="Take its mean: reduction='mean'.")
+            raise KdoctError(f"The student gives {tuple(logits.shape)} logits, the teachers {tuple(said.shape)}.",
+                             fix="Both must have the same classes.")
+        if hard.ndim:
+            raise KdoctError(f"The hard loss is of the shape {tuple(hard.shape)}.",
+                             fix="Take its mean: reduction='mean'.")
         soft = soft_loss(logits, said, self.recipe.temperature)
         return distillation_loss(hard, soft, self.recipe), hard, soft
 
@@ -137,7 +146,9 @@ def normalisation_of(
 )->tuple|None:      # mean and standard deviation of fastai's Normalize; None: there is none
     "How batches are normalised."
     found = [t for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', ()) if isinstance(t, Normalize)]
-    if len(found) > 1: raise KdoctError(f"The DataLoaders normalise {len(found)} times.", fix="Keep one Normalize in batch_tfms.")
+    if len(found) > 1:
+        raise KdoctError(f"The DataLoaders normalise {len(found)} times.",
+                         fix="Keep one Normalize in batch_tfms.")
     return (found[0].mean, found[0].std) if found else None
 
 class Distill(Callback):
@@ -172,15 +183,18 @@ class Distill(Callback):
 
     def before_train(self):
         if 'ask' not in self.__dict__:
-            raise KdoctError("An exported Learner has no teachers.", fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).")
+            raise KdoctError("An exported Learner has no teachers.",
+                             fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).")
         if not self.ours: return
         train, recipe = self.dls.train, self.recipe
         if not self.online: self.build()
-        elif hasattr(self.learn, 'mix') or recipe.combine == 'turn': return   # asked about each batch, in after_loss
+        elif hasattr(self.learn, 'mix') or recipe.combine == 'turn':
+            return   # asked about each batch, in after_loss
         train.teach, train.block = self.teach, max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
 
     def after_train(self):
-        if self.ours: self.dls.train.teach, self.dls.train.block, self.dls.train.taught = None, 1, None
+        if self.ours:
+            self.dls.train.teach, self.dls.train.block, self.dls.train.taught = None, 1, None
     def after_fit(self): self.learn.loss_terms = None
     after_cancel_train, after_cancel_fit = after_train, after_fit
 
@@ -192,11 +206,14 @@ def _meet(self:Distill):
     names = getattr(self.dls, 'vocab', None)
     self.ask.set_classes(names if names is not None and all(isinstance(c, str) for c in names) else None)
     if not self.online or self.recipe.views:
-        raise KdoctError("Views that come back are made by kdoct's own batches, which this Learner does not have.", fix="Set views to 0, and give networks.")
+        raise KdoctError("Views that come back are made by kdoct's own batches, which this Learner does not have.",
+                         fix="Set views to 0, and give networks.")
     for name, teacher in self.teachers.items():
-        if teacher is self.learn.model: raise KdoctError(f"The {name} is the student itself.", fix="Give another network.")
+        if teacher is self.learn.model:
+            raise KdoctError(f"The {name} is the student itself.", fix="Give another network.")
         teacher.eval()
-        if not isinstance(teacher, Classifier): _require_same_normalisation(name, teacher, self.ask.normalised)
+        if not isinstance(teacher, Classifier):
+            _require_same_normalisation(name, teacher, self.ask.normalised)
 
 def _require_same_normalisation(name:str, teacher:nn.Module, normalised:tuple|None):
     "`KdoctError` if the network says that it takes batches of another normalisation."
@@ -242,9 +259,11 @@ def _asked(self:Distill)->list[str]:
 def _teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
     "What the teachers say to this batch, together."
     said, roles = self.dls.train.taught if self.ours else None, list(self.teachers)
-    if said is None: return combine([self.answer(role, self.xb[0]) for role in self.asked()], self.recipe, self.weights)
+    if said is None:
+        return combine([self.answer(role, self.xb[0]) for role in self.asked()], self.recipe, self.weights)
     each = [said[:, roles.index(role)] for role in self.asked()]
-    if hasattr(self.learn, 'mix'): each = [blend_logits(z, self.learn.mix.shares, self.recipe.temperature) for z in each]
+    if hasattr(self.learn, 'mix'):
+        each = [blend_logits(z, self.learn.mix.shares, self.recipe.temperature) for z in each]
     return combine(each, self.recipe, self.weights)
 
 def _after_loss(self:Distill):
@@ -261,7 +280,8 @@ def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
     if how != 'nll': return torch.full((len(found),), 1/len(found))
     losses = {role: about['metrics']['validation']['valid_loss'] for role, (_, about) in found.items()}
     if bad := [role for role, v in losses.items() if v is None]:
-        raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.", fix="Train it again, or set distill.combine to probabilities.")
+        raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.",
+                         fix="Train it again, or set distill.combine to probabilities.")
     return teacher_weights(list(losses.values()))
 
 def _frozen(model:Classifier, wanted:str)->tuple[Frozen, dict]:
@@ -278,7 +298,8 @@ def _ready(found:dict[str, tuple[Classifier, dict]], run:Run)->tuple[dict, dict]
         try: frozen, facts[role] = _frozen(model, run.recipe.training(role).precision)
         except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: {e.problem}", fix=e.fix) from e
         teachers[role] = frozen
-        if recipe.views: teachers[role] = TeacherCache(frozen, about['weights_sha256'], recipe.teacher_batch, about['arch'], picture_facts(run.recipe.data))
+        if recipe.views:
+            teachers[role] = TeacherCache(frozen, about['weights_sha256'], recipe.teacher_batch, about['arch'], picture_facts(run.recipe.data))
     return teachers, facts
 
 def train_student(
@@ -288,7 +309,9 @@ def train_student(
 )->dict:                  # model.json of the network
     "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
-    if role != 'student': raise KdoctError(f"There is no role '{role}'.", fix="Use -p role student or -p role baseline.")
+    if role != 'student':
+        raise KdoctError(f"There is no role '{role}'.",
+                         fix="Use -p role student or -p role baseline.")
     join()   # before a device is asked for: each process has a GPU of its own
     with one_for_all(): return _taught(run, fold)
 
@@ -302,7 +325,8 @@ def _taught(run:Run, fold:int)->dict:
     del found   # what answers is a copy
     about = train_role(run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by)
     for r, t in teachers.items():
-        if isinstance(t, TeacherCache): facts[r] |= dict(cache=t.path.name, asked=t.asked, seconds=t.seconds)
+        if isinstance(t, TeacherCache):
+            facts[r] |= dict(cache=t.path.name, asked=t.asked, seconds=t.seconds)
     if not team()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 

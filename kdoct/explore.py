@@ -43,7 +43,8 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image
 
-from .core import EvaluateRecipe, KdoctError, Run, atomic_path, counted, open_run, outputs_root, require_extra, stage_command, write_json
+from .core import (EvaluateRecipe, KdoctError, Run, atomic_path, counted, human_time, open_run, outputs_root, require_extra,
+                        stage_command, write_json)
 from .data import FRAMING, MAX_BYTES, _open_cache, cache_facts, decode_image, read_image_bytes, to_square
 from .guard import Guard
 from .metrics import classes_of, group_weights, log_softmax, logits_of, read_predictions, targets_of
@@ -949,7 +950,9 @@ def progress(self:Viewer)->str:
     if self.map_on.value and isinstance(self.subject.image, KdoctError): return text_html("No map: the picture cannot be read.", 'soft', 'status')
     if self.map_on.value and self.number() is None: return text_html("The true class is not known: choose another class for the map.", 'soft', 'status')
     look = self.result('look')
-    return ''.join(failed) + (text_html(f'Score-CAM of the {self.state.cases.role}: {look.passes}, {look.seconds:.1f} s.', 'soft', 'status') if look else '')
+    if not look: return ''.join(failed)
+    said = f'Score-CAM of the {self.state.cases.role}: {look.passes}, {human_time(look.seconds)}.'
+    return ''.join(failed) + text_html(said, 'soft', 'status')
 
 # %% ../nbs/09_explore.ipynb #85287b9b
 PAGE = 24  # images of the list at a time

@@ -52,7 +52,8 @@ def fold_batchnorm(
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
     for parent in list(body.modules()):
         for name, bn in list(parent.named_children()):
-            if bn in pairs: setattr(parent, name, nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity())
+            if bn in pairs:
+                setattr(parent, name, nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity())
     return len(pairs)
 
 # %% ../nbs/02g_frozen.ipynb #3f268713
@@ -70,7 +71,8 @@ class ScaledMlp(nn.Module):
         y = self.act(self.fc1(x)).flatten(1, 2)
         norm = (y.new_ones(1, y.shape[1]) @ (y*y)).sqrt()   # (n, 1, wide)
         scale = 1 + self.gamma*norm/(norm.mean(-1, keepdim=True) + self.eps)
-        if y.shape[1] > len(self.weight): y = torch.baddbmm(self.bias, y, (self.weight*scale).transpose(1, 2))
+        if y.shape[1] > len(self.weight):
+            y = torch.baddbmm(self.bias, y, (self.weight*scale).transpose(1, 2))
         else: y = F.linear(y*scale, self.weight, self.bias)
         return y.view(*x.shape[:3], -1)
 
@@ -107,9 +109,11 @@ class Quick:
         for m in self.body.modules():
             if hasattr(m, 'fused_attn'): m.fused_attn = True
         with float32_products(False): want, got = body(x), self.body(x)
-        if not want.isfinite().all(): raise KdoctError("The network's logits are not finite.", fix="Train it again.")
+        if not want.isfinite().all():
+            raise KdoctError("The network's logits are not finite.", fix="Train it again.")
         if not torch.allclose(got, want, rtol=1e-3, atol=1e-3*float(want.abs().max())):
-            raise KdoctError("The network computes something else once it is simplified.", fix="Report this network.")
+            raise KdoctError("The network computes something else once it is simplified.",
+                             fix="Report this network.")
         self.low = copy.deepcopy(self.body).bfloat16()
 
     def exact(self, x:torch.Tensor)->torch.Tensor: return self.body(x)
@@ -148,7 +152,8 @@ class Frozen(Classifier):
         chunk:int=8,            # most images that a core of a CPU takes at once
     ):
         probe = torch.rand(1, 1, model.size, model.size, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad(): quick = Quick(private_copy(model), model.prepare(probe.to(model.mean.device)))
+        with torch.no_grad():
+            quick = Quick(private_copy(model), model.prepare(probe.to(model.mean.device)))
         super().__init__(quick.low if precision == 'bf16' else quick.body, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist(),
                          model.interpolation, precision)
         self.chunk = chunk
@@ -156,7 +161,8 @@ class Frozen(Classifier):
 
     def some(self, x:torch.Tensor)->torch.Tensor:
         "Logits of images that one core takes."
-        with torch.no_grad(), _PixelMeans(): return self.body(self.prepare(x).to(next(self.body.parameters()).dtype)).float()
+        with torch.no_grad(), _PixelMeans():
+            return self.body(self.prepare(x).to(next(self.body.parameters()).dtype)).float()
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
         n = min(self.chunk, -(-len(x)//torch.get_num_threads())) if x.device.type == 'cpu' else len(x)

@@ -24,13 +24,15 @@ def mix_batch(
     if mixed >= recipe.mix_prob: return x, torch.eye(n, device=x.device)
     use_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or cut < recipe.mix_switch)
     blend = v2.CutMix(alpha=recipe.cutmix, num_classes=n) if use_cutmix else v2.MixUp(alpha=recipe.mixup, num_classes=n)
-    return blend(x, torch.arange(n, device=x.device))   # each image a class of its own: what comes back for the label are the shares
+    # each image a class of its own: what comes back for the label are the shares
+    return blend(x, torch.arange(n, device=x.device))
 
 # %% ../nbs/03b_mixing.ipynb #1ddf9905
 class Mix(Callback):
     "Blends training batches and makes their labels distributions."
     order, run_valid = -5, False   # after TrainEval (-10), before everything that looks at the batch
-    def __init__(self, recipe:TrainRecipe, n_classes:int): self.recipe, self.n_classes = recipe, n_classes
+    def __init__(self, recipe:TrainRecipe, n_classes:int):
+        self.recipe, self.n_classes = recipe, n_classes
     def before_batch(self):
         x, self.shares = mix_batch(self.xb[0], self.recipe)
         self.learn.xb, self.learn.yb = (x,), (self.shares @ F.one_hot(self.yb[0], self.n_classes).to(x.dtype),)

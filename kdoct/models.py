@@ -40,7 +40,8 @@ def computes_bf16(
     has = torch.cpu.get_capabilities()
     on_x86 = has.get('avx512_bf16', False) or has.get('amx_tile', False)
     on_arm = has.get('bf16', False)
-    return on_arm or on_x86 and torch.backends.cpu.get_cpu_capability().startswith('AVX512')   # which torch may be told not to use
+    # which torch may be told not to use
+    return on_arm or on_x86 and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 def resolve_precision(
     wanted:str,     # auto, fp32 or bf16
@@ -70,9 +71,11 @@ class _Depthwise(torch.autograd.Function):
 class Bf16Step(TorchFunctionMode):
     "Where gradients are wanted, depthwise convolutions are `_Depthwise`; everything else is as it was."
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.conv2d or len(args) != 7 or not torch.is_grad_enabled(): return func(*args, **(kwargs or {}))
+        if func is not torch.conv2d or len(args) != 7 or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
         x, w, b, *how, groups = args
-        if not 1 < groups == x.shape[1] == len(w) or any(isinstance(v, str) for v in how): return func(*args, **(kwargs or {}))
+        if not 1 < groups == x.shape[1] == len(w) or any(isinstance(v, str) for v in how):
+            return func(*args, **(kwargs or {}))
         y = _Depthwise.apply(x.bfloat16(), w.bfloat16(), *([v, v] if isinstance(v, int) else list(v) for v in how))
         return y if b is None else y + b[:, None, None].bfloat16()
 
@@ -86,7 +89,8 @@ def autocast(
     kind = torch.device(device).type
     if precision != 'bf16': yield
     else:
-        with torch.autocast(kind, torch.bfloat16), Bf16Step() if kind == 'cpu' and torch.is_grad_enabled() else nullcontext(): yield
+        with torch.autocast(kind, torch.bfloat16), Bf16Step() if kind == 'cpu' and torch.is_grad_enabled() else nullcontext():
+            yield
 
 # %% ../nbs/02_models.ipynb #84ee96af
 def set_tf32(
@@ -237,7 +241,8 @@ def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->
         except _SIZE_ERRORS: return None
         return out if _takes(out, side) else None
     if (out := made(size, pretrained)) is not None: return out
-    if pretrained and made(size, False) is not None: fit, what = [own], f"The weights of '{arch}' are"
+    if pretrained and made(size, False) is not None:
+        fit, what = [own], f"The weights of '{arch}' are"
     else: fit, what = sorted({s for s in (size//32*32, -(-size//32)*32, own) if s >= 32 and made(s, False) is not None}), f"'{arch}' is"
     raise KdoctError(f"{what} not for pictures of {size} px, but of {' or '.join(map(str, fit))} px.",
                      fix=f"Give this network a size of its own, to which pictures are resized: teacher.size={fit[-1]}, student.size, "
@@ -263,7 +268,8 @@ def _timm_model(arch:str, size:int, pretrained:bool=False, **kwargs)->nn.Module:
     try: body = timm.create_model(arch, pretrained, **kwargs)
     except TypeError as e:
         if 'drop_path_rate' not in str(e): raise
-        raise KdoctError(f"'{arch}' has no stochastic depth.", fix="Set it to 0: teacher.drop_path_rate=0 or student.drop_path_rate=0") from e
+        raise KdoctError(f"'{arch}' has no stochastic depth.",
+                         fix="Set it to 0: teacher.drop_path_rate=0 or student.drop_path_rate=0") from e
     return _at_size(body, arch, size, pretrained, kwargs)
 
 def _from_hub(arch:str, size:int, **kwargs)->nn.Module:
@@ -278,12 +284,15 @@ _WRAPPERS, _PREFIXES = ('state_dict', 'model_state_dict', 'model_state', 'model'
 
 def _load_tensors(path:Path)->dict:
     "What a weight file holds; nothing in it is executed."
-    if not path.is_file(): raise KdoctError(f"There is no weight file {path}.", fix="Give the path of a .safetensors, .pth, .pt or .bin file.")
+    if not path.is_file():
+        raise KdoctError(f"There is no weight file {path}.",
+                         fix="Give the path of a .safetensors, .pth, .pt or .bin file.")
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
         with open(path, 'rb') as f: first = f.read(1)
         if first == b'<':
-            raise KdoctError(f"{path.name} is a web page, no weights.", fix="The download gave a page instead of the file: get it in a browser.") from e
+            raise KdoctError(f"{path.name} is a web page, no weights.",
+                             fix="The download gave a page instead of the file: get it in a browser.") from e
         raise KdoctError(f"{path.name} does not hold plain tensors, or is damaged ({type(e).__name__}).",
                          fix="Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)") from e
 
@@ -294,13 +303,16 @@ def read_state(
     path = Path(path)
     state = _load_tensors(path)
     while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if isinstance(state.get(k), dict)]):
-        if len(inner) > 1: raise KdoctError(f"{path.name} holds several state dicts: {', '.join(inner)}.", fix="Save the one that is meant.")
+        if len(inner) > 1:
+            raise KdoctError(f"{path.name} holds several state dicts: {', '.join(inner)}.",
+                             fix="Save the one that is meant.")
         state = state[inner[0]]
     alien = [str(k) for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else [type(state).__name__]
     if alien or not state:
         raise KdoctError(f"{path.name} is no state dict: {', '.join(alien[:5]) or 'empty'}{', ...' if len(alien) > 5 else ''}.",
                          fix=f"Save only the state dict, or a checkpoint that has it under one of: {', '.join(_WRAPPERS)}.")
-    while wrap := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), ''): state = {k.removeprefix(wrap): v for k, v in state.items()}
+    while wrap := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), ''):
+        state = {k.removeprefix(wrap): v for k, v in state.items()}
     return state
 
 # %% ../nbs/02_models.ipynb #42153cf7
@@ -331,7 +343,8 @@ def check_fit(
         raise KdoctError(f"{what} does not fit {arch}: {counts} of {len(body.state_dict())} tensors. {few}.",
                          fix="Give the weights of this very architecture, with timm's names." + fixed)
     if odd := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise KdoctError(f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.", fix="That training has failed; use another file.")
+        raise KdoctError(f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.",
+                         fix="That training has failed; use another file.")
 
 # %% ../nbs/02_models.ipynb #40288219
 _OLD_HEADS = ('head.', 'pre_logits.', 'classifier.')  # of VGG16 and ConvNeXt-T, in timm and torchvision
@@ -344,7 +357,8 @@ def _head_names(body:nn.Module)->tuple[str, ...]:
 def _load_all_but_head(body:nn.Module, state:dict, what:str, arch:str)->nn.Module:
     "Put every tensor but the classifier's into the network."
     part, but = body, _head_names(body)
-    if isinstance(body, MultiScale) and not any(k.startswith('backbone.') for k in state): part, but = body.backbone, _OLD_HEADS
+    if isinstance(body, MultiScale) and not any(k.startswith('backbone.') for k in state):
+        part, but = body.backbone, _OLD_HEADS
     check_fit(part, state, what, arch, but)
     part.load_state_dict({k: v if k.startswith(but) else state[k] for k, v in part.state_dict().items()})
     return body
@@ -367,7 +381,8 @@ def read_model_folder(
     folder = Path(folder)
     about = read_json(folder/'model.json')
     if not (folder/'model.safetensors').exists() or sha256_file(folder/'model.safetensors') != about['weights_sha256']:
-        raise KdoctError(f"The weights in {folder} are not those that model.json describes.", fix="Delete the folder and train again.")
+        raise KdoctError(f"The weights in {folder} are not those that model.json describes.",
+                         fix="Delete the folder and train again.")
     return about, load_file(folder/'model.safetensors')
 
 def _from_model_folder(folder:str, arch:str, size:int, **kwargs)->nn.Module:
@@ -465,7 +480,8 @@ def class_order(
     same = sorted(c.strip().casefold() for c in own) == sorted(c.strip().casefold() for c in wanted)
     fix = "Only the spelling differs: import it again with --classes as they are spelled here." if same else \
         "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
-    raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.", fix=fix)
+    raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.",
+                     fix=fix)
 
 # %% ../nbs/02_models.ipynb #5c9d7441
 def load_for_classes(
@@ -534,7 +550,8 @@ def _statistics(body:nn.Module, **given)->dict:
             raise KdoctError(f"The {name} {', '.join(map(str, use[name]))} is not that of three colours with values from 0 to 1.",
                              fix="Give three numbers, divided by 255 if they are of values from 0 to 255: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225")
     if use['interpolation'] not in ('bilinear', 'bicubic'):
-        raise KdoctError(f"There is no interpolation '{use['interpolation']}' here.", fix="Give bilinear or bicubic: --interpolation bilinear")
+        raise KdoctError(f"There is no interpolation '{use['interpolation']}' here.",
+                         fix="Give bilinear or bicubic: --interpolation bilinear")
     return use
 
 def import_model_folder(
@@ -549,13 +566,18 @@ def import_model_folder(
     interpolation:str|None=None,  # how pictures were resized: bilinear or bicubic; None: timm's own
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
-    if (Path(folder)/'model.json').exists(): raise KdoctError(f"{folder} holds a network already.", fix="Name another folder: --out DIR")
-    if role not in ROLES: raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
-    if not 1 < len(classes) == len(set(classes)): raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once.")
+    if (Path(folder)/'model.json').exists():
+        raise KdoctError(f"{folder} holds a network already.", fix="Name another folder: --out DIR")
+    if role not in ROLES:
+        raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
+    if not 1 < len(classes) == len(set(classes)):
+        raise KdoctError(f"These are not two or more classes: {', '.join(classes)}.",
+                         fix="Name each once.")
     body, state = _timm_model(arch, size, num_classes=len(classes)), _state_for(arch, path)
     last = next((k for k in state if k.startswith(_head_names(body)) and k.endswith('bias')), None)
     if last and len(state[last]) != len(classes):
-        raise KdoctError(f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} ({', '.join(classes)}).", fix="Name as many, in their order.")
+        raise KdoctError(f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} ({', '.join(classes)}).",
+                         fix="Name as many, in their order.")
     check_fit(body, state, Path(path).name, arch)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)

@@ -53,7 +53,8 @@ def map_ofa_names(
     if 'conv_stem.weight' in state: return state
     places = [f'blocks.{s}.{i}' for s, (*_, blocks) in enumerate(OFA_595) for i in range(len(blocks))]
     names = _OUTER | {f'final_expand_layer.{a}': f'blocks.{len(OFA_595)}.0.{b}' for a, b in (('conv', 'conv'), ('bn', 'bn1'))}
-    for k, place in enumerate(places): names |= {f'blocks.{k}.conv.{a}': f'{place}.{b}' for a, b in (_FIRST if k == 0 else _INNER).items()}
+    for k, place in enumerate(places):
+        names |= {f'blocks.{k}.conv.{a}': f'{place}.{b}' for a, b in (_FIRST if k == 0 else _INNER).items()}
     def new(key):
         layer, _, last = re.sub(r'^(blocks\.\d+)\.mobile_inverted_conv\.', r'\1.conv.', key).rpartition('.')
         return f'{names.get(layer, layer)}.{last}'

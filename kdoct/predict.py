@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
-from .core import KdoctError, counted, usable_cores
+from .core import KdoctError, counted, human_time, usable_cores
 from .data import COLOURED, BadImage, decode_image, framed, is_blank, main_colour
 from .guard import Guard, bad_image
 from .patients import VolumeRule, decide_volume
@@ -524,7 +524,7 @@ def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool
     deferred = f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, " if judges else ''
     kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
     done = counted(counts.rows, 'row') + (' and ' + counted(volumes, 'volume') if volumes else '')
-    return (f"{done} in {seconds:.1f} s by the engine {engine}: {counts['predicted']} predicted, "
+    return (f"{done} in {human_time(seconds)} by the engine {engine}: {counts['predicted']} predicted, "
             f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
 
 def predict_files(

@@ -15,7 +15,7 @@ import markupsafe
 import pandas as pd
 
 from .card import MACHINE, formats_table
-from .core import KdoctError, Run, atomic_path, open_run, read_json, recipe_fields, stage_command
+from .core import KdoctError, Run, atomic_path, human_time, open_run, read_json, recipe_fields, stage_command
 from .data import OUT, ROLE_NAMES
 from .evaluate import FURTHER, complete_folds, evaluate_fold, evaluate_run, is_evaluated, warnings_of
 from .probe import probe_table, run_verdict, shortcut_verdict
@@ -222,9 +222,9 @@ def _stage_table(facts):
         noted = {words: d[name] for name, words in _NOTED.items() if isinstance(d.get(name), (int, float, str))}
         if d.get('status') == 'failed': noted |= {k: d[k] for k in ('error', 'notebook') if d.get(k)}
         text = '; '.join(f'{k}: {v:.3g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in noted.items())
-        seconds = f"{d['seconds']:.1f}" if 'seconds' in d else ''
-        rows.append((_stage_name(key), d.get('status', ''), seconds, text))
-    return _table(pd.DataFrame(rows, columns=['stage', 'status', 'seconds', 'noted']), None,
+        took = human_time(d['seconds']) if 'seconds' in d else ''
+        rows.append((_stage_name(key), d.get('status', ''), took, text))
+    return _table(pd.DataFrame(rows, columns=['stage', 'status', 'time', 'noted']), None,
                   'Stages in the order in which they first reported; run.json has all that they noted.')
 
 def _machine_table(facts):

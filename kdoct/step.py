@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['untouched', 'rounds_steps', 'trial_step', 'seconds_of', 'measure_steps', 'faster', 'Precision', 'peak_memory',
-           'Compile']
+           'vector_units', 'compile_here', 'step_numbers', 'step_agrees', 'Compile']
 
 # %% ../nbs/02f_step.ipynb #ea5e9b6d
+import os
 import random
 import re
 import statistics
@@ -22,7 +23,7 @@ from fastai.callback.core import Callback
 
 from .core import TrainRecipe, human_time
 from .models import Classifier, computes_bf16, float32_products
-from .together import from_first, team, tell
+from .together import add_up, from_first, team, tell
 
 # %% ../nbs/02f_step.ipynb #82d6047b
 @contextmanager
@@ -30,8 +31,10 @@ def untouched(
     model:Classifier,  # network that will be tried
 ):
     "Put buffers, gradients, mode and all random states back afterwards."
-    buffers, mode = {k: b.clone() for k, b in model.named_buffers()}, [(m, m.training) for m in model.modules()]
-    states, cuda = (random.getstate(), np.random.get_state()), [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+    mode = [(m, m.training) for m in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(cuda): yield
     finally:
@@ -50,10 +53,13 @@ def trial_step(
     model:Classifier,     # network
     batch:tuple,          # images, labels
     loss,                 # (logits, target) -> scalar
-):
+)->torch.Tensor:          # the loss, detached
     "Forward, loss, backward; no step of the optimiser."
     model.zero_grad(set_to_none=True)
-    with float32_products(rounds_steps(batch[0].device)): loss(model.train()(batch[0]), batch[1]).backward()
+    with float32_products(rounds_steps(batch[0].device)):
+        value = loss(model.train()(batch[0]), batch[1])
+        value.backward()
+    return value.detach()
 
 # %% ../nbs/02f_step.ipynb #d2eec4e6
 def seconds_of(
@@ -71,11 +77,13 @@ def measure_steps(
     seconds:float=2.,  # how long to measure [s]; at least one warm-up and one step each
     timer=seconds_of,  # (step, precision) -> seconds
     lost:float=2.,     # bf16 has lost where a step takes so many times as long
-)->dict[str, float]:   # precision -> median [s]; of the first steps where bf16 lost in one that took longer than `seconds`
+)->dict[str, float]:   # precision -> median [s]; where bf16 lost in a first step that took
+                       # longer than `seconds`: of the first steps
     "Seconds of a step in fp32 and bf16, measured alternately until it is time, or bf16 has lost."
     times, began = {'fp32': [], 'bf16': []}, time.perf_counter()
     first = {p: timer(step, p) for p in times}
-    if first['bf16'] > max(lost*first['fp32'], seconds): return first   # a short one may only be short of its kernels
+    # a first step that is short may only have waited for its kernels to be made
+    if first['bf16'] > max(lost*first['fp32'], seconds): return first
     while not times['bf16'] or time.perf_counter() - began < seconds:
         for p, each in times.items(): each.append(timer(step, p))
         if times['bf16'][-1] > lost*times['fp32'][-1]: break
@@ -92,7 +100,8 @@ def faster(
 class Precision(Callback):
     "Chooses the arithmetic of a training where the recipe says `auto`."
     order, run_valid = -20, False   # first of all
-    def __init__(self, recipe:TrainRecipe, timer=seconds_of): self.auto, self.timer, self.facts = recipe.precision == 'auto', timer, {}
+    def __init__(self, recipe:TrainRecipe, timer=seconds_of):
+        self.auto, self.timer, self.facts = recipe.precision == 'auto', timer, {}
 
     def before_fit(self):
         if not self.auto: return
@@ -108,49 +117,111 @@ class Precision(Callback):
             model.precision = precision
             trial_step(model, batch, loss)
         with untouched(model): medians = self.of_first(measure_steps(step, timer=self.timer))
-        if not team()[0]: print(f"A training step takes {human_time(medians['fp32'])} in fp32, {human_time(medians['bf16'])} in bf16: {faster(medians)} it is.")
-        return dict(precision=faster(medians), step_seconds=medians)
+        chosen = faster(medians)
+        if not team()[0]:
+            times = ', '.join(f'{human_time(t)} in {p}' for p, t in medians.items())
+            print(f"A training step takes {times}: {chosen} it is.")
+        return dict(precision=chosen, step_seconds=medians)
 
     def of_first(self, medians:dict)->dict:
         "Process 0's clock decides for all."
-        return dict(zip(medians, from_first(torch.tensor(list(medians.values()), dtype=torch.float64)).tolist(), strict=True))
+        times = from_first(torch.tensor(list(medians.values()), dtype=torch.float64))
+        return dict(zip(medians, times.tolist(), strict=True))
 
 # %% ../nbs/02f_step.ipynb #94b5d2a5
 def peak_memory(
     device,   # where the training ran
 )->dict:      # bytes, and what they are
     "Largest use of memory so far."
-    if torch.device(device).type == 'cuda': return dict(bytes=torch.cuda.max_memory_allocated(device), of='tensors on the GPU')
+    if torch.device(device).type == 'cuda':
+        return dict(bytes=torch.cuda.max_memory_allocated(device), of='tensors on the GPU')
     status = Path('/proc/self/status')   # on Linux, getrusage would count what started this process
     found = re.search(r'VmHWM:\s+(\d+) kB', status.read_text()) if status.exists() else None
-    return dict(bytes=1024*int(found[1]) if found else _most_resident(), of='resident memory of the process')
+    most = 1024*int(found[1]) if found else _most_resident()
+    return dict(bytes=most, of='resident memory of the process')
 
 def _most_resident()->int:
     "Most resident memory of this process where there is no /proc [bytes]."
     if sys.platform == 'win32': return psutil.Process().memory_info().peak_wset
     import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return unit*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+# %% ../nbs/02f_step.ipynb #5c1e90a7
+def vector_units()->str:   # e.g. 'AVX2 avx2 fma3'
+    "The vector instructions that torch uses, and those that the processor has."
+    has = sorted(f'{k}:{v}' for k, v in torch.cpu.get_capabilities().items() if v)
+    return ' '.join([torch.backends.cpu.get_cpu_capability(), *has])
+
+def compile_here(
+    forward,             # a network, or its forward
+    dynamic:bool=False,  # whether one kernel serves batches of several sizes
+):                       # the same, by kernels of its own
+    "torch.compile, which takes from its cache only kernels made for vector units like these."
+    of_user = os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')
+    torch.compiler.config.cache_key_tag = f'{of_user} {vector_units()}'.strip()
+    return torch.compile(forward, dynamic=dynamic)
+
+# %% ../nbs/02f_step.ipynb #5c1e90aa
+_ROUNDING = dict(fp32=.01, bf16=.1)   # how far a compiled step may be from a plain one [fraction]
+_RANDOM = 3.                          # the same with dropout: only what is far off shows
+
+def step_numbers(
+    model:Classifier,  # network
+    batch:tuple,       # images, labels
+    loss,              # (logits, target) -> scalar
+)->torch.Tensor:       # (1 + parameters,) float64, on the CPU
+    "Loss of a trial step, and the norm of each parameter's gradient."
+    value = trial_step(model, batch, loss)
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack([value, *norms]).double().cpu()
+
+def step_agrees(
+    compiled:torch.Tensor,  # `step_numbers` of a compiled step
+    plain:torch.Tensor,     # of a plain one
+    again:torch.Tensor,     # of another plain one, with other random numbers
+    precision:str='fp32',   # arithmetic of the network: fp32 or bf16
+)->bool:                    # False too where a number is not finite
+    "Whether a compiled step computes what plain steps do."
+    random = (again - plain).norm() > 1e-3*plain.norm()
+    room = _RANDOM if random else _ROUNDING[precision]
+    return bool((compiled - plain).norm() <= room*plain.norm())
 
 # %% ../nbs/02f_step.ipynb #d426af48
 class Compile(Callback):
     "Runs training batches of the most frequent size by what torch.compile has made of the network."
-    order, run_valid = -11, False   # after Precision (-20) and Together (-12), which may exchange the body
-    def __init__(self, make=torch.compile): self.make, self.facts = make, {}
+    order, run_valid = -11, False   # after Precision (-20); Together (-12) may exchange the body
+    def __init__(self, make=compile_here): self.make, self.facts = make, {}
 
     def before_fit(self):
-        body, parts, began = self.model.body, self.dls.train.parts(), time.perf_counter()
+        parts, began = self.dls.train.parts(), time.perf_counter()
         self.n = statistics.mode(map(len, parts))
-        batch = self.dls.train.batch(next(p for p in parts if len(p) == self.n))
-        self.plain, self.compiled = body.forward, self.make(body.forward, dynamic=False)
-        body.forward = self.compiled
+        usual = next(p for p in parts if len(p) == self.n)
+        self.plain = self.model.body.forward
+        self.compiled = self.make(self.plain, dynamic=False)
+        reason = self.reason_against(self.dls.train.batch(usual))
+        failed = int(add_up(torch.tensor(int(bool(reason)))))   # one process falls back: all do
+        if not failed: self.facts = dict(compiled=True, compile_seconds=time.perf_counter() - began)
+        else:
+            reason = reason or 'It failed in another process.'
+            self.compiled, self.facts = None, dict(compiled=False, reason=reason)
+            print(f"torch.compile cannot be used here, training goes on without. {reason}")
+
+    def reason_against(self, batch:tuple)->str:  # '' if there is none
+        "Try a compiled step beside two plain ones, which come first in every process."
+        body, trial = self.model.body, lambda: step_numbers(self.model, batch, self.learn.loss_func)
         try:
-            with untouched(self.model): trial_step(self.model, batch, self.learn.loss_func)
-        except (RuntimeError, ImportError, OSError) as e:   # torch's own kinds of failing are RuntimeErrors
-            self.compiled = None
-            self.facts = dict(compiled=False, reason=f'{type(e).__name__}: {e}'.strip().splitlines()[0])
-            print(f"torch.compile cannot be used here, training goes on without. {self.facts['reason']}")
-        else: self.facts = dict(compiled=True, compile_seconds=time.perf_counter() - began)
-        finally: del body.forward
+            with untouched(self.model):
+                plain, again = trial(), trial()
+                body.forward = self.compiled
+                made = trial()
+        except (RuntimeError, ImportError, OSError) as e:   # torch's own errors are RuntimeErrors
+            return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
+        finally: body.__dict__.pop('forward', None)
+        if step_agrees(made, plain, again, self.model.precision): return ''
+        of_made, of_plain = (f'loss {x[0]:.4g} and gradient norm {x[1:].norm():.4g}'
+                             for x in (made, plain))
+        return f'A compiled step has {of_made}, a plain one {of_plain}.'
 
     def before_train(self):
         if self.compiled is None: return

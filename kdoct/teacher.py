@@ -40,7 +40,8 @@ def seen_images(
         folds, table = pd.read_csv(run/'folds.csv', dtype={'path': str}), pd.read_parquet(run/'table.parquet')
         own = folds.path[(folds.fold == about['fold']) & folds.role.isin(['train', 'val'])]
         seen |= set(table.sha256[table.path.isin(own)])
-    if (folder/'bundle.json').is_file(): seen |= set((read_json(folder/'bundle.json').get('calibration') or {}).get('sha256', ()))
+    if (folder/'bundle.json').is_file():
+        seen |= set((read_json(folder/'bundle.json').get('calibration') or {}).get('sha256', ()))
     return seen
 
 def _require_unseen(data:FoldData, role:str, folder:str):
@@ -124,10 +125,12 @@ def load_teacher(
     folder, command = run.stage_dir(fold, role), stage_command(role, run, fold)
     if not (folder/'model.json').exists():
         before = '' if run.folds_csv.exists() else f"{stage_command('data', run)}\n     "
-        raise KdoctError(f"There is no {role} for fold {fold} in run '{run.name}'.", fix=f"Train it first:\n     {before}{command}")
+        raise KdoctError(f"There is no {role} for fold {fold} in run '{run.name}'.",
+                         fix=f"Train it first:\n     {before}{command}")
     about = read_json(folder/'model.json')
     if (about['folds_sha256'], about['fold']) != (sha256_file(run.folds_csv), fold):
-        raise KdoctError(f"The {role} of fold {fold} was trained on other folds than this run has now.", fix=f"Delete {folder} and train it again: {command}")
+        raise KdoctError(f"The {role} of fold {fold} was trained on other folds than this run has now.",
+                         fix=f"Delete {folder} and train it again: {command}")
     if about['classes'] != (classes := run.stage('data')['classes']):
         raise KdoctError(f"The {role} of fold {fold} has the classes {', '.join(about['classes'])}, this run {', '.join(classes)}.",
                          fix=f"Delete {folder} and train it again: {command}")

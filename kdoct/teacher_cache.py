@@ -37,7 +37,8 @@ def view_facts(
     batches:Batches,  # training batches of a student
 )->dict:              # what JSON can hold
     "What decides the pixels of a view beside its number and the image."
-    few = batches.rows[np.argsort(batches.ids[batches.rows])[:16]]   # what the facts do not say shows in the pixels
+    # what the facts do not say shows in the pixels
+    few = batches.rows[np.argsort(batches.ids[batches.rows])[:16]]
     return dict(seed=batches.seed, size=batches.size, augment=batches.recipe.model_dump(mode='json'), draws=list(DRAWS),
                 stored=list(batches.images.shape[1:]), pixels=_digest(np.ascontiguousarray(batches.images[few]).tobytes()))
 
@@ -88,7 +89,8 @@ class TeacherCache:
             if not (self.path/'about.json').exists(): write_json(self.path/'about.json', facts)
         if (found := read_json(self.path/'about.json')) != facts:
             wrong = ', '.join(k for k in facts if found.get(k) != facts[k]) or 'unknown entries'
-            raise KdoctError(f"The teacher cache {self.path} belongs to something else ({wrong}).", fix=f"Delete {self.path}; it is made again.")
+            raise KdoctError(f"The teacher cache {self.path} belongs to something else ({wrong}).",
+                             fix=f"Delete {self.path}; it is made again.")
         return self
 
     def file(self, number:int)->Path: return self.path/f'view_{number:05d}.npy'
@@ -98,10 +100,12 @@ def _missing(self:TeacherCache, number:int)->np.ndarray:
     "Places (in the order of `ids`) of the images that a view's file does not answer; makes the file where there is none."
     path, shape = self.file(number), (len(self.ids), self.model.body.num_classes)
     if not path.exists():
-        with atomic_path(path) as tmp, open(tmp, 'wb') as f: np.save(f, np.full(shape, np.nan, np.float32))
+        with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+            np.save(f, np.full(shape, np.nan, np.float32))
     found = np.load(path, mmap_mode='r+', allow_pickle=False)
     if found.shape != shape or found.dtype != np.float32:
-        raise KdoctError(f"{path} holds {found.dtype} {found.shape}, not float32 {shape}.", fix=f"Delete {path}; it is made again.")
+        raise KdoctError(f"{path} holds {found.dtype} {found.shape}, not float32 {shape}.",
+                         fix=f"Delete {path}; it is made again.")
     self.views[number] = found
     return np.flatnonzero(np.isnan(found).any(1))
 
@@ -111,7 +115,8 @@ def _ask(self:TeacherCache, places:np.ndarray, number:int)->np.ndarray:
     x, _ = self.batches.batch(self.batches.rows[self.first[places]], number)
     z = self.model(x).cpu().numpy()
     if np.isfinite(z).all(): return z
-    raise KdoctError(f"The teacher's logits for view {number} are not finite.", fix="Train the teacher again, or set its precision to fp32.")
+    raise KdoctError(f"The teacher's logits for view {number} are not finite.",
+                     fix="Train the teacher again, or set its precision to fp32.")
 
 def _prove(self:TeacherCache, number:int, n:int=4):
     "`KdoctError` if the teacher does not say what stands in a view's file."
@@ -163,7 +168,8 @@ def _logits(self:TeacherCache,
     at = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
     z = np.asarray(self.views[number][at]) if number in self.views else np.array(np.nan)
     if (self.ids[at] != wanted).any() or np.isnan(z).any():
-        raise KdoctError(f"The teacher cache {self.path.name} has no answer to view {number} of these images.", fix="Build that view first.")
+        raise KdoctError(f"The teacher cache {self.path.name} has no answer to view {number} of these images.",
+                         fix="Build that view first.")
     return torch.from_numpy(z).to(self.batches.device)
 
 TeacherCache.build, TeacherCache.logits = _build, _logits

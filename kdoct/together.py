@@ -33,10 +33,13 @@ def team()->tuple[int, int]:
 
 def launched()->tuple[int, int]:
     "The same as the launcher said it; `KdoctError` if it was asked for several processes and started one."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    if 'MASTER_PORT' in os.environ and 'ACCELERATE_MIXED_PRECISION' in os.environ and 'RANK' not in os.environ:
+    env = os.environ
+    if int(env.get('WORLD_SIZE', 1)) > 1: return int(env['RANK']), int(env['WORLD_SIZE'])
+    by_accelerate = 'MASTER_PORT' in env and 'ACCELERATE_MIXED_PRECISION' in env
+    if by_accelerate and 'RANK' not in env:
         raise KdoctError("accelerate was asked for several processes and has started one.",
-                         fix="On CPUs: torchrun --nproc-per-node 2 --no-python COMMAND, or accelerate launch --multi_gpu --num_processes 2 --no_python COMMAND")
+                         fix="On CPUs: torchrun --nproc-per-node 2 --no-python COMMAND, "
+                             "or accelerate launch --multi_gpu --num_processes 2 --no_python COMMAND")
     return 0, 1
 
 # %% ../nbs/02e_together.ipynb #f0c2699e
@@ -47,7 +50,8 @@ def _gpu_number()->int:
     if count == 1: return 0   # some launchers show each process its own GPU alone
     number = int(os.environ.get('LOCAL_RANK', 0))
     if number < count: return number
-    raise KdoctError(f"There is no GPU for process {number} of this machine, which has {count}.", fix=f"Start {count} processes on it, one for each GPU.")
+    raise KdoctError(f"There is no GPU for process {number} of this machine, which has {count}.",
+                     fix=f"Start {count} processes on it, one for each GPU.")
 
 def best_device()->torch.device:
     "The GPU of this process if there is one, else the CPU; it becomes torch's current device."
@@ -74,8 +78,9 @@ def join(
     _store = dist.PrefixStore(f"kdoct/{os.environ['KDOCT_STAGE']}", base)
     _store.set(f'here{rank}', '')
     _store.wait([f'here{r}' for r in range(size)], long)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', store=dist.PrefixStore('group', _store), rank=rank,
-                            world_size=size, timeout=datetime.timedelta(seconds=timeout))
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    dist.init_process_group(backend, store=dist.PrefixStore('group', _store), rank=rank, world_size=size,
+                            timeout=datetime.timedelta(seconds=timeout))
     return team()
 
 # %% ../nbs/02e_together.ipynb #bb292269
@@ -88,11 +93,13 @@ def leave():
 def _error_of(e:Exception, rank:int)->Exception:
     "The error to raise in this process: its own, or what another process has said."
     lost = isinstance(e, dist.DistError) or any(name in str(e).lower() for name in ('gloo', 'nccl'))
-    said = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)]))) if not lost or _store.check(['failed']) else None
-    if said is None: return KdoctError("Another process of this training has ended, or does not answer.",
-                                       fix="Look at what it said; the same command goes on from the last checkpoint.")
-    return e if said[0] == rank else KdoctError(f"Process {said[0]} of this training failed: {said[1]}",
-                                                fix="The same command goes on from the last checkpoint.")
+    if lost and not _store.check(['failed']):
+        return KdoctError("Another process of this training has ended, or does not answer.",
+                          fix="Look at what it said; the same command goes on from the last checkpoint.")
+    first, said = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)])))
+    if first == rank: return e
+    return KdoctError(f"Process {first} of this training failed: {said}",
+                      fix="The same command goes on from the last checkpoint.")
 
 def _abort():
     "End the collectives that wait on this process's GPU."
@@ -170,7 +177,8 @@ def from_first(
 # %% ../nbs/02e_together.ipynb #9344f1d9
 class SharedBatches(Batches):
     "Batches of which no process gets an empty part."
-    def parts(self)->list[np.ndarray]: return [p if len(p) else self.rows[:1] for p in super().parts()]
+    def parts(self)->list[np.ndarray]:
+        return [p if len(p) else self.rows[:1] for p in super().parts()]
 
 def places(
     batches:Batches,     # with a share
@@ -188,13 +196,14 @@ def add_gradients(
     "Sum the gradients over the processes, average BatchNorm's statistics."
     rank, size = team()
     if size == 1: return flag
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    stats = [b for m in norms for b in (m.running_mean, m.running_var)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    stats = [b for m in norms if m.running_mean is not None for b in (m.running_mean, m.running_var)]
     tensors = [p.grad for p in model.parameters() if p.grad is not None] + stats
     for b in stats: b /= size
-    flat = torch.cat([t.flatten().float() for t in tensors] + [tensors[0].new_full((1,), float(flag and rank == 0), dtype=torch.float32)])
-    add_up(flat)
-    for t, part in zip(tensors, flat[:-1].split([t.numel() for t in tensors]), strict=True): t.copy_(part.view_as(t))
+    wish = tensors[0].new_full((1,), float(flag and rank == 0), dtype=torch.float32)
+    flat = add_up(torch.cat([t.flatten().float() for t in tensors] + [wish]))
+    parts = flat[:-1].split([t.numel() for t in tensors])
+    for t, part in zip(tensors, parts, strict=True): t.copy_(part.view_as(t))
     return bool(flat[-1] > 0)
 
 def with_synced_norms(
@@ -222,13 +231,19 @@ class Together(Callback):
 
 def random_states()->dict[str, torch.Tensor]:  # 'rng.cpu' and, with a GPU, 'rng.cuda': (processes, bytes)
     "The random states of all processes."
-    states = {'rng.cpu': torch.get_rng_state()} | ({'rng.cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    states = {'rng.cpu': torch.get_rng_state()}
+    if torch.cuda.is_available(): states['rng.cuda'] = torch.cuda.get_rng_state()
     rank, size = team()
-    return {k: add_up(torch.zeros(size, len(s), dtype=torch.uint8).index_copy_(0, torch.tensor([rank]), s[None])) for k, s in states.items()}
+    def gathered(state):
+        rows = torch.zeros(size, len(state), dtype=torch.uint8)
+        rows[rank] = state
+        return add_up(rows)
+    return {k: gathered(s) for k, s in states.items()}
 
 def set_random_states(
     states:dict[str, torch.Tensor],  # of `random_states`
 ):
     "Give this process its own again."
     torch.set_rng_state(states['rng.cpu'][team()[0]].clone())   # its reader knows no offsets
-    if 'rng.cuda' in states and torch.cuda.is_available(): torch.cuda.set_rng_state(states['rng.cuda'][team()[0]].clone())
+    if 'rng.cuda' in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states['rng.cuda'][team()[0]].clone())

@@ -54,7 +54,8 @@ def param_groups(
     for is_head, peak in ((False, recipe.lr), (True, recipe.lr_head or recipe.lr)):
         for decays in (True, False):
             ps = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == is_head and (id(p) not in exempt) == decays]
-            if ps: groups.append(dict(params=ps, lr=peak, peak=peak, weight_decay=recipe.weight_decay if decays else 0.))
+            if ps:
+                groups.append(dict(params=ps, lr=peak, peak=peak, weight_decay=recipe.weight_decay if decays else 0.))
     return groups
 
 # %% ../nbs/02b_training.ipynb #695f18ab
@@ -102,7 +103,8 @@ def learning_rate(
 )->float:                # the group's rate
     "Rate of a group at a step."
     end = recipe.swa_start if recipe.average == 'swa' else recipe.epochs
-    def falling(i): return peak*warmup_cosine(i, n*end, n*recipe.warmup, recipe.lr_floor/peak, recipe.warmup_from)
+    def falling(i):
+        return peak*warmup_cosine(i, n*end, n*recipe.warmup, recipe.lr_floor/peak, recipe.warmup_from)
     if recipe.average != 'swa' or step < n*swa_from: return falling(step)
     target = recipe.swa_lr*peak/(recipe.lr_head or recipe.lr)
     return cosine((step - n*swa_from + 1)/max(n*recipe.swa_anneal, 1), falling(n*swa_from - 1), target)
@@ -122,7 +124,8 @@ class Schedule(Callback):
     def __init__(self, recipe:TrainRecipe): self.recipe = recipe
     def before_batch(self):
         step, n = step_number(self.learn)
-        for g in self.opt.opt.param_groups: g['lr'] = learning_rate(self.recipe, step, n, g['peak'], self.learn.checkpoint.swa_from)
+        for g in self.opt.opt.param_groups:
+            g['lr'] = learning_rate(self.recipe, step, n, g['peak'], self.learn.checkpoint.swa_from)
 
 # %% ../nbs/02b_training.ipynb #e03e4430
 class Accumulate(Callback):
@@ -133,13 +136,16 @@ class Accumulate(Callback):
     def after_loss(self):
         train, number = self.dls.train, self.dls.train.start + self.iter
         planned = train.plan()[number]
-        self.last, self.mine = planned.ends, len(places(train, number))   # images of this batch, in this process
+        # images of this batch, in this process
+        self.last, self.mine = planned.ends, len(places(train, number))
         self.learn.loss_grad = self.loss_grad*(self.mine/planned.images)
 
     def before_step(self):
         if not self.last: raise CancelBatchException
-        self.due = add_gradients(self.model, self.learn.checkpoint.due)   # process 0's clock decides when all of them save
-        if self.clip > 0: torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=False)
+        # process 0's clock decides when all of them save
+        self.due = add_gradients(self.model, self.learn.checkpoint.due)
+        if self.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=False)
 
 # %% ../nbs/02b_training.ipynb #29b6a2e6
 class History(Callback):
@@ -315,7 +321,8 @@ def _after_batch(self:Checkpoint):
 
 def _keep(self:Checkpoint):
     "Write this epoch's weights as the best ones."
-    with atomic_path(self.best_file(self.epoch)) as tmp: save_file({k: v.contiguous() for k, v in self.model.body.state_dict().items()}, tmp)
+    with atomic_path(self.best_file(self.epoch)) as tmp:
+        save_file({k: v.contiguous() for k, v in self.model.body.state_dict().items()}, tmp)
 
 def _after_epoch(self:Checkpoint):
     "Keep the weights if they are the best so far, and save."
@@ -335,7 +342,8 @@ def _after_fit(self:Checkpoint):
     if self.best_epoch is None and rows:
         raise KdoctError(f"The validation loss was not finite in any of {len(rows)} epochs (last: {rows[-1]['valid_loss']}): there are no weights to keep.",
                          fix=f"Lower the learning rate or set precision to fp32, and delete {self.folder} to start over.")
-    if self.best_epoch is not None and not team()[0]: self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
+    if self.best_epoch is not None and not team()[0]:
+        self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
 
 Checkpoint.after_batch, Checkpoint.keep, Checkpoint.after_epoch, Checkpoint.after_fit = _after_batch, _keep, _after_epoch, _after_fit
 
@@ -345,14 +353,16 @@ class ResumableLearner(Learner):
     first_epoch = 0
     def _do_fit(self):
         bar = getattr(getattr(self, 'progress', None), 'mbar', None)
-        if bar and self.first_epoch: bar.update(0)  # fastprogress counts from its first update, which must be 0
+        if bar and self.first_epoch:
+            bar.update(0)  # fastprogress counts from its first update, which must be 0
         for epoch in range(self.first_epoch, self.n_epoch):
             if self.checkpoint.over(epoch): break
             self.epoch = self.dls.train.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', _Never)
 
     def _do_one_batch(self):
-        with float32_products(self.training and rounds_steps(self.dls.device)): super()._do_one_batch()
+        with float32_products(self.training and rounds_steps(self.dls.device)):
+            super()._do_one_batch()
 
 class _Never(Exception): "No callback cancels an epoch here."
 
@@ -369,7 +379,8 @@ class Table(Recorder):
     def after_batch(self):
         if not self.training: return
         sums = self.learn.history.sums
-        self.learn.smooth_loss = torch.tensor(sums['loss']/max(sums['n'], 1))   # beside the progress bar: mean of the epoch so far, in this process
+        # beside the progress bar: mean of the epoch so far, in this process
+        self.learn.smooth_loss = torch.tensor(sums['loss']/max(sums['n'], 1))
         self.smooth_loss.count += 1
         self.lrs.append(self.opt.hypers[-1]['lr'])
         self.losses.append(self.learn.smooth_loss)
@@ -377,9 +388,12 @@ class Table(Recorder):
 def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
     "`KdoctError` if a process would have no image of a step, or a batch of one image is to be blended with itself."
     step, more = batch_size*recipe.accumulate, "Start fewer processes, or raise batch_size*accumulate, the images of a step of all processes together."
-    if step < processes: raise KdoctError(f"A step of {step} images cannot be shared by {processes} processes.", fix=more)
+    if step < processes:
+        raise KdoctError(f"A step of {step} images cannot be shared by {processes} processes.",
+                         fix=more)
     if recipe.mix_prob > 0 and min(batch_size, step//processes) < 2:
-        raise KdoctError("mix_prob is not 0, but a batch of one image cannot be blended.", fix="Raise batch_size" if processes == 1 else more)
+        raise KdoctError("mix_prob is not 0, but a batch of one image cannot be blended.",
+                         fix="Raise batch_size" if processes == 1 else more)
 
 def make_learner(
     model:Classifier,      # network, on its device
@@ -410,7 +424,8 @@ def keep_freed_memory():
     "Ask glibc to keep large freed blocks for the next step; does nothing elsewhere."
     if platform.libc_ver()[0] != 'glibc': return
     libc = ctypes.CDLL(None)
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**27)): libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**27)):
+        libc.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 # %% ../nbs/02b_training.ipynb #517955e6
 @torch.inference_mode()
@@ -473,9 +488,11 @@ def _validated(learn:ResumableLearner, weights:dict, batches:Batches)->dict:
 # %% ../nbs/02b_training.ipynb #76e80ebb
 def _variants(run:Run, data:FoldData, model:Classifier, recipe:TrainRecipe, device, kept:bool)->dict[str, np.ndarray]:
     "Test logits by view: 'identity', 'averaged' where the recipe has views, and 'retina blanked' for the kept weights."
-    def logits(view): return predict_logits(model, _batches(data, 'test', run, recipe, device, view))
+    def logits(view):
+        return predict_logits(model, _batches(data, 'test', run, recipe, device, view))
     out = {'identity': logits('identity')}
-    if views := run.recipe.evaluate.views: out['averaged'] = np.mean([out['identity'] if v == 'identity' else logits(v) for v in views], axis=0)
+    if views := run.recipe.evaluate.views:
+        out['averaged'] = np.mean([out['identity'] if v == 'identity' else logits(v) for v in views], axis=0)
     if kept: out['retina blanked'] = _blanked_logits(model, data, run.recipe.data.size, device)
     return out
 
@@ -497,7 +514,8 @@ def _finished(run:Run, fold:int, role:str, folds_sha256:str)->bool:
     folder = run.stage_dir(fold, role)
     if not (run.is_finished(role, fold) and (folder/'model.safetensors').exists()): return False
     if read_json(folder/'model.json')['folds_sha256'] != folds_sha256:
-        raise KdoctError(f"{folder} was trained on other folds.", fix=f"Delete {folder} to train it again.")
+        raise KdoctError(f"{folder} was trained on other folds.",
+                         fix=f"Delete {folder} to train it again.")
     return True
 
 def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, facts:dict)->dict:
@@ -505,9 +523,11 @@ def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, rec
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
     scores = {name: _validated(learn, w, _batches(data, 'val', run, recipe, device)) for name, w in candidates.items()}
-    kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))   # the best epoch where they are equal
+    # the best epoch where they are equal
+    kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))
     _write_predictions(run, data, role, learn.model, device, candidates, kept)
-    with atomic_path(folder/'history.csv') as tmp: pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
+    with atomic_path(folder/'history.csv') as tmp:
+        pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
     metrics = dict(kept=kept, best_epoch=learn.checkpoint.best_epoch, validation=scores[kept], candidates=scores)
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
     if len(scores) > 1:
@@ -533,7 +553,8 @@ def train_role(
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, origin = time.perf_counter(), _check_start(run, data, role)
-        teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]   # a resumed student must not change its teachers
+        # a resumed student must not change its teachers
+        teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]
         key = [run.recipe.key, data.folds_sha256, role, _ORDER, *teachers, *([f'{size} processes'] if size > 1 else [])]
         learn = _fold_learner(run, data, role, key=' '.join(key), cbs=cbs)
         with _within_memory(run, role): learn.fit(run.recipe.training(role).epochs)
@@ -549,8 +570,10 @@ def _within_memory(run:Run, role:str):
         step = recipe.batch_size*recipe.accumulate
         smaller = next((n for n in range(recipe.batch_size//2, 0, -1) if step % n == 0), None)
         fix = f"Take a smaller network or smaller pictures: {part}.arch, data.size."
-        if smaller: fix = f"Start another run with --set {part}.batch_size={smaller} --set {part}.accumulate={step//smaller}: steps of {step} images too."
-        raise KdoctError(f"The GPU's memory does not hold the {role}'s training with batches of {recipe.batch_size} images.", fix=fix) from e
+        if smaller:
+            fix = f"Start another run with --set {part}.batch_size={smaller} --set {part}.accumulate={step//smaller}: steps of {step} images too."
+        raise KdoctError(f"The GPU's memory does not hold the {role}'s training with batches of {recipe.batch_size} images.",
+                         fix=fix) from e
 
 def _check_start(run:Run, data:FoldData, role:str)->dict:
     "Where the first weights come from; `KdoctError` if they know the test images. Notes the beginning in the record."
@@ -558,7 +581,8 @@ def _check_start(run:Run, data:FoldData, role:str)->dict:
     notes = check_origin(origin, data_identity(run.recipe.data), data.folds_sha256, data.fold)
     if team()[0]: return origin
     for note in notes: print(f'WARNING: {note}')
-    if (recipe.size or 0) > run.recipe.data.size: print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
+    if (recipe.size or 0) > run.recipe.data.size:
+        print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
     run.record(f'fold_{data.fold}/{role}', status='running', seed=run.recipe.seed, folds_sha256=data.folds_sha256, weights_from=origin, notes=notes,
                processes=team()[1])
     return origin

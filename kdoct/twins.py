@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from .core import atomic_path, outputs_root, usable_cores
+from .core import atomic_path, human_time, outputs_root, usable_cores
 
 # %% ../nbs/01f_twins.ipynb #ff09f909
 SIDE, RINGS, ANGLES, INNER = 96, 32, 64, 6   # pixels, rings, samples a ring, radius of the first ring [px]
@@ -153,7 +153,8 @@ def _progress(done:int, total:int, start:float, every:int):
     "A line after each `every` images of a long search."
     if total > every and done//every > (done - 1)//every or done == total > every:
         took = time.time() - start
-        print(f"near-duplicates: {done} of {total} images seen, {took:.0f} s, about {took/done*(total - done):.0f} s to go", flush=True)
+        left = took/done*(total - done)
+        print(f"near-duplicates: {done} of {total} images seen, {human_time(took)}, about {human_time(left)} to go", flush=True)
 
 def _all_looks(paths:list[Path], batch:int=32)->tuple[np.ndarray, np.ndarray]:
     "Rings (n, RINGS, ANGLES) and features (n, features) of all files."

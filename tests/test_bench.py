@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kdoct import bench
 from kdoct.cli import app
 from kdoct.core import KdoctError, read_json
+from kdoct.models import computes_bf16
 
 SMALL = dict(teacher="test_convnext2", student="test_efficientnet", size=48, images=8, steps=2, rounds=2)
 
@@ -111,6 +112,18 @@ def test_a_thing_is_as_fast_as_itself():
     assert 0.4 < found["b"]["times_as_fast_as"]["a"]["median"] < 2.5
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_timed_only_where_the_device_multiplies_in_it(monkeypatch, able):
+    products = []
+    monkeypatch.setattr(bench, "computes_bf16", lambda device: able)
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append(a.dtype))
+    rates = bench.machine_rates()
+    assert set(rates) == {"fp32", "copy"} | ({"bf16"} if able else set())
+    assert (torch.bfloat16 in products) == able
+    part = [dict(rates=rates, images=1, seconds=1.)]
+    assert set(bench._limits(dict(macs=1, nbytes=1), part)) == set(rates)
+
+
 def test_arithmetic_of_a_step_is_three_forwards_and_the_teachers(plan):
     from kdoct.efficiency import count_macs
     from kdoct.models import create_classifier
@@ -130,7 +143,7 @@ def test_command_writes_a_whole_record_and_prints_its_table(tmp_path):
     record = read_json(tmp_path / "r.json")
     assert {"what", "about", "made", "plan", "images", "weights", "device", "threads", "workers", "load", "rates", "rows", "times", "git", "packages",
             "machine"} <= set(record)
-    assert set(record["rates"]) == {"fp32", "bf16", "copy"} and record["plan"]["rounds"] == 2
+    assert set(record["rates"]) == {"fp32", "copy"} | ({"bf16"} if computes_bf16() else set()) and record["plan"]["rounds"] == 2
     ours = record["rows"]["kdoct"]
     assert ours["times_as_fast_as"]["reference pattern"]["median"] > 0 and 0 < ours["share_of_limit"]["copy"]["median"] < 1.5
     assert len({t["round"] for t in record["times"]}) >= 1 and [t["row"] for t in record["times"][:3]] == list(record["rows"])

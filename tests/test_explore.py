@@ -12,12 +12,14 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_volumes import textured, write_dicom
 
 from kdoct import explore
 from kdoct.augment import Batches
@@ -278,6 +280,21 @@ BAD = dict(nothing=b"", text=b"no picture at all", torn=b"\x89PNG\r\n\x1a\n" + b
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_a_bad_file_is_told(name, data):
     with pytest.raises(KdoctError): explore.read_upload(name, data)
+
+
+def test_a_file_must_be_what_the_network_was_trained_on(tmp_path):
+    pytest.importorskip("pydicom")
+    data = write_dicom(tmp_path/"a.dcm", textured()).read_bytes()
+    assert len(explore.read_upload("a.dcm", data)) == 3
+    with pytest.raises(KdoctError, match="where a radiograph is expected"): explore.read_upload("a.dcm", data, "radiograph")
+
+
+@pytest.mark.parametrize("source,modality", [("neh", "oct"), ("covid_qu_ex", "radiograph")])
+def test_the_explorer_knows_what_the_network_was_trained_on(source, modality):
+    def panel(cases): return SimpleNamespace(state=SimpleNamespace(cases=cases))
+    recipe = preset("demo", **{"data.source": source})
+    assert explore.OwnPanel.modality(panel(SimpleNamespace(run=SimpleNamespace(recipe=recipe)))) == modality
+    assert explore.OwnPanel.modality(panel(None)) == "oct"
 
 
 # --- nothing of a file is taken for HTML

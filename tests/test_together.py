@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdoct import distill, together
-from kdoct.core import KdoctError
+from kdoct import distill, teacher, together, training
+from kdoct.core import KdoctError, create_run, preset
+from kdoct.data import prepare_data
 from kdoct.models import float32_products
+from kdoct.teacher import train_teacher
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.
 SCRIPT = textwrap.dedent('''
@@ -126,6 +128,67 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
     monkeypatch.setattr(distill, 'Distill', lambda *_: None)
     distill.train_student(Run(), 0)
     assert order == ['join', 'load', 'device', 'train']
+
+
+class Reached(Exception): "A stage has asked for its device."
+
+
+@pytest.fixture(scope='module')
+def trained_run(tmp_path_factory):
+    "A tiny run with everything that its stages need."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
+        run = create_run('t', preset('tiny', **{'teacher.epochs': 1}))
+        prepare_data(run)
+        about = train_teacher(run, 0)
+        own = create_run('own', preset('tiny', **{'teacher.train': False, 'teacher.weights': str(run.stage_dir(0, 'teacher'))}))
+        prepare_data(own)
+        return dict(train_student=run, train_baseline=run, train_teacher=create_run('new', run.recipe), use_teacher=own) if about else None
+
+
+@pytest.mark.parametrize('stage', ['train_teacher', 'use_teacher', 'train_student', 'train_baseline'])
+def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(trained_run, monkeypatch, stage):
+    met, plain_to = [], torch.nn.Module.to
+    def meet():
+        met.append(True)
+        return 0, 1
+    def device():
+        assert met, 'a device was asked for before the processes have met'
+        raise Reached
+    def to(self, *args, **kwargs):
+        assert met or not any(isinstance(a, (str, torch.device)) for a in (*args, *kwargs.values())), 'a network was put on a device too early'
+        return plain_to(self, *args, **kwargs)
+    for module in (training, distill, teacher):
+        for name, fake in (('join', meet), ('best_device', device)):
+            if hasattr(module, name): monkeypatch.setattr(module, name, fake)
+    monkeypatch.setattr(torch.nn.Module, 'to', to)
+    run = trained_run[stage]
+    if stage == 'train_teacher': prepare_data(run)
+    made = dict(train_student=distill.train_student, train_baseline=distill.train_baseline).get(stage, teacher.train_teacher)
+    with pytest.raises(Reached): made(run, 0)
+
+
+def test_a_failing_process_speaks_then_aborts_its_own_gpu_then_leaves(monkeypatch):
+    order = []
+    class Backend:
+        def abort(self): order.append('abort')
+    class Store:
+        def compare_set(self, key, expected, value):
+            order.append('speak')
+            return value
+        def check(self, keys): return False
+    class Group:
+        def _get_backend(self, device):
+            assert device == torch.device('cuda')   # the gloo half of the group has nothing to abort
+            return Backend()
+    monkeypatch.setattr(together, 'team', lambda: (1, 2))
+    monkeypatch.setattr(together, '_store', Store())
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(together.dist, 'group', type('group', (), dict(WORLD=Group())))
+    monkeypatch.setattr(together.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(together.dist, 'destroy_process_group', lambda: order.append('leave'))
+    with pytest.raises(ValueError, match='out of luck'), together.one_for_all(): raise ValueError('out of luck')
+    assert order == ['speak', 'abort', 'leave']
 
 
 # Two processes, one of which waits as NCCL lets it: no error comes when the other is gone.

@@ -362,6 +362,45 @@ def test_where_nothing_can_be_compiled_training_goes_on_and_says_why(tmp_path, r
     assert len(learn.history.rows) == 1
 
 
+@pytest.mark.parametrize('factor', [float('nan'), 1.5])
+def test_compiled_kernels_that_compute_something_else_are_not_used(tmp_path, recipe, capsys, factor):
+    def make(forward, dynamic): return lambda x: factor*forward(x)
+    learn = with_maker(learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1, drop_rate=0.))), make)
+    assert not learn.compile.facts['compiled'] and 'A compiled step has loss' in learn.compile.facts['reason']
+    assert 'training goes on without' in capsys.readouterr().out
+    assert np.isfinite(learn.history.rows[0]['train_loss'])
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_dropout_and_rounding_are_no_reason_against_compiled_kernels(tmp_path, recipe, precision):
+    torch.manual_seed(0)
+    r = recipe.model_copy(update=dict(compile=True, epochs=1, drop_rate=.5, precision=precision))
+    learn = with_maker(learner(tmp_path, r), lambda forward, dynamic: lambda x: forward(x*(1 + 1e-5)))
+    assert learn.compile.facts['compiled']
+
+
+# torch keeps kernels in a folder, by a key that lacks the vector units they were made for: two processes that share the folder.
+KEPT = textwrap.dedent('''
+    import torch
+    from torch._dynamo.utils import counters
+    from kdoct.step import compile_here
+    made, x = compile_here(lambda x: torch.softmax(x, 1).sum(0)), torch.arange(96.).reshape(4, 24).sin()
+    assert torch.allclose(made(x), torch.softmax(x, 1).sum(0)), made(x)
+    print(dict(counters['inductor']).get('fxgraph_cache_hit', 0))
+''')
+
+
+def test_kernels_made_for_other_vector_units_are_not_taken_from_the_cache(tmp_path):
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX512'): pytest.skip('this processor has no two kinds of vector units to try')
+    def hits(**env):
+        done = subprocess.run([sys.executable, '-c', KEPT], capture_output=True, text=True, timeout=200,
+                              env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **env})
+        if 'compiler' in done.stderr.lower() and done.returncode: pytest.skip('no C++ compiler here')
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+    assert [hits(), hits(ATEN_CPU_CAPABILITY='avx2')] == [0, 0]
+
+
 def test_only_training_batches_of_the_most_frequent_size_are_compiled(tmp_path, recipe):
     seen = []
     def make(forward, dynamic): return lambda x: seen.append(len(x)) or forward(x)
