@@ -3,7 +3,7 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -51,7 +51,7 @@ setup(
     license_expression=cfg["license"],
     license_files=["LICENSE"],
     python_requires=f">={cfg['min_python']}",
-    packages=[name],
+    packages=[name, *(f"{name}.{p}" for p in find_packages(name))],
     include_package_data=False,
     install_requires=requirements("requirements"),
     extras_require={extra: requirements(f"{extra}_requirements") for extra in ("offline", "deploy", "volumes", "app", "dev")},

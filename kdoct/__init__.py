@@ -9,6 +9,6 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 def __getattr__(name):
     "`kdoct.Predictor`, so that `import kdoct` waits for nothing."
     if name == 'Predictor':
-        from kdoct.predict import Predictor
+        from kdoct.deploy.predict import Predictor
         return Predictor
     raise AttributeError(f"module 'kdoct' has no attribute '{name}'")

@@ -10,19 +10,20 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdoct.core import DataRecipe, KdoctError
-from kdoct.data import (
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe
+from kdoct.data.audit import audit, audit_page
+from kdoct.data.images import (
     MAX_PIXELS,
     PROBLEMS,
     BadImage,
-    audit,
-    audit_page,
     check_jpeg,
     decode_image,
     inspect_file,
     read_image_bytes,
 )
-from kdoct.sources import finding, load_table, make_listing
+from kdoct.data.listing import finding, make_listing
+from kdoct.data.sources import load_table
 
 RNG = np.random.default_rng(0)
 
@@ -253,7 +254,7 @@ def test_a_file_that_may_not_be_read_is_reported(tmp_path, monkeypatch):
     f.chmod(0)
     if os.access(f, os.R_OK):  # root reads everything: let the opener refuse instead
         def refuse(path, mode="r"): raise PermissionError(13, "Permission denied", str(path))
-        monkeypatch.setattr("kdoct.data.open", refuse, raising=False)
+        monkeypatch.setattr("kdoct.data.images.open", refuse, raising=False)
     assert inspect_file(f)["problems"] == [("unreadable", "Permission denied")]
 
 

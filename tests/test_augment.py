@@ -7,9 +7,19 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 
-from kdoct import augment as A
-from kdoct.augment import DRAWS, N_DRAWS, Batches, apply_view, augment, draw_changes, uniforms, view_matrix, warp
-from kdoct.core import AugmentRecipe, preset
+from kdoct.core.recipe import AugmentRecipe, preset
+from kdoct.data import augment as A
+from kdoct.data.augment import (
+    DRAWS,
+    N_DRAWS,
+    Batches,
+    apply_view,
+    augment,
+    draw_changes,
+    uniforms,
+    view_matrix,
+    warp,
+)
 
 NONE = AugmentRecipe(hflip=0, rotate=0, scale=0, shift=0, brightness=0, contrast=0)
 BILINEAR = tv.InterpolationMode.BILINEAR

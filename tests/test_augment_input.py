@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdoct import augment as A
-from kdoct.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
-from kdoct.core import AugmentRecipe, preset
+from kdoct.core.recipe import AugmentRecipe, preset
+from kdoct.data import augment as A
+from kdoct.data.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
 
 TEACHER = preset("paper-neh").teacher.augment.model_copy(update=dict(posterize=0.0))  # a last-place rounding may change a level
 
@@ -54,12 +54,12 @@ def test_shares_of_two_processes_are_the_batches_of_one():
 def test_parts_of_a_batch_and_cores_change_nothing(channels, monkeypatch, threads):
     x = torch.from_numpy(uniforms(np.arange(13), channels*24*24, 0, 0)).view(13, channels, 24, 24)
     u = torch.from_numpy(uniforms(np.arange(13), N_DRAWS, 7, 0))
-    monkeypatch.setattr(A, "together", len)
+    monkeypatch.setattr(A, "images_at_once", len)
     whole = augment(x, u, TEACHER, 20)
     for cores in (1, 2, 3):
         threads(cores)
         for n in (1, 4):
-            monkeypatch.setattr(A, "together", lambda x, n=n: n)
+            monkeypatch.setattr(A, "images_at_once", lambda x, n=n: n)
             close(augment(x, u, TEACHER, 20), whole)
             assert torch.get_num_threads() == cores
 

@@ -14,8 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from kdoct.bundle import check_name, new_keys, open_sealed, read_tensors, seal, strict_json, tensor_table
-from kdoct.core import KdoctError, sha256_file
+from kdoct.core.files import KdoctError, sha256_file
+from kdoct.deploy.bundle import (
+    check_name,
+    new_keys,
+    open_sealed,
+    read_tensors,
+    seal,
+    strict_json,
+    tensor_table,
+)
 
 
 def message(*fields):
@@ -344,7 +352,7 @@ def test_a_real_onnx_model_opens(bundle):
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_damaged_onnx_gives_a_reason_or_passes(tmp_path_factory, changes):
-    from kdoct.bundle import _check_onnx
+    from kdoct.deploy.bundle import _check_onnx
     data, path = bytearray(onnx_of(*FLOATS)), tmp_path_factory.getbasetemp() / "fuzz.onnx"
     for at, value in changes: data[at % len(data)] = value
     path.write_bytes(data)

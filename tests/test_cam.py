@@ -8,21 +8,20 @@ import timm
 import torch
 from torch import nn
 
-from kdoct.cam import (
+from kdoct.core.files import KdoctError
+from kdoct.explain.cam import (
     METHODS,
     Layer,
-    Quick,
     default_layer,
     explain,
     find_layout,
-    private_copy,
     refine,
     score_cam,
     stretch,
     target_layer,
 )
-from kdoct.core import KdoctError
-from kdoct.models import IMAGENET, Classifier
+from kdoct.models.backbones import IMAGENET, Classifier
+from kdoct.training.inference import FusedBody, private_copy
 
 LAYERS = {  # architecture -> layer, channels and side of its maps
     "vgg19": ("features.35", 512, 2), "vgg19_bn": ("features.51", 512, 2), "visformer_small": ("stage3", 768, 7),
@@ -189,7 +188,7 @@ def test_quick_copy_computes_the_same(network, request):
     x = model.prepare(smooth(4, 64))
     with torch.inference_mode():
         body = private_copy(model)
-        quick, want = Quick(body, x[:1]), body(x)
+        quick, want = FusedBody(body, x[:1]), body(x)
         assert torch.allclose(quick.exact(x), want, atol=1e-4)
         assert (quick.cheap(x.bfloat16()).float() - want).abs().max() < .05*want.abs().max()
     assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.body.modules())
@@ -255,7 +254,7 @@ def test_memory_stays_flat_over_a_hundred_images():
 
 
 def test_the_private_copy_dies_with_the_call(small, monkeypatch):
-    import kdoct.cam as cam
+    from kdoct.explain import cam as cam
     seen, make = [], cam.private_copy
     def noted(model):
         body = make(model)

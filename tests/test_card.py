@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kdoct.bundle import strict_json
-from kdoct.card import NOT, model_card
-from kdoct.core import DecideRecipe, create_run, preset, read_json, write_json
-from kdoct.decide import fit_decision
-from kdoct.evaluate import _simulated_stages, evaluate_fold
-from kdoct.metrics import simulate_predictions
+from kdoct.core.files import read_json, write_json
+from kdoct.core.recipe import DecideRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.deploy.bundle import strict_json
+from kdoct.deploy.model_card import NOT, model_card
+from kdoct.evaluate.decisions import fit_decision
+from kdoct.evaluate.metrics import simulate_predictions
+from kdoct.evaluate.simulated import write_simulated_stages
+from kdoct.evaluate.stage import evaluate_fold
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def evaluated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as env:
         env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
         run = create_run("card", preset("tiny"))
-        _simulated_stages(run, 0)
+        write_simulated_stages(run, 0)
         evaluate_fold(run, 0, verbose=False)
         yield run
 

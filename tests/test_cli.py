@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from kdoct.cli import app, main
-from kdoct.core import outputs_root
+from kdoct.app.cli import app, main
+from kdoct.core.files import outputs_root
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def test_folds_that_do_not_exist_leave_no_run(capsys, tmp_path):
 @pytest.mark.parametrize("field", ["student.arch", "teacher.arch"])
 def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(field, capsys, tmp_path, monkeypatch):
     (tmp_path / "d").mkdir()
-    monkeypatch.setattr("kdoct.sources.load_table", lambda data: pytest.fail("looked at the images"))
+    monkeypatch.setattr("kdoct.data.sources.load_table", lambda data: pytest.fail("looked at the images"))
     said = refused(capsys, "crossval", "--source", "folder", "--data-root", tmp_path / "d", "--set", f"{field}=efficientnt_b2")
     assert "knows no model 'efficientnt_b2'" in said and "Did you mean efficientnet_b2" in said and not outputs_root().exists()
 
@@ -168,13 +168,13 @@ def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path,
 
 
 def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
-    from kdoct.sources import SOURCES
+    from kdoct.data.sources import SOURCES
     calls, listed = [], SOURCES["folder"]
     monkeypatch.setitem(SOURCES, "folder", lambda data: calls.append(1) or listed(data))
     main_(["folds", "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_"])
     assert len(calls) == 1
-    from kdoct.core import open_stage
-    from kdoct.data import prepare_data
+    from kdoct.app.stages import open_stage
+    from kdoct.data.stage import prepare_data
     run, _ = open_stage("tiny", "staged", data_root=str(tmp_path / "d"), overrides=r"data.source=folder data.group_pattern=/(P[^_]+)_")
     prepare_data(run)
     assert len(calls) == 2
@@ -185,13 +185,15 @@ def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [dict(fold=9), dict(fold="two"), dict(fold=True), dict(overrides="student.epoch=3"), dict(overrides="student"),
                                    dict(student="efficientnt_b2"), dict(data_root="nowhere"), dict(run="a/b"), dict(overrides=[1])])
 def test_a_stage_with_a_wrong_parameter_leaves_no_run(given):
-    from kdoct.core import KdoctError, open_stage
+    from kdoct.app.stages import open_stage
+    from kdoct.core.files import KdoctError
     with pytest.raises(KdoctError): open_stage("tiny", **given)
     assert not outputs_root().exists()
 
 
 def test_a_stage_without_images_leaves_no_run(tmp_path):
-    from kdoct.core import KdoctError, open_stage
+    from kdoct.app.stages import open_stage
+    from kdoct.core.files import KdoctError
     (tmp_path / "empty").mkdir()
     with pytest.raises(KdoctError, match="finds no usable image"): open_stage("edge", "r", data_root=str(tmp_path / "empty"))
     assert not outputs_root().exists()

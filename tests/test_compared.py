@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdoct import models  # noqa: F401  (registers the networks)
-from kdoct.cli import main
-from kdoct.control import SIDE, hog_features, run_control
-from kdoct.core import KdoctError, create_run, open_stage, preset, read_json
-from kdoct.data import open_fold, prepare_data
-from kdoct.teacher import train_teacher
+# noqa: F401  (registers the networks)
+from kdoct.app.cli import main
+from kdoct.app.stages import open_stage
+from kdoct.core.files import KdoctError, read_json
+from kdoct.core.recipe import preset
+from kdoct.core.runs import create_run
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.distill.teacher import train_teacher
+from kdoct.evaluate.hog_svm import SIDE, hog_features, run_hog_svm
 
 
 @pytest.mark.parametrize(('arch', 'parameters'), [('fpn_vgg16', 21_651_011), ('sfnet', 29_262_051)])
@@ -107,23 +110,23 @@ def test_the_control_predicts_the_test_part_and_leaves_no_pickle(run):
 
 
 def test_the_control_does_not_look_at_the_test_part(run, monkeypatch):
-    before = run_control(run, 2)
+    before = run_hog_svm(run, 2)
     first = pd.read_parquet(run.stage_dir(2, 'hog_svm')/'predictions.parquet')
     for f in run.stage_dir(2, 'hog_svm').iterdir(): f.unlink()
     data = open_fold(run, 2)
     data.labels[data.idx['test']] = (data.labels[data.idx['test']] + 1) % 4
-    monkeypatch.setattr('kdoct.control.open_fold', lambda *a: data)
-    assert run_control(run, 2)['C'] == before['C']
+    monkeypatch.setattr('kdoct.evaluate.hog_svm.open_fold', lambda *a: data)
+    assert run_hog_svm(run, 2)['C'] == before['C']
     again = pd.read_parquet(run.stage_dir(2, 'hog_svm')/'predictions.parquet')
     pd.testing.assert_frame_equal(again.filter(like='logit_'), first.filter(like='logit_'))
 
 
 def test_a_control_of_other_folds_is_not_taken_over(run):
-    run_control(run, 0)
+    run_hog_svm(run, 0)
     about = run.stage_dir(0, 'hog_svm')/'model.json'
     text = about.read_text()
     about.write_text(text.replace(open_fold(run, 0).folds_sha256, 'f'*64))
-    with pytest.raises(KdoctError, match='other folds'): run_control(run, 0)
+    with pytest.raises(KdoctError, match='other folds'): run_hog_svm(run, 0)
     about.write_text(text)
 
 
@@ -139,7 +142,7 @@ def test_features_do_not_depend_on_colour_or_on_the_stored_size():
 def test_the_control_reaches_on_real_b_scans_what_it_was_measured_to_reach(shared_data):
     real = create_run('ucsd', preset('edge', **{'data.root': str(shared_data/'ucsd_oct'), 'data.size': 128}))
     prepare_data(real)
-    run_control(real, 0)
+    run_hog_svm(real, 0)
     found = pd.read_parquet(real.stage_dir(0, 'hog_svm')/'predictions.parquet')
     names = found.filter(like='logit_').columns
     guess = names.str.removeprefix('logit_').to_numpy()[found[names].to_numpy().argmax(1)]

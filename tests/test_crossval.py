@@ -9,8 +9,11 @@ import nbformat
 import pytest
 from PIL import Image
 
-from kdoct.core import STAGES, create_run, open_run, open_stage, outputs_root, preset
-from kdoct.crossval import RUN_HEADING, run_stage, stage_cells
+from kdoct.app.crossval import RUN_HEADING, run_stage, stage_cells
+from kdoct.app.stages import open_stage
+from kdoct.core.files import outputs_root
+from kdoct.core.recipe import preset
+from kdoct.core.runs import STAGES, create_run, open_run
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
@@ -35,11 +38,11 @@ def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path):
     assert done.returncode == 1 and "Did you mean 'fold'?" in done.stderr
 
 
-TRAIN = "from kdoct.core import open_run; from kdoct.teacher import train_teacher; train_teacher(open_run('two'), 0)"
+TRAIN = "from kdoct.core.runs import open_run; from kdoct.distill.teacher import train_teacher; train_teacher(open_run('two'), 0)"
 
 
 def test_two_processes_never_train_the_same_fold():
-    from kdoct.data import prepare_data
+    from kdoct.data.stage import prepare_data
     run = create_run('two', preset('tiny', **{'teacher.epochs': 8}))
     prepare_data(run)
     both = [subprocess.Popen([sys.executable, '-c', TRAIN], env={**ENV, 'KDOCT_OUTPUTS': str(outputs_root())}, cwd=ROOT,
@@ -63,7 +66,7 @@ def folder(tmp_path):
 
 def test_a_failed_stage_is_named_and_the_run_goes_on(folder):
     recipe = {'data.source': 'folder', 'data.root': str(folder), 'data.group_pattern': r'(p\d+)_', 'data.n_folds': 2}
-    first = shell('kdoct.cli', 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine', '--source', 'folder', '--data-root', folder,
+    first = shell('kdoct.app.cli', 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine', '--source', 'folder', '--data-root', folder,
                   '--set', r"data.group_pattern='(p\d+)_'", '--set', 'data.n_folds=2')
     assert first.returncode == 1 and 'Traceback' not in first.stderr
     assert 'data stage failed' in first.stderr and 'empty' in first.stderr and 'data.ipynb' in first.stderr
@@ -76,17 +79,17 @@ def test_a_failed_stage_is_named_and_the_run_goes_on(folder):
 
 
 def test_a_run_with_results_keeps_its_recipe(folder):
-    from kdoct.data import prepare_data
+    from kdoct.data.stage import prepare_data
     run = create_run('fixed', preset('tiny'))
     prepare_data(run)
-    done = shell('kdoct.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96')
+    done = shell('kdoct.app.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96')
     assert done.returncode == 1 and 'data.size: 64, not 96' in done.stderr
 
 
 @pytest.fixture
 def small_demo(monkeypatch, tmp_path):
     "The demo with the networks and images of the preset for tests."
-    from kdoct.core import PRESETS
+    from kdoct.core.recipe import PRESETS
     monkeypatch.setenv('KDOCT_OUTPUTS', str(tmp_path))
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.delenv('KDOCT_STAGE', raising=False)
@@ -109,7 +112,7 @@ def test_a_stage_of_another_run_makes_no_stage_before_it(small_demo):
 
 
 def test_a_stage_that_papermill_runs_makes_no_stage_before_it(small_demo, monkeypatch):
-    monkeypatch.setattr('kdoct.core._injected_names', lambda: {'fold'})
+    monkeypatch.setattr('kdoct.app.stages._injected_names', lambda: {'fold'})
     asked = []
     open_stage(before=dict(data=made(asked, 'data')))
     assert asked == []

@@ -12,23 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdoct.core import KdoctError, create_run, preset, read_json, sha256_file
-from kdoct.data import (
-    check_folds,
-    cover,
-    decode_cache,
-    folds_of,
-    leak_of,
-    make_folds,
-    open_fold,
-    prepare_data,
-    read_folds,
-    scale_bar,
-    to_square,
-    white_padding,
-    write_folds,
-)
-from kdoct.sources import image_table
+from kdoct.core.files import KdoctError, read_json, sha256_file
+from kdoct.core.recipe import preset
+from kdoct.core.runs import create_run
+from kdoct.data.cache import decode_cache
+from kdoct.data.folds import check_folds, make_folds, read_folds, write_folds
+from kdoct.data.framing import cover, scale_bar, to_square, white_padding
+from kdoct.data.listing import image_table
+from kdoct.data.stage import folds_of, leak_of, open_fold, prepare_data
 
 
 def table_of(patients):
@@ -208,7 +199,7 @@ def right(cache, folder, table):
 
 
 CHILD = """
-    import sys, pandas as pd, kdoct.data as D
+    import sys, pandas as pd, kdoct.data.stage as D
     def pause(word): print(word, flush=True); sys.stdin.readline()
     {patch}
     table = pd.read_json({table!r}, dtype=str)

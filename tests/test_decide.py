@@ -11,14 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from kdoct import decide as D
-from kdoct import judged as J
-from kdoct.core import DecideRecipe, EvaluateRecipe, KdoctError, create_run, preset, read_json, write_json
-from kdoct.data import open_fold, prepare_data
-from kdoct.metrics import aurc, log_softmax, logits_of, risk_coverage, share_interval, simulate_predictions, targets_of
-from kdoct.models import load_model_folder
-from kdoct.patients import VolumeRule
-from kdoct.training import predict_logits, train_role
+from kdoct.core.files import KdoctError, read_json, write_json
+from kdoct.core.recipe import DecideRecipe, EvaluateRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.evaluate import decision_tables as J
+from kdoct.evaluate import decisions as D
+from kdoct.evaluate.metrics import (
+    aurc,
+    log_softmax,
+    logits_of,
+    risk_coverage,
+    share_interval,
+    simulate_predictions,
+    targets_of,
+)
+from kdoct.evaluate.patients import VolumeRule
+from kdoct.models.backbones import load_model_folder
+from kdoct.training.results import predict_logits, train_role
 
 QUICK = EvaluateRecipe(n_boot=100)
 
@@ -291,7 +301,7 @@ def test_a_decision_that_was_changed_is_refused(folder, harm, says):
 
 @pytest.mark.parametrize('arrays', [dict(mean=np.zeros(3, np.float32)), 'nan', 'shape'])
 def test_statistics_of_another_shape_are_refused(folder, arrays):
-    from kdoct.core import sha256_file
+    from kdoct.core.files import sha256_file
     a = D.load_decision(folder).outlier.arrays()
     if arrays == 'nan': a['mean'] = a['mean']*np.nan
     if arrays == 'shape': a['axes'] = a['axes'][:, :, :5].copy()
@@ -360,7 +370,7 @@ def test_fitting_on_patients_who_chose_the_epoch_is_said_and_on_others_is_not(ca
     test = simulate_predictions(30)
     for decision, said in ((made[1], True), (calibrated[1], False)):
         assert bool(D.fitted_on(decision)[1]) == said
-        j = J.Judged(replace(fitted(), about=decision.about), test, np.zeros(len(test)))
+        j = J.DecidedPredictions(replace(fitted(), about=decision.about), test, np.zeros(len(test)))
         for s in (J.sets_section, J.calibration_section): assert ('have also chosen the epoch' in s({'student': [j]}, QUICK).caption) == said
 
 
@@ -425,7 +435,7 @@ def test_a_network_that_is_missing_is_answered_with_its_command(run):
                                          ({'data.worst_case_train': True, 'data.worst_case_test': True}, '')], ids=['same', 'worst case', 'official', 'both'])
 def test_a_test_part_that_is_drawn_otherwise_is_said(changes, says):
     run = create_run('caveat', preset('tiny', **changes))
-    j = J.Judged(fitted(caveat=D._caveat(run)), simulate_predictions(20), np.zeros(len(simulate_predictions(20))))
+    j = J.DecidedPredictions(fitted(caveat=D._caveat(run)), simulate_predictions(20), np.zeros(len(simulate_predictions(20))))
     assert says in J.sets_section({'student': [j]}, QUICK).caption and bool(D._caveat(run)) == bool(says)
 
 
@@ -462,8 +472,8 @@ def test_intervals_of_shares_resample_patients():
 def test_sections_count_what_the_decision_does():
     test = simulate_predictions(60, 2., seed=5)
     d = fitted()
-    j = J.Judged(d, test, features(len(test), 7)[:, 0] + d.outlier.threshold)
-    s, p = J.judged_sections({'student': [j]}, QUICK), d.probabilities(logits_of(test))
+    j = J.DecidedPredictions(d, test, features(len(test), 7)[:, 0] + d.outlier.threshold)
+    s, p = J.decision_sections({'student': [j]}, QUICK), d.probabilities(logits_of(test))
     kept = (p.max(1) >= d.defer_below) & (j.distance <= d.outlier.threshold)   # as predict ships it: an outlier is deferred too
     assert s['deferral'].table.coverage['student'] == pytest.approx(kept.mean()) and not (j.distance <= d.outlier.threshold).all()
     assert s['outliers'].table.outliers['student'] == pytest.approx((j.distance > d.outlier.threshold).mean())
@@ -474,27 +484,28 @@ def test_sections_count_what_the_decision_does():
 
 
 def test_a_fold_without_a_decision_is_named():
-    from kdoct.evaluate import pool_judged
+    from kdoct.evaluate.pooling import pool_decisions
     d, test = fitted(), simulate_predictions(30)
-    j = J.Judged(d, test, np.zeros(len(test)))
-    pooled, notes = pool_judged({0: {'student': j, 'teacher': j}, 1: {'student': j}})
+    j = J.DecidedPredictions(d, test, np.zeros(len(test)))
+    pooled, notes = pool_decisions({0: {'student': j, 'teacher': j}, 1: {'student': j}})
     assert list(pooled) == ['student'] and notes == ['teacher: no decision in fold 1, not in the tables about decisions']
 
 
 def test_evaluation_shows_decisions_where_they_are(monkeypatch):
-    from kdoct import evaluate as E
+    from kdoct.evaluate import simulated
+    from kdoct.evaluate import stage as evaluate_stage
     run = create_run('shown', preset('tiny'))
-    E._simulated_stages(run, 0)
-    before = E.evaluate_fold(run, 0, verbose=False)
+    simulated.write_simulated_stages(run, 0)
+    before = evaluate_stage.evaluate_fold(run, 0, verbose=False)
     df = pd.read_parquet(run.stage_dir(0, 'student')/'predictions.parquet')
     D.save_decision(run.stage_dir(0, 'student'), d := fitted(simulate_predictions(30, classes=tuple(sorted(df.label.unique())))))
     df[['path', 'fold']].assign(distance=d.outlier.score(features(len(df)))).to_parquet(run.stage_dir(0, 'student')/'outliers.parquet')
     assert not run.is_finished('evaluate', 0)                      # the evaluation does not know of it yet
-    after = E.evaluate_fold(run, 0, verbose=False)
+    after = evaluate_stage.evaluate_fold(run, 0, verbose=False)
     assert 'calibration' not in before['sections'] and run.is_finished('evaluate', 0)
     saved = read_json(run.fold_dir(0)/'evaluation.json')
     assert {'calibration', 'operating', 'deferral', 'sets', 'outliers'} <= set(saved['sections'])
     assert {'calibration', 'coverage_risk'} <= set(saved['figures']) and (run.figures_dir(0)/'coverage_risk.png').exists()
     assert list(saved['sections']['deferral']['table']) == ['student'] and after['table'].equals(before['table'])
     change(run.stage_dir(0, 'student'), lambda s: s['about'].update(weights_sha256='of another network'))
-    with pytest.raises(KdoctError, match=r'other weights(.|\n)*05g_decide.ipynb .*-p run shown'): E.evaluate_fold(run, 0)
+    with pytest.raises(KdoctError, match=r'other weights(.|\n)*05g_decide.ipynb .*-p run shown'): evaluate_stage.evaluate_fold(run, 0)

@@ -14,15 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdoct import deploy
-from kdoct.augment import Batches
-from kdoct.core import KdoctError, TrainRecipe, create_run, open_run, preset
-from kdoct.data import decode_image, framed, prepare_data, read_image_bytes, to_square
-from kdoct.decide import features_and_logits, fit_outlier
-from kdoct.distill import train_baseline
-from kdoct.models import create_classifier
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.runs import create_run, open_run
+from kdoct.data.augment import Batches
+from kdoct.data.framing import framed, to_square
+from kdoct.data.images import decode_image, read_image_bytes
+from kdoct.data.stage import prepare_data
+from kdoct.deploy import engines, graph
+from kdoct.deploy import stage as deploy
+from kdoct.deploy import stage as deploy_stage
+from kdoct.distill.student import train_baseline
+from kdoct.evaluate.decisions import features_and_logits, fit_outlier
+from kdoct.models.backbones import create_classifier
 
-ENGINES = list(deploy.ENGINES)
+ENGINES = list(engines.ENGINES)
 EXACT = ["torch", "onnx", "openvino"]
 
 pytest.importorskip("openvino", reason="the extra deploy is not installed")
@@ -34,15 +40,15 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as env:
         env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("deploy")))
         # how fast INT8 is on this machine today is not asked here, nor whether a network of two epochs is sure of anything
-        for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items(): env.setitem(deploy.LIMITS, name, limit)
+        for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items(): env.setitem(engines.LIMITS, name, limit)
         run = create_run("tiny", preset("tiny"))
         prepare_data(run)
         train_baseline(run, 0)
-        return SimpleNamespace(run=run, folder=deploy.export_fold(run, 0, "baseline"), record=run.stage("fold_0/deploy")["baseline"])
+        return SimpleNamespace(run=run, folder=deploy_stage.export_fold(run, 0, "baseline"), record=run.stage("fold_0/deploy")["baseline"])
 
 
 @pytest.fixture(scope="module")
-def bundle(made): return deploy.open_bundle(made.folder)
+def bundle(made): return deploy_stage.open_bundle(made.folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +64,8 @@ def pil(a, side): return np.asarray(Image.fromarray(a).resize((side, side), Imag
 
 def in_graph(a, side):
     "The graph's own resize; tall pictures, whose columns PIL takes first from version 13 on, are left to PIL."
-    x = torch.from_numpy(np.array(deploy.squared(a[None], side) if len(a) > max(a.shape[1], side) else a[None])).float()
-    return deploy.pil_resize(x[None], side)[0, 0].numpy().astype(int)
+    x = torch.from_numpy(np.array(graph.squared(a[None], side) if len(a) > max(a.shape[1], side) else a[None])).float()
+    return graph.pil_resize(x[None], side)[0, 0].numpy().astype(int)
 
 
 @settings(max_examples=40)
@@ -105,7 +111,7 @@ def test_pictures_of_other_sizes_and_numbers_leave_no_trace(name, bundle, test_p
     first = engine(some)
     engine(np.zeros((1, 50, 300), np.uint8))
     each = [engine(x[None]) for x in some]
-    for k in deploy.OUTPUTS: assert np.allclose(np.concatenate([e[k] for e in each]), first[k], rtol=1e-3, atol=1e-4)
+    for k in graph.OUTPUTS: assert np.allclose(np.concatenate([e[k] for e in each]), first[k], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -130,12 +136,12 @@ def test_what_is_no_picture_is_refused(bad, bundle):
 
 
 def test_answers_that_are_no_numbers_are_not_handed_out():
-    broken = deploy.Engine("x", lambda x: (np.full((len(x), 2), np.nan), np.zeros(len(x))), 1)
+    broken = engines.Engine("x", lambda x: (np.full((len(x), 2), np.nan), np.zeros(len(x))), 1)
     with pytest.raises(KdoctError, match="not finite"): broken(np.zeros((1, 8, 8), np.uint8))
 
 
 def test_calibration_is_of_whole_training_patients(made, bundle):
-    from kdoct.data import open_fold
+    from kdoct.data.stage import open_fold
     rows, facts = open_fold(made.run, 0).rows("train"), bundle.about["calibration"]
     taken = rows[rows.sha256.isin(facts["sha256"])]
     assert len(taken) == facts["images"] == len(facts["sha256"]) and set(taken.label) == set(bundle.classes)
@@ -161,7 +167,7 @@ def test_a_format_that_cannot_be_written_is_recorded_and_left_out(made, tmp_path
     def fails(*_): raise RuntimeError("no such operator")
     monkeypatch.setenv("KDOCT_OUTPUTS", str(made.run.path.parent))
     monkeypatch.setattr(deploy, "write_onnx", fails)
-    got = deploy.open_bundle(deploy.export_fold(open_run("tiny"), 0, "baseline", tmp_path / "b", ["int8"], images=8))
+    got = deploy_stage.open_bundle(deploy_stage.export_fold(open_run("tiny"), 0, "baseline", tmp_path / "b", ["int8"], images=8))
     assert got.about["formats"]["int8"] == dict(kept=False, reason="onnx could not be written (RuntimeError: no such operator)")
     assert got.engines == ["torch"] and not list(got.folder.glob("*.xml")) and not list(got.folder.glob("*.onnx"))
     with pytest.raises(KdoctError, match="no engine 'int8': onnx could not be written"): got.engine("int8")
@@ -174,32 +180,32 @@ def found_of(ms, lost=0., kept=True):
 
 def test_a_reason_never_compares_two_numbers_that_read_alike():
     parity = dict(probability=0.0010004, distance=0., labels=0.994999, flags=1.)
-    assert deploy.refused(parity, True) == (
+    assert engines.refused(parity, True) == (
         "a probability is off by 0.0010004 (at most 0.0010000); 99.4999 % of the predicted classes agree (at least 99.5000 %)")
 
 
 @pytest.mark.parametrize("ms, lost, why", [(9.9, .5, ""), (10.1, 0., "1.29 times as fast"), (5., .6, "loses 0.60 points")])
 def test_int8_is_kept_only_if_it_is_worth_it(ms, lost, why):
     found = found_of(ms, lost)
-    deploy._judge_int8(found)
+    deploy_stage._judge_int8(found)
     assert found["int8"]["kept"] == (not why) and why in found["int8"]["reason"]
     assert found["int8"]["times_as_fast"] == pytest.approx(13 / ms)
 
 
 def test_what_stands_in_the_way_is_said_before_work_begins(made, tmp_path, monkeypatch):
     run = made.run
-    with pytest.raises(KdoctError, match="exists already"): deploy.export_fold(run, 0, "baseline")
-    with pytest.raises(KdoctError, match="no format 'onxx'"): deploy.export_fold(run, 0, "baseline", tmp_path / "b", ["onxx"])
-    with pytest.raises(KdoctError, match="no finished student"): deploy.export_fold(run, 0, "student", tmp_path / "b")
+    with pytest.raises(KdoctError, match="exists already"): deploy_stage.export_fold(run, 0, "baseline")
+    with pytest.raises(KdoctError, match="no format 'onxx'"): deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b", ["onxx"])
+    with pytest.raises(KdoctError, match="no finished student"): deploy_stage.export_fold(run, 0, "student", tmp_path / "b")
     really = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "nncf" else really(name, *a))
-    with pytest.raises(KdoctError, match="nncf") as e: deploy.export_fold(run, 0, "baseline", tmp_path / "b")
+    with pytest.raises(KdoctError, match="nncf") as e: deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b")
     assert "kdoct[deploy]" in e.value.fix and not (tmp_path / "b").exists()
 
 
 def test_a_graph_of_another_network_is_refused(bundle, tmp_path):
     about = bundle.about | dict(classes=["A", "B"])
-    with pytest.raises(KdoctError, match="The graph model.onnx takes and gives"): deploy.make_engine(bundle.folder, "onnx", about, bundle.decision)
+    with pytest.raises(KdoctError, match="The graph model.onnx takes and gives"): engines.make_engine(bundle.folder, "onnx", about, bundle.decision)
 
 
 def test_colour_pictures_go_through_the_graph(tmp_path):
@@ -210,9 +216,9 @@ def test_colour_pictures_go_through_the_graph(tmp_path):
     stored = np.stack([pil(p, 40) for p in pictures]).astype(np.uint8)
     features, logits = features_and_logits(model, Batches(stored, none, none.astype(np.uint64), np.arange(8), 4, size=32))
     stand_in = SimpleNamespace(temperature=2., outlier=fit_outlier(rng.normal(size=(40, features.shape[1])).astype(np.float32)))
-    deploy.write_onnx(deploy.Deployable(model, stand_in, 32, 8), 3, tmp_path / "model.onnx")
-    answer, facts = deploy.onnx_engine(tmp_path / "model.onnx")
-    said = deploy.Engine("onnx", answer, 3)(pictures)
+    graph.write_onnx(graph.Deployable(model, stand_in, 32, 8), 3, tmp_path / "model.onnx")
+    answer, facts = engines.onnx_engine(tmp_path / "model.onnx")
+    said = engines.Engine("onnx", answer, 3)(pictures)
     assert facts["images"] == ("uint8", [None, None, None, 3])
     assert np.abs(said["probabilities"] - torch.tensor(logits / 2).softmax(1).numpy()).max() < 1e-4
     assert np.allclose(said["outlier"], stand_in.outlier.score(features), rtol=1e-2)
@@ -246,7 +252,7 @@ def theirs(tmp_path_factory):
     "A model folder as `kdoct import` writes it, and pictures."
     import timm
 
-    from kdoct.models import import_model_folder
+    from kdoct.models.backbones import import_model_folder
     at = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=3)
@@ -255,12 +261,12 @@ def theirs(tmp_path_factory):
     import_model_folder(at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
     (at / "pictures").mkdir()
     for i in range(7): Image.fromarray(np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)).save(at / "pictures" / f"{i}.png")
-    return SimpleNamespace(folder=at / "mine", pictures=at / "pictures", bundle=deploy.export_folder(at / "mine", at / "pictures"))
+    return SimpleNamespace(folder=at / "mine", pictures=at / "pictures", bundle=deploy_stage.export_folder(at / "mine", at / "pictures"))
 
 
 def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decision(theirs):
     from kdoct import Predictor
-    opened = deploy.open_bundle(theirs.bundle)
+    opened = deploy_stage.open_bundle(theirs.bundle)
     f = opened.about["formats"]
     assert {"torch", "onnx", "openvino"} <= set(opened.engines) and theirs.bundle == theirs.folder / "bundle"
     for name in EXACT: assert f[name]["parity"]["images"] == 7 and f[name]["parity"]["probability"] < 1e-3 and "accuracy" not in f[name]["parity"]
@@ -286,10 +292,10 @@ def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
 
 def test_pictures_that_cannot_be_read_are_named_before_anything_is_written(theirs, tmp_path):
     (tmp_path / "in").mkdir()
-    with pytest.raises(KdoctError, match="no picture to compare") as e: deploy.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    with pytest.raises(KdoctError, match="no picture to compare") as e: deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
     assert "--images" in e.value.fix
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(KdoctError, match="bad.png"): deploy.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    with pytest.raises(KdoctError, match="bad.png"): deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -297,16 +303,16 @@ def test_a_bundle_that_lost_its_decision_is_refused(made, theirs, tmp_path):
     import json
     import shutil
 
-    from kdoct.bundle import seal
+    from kdoct.deploy.bundle import seal
     copy = shutil.copytree(made.folder, tmp_path / "b")
     for name in ("decision.json", "decision.safetensors"): (copy / name).unlink()
     about = json.loads((copy / "bundle.json").read_text())
     seal(copy, {k: v for k, v in about.items() if k not in ("bundle", "files")})
-    with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"): deploy.open_bundle(copy)
+    with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"): deploy_stage.open_bundle(copy)
 
 
 def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
-    from kdoct import cli
+    from kdoct.app import cli
     asked = []
     monkeypatch.setattr(deploy, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder)
     folder = str(made.run.stage_dir(0, "baseline"))
@@ -317,8 +323,8 @@ def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
 def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_path):
     import shutil
     copied = shutil.copytree(made.run.stage_dir(0, "baseline"), tmp_path / "copied", ignore=shutil.ignore_patterns("bundle", "resume"))
-    opened = deploy.open_bundle(deploy.export_folder(copied, theirs.pictures, formats=[]))
-    assert opened.decision.temperature == deploy.load_decision(copied).temperature
+    opened = deploy_stage.open_bundle(deploy_stage.export_folder(copied, theirs.pictures, formats=[]))
+    assert opened.decision.temperature == deploy_stage.load_decision(copied).temperature
     parity = opened.about["formats"]["torch"]["parity"]
     assert {"distance", "flags"} <= set(parity) and "accuracy" not in parity and opened.about["channels"] == 1
     assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()

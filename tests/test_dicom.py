@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdoct import volumes
-from kdoct.data import BadImage
-from kdoct.volumes import read_scans
+from kdoct.data import dicom
+from kdoct.data import volumes as volumes
+from kdoct.data.images import BadImage
+from kdoct.data.volumes import read_scans
 
 pydicom = pytest.importorskip("pydicom")
 uid = pydicom.uid
@@ -86,7 +87,7 @@ def test_16_bits_without_window_are_spread_over_the_values_of_the_volume(tmp_pat
 def test_one_scale_for_a_volume_also_where_its_frames_are_decoded_twice(tmp_path, monkeypatch):
     a = bscans(high=900)*np.array([1, 2, 3])[:, None, None]
     path = write(tmp_path/"a.dcm", a)
-    monkeypatch.setattr("kdoct.volumes.KEPT_BYTES", 0)
+    monkeypatch.setattr("kdoct.data.dicom.KEPT_BYTES", 0)
     assert np.array_equal(pictures(path), spread(a))
 
 
@@ -122,7 +123,7 @@ def test_bright_rows_in_one_of_many_frames_leave_the_others_visible(tmp_path, mo
     a[7, :4] = 65535
     path = write(tmp_path/"a.dcm", a)
     for kept in (1 << 27, 0):
-        monkeypatch.setattr("kdoct.volumes.KEPT_BYTES", kept)
+        monkeypatch.setattr("kdoct.data.dicom.KEPT_BYTES", kept)
         assert np.ptp(np.percentile(pictures(path)[0], (10, 90))) > 100
 
 
@@ -388,7 +389,7 @@ def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
 def test_jpeg_of_12_bits_is_read_with_the_extra(name):
     pytest.importorskip("gdcm")
-    values = next(volumes._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, volumes._dicom_head(path)[0], 1))
+    values = next(dicom._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, dicom._dicom_head(path)[0], 1))
     assert (values[420, 140], values[230, 120], values.max()) == (244, 95, 264)   # what libjpeg reads, as pydicom's own tests have it
 
 
@@ -570,8 +571,8 @@ def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes
 
 @pytest.mark.parametrize("modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")])
 def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
-    from kdoct.deploy import Engine  # here: they import torch
-    from kdoct.predict import Predictor
+    from kdoct.deploy.engines import Engine  # here: they import torch
+    from kdoct.deploy.predict import Predictor
     def engine(name="", threads=0): return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
     about = dict(modality=modality) if modality else {}
     network = SimpleNamespace(decision=None, classes=["a", "b"], framing={}, about=about, engine=engine)

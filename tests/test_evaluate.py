@@ -10,23 +10,26 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kdoct import evaluate as E
-from kdoct import judged as J
-from kdoct import patients as P
-from kdoct import report as R
-from kdoct import tables as T
-from kdoct.core import (
-    ROLES,
-    DecideRecipe,
-    EvaluateRecipe,
-    KdoctError,
-    create_run,
-    preset,
-    read_json,
-    write_json,
+from kdoct.app import report as R
+from kdoct.core.files import KdoctError, read_json, write_json
+from kdoct.core.recipe import DecideRecipe, EvaluateRecipe, preset
+from kdoct.core.runs import ROLES, create_run
+from kdoct.deploy.predict import Volumes, judged
+from kdoct.evaluate import decision_tables as J
+from kdoct.evaluate import (
+    figures as evaluate_figures,
 )
-from kdoct.decide import fit_decision
-from kdoct.metrics import (
+from kdoct.evaluate import patients as P
+from kdoct.evaluate import (
+    pooling,
+    simulated,
+)
+from kdoct.evaluate import (
+    stage as evaluate_stage,
+)
+from kdoct.evaluate import tables as T
+from kdoct.evaluate.decisions import fit_decision
+from kdoct.evaluate.metrics import (
     HEADLINE,
     bootstrap,
     evaluate_predictions,
@@ -35,7 +38,6 @@ from kdoct.metrics import (
     read_predictions,
     simulate_predictions,
 )
-from kdoct.predict import Volumes, judged
 
 QUICK = EvaluateRecipe(n_boot=100)
 
@@ -58,8 +60,8 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('toy', preset('tiny'))
-        for k in (0, 1): E._simulated_stages(run, k)
-        return run, *quiet(E.evaluate_fold, run, 0)
+        for k in (0, 1): simulated.write_simulated_stages(run, k)
+        return run, *quiet(evaluate_stage.evaluate_fold, run, 0)
 
 
 @pytest.fixture
@@ -95,49 +97,49 @@ def test_differences_need_the_same_images():
 @pytest.mark.parametrize('classes', [('A', 'B'), ('COVID-19', 'Viral pneumonia', 'Lung opacity', 'Normal', 'E', 'F', 'G')], ids=['two', 'seven'])
 def test_figures_for_few_and_many_classes(tmp_path, classes):
     m = models(80, classes)
-    for name, fig in {'confusion': E.confusion_figure(m), 'roc': E.roc_figure(m), 'reliability': E.reliability_figure(m)}.items():
-        with Image.open(E.save_figure(fig, tmp_path/f'{name}.png', dpi=999)) as im:
+    for name, fig in {'confusion': evaluate_figures.confusion_figure(m), 'roc': evaluate_figures.roc_figure(m), 'reliability': evaluate_figures.reliability_figure(m)}.items():
+        with Image.open(evaluate_figures.save_figure(fig, tmp_path/f'{name}.png', dpi=999)) as im:
             assert im.width > 400 and im.width <= 150*fig.get_figwidth() + 1
-    assert len([a for a in E.roc_figure(m).axes if a.get_visible()]) == len(classes)
+    assert len([a for a in evaluate_figures.roc_figure(m).axes if a.get_visible()]) == len(classes)
 
 
 def test_figures_with_an_absent_class():
     m = {r: df[df.label != 'DME'].reset_index(drop=True) for r, df in models().items()}
-    assert 'no image of this class' in E.roc_figure(m).axes[1].texts[0].get_text()
-    assert len(E.confusion_figure(m).axes[0].texts) == 12  # the row of the absent class stays empty
+    assert 'no image of this class' in evaluate_figures.roc_figure(m).axes[1].texts[0].get_text()
+    assert len(evaluate_figures.confusion_figure(m).axes[0].texts) == 12  # the row of the absent class stays empty
 
 
 def test_no_pyplot_figure_is_left_open():
     import matplotlib.pyplot as plt
     before = plt.get_fignums()
-    E.confusion_figure(models()), E.counts_figure(pd.DataFrame({'label': ['A'], 'role': ['train'], 'images': [3], 'groups': [2]}))
+    evaluate_figures.confusion_figure(models()), evaluate_figures.counts_figure(pd.DataFrame({'label': ['A'], 'role': ['train'], 'images': [3], 'groups': [2]}))
     assert plt.get_fignums() == before
 
 
 def test_worst_mistakes_are_errors_surest_first_and_repeatable():
     df = simulate_predictions(80, 2.)
-    w = E.worst_mistakes(df, 10)
+    w = evaluate_figures.worst_mistakes(df, 10)
     assert (w.label != w.predicted).all() and w.confidence.is_monotonic_decreasing
-    pd.testing.assert_frame_equal(w, E.worst_mistakes(df.sample(frac=1, random_state=0), 10))
+    pd.testing.assert_frame_equal(w, evaluate_figures.worst_mistakes(df.sample(frac=1, random_state=0), 10))
 
 
 def test_an_unreadable_picture_says_so_in_its_place():
     def gone(path): raise KdoctError(f'{path} is truncated', fix='copy it again')
-    fig = E.mistakes_figure(simulate_predictions(40, 2.), gone, n=3)
+    fig = evaluate_figures.mistakes_figure(simulate_predictions(40, 2.), gone, n=3)
     assert all('is truncated' in ' '.join(a.texts[0].get_text().split()) for a in fig.axes[:3])
 
 
 def test_a_model_without_mistakes_has_a_figure(tmp_path):
     df = simulate_predictions(10)
     for c in ('CNV', 'DME', 'DRUSEN', 'NORMAL'): df[f'logit_{c}'] = 9.*(df.label == c)
-    E.save_figure(E.mistakes_figure(df, lambda p: np.zeros((8, 8), np.uint8)), tmp_path/'m.png')
+    evaluate_figures.save_figure(evaluate_figures.mistakes_figure(df, lambda p: np.zeros((8, 8), np.uint8)), tmp_path/'m.png')
     assert (tmp_path/'m.png').stat().st_size > 0
 
 
 def test_counts_refuse_an_image_without_label():
     folds = pd.DataFrame({'path': ['a', 'b'], 'group': ['1', '2'], 'fold': 0, 'role': ['train', 'test']})
-    assert E.counts_of(folds, pd.Series({'a': 'X', 'b': 'X'})).images.tolist() == [1, 1]
-    with pytest.raises(KdoctError, match='no label'): E.counts_of(folds, pd.Series({'a': 'X'}))
+    assert evaluate_figures.counts_of(folds, pd.Series({'a': 'X', 'b': 'X'})).images.tolist() == [1, 1]
+    with pytest.raises(KdoctError, match='no label'): evaluate_figures.counts_of(folds, pd.Series({'a': 'X'}))
 
 
 def test_fold_writes_every_number_and_figure(made):
@@ -157,7 +159,7 @@ def test_fold_writes_every_number_and_figure(made):
 
 def test_fold_is_evaluated_the_same_twice(run):
     before = (run.fold_dir(0)/'evaluation.json').read_text()
-    quiet(E.evaluate_fold, 'toy', 0)
+    quiet(evaluate_stage.evaluate_fold, 'toy', 0)
     assert (run.fold_dir(0)/'evaluation.json').read_text() == before
 
 
@@ -168,9 +170,9 @@ def test_a_missing_model_is_answered_with_its_command(run, role, notebook, optio
     path = run.stage_dir(1, role)/missing
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
-        with pytest.raises(KdoctError, match=f'no predictions of the {role}') as e: E.evaluate_fold(run, 1)
+        with pytest.raises(KdoctError, match=f'no predictions of the {role}') as e: evaluate_stage.evaluate_fold(run, 1)
         assert re.search(rf'papermill \S*{notebook} \S+\.ipynb -p run toy -p fold 1{option}$', str(e.value))
-        assert E.complete_folds(run) == [0]
+        assert pooling.complete_folds(run) == [0]
     finally: hidden.rename(path)
 
 
@@ -179,13 +181,13 @@ def test_predictions_of_another_fold_are_refused(run):
     right = path.read_bytes()
     try:
         pd.read_parquet(path).assign(fold=2).to_parquet(path)
-        with pytest.raises(KdoctError, match='fold'): E.fold_models(run, 1)
+        with pytest.raises(KdoctError, match='fold'): pooling.fold_models(run, 1)
     finally: path.write_bytes(right)
 
 
 def test_run_pools_folds_and_keeps_their_spread(run):
-    r, said = quiet(E.evaluate_run, run)
-    each = [evaluate_predictions(E.fold_models(run, k)['student']) for k in (0, 1)]
+    r, said = quiet(evaluate_stage.evaluate_run, run)
+    each = [evaluate_predictions(pooling.fold_models(run, k)['student']) for k in (0, 1)]
     assert r['folds'].loc[('student', 'accuracy'), 'sd'] == pytest.approx(np.std([e['accuracy'] for e in each]))
     n = [e['n_images'] for e in each]
     assert r['table'].accuracy['student'] == pytest.approx(np.average([e['accuracy'] for e in each], weights=n))
@@ -196,7 +198,7 @@ def test_run_pools_folds_and_keeps_their_spread(run):
 
 def test_a_patient_tested_in_two_folds_is_refused():
     m = models()
-    with pytest.raises(KdoctError, match='more than one fold'): E._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
+    with pytest.raises(KdoctError, match='more than one fold'): evaluate_stage._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
 
 
 VIEWS = {'teacher.average': 'swa', 'teacher.swa_start': 1, 'evaluate.views': ['identity', 'hflip'], 'data.severity': ['NORMAL', 'DRUSEN', 'DME', 'CNV']}
@@ -208,12 +210,12 @@ def viewed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('views', preset('tiny', **VIEWS))
-        for k in (0, 1): E._simulated_stages(run, k)
+        for k in (0, 1): simulated.write_simulated_stages(run, k)
         folder = run.stage_dir(0, 'hog_svm')
         folder.mkdir()
         read_predictions(run.stage_dir(0, 'baseline')/'predictions.parquet').to_parquet(folder/'predictions.parquet')
         write_json(folder/'model.json', dict(parameters=None, calibrated=False))
-        return run, quiet(E.evaluate_fold, run, 0)[0], quiet(E.evaluate_run, run)[0]
+        return run, quiet(evaluate_stage.evaluate_fold, run, 0)[0], quiet(evaluate_stage.evaluate_run, run)[0]
 
 
 def test_views_and_weights_are_those_of_variants_parquet(viewed):
@@ -230,19 +232,19 @@ def test_views_and_weights_are_those_of_variants_parquet(viewed):
 
 
 def test_each_architecture_is_measured_once_and_noted(monkeypatch):
-    from kdoct.core import TrainRecipe
-    from kdoct.models import create_classifier, save_model_folder
+    from kdoct.core.recipe import TrainRecipe
+    from kdoct.models.backbones import create_classifier, save_model_folder
     run, net = create_run('cost', preset('tiny')), create_classifier(TrainRecipe(arch='test_efficientnet', weights='none'), 4, 64)
     for role in ('student', 'baseline'): save_model_folder(run.stage_dir(0, role), net, role, run.recipe, list('abcd'))
     write_json(run.stage_dir(0, 'hog_svm')/'model.json', dict(parameters=None))
-    c = E.costs_of(run, 0, ('student', 'baseline', 'HOG + SVM'), repeats=5)
+    c = pooling.costs_of(run, 0, ('student', 'baseline', 'HOG + SVM'), repeats=5)
     assert c['student'] == c['baseline'] and c['student']['parameters'] == sum(p.numel() for p in net.parameters())
     assert c['student']['bytes'] == (run.stage_dir(0, 'student')/'model.safetensors').stat().st_size
     assert c['HOG + SVM'] == dict(parameters=None, not_measured='no model.safetensors')
     s = T.costs_section(c)
     assert 'HOG + SVM was not measured: no model.safetensors' in s.caption and s.texts.loc['student', 'weights on disk'] == '0.4 MB'
-    monkeypatch.setattr(E, '_measured', lambda *a: pytest.fail('measured twice'))
-    assert E.costs_of(run, 0, ('student',))['student'] == read_json(run.path/'efficiency.json')['test_efficientnet, 4 classes, 64 px']
+    monkeypatch.setattr('kdoct.evaluate.pooling._measured', lambda *a: pytest.fail('measured twice'))
+    assert pooling.costs_of(run, 0, ('student',))['student'] == read_json(run.path/'efficiency.json')['test_efficientnet, 4 classes, 64 px']
 
 
 def test_main_table_is_of_the_kept_weights_in_one_view(viewed):
@@ -254,7 +256,7 @@ def test_a_further_model_is_a_row_of_its_fold_and_named_where_it_cannot_be_poole
     run, fold, pooled = viewed
     assert fold['table'].index.tolist() == [*ROLES, 'HOG + SVM'] and fold['table'].parameters['HOG + SVM'] == '–'
     assert 'HOG + SVM, patients' in fold['sections']['volumes'].table.index
-    assert 'HOG + SVM gives margins, no probabilities' in fold['protocol'] and E.is_evaluated(run, 0)
+    assert 'HOG + SVM gives margins, no probabilities' in fold['protocol'] and evaluate_stage.is_evaluated(run, 0)
     assert 'HOG + SVM' not in pooled['table'].index and 'HOG + SVM is not in every fold' in pooled['protocol']
 
 
@@ -266,7 +268,7 @@ def test_an_evaluation_without_a_further_model_is_out_of_date(viewed):
         saved = json.loads(text)
         del saved['predictions']['HOG + SVM']
         path.write_text(json.dumps(saved))
-        assert run.is_finished('evaluate', 0) and not E.is_evaluated(run, 0)
+        assert run.is_finished('evaluate', 0) and not evaluate_stage.is_evaluated(run, 0)
     finally: path.write_text(text)
 
 
@@ -276,7 +278,7 @@ def test_a_further_model_on_other_images_is_refused(viewed, monkeypatch):
     right = path.read_bytes()
     try:
         pd.read_parquet(path).iloc[1:].to_parquet(path)
-        with pytest.raises(KdoctError, match='other images than the student'): E.fold_models(run, 0)
+        with pytest.raises(KdoctError, match='other images than the student'): pooling.fold_models(run, 0)
     finally: path.write_bytes(right)
 
 
@@ -289,29 +291,29 @@ def test_a_further_model_on_other_images_is_refused(viewed, monkeypatch):
 def test_variants_that_do_not_belong_are_refused(viewed, tmp_path, change, says):
     run = viewed[0]
     change(pd.read_parquet(run.stage_dir(0, 'teacher')/'variants.parquet')).to_parquet(tmp_path/'variants.parquet')
-    with pytest.raises(KdoctError, match=says): T.read_variants(tmp_path/'variants.parquet', E.fold_models(run, 0)['teacher'], 'swa')
+    with pytest.raises(KdoctError, match=says): T.read_variants(tmp_path/'variants.parquet', pooling.fold_models(run, 0)['teacher'], 'swa')
 
 
 def test_a_model_without_variants_is_named(viewed):
     run = viewed[0]
-    models = E.fold_models(run, 0)
-    variants, kept = E.fold_variants(run, 0, models)
+    models = pooling.fold_models(run, 0)
+    variants, kept = pooling.fold_variants(run, 0, models)
     del variants['baseline']
-    pooled, _, notes = E.pool_variants({0: (variants, kept)})
+    pooled, _, notes = pooling.pool_variants({0: (variants, kept)})
     assert notes == ['baseline: no variants.parquet'] and 'baseline' not in pooled
 
 
 def test_blanked_retina_stands_beside_chance(viewed):
     run, _, pooled = viewed
     t = pooled['sections']['blanked'].table
-    df = pd.concat(E.fold_models(run, k)['student'] for k in (0, 1))
+    df = pd.concat(pooling.fold_models(run, k)['student'] for k in (0, 1))
     assert t.largest_class['student'] == df.label.value_counts(normalize=True).max() and t.balanced_chance['student'] == 1/4
     assert (t.chance == 'not above').all() and t.n_images['student'] == len(df)
 
 
 def test_no_ensemble_over_the_folds_of_a_cross_validation(viewed):
     run, _, pooled = viewed
-    with pytest.raises(KdoctError, match='no image is left') as e: E.ensemble(run, 'student')
+    with pytest.raises(KdoctError, match='no image is left') as e: pooling.ensemble(run, 'student')
     n, g = (pooled['table'][c]['student'] for c in ('n_images', 'n_groups'))
     assert f'{n} of {n} test images ({g} of {g} groups)' in str(e.value) and 'No ensemble over folds' in pooled['protocol']
 
@@ -337,13 +339,13 @@ def official_run(name, seen_groups=0):
 
 def official_tables(run):
     "What `evaluate_run` computes, without its figures."
-    each = {k: E.fold_models(run, k) for k in range(3)}
-    return E._tables(run, each, E._pool(each, 'official'))
+    each = {k: pooling.fold_models(run, k) for k in range(3)}
+    return evaluate_stage._tables(run, each, evaluate_stage._pool(each, 'official'))
 
 
 def test_official_models_are_pooled_on_the_same_test_images():
     run = official_run('official')
-    r, _ = quiet(E.evaluate_run, run)
+    r, _ = quiet(evaluate_stage.evaluate_run, run)
     assert '3 models on the same test images' in r['protocol'] and 'test-time views: none' in r['protocol']
     n = len(simulate_predictions(40))
     assert r['table'].n_images['student'] == 3*n and r['table'].n_groups['student'] == 40
@@ -353,7 +355,7 @@ def test_official_models_are_pooled_on_the_same_test_images():
 
 def test_official_ensemble_is_the_mean_of_the_members_probabilities():
     run = official_run('official')
-    e = E.ensemble(run, 'student')
+    e = pooling.ensemble(run, 'student')
     each = [read_predictions(run.stage_dir(k, 'student')/'predictions.parquet').sort_values('path') for k in range(3)]
     mean = np.mean([np.exp(log_probs(t)) for t in each], axis=0)
     np.testing.assert_allclose(np.exp(log_probs(e)), mean, rtol=1e-9)
@@ -365,20 +367,20 @@ def test_official_ensemble_is_the_mean_of_the_members_probabilities():
 
 def test_ensemble_leaves_out_patients_that_a_member_was_trained_on():
     run = official_run('leaky', seen_groups=15)
-    e, test = E.ensemble(run, 'student'), simulate_predictions(40)
+    e, test = pooling.ensemble(run, 'student'), simulate_predictions(40)
     assert set(e.group) == set(test.group.unique()[15:])
     r = official_tables(run)
     assert f'{len(e)} of {len(test)} test images' in r['sections']['ensemble'].caption
 
 
 def test_ensemble_is_refused_where_every_patient_is_known():
-    with pytest.raises(KdoctError, match='40 of 40 groups'): E.ensemble(official_run('all-seen', seen_groups=40), 'student')
+    with pytest.raises(KdoctError, match='40 of 40 groups'): pooling.ensemble(official_run('all-seen', seen_groups=40), 'student')
 
 
 def test_official_folds_must_test_the_same_images():
     m = models()
     with pytest.raises(KdoctError, match='not tested in every fold'):
-        E._pool({0: m, 1: {r: df.iloc[1:].assign(fold=1) for r, df in m.items()}}, 'official')
+        evaluate_stage._pool({0: m, 1: {r: df.iloc[1:].assign(fold=1) for r, df in m.items()}}, 'official')
 
 
 def test_mean_of_slices_is_one_row_a_patient_with_the_mean_probability():
@@ -405,7 +407,7 @@ def decided(df, rule, outliers=()):
     f = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
     d = fit_decision(val := simulate_predictions(60, seed=5), f[:len(val)], f, DecideRecipe())
     far = np.isin(df.path, outliers)
-    return J.Judged(replace(d, volume=rule), df, np.where(far, d.outlier.threshold + 1, 0.))
+    return J.DecidedPredictions(replace(d, volume=rule), df, np.where(far, d.outlier.threshold + 1, 0.))
 
 
 @pytest.mark.parametrize('rule', [P.VolumeRule(), P.VolumeRule('worst', 2, severity=('NORMAL', 'DRUSEN', 'DME', 'CNV')),
@@ -498,7 +500,7 @@ def test_protocol_tells_of_a_kept_leak():
 
 def test_simulated_models_never_enter_a_real_run(run, monkeypatch):
     other = create_run('real', preset('edge', **{'data.source': 'phantom'}))
-    with pytest.raises(KdoctError, match='not a test'): E._simulated_stages(other, 0)
+    with pytest.raises(KdoctError, match='not a test'): simulated.write_simulated_stages(other, 0)
 
 
 def test_report_is_one_file_without_a_network(run):
@@ -593,9 +595,9 @@ def test_without_a_diagnosis_no_row_is_called_published():
 def test_the_summary_over_folds_needs_files_only(viewed):
     run, _, pooled = viewed
     (run.path/'summary.json').unlink()
-    again, s = E.folds_summary(run), pooled['sections']['folds']
+    again, s = evaluate_stage.folds_summary(run), pooled['sections']['folds']
     pd.testing.assert_frame_equal(again.table, s.table)
-    (_, said) = quiet(E.evaluate_run, run)
+    (_, said) = quiet(evaluate_stage.evaluate_run, run)
     saved, row = read_json(run.path/'summary.json')['sections']['folds'], 'teacher, all slices, kept weights, averaged views'
     assert saved['table'][row]['accuracy'] == s.table.accuracy[row]
     assert s.title in said and 'ddof 0' in said and f'<h3>{s.title}</h3>' in R.report_html(run).read_text()
@@ -616,7 +618,7 @@ def probed(run):
 
 def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
     write_json(probed.path/'probe.json', shortcut())
-    _, said = quiet(E.evaluate_run, probed)
+    _, said = quiet(evaluate_stage.evaluate_run, probed)
     words = 'predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %'
     assert said.startswith('WARNING: Shortcut') and words in ' '.join(said.split())
     assert words in read_json(probed.path/'summary.json')['warnings'][0]
@@ -626,7 +628,7 @@ def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
 
 def test_a_probe_at_chance_is_no_warning(probed):
     write_json(probed.path/'probe.json', shortcut(False))
-    assert not [w for w in E.warnings_of(probed) if w.startswith('Shortcut')]
+    assert not [w for w in evaluate_stage.warnings_of(probed) if w.startswith('Shortcut')]
 
 
 def test_findings_of_data_and_decisions_are_warnings(run):
@@ -634,7 +636,7 @@ def test_findings_of_data_and_decisions_are_warnings(run):
     section = T.Section('Operating points of the student', table, table, '')
     blank = pd.DataFrame([dict(chance='above', sensitivity=.6, sensitivity_low=.5, sensitivity_high=.7, balanced_chance=.25)], index=['student'])
     (run.path/'audit.csv').write_text('path,problem,detail\na.png,near-duplicate,"of b.png, which is CNV, not DME; agreement 0.99"\n')
-    try: said = E.warnings_of(run, dict(operating=section, blanked=T.Section('', blank, blank, '')))
+    try: said = evaluate_stage.warnings_of(run, dict(operating=section, blanked=T.Section('', blank, blank, '')))
     finally: (run.path/'audit.csv').unlink()
     assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in said)
     assert any('1 near-duplicates have another class' in w for w in said)
@@ -644,7 +646,7 @@ def test_findings_of_data_and_decisions_are_warnings(run):
 def test_the_main_table_and_that_of_every_class_share_one_pass(run, monkeypatch):
     both, asked = T.bootstrap_both, []
     monkeypatch.setattr(T, 'bootstrap_both', lambda df, *how: asked.append(len(df)) or both(df, *how))
-    made = quiet(E.evaluate_fold, run, 0)[0]
+    made = quiet(evaluate_stage.evaluate_fold, run, 0)[0]
     assert len(asked) == len(made['models'])
 
 
@@ -653,7 +655,7 @@ def test_what_is_true_of_several_networks_is_said_once(run):
     blank = pd.DataFrame([above, above | dict(sensitivity=.625), above | dict(chance='not above')], index=['teacher', 'student', 'baseline'])
     few = '9 patients are too few for sets with 5 % errors: every class is in every set'
     sets = pd.DataFrame(dict(note=[few, few, '']), index=['teacher, wished 95 %', 'student, wished 95 %', 'baseline, wished 95 %'])
-    said = E.warnings_of(run, dict(sets=T.Section('Prediction sets', sets, sets, ''), blanked=T.Section('', blank, blank, '')))
+    said = evaluate_stage.warnings_of(run, dict(sets=T.Section('Prediction sets', sets, sets, ''), blanked=T.Section('', blank, blank, '')))
     covered = [w for w in said if 'retina is covered' in w]
     assert len(covered) == 1 and 'teacher 60.0 [50.0, 70.0] %, student 62.5 [50.0, 70.0] %' in covered[0] and 'baseline' not in covered[0]
     assert f'Prediction sets, not fitted as wished. For teacher, student (wished 95 %): {few}. See Decisions.' in said

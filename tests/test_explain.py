@@ -9,11 +9,16 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from kdoct.augment import apply_view, to_unit
-from kdoct.cam import explain
-from kdoct.core import KdoctError, TrainRecipe, create_run, preset
-from kdoct.data import open_fold, prepare_data, to_square
-from kdoct.explain import (
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.augment import apply_view, to_unit
+from kdoct.data.framing import to_square
+from kdoct.data.phantom import simulate_bscan
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.explain.cam import explain
+from kdoct.explain.faithfulness import energy_in_mask, randomised
+from kdoct.explain.stage import (
     explain_fold,
     explained_folds,
     explained_images,
@@ -22,9 +27,7 @@ from kdoct.explain import (
     masks_of,
     read_mask,
 )
-from kdoct.faithfulness import energy_in_mask, randomised
-from kdoct.models import create_classifier, save_model_folder
-from kdoct.phantom import simulate_bscan
+from kdoct.models.backbones import create_classifier, save_model_folder
 
 
 def bundles(run, folds_sha256, seed=0):

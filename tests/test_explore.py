@@ -21,15 +21,21 @@ import torch
 from PIL import Image
 from test_volumes import textured, write_dicom
 
-from kdoct import explore
-from kdoct.augment import Batches
-from kdoct.core import EvaluateRecipe, KdoctError, create_run, preset
-from kdoct.data import open_fold, prepare_data, to_square
-from kdoct.decide import decide_fold
-from kdoct.explore import App, Background, Cases, Choice, Explorer, Thresholds, case_table, open_cases, pick
-from kdoct.metrics import log_softmax, logits_of, simulate_predictions
-from kdoct.models import create_classifier, save_model_folder
-from kdoct.training import predict_logits, predictions_frame
+from kdoct.app import explore as explore
+from kdoct.app import html, networks, panels
+from kdoct.app.cases import CaseFilter, Cases, Thresholds, case_table, open_cases, pick
+from kdoct.app.explore import App
+from kdoct.app.networks import Background, Explorer
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import EvaluateRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.augment import Batches
+from kdoct.data.framing import to_square
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.metrics import log_softmax, logits_of, simulate_predictions
+from kdoct.models.backbones import create_classifier, save_model_folder
+from kdoct.training.results import predict_logits, predictions_frame
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = '<img src=x onerror=alert(1)>'
@@ -66,7 +72,7 @@ def run(made, outputs):
     shutil.copytree(made, outputs)
     facts = (outputs / "small" / "run.json")
     facts.write_text(facts.read_text().replace(str(made), str(outputs)))
-    from kdoct.core import open_run
+    from kdoct.core.runs import open_run
     return open_run("small")
 
 
@@ -96,7 +102,7 @@ def test_a_network_alone_has_nothing_beside_it(run):
     shutil.rmtree(run.stage_dir(0, "teacher"))
     cases = open_cases(run, 0, "student")
     assert cases.beside == "" and case_table(cases).apart.isna().all()
-    with pytest.raises(KdoctError, match="No other network"): pick(case_table(cases), Choice(beside="same"))
+    with pytest.raises(KdoctError, match="No other network"): pick(case_table(cases), CaseFilter(beside="same"))
 
 
 def test_what_the_numbers_are_of_is_said(run):
@@ -108,7 +114,7 @@ def test_what_the_numbers_are_of_is_said(run):
 
 def test_choices_are_kept_together(run):
     table = case_table(simulated(run))
-    rows = pick(table, Choice(true="CNV", result="wrong", low=.5, order="surest first"))
+    rows = pick(table, CaseFilter(true="CNV", result="wrong", low=.5, order="surest first"))
     t = table.loc[rows]
     want = table[(table.label == "CNV") & (table.predicted != "CNV") & (table.confidence >= .5)]
     assert sorted(rows) == sorted(want.index) and len(rows)
@@ -119,7 +125,7 @@ def test_a_hundred_thousand_images_are_no_burden(run):
     big = simulated(run, 40_000)
     assert len(big.predictions) > 90_000
     began = time.perf_counter()
-    pick(case_table(big), Choice(true="DME", order="surest first"))
+    pick(case_table(big), CaseFilter(true="DME", order="surest first"))
     assert time.perf_counter() - began < 2
 
 
@@ -130,26 +136,26 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
     p = cases.probabilities["student"]
     assert p == pytest.approx(decision.probabilities(logits_of(cases.predictions)))
     assert state.table.deferred.tolist() == ((p.max(1) < decision.defer_below) | (cases.distances > decision.outlier.threshold)).tolist()
-    flagged = pick(state.table, Choice(outlier="outlier"))
+    flagged = pick(state.table, CaseFilter(outlier="outlier"))
     assert set(flagged) == set(np.flatnonzero(cases.distances > decision.outlier.threshold))
-    said = " ".join(explore.verdict(cases, state.subject(0)))
+    said = " ".join(html.verdict(cases, state.subject(0)))
     assert "Prediction sets" in said and ("Not deferred" in said) != ("Deferred to" in said) and ("No outlier" in said) != ("Outlier:" in said)
     now = state.network(state.stamp()).answer(state.subject(0).image)
     assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.distance == pytest.approx(cases.distances[0], rel=1e-3)
 
 
 def test_predict_and_explorer_say_the_same_of_every_picture(run):
-    from kdoct.predict import judged
+    from kdoct.deploy.predict import judged
     decision, state = decide_fold(run, 0), Explorer()
     cases = state.open()
     middle = float(np.median(cases.distances))
     decision = dataclasses.replace(decision, outlier=dataclasses.replace(decision.outlier, threshold=middle))   # half are outliers
     state.cases = cases = dataclasses.replace(cases, decisions=dict(student=decision))
-    state.table = explore.case_table(cases)
+    state.table = cases.case_table(cases)
     rows = judged(decision, cases.probabilities["student"], cases.distances, .1)
     for i, row in enumerate(rows):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
-        said = explore.verdict(cases, state.subject(i))
+        said = html.verdict(cases, state.subject(i))
         assert (f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred.") in said
     assert {r["outlier"] for r in rows} == {True, False}
 
@@ -163,10 +169,10 @@ def between(values):
 
 
 def test_the_same_picture_has_the_same_texts_in_predict_explorer_report_and_card(run):
-    from kdoct.card import model_card
-    from kdoct.decide import save_decision
-    from kdoct.judged import deferral_section, outliers_section, read_judged
-    from kdoct.predict import Predictor
+    from kdoct.deploy.model_card import model_card
+    from kdoct.deploy.predict import Predictor
+    from kdoct.evaluate.decision_tables import deferral_section, outliers_section, read_decided
+    from kdoct.evaluate.decisions import save_decision
     folder, cases = run.stage_dir(0, "student"), (decide_fold(run, 0), open_cases(run, 0, "student"))[1]
     d = cases.decisions["student"]
     outlier = dataclasses.replace(d.outlier, threshold=between(cases.distances))
@@ -179,15 +185,15 @@ def test_the_same_picture_has_the_same_texts_in_predict_explorer_report_and_card
     alpha = min(d.set_minimum)
     for i, row in enumerate(rows):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
-        own = state.own_subject(explore.read_own(root / cases.predictions.path[i])[0])   # the same picture, as a file of one's own
-        said, of_own = explore.verdict(cases, state.subject(i)), explore.verdict(cases, own, state.network(state.stamp()).answer(own.image))
+        own = state.own_subject(networks.read_upload_path(root / cases.predictions.path[i])[0])   # the same picture, as a file of one's own
+        said, of_own = html.verdict(cases, state.subject(i)), html.verdict(cases, own, state.network(state.stamp()).answer(own.image))
         assert said[-4:] == of_own[-4:]
         assert (f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred.") in said
         assert any(t.startswith("Outlier:") for t in said) == row["outlier"]
         assert f"{' or '.join(row['prediction_set'])} at an error of {100*alpha:g} %" in said[-1]
     assert {r["outlier"] for r in rows} == {r["deferred"] for r in rows} == {True, False}
 
-    judged = {"student": [read_judged(folder, cases.predictions)]}   # what report and card count
+    judged = {"student": [read_decided(folder, cases.predictions)]}   # what report and card count
     few = EvaluateRecipe(n_boot=100)
     assert deferral_section(judged, few).table.coverage["student"] == pytest.approx(np.mean([not r["deferred"] for r in rows]))
     assert outliers_section(judged, few).table.outliers["student"] == pytest.approx(np.mean([r["outlier"] for r in rows]))
@@ -223,8 +229,8 @@ def test_a_class_without_images_has_no_sensitivity(run):
     cases = Cases(run, 0, "student", "", cases.classes, cases.predictions[keep].reset_index(drop=True), p, {}, {})
     of = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100))
     assert np.isnan(of.at(.5).sensitivity[0]) and np.isfinite(of.at(.5).specificity[0])
-    assert "undefined" in explore.cut_html(of.at(.5), cases.classes, of.n_groups, .95)
-    assert "nan" not in explore.curves_svg(of.curves(), of.at(.5))
+    assert "undefined" in html.cut_html(of.at(.5), cases.classes, of.n_groups, .95)
+    assert "nan" not in html.curves_svg(of.curves(), of.at(.5))
 
 
 def test_intervals_resample_patients_not_images(run):
@@ -259,7 +265,7 @@ def test_a_map_lies_where_the_network_saw_it(how, shape):
     a = np.zeros(shape, np.uint8)
     y, x = shape[0] // 2 + 8, shape[1] // 2 - 12
     a[y - 4:y + 4, x - 4:x + 4] = 255
-    back = explore.lay_back(to_square(Image.fromarray(a), 64, 1, how) / 255, shape, how)
+    back = networks.lay_back(to_square(Image.fromarray(a), 64, 1, how) / 255, shape, how)
     assert back.shape == shape
     at = np.argwhere(back > .5 * back.max()).mean(0)
     assert abs(at - (y - .5, x - .5)).max() < 2
@@ -279,22 +285,22 @@ BAD = dict(nothing=b"", text=b"no picture at all", torn=b"\x89PNG\r\n\x1a\n" + b
 @pytest.mark.parametrize("name", ["scan.png", "scan.vol", "scan", "../../scan.dcm", NASTY + ".e2e"])
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
 def test_a_bad_file_is_told(name, data):
-    with pytest.raises(KdoctError): explore.read_upload(name, data)
+    with pytest.raises(KdoctError): networks.read_upload(name, data)
 
 
 def test_a_file_must_be_what_the_network_was_trained_on(tmp_path):
     pytest.importorskip("pydicom")
     data = write_dicom(tmp_path/"a.dcm", textured()).read_bytes()
-    assert len(explore.read_upload("a.dcm", data)) == 3
-    with pytest.raises(KdoctError, match="where a radiograph is expected"): explore.read_upload("a.dcm", data, "radiograph")
+    assert len(networks.read_upload("a.dcm", data)) == 3
+    with pytest.raises(KdoctError, match="where a radiograph is expected"): networks.read_upload("a.dcm", data, "radiograph")
 
 
 @pytest.mark.parametrize("source,modality", [("neh", "oct"), ("covid_qu_ex", "radiograph")])
 def test_the_explorer_knows_what_the_network_was_trained_on(source, modality):
     def panel(cases): return SimpleNamespace(state=SimpleNamespace(cases=cases))
     recipe = preset("demo", **{"data.source": source})
-    assert explore.OwnPanel.modality(panel(SimpleNamespace(run=SimpleNamespace(recipe=recipe)))) == modality
-    assert explore.OwnPanel.modality(panel(None)) == "oct"
+    assert panels.UploadPanel.modality(panel(SimpleNamespace(run=SimpleNamespace(recipe=recipe)))) == modality
+    assert panels.UploadPanel.modality(panel(None)) == "oct"
 
 
 # --- nothing of a file is taken for HTML
@@ -303,10 +309,10 @@ def test_names_are_escaped(run):
     classes = [NASTY, "B", "C", "NORMAL"]
     cases = simulated(run, classes=tuple(classes))
     cases.predictions["patient"] = NASTY
-    subject = explore.Subject(("x",), NASTY, {NASTY: NASTY}, Image.new("L", (40, 40)), NASTY, {"student": cases.probabilities["student"][0]})
+    subject = networks.Subject(("x",), NASTY, {NASTY: NASTY}, Image.new("L", (40, 40)), NASTY, {"student": cases.probabilities["student"][0]})
     of = Thresholds(cases, NASTY, EvaluateRecipe(n_boot=100))
-    shown = [explore.answers_html(cases, subject), explore.cut_html(of.at(.5), classes, 9, .95), explore.picture_html(subject.image, '"' + NASTY),
-             explore.error_html(KdoctError(NASTY, fix=NASTY)), explore.text_html(NASTY), *map(explore.text_html, explore.verdict(cases, subject))]
+    shown = [html.answers_html(cases, subject), html.cut_html(of.at(.5), classes, 9, .95), html.picture_html(subject.image, '"' + NASTY),
+             html.error_html(KdoctError(NASTY, fix=NASTY)), html.text_html(NASTY), *map(html.text_html, html.verdict(cases, subject))]
     for piece in shown: assert "<img src=x" not in piece
     assert 'alt="&quot;' in shown[2]
 
@@ -350,7 +356,7 @@ def test_without_runs_the_page_says_how_to_make_one(outputs):
 
 
 def test_the_list_has_pages(run, monkeypatch):
-    monkeypatch.setattr(explore, "PAGE", 5)
+    monkeypatch.setattr("kdoct.app.panels.PAGE", 5)
     app = App()
     panel, n = app.tests, len(app.state.table)
     pages = -(-n // 5)
@@ -368,11 +374,11 @@ def test_the_list_has_pages(run, monkeypatch):
 
 def test_small_pictures_are_those_of_the_page_and_open_no_file(run, monkeypatch):
     asked, made = [], Explorer.thumbnails
-    monkeypatch.setattr(explore, "PAGE", 5)
+    monkeypatch.setattr("kdoct.app.panels.PAGE", 5)
     monkeypatch.setattr(Explorer, "thumbnails", lambda self, rows: asked.append(list(rows)) or made(self, rows))
     app = App()
     assert asked == [[i for _, i in app.tests.list.options]] and app.tests.small.value.count("url(data:image/jpeg") == 5
-    monkeypatch.setattr(explore, "read_image_bytes", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr("kdoct.app.networks.read_image_bytes", lambda path: pytest.fail(f"opened {path}"))
     row = asked[0][2]
     small = np.asarray(Image.open(io.BytesIO(base64.b64decode(app.state.thumbnails([row])[0].partition(",")[2]))), float)
     data = open_fold(run, 0)
@@ -434,7 +440,7 @@ def test_an_empty_selection_cannot_be_saved_and_says_so(run):
 
 def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch):
     def none(body, size, name): raise KdoctError("Mixer has no layer with maps.", fix="Look at another network.")
-    monkeypatch.setattr("kdoct.cam._layer_of", none)
+    monkeypatch.setattr("kdoct.explain.cam._layer_of", none)
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()
@@ -447,8 +453,8 @@ def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch)
 def test_every_pixel_of_the_file_is_shown_when_zoomed(run):
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 1536), dtype=np.uint8))
     def sizes(html): return [Image.open(io.BytesIO(base64.b64decode(b))).size for b in re.findall(r"base64,([^\"]+)", html)]
-    assert sizes(explore.picture_html(wide, "x")) == [(1024, 40)] and "reduced to 1024 x 40 px" in explore.size_text(wide)
-    assert sizes(explore.picture_html(wide, "x", np.zeros((8, 8)), whole=True)) == [wide.size, wide.size]
+    assert sizes(html.picture_html(wide, "x")) == [(1024, 40)] and "reduced to 1024 x 40 px" in html.size_text(wide)
+    assert sizes(html.picture_html(wide, "x", np.zeros((8, 8)), whole=True)) == [wide.size, wide.size]
 
 
 def test_a_damaged_run_is_told(run):
@@ -474,8 +480,8 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
         asked.append(image.tobytes())
         begun.set()
         assert gate.wait(30)
-        return explore.Look(np.full((64, 64), .5, np.float32), "none", 0.)
-    monkeypatch.setattr(explore.Network, "map_of", slow)
+        return networks.Heatmap(np.full((64, 64), .5, np.float32), "none", 0.)
+    monkeypatch.setattr(networks.Network, "map_of", slow)
     app = App()
     app.viewer.map_on.value = True
     assert begun.wait(30)
@@ -490,7 +496,7 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
 
 def test_maps_are_kept_for_the_session(run, monkeypatch):
     calls = []
-    monkeypatch.setattr(explore.Network, "map_of", lambda self, image, number: calls.append(number) or explore.Look(np.zeros((64, 64), np.float32), "none", 0.))
+    monkeypatch.setattr(networks.Network, "map_of", lambda self, image, number: calls.append(number) or networks.Heatmap(np.zeros((64, 64), np.float32), "none", 0.))
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()
@@ -506,7 +512,7 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
     app.view.value = explore.VIEWS[1]
     raw = io.BytesIO()
     app.state.subject(0).image.save(raw, "png")
-    app.own.begin("mine.png", lambda name: explore.read_upload(name, raw.getvalue()))
+    app.own.begin("mine.png", lambda name: networks.read_upload(name, raw.getvalue()))
     app.work.wait()
     assert "student predicts" in app.viewer.words.value and "right" not in app.viewer.words.value
     app.role.value = "teacher"
@@ -524,13 +530,13 @@ def test_a_path_that_is_not_given_is_asked_for(run):
 def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
     app = App()
     def broken(*a): raise ZeroDivisionError("surprise")
-    monkeypatch.setattr(explore, "pick", broken)
+    monkeypatch.setattr("kdoct.app.panels.pick", broken)
     app.tests.result.value = "wrong"
     assert "surprise" in app.message.value and "Traceback" not in app.message.value
 
 
 def test_importing_the_explorer_does_not_wait_for_torch():
-    code = "import sys, kdoct.explore; sys.exit('torch' in sys.modules)"
+    code = "import sys, kdoct.app.explore; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0
 
 
@@ -548,7 +554,7 @@ def page(made, tmp_path_factory):
     "The address of the explorer's page, served by a process of its own as `kdoct explore` does."
     folder = tmp_path_factory.mktemp("served")
     log = folder / "log.txt"
-    code = "from kdoct.explore import serve; serve(browser=False, run='small', say=lambda text: print(text, flush=True))"
+    code = "from kdoct.app.explore import serve; serve(browser=False, run='small', say=lambda text: print(text, flush=True))"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KDOCT_OUTPUTS": str(made)}
     with open(log, "w") as out: server = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=env)
     try:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from kdoct.core import EvaluateRecipe, KdoctError
-from kdoct.faithfulness import (
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import EvaluateRecipe
+from kdoct.explain.faithfulness import (
     agreement_numbers,
     agreement_table,
     confidence_change,
@@ -25,7 +26,7 @@ from kdoct.faithfulness import (
     sanity_verdict,
     top_overlap,
 )
-from kdoct.models import Classifier
+from kdoct.models.backbones import Classifier
 
 FAST = EvaluateRecipe(n_boot=200)
 

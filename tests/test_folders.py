@@ -2,8 +2,9 @@
 import pytest
 from conftest import lay_out, problems
 
-from kdoct.core import DataRecipe, KdoctError
-from kdoct.sources import load_table
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe
+from kdoct.data.sources import load_table
 
 
 def tree(tops, classes=("CNV", "NORMAL")): return [f"{top}/{c}/{i}.png" for top in tops for c in classes for i in range(2)]

@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kdoct.core import TrainRecipe
-from kdoct.frozen import Frozen, Quick, each_core, freeze, private_copy
-from kdoct.models import create_classifier, float32_products
+from kdoct.core.recipe import TrainRecipe
+from kdoct.models.backbones import create_classifier, float32_products
+from kdoct.training.inference import (
+    FusedBody,
+    InferenceModel,
+    each_core,
+    inference_model,
+    private_copy,
+)
 
 
 def test_every_core_works_and_an_error_comes_out():
@@ -51,7 +57,7 @@ def test_the_check_of_a_simplified_network_is_exact_where_gpus_round(arch):
     body = private_copy(model.eval())
     x = model.prepare(torch.rand(1, 1, 96, 96))
     with float32_products(True), torch.no_grad(), LikeAGpu() as gpu:
-        quick = Quick(body, x)
+        quick = FusedBody(body, x)
         products, looked = gpu.exact, gpu.rounded   # finding what to fold is one rounded pass, whose numbers nobody uses
         assert products >= 2*looked > 0             # both sides of the comparison are exact
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"   # as it was
@@ -60,7 +66,7 @@ def test_the_check_of_a_simplified_network_is_exact_where_gpus_round(arch):
 
 def test_a_frozen_network_in_float32_answers_exactly_where_gpus_round():
     model = create_classifier(TrainRecipe(arch="test_efficientnet", weights="none", precision="fp32"), 3, 64).eval()
-    frozen, x = Frozen(model), torch.rand(2, 1, 64, 64)
+    frozen, x = InferenceModel(model), torch.rand(2, 1, 64, 64)
     with torch.no_grad(): want = frozen(x)
     with float32_products(True), LikeAGpu() as gpu:
         assert torch.equal(frozen(x), want)
@@ -70,7 +76,7 @@ def test_a_frozen_network_in_float32_answers_exactly_where_gpus_round():
 @pytest.mark.parametrize("able", [True, False])
 def test_bf16_is_tried_only_where_the_device_multiplies_in_it(monkeypatch, able):
     asked = []
-    monkeypatch.setattr("kdoct.frozen.computes_bf16", lambda device: able)
+    monkeypatch.setattr("kdoct.training.inference.computes_bf16", lambda device: able)
     model = create_classifier(TrainRecipe(arch="test_efficientnet", weights="none", precision="fp32"), 3, 64).eval()
-    _, facts = freeze(model, seconds=0., timer=lambda step, p: asked.append(p) or dict(fp32=2., bf16=1.)[p])
+    _, facts = inference_model(model, seconds=0., timer=lambda step, p: asked.append(p) or dict(fp32=2., bf16=1.)[p])
     assert (facts["precision"], bool(asked)) == (("bf16", True) if able else ("fp32", False))

@@ -6,9 +6,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kdoct.core import EvaluateRecipe, KdoctError
-from kdoct.faithfulness import agreement_numbers, agreement_table, correctness, random_maps
-from kdoct.maps import Explained, agreement_figure, curves_figure, map_figure, overlay, save_maps
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import EvaluateRecipe
+from kdoct.explain.faithfulness import agreement_numbers, agreement_table, correctness, random_maps
+from kdoct.explain.figures import (
+    Explained,
+    agreement_figure,
+    curves_figure,
+    map_figure,
+    overlay,
+    save_maps,
+)
 
 FAST = EvaluateRecipe(n_boot=100)
 # Machado et al. 2009: what a deuteranope sees, in linear RGB

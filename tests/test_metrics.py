@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as skm
 
-from kdoct import metrics as M
-from kdoct.core import KdoctError
+from kdoct.core.files import KdoctError
+from kdoct.evaluate import metrics as M
 
 # Confusion matrices of every fold as counts in the figures of the KD-OCT repository's README (arXiv:2512.09069);
 # rows true, columns predicted; NEH: normal, drusen, CNV; UCSD: CNV, DME, DRUSEN, NORMAL.

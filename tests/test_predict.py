@@ -19,15 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdoct.bundle import new_keys, seal
-from kdoct.cli import main
-from kdoct.core import KdoctError, create_run, preset
-from kdoct.data import BadImage, inspect_file, prepare_data
-from kdoct.decide import Decision, Outlier
-from kdoct.deploy import Engine, _taken, open_bundle
-from kdoct.guard import Guard, Reader, is_plain
-from kdoct.patients import VolumeRule, decide_volume
-from kdoct.predict import (
+from kdoct.app.cli import main
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import preset
+from kdoct.core.runs import create_run
+from kdoct.data.images import BadImage, inspect_file
+from kdoct.data.sandbox import Reader, Sandbox, is_plain
+from kdoct.data.stage import prepare_data
+from kdoct.deploy.bundle import new_keys, seal
+from kdoct.deploy.engines import Engine
+from kdoct.deploy.predict import (
     Predictor,
     Volumes,
     _Slot,
@@ -37,6 +38,9 @@ from kdoct.predict import (
     record_fields,
     results_file,
 )
+from kdoct.deploy.stage import _taken, open_bundle
+from kdoct.evaluate.decisions import Decision, Outlier
+from kdoct.evaluate.patients import VolumeRule, decide_volume
 
 CLASSES = ['CNV', 'DRUSEN', 'NORMAL']
 
@@ -80,8 +84,8 @@ def folder(tmp_path):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "A tiny run with a trained network and its bundle."
-    from kdoct.deploy import export_fold
-    from kdoct.teacher import train_teacher
+    from kdoct.deploy.stage import export_fold
+    from kdoct.distill.teacher import train_teacher
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         run = create_run('t', preset('tiny', **{'data.margin': 8, 'data.phantom.slices': 2}))
@@ -209,7 +213,7 @@ def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
     with Predictor(straw()) as p:
         def odd(path):
             if path.name == '3.png': raise ZeroDivisionError('Smith^John')
-            yield from Guard.scans(p.guard, path)
+            yield from Sandbox.scans(p.guard, path)
         p.guard.scans = odd
         rows = {Path(r['path']).name: r for r in p.predict(folder)}
     assert rows['3.png']['error'] == 'reader-failed' and 'Smith' not in str(rows) and rows['4.png']['predicted']
@@ -363,7 +367,7 @@ def test_few_bytes_wait_however_large_the_pictures_and_many_the_threads():
 
 def reader_that(tmp_path, does, **limits):
     "A reader whose `read_scans` is replaced; its process starts with that."
-    class Replaced(Reader): code = f"import kdoct.guard as g, time, os\ndef bad(path, modality): {does}\ng.read_scans = bad\n{Reader.code}"
+    class Replaced(Reader): code = f"import kdoct.data.sandbox as g, time, os\ndef bad(path, modality): {does}\ng.read_scans = bad\n{Reader.code}"
     (tmp_path/'x.vol').write_bytes(b'x')
     return Replaced(**limits), tmp_path/'x.vol'
 
@@ -383,7 +387,7 @@ def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd)
 def test_a_volume_that_nobody_wants_to_the_end_leaves_no_process(tmp_path):
     pages = [noise(i) for i in range(30)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
-    guard = Guard()
+    guard = Sandbox()
     scans = guard.scans(tmp_path/'v.tif')
     next(scans)
     scans.close()
@@ -532,15 +536,15 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
 @pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
-    from kdoct.core import EvaluateRecipe
-    from kdoct.judged import read_judged, volumes_section
+    from kdoct.core.recipe import EvaluateRecipe
+    from kdoct.evaluate.decision_tables import read_decided, volumes_section
     bundle, table, root = shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):
         pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]
         pages[0].save(tmp_path/f'{patient}_{eye}.tif', save_all=True, append_images=pages[1:])
     predict_files(bundle, [tmp_path], tmp_path/'rows.csv', tmp_path/'volumes.csv', engine='torch', **how)
     said = pd.read_csv(tmp_path/'volumes.csv').assign(name=lambda d: d.path.map(lambda p: Path(p).stem)).set_index('name')
-    j = read_judged(trained[0].stage_dir(0, 'teacher'), table)
+    j = read_decided(trained[0].stage_dir(0, 'teacher'), table)
     s = volumes_section({'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100))
     row = s.table.loc['teacher, volumes']
     truth = table.assign(name=table.patient + '_' + table.eye).groupby('name').label.agg(lambda y: y.iloc[0] if y.nunique() == 1 else None).dropna()
@@ -552,7 +556,7 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
 
 
 def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
-    from kdoct.deploy import open_bundle
+    from kdoct.deploy.stage import open_bundle
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
 
 
@@ -585,7 +589,7 @@ def mine(tmp_path):
     import timm
     import torch
 
-    from kdoct.models import import_model_folder
+    from kdoct.models.backbones import import_model_folder
     torch.manual_seed(0)
     net = timm.create_model('test_efficientnet', num_classes=3)
     torch.nn.init.normal_(net.classifier.weight, std=8)
@@ -597,8 +601,8 @@ def mine(tmp_path):
 def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_else_is_known(mine, folder, tmp_path, capsys):
     import torch
 
-    from kdoct.data import resized
-    from kdoct.models import load_model_folder
+    from kdoct.data.framing import resized
+    from kdoct.models.backbones import load_model_folder
     with pytest.raises(SystemExit) as e: main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
     err, rows = capsys.readouterr().err, pd.read_csv(tmp_path/'r.csv', dtype=str, keep_default_na=False)
     assert e.value.code == 1 and err.count('No decision is known') == 1 and 'without calibration' in err and 'Volumes are decided' not in err

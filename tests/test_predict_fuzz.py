@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_volumes import write_dicom, write_e2e, write_topcon, write_vol, write_xml
 
-from kdoct.data import PROBLEMS
-from kdoct.decide import Decision, Outlier
-from kdoct.deploy import Engine
-from kdoct.guard import READ_PROBLEMS
-from kdoct.phantom import simulate_bscan
-from kdoct.predict import Predictor
+from kdoct.data.images import PROBLEMS
+from kdoct.data.phantom import simulate_bscan
+from kdoct.data.sandbox import READ_PROBLEMS
+from kdoct.deploy.engines import Engine
+from kdoct.deploy.predict import Predictor
+from kdoct.evaluate.decisions import Decision, Outlier
 
 NAMES = ('Zzyzx', 'Quilla', '19610203')   # the patient, who stands in every header that has room
 KINDS = ('jpg', 'progressive.jpg', 'png', 'tif', 'pages.tif', 'dcm', 'vol', 'xml', 'e2e', 'fda', 'fds')

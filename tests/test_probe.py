@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from kdoct.core import DataRecipe, KdoctError, create_run, preset
-from kdoct.data import prepare_data
-from kdoct.phantom import patient_diagnosis, simulate_bscan, write_phantom
-from kdoct.probe import (
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.phantom import patient_diagnosis, simulate_bscan, write_phantom
+from kdoct.data.shortcuts import (
     FEATURES,
     blank_retina,
     features_table,
@@ -24,7 +25,8 @@ from kdoct.probe import (
     retina_mask,
     shortcut_features,
 )
-from kdoct.sources import load_table
+from kdoct.data.sources import load_table
+from kdoct.data.stage import prepare_data
 
 
 def phantom(n, size, seed=0):
@@ -290,7 +292,7 @@ def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
 
 
 def test_audit_prints_the_sentence():
-    from kdoct.cli import app
+    from kdoct.app.cli import app
     arguments = ["audit", "--preset", "tiny"]
     assert "never sees the retina" in CliRunner().invoke(app, arguments).output
     assert "never sees the retina" not in CliRunner().invoke(app, [*arguments, "--no-probe"]).output
@@ -315,8 +317,8 @@ def test_real_retinas_are_gone(ucsd):
 
 
 def test_folds_warns_of_a_shortcut(monkeypatch):
-    from kdoct import probe
-    from kdoct.cli import app
+    from kdoct.app.cli import app
+    from kdoct.data import shortcuts as probe
     rng = np.random.default_rng(0)
     table, f = features(rng, white_top=lambda y: np.where(y == 2, .2, 0) + rng.normal(0, .02, len(y)))
     monkeypatch.setattr(probe, "probe_run", lambda run: probe_shortcuts(table, features=f))

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(p.stem for p in (ROOT / "kdoct").glob("*.py") if not p.name.startswith("_"))
+MODULES = sorted(".".join(p.relative_to(ROOT / "kdoct").with_suffix("").parts) for p in (ROOT / "kdoct").rglob("*.py")
+                 if not p.name.startswith("_"))
 STAGES = ["01_data", "03_teacher", "04_distill", "05g_decide", "05_evaluate"]
 PARAMETERS = ["preset", "run", "fold", "data_root", "overrides", "teacher", "student"]
 
@@ -133,7 +134,7 @@ def test_nbdev_leaves_the_tree_unchanged(command, tmp_path):
 
 def test_every_module_comes_from_a_notebook():
     code = "\n".join("".join(c["source"]) for nb in NOTEBOOKS for c in json.loads(nb.read_text(encoding="utf-8"))["cells"])
-    named = re.findall(r"^#\|\s*default_exp:?\s+(\w+)", code, re.M)
+    named = re.findall(r"^#\|\s*default_exp:?\s+([\w.]+)", code, re.M)
     assert MODULES == sorted(named), "modules without a notebook, or notebooks never exported"
 
 
@@ -170,7 +171,7 @@ def test_readme_hides_cells_and_moves_links(tmp_path):
 def test_ruff_passes_over_notebooks_and_tests():
     read = run(BIN / "ruff", "check", "--show-files", cwd=ROOT)
     for nb in NOTEBOOKS: assert nb.name in read, f"ruff does not read {nb.name}"
-    assert "test_project.py" in read and "kdoct/core.py" in read
+    assert "test_project.py" in read and "kdoct/core/files.py" in read
     run(BIN / "ruff", "check", "--no-cache", cwd=ROOT)
 
 
@@ -256,7 +257,7 @@ def test_public_definitions_are_documented(name):
 @pytest.mark.parametrize("extra", ["deploy", "app"])
 def test_an_extra_is_known_by_what_its_packages_are_imported_as(extra, settings):
     "`require_extra` asks for names to import; they are those that the extra's requirements install."
-    from kdoct.core import EXTRAS
+    from kdoct.core.files import EXTRAS
     wanted = {norm(line)[0] for line in lines(settings[f"{extra}_requirements"])}
     installed_as = importlib.metadata.packages_distributions()
     assert {norm(installed_as[name][0])[0] for name in EXTRAS[extra]} == wanted

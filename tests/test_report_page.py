@@ -5,9 +5,11 @@ import re
 
 import pytest
 
-from kdoct.core import create_run, preset
-from kdoct.evaluate import _simulated_stages, evaluate_run
-from kdoct.report import report_html
+from kdoct.app.report import report_html
+from kdoct.core.recipe import preset
+from kdoct.core.runs import create_run
+from kdoct.evaluate.simulated import write_simulated_stages
+from kdoct.evaluate.stage import evaluate_run
 
 A4, LETTER = (8.27, 11.69), (8.5, 11)   # inches
 MARGIN = 14/25.4
@@ -19,7 +21,7 @@ def page(tmp_path_factory):
     with pytest.MonkeyPatch.context() as env:
         env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
         run = create_run("page", preset("tiny", **{"teacher.average": "swa", "teacher.swa_start": 1, "evaluate.views": ["identity", "hflip"]}))
-        for k in (0, 1): _simulated_stages(run, k)
+        for k in (0, 1): write_simulated_stages(run, k)
         run.record("fold_2/teacher", status="failed", error="loss is not finite <nan> in epoch 3", notebook="fold_2/notebooks/teacher.ipynb")
         run.record("fold_1/student", notes=["4 images were read twice"])
         formats = {"onnx": dict(kept=True, bytes=13_700_000, latency_ms=48.1, difference=2e-6, files=["model.onnx"]),

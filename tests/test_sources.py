@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 from conftest import lay_out, problems
 
-from kdoct.core import DataRecipe, KdoctError
-from kdoct.sources import LAYOUTS, SOURCES, TABLE_COLUMNS, check_table, image_table, load_table, resolve_paths
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe
+from kdoct.data.listing import TABLE_COLUMNS, check_table, image_table
+from kdoct.data.sources import LAYOUTS, SOURCES, load_table, resolve_paths
 
 
 def test_ucsd_groups_by_number_alone_across_classes_and_official_parts(tmp_path):
@@ -30,7 +32,7 @@ def test_ucsd_does_not_guess_a_name(tmp_path, name):
 def test_table_does_not_depend_on_the_order_of_the_directory(tmp_path, monkeypatch):
     root = lay_out(tmp_path, *(f"{c}/{c}-{i}-1.jpeg" for c in ("CNV", "DME") for i in range(20)))
     want, real = load_table(DataRecipe(source="ucsd", root=root)).table, os.scandir
-    monkeypatch.setattr("kdoct.sources.os.scandir", lambda p: list(real(p))[::-1])
+    monkeypatch.setattr("kdoct.data.sources.os.scandir", lambda p: list(real(p))[::-1])
     assert load_table(DataRecipe(source="ucsd", root=root)).table.equals(want)
 
 

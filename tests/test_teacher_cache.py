@@ -4,16 +4,19 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from kdoct.augment import Batches
-from kdoct.core import DataRecipe, DistillRecipe, KdoctError, create_run, outputs_root, preset, read_json, write_json
-from kdoct.data import prepare_data
-from kdoct.distill import Distill, train_student
-from kdoct.frozen import Frozen
-from kdoct.losses import cross_entropy, soft_loss
-from kdoct.models import create_classifier
-from kdoct.teacher import train_teacher
-from kdoct.teacher_cache import TeacherCache, arithmetic, picture_facts
-from kdoct.training import make_learner
+from kdoct.core.files import KdoctError, outputs_root, read_json, write_json
+from kdoct.core.recipe import DataRecipe, DistillRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.augment import Batches
+from kdoct.data.stage import prepare_data
+from kdoct.distill.methods import Distill
+from kdoct.distill.student import train_student
+from kdoct.distill.teacher import train_teacher
+from kdoct.distill.teacher_cache import TeacherCache, arithmetic, picture_facts
+from kdoct.models.backbones import create_classifier
+from kdoct.training.inference import InferenceModel
+from kdoct.training.loop import make_learner
+from kdoct.training.losses import cross_entropy, soft_loss
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def outputs(tmp_path, monkeypatch):
 def recipe(**changes): return preset('tiny').student.model_copy(update={'epochs': 4, **changes})
 
 
-class Asked(Frozen):
+class Asked(InferenceModel):
     "Counts the images that a teacher is asked about."
     seen = 0
     def forward(self, x):

@@ -4,22 +4,26 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from kdoct import crossval as C
-from kdoct import evaluate as E
-from kdoct import training
-from kdoct.augment import Batches
-from kdoct.core import DistillRecipe, KdoctError, create_run, preset, read_json, write_json
-from kdoct.data import prepare_data
-from kdoct.distill import Distill, train_baseline, train_student
-from kdoct.evaluate import evaluate_fold, fold_models
-from kdoct.frozen import Frozen
-from kdoct.losses import combine, cross_entropy, soft_loss, teacher_weights
-from kdoct.metrics import log_softmax, logits_of
-from kdoct.models import create_classifier, load_model_folder
-from kdoct.report import report_html
-from kdoct.tables import TOGETHER
-from kdoct.teacher import load_teachers, train_teacher
-from kdoct.training import make_learner
+from kdoct.app import crossval as C
+from kdoct.app.report import report_html
+from kdoct.core.files import KdoctError, read_json, write_json
+from kdoct.core.recipe import DistillRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.augment import Batches
+from kdoct.data.stage import prepare_data
+from kdoct.distill.methods import Distill
+from kdoct.distill.student import train_baseline, train_student
+from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.evaluate import stage as evaluate_stage
+from kdoct.evaluate.metrics import log_softmax, logits_of
+from kdoct.evaluate.pooling import fold_models
+from kdoct.evaluate.stage import evaluate_fold
+from kdoct.evaluate.tables import TOGETHER
+from kdoct.models.backbones import create_classifier, load_model_folder
+from kdoct.training import results as training
+from kdoct.training.inference import InferenceModel
+from kdoct.training.loop import make_learner
+from kdoct.training.losses import combine, cross_entropy, soft_loss, teacher_weights
 
 TWO = {'teachers': {'resnet': dict(arch='test_resnet', size=96), 'vit': dict(arch='test_vit', size=48, lr=1e-4)}}
 
@@ -88,7 +92,7 @@ class Seen(Callback):
 def learner(folder, teachers, how='probabilities', cbs=(), weights=None, **changes):
     images = np.random.default_rng(0).integers(0, 255, (32, 32, 32), dtype=np.uint8)
     labels, ids, r = np.arange(32) % 3, np.arange(32, dtype=np.uint64), recipe(**changes)
-    frozen = {role: t if isinstance(t, Frozen) else Frozen(t) for role, t in teachers.items()}
+    frozen = {role: t if isinstance(t, InferenceModel) else InferenceModel(t) for role, t in teachers.items()}
     torch.manual_seed(5)
     return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, 1),
                         Batches(images, labels, ids, np.arange(24, 32), 8), cross_entropy, r, folder,
@@ -109,13 +113,13 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)
-    teachers = {r: Frozen(t, precision) for r, t in teachers.items()}
+    teachers = {r: InferenceModel(t, precision) for r, t in teachers.items()}
     learn.add_cb(Listen(teachers, DistillRecipe()))
     before = {r: {k: v.clone() for k, v in t.state_dict().items()} for r, t in teachers.items()}
     fit(learn)
     assert len(seen.batches) == 6 and seen.batches[0].shape == (8, 1, 32, 32)
     for role, alone in strangers().items():   # made anew: fed by themselves, with what timm would do
-        alone = Frozen(alone, precision)
+        alone = InferenceModel(alone, precision)
         for x, z in zip((torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), said[role], strict=True):   # three batches at once
             assert not z.requires_grad and z.dtype == torch.float32
             with torch.no_grad(): assert torch.equal(alone(x), z)
@@ -166,7 +170,7 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_
 
 
 def test_a_teacher_that_says_nonsense_stops_the_run_with_its_name(tmp_path):
-    teachers = {r: Frozen(t) for r, t in strangers().items()}
+    teachers = {r: InferenceModel(t) for r, t in strangers().items()}
     with torch.no_grad(): teachers['teacher-a'].body.get_classifier().bias[1] = float('nan')
     with pytest.raises(KdoctError, match='logits of the teacher-a are not finite in epoch 0'): fit(learner(tmp_path, teachers))
 
@@ -233,7 +237,7 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in taught_by.items())
     np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[TOGETHER]))), want, atol=1e-6)
     assert saved['parameters'][TOGETHER] == sum(saved['parameters'][r] for r in rows[:3]) > saved['parameters']['teacher']
-    assert set(saved['predictions']) == set(rows) - {TOGETHER} and E.is_evaluated(here, 0)
+    assert set(saved['predictions']) == set(rows) - {TOGETHER} and evaluate_stage.is_evaluated(here, 0)
     assert 'student - teachers, together | accuracy' in saved['differences']
     assert set(saved['sections']['costs']['table']) == set(rows) - {TOGETHER}
     assert {'teacher-visformer', 'teacher-autoformer'} <= set(saved['sections']['blanked']['table'])
@@ -248,8 +252,8 @@ def test_the_protocol_says_who_taught_how(here):
 
 
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
-    from kdoct.metrics import simulate_predictions
-    from kdoct.tables import protocol_of
+    from kdoct.evaluate.metrics import simulate_predictions
+    from kdoct.evaluate.tables import protocol_of
     assert 'taught' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
 
 
@@ -259,7 +263,7 @@ def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(her
     path = here.stage_dir(0, 'teacher-visformer')/'model.json'
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
-        assert list(fold_models(here, 0)) == ['teacher', 'teacher-autoformer', 'student', 'baseline'] and not E.is_evaluated(here, 0)
+        assert list(fold_models(here, 0)) == ['teacher', 'teacher-autoformer', 'student', 'baseline'] and not evaluate_stage.is_evaluated(here, 0)
         report = report_html(here).read_text()
         assert 'Fold 0 has no predictions of the teacher-visformer' in report and '-p run covid -p fold 0 -p name visformer' in report
     finally:
@@ -344,7 +348,7 @@ def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch
     class Stop(Exception): pass
 
     def capture(*args, key, **kw): raise Stop(key)
-    monkeypatch.setattr(training, '_finished', lambda *args: False)
+    monkeypatch.setattr(training, 'is_trained', lambda *args: False)
     monkeypatch.setattr(type(here), 'is_finished', lambda *args: False)
     monkeypatch.setattr(training, '_fold_learner', capture)
     with pytest.raises(Stop) as e: train_student(here, 0)

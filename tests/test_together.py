@@ -11,11 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdoct import distill, teacher, together, training
-from kdoct.core import KdoctError, create_run, preset
-from kdoct.data import prepare_data
-from kdoct.models import float32_products
-from kdoct.teacher import train_teacher
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import preset
+from kdoct.core.runs import create_run
+from kdoct.data.stage import prepare_data
+from kdoct.distill import student, teacher
+from kdoct.distill import student as distill
+from kdoct.distill.teacher import train_teacher
+from kdoct.models.backbones import float32_products
+from kdoct.training import distributed as together
+from kdoct.training import results as training
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.
 SCRIPT = textwrap.dedent('''
@@ -116,7 +121,7 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
 
 def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatch):
     order = []
-    monkeypatch.setattr(distill, 'join', lambda: order.append('join'))
+    monkeypatch.setattr(distill, 'init_group', lambda: order.append('join'))
     monkeypatch.setattr(distill, 'load_teachers', lambda *_: order.append('load') or {})
     monkeypatch.setattr(distill, '_weights', lambda *_: torch.zeros(0))
     monkeypatch.setattr(distill, '_ready', lambda *_: order.append('device') or ({}, {}))
@@ -126,7 +131,7 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
         def is_finished(self, *_): return False
         def record(self, *_, **__): pass
     monkeypatch.setattr(distill, 'Distill', lambda *_: None)
-    distill.train_student(Run(), 0)
+    student.train_student(Run(), 0)
     assert order == ['join', 'load', 'device', 'train']
 
 
@@ -164,7 +169,7 @@ def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(traine
     monkeypatch.setattr(torch.nn.Module, 'to', to)
     run = trained_run[stage]
     if stage == 'train_teacher': prepare_data(run)
-    made = dict(train_student=distill.train_student, train_baseline=distill.train_baseline).get(stage, teacher.train_teacher)
+    made = dict(train_student=student.train_student, train_baseline=student.train_baseline).get(stage, teacher.train_teacher)
     with pytest.raises(Reached): made(run, 0)
 
 
@@ -187,7 +192,7 @@ def test_a_failing_process_speaks_then_aborts_its_own_gpu_then_leaves(monkeypatc
     monkeypatch.setattr(together.dist, 'group', type('group', (), dict(WORLD=Group())))
     monkeypatch.setattr(together.dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(together.dist, 'destroy_process_group', lambda: order.append('leave'))
-    with pytest.raises(ValueError, match='out of luck'), together.one_for_all(): raise ValueError('out of luck')
+    with pytest.raises(ValueError, match='out of luck'), together.propagate_failure(): raise ValueError('out of luck')
     assert order == ['speak', 'abort', 'leave']
 
 
@@ -229,7 +234,7 @@ def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
     code = SCRIPT.replace('with one_for_all(), learn.no_bar(), learn.no_logging()', 'with one_for_all()')
     code = code.replace(', cross_entropy, r, folder', ", hard_loss(r, labels[:rows], 3), r, folder")
-    code = code.replace('from kdoct.losses import cross_entropy', 'from kdoct.losses import hard_loss')
+    code = code.replace('from kdoct.training.losses import cross_entropy', 'from kdoct.training.losses import hard_loss')
     assert code.count('hard_loss') == 2 and 'no_bar' not in code
     (tmp_path/'a').mkdir()
     done = subprocess.run([sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"], cwd=tmp_path,

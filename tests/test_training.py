@@ -13,16 +13,25 @@ import torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from kdoct.augment import Batches, apply_view, even_batches
-from kdoct.core import DistillRecipe, KdoctError, Run, create_run, preset
-from kdoct.data import open_fold, prepare_data
-from kdoct.distill import Distill
-from kdoct.frozen import Frozen
-from kdoct.losses import balanced_weights, cross_entropy, hard_loss
-from kdoct.models import computes_bf16, create_classifier, head_modules, load_model_folder, resolve_precision, undecayed
-from kdoct.step import faster, measure_steps
-from kdoct.teacher import train_teacher
-from kdoct.training import make_learner, param_groups, score_of, warmup_cosine
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DistillRecipe, preset
+from kdoct.core.runs import Run, create_run
+from kdoct.data.augment import Batches, apply_view, even_batches
+from kdoct.data.stage import open_fold, prepare_data
+from kdoct.distill.methods import Distill
+from kdoct.distill.teacher import train_teacher
+from kdoct.models.backbones import (
+    computes_bf16,
+    create_classifier,
+    head_modules,
+    load_model_folder,
+    resolve_precision,
+    undecayed,
+)
+from kdoct.training.inference import InferenceModel
+from kdoct.training.loop import make_learner, param_groups, score_of, warmup_cosine
+from kdoct.training.losses import balanced_weights, cross_entropy, hard_loss
+from kdoct.training.precision import faster, measure_steps
 
 # One training in a process of its own. It prints a line after every batch, so that the test can kill it at a known place.
 SCRIPT = textwrap.dedent('''
@@ -105,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, recipe):
 
 def test_patience_stops_and_the_best_epoch_is_kept(tmp_path, recipe, monkeypatch):
     scores = iter([.5, .9, .3, .2, .95])  # the fifth epoch would be the best, but patience ends with the fourth
-    monkeypatch.setattr('kdoct.training._validation_scores', lambda *_: dict(valid_loss=1., accuracy=next(scores), balanced_accuracy=0.))
+    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: dict(valid_loss=1., accuracy=next(scores), balanced_accuracy=0.))
     learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=5, patience=2, monitor='accuracy'))))
     assert len(learn.history.rows) == 4 and learn.checkpoint.best_epoch == 1
     kept = load_file(learn.checkpoint.best_file(1))
@@ -165,7 +174,7 @@ def test_the_swa_average_is_the_mean_of_its_epochs(tmp_path, recipe):
 
 
 def test_patience_brings_averaging_forward_and_does_not_cut_it(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr('kdoct.training._validation_scores', lambda *_: dict(valid_loss=1., accuracy=.5, balanced_accuracy=.5))
+    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: dict(valid_loss=1., accuracy=.5, balanced_accuracy=.5))
     learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=20, patience=2, average='swa', swa_start=17))))
     assert learn.checkpoint.best_epoch == 0 and learn.checkpoint.swa_from == 3
     assert len(learn.history.rows) == 6 and int(learn.averaging.average.n_averaged) == 3
@@ -243,8 +252,8 @@ def measured(learn, fp32, bf16):
 @pytest.fixture
 def quick(monkeypatch):
     "Measuring a step takes no time, on a processor that multiplies in bfloat16."
-    monkeypatch.setattr('kdoct.step.measure_steps.__defaults__', (0., *measure_steps.__defaults__[1:]))
-    monkeypatch.setattr('kdoct.step.computes_bf16', lambda device: True)
+    monkeypatch.setattr('kdoct.training.precision.measure_steps.__defaults__', (0., *measure_steps.__defaults__[1:]))
+    monkeypatch.setattr('kdoct.training.precision.computes_bf16', lambda device: True)
 
 
 @pytest.mark.parametrize(('bf16', 'chosen'), [(.9, 'bf16'), (.97, 'fp32'), (2., 'fp32')])
@@ -264,7 +273,7 @@ def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
 
 
 def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatch):
-    monkeypatch.setattr('kdoct.step.computes_bf16', lambda device: False)
+    monkeypatch.setattr('kdoct.training.precision.computes_bf16', lambda device: False)
     learn, asked = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1., .5)
     fit(learn)
     assert learn.model.precision == 'fp32' and not asked and learn.precision.facts == dict(precision='fp32', step_seconds=None)
@@ -313,7 +322,7 @@ def test_fastai_gathers_nothing_and_the_table_is_filled(tmp_path, recipe, monkey
 
 def test_only_training_steps_may_round_to_tf32(tmp_path, recipe, monkeypatch):
     seen, matmul = [], torch.backends.cuda.matmul
-    for module in ('kdoct.training', 'kdoct.step'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
+    for module in ('kdoct.training.results', 'kdoct.training.precision'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
     class Look(Callback):
         def after_pred(self): seen.append((self.training, matmul.allow_tf32))
         def after_loss(self): seen.append((self.training, matmul.allow_tf32))
@@ -460,7 +469,7 @@ def gradients(folder, recipe, batch_size, table, teacher=None, n=16):
 @pytest.mark.parametrize('how', [dict(), dict(label_smoothing=.1), dict(loss='focal')], ids=['ce', 'smoothed', 'focal'])
 def test_the_gradient_with_class_weights_does_not_depend_on_the_micro_batch(tmp_path, recipe, how, table, taught):
     torch.manual_seed(3)
-    teacher = Frozen(create_classifier(recipe.model_copy(update=dict(arch='test_vit')), 3, 32).eval()) if taught else None
+    teacher = InferenceModel(create_classifier(recipe.model_copy(update=dict(arch='test_vit')), 3, 32).eval()) if taught else None
     r = recipe.model_copy(update=dict(class_weights='balanced', **how))
     whole, *parts = (gradients(tmp_path/str(b), r, b, table, teacher)[0] for b in (16, 4, 2, 1))
     plain = gradients(tmp_path/'plain', r.model_copy(update=dict(class_weights='none')), 16, table, teacher)[0]
@@ -509,7 +518,7 @@ def test_whole_steps_are_what_they_were():
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr('kdoct.training.team', lambda: (0, 9))
+    monkeypatch.setattr('kdoct.training.loop.rank_world', lambda: (0, 9))
     with pytest.raises(KdoctError, match='step of 8 images cannot be shared by 9 processes'): learner(tmp_path, recipe.model_copy(update=dict(accumulate=1)))
 
 
@@ -522,7 +531,7 @@ def test_a_full_memory_names_smaller_batches_of_the_same_step(tmp_path, monkeypa
     run = create_run('t', preset('tiny', **{'teacher.batch_size': 12, 'teacher.accumulate': 2}))
     prepare_data(run)
     def full(*_): raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr('kdoct.training.hard_loss', lambda *_: full)
+    monkeypatch.setattr('kdoct.training.results.hard_loss', lambda *_: full)
     with pytest.raises(KdoctError, match='batches of 12 images') as e: train_teacher(run, 0)
     assert '--set teacher.batch_size=6 --set teacher.accumulate=4' in e.value.fix
 
@@ -532,7 +541,7 @@ def test_a_full_memory_names_smaller_batches_of_the_same_step(tmp_path, monkeypa
 def validated(monkeypatch, losses):
     "Every epoch has the next of these validation losses, and a better accuracy than the one before."
     results = iter([dict(valid_loss=v, accuracy=1 - .1*i, balanced_accuracy=.5) for i, v in enumerate(losses)])
-    monkeypatch.setattr('kdoct.training._validation_scores', lambda *_: next(results))
+    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: next(results))
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])

@@ -7,10 +7,20 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageOps
 
-from kdoct.core import DataRecipe, KdoctError, create_run, preset
-from kdoct.data import audit, open_fold, prepare_data
-from kdoct.sources import load_table, wants_twins
-from kdoct.twins import PROFILES, agreement, find_twins, linked_groups, neighbours, polar_map
+from kdoct.core.files import KdoctError
+from kdoct.core.recipe import DataRecipe, preset
+from kdoct.core.runs import create_run
+from kdoct.data.audit import audit
+from kdoct.data.near_duplicates import (
+    PROFILES,
+    agreement,
+    find_near_duplicates,
+    linked_groups,
+    neighbours,
+    polar_map,
+)
+from kdoct.data.sources import load_table, wants_near_duplicates
+from kdoct.data.stage import open_fold, prepare_data
 
 
 def texture(seed, cells=18, side=128, colour=True):
@@ -78,17 +88,17 @@ def test_proposals_do_not_depend_on_the_size_of_the_chunks():
 
 def test_the_copies_of_a_tile_are_found_and_kept_for_the_next_call(tmp_path, monkeypatch):
     t = table_of(write_tiles(tmp_path / "lc"))
-    twins = find_twins(t, tmp_path / "lc", PROFILES["histology"])
+    twins = find_near_duplicates(t, tmp_path / "lc", PROFILES["histology"])
     assert len(twins) == 24 and twins.groupby("set").path.count().eq(4).all()
     assert all(rows.path.str[:6].nunique() == 1 and len({tile(p) for p in rows.path}) == 1 for _, rows in twins.groupby("set"))
-    monkeypatch.setattr("kdoct.twins._backbone", lambda: pytest.fail("the backbone was loaded again"))
-    assert find_twins(t.sample(frac=1, random_state=0), tmp_path / "lc", PROFILES["histology"]).equals(twins)
+    monkeypatch.setattr("kdoct.data.near_duplicates._backbone", lambda: pytest.fail("the backbone was loaded again"))
+    assert find_near_duplicates(t.sample(frac=1, random_state=0), tmp_path / "lc", PROFILES["histology"]).equals(twins)
 
 
 def test_without_the_backbones_package_the_error_names_it(tmp_path, monkeypatch):
     t = table_of(write_tiles(tmp_path / "lc", tiles=1))
-    monkeypatch.setattr("kdoct.models.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): find_twins(t, tmp_path / "lc", PROFILES["histology"])
+    monkeypatch.setattr("kdoct.data.packaged_weights.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): find_near_duplicates(t, tmp_path / "lc", PROFILES["histology"])
 
 
 def lc_recipe(folder, **data):
@@ -121,7 +131,7 @@ def test_copies_of_official_test_images_are_overlap(tmp_path):
         im = texture(seed, colour=False)
         (change(im) if change else im).save(f)
     data = DataRecipe(source="covid_qu_ex", root=str(base))
-    f = audit(load_table(data), twins=wants_twins(data)).findings
+    f = audit(load_table(data), twins=wants_near_duplicates(data)).findings
     assert list(f.path[f.problem == "official-overlap"]) == ["Train/Normal/images/2m.png"]
     assert list(f.path[f.problem == "near-duplicate"]) == ["Train/Normal/images/2m.png"]
 
@@ -129,7 +139,7 @@ def test_copies_of_official_test_images_are_overlap(tmp_path):
 def test_tables_are_read_without_torch(root):
     import subprocess
     import sys
-    code = "import sys, kdoct.data, kdoct.twins; sys.exit('torch' in sys.modules)"
+    code = "import sys, kdoct.data.stage, kdoct.data.near_duplicates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
@@ -138,7 +148,7 @@ def test_tiles_of_lc25000_are_found_again(shared_data, tmp_path):
     given = pd.read_csv(root / "manifest.csv")
     some = given[given.tile_group.isin(given.groupby("class").tile_group.unique().map(lambda t: t[:3]).explode())]
     table = some.assign(sha256=[hashlib.sha256((root / p).read_bytes()).hexdigest() for p in some.path]).drop_duplicates("sha256")
-    found = table.path.map(find_twins(table, root, PROFILES["histology"]).set_index("path").set).fillna(table.path)
+    found = table.path.map(find_near_duplicates(table, root, PROFILES["histology"]).set_index("path").set).fillna(table.path)
     cells = pd.crosstab(found, table.tile_group).to_numpy()
     def pairs(n): return (n * (n - 1) / 2).sum()
     assert pairs(cells) / pairs(cells.sum(1)) >= 0.95 and pairs(cells) / pairs(cells.sum(0)) >= 0.95

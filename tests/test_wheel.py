@@ -144,7 +144,7 @@ def test_import_kdoct_is_light(installed, elsewhere):
 
 
 def test_help_works_without_extras(installed, elsewhere):
-    for command in ((installed / "kdoct",), (installed / "python", "-m", "kdoct.cli")):
+    for command in ((installed / "kdoct",), (installed / "python", "-m", "kdoct.app.cli")):
         text = run(*command, "--help", cwd=elsewhere)
         for name in ("demo", "audit", "folds", "crossval", "report", "notebooks"): assert name in text
 

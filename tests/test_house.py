@@ -1,0 +1,80 @@
+"The plan of the house: packages in one order, modules of a readable size, and no private name that crosses a module."
+import ast
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "kdoct"
+MODULES = sorted(p for p in LIBRARY.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+HOUSE = runpy.run_path(str(ROOT / "tools" / "house.py"))
+
+
+def lint_imports(folder):
+    "What import-linter says of the library in a folder, under the project's contract."
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache", "--config", str(ROOT / ".importlinter")]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120,
+                          env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"})
+
+
+@pytest.fixture
+def copied(tmp_path):
+    "A copy of the library to plant imports in."
+    shutil.copytree(LIBRARY, tmp_path / "kdoct", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_packages_import_only_what_stands_below_them():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("package,import_", [
+    ("core", "from kdoct.data.images import decode_image"),
+    ("data", "from ..models.backbones import Classifier"),
+    ("deploy", "from kdoct.explain.cam import score_cam"),
+])
+def test_an_import_against_the_order_is_found_also_inside_a_function(copied, package, import_):
+    module = next((copied / "kdoct" / package).glob("[a-z]*.py"))
+    with open(module, "a", encoding="utf-8") as f: f.write(f"\n\ndef planted():\n    {import_}\n")
+    done = lint_imports(copied)
+    assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout
+
+
+def test_the_picture_has_the_packages_that_there_are():
+    packages = sorted(p.name for p in LIBRARY.iterdir() if (p / "__init__.py").exists())
+    assert packages == sorted(HOUSE["PACKAGES"])
+    assert not HOUSE["upward"](HOUSE["arrows"]())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: ".".join(p.relative_to(LIBRARY).with_suffix("").parts))
+def test_module_is_of_a_readable_size_and_imports_no_private_name(module):
+    source = module.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 600
+    ours = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("kdoct"))]
+    private = [a.name for n in ours for a in n.names if a.name.startswith("_")]
+    assert not private
+
+
+def test_statistics_count_what_a_notebook_holds(tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    lesson = "assert f(1) == 2\ntest_eq(f(2), 3)\nprint(f(3))"
+    definition = "#| export\ndef f(x):\n    # adds one\n    y = x + 1\n    return y\n"
+    cells = ["#| default_exp a.b", "#| export\nimport math", definition, lesson]
+    nbformat.write(new_notebook(cells=[new_code_cell(s) for s in cells]), tmp_path / "a.ipynb")
+    row = HOUSE["statistics"](tmp_path)
+    assert (row["exported cells"], row["lines"], row["public symbols"], row["assertions a symbol"]) == (1, 3, 1, 2.0)
+
+
+def test_wide_and_long_cells_are_counted(tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    long = "#| export\ndef f():\n" + "\n".join(f"    a{i} = {i}" for i in range(30)) + "\n    return " + " + ".join(["a1"]*30)
+    nbformat.write(new_notebook(cells=[new_code_cell(long)]), tmp_path / "a.ipynb")
+    row = HOUSE["statistics"](tmp_path)
+    assert row["cells above 25 lines %"] == 100.0 and row["lines beyond column 100 %"] == pytest.approx(100/32, abs=.1)
