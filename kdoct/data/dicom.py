@@ -594,7 +594,10 @@ def _frame_windows(d, groups_of:Callable, n:int)->tuple[bool, tuple[str, ...]]:
     note = (f"its B-scans have {len(windows)} different windows; each is shown by its own",) if len(windows) > 1 else ()
     return any(_needs_spread(d, groups_of(i)) for i in range(alike)), note
 
-def read_dicom(path:Path, modality:str='oct')->Iterator[Scan]:
+def read_dicom(
+    path:Path,           # a DICOM file, with preamble or without
+    modality:str='oct',  # what it must hold: a key of `MODALITIES`; another word: anything
+)->Iterator[Scan]:       # its frames, one at a time; of a file with one B-scan, that one with its place in the series
     "A DICOM file of that modality, or a picture of which none is said, with a note."
     d, n, read = _dicom_head(path)
     what, bits = _dicom_kind(d, modality), _check_bits(d)
