@@ -190,7 +190,7 @@ STAGES = {s.name: s for s in (
     Stage('baseline', '04_distill', _is_trained, ('data',), trains=True, parameters=lambda stage: {'role': stage}),
     Stage('decide', '05g_decide', _is_decided, ('data', 'teacher', 'student', 'baseline')),
     Stage('evaluate', '05_evaluate', _is_evaluated, ('data', 'teacher', 'student', 'baseline', 'decide')),
-    Stage('explain', '06_explain', _is_noted_as_done, ('data', 'teacher', 'student'), in_crossval=False),
+    Stage('explain', '06_explain', _is_noted_as_done, ('data', 'teacher', 'student', 'baseline'), in_crossval=False),
     Stage('deploy', '07_deploy', _is_noted_as_done, ('data', 'teacher', 'student'), in_crossval=False),
 )}
 
