@@ -1,0 +1,392 @@
+"""Build the documentation site: `python tools/docs.py [SITE]`, by default into build/docs. No network is needed.
+
+mkdocs reads mkdocs.yml and calls the hooks below. They add to the guide in docs/ what is made from the project itself: the
+README, the notebooks with their stored outputs, a page for every module (from its docments), the commands and the recipe.
+Nothing is executed and no module that needs torch is imported. Formulas become MathML, so no script is loaded for them.
+"""
+import ast
+import html
+import os
+import posixpath
+import re
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import nbformat
+from fastcore.docments import docments
+from jinja2 import DictLoader
+from latex2mathml.converter import convert as mathml
+from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+from house import PACKAGES  # noqa: E402
+from readme import LINK, shown, with_tables  # noqa: E402
+
+CHAPTERS = {  # beginning of a notebook's name -> heading of its chapter
+    "00": "Core", "01": "Data", "02": "Networks and training", "03": "Teacher and methods", "04": "Student and baseline",
+    "05": "Evaluation", "06": "Explanation", "07": "Deployment", "08": "Cross-validation and report", "09": "Explorer",
+    "10": "Command line", "11": "Differences from the paper", "12": "Benchmarks"}
+PLACES = {"README.md": "index.md", "nbs/index.ipynb": "index.md", "CONTRIBUTING.md": "contributing.md",
+          "CHANGELOG.md": "changes.md", "LICENSE": "license.md"}
+
+
+# --- where a file of the project stands on the site
+
+def site_uri(path):
+    "Place on the site of a file of the project, both relative and with '/'."
+    if path in PLACES: return PLACES[path]
+    if path.startswith("docs/"): return path.removeprefix("docs/")
+    if path.startswith("nbs/"): path = "notebooks/" + path.removeprefix("nbs/")
+    return re.sub(r"\.ipynb$", ".md", path)
+
+
+def project_path(uri):
+    "The file of the project that a page is made from."
+    back = {place: path for path, place in PLACES.items() if path != "nbs/index.ipynb"}
+    if uri in back: return back[uri]
+    if uri.startswith("notebooks/"): return "nbs/" + re.sub(r"\.md$", ".ipynb", uri.removeprefix("notebooks/"))
+    if uri.startswith("experiments/"): return re.sub(r"\.md$", ".ipynb", uri)
+    return "docs/" + uri
+
+
+def with_site_links(text, uri):
+    "Markdown of a file of the project, its relative links turned into links of the site."
+    here, folder = posixpath.dirname(uri), posixpath.dirname(project_path(uri))
+
+    def moved(match):
+        target, mark, anchor = match[2].partition("#")
+        place = site_uri(posixpath.normpath(posixpath.join(folder, target)))
+        return match[1] + posixpath.relpath(place, here or ".") + mark + anchor
+    return LINK.sub(moved, text)
+
+
+# --- notebooks
+
+TEMPLATE = """{% extends 'markdown/index.md.j2' %}
+{% macro text_block(text) %}
+``````{.text .output}
+{{ text | strip_ansi | trim('\n') }}
+``````
+{% endmacro %}
+{% block stream %}{{ text_block(output.text) }}{% endblock stream %}
+{% block data_text scoped %}{{ text_block(output.data['text/plain']) }}{% endblock data_text %}
+{% block data_html scoped %}
+<div class="output">
+{{ output.data['text/html'] }}
+</div>
+{% endblock data_html %}
+"""
+FIRST = ["text/markdown", "text/html", "image/png", "image/jpeg", "text/plain"]
+
+
+def notebook_page(notebook):
+    "A notebook as Markdown, and its pictures: name -> bytes."
+    nb = nbformat.read(notebook, as_version=4)
+    cells = [cell for cell in map(shown, nb.cells) if cell is not None]
+    nb.cells = [cell for cell in cells if cell.source.strip()]
+    config = Config({"NbConvertBase": {"display_data_priority": FIRST}})
+    exporter = MarkdownExporter(config=config, template_file="page.md.j2",
+                                extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})])
+    names = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
+    text, resources = exporter.from_notebook_node(nb, resources=names)
+    text = re.sub(r"\n> *(.+)\n", r'\n<p class="subtitle">\1</p>\n', text, count=1)
+    return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
+
+
+def subtitle(notebook):
+    "The line below a notebook's title that says what it is about."
+    cells = nbformat.read(notebook, as_version=4).cells
+    text = next((c.source for c in cells if c.cell_type == "markdown"), "")
+    found = re.search(r"^> *(.+)$", text, re.M)
+    return found[1] if found else ""
+
+
+def exported_module(notebook):
+    "Dotted name of the module that a notebook exports; '' if it exports none."
+    code = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
+    found = re.search(r"^#\| *default_exp:? +([\w.]+)", code, re.M)
+    return found[1] if found else ""
+
+
+def lesson_notebooks():
+    "The notebooks that are pages, by chapter."
+    chapters = {heading: [] for heading in CHAPTERS.values()}
+    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
+        if notebook.name != "index.ipynb": chapters[CHAPTERS[notebook.name[:2]]].append(notebook)
+    return chapters
+
+
+def notebook_list():
+    "Page that says which notebook holds what."
+    lines = ["# Notebooks", "", "What each notebook is about, and the module it exports. "
+             "[Notebooks and packages](../packages.md) says how they are used."]
+    for heading, notebooks in lesson_notebooks().items():
+        lines += ["", f"## {heading}", "", "| notebook | about | module |", "| --- | --- | --- |"]
+        for notebook in notebooks:
+            module = exported_module(notebook)
+            link = f"[`kdoct.{module}`](../api/{module}.md)" if module else ""
+            lines.append(f"| [{notebook.stem}]({notebook.stem}.md) | {subtitle(notebook)} | {link} |")
+    return "\n".join(lines)
+
+
+# --- modules
+
+def as_html(text):
+    "Plain text with `code` in backticks as HTML."
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def table(head, rows):
+    "Rows of HTML cells as a table."
+    def row(cells, tag): return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+    body = "\n".join(row(cells, "td") for cells in rows)
+    return f'<table class="parameters">\n<thead>{row(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+
+
+def code(text): return f"<code>{html.escape(text, quote=False)}</code>" if text else ""
+
+
+def source_lines(node, lines):
+    "Source of a definition without its decorators."
+    return dedent("\n".join(lines[node.lineno - 1:node.end_lineno]))
+
+
+def signature(node, name):
+    "How a function is called, on one line."
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{name}({ast.unparse(node.args)}){result}"
+
+
+def parameter_rows(node, source):
+    "Name, type, default and docment of each parameter, and of the result."
+    comments, arguments = docments(source), node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    values = [None]*(len(plain) - len(arguments.defaults)) + arguments.defaults
+    every = [*zip(plain, values, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    stars = [(a, mark) for a, mark in ((arguments.vararg, "*"), (arguments.kwarg, "**")) if a]
+    rows = [(a.arg, a.annotation, value) for a, value in every] + [(mark + a.arg, a.annotation, None) for a, mark in stars]
+    found = []
+    for name, kind, value in rows:
+        if name in ("self", "cls"): continue
+        words = comments.get(name.lstrip("*")) or ""
+        found.append([code(name), code(ast.unparse(kind) if kind else ""),
+                      code(ast.unparse(value) if value else ""), as_html(words)])
+    result = comments.get("return") or ""
+    if node.returns or result:
+        found.append(["<em>returns</em>", code(ast.unparse(node.returns) if node.returns else ""), "", as_html(result)])
+    return found
+
+
+def function_text(node, lines, name, level="###"):
+    "A function: signature, docstring, parameters."
+    rows = parameter_rows(node, source_lines(node, lines))
+    said = ast.get_docstring(node) or ""
+    anchor = name.replace(".", "-").lower()
+    text = [f"{level} `{name}` {{#{anchor}}}", "", "```python", signature(node, node.name), "```", "", as_html(said), ""]
+    return "\n".join(text + ([table(["parameter", "type", "default", "meaning"], rows), ""] if rows else []))
+
+
+def field_meaning(node, lines):
+    "What the comment behind a field, or its `description`, says."
+    if isinstance(node.value, ast.Call):
+        said = {k.arg: k.value for k in node.value.keywords}.get("description")
+        if isinstance(said, ast.Constant): return said.value
+    end = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+    return end.partition("#")[2].strip()
+
+
+def field_rows(node, lines):
+    "Name, type, default and meaning of each field of a class."
+    rows = []
+    for field in node.body:
+        if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"): continue
+        value = field.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field": value = value.args[0] if value.args else None
+        rows.append([code(field.target.id), code(ast.unparse(field.annotation)), code(ast.unparse(value) if value else ""),
+                     as_html(field_meaning(field, lines))])
+    return rows
+
+
+def class_text(node, lines, patched):
+    "A class: docstring, fields, how it is made, public methods."
+    bases = ", ".join(map(ast.unparse, node.bases))
+    text = [f"### `{node.name}` {{#{node.name.lower()}}}", "",
+            "```python", f"class {node.name}" + (f"({bases})" if bases else ""), "```", "",
+            as_html(ast.get_docstring(node) or ""), ""]
+    if rows := field_rows(node, lines): text += [table(["field", "type", "default", "meaning"], rows), ""]
+    own = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+    for method in [*own, *patched.get(node.name, [])]:
+        if method.name == "__init__" and (rows := parameter_rows(method, source_lines(method, lines))):
+            text += [table(["parameter", "type", "default", "meaning"], rows), ""]
+        elif not method.name.startswith("_") and ast.get_docstring(method):
+            text.append(function_text(method, lines, f"{node.name}.{method.name}", "####"))
+    return "\n".join(text)
+
+
+def patched_methods(tree):
+    "Functions that `@patch` adds to a class: name of the class -> functions."
+    found = {}
+    for node in tree.body:
+        names = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+        if "patch" in names: found.setdefault(ast.unparse(node.args.args[0].annotation), []).append(node)
+    return found
+
+
+def module_page(file):
+    "A module: what it is for, its notebook, its public definitions."
+    source = file.read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    patched = patched_methods(tree)
+    methods = {id(m) for ms in patched.values() for m in ms}
+    module = ".".join(file.relative_to(ROOT / "kdoct").with_suffix("").parts)
+    notebook = re.search(r"File to edit: .*/nbs/(.+)\.ipynb", source)
+    text = [f"# kdoct.{module}", "", f'<p class="subtitle">{as_html(ast.get_docstring(tree) or "")}</p>', ""]
+    if notebook: text += [f"Made from the notebook [{notebook[1]}](../notebooks/{notebook[1]}.md).", ""]
+    for node in tree.body:
+        if getattr(node, "name", "_").startswith("_") or id(node) in methods: continue
+        if isinstance(node, ast.ClassDef): text.append(class_text(node, lines, patched))
+        elif isinstance(node, ast.FunctionDef): text.append(function_text(node, lines, node.name))
+    return module, "\n".join(text)
+
+
+def modules():
+    "Files of all modules, by package."
+    return {p: [f for f in sorted((ROOT / "kdoct" / p).glob("*.py")) if f.stem != "__init__"] for p in PACKAGES}
+
+
+def api_list():
+    "Page of the public names and of all modules."
+    import kdoct
+    text = ["# Python", "", "What `import kdoct` offers. A name is loaded when it is first used.", "",
+            "| name | stands in | for |", "| --- | --- | --- |"]
+    for name in kdoct.__all__:
+        module = kdoct._MODULES[name]
+        tree = ast.parse((ROOT / "kdoct" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        node = next(n for n in tree.body if getattr(n, "name", "") == name)
+        said = (ast.get_docstring(node) or "").split("\n")[0]
+        text.append(f"| [`kdoct.{name}`]({module}.md#{name.lower()}) | `kdoct.{module}` | {as_html(said)} |")
+    for package, files in modules().items():
+        text += ["", f"## kdoct.{package}", "", "| module | about |", "| --- | --- |"]
+        for file in files:
+            said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+            text.append(f"| [`kdoct.{package}.{file.stem}`]({package}.{file.stem}.md) | {as_html(said)} |")
+    return "\n".join(text)
+
+
+# --- commands and recipe
+
+def command_page():
+    "Every command with its arguments and options, as `kdoct COMMAND --help` says."
+    from typer.main import get_command
+
+    from kdoct.app.cli import app
+    text = ["# Commands", "", "The same as `kdoct COMMAND --help`."]
+    for name, command in get_command(app).commands.items():
+        text += ["", f"## kdoct {name}", "", as_html(command.help or ""), ""]
+        rows = []
+        for p in command.params:
+            if p.name == "help": continue
+            called = p.metavar or p.name if p.param_type_name == "argument" else ", ".join([*p.opts, *p.secondary_opts])
+            default = "" if p.required or p.default in (None, "", [], False, ()) else str(p.default)
+            rows.append([code(called), as_html(p.help or ""), code("" if callable(p.default) else default)])
+        if rows: text.append(table(["option", "meaning", "default"], rows))
+    return "\n".join(text)
+
+
+def recipe_page():
+    "Every field of a recipe, and the presets."
+    from kdoct.core.recipe import PRESETS, recipe_fields
+    text = ["# Recipe", "", "Every setting of a run. `--set NAME=VALUE` changes one, and `kdoct recipe` lists them with the "
+            "values that a command would use.", ""]
+    parts = {}
+    for name, (value, meaning) in recipe_fields().items():
+        parts.setdefault(name.rpartition(".")[0], []).append([code(name), code(repr(value)), as_html(meaning or "")])
+    for part, rows in parts.items():
+        text += [f"## {part or 'run'}", "", table(["field", "default", "meaning"], rows), ""]
+    text += ["## Presets", "", "What each preset changes.", ""]
+    for name, changes in PRESETS.items():
+        text += [f"### {name}", "", table(["field", "value"], [[code(k), code(repr(v))] for k, v in changes.items()]), ""]
+    return "\n".join(text)
+
+
+# --- hooks of mkdocs
+
+def pages():
+    "What is made from the project: place on the site -> text or bytes."
+    made = {site_uri(f): (ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+    made["license.md"] = "# License\n\n```text\n" + (ROOT / "LICENSE").read_text(encoding="utf-8") + "\n```\n"
+    made |= {"commands.md": command_page(), "recipe.md": recipe_page(), "api/index.md": api_list(),
+             "notebooks/index.md": notebook_list()}
+    for folder in ("nbs", "experiments"):
+        for notebook in sorted((ROOT / folder).glob("*.ipynb")):
+            if notebook.name == "index.ipynb": continue
+            uri = site_uri(f"{folder}/{notebook.name}")
+            made[uri], pictures = notebook_page(notebook)
+            made |= {posixpath.join(posixpath.dirname(uri), name): data for name, data in pictures.items()}
+        for picture in (ROOT / folder).rglob("*.png"):
+            made[site_uri(picture.relative_to(ROOT).as_posix())] = picture.read_bytes()
+    for files in modules().values():
+        for file in files:
+            module, text = module_page(file)
+            made[f"api/{module}.md"] = text
+    return made
+
+
+def on_config(config):
+    "Complete the navigation: chapters of notebooks, packages of modules."
+    chapters = [{heading: [{n.stem: f"notebooks/{n.stem}.md"} for n in notebooks]}
+                for heading, notebooks in lesson_notebooks().items() if notebooks]
+    records = [{n.stem: f"experiments/{n.stem}.md"} for n in sorted((ROOT / "experiments").glob("*.ipynb"))]
+    packages = [{f"kdoct.{p}": [{f.stem: f"api/{p}.{f.stem}.md"} for f in files]} for p, files in modules().items()]
+    config.nav += [{"Notebooks": ["notebooks/index.md", *chapters]}, {"Experiments": records},
+                   {"Reference": ["api/index.md", "commands.md", "recipe.md", *packages]},
+                   {"Project": ["contributing.md", "changes.md", "license.md"]}]
+    return config
+
+
+def on_files(files, config):
+    "Add the pages that are made from the project."
+    for uri, content in pages().items(): files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    "Links between files of the project become links between pages."
+    is_made = page.file.src_uri.startswith("api/") or page.file.src_uri in ("commands.md", "recipe.md", "notebooks/index.md")
+    return markdown if is_made else with_site_links(markdown, page.file.src_uri)
+
+
+def on_page_content(content, page, config, files):
+    "Formulas, which pymdownx.arithmatex has marked, become MathML."
+    def formula(match):
+        text, is_block = html.unescape(match[2]).strip(), match[1] == "div"
+        return mathml(text[2:-2], display="block" if is_block else "inline")
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', formula, content, flags=re.S)
+
+
+def refresh_tables():
+    "Tables of records in the guide are as the records are."
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        if (new := with_tables(text)) != text: page.write_text(new, encoding="utf-8")
+
+
+def build_site(folder):
+    "Build the site into a folder; a broken link is an error."
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+
+
+if __name__ == "__main__":
+    refresh_tables()
+    site = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build" / "docs").resolve()
+    build_site(site)
+    print(f"{site / 'index.html'}")
