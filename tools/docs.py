@@ -10,11 +10,12 @@ import os
 import posixpath
 import re
 import sys
+import tokenize
+from io import StringIO
 from pathlib import Path
 from textwrap import dedent
 
 import nbformat
-from fastcore.docments import docments
 from jinja2 import DictLoader
 from latex2mathml.converter import convert as mathml
 from mkdocs.structure.files import File
@@ -144,7 +145,7 @@ def table(head, rows):
     "Rows of HTML cells as a table."
     def row(cells, tag): return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
     body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<table class="parameters">\n<thead>{row(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    return f'<div class="parameters"><table>\n<thead>{row(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def code(text): return f"<code>{html.escape(text, quote=False)}</code>" if text else ""
@@ -155,30 +156,44 @@ def source_lines(node, lines):
     return dedent("\n".join(lines[node.lineno - 1:node.end_lineno]))
 
 
-def signature(node, name):
-    "How a function is called, on one line."
-    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"{name}({ast.unparse(node.args)}){result}"
+def docments_of(node, source):
+    """What the comment beside each parameter says: name -> text; 'return': the result.
+
+    The same that `fastcore.docments` reads, which needs the module imported, and torch with it."""
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    arguments = node.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    lines = {a.arg: a.lineno for a in every if a} | ({"return": node.returns.lineno} if node.returns else {})
+    return {name: comments.get(line - node.lineno + 1, "") for name, line in lines.items()}
+
+
+def arguments_of(node):
+    "Parameters of a function: (name with its stars, annotation, default), the last two as source."
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    values = [None]*(len(plain) - len(arguments.defaults)) + arguments.defaults
+    found = [(a.arg, a, value) for a, value in zip(plain, values, strict=True)]
+    if arguments.vararg: found.append(("*" + arguments.vararg.arg, arguments.vararg, None))
+    found += [(a.arg, a, value) for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    if arguments.kwarg: found.append(("**" + arguments.kwarg.arg, arguments.kwarg, None))
+
+    def text(part): return ast.unparse(part) if part else ""
+    return [(name, text(a.annotation), text(value)) for name, a, value in found if name not in ("self", "cls")]
+
+
+def signature(node):
+    "How a function is called."
+    return f"{node.name}({', '.join(n + (f'={v}' if v else '') for n, _, v in arguments_of(node))})"
 
 
 def parameter_rows(node, source):
     "Name, type, default and docment of each parameter, and of the result."
-    comments, arguments = docments(source), node.args
-    plain = [*arguments.posonlyargs, *arguments.args]
-    values = [None]*(len(plain) - len(arguments.defaults)) + arguments.defaults
-    every = [*zip(plain, values, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    stars = [(a, mark) for a, mark in ((arguments.vararg, "*"), (arguments.kwarg, "**")) if a]
-    rows = [(a.arg, a.annotation, value) for a, value in every] + [(mark + a.arg, a.annotation, None) for a, mark in stars]
-    found = []
-    for name, kind, value in rows:
-        if name in ("self", "cls"): continue
-        words = comments.get(name.lstrip("*")) or ""
-        found.append([code(name), code(ast.unparse(kind) if kind else ""),
-                      code(ast.unparse(value) if value else ""), as_html(words)])
-    result = comments.get("return") or ""
-    if node.returns or result:
-        found.append(["<em>returns</em>", code(ast.unparse(node.returns) if node.returns else ""), "", as_html(result)])
-    return found
+    said = docments_of(node, source)
+    rows = [[code(name), code(kind), code(value), as_html(said[name.lstrip("*")])]
+            for name, kind, value in arguments_of(node)]
+    if node.returns: rows.append(["<em>returns</em>", code(ast.unparse(node.returns)), "", as_html(said["return"])])
+    return rows
 
 
 def function_text(node, lines, name, level="###"):
@@ -186,7 +201,7 @@ def function_text(node, lines, name, level="###"):
     rows = parameter_rows(node, source_lines(node, lines))
     said = ast.get_docstring(node) or ""
     anchor = name.replace(".", "-").lower()
-    text = [f"{level} `{name}` {{#{anchor}}}", "", "```python", signature(node, node.name), "```", "", as_html(said), ""]
+    text = [f"{level} `{name}` {{#{anchor}}}", "", "```python", signature(node), "```", "", as_html(said), ""]
     return "\n".join(text + ([table(["parameter", "type", "default", "meaning"], rows), ""] if rows else []))
 
 
