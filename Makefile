@@ -6,7 +6,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lab export readme wheel clean distclean
+.PHONY: help demo test install lab export readme docs wheel clean distclean
 
 help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ export: .venv/.installed-dev ## notebooks -> kdoct/, README.md, clean notebooks
 
 readme: .venv/.installed-dev ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
+
+docs: .venv/.installed-dev ## the documentation as a site: build/docs/index.html
+	$(BIN)/python tools/house.py picture docs/house.svg
+	$(BIN)/python tools/docs.py
 
 wheel: .venv/.installed-dev ## dist/*.whl and dist/*.tar.gz
 	rm -rf build dist

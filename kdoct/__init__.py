@@ -1,13 +1,14 @@
 """Compress medical-image classifiers by knowledge distillation.
 
-What a user imports stands in `__all__`. Each name is loaded when it is first used, so `import kdoct` waits for nothing.
+What a user imports stands in `__all__`. Each name is loaded when it is first used, so that
+`import kdoct` waits for nothing.
 """
 import warnings
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-# fastai 2 says so when it is imported beside torch 2.15; nobody who reads it here can do anything about it
+# fastai 2 says so when it is imported beside torch 2.15; who reads it here can do nothing about it
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
 
 _MODULES = {  # public name -> module that defines it
@@ -30,7 +31,8 @@ __all__ = list(_MODULES)
 
 def __getattr__(name):
     "Load a public name when it is first used."
-    if name not in _MODULES: raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     value = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
     globals()[name] = value
     return value

@@ -1,8 +1,9 @@
-"""Build the documentation site: `python tools/docs.py [SITE]`, by default into build/docs. No network is needed.
+"""Build the documentation site: `python tools/docs.py [SITE]`, by default into build/docs.
 
-mkdocs reads mkdocs.yml and calls the hooks below. They add to the guide in docs/ what is made from the project itself: the
-README, the notebooks with their stored outputs, a page for every module (from its docments), the commands and the recipe.
-Nothing is executed and no module that needs torch is imported. Formulas become MathML, so no script is loaded for them.
+mkdocs reads mkdocs.yml and calls the hooks below. They add to the guide in docs/ what is made from the
+project itself: the README, the notebooks with their stored outputs, a page for every module (from its
+docments), the commands and the recipe. No network is needed, no notebook is executed, and no module that
+needs torch is imported. Formulas become MathML, so no script is loaded for them.
 """
 import ast
 import html
@@ -24,15 +25,31 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from house import PACKAGES  # noqa: E402
+from house import PACKAGES, is_exported  # noqa: E402
 from readme import LINK, shown, with_tables  # noqa: E402
 
 CHAPTERS = {  # beginning of a notebook's name -> heading of its chapter
-    "00": "Core", "01": "Data", "02": "Networks and training", "03": "Teacher and methods", "04": "Student and baseline",
-    "05": "Evaluation", "06": "Explanation", "07": "Deployment", "08": "Cross-validation and report", "09": "Explorer",
-    "10": "Command line", "11": "Differences from the paper", "12": "Benchmarks"}
-PLACES = {"README.md": "index.md", "nbs/index.ipynb": "index.md", "CONTRIBUTING.md": "contributing.md",
-          "CHANGELOG.md": "changes.md", "LICENSE": "license.md"}
+    "00": "Core",
+    "01": "Data",
+    "02": "Networks and training",
+    "03": "Teacher and methods",
+    "04": "Student and baseline",
+    "05": "Evaluation",
+    "06": "Explanation",
+    "07": "Deployment",
+    "08": "Cross-validation and report",
+    "09": "Explorer",
+    "10": "Command line",
+    "11": "Differences from the paper",
+    "12": "Benchmarks",
+}
+PLACES = {  # file of the project -> page, where the name does not say it
+    "README.md": "index.md",
+    "nbs/index.ipynb": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+    "LICENSE": "license.md",
+}
 
 
 # --- where a file of the project stands on the site
@@ -49,8 +66,9 @@ def project_path(uri):
     "The file of the project that a page is made from."
     back = {place: path for path, place in PLACES.items() if path != "nbs/index.ipynb"}
     if uri in back: return back[uri]
-    if uri.startswith("notebooks/"): return "nbs/" + re.sub(r"\.md$", ".ipynb", uri.removeprefix("notebooks/"))
-    if uri.startswith("experiments/"): return re.sub(r"\.md$", ".ipynb", uri)
+    notebook = re.sub(r"\.md$", ".ipynb", uri)
+    if uri.startswith("notebooks/"): return "nbs/" + notebook.removeprefix("notebooks/")
+    if uri.startswith("experiments/"): return notebook
     return "docs/" + uri
 
 
@@ -84,11 +102,19 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 FIRST = ["text/markdown", "text/html", "image/png", "image/jpeg", "text/plain"]
 
 
+def is_imports_only(cell):
+    "Whether an exported cell only imports what the module needs; no lesson."
+    if cell.cell_type != "code" or not is_exported(cell.source): return False
+    statements = ast.parse(cell.source).body
+    return all(isinstance(s, ast.Import | ast.ImportFrom) for s in statements)
+
+
 def notebook_page(notebook):
     "A notebook as Markdown, and its pictures: name -> bytes."
     nb = nbformat.read(notebook, as_version=4)
-    cells = [cell for cell in map(shown, nb.cells) if cell is not None]
-    nb.cells = [cell for cell in cells if cell.source.strip()]
+    cells = [shown(cell) for cell in nb.cells if not is_imports_only(cell)]
+    nb.cells = [cell for cell in cells if cell is not None and cell.source.strip()]
+    nb.metadata["language_info"] = {"name": "python"}
     config = Config({"NbConvertBase": {"display_data_priority": FIRST}})
     exporter = MarkdownExporter(config=config, template_file="page.md.j2",
                                 extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})])
@@ -108,8 +134,9 @@ def subtitle(notebook):
 
 def exported_module(notebook):
     "Dotted name of the module that a notebook exports; '' if it exports none."
-    code = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
-    found = re.search(r"^#\| *default_exp:? +([\w.]+)", code, re.M)
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = "\n".join(c.source for c in cells if c.cell_type == "code")
+    found = re.search(r"^#\| *default_exp:? +([\w.]+)", source, re.M)
     return found[1] if found else ""
 
 
@@ -129,8 +156,9 @@ def notebook_list():
         lines += ["", f"## {heading}", "", "| notebook | about | module |", "| --- | --- | --- |"]
         for notebook in notebooks:
             module = exported_module(notebook)
+            page = f"[{notebook.stem}]({notebook.stem}.md)"
             link = f"[`kdoct.{module}`](../api/{module}.md)" if module else ""
-            lines.append(f"| [{notebook.stem}]({notebook.stem}.md) | {subtitle(notebook)} | {link} |")
+            lines.append(f"| {page} | {subtitle(notebook)} | {link} |")
     return "\n".join(lines)
 
 
@@ -144,8 +172,12 @@ def as_html(text):
 def table(head, rows):
     "Rows of HTML cells as a table."
     def row(cells, tag): return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="parameters"><table>\n<thead>{row(head, "th")}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    body = [row(cells, "td") for cells in rows]
+    parts = [f"<thead>{row(head, 'th')}</thead>", "<tbody>", *body, "</tbody>"]
+    return "\n".join(['<div class="parameters"><table>', *parts, "</table></div>"])
+
+
+def unparsed(node): return ast.unparse(node) if node else ""
 
 
 def code(text): return f"<code>{html.escape(text, quote=False)}</code>" if text else ""
@@ -163,8 +195,10 @@ def docments_of(node, source):
     tokens = tokenize.generate_tokens(StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     arguments = node.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-    lines = {a.arg: a.lineno for a in every if a} | ({"return": node.returns.lineno} if node.returns else {})
+    stars = [a for a in (arguments.vararg, arguments.kwarg) if a]
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *stars]
+    lines = {a.arg: a.lineno for a in every}
+    if node.returns: lines["return"] = node.returns.lineno
     return {name: comments.get(line - node.lineno + 1, "") for name, line in lines.items()}
 
 
@@ -175,16 +209,20 @@ def arguments_of(node):
     values = [None]*(len(plain) - len(arguments.defaults)) + arguments.defaults
     found = [(a.arg, a, value) for a, value in zip(plain, values, strict=True)]
     if arguments.vararg: found.append(("*" + arguments.vararg.arg, arguments.vararg, None))
-    found += [(a.arg, a, value) for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    by_name = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    found += [(a.arg, a, value) for a, value in by_name]
     if arguments.kwarg: found.append(("**" + arguments.kwarg.arg, arguments.kwarg, None))
+    found = [row for row in found if row[0] not in ("self", "cls")]
+    return [(name, unparsed(a.annotation), unparsed(value)) for name, a, value in found]
 
-    def text(part): return ast.unparse(part) if part else ""
-    return [(name, text(a.annotation), text(value)) for name, a, value in found if name not in ("self", "cls")]
+
+PARAMETERS = ["parameter", "type", "default", "meaning"]
 
 
 def signature(node):
     "How a function is called."
-    return f"{node.name}({', '.join(n + (f'={v}' if v else '') for n, _, v in arguments_of(node))})"
+    given = [f"{name}={value}" if value else name for name, _, value in arguments_of(node)]
+    return f"{node.name}({', '.join(given)})"
 
 
 def parameter_rows(node, source):
@@ -192,7 +230,8 @@ def parameter_rows(node, source):
     said = docments_of(node, source)
     rows = [[code(name), code(kind), code(value), as_html(said[name.lstrip("*")])]
             for name, kind, value in arguments_of(node)]
-    if node.returns: rows.append(["<em>returns</em>", code(ast.unparse(node.returns)), "", as_html(said["return"])])
+    result = code(unparsed(node.returns))
+    if node.returns: rows.append(["<em>returns</em>", result, "", as_html(said["return"])])
     return rows
 
 
@@ -201,8 +240,10 @@ def function_text(node, lines, name, level="###"):
     rows = parameter_rows(node, source_lines(node, lines))
     said = ast.get_docstring(node) or ""
     anchor = name.replace(".", "-").lower()
-    text = [f"{level} `{name}` {{#{anchor}}}", "", "```python", signature(node), "```", "", as_html(said), ""]
-    return "\n".join(text + ([table(["parameter", "type", "default", "meaning"], rows), ""] if rows else []))
+    text = [f"{level} `{name}` {{#{anchor}}}", "", "```python", signature(node), "```", ""]
+    text += [as_html(said), ""]
+    if rows: text += [table(PARAMETERS, rows), ""]
+    return "\n".join(text)
 
 
 def field_meaning(node, lines):
@@ -220,9 +261,10 @@ def field_rows(node, lines):
     for field in node.body:
         if not isinstance(field, ast.AnnAssign) or field.target.id.startswith("_"): continue
         value = field.value
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field": value = value.args[0] if value.args else None
-        rows.append([code(field.target.id), code(ast.unparse(field.annotation)), code(ast.unparse(value) if value else ""),
-                     as_html(field_meaning(field, lines))])
+        is_described = isinstance(value, ast.Call) and ast.unparse(value.func) == "Field"
+        if is_described: value = value.args[0] if value.args else None
+        kind, meaning = unparsed(field.annotation), field_meaning(field, lines)
+        rows.append([code(field.target.id), code(kind), code(unparsed(value)), as_html(meaning)])
     return rows
 
 
@@ -232,11 +274,13 @@ def class_text(node, lines, patched):
     text = [f"### `{node.name}` {{#{node.name.lower()}}}", "",
             "```python", f"class {node.name}" + (f"({bases})" if bases else ""), "```", "",
             as_html(ast.get_docstring(node) or ""), ""]
-    if rows := field_rows(node, lines): text += [table(["field", "type", "default", "meaning"], rows), ""]
+    fields = field_rows(node, lines)
+    if fields: text += [table(["field", "type", "default", "meaning"], fields), ""]
     own = [n for n in node.body if isinstance(n, ast.FunctionDef)]
     for method in [*own, *patched.get(node.name, [])]:
-        if method.name == "__init__" and (rows := parameter_rows(method, source_lines(method, lines))):
-            text += [table(["parameter", "type", "default", "meaning"], rows), ""]
+        if method.name == "__init__":
+            rows = parameter_rows(method, source_lines(method, lines))
+            if rows: text += [table(PARAMETERS, rows), ""]
         elif not method.name.startswith("_") and ast.get_docstring(method):
             text.append(function_text(method, lines, f"{node.name}.{method.name}", "####"))
     return "\n".join(text)
@@ -247,7 +291,9 @@ def patched_methods(tree):
     found = {}
     for node in tree.body:
         names = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
-        if "patch" in names: found.setdefault(ast.unparse(node.args.args[0].annotation), []).append(node)
+        if "patch" not in names: continue
+        owner = ast.unparse(node.args.args[0].annotation)
+        found.setdefault(owner, []).append(node)
     return found
 
 
@@ -259,8 +305,11 @@ def module_page(file):
     methods = {id(m) for ms in patched.values() for m in ms}
     module = ".".join(file.relative_to(ROOT / "kdoct").with_suffix("").parts)
     notebook = re.search(r"File to edit: .*/nbs/(.+)\.ipynb", source)
-    text = [f"# kdoct.{module}", "", f'<p class="subtitle">{as_html(ast.get_docstring(tree) or "")}</p>', ""]
-    if notebook: text += [f"Made from the notebook [{notebook[1]}](../notebooks/{notebook[1]}.md).", ""]
+    about = as_html(ast.get_docstring(tree) or "")
+    text = [f"# kdoct.{module}", "", f'<p class="subtitle">{about}</p>', ""]
+    if notebook:
+        name = notebook[1]
+        text += [f"Made from the notebook [{name}](../notebooks/{name}.md).", ""]
     for node in tree.body:
         if getattr(node, "name", "_").startswith("_") or id(node) in methods: continue
         if isinstance(node, ast.ClassDef): text.append(class_text(node, lines, patched))
@@ -270,25 +319,29 @@ def module_page(file):
 
 def modules():
     "Files of all modules, by package."
-    return {p: [f for f in sorted((ROOT / "kdoct" / p).glob("*.py")) if f.stem != "__init__"] for p in PACKAGES}
+    files = {p: sorted((ROOT / "kdoct" / p).glob("*.py")) for p in PACKAGES}
+    return {p: [f for f in found if f.stem != "__init__"] for p, found in files.items()}
+
+
+def parsed(file): return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def api_list():
     "Page of the public names and of all modules."
     import kdoct
-    text = ["# Python", "", "What `import kdoct` offers. A name is loaded when it is first used.", "",
-            "| name | stands in | for |", "| --- | --- | --- |"]
-    for name in kdoct.__all__:
-        module = kdoct._MODULES[name]
-        tree = ast.parse((ROOT / "kdoct" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    text = ["# Python", "", "What `import kdoct` offers. A name is loaded when it is first used.",
+            "", "| name | for | stands in |", "| --- | --- | --- |"]
+    for name, module in kdoct._MODULES.items():
+        tree = parsed(ROOT / "kdoct" / f"{module.replace('.', '/')}.py")
         node = next(n for n in tree.body if getattr(n, "name", "") == name)
         said = (ast.get_docstring(node) or "").split("\n")[0]
-        text.append(f"| [`kdoct.{name}`]({module}.md#{name.lower()}) | `kdoct.{module}` | {as_html(said)} |")
+        link = f"[`kdoct.{name}`]({module}.md#{name.lower()})"
+        text.append(f"| {link} | {as_html(said)} | `kdoct.{module}` |")
     for package, files in modules().items():
         text += ["", f"## kdoct.{package}", "", "| module | about |", "| --- | --- |"]
         for file in files:
-            said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            text.append(f"| [`kdoct.{package}.{file.stem}`]({package}.{file.stem}.md) | {as_html(said)} |")
+            said, module = ast.get_docstring(parsed(file)) or "", f"{package}.{file.stem}"
+            text.append(f"| [`kdoct.{module}`]({module}.md) | {as_html(said)} |")
     return "\n".join(text)
 
 
@@ -301,47 +354,60 @@ def command_page():
     from kdoct.app.cli import app
     text = ["# Commands", "", "The same as `kdoct COMMAND --help`."]
     for name, command in get_command(app).commands.items():
+        rows = [option_row(p) for p in command.params if p.name != "help"]
         text += ["", f"## kdoct {name}", "", as_html(command.help or ""), ""]
-        rows = []
-        for p in command.params:
-            if p.name == "help": continue
-            called = p.metavar or p.name if p.param_type_name == "argument" else ", ".join([*p.opts, *p.secondary_opts])
-            default = "" if p.required or p.default in (None, "", [], False, ()) else str(p.default)
-            rows.append([code(called), as_html(p.help or ""), code("" if callable(p.default) else default)])
         if rows: text.append(table(["option", "meaning", "default"], rows))
     return "\n".join(text)
+
+
+def option_row(option):
+    "Name, meaning and default of an argument or option of a command."
+    is_argument = option.param_type_name == "argument"
+    name = option.metavar or option.name
+    if not is_argument: name = ", ".join([*option.opts, *option.secondary_opts])
+    is_shown = not option.required and option.default not in (None, "", [], False, ())
+    default = str(option.default) if is_shown and not callable(option.default) else ""
+    return [code(name), as_html(option.help or ""), code(default)]
 
 
 def recipe_page():
     "Every field of a recipe, and the presets."
     from kdoct.core.recipe import PRESETS, recipe_fields
-    text = ["# Recipe", "", "Every setting of a run. `--set NAME=VALUE` changes one, and `kdoct recipe` lists them with the "
-            "values that a command would use.", ""]
     parts = {}
     for name, (value, meaning) in recipe_fields().items():
-        parts.setdefault(name.rpartition(".")[0], []).append([code(name), code(repr(value)), as_html(meaning or "")])
+        row = [code(name), code(repr(value)), as_html(meaning or "")]
+        parts.setdefault(name.rpartition(".")[0] or "run", []).append(row)
+    text = ["# Recipe", "", "Every setting of a run. `--set NAME=VALUE` changes one; `kdoct recipe` lists "
+            "all with the values that a command would use.", ""]
     for part, rows in parts.items():
-        text += [f"## {part or 'run'}", "", table(["field", "default", "meaning"], rows), ""]
+        text += [f"## {part}", "", table(["field", "default", "meaning"], rows), ""]
     text += ["## Presets", "", "What each preset changes.", ""]
     for name, changes in PRESETS.items():
-        text += [f"### {name}", "", table(["field", "value"], [[code(k), code(repr(v))] for k, v in changes.items()]), ""]
+        rows = [[code(field), code(repr(value))] for field, value in changes.items()]
+        text += [f"### {name}", "", table(["field", "value"], rows), ""]
     return "\n".join(text)
 
 
 # --- hooks of mkdocs
 
+LISTS = {  # pages whose links are those of the site already
+    "commands.md": command_page,
+    "recipe.md": recipe_page,
+    "api/index.md": api_list,
+    "notebooks/index.md": notebook_list,
+}
+
+
 def pages():
     "What is made from the project: place on the site -> text or bytes."
-    made = {site_uri(f): (ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
-    made["license.md"] = "# License\n\n```text\n" + (ROOT / "LICENSE").read_text(encoding="utf-8") + "\n```\n"
-    made |= {"commands.md": command_page(), "recipe.md": recipe_page(), "api/index.md": api_list(),
-             "notebooks/index.md": notebook_list()}
+    documents = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+    made = {site_uri(f): (ROOT / f).read_text(encoding="utf-8") for f in documents}
+    terms = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    made["license.md"] = f"# License\n\n```text\n{terms}\n```\n"
+    made |= {uri: make() for uri, make in LISTS.items()}
     for folder in ("nbs", "experiments"):
         for notebook in sorted((ROOT / folder).glob("*.ipynb")):
-            if notebook.name == "index.ipynb": continue
-            uri = site_uri(f"{folder}/{notebook.name}")
-            made[uri], pictures = notebook_page(notebook)
-            made |= {posixpath.join(posixpath.dirname(uri), name): data for name, data in pictures.items()}
+            if notebook.name != "index.ipynb": made |= notebook_files(notebook)
         for picture in (ROOT / folder).rglob("*.png"):
             made[site_uri(picture.relative_to(ROOT).as_posix())] = picture.read_bytes()
     for files in modules().values():
@@ -351,15 +417,27 @@ def pages():
     return made
 
 
+def notebook_files(notebook):
+    "The page of a notebook and its pictures: place on the site -> text or bytes."
+    uri = site_uri(notebook.relative_to(ROOT).as_posix())
+    text, pictures = notebook_page(notebook)
+    folder = posixpath.dirname(uri)
+    return {uri: text} | {posixpath.join(folder, name): data for name, data in pictures.items()}
+
+
 def on_config(config):
     "Complete the navigation: chapters of notebooks, packages of modules."
     chapters = [{heading: [{n.stem: f"notebooks/{n.stem}.md"} for n in notebooks]}
                 for heading, notebooks in lesson_notebooks().items() if notebooks]
-    records = [{n.stem: f"experiments/{n.stem}.md"} for n in sorted((ROOT / "experiments").glob("*.ipynb"))]
-    packages = [{f"kdoct.{p}": [{f.stem: f"api/{p}.{f.stem}.md"} for f in files]} for p, files in modules().items()]
-    config.nav += [{"Notebooks": ["notebooks/index.md", *chapters]}, {"Experiments": records},
-                   {"Reference": ["api/index.md", "commands.md", "recipe.md", *packages]},
-                   {"Project": ["contributing.md", "changes.md", "license.md"]}]
+    records = sorted((ROOT / "experiments").glob("*.ipynb"))
+    packages = [{f"kdoct.{package}": [{f.stem: f"api/{package}.{f.stem}.md"} for f in files]}
+                for package, files in modules().items()]
+    config.nav += [
+        {"Notebooks": ["notebooks/index.md", *chapters]},
+        {"Experiments": [{n.stem: f"experiments/{n.stem}.md"} for n in records]},
+        {"Reference": ["api/index.md", "commands.md", "recipe.md", *packages]},
+        {"Project": ["contributing.md", "changes.md", "license.md"]},
+    ]
     return config
 
 
@@ -371,8 +449,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     "Links between files of the project become links between pages."
-    is_made = page.file.src_uri.startswith("api/") or page.file.src_uri in ("commands.md", "recipe.md", "notebooks/index.md")
-    return markdown if is_made else with_site_links(markdown, page.file.src_uri)
+    uri = page.file.src_uri
+    has_site_links = uri.startswith("api/") or uri in LISTS
+    return markdown if has_site_links else with_site_links(markdown, uri)
 
 
 def on_page_content(content, page, config, files):

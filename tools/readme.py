@@ -27,7 +27,8 @@ def record_table(file):
     summary = json.loads((ROOT / file).read_text(encoding="utf-8"))["summary"]
     names = {"hog_svm": "HOG + SVM"}
     rows = [["model", *COLUMNS], ["---"]*(1 + len(COLUMNS))]
-    rows += [[names.get(model, model), *(row[c] for c in COLUMNS)] for model, row in summary["table"].items()]
+    for model, row in summary["table"].items():
+        rows.append([names.get(model, model), *(row[c] for c in COLUMNS)])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     protocol = summary["protocol"].replace("Hog_svm", "HOG + SVM")
     return "\n".join([*lines, "", f"*{protocol}*", ""])
