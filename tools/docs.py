@@ -120,7 +120,8 @@ def notebook_page(notebook):
                                 extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})])
     names = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
     text, resources = exporter.from_notebook_node(nb, resources=names)
-    text = re.sub(r"\n> *(.+)\n", r'\n<p class="subtitle">\1</p>\n', text, count=1)
+    def below_title(match): return f'\n<p class="subtitle">{as_html(match[1])}</p>\n'
+    text = re.sub(r"\n> *(.+)\n", below_title, text, count=1)
     return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
 
 
@@ -144,7 +145,8 @@ def lesson_notebooks():
     "The notebooks that are pages, by chapter."
     chapters = {heading: [] for heading in CHAPTERS.values()}
     for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
-        if notebook.name != "index.ipynb": chapters[CHAPTERS[notebook.name[:2]]].append(notebook)
+        heading = CHAPTERS.get(notebook.name[:2], "Further")
+        if notebook.name != "index.ipynb": chapters.setdefault(heading, []).append(notebook)
     return chapters
 
 
@@ -330,13 +332,13 @@ def api_list():
     "Page of the public names and of all modules."
     import kdoct
     text = ["# Python", "", "What `import kdoct` offers. A name is loaded when it is first used.",
-            "", "| name | for | stands in |", "| --- | --- | --- |"]
+            "", "| name | for |", "| --- | --- |"]
     for name, module in kdoct._MODULES.items():
         tree = parsed(ROOT / "kdoct" / f"{module.replace('.', '/')}.py")
         node = next(n for n in tree.body if getattr(n, "name", "") == name)
         said = (ast.get_docstring(node) or "").split("\n")[0]
         link = f"[`kdoct.{name}`]({module}.md#{name.lower()})"
-        text.append(f"| {link} | {as_html(said)} | `kdoct.{module}` |")
+        text.append(f"| {link} | {as_html(said)} |")
     for package, files in modules().items():
         text += ["", f"## kdoct.{package}", "", "| module | about |", "| --- | --- |"]
         for file in files:
