@@ -450,8 +450,10 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    "Links between files of the project become links between pages."
+    "Links between files of the project become links between pages; the guide is found first."
     uri = page.file.src_uri
+    page.meta["search"] = {"boost": 2 if "/" not in uri else 1}
+    if uri == "index.md": page.meta["hide"] = ["navigation"]
     has_site_links = uri.startswith("api/") or uri in LISTS
     return markdown if has_site_links else with_site_links(markdown, uri)
 
