@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # fastai 2 says so when it is imported beside torch 2.15; who reads it here can do nothing about it
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
 
-_MODULES = {  # public name -> module that defines it
+PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',
     'preset': 'core.recipe',
     'create_run': 'core.runs',
@@ -26,14 +26,14 @@ _MODULES = {  # public name -> module that defines it
     'crossval': 'app.crossval',
     'report_html': 'app.report',
 }
-__all__ = list(_MODULES)
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name):
     "Load a public name when it is first used."
-    if name not in _MODULES:
+    if name not in PUBLIC:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    value = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+    value = getattr(import_module(f'{__name__}.{PUBLIC[name]}'), name)
     globals()[name] = value
     return value
 

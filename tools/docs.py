@@ -333,7 +333,7 @@ def api_list():
     import kdoct
     text = ["# Python", "", "What `import kdoct` offers. A name is loaded when it is first used.",
             "", "| name | for |", "| --- | --- |"]
-    for name, module in kdoct._MODULES.items():
+    for name, module in kdoct.PUBLIC.items():
         tree = parsed(ROOT / "kdoct" / f"{module.replace('.', '/')}.py")
         node = next(n for n in tree.body if getattr(n, "name", "") == name)
         said = (ast.get_docstring(node) or "").split("\n")[0]
