@@ -474,13 +474,11 @@ def refresh_tables():
 
 
 def build_site(folder):
-    "Build the site into a folder; a broken link is an error."
+    "Build the site into a folder; a broken link is named, and an error."
     os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
-    config.plugins.on_startup(command="build", dirty=False)
-    build(config)
+    from mkdocs.__main__ import cli
+    options = ["--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", folder]
+    cli(["build", *map(str, options)], standalone_mode=False)
 
 
 if __name__ == "__main__":
