@@ -244,7 +244,9 @@ def stage_command(
     for name, value in row.parameters(stage).items(): options += ['-p', name, value]
     return ' '.join(['papermill', nb, out, *options])
 
-def as_papermill_reads(text:str):
+def as_papermill_reads(
+    text:str,  # what stands behind `-p NAME`
+):
     "The value that `papermill -p NAME TEXT` hands to a notebook."
     for convert in ({'True': True, 'False': False, 'None': None}.__getitem__, int, float):
         try: return convert(text)
