@@ -49,8 +49,10 @@ SCRIPT = textwrap.dedent('''
             def after_batch(self):
                 self.seen += 1
                 if self.seen == stop_at and rank == size - 1: raise ValueError('out of luck')
-        learn = make_learner(create_classifier(r, 3, 32), DistributedBatches(images, labels, ids, np.arange(rows), batch, r.augment, 1, share=rank_world()),
-                             DistributedBatches(images, labels, ids, np.arange(rows, 64), 8, share=rank_world()), hard_loss(r, labels[:rows], 3), r, folder, 'k', [Stop()])
+        share, loss = rank_world(), hard_loss(r, labels[:rows], 3)
+        train = DistributedBatches(images, labels, ids, np.arange(rows), batch, r.augment, 1, share=share)
+        valid = DistributedBatches(images, labels, ids, np.arange(rows, 64), 8, share=share)
+        learn = make_learner(create_classifier(r, 3, 32), train, valid, loss, r, folder, 'k', [Stop()])
         try:
             with propagate_failure(), learn.no_bar(), learn.no_logging(): learn.fit(3)
         except Exception as e: print(rank, type(e).__name__, e, flush=True)
@@ -231,8 +233,6 @@ def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
 
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
     code = SCRIPT.replace('with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()')
-    code = code.replace(', cross_entropy, r, folder', ", hard_loss(r, labels[:rows], 3), r, folder")
-    code = code.replace('from kdoct.training.losses import cross_entropy', 'from kdoct.training.losses import hard_loss')
     assert code.count('hard_loss') == 2 and 'no_bar' not in code
     (tmp_path/'a').mkdir()
     done = subprocess.run([sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"], cwd=tmp_path,
