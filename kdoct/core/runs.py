@@ -174,7 +174,9 @@ def stage_command(
     if name: options += ['-p', 'name', name]
     return ' '.join(['papermill', nb, out, *options])
 
-def as_papermill_reads(text:str):
+def as_papermill_reads(
+    text:str,  # what is typed
+)->bool|int|float|str|None:
     "The value that `papermill -p NAME TEXT` hands to a notebook."
     for convert in ({'True': True, 'False': False, 'None': None}.__getitem__, int, float):
         try: return convert(text)

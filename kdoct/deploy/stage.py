@@ -199,7 +199,8 @@ def summary(
 # %% ../../nbs/07_deploy.ipynb #54e738ba
 def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, source:dict)->dict:
     "What bundle.json says of the network, before anything is checked; `taken` is of `_taken`."
-    shapes = {k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)]) for k, (t, s) in graph_signature(taken['channels'], len(model['classes'])).items()}
+    signature = graph_signature(taken['channels'], len(model['classes']))
+    shapes = {k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)]) for k, (t, s) in signature.items()}
     meaning = (f"decoded pictures, 0 black to 255 white, of any size; made square ({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
                'what was checked; the graph resizes others as PIL does, but for one grey level in a few pixels, and for pictures higher than wide')
     if decision is None: shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
