@@ -6,7 +6,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lab export readme wheel clean distclean
+.PHONY: help demo test test-fast install lab export readme docs wheel clean distclean
 
 help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,11 @@ demo: .venv/.installed-offline ## install and run the whole pipeline on simulate
 test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 2 --do-print --timing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: .venv/.installed-dev ## ruff and the tests that take less than 10 s each
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need
 
@@ -34,6 +38,10 @@ export: .venv/.installed-dev ## notebooks -> kdoct/, README.md, clean notebooks
 
 readme: .venv/.installed-dev ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
+
+docs: .venv/.installed-dev ## the documentation as a site: build/docs/index.html
+	$(BIN)/python tools/house.py picture docs/house.svg
+	$(BIN)/python tools/docs.py
 
 wheel: .venv/.installed-dev ## dist/*.whl and dist/*.tar.gz
 	rm -rf build dist

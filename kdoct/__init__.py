@@ -1,14 +1,41 @@
+"""Compress medical-image classifiers by knowledge distillation.
+
+What a user imports stands in `__all__`. Each name is loaded when it is first used, so that
+`import kdoct` waits for nothing.
+"""
 import warnings
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-# fastai 2 says so when it is imported beside torch 2.15; nobody who reads it here can do anything about it
+# fastai 2 says so when it is imported beside torch 2.15; who reads it here can do nothing about it
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
+
+PUBLIC = {  # public name -> module that defines it
+    'KdoctError': 'core.files',
+    'preset': 'core.recipe',
+    'create_run': 'core.runs',
+    'open_run': 'core.runs',
+    'write_phantom': 'data.phantom',
+    'load_model_folder': 'models.backbones',
+    'Distill': 'distill.methods',
+    'Teachers': 'distill.methods',
+    'evaluate_run': 'evaluate.stage',
+    'export_fold': 'deploy.stage',
+    'Predictor': 'deploy.predict',
+    'crossval': 'app.crossval',
+    'report_html': 'app.report',
+}
+__all__ = list(PUBLIC)
 
 
 def __getattr__(name):
-    "`kdoct.Predictor`, so that `import kdoct` waits for nothing."
-    if name == 'Predictor':
-        from kdoct.deploy.predict import Predictor
-        return Predictor
-    raise AttributeError(f"module 'kdoct' has no attribute '{name}'")
+    "Load a public name when it is first used."
+    if name not in PUBLIC:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(f'{__name__}.{PUBLIC[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdoct.data import dicom
-from kdoct.data import volumes as volumes
+from kdoct.data import dicom, dicom_pixels
 from kdoct.data.images import BadImage
 from kdoct.data.volumes import read_scans
 
@@ -87,7 +86,7 @@ def test_16_bits_without_window_are_spread_over_the_values_of_the_volume(tmp_pat
 def test_one_scale_for_a_volume_also_where_its_frames_are_decoded_twice(tmp_path, monkeypatch):
     a = bscans(high=900)*np.array([1, 2, 3])[:, None, None]
     path = write(tmp_path/"a.dcm", a)
-    monkeypatch.setattr("kdoct.data.dicom.KEPT_BYTES", 0)
+    monkeypatch.setattr("kdoct.data.dicom_pixels.KEPT_BYTES", 0)
     assert np.array_equal(pictures(path), spread(a))
 
 
@@ -123,7 +122,7 @@ def test_bright_rows_in_one_of_many_frames_leave_the_others_visible(tmp_path, mo
     a[7, :4] = 65535
     path = write(tmp_path/"a.dcm", a)
     for kept in (1 << 27, 0):
-        monkeypatch.setattr("kdoct.data.dicom.KEPT_BYTES", kept)
+        monkeypatch.setattr("kdoct.data.dicom_pixels.KEPT_BYTES", kept)
         assert np.ptp(np.percentile(pictures(path)[0], (10, 90))) > 100
 
 
@@ -389,7 +388,7 @@ def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
 def test_jpeg_of_12_bits_is_read_with_the_extra(name):
     pytest.importorskip("gdcm")
-    values = next(dicom._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, dicom._dicom_head(path)[0], 1))
+    values = next(dicom_pixels._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, dicom._dicom_head(path)[0], 1))
     assert (values[420, 140], values[230, 120], values.max()) == (244, 95, 264)   # what libjpeg reads, as pydicom's own tests have it
 
 
@@ -399,7 +398,7 @@ def test_a_volume_of_jpeg_of_12_bits_is_read_and_without_gdcm_names_the_extra(tm
     path = gdcm_copy(write(tmp_path/"a.dcm", a, 16, 12, PhotometricInterpretation=photometric), tmp_path/"b.dcm", "JPEGExtendedProcess2_4")
     want = spread(a) if photometric == "MONOCHROME2" else 255 - spread(a)
     assert np.abs(pictures(path).astype(int) - want).max() <= 1
-    monkeypatch.setattr(volumes, "find_spec", lambda name: None)
+    monkeypatch.setattr(dicom, "find_spec", lambda name: None)
     assert "JPEG Extended" in refusal(path) and "kdoct[volumes]" in refusal(path)
 
 

@@ -97,7 +97,11 @@ def test_differences_need_the_same_images():
 @pytest.mark.parametrize('classes', [('A', 'B'), ('COVID-19', 'Viral pneumonia', 'Lung opacity', 'Normal', 'E', 'F', 'G')], ids=['two', 'seven'])
 def test_figures_for_few_and_many_classes(tmp_path, classes):
     m = models(80, classes)
-    for name, fig in {'confusion': evaluate_figures.confusion_figure(m), 'roc': evaluate_figures.roc_figure(m), 'reliability': evaluate_figures.reliability_figure(m)}.items():
+    made = {
+        'confusion': evaluate_figures.confusion_figure(m),
+        'roc': evaluate_figures.roc_figure(m),
+        'reliability': evaluate_figures.reliability_figure(m)}
+    for name, fig in made.items():
         with Image.open(evaluate_figures.save_figure(fig, tmp_path/f'{name}.png', dpi=999)) as im:
             assert im.width > 400 and im.width <= 150*fig.get_figwidth() + 1
     assert len([a for a in evaluate_figures.roc_figure(m).axes if a.get_visible()]) == len(classes)

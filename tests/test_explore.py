@@ -496,8 +496,8 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
 
 def test_maps_are_kept_for_the_session(run, monkeypatch):
     calls = []
-    none = networks.Heatmap(np.zeros((64, 64), np.float32), "none", 0.)
-    monkeypatch.setattr(networks.Network, "heatmap", lambda self, image, number: calls.append(number) or none)
+    empty = networks.Heatmap(np.zeros((64, 64), np.float32), "none", 0.)
+    monkeypatch.setattr(networks.Network, "heatmap", lambda self, image, number: calls.append(number) or empty)
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()

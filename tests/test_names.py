@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kdoct.core.files import KdoctError
 from kdoct.core.recipe import DataRecipe, parse_overrides, preset
 from kdoct.data.listing import classes_option, part_name
-from kdoct.data.sources import eye_name, load_table
+from kdoct.data.sources import load_table
 from kdoct.data.spreadsheet import (
     doubtful_spellings,
     is_empty_cell,
@@ -20,6 +20,7 @@ from kdoct.data.spreadsheet import (
     same_name_key,
     same_patient_key,
 )
+from kdoct.data.table_sources import eye_name
 
 
 def table_of(tmp_path, text, encoding="utf-8", name="table.csv"):

@@ -9,7 +9,9 @@ from conftest import lay_out, problems
 from kdoct.core.files import KdoctError
 from kdoct.core.recipe import DataRecipe
 from kdoct.data.listing import TABLE_COLUMNS, check_table, image_table
-from kdoct.data.sources import LAYOUTS, SOURCES, load_table, resolve_paths
+from kdoct.data.registry import LAYOUTS, SOURCES
+from kdoct.data.sources import load_table
+from kdoct.data.table_sources import resolve_paths
 
 
 def test_ucsd_groups_by_number_alone_across_classes_and_official_parts(tmp_path):
@@ -32,7 +34,7 @@ def test_ucsd_does_not_guess_a_name(tmp_path, name):
 def test_table_does_not_depend_on_the_order_of_the_directory(tmp_path, monkeypatch):
     root = lay_out(tmp_path, *(f"{c}/{c}-{i}-1.jpeg" for c in ("CNV", "DME") for i in range(20)))
     want, real = load_table(DataRecipe(source="ucsd", root=root)).table, os.scandir
-    monkeypatch.setattr("kdoct.data.sources.os.scandir", lambda p: list(real(p))[::-1])
+    monkeypatch.setattr("kdoct.data.listing.os.scandir", lambda p: list(real(p))[::-1])
     assert load_table(DataRecipe(source="ucsd", root=root)).table.equals(want)
 
 

@@ -1,5 +1,4 @@
 "Clinical files: what libraries read is read alike, what is damaged is refused in time, and no name gets out."
-import inspect
 import io
 import os
 import resource
@@ -14,6 +13,7 @@ import tifffile
 from PIL import Image
 
 from kdoct.core.files import KdoctError
+from kdoct.data import volumes
 from kdoct.data.images import BadImage, decode_image, inspect_file, read_image_bytes
 from kdoct.data.scans import Scan, display_grey
 from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, read_scans
@@ -909,7 +909,7 @@ def test_a_folder_is_listed_when_it_is_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda p: listed.append(p) or scandir(p))
     tracemalloc.start()
     for i, _ in enumerate(find_files(tmp_path)): assert len(listed) == 2 + i//100   # the folder itself, and those below so far
-    held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, kdoct.data.volumes.__file__)])
+    held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, volumes.__file__)])
     tracemalloc.stop()
     assert i == 999 and sum(t.size for t in held.traces) < 100e3
 

@@ -60,8 +60,9 @@ sys.meta_path[:] = [CoreOnly if finder is PathFinder else finder for finder in s
 
 EVERY_MODULE = '''
 import importlib, json, pkgutil, kdoct
-names = [m.name for m in pkgutil.iter_modules(kdoct.__path__) if not m.name.startswith("_")]
-for name in names: importlib.import_module(f"kdoct.{name}")
+found = [m.name for m in pkgutil.walk_packages(kdoct.__path__, "kdoct.")]
+names = [name for name in found if not name.endswith("._modidx")]
+for name in names: importlib.import_module(name)
 print(json.dumps({"names": names, "file": kdoct.__file__, "version": kdoct.__version__}))
 '''
 
@@ -135,7 +136,9 @@ def test_every_module_imports_with_the_core_requirements_alone(installed, elsewh
     import json
     seen = json.loads(run(installed / "python", "-c", EVERY_MODULE, cwd=elsewhere).splitlines()[-1])
     assert Path(seen["file"]).is_relative_to(installed.parent), "imported from somewhere else than the wheel"
-    assert sorted(seen["names"]) == sorted(p.stem for p in (ROOT / "kdoct").glob("*.py") if not p.name.startswith("_"))
+    files = [p.relative_to(ROOT) for p in (ROOT / "kdoct").rglob("*.py") if p.name != "_modidx.py"]
+    modules = {".".join((f.parent if f.name == "__init__.py" else f.with_suffix("")).parts) for f in files} - {"kdoct"}
+    assert set(seen["names"]) == modules
 
 
 def test_import_kdoct_is_light(installed, elsewhere):

@@ -1,9 +1,11 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py [OUT]`.
 
 Left out: cells with `#| hide` or the tag `hide`, the code of cells with `#| echo: false` or the tag `hide_input`, and
-the directives themselves. Relative links of the notebook, which count from nbs/, are made to count from the README.
-Figures are files (nbs/images/*.png) that Markdown cells name, not outputs: a README cannot carry those.
+the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record.
+Relative links of the notebook, which count from nbs/, are made to count from the README. Figures are files (nbs/images/*.png)
+that Markdown cells name, not outputs: a README cannot carry those.
 """
+import json
 import posixpath
 import re
 import sys
@@ -16,6 +18,25 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^#\|\s*(.+?)\s*\n?$", re.M)
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")(?!\w+:|#|/)([^)\s\"]+)")
+RECORD = re.compile(r"(<!-- table of (\S+\.json) -->\n)(?:\n\|[^*]*\n\n\*[^\n]*\*\n)?")
+COLUMNS = ["parameters", "accuracy %", "macro sensitivity %", "macro specificity %", "AUC"]
+
+
+def record_table(file):
+    "The main table of a recorded run and its protocol, as Markdown."
+    summary = json.loads((ROOT / file).read_text(encoding="utf-8"))["summary"]
+    names = {"hog_svm": "HOG + SVM"}
+    rows = [["model", *COLUMNS], ["---"]*(1 + len(COLUMNS))]
+    for model, row in summary["table"].items():
+        rows.append([names.get(model, model), *(row[c] for c in COLUMNS)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    protocol = summary["protocol"].replace("Hog_svm", "HOG + SVM")
+    return "\n".join([*lines, "", f"*{protocol}*", ""])
+
+
+def with_tables(text):
+    "Markdown in which each mark of a record is followed by the table of that record."
+    return RECORD.sub(lambda m: m[1] + "\n" + record_table(m[2]), text)
 
 
 def shown(cell):
@@ -39,6 +60,7 @@ def readme(notebook=ROOT / "nbs" / "index.ipynb"):
         raise SystemExit(f"{notebook}: {len(resources['outputs'])} output(s) are pictures; save them under nbs/images "
                          "and name them in a Markdown cell.")
     text = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
+    text = with_tables(text)
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     note = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

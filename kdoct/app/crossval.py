@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
 from ..core.recipe import require_weights
-from ..core.runs import Run, STAGES
+from ..core.runs import Run, STAGES, planned_stages, stage_of
 from ..training.distributed import launched
 
 # %% ../../nbs/08_app.crossval.ipynb #ad933817
@@ -76,10 +76,10 @@ def run_stage(
     overrides:dict|None=None,    # changes of the recipe that a finished run allows (decide.*, explain.*)
 )->Path:                         # the executed notebook
     "Run one stage of one fold in a process of its own; `KdoctError` naming the notebook if it fails."
-    kind, _, name = stage.partition('-')
-    source = Path(notebooks or notebooks_dir())/f'{STAGES[kind]}.ipynb'
+    row = stage_of(stage)
+    source = Path(notebooks or notebooks_dir())/f'{row.notebook}.ipynb'
     if not source.exists(): raise KdoctError(f"There is no {source}.", fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.")
-    given = dict(run=run.name, fold=fold) | (dict(role=stage) if stage in ('student', 'baseline') else dict(name=name) if name else {})
+    given = dict(run=run.name, fold=fold) | row.parameters(stage)
     if overrides: given['overrides'] = overrides
     with tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold)) as folder, _environment(f'{stage}-{fold}'):
         out = Path(folder)/f'{stage}.ipynb'   # that of process 0 is kept
@@ -115,8 +115,8 @@ def crossval(
 )->Run:
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
-    stages = [('data', folds[0]), *((stage, fold) for fold in folds for stage in (*run.recipe.roles, 'decide', 'evaluate'))]
-    if launched()[0]: stages = [(stage, fold) for stage, fold in stages if stage in run.recipe.roles]
+    stages = planned_stages(run, folds)
+    if launched()[0]: stages = [(stage, fold) for stage, fold in stages if stage_of(stage).trains]
     for stage, fold in stages:
         name = 'data' if stage == 'data' else f'fold {fold} {stage}'
         if run.is_finished(stage, fold):

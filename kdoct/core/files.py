@@ -69,7 +69,9 @@ def _fsync_dir(folder:Path):
     finally: os.close(fd)
 
 # %% ../../nbs/00a_core.files.ipynb #6fe1754e
-def to_plain(o):
+def to_plain(
+    o,  # any value, nested as it may be
+):
     "Turn numpy and path values, and non-finite floats, into what JSON knows."
     if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [to_plain(v) for v in o]

@@ -26,7 +26,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
 class PhantomRecipe(Part):
-    "The simulated data set (notebook 01a)."
+    "The simulated data set (`kdoct.data.phantom`)."
     patients:int = Field(60, ge=8, description="simulated patients; a quarter a class")
     slices:int = Field(3, ge=1, description="B-scans an eye; every patient has two eyes")
     height:int = Field(496, ge=64, description="rows of a B-scan [px]")
@@ -34,7 +34,7 @@ class PhantomRecipe(Part):
 
 # %% ../../nbs/00b_core.recipe.ipynb #d6e7657a
 class DataRecipe(Part):
-    "Where the images come from, what may be left out, and how they are split (notebooks 01a, 01b, 01)."
+    "Where the images come from, what may be left out, and how they are split (`kdoct.data`)."
     source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv")
     root:str|None = Field(None, description="folder of the images (csv: the table, or its folder); phantom: made here if empty")
     classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
@@ -65,7 +65,7 @@ class DataRecipe(Part):
 
 # %% ../../nbs/00b_core.recipe.ipynb #1a1f788c
 class AugmentRecipe(Part):
-    "Random changes of a training image (notebook 01d); all zero: none."
+    "Random changes of a training image (`kdoct.data.augment`); all zero: none."
     hflip:float = Field(0.5, ge=0, le=1, description="probability of a left-right flip (right eye <-> left eye)")
     vflip:float = Field(0., ge=0, le=1, description="probability of an up-down flip")
     rotate:float = Field(10., ge=0, le=180, description="largest rotation, drawn uniformly in +- [degrees]")
@@ -93,7 +93,7 @@ class AugmentRecipe(Part):
 
 # %% ../../nbs/00b_core.recipe.ipynb #d4112e1c
 class TrainRecipe(Part):
-    "One network and how it is trained (notebooks 02, 02b, 03, 04)."
+    "One network and how it is trained (`kdoct.models`, `kdoct.training`, `kdoct.distill`)."
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
     weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
                          "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)")
@@ -166,7 +166,7 @@ class DistillRecipe(Part):
         return self
 
 class ExplainRecipe(Part):
-    "Where the networks look, and what that is worth (notebooks 06a, 06b, 06)."
+    "Where the networks look, and what that is worth (`kdoct.explain`)."
     images:int = Field(24, ge=1, description="test images of a fold that are explained, drawn by class and group")
     methods:tuple[Literal['score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion'], ...] = Field(
         ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures")
@@ -176,14 +176,14 @@ class ExplainRecipe(Part):
     steps:int = Field(24, ge=4, description="insertion and deletion: steps from nothing to all of the image")
 
 class EvaluateRecipe(Part):
-    "Test-time views and intervals (notebooks 01d, 05a, 05)."
+    "Test-time views and intervals (`kdoct.data.augment`, `kdoct.evaluate`)."
     views:tuple[str, ...] = Field((), description="test-time views, averaged as a second result: identity, hflip, vflip, crop1.1, rotate+5, ...")
     n_boot:int = Field(1000, ge=100, description="bootstrap resamples of the groups")
     level:float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals [fraction]")
 
 # %% ../../nbs/00b_core.recipe.ipynb #dedac489
 class DecideRecipe(Part):
-    "What is wished of calibrated probabilities (notebook 05g), and how a volume is decided (notebook 05c)."
+    "What is wished of calibrated probabilities (`kdoct.evaluate.decisions`), and how a volume is decided (`kdoct.evaluate.patients`)."
     sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
     specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
     defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
@@ -318,7 +318,9 @@ def _as_model_folders_say(d:dict, given:dict)->dict:
                          for name, part in d['teachers'].items()}
     return d
 
-def validated_recipe(d:dict)->Recipe:
+def validated_recipe(
+    d:dict,  # parts and fields of a recipe, as plain values
+)->Recipe:
     "A recipe from a plain dict; pydantic's findings become one `KdoctError`."
     try: return Recipe.model_validate(d)
     except ValidationError as e:

@@ -23,7 +23,11 @@ from .images import COLOUR_SHARE, inspect_file, PROBLEMS
 from .listing import finding, FINDING_COLUMNS, Listing, merge_groups
 
 # %% ../../nbs/01f_data.audit.ipynb #4f49a990
-def map_in_order(f, items:Iterable, workers:int=0)->Iterator:
+def map_in_order(
+    f,               # function of one item
+    items:Iterable,  # read in batches
+    workers:int=0,   # threads; 0: as many as cores, at most 8
+)->Iterator:         # the results, in the order of the items
     "Yield `f(item)` in order from a few threads; never more than a batch of results is alive."
     workers, items = workers or min(8, usable_cores()), iter(items)
     with ThreadPoolExecutor(workers) as pool:
@@ -227,9 +231,16 @@ def _problem_lines(found:pd.DataFrame)->list[str]:
     lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
     return lines + ([f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"] if len(kinds) > _SHOWN else [])
 
-def groups_text(n:int)->str: return counted(n, 'group (patient)', 'groups (patients)')
+def groups_text(
+    n:int,  # groups that are patients
+)->str:
+    "'1 group (patient)', '2 groups (patients)'."
+    return counted(n, 'group (patient)', 'groups (patients)')
 
-def merged_groups_text(n:int)->str:
+def merged_groups_text(
+    n:int,  # groups that were merged of several
+)->str:
+    "Why groups hold several patients, in a sentence."
     verb = 'holds' if n == 1 else 'hold'
     return f"{counted(n, 'group')} {verb} several patients (or images) who share pixels or near-duplicates, or whose names differ only by spelling."
 

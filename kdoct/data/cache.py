@@ -53,7 +53,10 @@ def cache_facts(
     return dict(key=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24], **facts)
 
 # %% ../../nbs/01i_data.cache.ipynb #0dd2ea0e
-def open_cache(path:Path, facts:dict)->DecodeCache|None:
+def open_cache(
+    path:Path,   # the array's file; what it was made of stands beside it, as .json
+    facts:dict,  # what it must have been made of: shape, sha256 of each row, framing, ...
+)->DecodeCache|None:
     "The cache, if it is there, complete and what `facts` say."
     side = path.with_suffix('.json')
     if not (side.exists() and path.exists()) or read_json(side) != facts: return None

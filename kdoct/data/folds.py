@@ -50,7 +50,8 @@ def _or_fewer(n_folds:int)->str:
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{groups_text(n)} cannot be split into {parts} parts.", fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
+        raise KdoctError(f"{groups_text(n)} cannot be split into {parts} parts.",
+                         fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
     if (most := table.stratum.value_counts()).iloc[0] < parts:
         raise KdoctError(f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they cannot be split into {parts} parts.",
                          fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make fewer folds (data.n_folds), at least 2.")

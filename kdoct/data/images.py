@@ -107,7 +107,9 @@ _TIFF_ERRORS = (*DECODE_ERRORS, ArithmeticError, AssertionError, AttributeError,
 _DAMAGED = "its header or its data are damaged and no decoder reads them; copy or export the file again"
 _CUT = "its data end before the picture is complete; copy or export the file again"
 
-def broken_file(e:Exception)->BadImage:
+def broken_file(
+    e:Exception,  # what a decoder raised
+)->BadImage:      # truncated or corrupt
     "What a decoder's exception means; its own words are for programmers, and may quote the header."
     early = isinstance(e, EOFError) or 'truncated' in str(e).lower()
     return BadImage('truncated', _CUT) if early else BadImage('corrupt', _DAMAGED)

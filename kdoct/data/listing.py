@@ -127,7 +127,9 @@ def name_key(
     "What two spellings of one name have in common: neither upper and lower case nor the form of accents (macOS takes 'ü' apart) counts."
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
-def path_stem(path:str)->str:
+def path_stem(
+    path:str,  # a file's name or path
+)->str:
     "A path without the ending of a picture."
     ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
     return path[:len(path) - len(ending)]
@@ -160,7 +162,9 @@ def walk_images(
     return sorted(paths), found
 
 # %% ../../nbs/01b_data.listing.ipynb #49694f39
-def is_no_data(entry:os.DirEntry)->bool:
+def is_no_data(
+    entry:os.DirEntry,  # of `os.scandir`
+)->bool:
     "Whether an entry is hidden, a folder that the system made, or the folder of our own results."
     if entry.name.startswith('.') or entry.name.lower() in _SYSTEM_FOLDERS: return True
     return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(outputs_root())
@@ -275,7 +279,10 @@ def _class_folders(root:Path)->list[str]:
         return [prefix + e.name for e in entries if os.path.isdir(e.path) or e.is_symlink() and not os.path.exists(e.path) and '.' not in e.name]
     return [d for top in below(root) for d in (below(root/top, f'{top}/') if part_name(top) else [top])]
 
-def with_empty_classes(listing:Listing, classes:tuple[str, ...]|None)->Listing:
+def with_empty_classes(
+    listing:Listing,               # what a source found
+    classes:tuple[str, ...]|None,  # `data.classes`; None: every folder of the level is one
+)->Listing:
     "The listing with a finding for each class folder that gives no image and has no other error."
     named = listing.findings.path[(listing.findings.severity == 'error') | (listing.findings.problem == 'annotation-folder')]
     used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *named] for n in (1, 2)}

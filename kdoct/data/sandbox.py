@@ -230,7 +230,7 @@ class Sandbox:
         try: yield from reader.scans(path)
         finally: self.idle.append(reader)
 
-    def reader_of(self)->Reader:
+    def _reader(self)->Reader:
         try: return self.idle.pop()
         except IndexError: self.all.append(Reader(self.seconds, self.memory, self.modality)); return self.all[-1]
 

@@ -32,11 +32,15 @@ class Scan(NamedTuple):
 # %% ../../nbs/01j_data.scans.ipynb #f5f05047
 _EYES = {'R': 'OD', 'OD': 'OD', 'RIGHT': 'OD', 'L': 'OS', 'OS': 'OS', 'LEFT': 'OS'}
 
-def eye_side(code)->str:
-    "'OD', 'OS' or ''."
+def eye_side(
+    code,   # what a file says of the eye, such as 'R', 'os' or 'LEFT'; None: nothing
+)->str:     # OD (right), OS (left), or '' for anything else
+    "The eye that a code of a clinical file means."
     return _EYES.get(str(code or '').strip(' \0').upper(), '')
 
-def patient_identifier(raw:bytes|str)->tuple[str, tuple[str, ...]]:
+def patient_identifier(
+    raw:bytes|str,  # a file's field; bytes are Latin-1 and end at the first zero
+)->tuple[str, tuple[str, ...]]:  # at most 64 printable characters, '' where it looks like a name; notes
     "A patient identifier as text, and a note where it is withheld."
     text = raw.split(b'\0')[0].decode('latin-1') if isinstance(raw, bytes) else raw
     text = ''.join(c for c in text if c.isprintable()).strip()[:64]
@@ -48,15 +52,21 @@ _OTHER_KINDS = (  # pattern, what it is
     (re.compile(rf'{ANGIOGRAPHY_NAME.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio', re.IGNORECASE), "OCT angiography"),
     (re.compile(r'(?<![a-z])en[-_ ]?face', re.IGNORECASE), "an en face picture"))
 
-def other_kind_of_image(*texts:str|None)->str:
-    "What names or types say that is no B-scan; '': nothing."
+def other_kind_of_image(
+    *texts:str|None,  # names and types of one file
+)->str:               # "OCT angiography", "an en face picture", or '' where they say nothing of the kind
+    "What names or types say that is no B-scan."
     said = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part is a B-scan
     return next((what for pattern, what in _OTHER_KINDS if any(map(pattern.search, said))), '')
 
 # %% ../../nbs/01j_data.scans.ipynb #5b458a6a
 MAX_SLICES = 4096   # the largest clinical cubes have 1,024 B-scans
 
-def check_shape(height, width, slices=1):
+def check_shape(
+    height:int,    # rows of a B-scan, in pixels
+    width:int,     # columns of a B-scan, in pixels
+    slices:int=1,  # B-scans of the volume, 1 to MAX_SLICES
+):
     "`BadImage` unless a volume can have this shape."
     height, width, slices = int(height), int(width), int(slices)
     if not 0 < slices <= MAX_SLICES: raise BadImage('corrupt', f"its header claims {slices} B-scans")

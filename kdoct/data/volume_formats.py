@@ -35,7 +35,10 @@ from kdoct.data.scans import (
 )
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #232554c8
-def binary_layout(size:int, /, **fields)->np.dtype:
+def binary_layout(
+    size:int, /,  # length of the record, in bytes
+    **fields,     # name=(offset in bytes, numpy type)
+)->np.dtype:
     "A record of `size` bytes of which only the named fields (offset, type) are read."
     return np.dtype(dict(names=list(fields), offsets=[o for o, _ in fields.values()], formats=[t for _, t in fields.values()], itemsize=size))
 
@@ -101,7 +104,9 @@ def _check_vol_values(a:np.ndarray, which:str)->tuple[str, ...]:
     what = "below 0" if number.all() else "not a number (NaN or infinite)" if not negative.any() else "below 0 or not a number"
     raise BadImage('wrong-mode', f"{which}: all its values are {what}, and reflectivity is 0 to 1; export the volume again as HEYEX RAW")
 
-def read_vol(path:Path)->Iterator[Scan]:
+def read_vol(
+    path:Path,       # a .vol file
+)->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A HEYEX RAW export."
     with ByteReader(path) as f:
         head = f.record(0, _VOL)
@@ -152,7 +157,9 @@ class _Heyex:
         self.stack.pop()
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #c56a84e3
-def heyex_images(path:Path)->list[dict]:
+def heyex_images(
+    path:Path,   # the XML
+)->list[dict]:   # one a picture: 'Element/Field' -> text, of those in `_XML_FIELDS`
     "What a HEYEX XML says about each of its pictures."
     with ByteReader(path) as f:   # HEYEX declares no encoding and writes Latin-1 where a name has an umlaut
         parser, text = ET.XMLParser(target=_Heyex()), io.TextIOWrapper(f.file, 'utf-8', errors='replace')
@@ -161,7 +168,9 @@ def heyex_images(path:Path)->list[dict]:
             return parser.close()
         except ET.ParseError as e: raise BadImage('corrupt', f"its XML breaks off or is damaged in line {e.position[0]}") from e
 
-def named_file(image:dict)->str:
+def named_file(
+    image:dict,  # one of `heyex_images`
+)->str:
     "File name of a picture, whatever computer and folder the export was written to."
     return re.split(r'[\\/]', image.get('ImageData/ExamURL', ''))[-1]
 
@@ -192,7 +201,9 @@ def _heyex_bscans(path:Path)->tuple[list[dict], tuple[str, ...]]:
     return images, (f"pictures that are no B-scans are left out: {left}",) if left else ()
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #d25fd4e7
-def read_heyex_xml(path:Path)->Iterator[Scan]:
+def read_heyex_xml(
+    path:Path,       # the XML; its TIFF files lie beside it
+)->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A HEYEX XML export and its TIFF files."
     images, left_out = _heyex_bscans(path)
     total, seen = Counter(i.get('Series/ID') for i in images), Counter()
@@ -274,7 +285,9 @@ def _e2e_pixels(f:ByteReader, start:int)->np.ndarray:
     return np.frombuffer(f.read(start + 20, 2*h*w), '<u2').reshape(h, w)
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #7babf6dc
-def read_e2e(path:Path)->Iterator[Scan]:
+def read_e2e(
+    path:Path,       # an .e2e file
+)->Iterator[Scan]:   # its B-scans by patient, study, series and slice, each read when it is asked for
     "A HEYEX database export: every B-scan of every series."
     with ByteReader(path) as f:
         skip = 64 if f.read(0, 21) == b'E2EMultipleVolumeFile' else 0
@@ -366,7 +379,9 @@ def _topcon_kind(parts:dict)->bytes:
     raise BadImage('not-a-bscan', f"{what}; its pictures: {', '.join(there)}")
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #da67f9aa
-def read_topcon(path:Path)->Iterator[Scan]:
+def read_topcon(
+    path:Path,       # a .fda or .fds file
+)->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A Topcon .fda or .fds file."
     with ByteReader(path) as f:
         if f.read(0, 4) != b'FOCT': raise BadImage('corrupt', "it does not begin like a Topcon .fda or .fds file")
@@ -396,7 +411,9 @@ def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
     check_shape(h, w, n)
     return h, w, n
 
-def read_cirrus_img(path:Path)->Iterator[Scan]:
+def read_cirrus_img(
+    path:Path,       # an .img file; its name gives size and eye
+)->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A Cirrus cube."
     if ANGIOGRAPHY_NAME.search(path.stem) and 'struct' not in path.stem.lower():
         raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")

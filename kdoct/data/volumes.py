@@ -68,7 +68,9 @@ def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
         notes = (*stack.notes, f"{n} pictures in one TIFF directory")
         yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=notes)
 
-def read_picture(path:Path)->Iterator[Scan]:
+def read_picture(
+    path:Path,       # a file of a format that `decode_image` reads
+)->Iterator[Scan]:   # one B-scan, or one a page
     "A picture, or the pages of one."
     data = read_image_bytes(path)
     try: image, notes = decode_image(data)
@@ -82,8 +84,10 @@ _MAGIC = ((0, b'HSF-OCT-', read_vol), (0, b'CMDb', read_e2e), (0, b'E2EMultipleV
           (0, b'ep-v', read_vol), (128, b'DICM', read_dicom))
 _SUFFIXES = {'.vol': read_vol, '.xml': read_heyex_xml, '.e2e': read_e2e, '.fda': read_topcon, '.fds': read_topcon, '.img': read_cirrus_img, '.dcm': read_dicom}
 
-def reader_of(path:Path)->Callable[[Path], Iterator[Scan]]:
-    "What reads this file."
+def reader_of(
+    path:Path,  # a file of any kind
+)->Callable[[Path], Iterator[Scan]]:  # one of the readers
+    "What reads this file; `KdoctError` or `BadImage` where it is a folder, cannot be opened, or is known to be no image."
     if path.is_dir():
         raise KdoctError(f"{path} is a folder, or a link to one, which is not followed.", fix="Name the folder itself, and see that it can be listed.")
     with ByteReader(path) as f: begin = f.read(0, min(f.size, 160))
