@@ -60,7 +60,7 @@ def test_a_missing_extra_is_named_before_torch_is_imported(command, package, ext
 import importlib.util, sys
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else found(name, *rest)
-from kdoct.cli import main
+from kdoct.app.cli import main
 try: main({command!r})
 except SystemExit as e: print(e.code, 'torch' in sys.modules)
 """
@@ -210,7 +210,7 @@ def loose(tmp_path):
 def test_a_network_without_a_run_needs_pictures_and_that_is_said_before_torch_is_imported(loose):
     code = f"""
 import sys
-from kdoct.cli import main
+from kdoct.app.cli import main
 try: main(['export', {str(loose)!r}, '--formats', ''])
 except SystemExit as e: print(e.code, 'torch' in sys.modules)
 """

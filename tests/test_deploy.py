@@ -229,10 +229,10 @@ import gc, signal, subprocess, threading
 import numpy as np
 import openvino as ov
 import openvino.opset13 as op
-from kdoct.deploy import _core
+from kdoct.deploy.graph import openvino_core
 p = op.parameter([1, 3], np.float32)
 model = ov.Model([op.relu(p)], [p], "m")
-compiled = [_core().compile_model(model, "CPU") for _ in range(2)]
+compiled = [openvino_core().compile_model(model, "CPU") for _ in range(2)]
 del compiled[0]
 t = threading.Thread(target=compiled.clear); t.start(); t.join(); gc.collect()
 signal.signal(signal.SIGCHLD, lambda *_: None)   # as torch's DataLoader does where it has workers

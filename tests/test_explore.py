@@ -140,7 +140,7 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
     assert set(flagged) == set(np.flatnonzero(cases.distances > decision.outlier.threshold))
     said = " ".join(html.verdict(cases, state.subject(0)))
     assert "Prediction sets" in said and ("Not deferred" in said) != ("Deferred to" in said) and ("No outlier" in said) != ("Outlier:" in said)
-    now = state.network(state.stamp()).answer(state.subject(0).image)
+    now = state.network(state.stamp()).output(state.subject(0).image)
     assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.distance == pytest.approx(cases.distances[0], rel=1e-3)
 
 
@@ -151,7 +151,7 @@ def test_predict_and_explorer_say_the_same_of_every_picture(run):
     middle = float(np.median(cases.distances))
     decision = dataclasses.replace(decision, outlier=dataclasses.replace(decision.outlier, threshold=middle))   # half are outliers
     state.cases = cases = dataclasses.replace(cases, decisions=dict(student=decision))
-    state.table = cases.case_table(cases)
+    state.table = case_table(cases)
     rows = judged(decision, cases.probabilities["student"], cases.distances, .1)
     for i, row in enumerate(rows):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
@@ -185,8 +185,8 @@ def test_the_same_picture_has_the_same_texts_in_predict_explorer_report_and_card
     alpha = min(d.set_minimum)
     for i, row in enumerate(rows):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [row[k] for k in ("predicted", "deferred", "why", "outlier")]
-        own = state.own_subject(networks.read_upload_path(root / cases.predictions.path[i])[0])   # the same picture, as a file of one's own
-        said, of_own = html.verdict(cases, state.subject(i)), html.verdict(cases, own, state.network(state.stamp()).answer(own.image))
+        own = state.upload_subject(networks.read_upload_path(root / cases.predictions.path[i])[0])   # the same picture, as a file of one's own
+        said, of_own = html.verdict(cases, state.subject(i)), html.verdict(cases, own, state.network(state.stamp()).output(own.image))
         assert said[-4:] == of_own[-4:]
         assert (f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred.") in said
         assert any(t.startswith("Outlier:") for t in said) == row["outlier"]
@@ -214,12 +214,12 @@ def test_a_decision_of_other_weights_is_told_and_left_out(run):
 @pytest.mark.parametrize("threshold", [0, .2, .5, .93, 1])
 def test_counts_of_a_threshold_are_those_of_the_images(run, threshold):
     cases = simulated(run)
-    cut = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100)).at(threshold)
+    stats = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100)).at(threshold)
     predicted, true = cases.probabilities["student"][:, 1] >= threshold, (cases.predictions.label == "DME").to_numpy()
-    assert cut.predicted.tolist() == [int((predicted & (cases.predictions.label == c)).sum()) for c in cases.classes]
-    assert cut.sensitivity[0] == pytest.approx((predicted & true).sum() / true.sum())
-    assert cut.specificity[0] == pytest.approx((~predicted & ~true).sum() / (~true).sum())
-    for value, low, high in (cut.sensitivity, cut.specificity): assert low <= value <= high
+    assert stats.predicted.tolist() == [int((predicted & (cases.predictions.label == c)).sum()) for c in cases.classes]
+    assert stats.sensitivity[0] == pytest.approx((predicted & true).sum() / true.sum())
+    assert stats.specificity[0] == pytest.approx((~predicted & ~true).sum() / (~true).sum())
+    for value, low, high in (stats.sensitivity, stats.specificity): assert low <= value <= high
 
 
 def test_a_class_without_images_has_no_sensitivity(run):
@@ -229,7 +229,7 @@ def test_a_class_without_images_has_no_sensitivity(run):
     cases = Cases(run, 0, "student", "", cases.classes, cases.predictions[keep].reset_index(drop=True), p, {}, {})
     of = Thresholds(cases, "DME", EvaluateRecipe(n_boot=100))
     assert np.isnan(of.at(.5).sensitivity[0]) and np.isfinite(of.at(.5).specificity[0])
-    assert "undefined" in html.cut_html(of.at(.5), cases.classes, of.n_groups, .95)
+    assert "undefined" in html.threshold_html(of.at(.5), cases.classes, of.n_groups, .95)
     assert "nan" not in html.curves_svg(of.curves(), of.at(.5))
 
 
@@ -275,7 +275,7 @@ def test_a_network_answers_as_it_did_in_evaluation(run):
     state = Explorer()
     cases = state.open()
     for row in range(3):
-        now = state.network(state.stamp()).answer(state.subject(row).image).probabilities
+        now = state.network(state.stamp()).output(state.subject(row).image).probabilities
         assert now == pytest.approx(cases.probabilities["student"][row], abs=1e-4)
 
 
@@ -311,7 +311,7 @@ def test_names_are_escaped(run):
     cases.predictions["patient"] = NASTY
     subject = networks.Subject(("x",), NASTY, {NASTY: NASTY}, Image.new("L", (40, 40)), NASTY, {"student": cases.probabilities["student"][0]})
     of = Thresholds(cases, NASTY, EvaluateRecipe(n_boot=100))
-    shown = [html.answers_html(cases, subject), html.cut_html(of.at(.5), classes, 9, .95), html.picture_html(subject.image, '"' + NASTY),
+    shown = [html.probabilities_html(cases, subject), html.threshold_html(of.at(.5), classes, 9, .95), html.picture_html(subject.image, '"' + NASTY),
              html.error_html(KdoctError(NASTY, fix=NASTY)), html.text_html(NASTY), *map(html.text_html, html.verdict(cases, subject))]
     for piece in shown: assert "<img src=x" not in piece
     assert 'alt="&quot;' in shown[2]
@@ -321,9 +321,9 @@ def test_names_are_escaped(run):
 
 def test_a_job_that_fails_is_told_and_the_next_one_is_done(caplog):
     work, log = Background(), []
-    work.ask("a", (1,), lambda: 1 / 0, log.append)
+    work.submit("a", (1,), lambda: 1 / 0, log.append)
     work.wait()
-    work.ask("a", (2,), lambda: "done", log.append)
+    work.submit("a", (2,), lambda: "done", log.append)
     work.wait()
     assert isinstance(log[0], KdoctError) and "ZeroDivisionError" in log[0].problem and log[1] == "done"
     assert "Traceback" in caplog.text, "the log must say where"
@@ -335,7 +335,7 @@ def test_a_failed_job_is_tried_again_when_asked_again():
         def job(answer=answer):
             if isinstance(answer, KdoctError): raise answer
             return answer
-        work.ask("a", (1,), job, log.append)
+        work.submit("a", (1,), job, log.append)
         work.wait()
     assert log[1] == "yes"
 
@@ -343,7 +343,7 @@ def test_a_failed_job_is_tried_again_when_asked_again():
 def test_the_session_forgets_what_is_oldest():
     work = Background(keep=2)
     for i in range(4):
-        work.ask("a", (i,), lambda: "x", lambda r: None)
+        work.submit("a", (i,), lambda: "x", lambda r: None)
         work.wait()
     assert list(work.made) == [(2,), (3,)]
 
@@ -352,7 +352,7 @@ def test_the_session_forgets_what_is_oldest():
 
 def test_without_runs_the_page_says_how_to_make_one(outputs):
     app = App()
-    assert "kdoct demo" in app.message.value and app.looking.layout.display == app.cut.box.layout.display == "none"
+    assert "kdoct demo" in app.message.value and app.case_view.layout.display == app.threshold.box.layout.display == "none"
 
 
 def test_the_list_has_pages(run, monkeypatch):
@@ -467,9 +467,9 @@ def test_an_unfinished_fold_is_told_and_left_again(run):
     app = App()
     assert "papermill" not in app.message.value
     app.fold.value = 1
-    assert "papermill" in app.message.value and app.looking.layout.display == "none"
+    assert "papermill" in app.message.value and app.case_view.layout.display == "none"
     app.fold.value = 0
-    assert app.message.value == "" and app.looking.layout.display is None and "fold 0" in app.about.value
+    assert app.message.value == "" and app.case_view.layout.display is None and "fold 0" in app.about.value
     app.role.value = "baseline"
     assert "role baseline" in app.message.value
 
@@ -481,7 +481,7 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
         begun.set()
         assert gate.wait(30)
         return networks.Heatmap(np.full((64, 64), .5, np.float32), "none", 0.)
-    monkeypatch.setattr(networks.Network, "map_of", slow)
+    monkeypatch.setattr(networks.Network, "heatmap", slow)
     app = App()
     app.viewer.map_on.value = True
     assert begun.wait(30)
@@ -497,7 +497,7 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
 def test_maps_are_kept_for_the_session(run, monkeypatch):
     calls = []
     empty = networks.Heatmap(np.zeros((64, 64), np.float32), "none", 0.)
-    monkeypatch.setattr(networks.Network, "map_of", lambda self, image, number: calls.append(number) or empty)
+    monkeypatch.setattr(networks.Network, "heatmap", lambda self, image, number: calls.append(number) or empty)
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()
@@ -513,7 +513,7 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
     app.view.value = explore.VIEWS[1]
     raw = io.BytesIO()
     app.state.subject(0).image.save(raw, "png")
-    app.own.begin("mine.png", lambda name: networks.read_upload(name, raw.getvalue()))
+    app.uploads.begin("mine.png", lambda name: networks.read_upload(name, raw.getvalue()))
     app.work.wait()
     assert "student predicts" in app.viewer.words.value and "right" not in app.viewer.words.value
     app.role.value = "teacher"
@@ -524,8 +524,8 @@ def test_a_file_of_ones_own_is_answered_by_the_network_that_is_chosen(run):
 def test_a_path_that_is_not_given_is_asked_for(run):
     app = App()
     app.view.value = explore.VIEWS[1]
-    app.own.read.click()
-    assert "Type the path" in app.own.status.value
+    app.uploads.read.click()
+    assert "Type the path" in app.uploads.status.value
 
 
 def test_an_unforeseen_error_is_told_not_raised(run, monkeypatch):
@@ -646,8 +646,8 @@ def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
     handle.send_keys(Keys.ARROW_LEFT * 30)
     hand.until(lambda: "20.0 % on" in hand.text("caption"))
     cases = open_cases(run, 0, "student")
-    cut = Thresholds(cases, cases.classes[0], run.recipe.evaluate, run.recipe.seed).at(.2)
-    now = f"({cut.predicted[0]} of {cut.total[0]})"
+    stats = Thresholds(cases, cases.classes[0], run.recipe.evaluate, run.recipe.seed).at(.2)
+    now = f"({stats.predicted[0]} of {stats.total[0]})"
     assert now in hand.text("#kd-sensitivity") and now not in shown
 
     # files of one's own: one that is none, then a good one

@@ -152,7 +152,8 @@ WHATS = {  # what -> side of the pictures [px], batches a turn, what stands besi
     'cache': (224, 8, "Whole training steps of the student, input included, with the teacher's answers from the cache, and with the teacher asked about "
                       "every batch; and views answered while the cache is built."),
     'infer': (224, 8, "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures normalised before; kdoct: grey pictures "
-                      "in [0, 1], normalised by the network; frozen: as teachers are asked (notebook 02g); ONNX Runtime, OpenVINO: the network of "
+                      "in [0, 1], normalised by the network; frozen: the inference copy of a network "
+                      "(`kdoct.training.inference`); ONNX Runtime, OpenVINO: the network of "
                       "the graph that is shipped; whole path: one file after the other, read, decoded and answered by the whole graph. "
                       "A turn is done again until it took a quarter of a second."),
     'score-cam': (224, 1, "One map of one image and class: kdoct beside published implementations; batch normalisation and head fitted to the images."),

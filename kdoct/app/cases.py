@@ -64,14 +64,14 @@ def require_model(
     raise KdoctError(f"Fold {fold} of run '{run.name}' has no trained {role} yet.", fix=f"Train it: {stage_command(role, run, fold)}")
 
 # %% ../../nbs/09a_app.cases.ipynb #6b726cf9
-def _decided(folder:Path, own:pd.DataFrame)->tuple:
+def _decided(folder:Path, predictions:pd.DataFrame)->tuple:
     "What was decided about a network and its predictions; None, or the error, where it is not there or does not fit."
     from kdoct.evaluate.decision_tables import read_decided
-    try: return read_decided(folder, own), ''
+    try: return read_decided(folder, predictions), ''
     except KdoctError as e: return None, f'{e.problem} It is left out here. {e.fix}'
 
-def _own(run:Run, fold:int, role:str)->pd.DataFrame:
-    "Predictions of a role."
+def _read_role(run:Run, fold:int, role:str)->pd.DataFrame:
+    "Predictions of a role's network for the test images of a fold; `KdoctError` if they are of another fold."
     path = run.stage_dir(fold, role)/'predictions.parquet'
     df = read_predictions(path)
     if set(df.fold) == {fold}: return df.reset_index(drop=True)
@@ -79,9 +79,10 @@ def _own(run:Run, fold:int, role:str)->pd.DataFrame:
 
 def _again(run:Run, fold:int, role:str)->str: return f"Delete its folder and train again: {stage_command(role, run, fold)}"
 
-def _aligned(role:str, own:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
+def _aligned(role:str, predictions:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
-    if sorted(own.path) == sorted(first.path) and classes_of(own) == classes_of(first): return own.set_index('path').loc[first.path].reset_index()
+    has_same_images = sorted(predictions.path) == sorted(first.path)
+    if has_same_images and classes_of(predictions) == classes_of(first): return predictions.set_index('path').loc[first.path].reset_index()
     raise KdoctError(f"What the {role} predicted is about other images or classes than those of the network it is compared with.", fix=fix)
 
 # %% ../../nbs/09a_app.cases.ipynb #4eb04cb1
@@ -120,16 +121,16 @@ def open_cases(
 )->Cases:
     "Read what the networks of a fold say of its test images; `KdoctError` with a command where that is missing."
     require_model(run, fold, role)
-    own = {r: _own(run, fold, r) for r in models_there(run, fold)}
-    first, found = own[role], {r: _decided(run.stage_dir(fold, r), df) for r, df in own.items()}
+    predictions = {r: _read_role(run, fold, r) for r in models_there(run, fold)}
+    first, found = predictions[role], {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()}
     decisions = {r: j.decision for r, (j, _) in found.items() if j}
-    z = {r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in own.items()}
+    z = {r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in predictions.items()}
     p = {r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v)) for r, v in z.items()}
     beside = 'student' if role == 'teacher' else 'teacher'
-    said = '; '.join(decisions[role].notes) if role in decisions else ''
-    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {said}.'] if said else []))
+    of_decision = '; '.join(decisions[role].notes) if role in decisions else ''
+    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {of_decision}.'] if of_decision else []))
     distances = found[role][0].distance if role in decisions else None
-    return Cases(run, fold, role, beside if beside in own else '', classes_of(first), first, p, decisions, distances, notes)
+    return Cases(run, fold, role, beside if beside in predictions else '', classes_of(first), first, p, decisions, distances, notes)
 
 # %% ../../nbs/09a_app.cases.ipynb #a7b01c53
 def case_table(
@@ -144,8 +145,8 @@ def case_table(
     t['other'] = '' if q is None else names[q.argmax(1)]
     t['apart'] = np.nan if q is None else abs(p - q).sum(1)/2
     unknown = dict(deferred=pd.NA, why='', distance=np.nan, outlier=pd.NA)
-    said = unknown if d is None else d.judge(p, cases.distances)[list(unknown)].to_dict('list')
-    return t.assign(**said)
+    decided = unknown if d is None else d.judge(p, cases.distances)[list(unknown)].to_dict('list')
+    return t.assign(**decided)
 
 # %% ../../nbs/09a_app.cases.ipynb #20c68b6c
 ORDERS = ('least sure first', 'surest first', 'farthest apart first', 'farthest from training first', 'as in the table')
@@ -164,16 +165,16 @@ class CaseFilter:
     high:float=1.           # largest confidence
     order:str=ORDERS[0]     # one of ORDERS
 
-def _kept(t:pd.DataFrame, wish:str, column:pd.Series, yes:str, no:str, what:str)->pd.Series:
-    "Rows where a column is as wished; `KdoctError` where it is not known."
-    if not wish: return pd.Series(True, t.index)
-    if wish not in (yes, no): raise KdoctError(f"'{wish}' is no choice.", fix=f"Choose {yes}, {no}, or '' for all.")
+def _kept(t:pd.DataFrame, wanted:str, column:pd.Series, yes:str, no:str, what:str)->pd.Series:
+    "Rows where a column is as wanted; `KdoctError` where it is not known."
+    if not wanted: return pd.Series(True, t.index)
+    if wanted not in (yes, no): raise KdoctError(f"'{wanted}' is no choice.", fix=f"Choose {yes}, {no}, or '' for all.")
     if column.isna().any(): raise KdoctError(f"{what}, so no image is {yes} or {no}.", fix="Choose all.")
-    return column.astype(bool) == (wish == yes)
+    return column.astype(bool) == (wanted == yes)
 
 def pick(
     table:pd.DataFrame,  # from `case_table`
-    choice:CaseFilter,       # which of its rows
+    choice:CaseFilter,   # which of its rows
 )->np.ndarray:           # row numbers, in the wanted order
     "The rows that are wanted."
     t = table
@@ -204,7 +205,7 @@ def selection_table(
 def selection_files(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
-    choice:CaseFilter,       # which of its rows
+    choice:CaseFilter,   # which of its rows
 )->dict[str, bytes]:     # name of a file -> its content: the CSV file, and a JSON file of the same name
     "The chosen test images as CSV, and as JSON what was chosen and what the numbers are of."
     chosen = selection_table(cases, table, pick(table, choice))
@@ -216,7 +217,7 @@ def selection_files(
 def save_selection(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
-    choice:CaseFilter,       # which of its rows
+    choice:CaseFilter,   # which of its rows
     path:str|Path='',    # the CSV file, which must not exist; '': into the folder `selections` of the run, under a name of its own
 )->Path:                 # the CSV file
     "Write the chosen test images as CSV, and a JSON file of the same name beside it."

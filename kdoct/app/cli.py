@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from .stages import require_archs
+from .stages import new_run, require_archs
 from ..core.files import KdoctError, outputs_root, require_extra
 from kdoct.core.recipe import (
     own_teachers,
@@ -62,12 +62,12 @@ def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str],
     "The run that the options describe, and its folds; `KdoctError`, before it is made, if its images, networks, weights or folds are not to be had."
     recipe = _recipe(preset_name, source, data_root, changes, teachers, **data)
     name = _name_of(run, preset_name, recipe)
-    if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)   # at once; `create_run` asks too, after torch is there
+    if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)   # at once; `new_run` asks too, after torch is there
     require_archs(recipe)
     for role in recipe.roles: require_weights(recipe.training(role))
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
     numbers = parse_folds(folds, recipe.data.n_folds)
-    return create_run(name, recipe), numbers
+    return new_run(name, recipe), numbers
 
 
 # %% ../../nbs/10_app.cli.ipynb #a147c5f5
@@ -285,7 +285,7 @@ def explain(
     if wrong := [k for k in overrides if not k.startswith('explain.')]:
         raise KdoctError(f"{', '.join(wrong)} cannot be changed in a finished run.",
                          fix="Change fields that begin with explain. only; `kdoct recipe` lists them.")
-    the_run = create_run(run, open_run(run).recipe.override(**overrides))
+    the_run = new_run(run, open_run(run).recipe.override(**overrides))
     numbers = parse_folds(folds, the_run.recipe.data.n_folds)
     for k in numbers: typer.echo(f'fold {k}: {_short(run_stage(the_run, "explain", k, notebooks, overrides))}')
     for s in explanation_sections(the_run, numbers).values(): typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')

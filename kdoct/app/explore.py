@@ -52,7 +52,7 @@ CSS = '''
 .kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}.kd-app .kd-busy{border-left:4px solid #e69f00;padding-left:8px}
 .kd-app .kd-bad{border-left:4px solid #b3261e;background:#fdf3f2;padding:6px 10px;margin:4px 0;overflow-wrap:anywhere}.kd-fix{font-size:13px}
 .kd-app .kd-about{font-weight:600}.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
-.kd-app .kd-looking,.kd-app .kd-viewer{display:flex;flex-direction:column;gap:8px 14px;width:100%}
+.kd-app .kd-case-view,.kd-app .kd-viewer{display:flex;flex-direction:column;gap:8px 14px;width:100%}
 .kd-app .kd-side{width:auto;gap:4px 14px}.kd-middle,.kd-words{min-width:0}.kd-words{overflow:auto}
 .kd-app .kd-panes{display:grid;gap:8px;overflow:visible}
 .kd-app .kd-pane{--kd-height:min(520px,64vh);display:block;container-type:inline-size;overflow:auto;max-height:calc(var(--kd-height) + 2px);
@@ -62,7 +62,7 @@ background:#000;cursor:grab}.kd-app .kd-pane.kd-plain{display:none}
 .kd-stack{--kd-fit:min(100cqw,calc(var(--kd-height)*var(--kd-aspect)));display:grid;margin:0 auto;width:var(--kd-fit);aspect-ratio:var(--kd-aspect)}
 .kd-base{grid-area:1/1;display:block;width:100%;height:100%;max-width:none}
 .kd-app .kd-list{max-height:300px;overflow-y:auto;border:1px solid #9aa3ad;margin:2px}
-.kd-app .kd-list>label,.kd-app .kd-looks>label{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
+.kd-app .kd-list>label,.kd-app .kd-views>label{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 .kd-app .kd-list .widget-radio-box{padding:2px}.kd-app .kd-list .widget-radio-box label{display:flex;align-items:center;gap:8px;height:60px;margin:0;
 line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6ea}
 .kd-list .widget-radio-box label::before{content:"";flex:0 0 56px;height:56px;background:#000 center/contain no-repeat}
@@ -70,7 +70,7 @@ line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6e
 .kd-app a.kd-file{color:#0b5cad;text-decoration:underline}
 .kd-app .kd-pages .widget-button{padding:0 8px}.kd-page{font-weight:600}
 .kd-app .kd-above{flex-direction:column;height:auto}.kd-app .kd-above>label{width:auto;text-align:left}
-@container (min-width:860px){.kd-app .kd-looking{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
+@container (min-width:860px){.kd-app .kd-case-view{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
 @container (min-width:1180px){.kd-app .kd-viewer{display:grid;grid-template-columns:minmax(0,1fr) 420px}}
 @container (min-width:1480px){.kd-app .kd-pane{--kd-height:min(760px,62vh)}.kd-app .kd-pane.kd-plain{display:block}
 .kd-app .kd-panes{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}}
@@ -147,7 +147,7 @@ SCRIPT = '''
     pane.addEventListener('pointermove', e => { if (e.buttons & 1) { pane.scrollLeft -= e.movementX; pane.scrollTop -= e.movementY; } });
   }
 
-  function look() {
+  function update() {
     for (const app of document.querySelectorAll('.kd-app')) {
       app.querySelectorAll('.widget-slider').forEach(slider);
       app.querySelectorAll('.widget-radio').forEach(radios);
@@ -161,7 +161,7 @@ SCRIPT = '''
     }
   }
   let soon = 0;
-  const changed = () => { cancelAnimationFrame(soon); soon = requestAnimationFrame(look); };
+  const changed = () => { cancelAnimationFrame(soon); soon = requestAnimationFrame(update); };
   new MutationObserver(changed).observe(document.body, { childList: true, subtree: true, attributeFilter: ['disabled'] });
   changed();
 })();
@@ -177,20 +177,20 @@ class App(w.VBox):
     ):
         post, self.filling = kernel_post(), False
         self.state, self.work = Explorer(), Background(lambda f, *a: post(lambda: self.guarded(lambda: f(*a), clear=False)))
-        self.viewer, self.cut = Viewer(self.state, self.work, self.guarded), ThresholdPanel(self.state, self.guarded)
+        self.viewer, self.threshold = Viewer(self.state, self.work, self.guarded), ThresholdPanel(self.state, self.guarded)
         self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
-        self.own = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
+        self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
         self.message, self.about = w.HTML(), w.HTML()
         wide = dict(style=dict(description_width='50px'), layout=w.Layout(width='260px'))
         self.run, self.fold, self.role = (w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model'))
         self.view = w.RadioButtons(options=VIEWS, description='What is shown', orientation='horizontal',
                                    layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'))
-        self.view.add_class('kd-looks')
+        self.view.add_class('kd-views')
         top = w.HBox([self.run, self.fold, self.role, self.view], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.looking = with_css_class(w.Box([self.tests.box, self.own.box, self.viewer.box]), 'kd-looking')
+        self.case_view = with_css_class(w.Box([self.tests.box, self.uploads.box, self.viewer.box]), 'kd-case-view')
         run_once = {'output_type': 'display_data', 'data': {'application/javascript': SCRIPT}, 'metadata': {}}
         script = w.Output(outputs=(run_once,))
-        super().__init__([w.HTML(f'<style>{CSS}</style>'), top, self.about, self.message, self.looking, self.cut.box, script])
+        super().__init__([w.HTML(f'<style>{CSS}</style>'), top, self.about, self.message, self.case_view, self.threshold.box, script])
         self.add_class('kd-app')
         for control in (self.run, self.fold, self.role, self.view): control.observe(self.changed, 'value')
         self.arrange()
@@ -242,7 +242,7 @@ def show_opened(self:App):
     self.about.value = text_html(c.about, 'about', 'status') + text_html(f'For research; not for diagnosis. Protocol. {c.protocol}', 'protocol')
     self.about.value += ''.join(text_html(n, 'busy') for n in c.notes)
     self.viewer.offer()
-    self.cut.offer_classes()
+    self.threshold.offer_classes()
     self.tests.opened()
     self.arrange()
 
@@ -250,10 +250,10 @@ def show_opened(self:App):
 def arrange(self:App):
     "Show the chosen part of the page; nothing of it while no fold is open."
     here, view = self.state.cases is not None, self.view.value
-    wanted = {self.tests.box: view == VIEWS[0], self.own.box: view == VIEWS[1], self.looking: view != VIEWS[2], self.cut.box: view == VIEWS[2]}
+    wanted = {self.tests.box: view == VIEWS[0], self.uploads.box: view == VIEWS[1], self.case_view: view != VIEWS[2], self.threshold.box: view == VIEWS[2]}
     for box, yes in wanted.items(): box.layout.display = None if here and yes else 'none'
-    if here and view == VIEWS[0]: self.tests.look_at()
-    if here and view == VIEWS[1]: self.own.look_at_own()
+    if here and view == VIEWS[0]: self.tests.show_case()
+    if here and view == VIEWS[1]: self.uploads.show_upload()
 
 @patch
 def changed(self:App, change):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'text_html', 'why_html', 'error_html', 'table_html', 'picture_html', 'size_text', 'scale_html',
-           'answers_html', 'verdict', 'cut_html', 'curves_svg', 'with_css_class']
+           'probabilities_html', 'verdict', 'threshold_html', 'curves_svg', 'with_css_class']
 
 # %% ../../nbs/09c_app.html.ipynb #imp-app-html
 import base64
@@ -72,7 +72,7 @@ def _fitted(image:Image.Image, width:int=1024, height:int=768)->Image.Image:
 def picture_html(
     image:Image.Image,           # what is shown
     name:str,                    # what a screen reader says of it
-    look:np.ndarray|None=None,   # (s, s) in [0, 1], on the network's square; None: no map
+    heatmap:np.ndarray|None=None,  # (s, s) in [0, 1], on the network's square; None: no map
     resize:str='squash',         # how the picture became a square
     layer:str='kd-map',          # class of the map's picture, whose opacity the page sets
     whole:bool=False,            # all of its pixels; else at most 1024 x 768
@@ -81,9 +81,9 @@ def picture_html(
     shown = image if whole else _fitted(image)
     size = f'--kd-aspect:{image.width/image.height:.4f};--kd-pixels:{image.width}px'
     top = f'<img class="kd-base" draggable="false" alt="{html.escape(name)}" src="{_uri(shown)}">'
-    if look is not None:
+    if heatmap is not None:
         from kdoct.explain.figures import overlay
-        painted = (255*overlay(np.asarray(shown), lay_back(look, (shown.height, shown.width), resize))).astype(np.uint8)
+        painted = (255*overlay(np.asarray(shown), lay_back(heatmap, (shown.height, shown.width), resize))).astype(np.uint8)
         top += f'<img class="kd-base {layer}" draggable="false" alt="Score-CAM" src="{_uri(Image.fromarray(painted))}">'
     return f'<div class="kd-stack" style="{size}">{top}</div>'
 
@@ -121,13 +121,13 @@ def _bar(p:float, top:bool)->str:
     return (f'<span class="kd-bar"><span style="width:{100*p:.1f}%"></span></span><span class="kd-number">{"<b>" if top else ""}{100*p:.1f} %'
             f'{" ◀</b>" if top else ""}</span>')
 
-def answers_html(
+def probabilities_html(
     cases:Cases,             # of a fold
     subject:Subject,         # what is looked at
-    answer:NetworkOutput|None=None, # what the network says of it now
+    output:NetworkOutput|None=None,  # of the network now; needed for a file of one's own
 )->str:
     "Probabilities by class and network, the predicted class of each marked."
-    p = subject.probabilities or ({cases.role: answer.probabilities} if answer else {})
+    p = subject.probabilities or ({cases.role: output.probabilities} if output else {})
     roles = sorted(p, key=lambda r: r != cases.role)
     rows = [[html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''), *(_bar(p[r][k], p[r].argmax() == k) for r in roles)]
             for k, c in enumerate(cases.classes)]
@@ -140,11 +140,11 @@ def answers_html(
 def verdict(
     cases:Cases,             # of a fold
     subject:Subject,         # what is looked at
-    answer:NetworkOutput|None=None, # what the network says of it now
+    output:NetworkOutput|None=None,  # of the network now; needed for a file of one's own
 )->list[str]:                # sentences
     "What the network predicts, whether that is right, and what `kdoct predict` would say of it: the same words of the same function."
     from kdoct.evaluate.decisions import explained
-    p = subject.probabilities.get(cases.role, answer.probabilities if answer else None)
+    p = subject.probabilities.get(cases.role, output.probabilities if output else None)
     if p is None: return []
     name, top, d = cases.classes[p.argmax()], float(p.max()), cases.decisions.get(cases.role)
     right = ', which is right' if name == subject.label else f', which is wrong: it is labelled {subject.label}'
@@ -154,7 +154,7 @@ def verdict(
         q = subject.probabilities[cases.beside]
         same = 'predicts the same' if q.argmax() == p.argmax() else f'predicts {cases.classes[q.argmax()]}'
         out.append(f'The {cases.beside} {same}; they are {abs(p - q).sum()/2:.2f} apart (0 the same, 1 opposite).')
-    distance = subject.distance if subject.distance is not None else answer and answer.distance
+    distance = subject.distance if subject.distance is not None else output and output.distance
     if d: return out + explained(d, p, distance)
     return [*out, 'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: ' + stage_command('decide', cases.run, cases.fold)]
 
@@ -166,49 +166,52 @@ def _percent(share:tuple, yes:int, of:int, level:float)->str:
     interval = f' [{100*low:.1f}, {100*high:.1f}]' if np.isfinite(low) else ' (no interval)'
     return f'<b>{100*value:.1f} %</b>{interval} <span class="kd-count">({yes} of {of})</span>'
 
-def cut_html(
-    cut:ThresholdStats,           # what a threshold does
-    classes:list[str], # in the order of `cut.total`
-    n_groups:int,      # groups (patients) of the test part
-    level:float,       # of the intervals
+def threshold_html(
+    stats:ThresholdStats,  # what a threshold does
+    classes:list[str],     # in the order of `stats.total`
+    n_groups:int,          # groups (patients) of the test part
+    level:float,           # of the intervals
 )->str:
     "Confusion, sensitivity and specificity of a threshold, with counts."
-    k, name = classes.index(cut.name), html.escape(cut.name)
-    rows = [[html.escape(c) + (' <b>(the class)</b>' if i == k else ''), str(cut.predicted[i]), str(cut.total[i] - cut.predicted[i]), str(cut.total[i])]
+    k, name = classes.index(stats.name), html.escape(stats.name)
+    rows = [[html.escape(c) + (' <b>(the class)</b>' if i == k else ''), str(stats.predicted[i]), str(stats.total[i] - stats.predicted[i]), str(stats.total[i])]
             for i, c in enumerate(classes)]
-    rest = cut.total.sum() - cut.total[k], cut.predicted.sum() - cut.predicted[k]
-    rows.append(['all', str(cut.predicted.sum()), str(cut.total.sum() - cut.predicted.sum()), str(cut.total.sum())])
-    table = table_html(['true class', f'predicted {cut.name}', f'not predicted {cut.name}', 'images'], rows,
-                       f'{counted(cut.total.sum(), "test image")} of {counted(n_groups, "group (patient)", "groups (patients)")}; '
-                       f'predicted {cut.name} from a probability of {100*cut.threshold:.1f} % on.')
-    return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(cut.sensitivity, cut.predicted[k], cut.total[k], level)}</p>'
-            f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(cut.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
+    rest = stats.total.sum() - stats.total[k], stats.predicted.sum() - stats.predicted[k]
+    rows.append(['all', str(stats.predicted.sum()), str(stats.total.sum() - stats.predicted.sum()), str(stats.total.sum())])
+    table = table_html(['true class', f'predicted {stats.name}', f'not predicted {stats.name}', 'images'], rows,
+                       f'{counted(stats.total.sum(), "test image")} of {counted(n_groups, "group (patient)", "groups (patients)")}; '
+                       f'predicted {stats.name} from a probability of {100*stats.threshold:.1f} % on.')
+    return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(stats.sensitivity, stats.predicted[k], stats.total[k], level)}</p>'
+            f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(stats.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
             + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
                         'and no exception, the rate of exceptions may still be up to 300/n %.', 'soft'))
 
 # %% ../../nbs/09c_app.html.ipynb #1fc0ac3a
 def curves_svg(
-    curves:np.ndarray,  # (3, steps) from `Thresholds.curves`
-    cut:ThresholdStats,            # where the threshold is
+    curves:np.ndarray,     # (3, steps) from `Thresholds.curves`
+    stats:ThresholdStats,  # where the threshold is
 )->str:
     "Sensitivity and specificity over the threshold, and where it stands; the lines differ in dash as in colour."
     def at(x, y): return f'{46 + 380*x:.1f},{14 + 190*(1 - y):.1f}'
-    def line(y, look): return '' if np.isnan(y).any() else f'<polyline fill="none" {look} points="{" ".join(map(at, curves[0], y))}"/>'
+    def line(y, style): return '' if np.isnan(y).any() else f'<polyline fill="none" {style} points="{" ".join(map(at, curves[0], y))}"/>'
     ticks = ''.join(f'<text x="{46 + 380*v}" y="220" text-anchor="middle">{100*v:.0f}</text><path d="M46 {14 + 190*(1 - v)}h380" stroke="#e3e6ea"/>'
                     f'<text x="40" y="{18 + 190*(1 - v)}" text-anchor="end">{100*v:.0f}</text>' for v in (0, .25, .5, .75, 1))
-    looks = f'stroke="{BLUE}" stroke-width="2.2"', f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"'
-    here = 46 + 380*cut.threshold
-    key = ''.join(f'<path d="M{x} 238h26" {look}/><text x="{x + 32}" y="242">{name} %</text>'
-                  for x, look, name in zip((60, 196), looks, ('sensitivity', 'specificity'), strict=True))
-    marks = ''.join(f'<circle cx="{here}" cy="{14 + 190*(1 - v[0])}" r="4.5" fill="{c}"/>' for v, c in ((cut.sensitivity, BLUE), (cut.specificity, ORANGE))
+    styles = f'stroke="{BLUE}" stroke-width="2.2"', f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"'
+    here = 46 + 380*stats.threshold
+    key = ''.join(f'<path d="M{x} 238h26" {style}/><text x="{x + 32}" y="242">{name} %</text>'
+                  for x, style, name in zip((60, 196), styles, ('sensitivity', 'specificity'), strict=True))
+    marks = ''.join(f'<circle cx="{here}" cy="{14 + 190*(1 - v[0])}" r="4.5" fill="{c}"/>' for v, c in ((stats.sensitivity, BLUE), (stats.specificity, ORANGE))
                     if np.isfinite(v[0]))
     return (f'<svg class="kd-curves" viewBox="0 0 440 262" role="img" aria-label="Sensitivity and specificity over the threshold">{ticks}'
-            + ''.join(line(y, look) for y, look in zip(curves[1:], looks, strict=True))
+            + ''.join(line(y, style) for y, style in zip(curves[1:], styles, strict=True))
             + f'<path d="M{here} 14v190" stroke="#1c1f23" stroke-width="1.2"/>{marks}{key}'
             f'<text x="236" y="258" text-anchor="middle">threshold on the probability, %</text></svg>')
 
 # %% ../../nbs/09c_app.html.ipynb #a1a8278ab
-def with_css_class(widget:w.DOMWidget, *names:str)->w.DOMWidget:
-    "The widget, with classes that the style sheet knows."
+def with_css_class(
+    widget:w.DOMWidget,  # of the page
+    *names:str,          # classes that the style sheet knows
+)->w.DOMWidget:          # the same widget
+    "Give a widget classes that the style sheet knows."
     for name in names: widget.add_class(name)
     return widget

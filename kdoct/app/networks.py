@@ -47,20 +47,20 @@ def read_upload_path(
     file:str|Path,   # a picture or a volume
     name:str='',     # how to call it; '': the file's name
     modality:str='oct',  # what DICOM and volumes must hold, as `kdoct.data.volumes.read_scans` takes it
-)->list[Upload]:        # at most MOST_SCANS
+)->list[Upload]:     # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
     name = name or Path(file).name
     def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    with closing(Sandbox(modality=modality)) as guard:   # a damaged file gets so much time and memory, and the page goes on
-        own = [Upload(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(guard.scans(file), MOST_SCANS)]
-    if not own: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
-    return own
+    with closing(Sandbox(modality=modality)) as sandbox:   # a damaged file gets so much time and memory, and the page goes on
+        uploads = [Upload(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(sandbox.scans(file), MOST_SCANS)]
+    if not uploads: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
+    return uploads
 
 def read_upload(
     name:str,    # of the file, as the browser gives it; only its ending is used
     data:bytes,  # its content
-    modality:str='oct',  # as `read_own` takes it
-)->list[Upload]:    # at most MOST_SCANS
+    modality:str='oct',  # as `read_upload_path` takes it
+)->list[Upload]:  # at most MOST_SCANS
     "The pictures of an uploaded file."
     with tempfile.TemporaryDirectory(prefix='kdoct-') as folder:
         file = Path(folder)/f"upload{re.sub(r'[^A-Za-z0-9.]', '', Path(name).suffix)}"
@@ -138,7 +138,7 @@ def seen_picture(
 
 # %% ../../nbs/09b_app.networks.ipynb #df71da1b
 @patch
-def answer(self:Network,
+def output(self:Network,
     image:Image.Image,  # mode L or RGB
 )->NetworkOutput:
     "Probabilities, and distance from the training images, in float32 as a bundle gives them."
@@ -149,11 +149,11 @@ def answer(self:Network,
     return NetworkOutput(d.probabilities(logits)[0], float(d.outlier.score(features)[0]))
 
 @patch
-def map_of(self:Network,
+def heatmap(self:Network,
     image:Image.Image,  # mode L or RGB
     number:int,         # of the class
 )->Heatmap:
-    "Score-CAM of a class, as the run's recipe wants it; `NoMaps` if the network has no layer for it."
+    "Score-CAM of a class, as the run's recipe wants it; `NoHeatmap` if the network has no layer for it."
     from kdoct.explain.cam import score_cam, target_layer
     began, e = time.perf_counter(), self.run.recipe.explain
     try: made = score_cam(self.model, seen_by(self.run, image), number, self.layer, e.score, e.tolerance)
@@ -184,7 +184,7 @@ class Background:
         self.post, self.keep, self.lock, self.thread = post, keep, threading.Lock(), None
         self.waiting, self.made = {}, OrderedDict()
 
-    def ask(self, kind:str, key:tuple, work, done):
+    def submit(self, kind:str, key:tuple, work, done):
         "Call `done` with what `work` makes: at once if it is known, else when it is made."
         with self.lock:
             if (known := key in self.made): self.made.move_to_end(key)
@@ -263,7 +263,9 @@ class Explorer:
 # %% ../../nbs/09b_app.networks.ipynb #c0f71808
 _FACTS = dict(path='file', patient='patient', eye='eye', volume='volume', slice='slice')
 
-def known_facts(row)->dict[str, str]:
+def known_facts(
+    row,             # of `case_table`
+)->dict[str, str]:   # name for people -> value
     "What the table says of an image, without what it leaves open."
     return {name: str(v) for c, name in _FACTS.items() if not pd.isna(v := row[c]) and str(v) not in ('', '-1')}
 
@@ -279,12 +281,12 @@ def subject(self:Explorer,
 
 @patch
 def upload_subject(self:Explorer,
-    own:Upload,  # from a file of one's own
+    upload:Upload,  # from a file of one's own
 )->Subject:
     "A picture of one's own: nothing is known of it but what the file says."
-    more = {'B-scan': own.scan, 'on reading': '; '.join(own.notes)}
-    facts = dict(file=own.file, size=f'{own.image.width} x {own.image.height} px') | {k: v for k, v in more.items() if v}
-    return Subject(('own', hashlib.sha256(own.image.tobytes()).hexdigest()), f'{own.file} {own.scan}'.strip(), facts, own.image)
+    more = {'B-scan': upload.scan, 'on reading': '; '.join(upload.notes)}
+    facts = dict(file=upload.file, size=f'{upload.image.width} x {upload.image.height} px') | {k: v for k, v in more.items() if v}
+    return Subject(('upload', hashlib.sha256(upload.image.tobytes()).hexdigest()), f'{upload.file} {upload.scan}'.strip(), facts, upload.image)
 
 # %% ../../nbs/09b_app.networks.ipynb #a4d68922
 @patch

@@ -27,9 +27,9 @@ from kdoct.app.cases import (
     Thresholds,
 )
 from kdoct.app.html import (
-    answers_html,
+    probabilities_html,
     curves_svg,
-    cut_html,
+    threshold_html,
     error_html,
     picture_html,
     scale_html,
@@ -84,7 +84,7 @@ class Viewer:
         self.zoom = w.Dropdown(description='zoom', options=ZOOMS, value=1., style=dict(description_width='40px'), layout=w.Layout(width='180px'))
         self.closer = _press('Zoom in', lambda: self.step(1), 'kd-closer')
         self.farther = _press('Zoom out', lambda: self.step(-1), 'kd-farther')
-        for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.ask), 'value')
+        for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.request), 'value')
         self.opacity.observe(lambda change: self.fade(), 'value')
         self.zoom.observe(lambda change: do(self.enlarge), 'value')
         self.lay_out()
@@ -149,7 +149,7 @@ def show(self:Viewer,
     "Look at a picture."
     self.subject, self.made, self.wanted = subject, {}, {}
     self.box.layout.display = 'none' if subject is None else None
-    self.ask()
+    self.request()
 
 @patch
 def number(self:Viewer)->int|None:  # None: the true class is not known
@@ -165,22 +165,22 @@ def jobs(self:Viewer)->dict:  # kind -> (key, function)
     s, stamp = self.subject, self.state.stamp()
     if isinstance(s.image, KdoctError): return {}
     def network(): return self.state.network(stamp)
-    def look(k): return network().map_of(s.image, k if k >= 0 else int(network().answer(s.image).probabilities.argmax()))
+    def heatmap(k): return network().heatmap(s.image, k if k >= 0 else int(network().output(s.image).probabilities.argmax()))
     out, k = {}, self.number()
     if self.square.value: out['square'] = (*stamp, *s.key), lambda: seen_picture(self.state.cases.run, s.image)
-    if self.map_on.value or not s.probabilities: out['answer'] = (*stamp, *s.key), lambda: network().answer(s.image)
-    if self.map_on.value and k is not None: out['look'] = (*stamp, *s.key, k), lambda: look(k)
+    if self.map_on.value or not s.probabilities: out['output'] = (*stamp, *s.key), lambda: network().output(s.image)
+    if self.map_on.value and k is not None: out['heatmap'] = (*stamp, *s.key, k), lambda: heatmap(k)
     return out
 
 @patch
-def ask(self:Viewer):
+def request(self:Viewer):
     "Draw what is known, and ask for what is not."
     if self.subject is None: return
     jobs = self.wanted = self.jobs()
     self.made = {kind: v for kind, v in self.made.items() if kind in jobs and v[0] == jobs[kind][0]}
     self.draw()
     for kind, (key, work) in jobs.items():
-        if kind not in self.made: self.work.ask(kind, (kind, *key), work, partial(self.got, kind, key))
+        if kind not in self.made: self.work.submit(kind, (kind, *key), work, partial(self.got, kind, key))
 
 @patch
 def got(self:Viewer, kind:str, key:tuple, result):
@@ -202,33 +202,33 @@ def result(self:Viewer, kind:str):  # None: not made, or not wanted
 @patch
 def draw(self:Viewer):
     "Show what there is by now."
-    s, c, look, square = self.subject, self.state.cases, self.result('look'), self.result('square')
+    s, c, heatmap, square = self.subject, self.state.cases, self.result('heatmap'), self.result('square')
     image, resize = (s.image, c.run.recipe.data.resize) if not self.square.value or square is None else (square, 'squash')
     broken, whole = isinstance(image, KdoctError), self.zoom.value != 1
-    self.picture.value = error_html(image) if broken else picture_html(image, s.name, look and look.values, resize, self.layer, whole)
-    self.plain.value = picture_html(image, f'{s.name}, without the map', whole=whole) if look else ''
-    self.beside.layout.display = None if look else 'none'
+    self.picture.value = error_html(image) if broken else picture_html(image, s.name, heatmap and heatmap.values, resize, self.layer, whole)
+    self.plain.value = picture_html(image, f'{s.name}, without the map', whole=whole) if heatmap else ''
+    self.beside.layout.display = None if heatmap else 'none'
     self.size.value = '' if broken else text_html(size_text(image, whole), 'soft')
-    self.scale.value = scale_html() if look else ''
+    self.scale.value = scale_html() if heatmap else ''
     facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in s.facts.items())
-    said = ''.join(text_html(t, 'busy' if t.startswith(('Deferred', 'Outlier:')) else '')
-                   for t in verdict(c, s, self.result('answer')))   # what a person must look at stands out
-    self.words.value = answers_html(c, s, self.result('answer')) + said + f'<dl class="kd-facts">{facts}</dl>'
+    sentences = ''.join(text_html(t, 'busy' if t.startswith(('Deferred', 'Outlier:')) else '')
+                        for t in verdict(c, s, self.result('output')))   # what a person must look at stands out
+    self.words.value = probabilities_html(c, s, self.result('output')) + sentences + f'<dl class="kd-facts">{facts}</dl>'
     self.status.value = self.progress()
 
 @patch
 def progress(self:Viewer)->str:
     "What is at work, what it made, or why it could not."
-    doing = dict(square='the square that the network sees', answer='the answer of the network', look=f'Score-CAM of the {self.state.cases.role}')
+    doing = dict(square='the square that the network sees', output='the answer of the network', heatmap=f'Score-CAM of the {self.state.cases.role}')
     failed = [error_html(r) for _, r in self.made.values() if isinstance(r, KdoctError)]
     waiting = [doing[k] for k in self.wanted if k not in self.made]
     if waiting: return text_html(f"Computing {' and '.join(waiting)}. Everything else can be used meanwhile.", 'busy', 'status') + ''.join(failed)
     if self.map_on.value and isinstance(self.subject.image, KdoctError): return text_html("No map: the picture cannot be read.", 'soft', 'status')
     if self.map_on.value and self.number() is None: return text_html("The true class is not known: choose another class for the map.", 'soft', 'status')
-    look = self.result('look')
-    if not look: return ''.join(failed)
-    said = f'Score-CAM of the {self.state.cases.role}: {look.passes}, {human_time(look.seconds)}.'
-    return ''.join(failed) + text_html(said, 'soft', 'status')
+    heatmap = self.result('heatmap')
+    if not heatmap: return ''.join(failed)
+    cost = f'Score-CAM of the {self.state.cases.role}: {heatmap.passes}, {human_time(heatmap.seconds)}.'
+    return ''.join(failed) + text_html(cost, 'soft', 'status')
 
 # %% ../../nbs/09d_app.panels.ipynb #85287b9b
 PAGE = 24  # images of the list at a time
@@ -275,7 +275,7 @@ class TestPanel:
         self.box = with_css_class(w.VBox([choices, w.VBox([self.small, self.count, self.list, pages, files])]), 'kd-side')
         for control in self.filters: control.observe(lambda change: self.filling or do(self.refresh), 'value')
         self.page.observe(lambda change: self.filling or do(self.fill), 'value')
-        self.list.observe(lambda change: self.filling or do(self.look_at), 'value')
+        self.list.observe(lambda change: self.filling or do(self.show_case), 'value')
 
 # %% ../../nbs/09d_app.panels.ipynb #8752388b
 @patch
@@ -321,10 +321,10 @@ def fill(self:TestPanel):
     self.picture(some.index)
     self.ends()
     self.filling, self.saved.value = False, ''
-    self.look_at()
+    self.show_case()
 
 @patch
-def look_at(self:TestPanel):
+def show_case(self:TestPanel):
     "Look at the image that is chosen in the list."
     self.show(None if self.list.value is None else self.state.subject(self.list.value))
 
@@ -393,7 +393,7 @@ class UploadPanel:
         self.box = with_css_class(w.VBox([self.upload, self.path, self.read, w.HTML(about), self.status, self.list]), 'kd-side')
         self.upload.observe(lambda change: do(self.uploaded), 'value')
         self.read.on_click(lambda button: do(self.from_path))
-        self.list.observe(lambda change: do(self.look_at_own), 'value')
+        self.list.observe(lambda change: do(self.show_upload), 'value')
 
 # %% ../../nbs/09d_app.panels.ipynb #18d9f36f
 @patch
@@ -422,28 +422,28 @@ def from_path(self:UploadPanel):
 def begin(self:UploadPanel, name:str, read):
     "Read a file in the background."
     if not name: return
-    self.asked = key = ('file', uuid.uuid4().hex)
+    self.requested = key = ('file', uuid.uuid4().hex)
     self.scans, self.list.options, self.status.value = [], [], text_html(f'Reading {name}.', 'busy', 'status')
     self.show(None)
-    self.work.ask('file', key, lambda: read(name), lambda result: self.has_read(key, name, result))
+    self.work.submit('file', key, lambda: read(name), lambda result: self.has_read(key, name, result))
 
 @patch
 def has_read(self:UploadPanel, key:tuple, name:str, result):
     "A file was read, or could not be."
     self.work.made.pop(key, None)   # pictures are large: kept here only
-    if key != self.asked: return
+    if key != self.requested: return
     if isinstance(result, KdoctError): self.status.value = error_html(result); return
     self.scans = result
     n = len(result)
     more = ', perhaps the first of more' if n == MOST_SCANS else ''
     self.status.value = text_html(f"{result[0].file}: {n} picture{'s' if n > 1 else ''}{more}.", 'soft', 'status')
-    self.list.options = [(own.scan or own.file, i) for i, own in enumerate(result)]
+    self.list.options = [(upload.scan or upload.file, i) for i, upload in enumerate(result)]
     self.list.value = 0
 
 @patch
-def look_at_own(self:UploadPanel):
+def show_upload(self:UploadPanel):
     "Look at the picture that is chosen in the list."
-    self.show(None if self.list.value is None else self.state.own_subject(self.scans[self.list.value]))
+    self.show(None if self.list.value is None else self.state.upload_subject(self.scans[self.list.value]))
 
 # %% ../../nbs/09d_app.panels.ipynb #14f30cc9
 def validated_points(
@@ -475,7 +475,7 @@ class ThresholdPanel:
                            w.HBox([w.VBox([self.numbers, w.HTML(note)], layout=w.Layout(flex='0 1 600px')), self.curves],
                                   layout=w.Layout(flex_flow='row wrap'))])
         self.name.observe(lambda change: do(self.chosen), 'value')
-        self.threshold.observe(lambda change: do(self.draw_cut), 'value')
+        self.threshold.observe(lambda change: do(self.draw_threshold), 'value')
         self.points.observe(lambda change: do(self.to_point), 'value')
 
 @patch
@@ -490,12 +490,12 @@ def chosen(self:ThresholdPanel):
     "Another class."
     c = self.state.cases
     if self.name.value not in (c.classes if c else ()): return
-    self.cuts = Thresholds(c, self.name.value, c.run.recipe.evaluate, c.run.recipe.seed)
-    self.drawn = self.cuts.curves()
+    self.thresholds = Thresholds(c, self.name.value, c.run.recipe.evaluate, c.run.recipe.seed)
+    self.drawn = self.thresholds.curves()
     self.points.options = [('choose a threshold', -1.), *validated_points(c, self.name.value)]
     self.points.value, self.points.disabled = -1., len(self.points.options) == 1
     self.grey_points()
-    self.draw_cut()
+    self.draw_threshold()
 
 @patch
 def grey_points(self:ThresholdPanel):
@@ -511,8 +511,8 @@ def to_point(self:ThresholdPanel):
     if self.points.value is not None and self.points.value >= 0: self.threshold.value = self.points.value
 
 @patch
-def draw_cut(self:ThresholdPanel):
+def draw_threshold(self:ThresholdPanel):
     "The numbers at the threshold."
-    cut = self.cuts.at(self.threshold.value)
-    self.numbers.value = cut_html(cut, self.state.cases.classes, self.cuts.n_groups, self.cuts.level)
-    self.curves.value = curves_svg(self.drawn, cut)
+    stats = self.thresholds.at(self.threshold.value)
+    self.numbers.value = threshold_html(stats, self.state.cases.classes, self.thresholds.n_groups, self.thresholds.level)
+    self.curves.value = curves_svg(self.drawn, stats)

@@ -120,7 +120,7 @@ def open_stage(
     out = new_run(name, recipe) if preset_name or changes or not is_there else open_run(name)
     is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
     if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
-    os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (notebook 02e)
+    os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (`kdoct.training.distributed`)
     return out, fold
 
 def _make_earlier_stages(run:Run, fold:int, before:dict):

@@ -281,7 +281,10 @@ def calibration_rows(
     return rows.row[rows.group.isin(taken)].to_numpy()
 
 # %% ../../nbs/07d_deploy.engines.ipynb #4137c605
-def graph_signature(channels:int, classes:int)->dict[str, tuple]:
+def graph_signature(
+    channels:int,  # of the pictures: 1 or 3
+    classes:int,   # of the network
+)->dict[str, tuple]:  # name of an input or output -> (type, shape)
     "Type and shape of the graph's input and outputs; an axis without a fixed size is None."
     return dict(images=('uint8', [None]*3 + [3]*(channels == 3)), probabilities=('float32', [None, classes]), outlier=('float32', [None]))
 

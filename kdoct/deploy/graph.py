@@ -208,7 +208,10 @@ def write_openvino(
         model = ov.Model([o.get_node().input_value(0) for o in other.outputs], model.get_parameters(), 'kdoct')
     ov.save_model(model, str(path), compress_to_fp16=False)
 
-def joint_output(model, name:str):
+def joint_output(
+    model,     # an OpenVINO model
+    name:str,  # of the tensor that the first part gives
+):             # an output of one of its nodes
     "The place in an OpenVINO graph where one part hands on to the next."
     return next(o for op in model.get_ordered_ops() for o in op.outputs() if name in o.get_names())
 

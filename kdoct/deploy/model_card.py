@@ -125,7 +125,8 @@ def _three(row, m):
     three = [row.get(k) for k in (m, f'{m}_low', f'{m}_high')]
     return None if three[0] is None else three
 
-_DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outliers')  # sections of evaluation about a decision (notebook 05h)
+# sections of evaluation about a decision (`kdoct.evaluate.decision_tables`)
+_DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outliers')
 
 def _of_role(sections, role):
     "Sections about decisions with the rows of one model; the operating points of another model are left out."
