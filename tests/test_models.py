@@ -74,7 +74,7 @@ def test_the_model_without_tf_takes_the_names_and_fails_the_numbers():
 
 def test_missing_package_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): packaged_weights.packaged_network('tf_efficientnet_lite0', 224)
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): packaged_weights.load_packaged_weights(torch.nn.Identity(), 'tf_efficientnet_lite0')
 
 
 def test_preprocessing_of_the_package_weights_is_theirs():

@@ -22,9 +22,10 @@ MEASURE = """
     import json, os, sys, threading, time
     import psutil
     if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    from kdoct.core import preset
-    from kdoct.data import audit, make_folds
-    from kdoct.sources import load_table
+    from kdoct.core.recipe import preset
+    from kdoct.data.audit import audit
+    from kdoct.data.folds import make_folds
+    from kdoct.data.sources import load_table
     def used(): return psutil.Process().memory_info().rss / 2**20
     most = [used()]  # resource.getrusage would give the peak of the process that started this one
     def watch():

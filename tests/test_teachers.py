@@ -134,7 +134,7 @@ def test_with_turn_each_batch_has_one_teacher_counted_over_all_epochs(tmp_path):
     asked = []
     class Note(Callback):
         order, run_valid = 6, False
-        def after_loss(self): asked.append((self.epoch, self.iter, *self.learn.distill.asked()))
+        def after_loss(self): asked.append((self.epoch, self.iter, *self.learn.distill.queried()))
     fit(learner(tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], epochs=3))
     assert asked == [(e, i, ('teacher', 'teacher-a')[(3*e + i) % 2]) for e in range(3) for i in range(3)]
 
@@ -143,7 +143,7 @@ def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
     asked = []
     class Note(Callback):
         order, run_valid = 6, False
-        def after_loss(self): asked.append(*self.learn.distill.asked())
+        def after_loss(self): asked.append(*self.learn.distill.queried())
     learn = learner(tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2)   # 24 images: 12 and 12, in batches of 6
     fit(learn)
     assert asked == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2

@@ -16,11 +16,9 @@ from kdoct.core.recipe import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import prepare_data
 from kdoct.distill import student, teacher
-from kdoct.distill import student as distill
 from kdoct.distill.teacher import train_teacher
 from kdoct.models.backbones import float32_products
-from kdoct.training import distributed as together
-from kdoct.training import results as training
+from kdoct.training import distributed, results
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.
 SCRIPT = textwrap.dedent('''
@@ -29,17 +27,18 @@ SCRIPT = textwrap.dedent('''
     import numpy as np, pandas as pd, torch
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
-    from kdoct.core import preset, seed_everything
-    from kdoct.losses import hard_loss
-    from kdoct.models import create_classifier
-    from kdoct.together import SharedBatches, join, one_for_all, team
-    from kdoct.training import make_learner
+    from kdoct.core.files import seed_everything
+    from kdoct.core.recipe import preset
+    from kdoct.models.backbones import create_classifier
+    from kdoct.training.distributed import DistributedBatches, init_group, propagate_failure, rank_world
+    from kdoct.training.loop import make_learner
+    from kdoct.training.losses import hard_loss
 
     def train(folder, processes, batch, stop_at=None, rows=41, **changes):
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         children = [pid for r in range(1, processes) if (pid := os.fork()) or os.environ.update(RANK=str(r))]
         os.environ.update({'RANK': '0'} | dict(os.environ), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
-        rank, size = join()
+        rank, size = init_group()
         g = np.random.default_rng(0)
         images, labels, ids = g.integers(0, 255, (64, 32, 32), dtype=np.uint8), np.array([0, 0, 0, 1, 1, 2])[np.arange(64) % 6], np.arange(64, dtype=np.uint64)
         r = preset('tiny').student.model_copy(update=dict(arch='test_convnext2', epochs=3, batch_size=batch, drop_rate=0., lr=1e-3,
@@ -50,10 +49,12 @@ SCRIPT = textwrap.dedent('''
             def after_batch(self):
                 self.seen += 1
                 if self.seen == stop_at and rank == size - 1: raise ValueError('out of luck')
-        learn = make_learner(create_classifier(r, 3, 32), SharedBatches(images, labels, ids, np.arange(rows), batch, r.augment, 1, share=team()),
-                             SharedBatches(images, labels, ids, np.arange(rows, 64), 8, share=team()), hard_loss(r, labels[:rows], 3), r, folder, 'k', [Stop()])
+        share, loss = rank_world(), hard_loss(r, labels[:rows], 3)
+        train = DistributedBatches(images, labels, ids, np.arange(rows), batch, r.augment, 1, share=share)
+        valid = DistributedBatches(images, labels, ids, np.arange(rows, 64), 8, share=share)
+        learn = make_learner(create_classifier(r, 3, 32), train, valid, loss, r, folder, 'k', [Stop()])
         try:
-            with one_for_all(), learn.no_bar(), learn.no_logging(): learn.fit(3)
+            with propagate_failure(), learn.no_bar(), learn.no_logging(): learn.fit(3)
         except Exception as e: print(rank, type(e).__name__, e, flush=True)
         else:
             pd.DataFrame(learn.history.rows).drop(columns='seconds').to_csv(f'{folder}/history{rank}.csv', index=False)
@@ -108,29 +109,29 @@ def gpus(monkeypatch):
 
 
 def test_each_process_has_its_own_gpu_whether_it_has_met_the_others_or_not(gpus):
-    assert together.best_device() == torch.device('cuda', 2) == gpus[-1]
+    assert distributed.best_device() == torch.device('cuda', 2) == gpus[-1]
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'): together.best_device()
+    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'): distributed.best_device()
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)   # the launcher shows each process its own alone
-    assert together.best_device() == torch.device('cuda', 0)
+    assert distributed.best_device() == torch.device('cuda', 0)
 
 
 def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatch):
     order = []
-    monkeypatch.setattr(distill, 'init_group', lambda: order.append('join'))
-    monkeypatch.setattr(distill, 'load_teachers', lambda *_: order.append('load') or {})
-    monkeypatch.setattr(distill, '_weights', lambda *_: torch.zeros(0))
-    monkeypatch.setattr(distill, '_ready', lambda *_: order.append('device') or ({}, {}))
-    monkeypatch.setattr(distill, 'train_role', lambda *_, **__: order.append('train'))
+    monkeypatch.setattr(student, 'init_group', lambda: order.append('join'))
+    monkeypatch.setattr(student, 'load_teachers', lambda *_: order.append('load') or {})
+    monkeypatch.setattr(student, '_weights', lambda *_: torch.zeros(0))
+    monkeypatch.setattr(student, '_ready', lambda *_: order.append('device') or ({}, {}))
+    monkeypatch.setattr(student, 'train_role', lambda *_, **__: order.append('train'))
     class Run:
         class recipe: distill = type('D', (), dict(combine='logits'))
         def is_finished(self, *_): return False
         def record(self, *_, **__): pass
-    monkeypatch.setattr(distill, 'Distill', lambda *_: None)
+    monkeypatch.setattr(student, 'Distill', lambda *_: None)
     student.train_student(Run(), 0)
     assert order == ['join', 'load', 'device', 'train']
 
@@ -163,8 +164,8 @@ def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(traine
     def to(self, *args, **kwargs):
         assert met or not any(isinstance(a, (str, torch.device)) for a in (*args, *kwargs.values())), 'a network was put on a device too early'
         return plain_to(self, *args, **kwargs)
-    for module in (training, distill, teacher):
-        for name, fake in (('join', meet), ('best_device', device)):
+    for module in (results, student, teacher):
+        for name, fake in (('init_group', meet), ('best_device', device)):
             if hasattr(module, name): monkeypatch.setattr(module, name, fake)
     monkeypatch.setattr(torch.nn.Module, 'to', to)
     run = trained_run[stage]
@@ -186,32 +187,31 @@ def test_a_failing_process_speaks_then_aborts_its_own_gpu_then_leaves(monkeypatc
         def _get_backend(self, device):
             assert device == torch.device('cuda')   # the gloo half of the group has nothing to abort
             return Backend()
-    monkeypatch.setattr(together, 'team', lambda: (1, 2))
-    monkeypatch.setattr(together, '_store', Store())
+    monkeypatch.setattr(distributed, 'rank_world', lambda: (1, 2))
+    monkeypatch.setattr(distributed, '_store', Store())
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(together.dist, 'group', type('group', (), dict(WORLD=Group())))
-    monkeypatch.setattr(together.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(together.dist, 'destroy_process_group', lambda: order.append('leave'))
-    with pytest.raises(ValueError, match='out of luck'), together.propagate_failure(): raise ValueError('out of luck')
+    monkeypatch.setattr(distributed.dist, 'group', type('group', (), dict(WORLD=Group())))
+    monkeypatch.setattr(distributed.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(distributed.dist, 'destroy_process_group', lambda: order.append('leave'))
+    with pytest.raises(ValueError, match='out of luck'), distributed.propagate_failure(): raise ValueError('out of luck')
     assert order == ['speak', 'abort', 'leave']
 
 
 # Two processes, one of which waits as NCCL lets it: no error comes when the other is gone.
 WAITS = textwrap.dedent('''
     import threading, time
-    from kdoct import together
-    from kdoct.together import tell
+    from kdoct.training import distributed
     def fate(aborts):
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         child = os.fork()
         os.environ.update(RANK=str(int(child == 0)), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
-        together._watch.__defaults__ = (.1, .5)
-        rank, _ = join()
+        distributed._watch.__defaults__ = (.1, .5)
+        rank, _ = init_group()
         waiting = threading.Event()
-        if aborts: together._abort = waiting.set
+        if aborts: distributed._abort = waiting.set
         began = time.monotonic()
         try:
-            with one_for_all():
+            with propagate_failure():
                 if rank: raise ValueError('out of luck')
                 waiting.wait(100)
                 raise RuntimeError('NCCL communicator was aborted')
@@ -232,9 +232,7 @@ def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
 
 
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
-    code = SCRIPT.replace('with one_for_all(), learn.no_bar(), learn.no_logging()', 'with one_for_all()')
-    code = code.replace(', cross_entropy, r, folder', ", hard_loss(r, labels[:rows], 3), r, folder")
-    code = code.replace('from kdoct.training.losses import cross_entropy', 'from kdoct.training.losses import hard_loss')
+    code = SCRIPT.replace('with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()')
     assert code.count('hard_loss') == 2 and 'no_bar' not in code
     (tmp_path/'a').mkdir()
     done = subprocess.run([sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"], cwd=tmp_path,

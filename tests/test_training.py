@@ -38,11 +38,12 @@ SCRIPT = textwrap.dedent('''
     import sys, numpy as np, torch
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
-    from kdoct.augment import Batches
-    from kdoct.core import preset, seed_everything
-    from kdoct.losses import cross_entropy
-    from kdoct.models import create_classifier
-    from kdoct.training import make_learner
+    from kdoct.core.files import seed_everything
+    from kdoct.core.recipe import preset
+    from kdoct.data.augment import Batches
+    from kdoct.models.backbones import create_classifier
+    from kdoct.training.losses import cross_entropy
+    from kdoct.training.loop import make_learner
     folder, out, every, average = sys.argv[1:]
     torch.set_num_threads(1)
     g = np.random.default_rng(0)
@@ -392,7 +393,7 @@ def test_dropout_and_rounding_are_no_reason_against_compiled_kernels(tmp_path, r
 KEPT = textwrap.dedent('''
     import torch
     from torch._dynamo.utils import counters
-    from kdoct.step import compile_here
+    from kdoct.training.precision import compile_here
     made, x = compile_here(lambda x: torch.softmax(x, 1).sum(0)), torch.arange(96.).reshape(4, 24).sin()
     assert torch.allclose(made(x), torch.softmax(x, 1).sum(0)), made(x)
     print(dict(counters['inductor']).get('fxgraph_cache_hit', 0))

@@ -180,9 +180,9 @@ def _cache(plan:Plan, images:Images)->dict[str, Row]:
     with outputs_in(plan.place):
         cache = TeacherCache(teacher, 'bench', recipe.distill.teacher_batch).open(every)
     def build():
-        asked, seconds = cache.asked, cache.seconds
+        queried, seconds = cache.queried, cache.seconds
         cache.build([len(cache.views)])   # the next view of every image
-        return dict(images=cache.asked - asked, seconds=cache.seconds - seconds, precision=teacher.precision)
+        return dict(images=cache.queried - queried, seconds=cache.seconds - seconds, precision=teacher.precision)
     return {**rows, 'building the cache': Row(build, ('kdoct, online',), macs=_forward_macs(plan, 'teacher'), about=dict(note='images are views here'))}
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #b3203420

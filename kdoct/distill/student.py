@@ -77,7 +77,7 @@ def _taught(run:Run, fold:int)->dict:
     about = train_role(run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by)
     for r, t in teachers.items():
         if isinstance(t, TeacherCache):
-            facts[r] |= dict(cache=t.path.name, asked=t.asked, seconds=t.seconds)
+            facts[r] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)
     if not rank_world()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 

@@ -40,7 +40,7 @@ BOUNDS = (.05, 20.)  # of a temperature
 def fit_temperature(
     logits:np.ndarray,  # (n, K) of images that trained nothing
     y:np.ndarray,       # (n,) int, true classes
-)->tuple[float, str]:   # the temperature; what is to be said about it, '' if nothing
+)->tuple[float, str]:   # the temperature; a remark about it, '' if nothing
     "The temperature with the smallest negative log-likelihood (Guo et al. 2017), with Platt's targets, within `BOUNDS`."
     z, n = np.asarray(logits, dtype=np.float64), len(y)
     true = np.arange(z.shape[1]) == np.asarray(y)[:, None]
@@ -57,7 +57,7 @@ def fit_temperature(
 def patient_quantile(
     scores:np.ndarray,  # (n,) larger is worse
     groups:np.ndarray,  # (n,) patient (group) of each
-    level:float,        # wished probability that an image of a new patient is not above, 0..1
+    level:float,        # target probability that an image of a new patient is not above, 0..1
 )->float:               # inf where there are too few patients
     "Conformal quantile with one vote a patient (hierarchical conformal prediction, Lee et al. 2023)."
     scores = np.asarray(scores, dtype=np.float64)
@@ -73,14 +73,14 @@ def _middle(low, high):
     mid = (low + high)/2
     return float(mid if mid > low else high)
 
-def _threshold(own, rest, kind, wished):
-    "The threshold that reaches a wish on these probabilities of the class's own images and of the rest; None: not reachable."
+def _threshold(own, rest, kind, target):
+    "The threshold that reaches a target on these probabilities of the class's own images and of the rest; None: not reachable."
     both = np.unique(np.r_[own, rest])
     if kind == 'sensitivity':
-        t = np.sort(own)[::-1][int(np.ceil(wished*len(own) - 1e-9)) - 1]
+        t = np.sort(own)[::-1][int(np.ceil(target*len(own) - 1e-9)) - 1]
         below = both[both < t]
         return _middle(below[-1], t) if (rest < t).any() else None
-    v = np.sort(rest)[int(np.ceil(wished*len(rest) - 1e-9)) - 1]
+    v = np.sort(rest)[int(np.ceil(target*len(rest) - 1e-9)) - 1]
     above = both[both > v]
     return _middle(v, above[0]) if (own > v).any() else None
 
@@ -88,20 +88,20 @@ def operating_points(
     probs:np.ndarray,       # (n, K) calibrated probabilities
     y:np.ndarray,           # (n,) int, true classes
     classes:list[str],      # K names
-    recipe:DecideRecipe,    # wished sensitivities and specificities
+    recipe:DecideRecipe,    # target sensitivities and specificities
 )->pd.DataFrame:            # class, kind, wished, threshold (NaN: not reachable), sensitivity, specificity, images, note
     "Thresholds of every class against the rest, and what they do on the images they are chosen on."
     rows = []
     for k, c in enumerate(classes):
         own, rest = probs[y == k, k], probs[y != k, k]
-        for kind, wished in [('sensitivity', w) for w in recipe.sensitivity] + [('specificity', w) for w in recipe.specificity]:
-            t = _threshold(own, rest, kind, wished) if len(own) and len(rest) else None
+        for kind, target in [('sensitivity', w) for w in recipe.sensitivity] + [('specificity', w) for w in recipe.specificity]:
+            t = _threshold(own, rest, kind, target) if len(own) and len(rest) else None
             why = f'only by predicting {"it always" if kind == "sensitivity" else "it never"}'
             if not len(own): why = 'no image of the class'
             if not len(rest): why = 'no image of another class'
             note = '' if t is not None else why
             does = (np.nan, np.nan, np.nan) if t is None else (t, (own >= t).mean(), (rest < t).mean())
-            rows.append(dict(zip(('class', 'kind', 'wished', 'threshold', 'sensitivity', 'specificity'), (c, kind, wished, *does), strict=True),
+            rows.append(dict(zip(('class', 'kind', 'wished', 'threshold', 'sensitivity', 'specificity'), (c, kind, target, *does), strict=True),
                              images=len(own), note=f'not reachable: {note}' if note else ''))
     return pd.DataFrame(rows)
 
@@ -111,8 +111,8 @@ EVERYTHING = 2.  # a threshold above every probability
 def deferral_threshold(
     confidence:np.ndarray,  # (n,) probability of the predicted class
     right:np.ndarray,       # (n,) bool, whether that is the true class
-    recipe:DecideRecipe,    # wished coverage or risk
-)->tuple[float, str]:       # B-scans with less are deferred; what is to be said, '' if nothing
+    recipe:DecideRecipe,    # target coverage or risk
+)->tuple[float, str]:       # B-scans with less are deferred; a remark, '' if nothing
     "The confidence under which a B-scan is deferred, chosen on the risk-coverage curve."
     curve = risk_coverage(confidence, right)
     good = curve.coverage >= recipe.defer_target - 1e-9 if recipe.defer == 'coverage' else curve.risk <= recipe.defer_target
@@ -125,8 +125,8 @@ def prediction_set_minimum(
     probs:np.ndarray,   # (n, K) calibrated probabilities
     y:np.ndarray,       # (n,) int, true classes
     groups:np.ndarray,  # (n,) patient (group) of each
-    alpha:float,        # wished share of sets without the true class, 0..1
-)->tuple[float, str]:   # a class at least this probable is in the set; what is to be said, '' if nothing
+    alpha:float,        # target share of sets without the true class, 0..1
+)->tuple[float, str]:   # a class at least this probable is in the set; a remark, '' if nothing
     "The probability from which on a class belongs to the set (LAC, one vote a patient)."
     q = patient_quantile(1 - probs[np.arange(len(y)), y], groups, 1 - alpha)
     if np.isfinite(q): return max(0., 1 - q), ''
@@ -216,7 +216,7 @@ class Decision:
     classes:tuple[str, ...]         # in the order of the logits
     temperature:float               # logits are divided by it before the softmax
     defer_below:float               # a B-scan with a smaller probability is deferred; 2: all are
-    set_minimum:dict[float, float]  # prediction sets: wished error -> classes at least this probable are in; 0: all are
+    set_minimum:dict[float, float]  # prediction sets: target error -> classes at least this probable are in; 0: all are
     operating_points:pd.DataFrame   # class, kind, wished, threshold (NaN: not reachable), sensitivity, specificity, images, note
     outlier:Outlier                 # distance of pooled features, and its threshold
     notes:tuple[str, ...]           # what could not be fitted as wished
@@ -231,7 +231,7 @@ class Decision:
 
     def sets(self,
         probs:np.ndarray,   # (n, K) calibrated probabilities
-        alpha:float,        # wished error, one of `set_minimum`
+        alpha:float,        # target error, one of `set_minimum`
     )->np.ndarray:          # (n, K) bool, never an empty row
         "Classes of each prediction set; the predicted class is always among them."
         if alpha not in self.set_minimum:
@@ -243,7 +243,7 @@ class Decision:
         probs:np.ndarray,   # (n, K) calibrated probabilities
         distance:np.ndarray,# (n,) distances from the training images; NaN: not measured
     )->pd.DataFrame:        # predicted (class), confidence, deferred, why, distance, outlier
-        "What is said of each picture: the one place where a picture is deferred or an outlier, whoever asks."
+        "The decision for each picture: the one place where a picture is deferred or an outlier, whoever asks."
         probs, distance = np.asarray(probs), np.asarray(distance)
         confidence, outlier = probs.max(1), distance > self.outlier.threshold
         reasons = {'confidence': confidence < self.defer_below, 'outlier': outlier}
@@ -276,21 +276,21 @@ def told_apart(
     return repr(float(a)), repr(float(b))
 
 def explained(
-    decision:Decision,    # of the network that was asked
+    decision:Decision,    # of the network that predicted
     probs:np.ndarray,     # (K,) calibrated probabilities of one picture
     distance:float|None,  # from the training images; None: not measured
 )->list[str]:             # sentences
-    "What `judge` says of one picture, and why; and its prediction sets."
-    said = decision.judge(np.asarray(probs)[None], [np.nan if distance is None else distance]).iloc[0]
-    out = [f"Deferred to a person ({said.why})." if said.deferred else 'Not deferred.']
+    "What `judge` decides of one picture, and why; and its prediction sets."
+    output = decision.judge(np.asarray(probs)[None], [np.nan if distance is None else distance]).iloc[0]
+    out = [f"Deferred to a person ({output.why})." if output.deferred else 'Not deferred.']
     least = decision.defer_below
-    (p, limit), below = told_apart(100*said.confidence, 100*least), said.confidence < least
+    (p, limit), below = told_apart(100*output.confidence, 100*least), output.confidence < least
     out.append('Confidence: every B-scan is deferred, because no threshold reached the wish.' if least > 1 else
                f"Confidence: {p} % is {'below' if below else 'at least'} {limit} %.")
     if distance is None: out.append('Whether it is an outlier was not measured.')
     else:
         (d, limit) = told_apart(distance, decision.outlier.threshold, 2)
-        out.append(f'Outlier: its distance of {d} from the training images is above {limit}; its predicted class means nothing.' if said.outlier
+        out.append(f'Outlier: its distance of {d} from the training images is above {limit}; its predicted class means nothing.' if output.outlier
                    else f'No outlier: its distance of {d} from the training images is not above {limit}.')
     def classes(a): return ' or '.join(c for c, yes in zip(decision.classes, decision.sets(np.asarray(probs)[None], a)[0], strict=True) if yes)
     sets = '; '.join(f'{classes(a)} at an error of {100*a:g} %' for a in sorted(decision.set_minimum))
@@ -301,33 +301,33 @@ def fit_decision(
     held:pd.DataFrame,          # predictions of patients who trained nothing: the calibration part, or validation
     features:np.ndarray,        # (n, d) pooled features of the same images
     train_features:np.ndarray,  # (m, d) pooled features of training images, unchanged views
-    recipe:DecideRecipe,        # what is wished
+    recipe:DecideRecipe,        # the targets
     severity=None,              # classes from harmless to severe, for the volume rule; None: no order
     **about,                    # on what it is fitted
 )->Decision:
     "All decisions, from training images and those of held-out patients who are not tested."
     z, y, groups, classes = logits_of(check_predictions(held)), targets_of(held), held.group.astype(str).to_numpy(), classes_of(held)
-    temperature, said = fit_temperature(z, y)
-    probs, notes = np.exp(log_softmax(z/temperature)), [said]
-    keep, said = deferral_threshold(probs.max(1), probs.argmax(1) == y, recipe); notes.append(said)
+    temperature, temperature_note = fit_temperature(z, y)
+    probs, notes = np.exp(log_softmax(z/temperature)), [temperature_note]
+    keep, deferral_note = deferral_threshold(probs.max(1), probs.argmax(1) == y, recipe)
     sets = {a: prediction_set_minimum(probs, y, groups, a) for a in recipe.alpha}
-    outlier, said = _with_threshold(fit_outlier(train_features), features, groups, recipe.outliers)
-    notes += [*(said for _, said in sets.values()), said]
+    outlier, outlier_note = _with_threshold(fit_outlier(train_features), features, groups, recipe.outliers)
+    notes += [deferral_note, *(note for _, note in sets.values()), outlier_note]
     about |= dict(images=len(held), patients=len(set(groups)), train_images=len(train_features), recipe=recipe.model_dump(mode='json'))
     return Decision(tuple(classes), temperature, keep, {a: m for a, (m, _) in sets.items()}, operating_points(probs, y, classes, recipe), outlier,
                     tuple(n for n in notes if n), about, rule_of(recipe, severity))
 
 def _with_threshold(o:Outlier, features, groups, share)->tuple[Outlier, str]:
-    "The same statistics in units of these images, with a threshold that this share of the images of new patients exceeds; what is to be said."
+    "The same statistics in units of these images, with a threshold that this share of the images of new patients exceeds; and a remark."
     n, features = len(set(groups)), np.asarray(features, dtype=np.float32)
     def edge(scores): return min(patient_quantile(scores, groups, 1 - share), float(scores.max()))   # the largest where patients are too few
     unit = np.array([edge(scores)**2 for scores in _both(features, **o.arrays())], dtype=np.float32)
     o = replace(o, scale=o.scale*unit[:, None], residual=o.residual*unit)
     scores = o.score(features)
-    said = '' if np.isfinite(patient_quantile(scores, groups, 1 - share)) else (
+    note = '' if np.isfinite(patient_quantile(scores, groups, 1 - share)) else (
         f'{counted(n, "patient")}: too few for {100*share:g} % outliers among new ones: the largest distance of theirs is the threshold, and '
         f'{100/(n + 1):.0f} % are to be expected')
-    return replace(o, threshold=edge(scores)), said
+    return replace(o, threshold=edge(scores)), note
 
 # %% ../../nbs/05g_decide.ipynb #c85b4558
 _FIX = 'Make it again with notebook 05g_decide.'
@@ -350,11 +350,11 @@ def load_decision(
 )->Decision:
     "Read a decision; `KdoctError` if it is damaged, or belongs to other weights than those beside it."
     folder = Path(folder)
-    said = read_json(folder/'decision.json')
-    if isinstance(said, dict) and 'volume' not in said and 'conformal' in said:
+    stored = read_json(folder/'decision.json')
+    if isinstance(stored, dict) and 'volume' not in stored and 'conformal' in stored:
         raise KdoctError(f'{folder/"decision.json"} is of an earlier version, which did not say how a volume is decided.',
                          fix=f'{_FIX} A bundle: export it again.')
-    try: decision = _decision_from(said, _statistics(folder, said['outlier']))
+    try: decision = _decision_from(stored, _statistics(folder, stored['outlier']))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise KdoctError(f'{folder/"decision.json"} is no decision ({type(e).__name__}: {e}).', fix=_FIX) from e
     if (folder/'model.json').exists() and read_json(folder/'model.json').get('weights_sha256') != decision.about.get('weights_sha256'):
@@ -362,31 +362,31 @@ def load_decision(
     return decision
 
 # %% ../../nbs/05g_decide.ipynb #29e256ce
-def _statistics(folder:Path, said:dict)->Outlier:
+def _statistics(folder:Path, stored:dict)->Outlier:
     "The outlier statistics of a folder, checked."
     path = folder/'decision.safetensors'
-    if not path.is_file() or sha256_file(path) != said['sha256']:
+    if not path.is_file() or sha256_file(path) != stored['sha256']:
         raise KdoctError(f'{path} is not the file that decision.json describes.', fix=_FIX)
     try: a = load_file(path)
     except SafetensorError as e: raise KdoctError(f'{path} is damaged ({e}).', fix=_FIX) from e
-    d, k = said['features'], said['axes']
+    d, k = stored['features'], stored['axes']
     shapes = dict(mean=(2, d), axes=(2, k, d), scale=(2, k), residual=(2,))
     fine = set(a) == set(shapes) and all(a[n].shape == s and a[n].dtype == np.float32 and np.isfinite(a[n]).all() for n, s in shapes.items())
     if not fine or (a['scale'] <= 0).any() or (a['residual'] <= 0).any(): raise KdoctError(f'{path} does not hold the statistics of {d} features.', fix=_FIX)
-    return Outlier(**a, threshold=float(said['threshold']))
+    return Outlier(**a, threshold=float(stored['threshold']))
 
-def _decision_from(said:dict, outlier:Outlier)->Decision:
+def _decision_from(stored:dict, outlier:Outlier)->Decision:
     "A decision from its JSON; KeyError, TypeError or ValueError where that is not one."
-    points = pd.DataFrame(said['operating_points']).astype({c: float for c in ('wished', 'threshold', 'sensitivity', 'specificity')})
-    numbers = [float(said['temperature']), float(said['defer_below']), outlier.threshold, *(float(r['minimum']) for r in said['prediction_sets'])]
+    points = pd.DataFrame(stored['operating_points']).astype({c: float for c in ('wished', 'threshold', 'sensitivity', 'specificity')})
+    numbers = [float(stored['temperature']), float(stored['defer_below']), outlier.threshold, *(float(r['minimum']) for r in stored['prediction_sets'])]
     if not np.isfinite(numbers).all() or numbers[0] <= 0: raise ValueError(f'numbers out of range: {numbers}')
-    if set(points['class']) - set(said['classes']): raise ValueError('operating points of other classes')
-    return Decision(tuple(said['classes']), *numbers[:2], {float(r['alpha']): float(r['minimum']) for r in said['prediction_sets']}, points,
-                    outlier, tuple(said['notes']), dict(said['about']), _volume_from(said['volume'], said['classes']))
+    if set(points['class']) - set(stored['classes']): raise ValueError('operating points of other classes')
+    return Decision(tuple(stored['classes']), *numbers[:2], {float(r['alpha']): float(r['minimum']) for r in stored['prediction_sets']}, points,
+                    outlier, tuple(stored['notes']), dict(stored['about']), _volume_from(stored['volume'], stored['classes']))
 
-def _volume_from(said:dict, classes:list[str])->VolumeRule:
+def _volume_from(stored:dict, classes:list[str])->VolumeRule:
     "The volume rule from its JSON; TypeError or ValueError where it is none."
-    try: rule = VolumeRule(**said | dict(severity=tuple(said['severity'])))
+    try: rule = VolumeRule(**stored | dict(severity=tuple(stored['severity'])))
     except KdoctError as e: raise ValueError(e.problem) from e
     if rule.severity and sorted(rule.severity) != sorted(classes): raise ValueError('an order of severity of other classes')
     return rule
@@ -396,7 +396,7 @@ def pooled_and_logits(
     body,  # timm model
     x,     # (n, 3, side, side) tensor, normalised
 )->tuple:  # (n, d) pooled features, (n, classes) logits
-    "What the last layer is given, and what it says; an exported graph has the same."
+    "What the last layer is given, and its logits; an exported graph has the same."
     maps = body.forward_features(x)
     features = body.forward_head(maps, pre_logits=True)
     return features.mean((2, 3)) if features.ndim == 4 else features, body.forward_head(maps)

@@ -190,7 +190,7 @@ def coverage_figure(
         fig, ((ax,),) = _axes(5.6, 3.)
         for i, (m, folds) in enumerate(decided.items()):
             conf, right, kept = (np.concatenate([f(j) for j in folds]) for f in (
-                lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.said.deferred))
+                lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.output.deferred))
             curve = risk_coverage(conf, right)
             ax.plot(100*curve.coverage, 100*curve.risk, _ROLE_LINE.get(m, '-'), color=_colour(m, i), lw=1.6, label=m)
             if kept.any(): ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)

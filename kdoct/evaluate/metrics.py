@@ -190,11 +190,11 @@ def weighted_auc(
 def one_vs_rest_auc(
     probs:np.ndarray,  # (N, K) probabilities
     y:np.ndarray,  # (N,) int, true classes
-    folds:np.ndarray|None=None,  # (N,) which model judged the image; None: one model
+    folds:np.ndarray|None=None,  # (N,) which model predicted the image; None: one model
     weights:np.ndarray|None=None,  # (B, G) weights of the groups; None: every image once
     groups:np.ndarray|None=None,  # (N,) int, group of every image; None: every image is its own
 ) -> np.ndarray:  # (B, K) AUC of every class, NaN where a class or its rest is absent
-    "One-vs-rest AUC of every class, comparing only images judged by the same model."
+    "One-vs-rest AUC of every class, comparing only images predicted by the same model."
     n, k = probs.shape
     groups = np.arange(n) if groups is None else np.asarray(groups)
     weights = np.ones((1, groups.max() + 1)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -359,16 +359,16 @@ def bootstrap_both(
 def share_interval(
     hit:np.ndarray,  # (N,) bool, what is counted
     groups:np.ndarray,  # (N,) group (patient) of every image
-    of:np.ndarray|None=None,  # (N,) bool, images that are asked about; None: all
+    of:np.ndarray|None=None,  # (N,) bool, images that the share is of; None: all
     n_boot:int=1000,  # number of resamples
     level:float=0.95,  # coverage of the interval, 0..1
     seed:int=0,  # of the resampling
-) -> dict:  # estimate, low, high, n (images asked about), n_used (resamples with such an image)
-    "Share of the images asked about that are counted, with an interval from resampling groups; NaN where there is none."
+) -> dict:  # estimate, low, high, n (images that the share is of), n_used (resamples with such an image)
+    "Share of images that are counted, with an interval from resampling groups; NaN where there is none."
     of, (names, gi) = np.ones(len(hit)) if of is None else np.asarray(of, dtype=float), np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    hits, asked = (np.bincount(gi, weights=v, minlength=len(names)) for v in (of*np.asarray(hit, dtype=float), of))
+    hits, total = (np.bincount(gi, weights=v, minlength=len(names)) for v in (of*np.asarray(hit, dtype=float), of))
     w = group_weights(len(names), n_boot, seed)
-    return dict(estimate=float(_ratio(hits.sum(), asked.sum())), n=int(of.sum()), **_interval(_ratio(w @ hits, w @ asked), level))
+    return dict(estimate=float(_ratio(hits.sum(), total.sum())), n=int(of.sum()), **_interval(_ratio(w @ hits, w @ total), level))
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #2ccaad9b
 def _by_confidence(confidence):

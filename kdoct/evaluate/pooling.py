@@ -8,6 +8,8 @@ __all__ = ['FURTHER', 'opened_run', 'model_dir', 'finished_models', 'combined_te
            'ensemble_section', 'sections_of']
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #imp-evaluate-pooling
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -34,11 +36,24 @@ from kdoct.evaluate.tables import (
 # %% ../../nbs/05h_evaluate.pooling.ipynb #a05e731c
 FURTHER = {'HOG + SVM': 'hog_svm'}  # further models, shown where they are: name -> folder
 
-def opened_run(run): return run if isinstance(run, Run) else open_run(run)
+def opened_run(
+    run:Run|str,  # run or its name
+)->Run:
+    "The run itself, or that of the name."
+    return run if isinstance(run, Run) else open_run(run)
 
-def model_dir(run, fold, model): return run.stage_dir(fold, FURTHER.get(model, model))
+def model_dir(
+    run:Run,    # the run
+    fold:int,   # counted from 0
+    model:str,  # a role, or a name of `FURTHER`
+)->Path:
+    "The folder of a model of a fold."
+    return run.stage_dir(fold, FURTHER.get(model, model))
 
-def finished_models(run, fold):
+def finished_models(
+    run:Run,   # the run
+    fold:int,  # counted from 0
+)->list[str]:  # roles, and names of `FURTHER`
     "Names of the models of a fold that have predictions."
     return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
@@ -55,7 +70,7 @@ def combined_teachers(
     fold:int,  # counted from 0
     models:dict[str, pd.DataFrame],  # predictions of the fold
 ) -> pd.DataFrame|None:  # predictions; None for a single teacher, or where one is missing
-    "What several teachers taught the student, on the test images: combined as in training, at T = 1 (in turn: mean of probabilities)."
+    "Predictions of several teachers on the test images: combined as in training, at T = 1 (in turn: mean of probabilities)."
     roles = run.recipe.teacher_roles
     if len(roles) == 1 or not set(roles) <= set(models): return None
     taught_by = read_json(run.stage_dir(fold, 'student')/'model.json').get('taught_by', {})
@@ -84,8 +99,8 @@ def fold_models(
     for m in out:
         if m not in ROLES and sorted(out[m].path) != sorted(out['student'].path):
             raise KdoctError(f'{m} has predicted other images than the student in fold {fold}.', fix=f'Delete {model_dir(run, fold, m)} and make it again.')
-    if (taught := combined_teachers(run, fold, out)) is None: return out
-    return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: taught} | out
+    if (combined := combined_teachers(run, fold, out)) is None: return out
+    return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: combined} | out
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #9e987015
 def complete_folds(
@@ -127,7 +142,11 @@ def pool_variants(
         if not any(has.values()): notes.append(f'{role}: no variants.parquet')
     return pooled, kept, notes
 
-def folds_text(folds): return ('fold ' if len(folds) == 1 else 'folds ') + ', '.join(map(str, folds))
+def folds_text(
+    folds:list[int],  # numbers of folds, one or more
+)->str:               # 'fold 0', or 'folds 0, 2'
+    "Folds in words."
+    return ('fold ' if len(folds) == 1 else 'folds ') + ', '.join(map(str, folds))
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #787a370d
 def fold_decisions(
@@ -141,7 +160,7 @@ def fold_decisions(
     return {r: j for r, j in out.items() if j is not None}
 
 def pool_decisions(
-    each:dict[int, dict[str, DecidedPredictions]],  # fold -> from `fold_judged`
+    each:dict[int, dict[str, DecidedPredictions]],  # fold -> from `fold_decisions`
 ) -> tuple[dict[str, list[DecidedPredictions]], list[str]]:  # model -> one a fold; what could not be pooled
     "Decisions that every fold has."
     names = list(dict.fromkeys(m for some in each.values() for m in some))
@@ -226,8 +245,8 @@ def sections_of(
     variants:dict,  # model -> (weights, view) -> predictions
     kept:dict,  # (model, weights) -> where they are kept, in words
     costs:dict[str, dict],  # from `costs_of`
-    decided:dict[str, list[DecidedPredictions]],  # from `pool_judged`
-    drawn:dict|None=None,  # from `resampled`; None: it is asked
+    decided:dict[str, list[DecidedPredictions]],  # from `pool_decisions`
+    drawn:dict|None=None,  # from `resampled`; None: it is computed
 ) -> dict[str, Section]:  # those that there are
     "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data

@@ -7,26 +7,28 @@ __all__ = ['simulated_predictions', 'simulated_variants', 'write_simulated_stage
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #imp-evaluate-simulated
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-
-from ..core.files import atomic_path, KdoctError, write_json
-from ..core.runs import ROLES
-from ..data.stage import open_fold, prepare_data
-from .tables import BLANKED, MANY, ONE
-from collections.abc import Iterable
-
 import torch
 
-from ..core.runs import Run
+from ..core.files import atomic_path, KdoctError, write_json
+from ..core.runs import Run, ROLES
 from ..data.augment import Batches
+from ..data.stage import open_fold, prepare_data
+from .tables import BLANKED, MANY, ONE
 from ..models.backbones import create_classifier, save_model_folder
 from ..training.results import predict_logits, predictions_frame
 
-
 # %% ../../nbs/05i_evaluate.simulated.ipynb #4a47db68
-def simulated_predictions(table, role, fold, change=0., draw=0):
+def simulated_predictions(
+    table:pd.DataFrame,  # image table: one row an image, with path, patient, group and label
+    role:str,            # whose predictions: a role, or any other name; it decides quality and random numbers
+    fold:int,            # counted from 0
+    change:float=0.,     # added to the mean logit of the true class above the others
+    draw:int=0,          # another number draws other noise
+)->pd.DataFrame:         # predictions in the format of predictions.parquet
     "Logits of a simulated model for the rows of an image table."
     number = ROLES.index(role) if role in ROLES else 3 + zlib.crc32(role.encode())
     rng, classes = np.random.default_rng([fold, number, draw]), sorted(table.label.unique())
@@ -35,7 +37,14 @@ def simulated_predictions(table, role, fold, change=0., draw=0):
     columns = [c for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice') if c in table]
     return table[columns].assign(fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)})
 
-def simulated_variants(run, table, role, fold, main):
+# %% ../../nbs/05i_evaluate.simulated.ipynb #sim-4
+def simulated_variants(
+    run:Run,             # whose recipe says which weights and views there are
+    table:pd.DataFrame,  # image table of the test part
+    role:str,            # teacher, teacher-NAME, student or baseline
+    fold:int,            # counted from 0
+    main:pd.DataFrame,   # predictions of the kept weights
+)->tuple[str, pd.DataFrame]:  # name of the kept weights; predictions with the columns weights and view
     "What training writes beside predictions.parquet: other weights and views, as the recipe has them; and which weights are kept."
     train, views = run.recipe.training(role), run.recipe.evaluate.views
     kept = 'checkpoint' if train.average == 'none' else train.average
@@ -44,8 +53,12 @@ def simulated_variants(run, table, role, fold, main):
     if views: out |= {(w, MANY): simulated_predictions(table, role, fold, .2, 3) for w in dict.fromkeys(w for w, _ in out)}
     return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
 
-def write_simulated_stages(run, fold):
-    "The data stage, and the model folders of simulated models of a fold."
+# %% ../../nbs/05i_evaluate.simulated.ipynb #sim-7
+def write_simulated_stages(
+    run:Run,   # of the preset tiny
+    fold:int,  # counted from 0
+):
+    "The data stage, and the model folders of simulated models of a fold; `KdoctError` in a run of another preset."
     if run.recipe.name != 'tiny': raise KdoctError(f"Run '{run.name}' is not a test.", fix='Simulate models in runs of the preset tiny only.')
     prepare_data(run)
     test, teachers = open_fold(run, fold).rows('test'), run.recipe.teacher_roles
@@ -63,8 +76,8 @@ def write_simulated_stages(run, fold):
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #write-untrained
 def write_untrained(
-    run:Run,              # its data stage is done
-    fold:int,             # number of the fold
+    run:Run,              # run whose data stage is done
+    fold:int,             # counted from 0
     roles:Iterable[str],  # teacher, student, ...
 ):
     "Write model folders of networks that have learned nothing, with their predictions on the test part."

@@ -122,7 +122,7 @@ def warnings_of(
     return out + _unfitted(sections)
 
 def _lacking(part, lacks):
-    "Which folds have no image of a class in a part, each class said once."
+    "Which folds have no image of a class in a part, each class named once."
     folds = {c: [k for k, lost in lacks.items() if c in lost] for c in dict.fromkeys(c for lost in lacks.values() for c in lost)}
     return f'The {part} part has no image of ' + ', and none of '.join(f'{c} in {folds_text(there)}' for c, there in folds.items())
 

@@ -80,7 +80,7 @@ def score_row(
     evaluate:EvaluateRecipe,  # resamples and level of the intervals
     seed:int=0,               # of the resampling
     metrics=HEADLINE,         # which there are; LABEL_METRICS where the columns of logits are no probabilities
-    ci=None,                  # what `bootstrap` gives for these; None: it is asked
+    ci=None,                  # what `bootstrap` gives for these; None: it is computed
 )->dict:                      # shown texts, then METRIC, METRIC_low, METRIC_high as fractions, n_images, n_groups, note
     "One row of a table."
     point, ci = evaluate_predictions(df), bootstrap(df, evaluate.n_boot, evaluate.level, seed) if ci is None else ci
@@ -103,7 +103,7 @@ def table_of(
     evaluate:EvaluateRecipe|None=None,  # resamples and level of the intervals
     protocol:str='',  # data, grouping, folds, seeds, views, in a sentence
     seed:int=0,  # of the resampling
-    drawn:dict|None=None,  # name -> from `resampled`; None: it is asked
+    drawn:dict|None=None,  # name -> from `resampled`; None: it is computed
 ) -> pd.DataFrame:  # one row a model: shown texts, then METRIC, METRIC_low, METRIC_high as fractions, note, protocol
     "All models in one table, estimates with intervals over groups."
     def size(n): return '–' if n is None else f'{n/1e6:.2f} M'
@@ -176,7 +176,7 @@ def protocol_of(
 _PAIRS = (('student', 'baseline'), ('student', 'teacher'))
 
 def differences_of(
-    models:dict[str, pd.DataFrame],  # predictions of teacher, student and baseline, and of what several teachers taught
+    models:dict[str, pd.DataFrame],  # predictions of teacher, student and baseline, and of several teachers combined
     evaluate:EvaluateRecipe|None=None,  # resamples and level of the intervals
     seed:int=0,  # of the resampling
 ) -> pd.DataFrame:  # rows (pair, metric): a, b, difference, low, high, share_below, p, n_used, n_boot
@@ -242,7 +242,7 @@ def markdown(
 def named_together(
     names,  # of rows: 'MODEL', or 'MODEL, WHAT'
 )->str:     # 'teacher, student (volumes)'
-    "Rows in words, what several models have in common said once."
+    "Rows in words, what several models have in common written once."
     models = {}
     for name in names:
         model, _, what = name.partition(', ')
@@ -260,7 +260,7 @@ def classes_section(
     models:dict[str, pd.DataFrame],  # name -> predictions
     evaluate:EvaluateRecipe,         # resamples and level
     seed:int=0,                      # of the resampling
-    drawn:dict|None=None,            # name -> from `resampled`; None: it is asked
+    drawn:dict|None=None,            # name -> from `resampled`; None: it is computed
 )->Section:                          # rows 'MODEL, CLASS'
     "Every class against the rest, with intervals over groups."
     drawn = drawn or resampled(models, evaluate, seed)
@@ -424,9 +424,9 @@ def _folds_caption(each, keys, n_folds, views):
     if lost: out.append(f'Of {n_folds} folds, not finished and not in this table: {", ".join(lost)}.')
     out.append('The standard deviation over folds is no confidence interval. Sensitivity, specificity, precision and F1 are macro, one-vs-rest.')
     weights = {m: {k: parts[2].get(m) for k, parts in each.items()} for m in dict.fromkeys(k[0] for k in keys)}
-    said = [f'{m} ' + (next(iter(w.values())) if len(set(w.values())) == 1 else ', '.join(f'{v or "not known"} in fold {k}' for k, v in w.items()))
+    texts = [f'{m} ' + (next(iter(w.values())) if len(set(w.values())) == 1 else ', '.join(f'{v or "not known"} in fold {k}' for k, v in w.items()))
             for m, w in weights.items() if any(w.values())]
-    if said: out.append(f'Weights kept by validation: {"; ".join(said)}.')
+    if texts: out.append(f'Weights kept by validation: {"; ".join(texts)}.')
     out.append(f'Averaged views: mean of logits over {", ".join(views)}.' if any(k[3] == _VIEWED[MANY] for k in keys) else 'No averaged views were predicted.')
     slices = {k[1] for k in keys}
     if slices == {'all slices'}: out.append('The published selection of slices is not known: the images come without the diagnosis of their patient.')

@@ -152,8 +152,8 @@ def undecayed(
     body:nn.Module,            # timm model
 )->list[nn.Parameter]:
     "Parameters without weight decay: timm's choice, and tables of positions that it does not name."
-    said = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
-    groups = param_groups_weight_decay(body, 1., no_weight_decay_list=(*said, *_POSITIONS))
+    exempt = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
+    groups = param_groups_weight_decay(body, 1., no_weight_decay_list=(*exempt, *_POSITIONS))
     return [p for g in groups if g['weight_decay'] == 0 for p in g['params']]
 
 # %% ../../nbs/02a_models.backbones.ipynb #d638b54d
@@ -164,7 +164,7 @@ def _is_fixed(body:nn.Module)->bool:
     return bool(getattr(body, 'pretrained_cfg', {}).get('fixed_input_size'))
 
 def _takes(body:nn.Module, size:int)->bool:
-    "Whether a network can be asked about pictures of a size."
+    "Whether a network takes pictures of a size."
     try:
         with torch.no_grad(): body.eval()(torch.zeros(1, 3, size, size))
     except _SIZE_ERRORS: return False
@@ -172,7 +172,7 @@ def _takes(body:nn.Module, size:int)->bool:
     return True
 
 def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->nn.Module:
-    "A network that can be asked at `size` [px]: `body` itself if it can, else made anew for that size."
+    "A network that takes pictures of `size` [px]: `body` itself if it does, else made anew for that size."
     own = body.pretrained_cfg['input_size'][-1] if _is_fixed(body) else size
     if size == own or _takes(body, size): return body
     def made(side, pretrained):

@@ -33,7 +33,7 @@ def rank_world()->tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def launched()->tuple[int, int]:
-    "The same as the launcher said it; `KdoctError` if it was asked for several processes and started one."
+    "The same from the launcher's variables; `KdoctError` if it was asked for several processes and started one."
     env = os.environ
     if int(env.get('WORLD_SIZE', 1)) > 1: return int(env['RANK']), int(env['WORLD_SIZE'])
     by_accelerate = 'MASTER_PORT' in env and 'ACCELERATE_MIXED_PRECISION' in env
@@ -86,27 +86,27 @@ def init_group(
 
 # %% ../../nbs/02g_training.distributed.ipynb #bb292269
 def destroy_group():
-    "Go on as one process: the group of the processes ends, and what the launcher said is forgotten."
+    "Go on as one process: the group of the processes ends, and the launcher's variables are forgotten."
     if dist.is_initialized(): dist.destroy_process_group()
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'KDOCT_STAGE'): os.environ.pop(name, None)
 
 # %% ../../nbs/02g_training.distributed.ipynb #88718933
 def _error_of(e:Exception, rank:int)->Exception:
-    "The error to raise in this process: its own, or what another process has said."
+    "The error to raise in this process: its own, or that of another process."
     lost = isinstance(e, dist.DistError) or any(name in str(e).lower() for name in ('gloo', 'nccl'))
     if lost and not _store.check(['failed']):
         return KdoctError("Another process of this training has ended, or does not answer.",
                           fix="Look at what it said; the same command goes on from the last checkpoint.")
-    first, said = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)])))
+    first, message = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)])))
     if first == rank: return e
-    return KdoctError(f"Process {first} of this training failed: {said}",
+    return KdoctError(f"Process {first} of this training failed: {message}",
                       fix="The same command goes on from the last checkpoint.")
 
 def _abort():
     "End the collectives that wait on this process's GPU."
     if torch.cuda.is_available(): dist.group.WORLD._get_backend(torch.device('cuda')).abort()
 
-def _said()->str:
+def _failure_text()->str:
     "What another process that has failed says, '' if none has."
     try: found = json.loads(_store.get('failed')) if _store.check(['failed']) else [rank_world()[0], '']
     except dist.DistError: return "The first process of this training has ended."
@@ -114,14 +114,14 @@ def _said()->str:
 
 def _watch(ended:threading.Event, pause:float=1., patience:float=60.):
     "Wait for the word of a failed process; then end what this one waits for, and the process where that does not help [s]."
-    said = ''
-    while not said:
+    message = ''
+    while not message:
         if ended.wait(pause): return
-        said = _said()
+        message = _failure_text()
     if ended.wait(pause): return   # it has noticed by itself
     _abort()
     if ended.wait(patience): return
-    print(said, 'This process waited for it and is ended.', file=sys.stderr, flush=True)
+    print(message, 'This process waited for it and is ended.', file=sys.stderr, flush=True)
     os._exit(1)
 
 @contextmanager
@@ -143,17 +143,17 @@ def propagate_failure():
     finally: ended.set()
 
 # %% ../../nbs/02g_training.distributed.ipynb #11cb73d7
-_told = 0   # how often process 0 has told something
+_broadcasts = 0   # values that process 0 has sent so far
 
 def broadcast(
     value,  # in process 0: what JSON can hold; elsewhere it does not matter
 ):          # process 0's value, in every process
     "Let all processes know what process 0 knows, however long it takes to know it."
-    global _told
+    global _broadcasts
     rank, size = rank_world()
     if size == 1: return value
-    _told += 1
-    key = f'told{_told}'
+    _broadcasts += 1
+    key = f'broadcast{_broadcasts}'
     if rank == 0: _store.set(key, json.dumps(value))
     while rank and not _store.check([key]):
         try: _store.wait([key], datetime.timedelta(seconds=5))
@@ -201,8 +201,8 @@ def all_reduce_gradients(
     stats = [b for m in norms if m.running_mean is not None for b in (m.running_mean, m.running_var)]
     tensors = [p.grad for p in model.parameters() if p.grad is not None] + stats
     for b in stats: b /= size
-    wish = tensors[0].new_full((1,), float(flag and rank == 0), dtype=torch.float32)
-    flat = all_reduce(torch.cat([t.flatten().float() for t in tensors] + [wish]))
+    flagged = tensors[0].new_full((1,), float(flag and rank == 0), dtype=torch.float32)
+    flat = all_reduce(torch.cat([t.flatten().float() for t in tensors] + [flagged]))
     parts = flat[:-1].split([t.numel() for t in tensors])
     for t, part in zip(tensors, parts, strict=True): t.copy_(part.view_as(t))
     return bool(flat[-1] > 0)
@@ -242,7 +242,7 @@ def gather_random_states()->dict[str, torch.Tensor]:  # 'rng.cpu' and, with a GP
     return {k: gathered(s) for k, s in states.items()}
 
 def set_random_states(
-    states:dict[str, torch.Tensor],  # of `random_states`
+    states:dict[str, torch.Tensor],  # of `gather_random_states`
 ):
     "Give this process its own again."
     torch.set_rng_state(states['rng.cpu'][rank_world()[0]].clone())   # its reader knows no offsets

@@ -23,7 +23,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import noop
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -178,7 +178,10 @@ class History(Callback):
                          fix="Lower the learning rate, set precision to fp32, or look at the images of that batch.")
 
 # %% ../../nbs/02j_training.loop.ipynb #abe9be0d
-def validation_scores(logits:torch.Tensor, targets:torch.Tensor)->dict:
+def validation_scores(
+    logits:torch.Tensor,   # (n, classes) of the validation part
+    targets:torch.Tensor,  # (n,) true class numbers
+)->dict:                   # valid_loss, accuracy [0-1], balanced_accuracy [0-1]
     "Loss, accuracy and balanced accuracy of a validation part, in float64."
     logits = logits.double()
     hit = (logits.argmax(1) == targets).double()
@@ -196,16 +199,19 @@ def score_of(
 
 _WORST = [-math.inf]
 
-def _totals(self:History)->dict[str, float]:
+@patch
+def totals(self:History)->dict[str, float]:
     "Sums of this epoch's loss terms, and images, over all processes."
     return dict(zip(self.sums, all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist(), strict=True))
 
-def _validated_logits(self:History)->torch.Tensor:  # (n, classes), in the order of the validation part
+@patch
+def validated_logits(self:History)->torch.Tensor:  # (n, classes), in the order of the validation part
     "Logits of all processes."
     part, at = torch.cat(self.logits).cpu(), torch.from_numpy(np.concatenate(self.places))
     return all_reduce(part.new_zeros(len(self.dls.valid.rows), part.shape[1]).index_copy_(0, at, part))
 
-def _after_epoch(self:History):
+@patch
+def after_epoch(self:History):
     "One row; the learning rates (backbone's and classifier's) are those of the last batch. fastai's table shows the same."
     sums, valid = self.totals(), self.dls.valid
     means = {f'train_{k}': v/sums['n'] for k, v in sums.items() if k != 'n'}
@@ -213,8 +219,6 @@ def _after_epoch(self:History):
                lr=self.opt.opt.param_groups[0]['lr'], lr_head=self.opt.opt.param_groups[-1]['lr'], seconds=time.perf_counter() - self.began)
     self.rows.append(row)
     self.learn.recorder.log[1:4] = [row['train_loss'], row['valid_loss'], row['accuracy']]
-
-History.totals, History.validated_logits, History.after_epoch = _totals, _validated_logits, _after_epoch
 
 # %% ../../nbs/02j_training.loop.ipynb #d35580ff
 def _optimizer_tensors(opt:torch.optim.Optimizer)->dict:
@@ -304,7 +308,8 @@ class Checkpoint(Callback):
         self.saved = time.monotonic()
 
 # %% ../../nbs/02j_training.loop.ipynb #b31d618f
-def _over(self:Checkpoint,
+@patch
+def over(self:Checkpoint,
     epoch:int,  # the next one
 )->bool:
     "Whether training ends before this epoch; with SWA, impatience brings averaging forward."
@@ -314,20 +319,21 @@ def _over(self:Checkpoint,
     if impatient and epoch < self.swa_from: self.swa_from = epoch
     return epoch >= self.swa_from + self.recipe.epochs - self.recipe.swa_start
 
-Checkpoint.over = _over
-
 # %% ../../nbs/02j_training.loop.ipynb #91516027
-def _after_batch(self:Checkpoint):
+@patch
+def after_batch(self:Checkpoint):
     "Save within an epoch, between two optimiser steps, when it is time."
     if not self.training or not self.learn.accumulate.last or self.iter == self.n_iter - 1: return
     if self.learn.accumulate.due: self.save(self.epoch, self.dls.train.start + self.iter + 1)
 
-def _keep(self:Checkpoint):
+@patch
+def keep(self:Checkpoint):
     "Write this epoch's weights as the best ones."
     with atomic_path(self.best_file(self.epoch)) as tmp:
         save_file({k: v.contiguous() for k, v in self.model.body.state_dict().items()}, tmp)
 
-def _after_epoch(self:Checkpoint):
+@patch
+def after_epoch(self:Checkpoint):  # noqa: F811 (of another class)
     "Keep the weights if they are the best so far, and save."
     score = score_of(self.learn.history.rows[-1], self.recipe.monitor)
     if score > (self.best or _WORST):
@@ -339,7 +345,8 @@ def _after_epoch(self:Checkpoint):
     for old in () if rank_world()[0] else self.folder.glob('best_*.safetensors'):
         if old != self.best_file(self.best_epoch): old.unlink()
 
-def _after_fit(self:Checkpoint):
+@patch
+def after_fit(self:Checkpoint):
     "Training ends with the weights of the best epoch; process 0 goes on alone with them. `KdoctError` if there is none."
     rows = self.learn.history.rows
     if self.best_epoch is None and rows:
@@ -347,8 +354,6 @@ def _after_fit(self:Checkpoint):
                          fix=f"Lower the learning rate or set precision to fp32, and delete {self.folder} to start over.")
     if self.best_epoch is not None and not rank_world()[0]:
         self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
-
-Checkpoint.after_batch, Checkpoint.keep, Checkpoint.after_epoch, Checkpoint.after_fit = _after_batch, _keep, _after_epoch, _after_fit
 
 # %% ../../nbs/02j_training.loop.ipynb #ee772af0
 class ResumableLearner(Learner):

@@ -115,7 +115,7 @@ def teacher_weights(
 
 # %% ../../nbs/02e_training.losses.ipynb #ae5407bd
 def combine(
-    logits:list[torch.Tensor],       # one (n, classes) for each teacher that was asked
+    logits:list[torch.Tensor],       # one (n, classes) for each teacher that was queried
     recipe:DistillRecipe,            # how to combine, and the temperature
     weights:torch.Tensor|None=None,  # (teachers,) of `teacher_weights`, for nll
 )->torch.Tensor:                     # (n, classes), as `soft_loss` takes it

@@ -47,7 +47,7 @@ def untouched(
 def rounds_steps(
     device,   # where the training runs
 )->bool:      # on GPUs that can
-    "Whether the float32 products of training steps are rounded to TF32 (notebook 02)."
+    "Whether the float32 products of training steps are rounded to TF32 (`set_tf32`)."
     return torch.device(device).type == 'cuda' and torch.cuda.is_tf32_supported()
 
 def trial_step(
