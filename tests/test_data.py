@@ -199,7 +199,7 @@ def right(cache, folder, table):
 
 
 CHILD = """
-    import sys, pandas as pd, kdoct.data.stage as D
+    import sys, pandas as pd, kdoct.data.cache as D
     def pause(word): print(word, flush=True); sys.stdin.readline()
     {patch}
     table = pd.read_json({table!r}, dtype=str)

@@ -76,3 +76,8 @@ def test_the_command_of_a_stage_has_its_parameters(run):
 def test_an_unknown_stage_is_refused_with_those_there_are(run):
     with pytest.raises(KdoctError, match="no stage 'teach'") as e: stage_command("teach", run)
     assert "teacher-NAME" in e.value.fix
+
+
+def test_the_folder_that_a_command_writes_to_is_there(run):
+    words = stage_command("teacher", run, 2).split()
+    assert Path(words[2]).parent.is_dir()

@@ -127,7 +127,7 @@ def audit(
     classes:tuple[str, ...]|None=None,      # allowed labels; None: all
     leave_out:tuple[str, ...]=(),           # problems whose images are left out
     workers:int=0,                          # threads; 0: one a core, 8 at most
-    twins:str='',                           # from `wants_twins`; '': near-duplicates are not looked for
+    twins:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
 )->Audit:
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
