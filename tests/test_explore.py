@@ -378,7 +378,7 @@ def test_small_pictures_are_those_of_the_page_and_open_no_file(run, monkeypatch)
     monkeypatch.setattr(Explorer, "thumbnails", lambda self, rows: asked.append(list(rows)) or made(self, rows))
     app = App()
     assert asked == [[i for _, i in app.tests.list.options]] and app.tests.small.value.count("url(data:image/jpeg") == 5
-    monkeypatch.setattr("kdoct.app.networks.read_image_bytes", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr("kdoct.app.cases.read_image_bytes", lambda path: pytest.fail(f"opened {path}"))
     row = asked[0][2]
     small = np.asarray(Image.open(io.BytesIO(base64.b64decode(app.state.thumbnails([row])[0].partition(",")[2]))), float)
     data = open_fold(run, 0)
