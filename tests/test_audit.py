@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
 
 from kdoct.core.files import KdoctError
@@ -80,6 +81,25 @@ def pages_of(first, *rest):
     return coded(first, "TIFF", save_all=True, append_images=[Image.fromarray(a) for a in rest])
 
 
+def strips(image, **options):
+    "A TIFF of several strips, or tiles."
+    f = io.BytesIO()
+    tifffile.imwrite(f, image, metadata=None, **({"rowsperstrip": 16} | options))
+    return f.getvalue()
+
+
+def with_tag(data, tag, *values):
+    "A TIFF whose first page has other values in a tag: the last of those it had, or all."
+    with tifffile.TiffFile(io.BytesIO(data)) as t:
+        entry = t.pages.first.tags[tag]
+        kind = t.byteorder + {3: "H", 4: "I"}[int(entry.dtype)]*len(values)
+        at = entry.valueoffset + (entry.count - len(values))*struct.calcsize(kind[:2])
+    return data[:at] + struct.pack(kind, *values) + data[at + struct.calcsize(kind):]
+
+
+def with_zeros(data, tag): return with_tag(data, tag, 0, 0)
+
+
 def two_colours(format):
     "A palette of two colours."
     return coded(Image.fromarray(scan() > 90).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2), format)
@@ -130,7 +150,15 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "cut.jpg": (coded(scan(), "JPEG")[:-2000], "truncated"),
     "cut.png": (coded(scan(), "PNG")[:-2000], "truncated"),
     "cut.bmp": (coded(scan(), "BMP")[:-2000], "truncated"),
-    "cut.tif": (coded(scan(), "TIFF")[:-2000], "truncated|corrupt"),
+    "cut.tif": (coded(scan(), "TIFF")[:-2000], "truncated"),
+    "strips without place.tif": (with_zeros(strips(scan()), 273), "truncated"),
+    "strips without bytes.tif": (with_zeros(strips(scan()), 279), "truncated"),
+    "tiles without place.tif": (with_zeros(strips(scan(), tile=(32, 32)), 324), "truncated"),
+    "packed strips without place.tif": (with_zeros(strips(scan(), compression="zlib"), 273), "truncated"),
+    "too few strips.tif": (with_tag(coded(scan(), "TIFF"), 278, 16), "truncated"),
+    "too few bytes.tif": (with_tag(coded(scan(), "TIFF"), 279, 999), "truncated"),
+    "strips.tif": (strips(scan()), ""), "tiles.tif": (strips(scan(), tile=(32, 32)), ""),
+    "packed strips.tif": (strips(scan(), compression="zlib"), ""),
     "cut.webp": (coded(scan(channels=3), "WEBP", lossless=True)[:-2000], "truncated|corrupt"),
     "header only.png": (coded(scan(), "PNG")[:20], "truncated|corrupt"),
     "header only.jpg": (coded(scan(), "JPEG")[:30], "truncated|corrupt"),

@@ -1,4 +1,5 @@
 "DICOM: what is in the file is shown as the file says, and what cannot be shown is named."
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -412,6 +413,44 @@ def test_a_video_is_named_with_a_remedy_that_helps(tmp_path, syntax):
 def test_a_way_of_storing_pixels_that_nothing_decodes_names_no_extra(tmp_path, syntax):
     heard = refusal(encapsulated(tmp_path/"a.dcm", syntax))
     assert "uncompressed" in heard and "pip install" not in heard
+
+
+def jpeg(a):
+    "A picture as JPEG."
+    f = io.BytesIO()
+    Image.fromarray(a.astype(np.uint8)).save(f, "JPEG", quality=95)
+    return f.getvalue()
+
+
+def write_jpegs(path, frames, **elements):
+    "A file whose frames are JPEGs, as they are given."
+    d = pydicom.dcmread(write(path, bscans(len(frames)), 8, **elements))
+    d.PixelData = pydicom.encaps.encapsulate(frames)
+    d["PixelData"].is_undefined_length = True
+    d.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+    d.save_as(path)
+    return path
+
+
+def test_jpegs_are_read(tmp_path):
+    got = pictures(write_jpegs(tmp_path/"a.dcm", [jpeg(a) for a in bscans()]))
+    assert np.abs(got.astype(int) - bscans()).max() < 9 and notes(tmp_path/"a.dcm") == ""
+
+
+@pytest.mark.parametrize("share", [.4, .8])
+def test_a_jpeg_in_dicom_that_is_cut_or_zeroed_is_refused(tmp_path, share):
+    frames = [jpeg(a) for a in bscans()]
+    at = len(frames[1]) - int((1 - share)*(len(frames[1]) - frames[1].index(b"\xff\xda")))
+    for name, lost in (("cut.dcm", b""), ("zero.dcm", bytes(len(frames[1]) - 2 - at))):
+        damaged = [frames[0], frames[1][:at] + lost + b"\xff\xd9", frames[2]]
+        heard = refusal(write_jpegs(tmp_path/name, damaged))
+        assert heard.startswith(f"corrupt: {name}: frame 2: ") and "damaged or lost" in heard
+
+
+@pytest.mark.parametrize("frame,said", [(np.stack([bscans(1)[0]]*3, -1), "48 x 40 pixels, 3 samples"), (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample ")])
+def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_path, frame, said):
+    heard = refusal(write_jpegs(tmp_path/"a.dcm", [jpeg(frame)]))
+    assert heard.startswith("corrupt") and "the header says 48 x 40 pixels, 1 sample a pixel" in heard and f"the JPEG in it has {said}" in heard
 
 
 def encapsulated(path, syntax):

@@ -403,7 +403,9 @@ def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path)
     os.mkfifo(tmp_path/'c.jpg')
     (tmp_path/'d.jpg').write_bytes(b'II*\0')
     (tmp_path/'e.vol').write_bytes((tmp_path/'b.jpg').read_bytes())
-    assert [is_plain(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.jpg', 'e.vol')] == [False, True, False, False]
+    (tmp_path/'f.vol').write_bytes(bytes(200))
+    is_read_here = {n: is_plain(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.jpg', 'e.vol', 'f.vol')}
+    assert is_read_here == {'a.jpg': False, 'b.jpg': True, 'd.jpg': False, 'e.vol': True, 'f.vol': False}   # what is in a file counts, then its name
     assert [r['error'] for r in rows_of(tmp_path/'c.jpg')] == ['not-a-file']
 
 

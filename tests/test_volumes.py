@@ -611,6 +611,17 @@ def test_a_stack_with_one_directory_is_all_its_bscans(tmp_path, options):
     assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=5))
 
 
+def test_a_page_whose_strips_are_missing_is_refused_alike_by_audit_and_prediction(tmp_path):
+    path = save_tiff(tmp_path/"a.tif", textured(), metadata=None, rowsperstrip=16, photometric="minisblack")
+    assert np.array_equal(images(path), textured())
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as t: places = t.pages[1].tags["StripOffsets"].valueoffset
+    data[places:places + 4] = bytes(4)
+    path.write_bytes(data)
+    said = "1 of the 4 strips of its pixels are missing"
+    assert inspect_file(path)["problems"][0][1].startswith(said) and refusal(path).startswith(f"truncated: a.tif: {said}")
+
+
 def imagej_one_directory(path, a, images):
     "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, and nothing but the description says so."
     tifffile.imwrite(path, a[0], description=f"ImageJ=1.54f\nimages={images}\nslices={images}\nloop=false\n", metadata=None)

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
+from . import bench_rows  # noqa: F401  (enters what it measures into BENCHES)
 from .bench_harness import bench_images, BENCHES, machine_rates, Plan, Row
 from ..core.files import KdoctError, provenance, seed_everything
 from ..training.distributed import best_device

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
-from ..core.files import KdoctError
-from .images import BadImage, check_depth
+from ..core.files import counted, KdoctError
+from .images import BadImage, check_depth, check_jpeg
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #dp-import
 def import_pydicom():
@@ -30,14 +31,20 @@ def is_jpeg_12(
     return syntax == import_pydicom().uid.JPEGExtended12Bit and int(d.BitsStored) > 8
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d1c0a010
+def _coded_frames(path:Path, d, n:int)->Iterator[bytes]:
+    "The frames of a file as they are compressed."
+    pydicom, table = import_pydicom(), ('ExtendedOffsetTable', 'ExtendedOffsetTableLengths')
+    whole = pydicom.dcmread(path, force=True, specific_tags=['PixelData', *table])
+    places = tuple(whole[k].value for k in table) if all(k in whole for k in table) else None
+    return pydicom.encaps.generate_frames(whole.PixelData, number_of_frames=n, extended_offsets=places)
+
 def _jpeg_12_frames(path:Path, d, syntax)->Iterator[np.ndarray]:
     "The frames of a file of 12-bit JPEG, by gdcm."
     import gdcm
-    pydicom, n = import_pydicom(), int(d.get('NumberOfFrames') or 1)
-    data = pydicom.dcmread(path, force=True, specific_tags=['PixelData']).PixelData
+    n = int(d.get('NumberOfFrames') or 1)
     signed, bits = int(d.PixelRepresentation), int(d.BitsStored)
     grey = gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2)
-    for frame in pydicom.encaps.generate_frames(data, number_of_frames=n):
+    for frame in _coded_frames(path, d, n):
         fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
         element, image = gdcm.DataElement(gdcm.Tag(0x7fe0, 0x10)), gdcm.Image()
         fragment.SetByteStringValue(frame)
@@ -61,6 +68,36 @@ def _scrambled(d)->str:
     return (f"its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is installed does not decode; "
             "decompress the file: gdcmconv --raw IN OUT, or dcmdjpeg IN OUT")
 
+_DECODER_ERRORS = (RuntimeError, ValueError, AttributeError)
+_JPEG_CHANNELS = {'Gray': 1, 'RGB': 3, 'YCbCr': 3, 'CMYK': 4, 'YCCK': 4}   # as simplejpeg names the colours
+
+def _check_jpeg_header(frame:bytes, d):
+    "`BadImage` where a JPEG says other things of its size and channels than the file around it."
+    try: h, w, colours, _ = simplejpeg.decode_jpeg_header(frame, strict=False)
+    except (ValueError, RuntimeError): return   # its decoder will tell
+    claimed = (int(d.Columns), int(d.Rows), int(d.SamplesPerPixel))
+    found = (w, h, _JPEG_CHANNELS.get(colours, claimed[2]))
+    if found == claimed: return
+    says, holds = ("{} x {} pixels, {} a pixel".format(*size[:2], counted(size[2], 'sample')) for size in (claimed, found))
+    raise BadImage('corrupt', f"the header says {says}, and the JPEG in it has {holds}: which is right is not known; export it again")
+
+def _check_jpeg_frame(frame:bytes, d, where:str)->list[str]:
+    "As `check_jpeg`, of a frame, and the header around it; `where`: which frame it is."
+    try:
+        _check_jpeg_header(frame, d)
+        return check_jpeg(frame)
+    except BadImage as e: raise BadImage(e.kind, where + e.detail) from e
+
+def _check_jpegs(path:Path, d, n:int)->tuple[str, ...]:
+    "A note, or none, on the frames of a file that are JPEGs; `BadImage` where one is damaged or contradicts the header."
+    uid, notes = import_pydicom().uid, set()
+    jpegs = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
+    if d.file_meta.TransferSyntaxUID not in jpegs: return ()
+    try:
+        for i, frame in enumerate(_coded_frames(path, d, n), 1): notes.update(_check_jpeg_frame(frame, d, f"frame {i}: "*(n > 1)))
+    except _DECODER_ERRORS as e: raise BadImage('corrupt', _scrambled(d)) from e
+    return tuple(notes)
+
 def _decoded_frames(path:Path, d, syntax)->Iterator[np.ndarray]:
     "The frames of a file as they are decoded."
     if is_jpeg_12(d, syntax): return _jpeg_12_frames(path, d, syntax)
@@ -76,8 +113,8 @@ def _dicom_frames(path:Path, d, n:int)->Iterator[np.ndarray]:
             i += 1
             if i > n: raise BadImage('corrupt', f"NumberOfFrames is {n}, and there are more frames")
             yield _stored_bits(a, d)
-    except (RuntimeError, ValueError, AttributeError) as e:
-        if isinstance(e, BadImage) or not syntax.is_compressed: raise
+    except _DECODER_ERRORS as e:
+        if not syntax.is_compressed: raise
         raise BadImage('corrupt', _scrambled(d)) from e
     if i < n: raise BadImage('truncated', f"{i} of {n} frames are there")
 
@@ -314,7 +351,7 @@ def dicom_pictures(
     groups_of:Callable,  # number of a frame, from 0 -> where its elements are looked for, the file last
 )->Iterator[tuple[Image.Image, tuple[str, ...]]]:  # picture of 8 bits, mode L or RGB; notes on how it became that
     "The frames of a file, one at a time; `BadImage` where pixels cannot be decoded, contradict the header or show nothing."
-    frames, spread = lambda: _dicom_frames(path, d, n), None
+    frames, spread, coded = lambda: _dicom_frames(path, d, n), None, _check_jpegs(path, d, n)
     needed, windows = _frame_windows(d, groups_of, n)
     if needed:
         size = n*int(d.Rows)*int(d.Columns)
@@ -322,4 +359,4 @@ def dicom_pictures(
         spread = _spread(frames(), d, groups_of, size)
     for i, a in enumerate(frames()):
         image, notes = _dicom_picture(a, d, groups_of(i), spread)
-        yield image, (*notes, *windows)
+        yield image, (*notes, *coded, *windows)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from PIL import features, Image, ImageFile, ImageOps, UnidentifiedImageError
-from tifffile import TiffFile
+from tifffile import TiffFile, TiffPage
 from tifffile.tifffile import shaped_description_metadata
 
 from ..core.files import KdoctError
@@ -172,6 +172,37 @@ def _check_tiff_jpegs(data:bytes, t:TiffFile):
         for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
             check_jpeg(tables[:-2] + data[at + 2:at + n])
 
+# %% ../../nbs/01e_data.images.ipynb #tiff-parts
+_OLD_JPEG = 6   # a compression whose data other tags point to
+_YCBCR = 6      # colours that may be stored with fewer bytes than pixels and channels tell
+
+def _expected_parts(page:TiffPage)->tuple[int, int, int, int]:
+    "Planes of a page, strips or tiles of a plane, and the bytes of each and of a plane's last one where they are not compressed."
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    pixel = page.bitspersample*page.samplesperpixel//planes   # bits
+    if page.is_tiled:
+        across, down = -(-page.imagewidth//page.tilewidth), -(-page.imagelength//page.tilelength)
+        size = -(-page.tilewidth*pixel//8)*page.tilelength
+        return planes, across*down, size, size
+    row, rows = -(-page.imagewidth*pixel//8), max(min(page.rowsperstrip, page.imagelength), 1)
+    strips = -(-page.imagelength//rows)
+    return planes, strips, row*rows, row*(page.imagelength - rows*(strips - 1))
+
+def _check_parts(data:bytes, page:TiffPage):
+    "`BadImage` unless each strip or tile of a page is in the file."
+    if page.compression == _OLD_JPEG: return
+    planes, a_plane, size, last = _expected_parts(page)
+    n, name = planes*a_plane, "tiles" if page.is_tiled else "strips"
+    offsets = page.tags.valueof(324) or page.tags.valueof(273) or ()
+    counts = page.tags.valueof(325) or page.tags.valueof(279) or (size,)*len(offsets)   # a few files do not tell them
+    there = [(at, count) for at, count in zip(offsets[:n], counts, strict=False) if at and count]
+    if len(there) < n:
+        raise BadImage('truncated', f"{n - len(there)} of the {n} {name} of its pixels are missing; copy or export the file again")
+    if page.compression != 1 or page.photometric == _YCBCR: return
+    expected = [*[size]*(a_plane - 1), last]*planes
+    short = sum(count < least or at + least > len(data) for (at, count), least in zip(there, expected, strict=True))
+    if short: raise BadImage('truncated', f"{short} of the {n} {name} of its pixels lack bytes; copy or export the file again")
+
 # %% ../../nbs/01e_data.images.ipynb #83621e37
 def has_copies(
     im:Image.Image,  # an opened file, at one of its pages
@@ -281,6 +312,7 @@ def tiff_stack(
     "Pictures that one directory stands for; `BadImage` where what is claimed is not there, or not clear."
     try:
         with TiffFile(io.BytesIO(data), _multifile=False) as t:
+            for page in t.pages: _check_parts(data, page)
             _check_tiff_jpegs(data, t)
             return _one_directory(data, t)
     except _TIFF_ERRORS as e:
