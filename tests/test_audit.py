@@ -392,6 +392,11 @@ def test_a_class_whose_images_are_all_left_out_stops_the_run(tmp_path):
     assert list(audit(table, leave_out=("empty", "unknown-label"), classes=("A", "B")).check().table.label) == ["A", "B"]
 
 
+def test_the_classes_that_are_left_are_named_as_a_shell_takes_them(tmp_path):
+    table = listed(tmp_path, **{"wet AMD_1_1": coded(scan(), "PNG"), "B_2_1": coded(scan(), "PNG"), "C_3_1": b""})
+    with pytest.raises(KdoctError, match="--classes 'B,wet AMD'"): audit(table, leave_out=("empty",)).check()
+
+
 def test_the_page_shows_classes_with_images_and_patients_and_what_stops_the_run_first(tmp_path):
     result = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), A_1_2=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"), B_3_1=b"", C_4_1=b""))
     lines = audit_page(result, "all.csv").split("\n")

@@ -226,6 +226,12 @@ def test_the_option_that_names_classes_parses_back(names):
     assert preset("demo", **given).data.classes == names
 
 
+def test_a_class_without_an_image_is_answered_with_a_quoted_option(tmp_path):
+    from kdoct.data.stage import class_names
+    with pytest.raises(KdoctError, match="--classes 'NORMAL,wet AMD'"):
+        class_names(of_patients(tmp_path, "1", "2", labels=("wet AMD", "NORMAL")).table, ("DRUSEN",))
+
+
 def test_classes_in_several_spellings_with_blanks_are_answered_with_a_quoted_option(tmp_path):
     with pytest.raises(KdoctError, match="--classes 'wet AMD,wet amd'"): of_patients(tmp_path, "1", "2", labels=("wet AMD", "wet amd"))
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError, usable_cores
 from .images import COLOUR_SHARE, inspect_file, PROBLEMS
-from .listing import finding, FINDING_COLUMNS, Listing, merge_groups
+from .listing import classes_option, finding, FINDING_COLUMNS, Listing, merge_groups
 
 # %% ../../nbs/01f_data.audit.ipynb #4f49a990
 def map_in_order(
@@ -94,8 +94,8 @@ class Audit:
         if len(self.table) == 0: raise KdoctError(f"The audit leaves no image. {where} says why.", fix="Mend the files, or leave out less.")
         if lost := self.summary['lost_classes']:
             raise KdoctError(f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
-                             fix="Mend the files; or, if the class is not meant, name those that are: --classes "
-                                 f"{','.join(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
+                             fix="Mend the files; or, if the class is not meant, name those that are: "
+                                 f"{classes_option(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
         return self
 
     def _remedy(self, stops:set[str], new_run:str)->str:

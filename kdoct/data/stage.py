@@ -39,7 +39,7 @@ from kdoct.data.folds import (
     write_folds,
 )
 from .images import COLOURED
-from .listing import check_table, Listing, TABLE_COLUMNS
+from .listing import check_table, classes_option, Listing, TABLE_COLUMNS
 from .sources import load_table, NEAR_DUPLICATES, wants_near_duplicates
 
 # %% ../../nbs/01_data.ipynb #e651b387
@@ -52,7 +52,7 @@ def class_names(
     if len(set(classes)) < len(classes): raise KdoctError(f"data.classes names a class twice: {', '.join(classes)}.", fix="Name each once.")
     if lost := [c for c in classes if c not in set(table.label)]:
         raise KdoctError(f"There is no image of class {', '.join(lost)}.",
-                         fix=f"The images are of these classes: --classes {','.join(sorted(table.label.unique()))}")
+                         fix=f"The images are of these classes: {classes_option(sorted(table.label.unique()))}")
     return list(classes)
 
 def table_hash(

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.files import atomic_path, KdoctError, provenance, read_json, sha256_file, write_json
 from ..core.recipe import DataRecipe, Recipe, require_same_arch, require_weights, TrainRecipe
 from ..core.runs import ROLES
+from ..data.listing import classes_option
 from ..data.packaged_weights import load_packaged_weights, probe_picture
 from .multiscale import MultiScale
 from .ofa import map_ofa_names
@@ -438,7 +439,7 @@ def load_for_classes(
     with torch.no_grad(): after = model(picture)
     if not torch.allclose(after, before[:, order], rtol=1e-3, atol=1e-3*float(before.abs().max())):
         raise KdoctError(f"The classes of the network in {folder} cannot be put into the order {', '.join(classes)}.",
-                         fix=f"Give the run its order: --set data.classes={','.join(about['classes'])}")
+                         fix=f"Give the run its order: {classes_option(about['classes'])}")
     return model, about
 
 # %% ../../nbs/02a_models.backbones.ipynb #b7b42daa
