@@ -22,6 +22,17 @@ NO_CLASSES = {  # folders -> what the message calls them
     ("batch1", "batch2"): "pieces", ("Noor", "Tehran"): "not the classes: each has folders CNV, NORMAL"}
 
 
+def test_folders_that_hold_the_same_unknown_folders_ask_for_the_classes(tmp_path):
+    with pytest.raises(KdoctError, match="perhaps not the classes: each has folders MH, VMT") as e: table_of(tmp_path, tree(("Duke", "Noor"), ("MH", "VMT")))
+    assert "--classes MH,VMT" in e.value.fix and "--classes Duke,Noor" in e.value.fix
+    assert set(table_of(tmp_path, [], ("MH", "VMT")).label) == {"MH", "VMT"}
+
+
+def test_a_remedy_is_quoted_for_the_shell(tmp_path):
+    with pytest.raises(KdoctError) as e: table_of(tmp_path, tree(("OD", "OS"), ("NORMAL", "wet AMD")))
+    assert "--classes 'NORMAL,wet AMD'" in e.value.fix
+
+
 @pytest.mark.parametrize("tops", NO_CLASSES, ids="-".join)
 def test_folders_that_are_no_classes_are_refused_and_naming_the_classes_helps(tops, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, tree(tops))
@@ -95,6 +106,8 @@ def test_a_root_that_is_too_high_is_no_matter_where_the_classes_are_named(tmp_pa
     ["0/1.png", "1/1.png"], ["grade 1/1.png", "grade 2/1.png"], ["stage_1/1.png", "stage_2/1.png"], ["Type A/1.png", "Type B/1.png"], ["A/1.png", "B/1.png"],
     ["case/1.png", "control/1.png"], ["test positive/1.png", "test negative/1.png"], ["with_mask/1.png", "no_mask/1.png"], ["label_0/1.png", "label_1/1.png"],
     ["CNV/OD/1.png", "NORMAL/OD/1.png"], ["CNV/P001/1.png", "NORMAL/P001/1.png"], ["benign/a/1.png", "benign/b/1.png", "malign/a/1.png", "malign/b/1.png"],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("OD", "OS")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("001", "2")],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("40X", "100X")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("train", "test")],
     ["COVID/images/1.png", "Normal/images/1.png"], ["center involved/1.png", "non center involved/1.png"], ["CNV/1.png", "trainable/1.png"]])
 def test_sound_folders_are_classes(names, tmp_path):
     t = table_of(tmp_path, names)

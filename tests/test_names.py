@@ -38,7 +38,8 @@ def of_patients(tmp_path, *patients, labels=("A",), column="patient"):
 
 SEVEN = ["7", "7.0", "07", "007", " 7", "7\u00a0", "\uff17", "7,0", "7.", "'7", "\u0667", "7e0",
          "Patient 7 ", "patient 7", "PATIENT-7", "P7", "P-7", "p007", "P_7",
-         "Pat. 7", "sub-07", "7\u200b", "\ufeff7", "7,00 \u20ac", "\u20ac7.00", "$ 7", "#7", "# 07"]
+         "Pat. 7", "sub-07", "7\u200b", "\ufeff7", "7,00 \u20ac", "\u20ac7.00", "$ 7", "#7", "# 07",
+         "Patient ID 7", "Patient No. 7", "Subject ID: 7", "Pat-ID 7", "Pat.Nr. 7", "patient_id_7", "ID: 7", "MRN7", "MRN: 007", "case 7", "7-OD"]
 
 
 @pytest.mark.parametrize("spelling", SEVEN)
@@ -68,6 +69,27 @@ def test_different_patients_stay_apart(one, other, tmp_path):
                                             ("4 Mar 2021", "2021-03-04"), ("20210304.0", "04-Mar-2021"), ("CNV/13/4/2021", "cnv/2021-04-13")])
 def test_numbers_and_words_have_one_key_in_all_their_spellings(one, other):
     assert same_patient_key(one) == same_patient_key(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("1-OD", "1-OS"), ("P1_OD", "P1_OS"), ("12 R", "12 L"), ("12L", "12R"), ("7 right", "7 left eye"), ("OD_7", "OS_7"),
+                                            ("001-OD-1", "001-OS-1"), ("7 (OD)", "7"),
+                                            ("CNV/7/OD", "CNV/7/OS"), ("OD/7", "OS/7"), ("Smith right", "Smith left")])
+def test_two_eyes_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other, "8")
+    assert listing.table.group.nunique() == 2 and listing.table.group[0] == listing.table.group[1]
+    assert list(listing.findings.problem) == ["patient-spelling"]
+
+
+@pytest.mark.parametrize(("one", "other"), [("Doe R", "Doe L"), ("Rod 7", "7"), ("Leonard5", "5"), ("7a", "7b"), ("control 7", "7"), ("OD1", "OD2")])
+def test_letters_that_are_no_eye_keep_patients_apart(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other)
+    assert listing.table.group.nunique() == 2 and not len(listing.findings)
+
+
+@pytest.mark.parametrize(("one", "other"), [("P7", "\u04207"), ("A1", "\u03911"), ("KOT3", "\u041a\u041e\u04223")])
+def test_a_patient_with_letters_that_only_look_latin_is_the_same_group_and_the_note_names_the_letter(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other, "8")
+    assert listing.table.group.nunique() == 2 and f"whose {other[0]} (" in listing.findings.detail[0]
 
 
 def test_patients_keep_their_names_and_the_note_says_who_was_merged(tmp_path):
@@ -192,12 +214,47 @@ def test_a_class_with_a_comma_can_be_named_as_the_message_says(tmp_path):
     with pytest.raises(KdoctError) as e: of_patients(tmp_path, "1", "2", labels=('"CNV, wet"', '"cnv, wet"'))
     typed = shlex.split(e.value.fix.split("name all of them: ")[1])
     assert typed[0] == "--set" and parse_overrides(typed[1]) == {"data.classes": ["CNV, wet", "cnv, wet"]}
-    assert classes_option(["b", "a"]) == "--classes a,b"
+    assert classes_option(["b", "a"]) == "--classes b,a"   # the order is that of the logits
 
 
-def test_na_and_none_are_classes(tmp_path):
-    assert set(of_patients(tmp_path, "1", "2", labels=("NA", "None")).table.label) == {"NA", "None"}
-    assert not is_empty_cell("0")
+@pytest.mark.parametrize("names", [("NORMAL", "wet AMD"), ("a'b", "$HOME", "c;d"), ("CNV, wet", "dry"),
+                                   ("'q'", "b"), (" lead", "b"), ("[x", "y]"), ("-1", "1")])
+def test_the_option_that_names_classes_parses_back(names):
+    import shlex
+    option, text = shlex.split(classes_option(names))
+    given = parse_overrides(text) if option == "--set" else {"data.classes": text}
+    assert preset("demo", **given).data.classes == names
+
+
+def test_classes_in_several_spellings_with_blanks_are_answered_with_a_quoted_option(tmp_path):
+    with pytest.raises(KdoctError, match="--classes 'wet AMD,wet amd'"): of_patients(tmp_path, "1", "2", labels=("wet AMD", "wet amd"))
+
+
+@pytest.mark.parametrize("word", ["None", "unknown", "TBD", "not available", "NA", "-1", "ungradable", "x", "-"])
+def test_a_word_for_no_label_is_a_class_only_where_it_is_named(word, tmp_path):
+    listing = of_patients(tmp_path, "1", "2", labels=("CNV", word))
+    assert problems(listing) == {"1.png": "no-label"} and "line 3" in listing.findings.detail[0] and "--classes" in listing.findings.detail[0]
+    data = table_of(tmp_path, (tmp_path / "table.csv").read_text()).model_copy(update=dict(classes=("CNV", word)))
+    assert set(load_table(data).table.label) == {"CNV", word} and not is_empty_cell("0")
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), ("-1", "1"), ("normal", "no finding"), ("N", "S")])
+def test_short_and_numbered_labels_are_classes(labels, tmp_path):
+    assert set(of_patients(tmp_path, "1", "2", labels=labels).table.label) == set(labels)
+
+
+@pytest.mark.parametrize("labels", [("train", "test"), ("CNV", "Validation"), ("OD", "OS")])
+def test_parts_of_a_split_and_eyes_are_classes_only_where_they_are_named(labels, tmp_path):
+    with pytest.raises(KdoctError, match="named like (parts of a split|eyes)") as e: of_patients(tmp_path, "1", "2", labels=labels)
+    part = "eye" if labels[0] == "OD" else "split"
+    assert f"--set data.columns.{part}=label" in e.value.fix and "line 2" in e.value.problem or "line 3" in e.value.problem
+    data = table_of(tmp_path, (tmp_path / "table.csv").read_text()).model_copy(update=dict(classes=labels))
+    assert set(load_table(data).table.label) == set(labels)
+
+
+def test_a_class_with_another_alphabets_letter_is_refused_and_the_letter_is_named(tmp_path):
+    with pytest.raises(KdoctError, match=r"'CNV' .*'\u0421NV', whose \u0421 \(Cyrillic"): of_patients(tmp_path, "1", "2", labels=("CNV", "\u0421NV"))
+    assert same_name_key("\u041d\u043e\u0440\u043c\u0430") != same_name_key("Hop\u043ca")
 
 
 # --- tables
@@ -272,6 +329,11 @@ HEAD = "path,label,patient\n"
 
 
 @pytest.mark.parametrize(("text", "says", "helps"), [
+    ("path,label,patient,eye\na.png,CNV,P1,OD\nb.png,CNV,OD,P2\n", "line 3: the patient 'OD' is the word for an eye, and the eye is 'P2'", "cell by cell"),
+    ("path,label,patient,eye\na.png,CNV,L,7\nb.png,CNV,8,R\n", "line 2: the patient 'L' is the word for an eye, and the eye is '7'", "cell by cell"),
+    ("path,label,patient,eye\na.png,CNV,P1,OD\nb.png,CNV,,P1\n", "line 3: the eye 'P1' is a patient", "cell by cell"),
+    (HEAD + "a.png,CNV,OD\nb.png,CNV,OS\n", "line 2 and 1 other: the patient 'OD' is the word for an eye", "cell by cell"),
+    ("path,label,group\na.png,CNV,left\nb.png,CNV,g2\n", "line 2: the group 'left' is the word for an eye", "cell by cell"),
     (HEAD + "a.png,CNV,1\nb.png,c.png,CNV\n", "line 3: the label 'c.png' is the name of a file", "cell by cell"),
     (HEAD + "a.png,CNV,1\n,b.png,CNV\n", "line 3: the label 'b.png' is the name of a file", "empty one"),
     (HEAD + "a.png,CNV,1\nb.png,IMG\\Z.TIFF,1\n", "line 3: the label", "cell by cell"),
@@ -316,6 +378,10 @@ def test_a_damaged_archive_is_named_as_such(at, tmp_path):
 def test_an_empty_path_is_named_with_its_line(tmp_path):
     listing = load_table(table_of(tmp_path, HEAD + "a.png,CNV,1\n\n,CNV,2\n"))
     assert list(listing.findings.problem) == ["unparsable-name"] and listing.findings.detail[0].startswith("line 4: ")
+
+
+def test_letters_may_be_patients(tmp_path):
+    assert of_patients(tmp_path, "A", "B", "L", "R", "OD", labels=("CNV",)).table.group.nunique() == 5
 
 
 def test_labels_that_are_numbers_may_be_names_of_files_and_patients(tmp_path):

@@ -54,6 +54,13 @@ def test_folder_pattern_that_matches_without_a_patient_is_a_finding(tmp_path):
     assert problems(load_table(DataRecipe(source="folder", root=root, group_pattern=r"/(p\d)?"))) == {"CNV/other.png": "unparsable-name"}
 
 
+@pytest.mark.parametrize(("source", "helps"), [("csv", "data.columns.patient"), ("ucsd", "data.groups"), ("phantom", "data.groups")])
+def test_a_pattern_that_the_source_does_not_read_is_refused(source, helps, tmp_path):
+    with pytest.raises(KdoctError, match="does not read --group-pattern") as e:
+        load_table(DataRecipe(source=source, root=str(tmp_path), group_pattern=r"(P\d+)_"))
+    assert helps in e.value.fix
+
+
 def test_walk_lists_everything_once_and_survives_loops(tmp_path):
     lay_out(tmp_path, "CNV/a.png", "CNV/.hidden/b.png", "CNV/Thumbs.db", "CNV/archive.png.zip")
     (tmp_path / "CNV" / "up").symlink_to(tmp_path)

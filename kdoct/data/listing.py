@@ -21,7 +21,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import counted, KdoctError, outputs_root
-from .spreadsheet import same_name_key, same_patient_key, spellings
+from ..core.recipe import preset
+from .spreadsheet import same_name_key, same_patient_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91
 TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
@@ -58,7 +59,7 @@ FINDING_COLUMNS = ('path', 'problem', 'severity', 'detail', 'action')
 LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'unparsable-name': ('error', "the name does not tell class, patient and slice as the source's pattern wants"),
     'no-class-folder': ('error', "the image lies beside the class folders, not in one"),
-    'no-label': ('error', "the table gives no label, or a sign or word for an empty cell (-, ?, nan, #N/A, null)"),
+    'no-label': ('error', "the table gives no label, or a sign or word for none (-, ?, nan, #N/A, unknown)"),
     'empty-class': ('error', "a class folder without a usable image"),
     'mask-folder': ('error', "the image lies in a folder of masks below its class"),
     'mask-file': ('error', "named like the mask of another image in its folder"),
@@ -198,16 +199,17 @@ def check_labels(
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
     for several in spellings(table.label):
-        said = ', '.join(f"{c!r} ({counted(n[c], 'image')}, first {first[c]})" for c in several)
+        said = ', '.join(f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})" for c in several)
         raise KdoctError(f"One class in several spellings: {said}.",
-                         fix=f"Write it in one way. If they are different classes, name all of them: {classes_option(n.index)}")
+                         fix=f"Write it in one way. If they are different classes, name all of them: {classes_option(sorted(n.index))}")
 
 def classes_option(
-    names:Iterable[str],  # classes
-)->str:                   # as it is typed
+    names:Iterable[str],  # classes, in the order of the logits
+)->str:                   # as it is typed in a shell
     "The option that names these classes."
-    names = sorted(names)
-    if not any(',' in c for c in names): return f"--classes {','.join(names)}"
+    names = list(names)
+    text = ','.join(names)
+    if preset('demo', **{'data.classes': text}).data.classes == tuple(names): return f"--classes {shlex.quote(text)}"
     return '--set ' + shlex.quote('data.classes=' + json.dumps(names, ensure_ascii=False))
 
 def merge_groups(
@@ -236,7 +238,7 @@ def join_spellings(
     for main, *others in spellings(named.group, same_patient_key):
         for other in others:
             join[other] = main
-            both = ' and '.join(f"{name!r} ({counted(n[name], 'image')})" for name in (other, main))
+            both = ' and '.join(f"{say_name(name)} ({counted(n[name], 'image')})" for name in (other, main))
             notes.append(finding(first[other], 'patient-spelling', f"{both} are taken for one", f"groups {main} and {other} merged"))
     group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
     patient = table.patient.map({p: same_patient_key(p) if p else '' for p in table.patient.unique()})

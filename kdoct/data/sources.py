@@ -17,6 +17,7 @@ from ..core.files import counted, KdoctError, outputs_root, usable_cores
 from ..core.recipe import DataRecipe
 from kdoct.data.listing import (
     check_labels,
+    classes_option,
     finding,
     join_spellings,
     Listing,
@@ -32,12 +33,17 @@ from .spreadsheet import same_name_key
 from .table_sources import regroup, resolve_paths
 
 # %% ../../nbs/01c_data.sources.ipynb #load-table
+_INSTEAD_OF_PATTERN = {'csv': "Give the table a column patient (or group), or say which is it: --set data.columns.patient=..."}
+
 def load_table(
     data:DataRecipe,  # `source`, `root` and what that source reads
 )->Listing:
     "The image table of the recipe's source; `KdoctError` if there is no such source, folder or image, or a class has two spellings."
     if data.source not in SOURCES:
         raise KdoctError(f"There is no source '{data.source}'.", fix=f"Known sources: {', '.join(sorted(SOURCES))}")
+    if data.group_pattern and data.source != 'folder':
+        raise KdoctError(f"Source '{data.source}' does not read --group-pattern (data.group_pattern): {data.group_pattern}.",
+                         fix=_INSTEAD_OF_PATTERN.get(data.source, "Leave it out; other groups are given in a table: --set data.groups=FILE"))
     listing = SOURCES[data.source](data)
     if len(listing.table) == 0:
         seen = ', '.join(f'{n} {kind}' for kind, n in listing.findings.problem.value_counts().items())
@@ -75,7 +81,7 @@ def check_classes(
     if set(parted) <= there: fix = "Put commas between the classes"
     elif all(meant) and len(set(meant)) == len(meant): parted, fix = meant, "Did you mean"
     else: parted, fix = sorted(there), "The images are of these classes"
-    raise KdoctError(f"There is no image of class {', '.join(map(repr, lost))}.", fix=f"{fix}: --classes {shlex.quote(','.join(parted))}")
+    raise KdoctError(f"There is no image of class {', '.join(map(repr, lost))}.", fix=f"{fix}: {classes_option(parted)}")
 
 def _nearest(name:str, names:list[str])->str:
     "The name that was probably meant; '' if none is near."
@@ -117,6 +123,17 @@ def _named_facts(m:re.Match)->dict:
     if not patient or (slice and not slice.isdecimal()): return {}
     return dict(patient=patient, eye=named.get('eye', ''), volume=named.get('volume', ''), slice=int(slice) if slice else None)
 
+# %% ../../nbs/01c_data.sources.ipynb #folders-of-marks
+_MASKS = {'mask', 'masks', 'segmentation', 'segmentations', 'seg', 'annotation', 'annotations', 'label', 'labels',
+          'ground truth', 'groundtruth', 'gt', 'contour', 'contours', 'overlay', 'overlays', 'heatmap', 'heatmaps',
+          'thumbnail', 'thumbnails', 'masken', 'segmentierung', 'annotationen'}
+_IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures', 'bilder'}
+
+def _is_annotation(name:str)->bool:
+    "Whether a folder is named like one of masks or other marks: 'masks', 'lung masks', 'CNV_segmentation'."
+    key = same_name_key(name)
+    return bool({key, key.split(' ')[0], key.split(' ')[-1]} & _MASKS)
+
 # %% ../../nbs/01c_data.sources.ipynb #c720c21f
 _SITE = ('site|centre|center|hospital|clinic|klinik|krankenhaus|zentrum|institut|institute|institution|'
          'scanner|device|camera|vendor|cohort|domain')
@@ -156,28 +173,24 @@ def _what_instead(
         if all(pattern.fullmatch(_words_of(n)) for n in names): return f"named like {kind}"
     def known(names): return {n for n in names if _DIAGNOSIS.fullmatch(_words_of(n))}
     shared = set.intersection(*inner)
-    hold_classes = len(shared) > 1 and known(shared) and not known(names)
-    return f"not the classes: each has folders {_some(sorted(shared))}" if hold_classes else ''
+    if len(shared) < 2 or known(names): return ''
+    if known(shared): return f"not the classes: each has folders {_some(sorted(shared))}"
+    unknown = [n for n in sorted(shared) if not _is_below_class(n)]
+    return f"perhaps not the classes: each has folders {_some(unknown)}" if len(unknown) > 1 else ''
+
+def _is_below_class(name:str)->bool:
+    "Whether a folder is one that classes have in them: of eyes, parts, patients (numbers too), magnifications, images or masks."
+    words = _words_of(name)
+    if part_name(name) or _is_annotation(name) or words in _IMAGES or re.fullmatch(r'\d[\d ]*x?', words): return True
+    return any(pattern.fullmatch(words) for pattern in _NO_CLASSES.values())
 
 def _some(names:list[str])->str: return ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
 
 
 # %% ../../nbs/01c_data.sources.ipynb #6d1f0a32
-_MASKS = {'mask', 'masks', 'segmentation', 'segmentations', 'seg', 'annotation', 'annotations', 'label', 'labels',
-          'ground truth', 'groundtruth', 'gt', 'contour', 'contours', 'overlay', 'overlays', 'heatmap', 'heatmaps',
-          'thumbnail', 'thumbnails', 'masken', 'segmentierung', 'annotationen'}
-_IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures', 'bilder'}
-
-def _is_annotation(name:str)->bool:
-    "Whether a folder is named like one of masks or other marks: 'masks', 'lung masks', 'CNV_segmentation'."
-    key = same_name_key(name)
-    return bool({key, key.split(' ')[0], key.split(' ')[-1]} & _MASKS)
-
 def _names(folders:list[list[str]], level:int)->list[str]:
     "The names of folders at a level, sorted."
     return sorted({f[level] for f in folders if len(f) > level})
-
-def _classes_option(names:list[str])->str: return f"--classes {shlex.quote(','.join(names))}"
 
 def _remedy(folders:list[list[str]], level:int)->str:
     "What to do where the folders of a level are not the classes: name those below that may be, or write a table."
@@ -186,7 +199,7 @@ def _remedy(folders:list[list[str]], level:int)->str:
         names = [n for n in _names(folders, k) if not _is_annotation(n)]
         are_classes = not all(map(part_name, names)) and not _what_instead(names, [set()])
         if 1 < len(names) <= 50 and are_classes:
-            return f"If the classes are the folders in them: {_classes_option(names)}. Else l{table}"
+            return f"If the classes are the folders in them: {classes_option(names)}. Else l{table}"
     return f"L{table}"
 
 def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
@@ -197,14 +210,14 @@ def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
     others = [n for n in names if n not in masks]
     if images and images == others: _refuse_images_and_masks(folders, level, root, images[0], masks)
     if masks and others:
-        name_them = f"Name the classes, and the other folders are not used: {_classes_option(others)}"
+        name_them = f"Name the classes, and the other folders are not used: {classes_option(others)}"
         rest = [f for f in folders if f[level:] and f[level] in others]
         raise KdoctError(f"{root} has folders of masks or other marks ({_some(masks)}) beside other folders ({_some(others)}).",
                          fix=_remedy(rest, level) if _what_instead(others, [set()]) else name_them)
     inner = [set(_names([f for f in folders if f[level:level + 1] == [n]], level + 1)) for n in names]
     if what := _what_instead(names, inner):
         raise KdoctError(f"The folders {_some(names)} in {root} are {what}.",
-                         fix=f"{_remedy(folders, level)} If they are the classes all the same: {_classes_option(names)}")
+                         fix=f"{_remedy(folders, level)} If they are the classes all the same: {classes_option(names)}")
     if level == 0 and len(names) == 1: _refuse_one_folder(folders, root)
 
 def _refuse_images_and_masks(folders:list[list[str]], level:int, root:Path, images:str, masks:list[str]):
@@ -235,7 +248,7 @@ def _level_of_classes(folders:list[list[str]], root:Path, classes:tuple[str, ...
         in_parts = [f for f in folders if f[0] in parts]
         raise KdoctError(f"{root} has parts ({', '.join(parts)}) beside other folders ({_some(others)}).",
                          fix=f"Give a folder that holds either parts or classes. {_remedy(in_parts, 0)} "
-                             f"If all of them are classes: {_classes_option(tops)}")
+                             f"If all of them are classes: {classes_option(tops)}")
     level = 1 if parts else 0
     _refuse_other_folders(folders, level, root)
     return level

@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.files import counted, KdoctError
 from ..core.recipe import DataRecipe
 from kdoct.data.listing import (
+    classes_option,
     finding,
     IMAGE_EXTENSIONS,
     Listing,
@@ -32,9 +33,10 @@ from .registry import LAYOUTS, source, source_root
 from kdoct.data.spreadsheet import (
     data_in_header,
     doubtful_spellings,
+    EYE_WORDS,
     is_empty_cell,
+    is_no_label,
     is_nobody,
-    is_only_signs,
     read_table,
     refuse_header,
     same_name_key,
@@ -85,15 +87,12 @@ def _refuse_other_header(df:pd.DataFrame, file:Path):
     if cell := next(iter(files), data_in_header(df)): refuse_header(df, cell, file)
 
 # %% ../../nbs/01v_data.table_sources.ipynb #a1db7e01
-_EYES = {'OD': ('od', 'r', 're', 'right', 'right eye', 'dexter', 'oculus dexter', 'rechts', 'rechtes auge', 'droit', 'droite', 'derecho'),
-         'OS': ('os', 'l', 'le', 'left', 'left eye', 'sinister', 'oculus sinister', 'links', 'linkes auge', 'gauche', 'izquierdo', 'og', 'oi')}
-
 def eye_name(
     text:str,  # a cell
 )->str:        # OD (right), OS (left), or '' for anything else: 1 and 2 stand for either
     "The eye that a cell means: 'Right', 'r', 'od', 'O.D.', ..."
     key = same_name_key(text.replace('.', ''))
-    return next((eye for eye, names in _EYES.items() if key in names), '')
+    return next((eye for eye, names in EYE_WORDS.items() if key in names), '')
 
 # %% ../../nbs/01v_data.table_sources.ipynb #a1db7e03
 def _say_lines(lines:Iterable[int])->str:
@@ -122,6 +121,37 @@ def _check_cells(df:pd.DataFrame, file:Path):
     classes = [c for c in df.label.unique() if c and _whole_number(c) is None]
     if 'patient' in df: refuse(df.patient.isin(classes), lambda r: f"the patient {r.patient!r} is the name of a class", shifted)
     if 'group' in df: refuse(df.group.isin(classes) & (df.group != df.label), lambda r: f"the group {r.group!r} is the name of another class", shifted)
+    for c in df.columns.intersection(['patient', 'group']):
+        swapped = _eyes_as_people(df, c)
+        refuse(swapped, lambda r, c=c: f"the {c} {r[c]!r} is the word for an eye" + (f", and the eye is {r.eye!r}" if r.get('eye') else ''), shifted)
+    if {'patient', 'eye'} <= {*df}:
+        people = {p for p in df.patient if p and _whole_number(p) is None and not eye_name(p)}
+        refuse(df.eye.isin(people), lambda r: f"the eye {r.eye!r} is a patient", shifted)
+
+def _eyes_as_people(df:pd.DataFrame, column:str)->pd.Series:
+    "The rows whose patient or group is the word for an eye. Letters may be names, but not beside an eye that is none, or all of a column."
+    eyes = df[column].map(eye_name)
+    if not (eyes != '').any(): return eyes != ''
+    if 'eye' in df and (swapped := (eyes != '') & (df.eye != '') & (df.eye.map(eye_name) == '')).any(): return swapped
+    named, both = df[column] != '', {'OD', 'OS'} <= {*eyes}
+    if both and (eyes[named] != '').all(): return eyes != ''
+    keys = df[column].map(same_name_key)
+    return (eyes != '') & (keys.str.len() > 2) | keys.isin(['od', 'os'] if {'od', 'os'} <= {*keys} else [])
+
+def _check_parts(df:pd.DataFrame, data:DataRecipe, file:Path):
+    "`KdoctError` where labels are the parts of a split, or all of them eyes, unless they are named as classes."
+    classes = sorted({*df.label} - {''})
+    column = data.columns.get('label', 'label')
+    eyes = len(classes) > 1 and all(map(eye_name, classes))
+    strange = classes if eyes else [c for c in classes if part_name(c)]
+    if not set(strange) - {*(data.classes or ())}: return
+    what = "eyes" if eyes else "parts of a split"
+    ours = 'eye' if eyes else 'split'
+    raise KdoctError(f"{file}, {_say_lines(df.index[df.label.isin(strange)])}: the {'label is' if len(strange) == 1 else 'labels are'} "
+                     f"named like {what} ({', '.join(strange)}).",
+                     fix=f"If column {column} gives the {ours}, name the column of the class too: "
+                         f"--set {shlex.quote(f'data.columns.{ours}={column}')} --set data.columns.label=... "
+                         f"If all of them are classes: {classes_option(classes)}")
 
 # %% ../../nbs/01v_data.table_sources.ipynb #a1db7e04
 _NOT_KNOWN = ("Write the {} there. Where nobody knows, leave the cell empty: the image then is a group of its own, "
@@ -203,11 +233,12 @@ def _whole_number(text:str)->int|None:
     m = re.fullmatch(r'(\d+)(?:[.,]0*)?', text)
     return int(m[1]) if m else None
 
-def _csv_row(r:dict, line:int, classes:set[str])->tuple[dict|None, list[dict]]:
-    "One row of the file as a row of the table, and what there is to say about it; `classes`: those that may be a sign, such as + and -."
+def _csv_row(r:dict, line:int, classes:set[str], option:str)->tuple[dict|None, list[dict]]:
+    "One row of the file, and what there is to say about it; `classes` may be signs or words for no label, `option` names all labels."
     if not r['path']: return None, [finding('', 'unparsable-name', f"line {line}: a row without a path")]
-    if not r['label'] or is_only_signs(r['label']) and r['label'] not in classes:
-        return None, [finding(r['path'], 'no-label', f"line {line}: label {r['label']!r}")]
+    if not r['label'] or is_no_label(r['label']) and r['label'] not in classes:
+        its_class = f"; if it is a class, name all of them: {option}" if r['label'] else ''
+        return None, [finding(r['path'], 'no-label', f"line {line}: label {r['label']!r}{its_class}")]
     slice = r.pop('slice', '')
     if slice and _whole_number(slice) is None: return None, [finding(r['path'], 'unparsable-name', f"line {line}: slice {slice!r} is not a whole number")]
     group, split = r.get('group') or r.get('patient'), r.get('split', '')
@@ -245,14 +276,16 @@ def csv(
     if not len(table): raise KdoctError(f"{file} has a header and no row.", fix=f"Expected layout: {LAYOUTS['csv']}")
     _check_cells(df, file)
     _check_people(df, file)
+    _check_parts(df, data, file)
     if 'eye' in df: df['eye'] = df.eye.map(lambda t: eye_name(t) or t)
-    signs = {'+', '-'} if '+' in set(df.label) else set()
+    labels = set(df.label)
+    signs = {'+', '-'} if '+' in labels else {'-1', '1'} if labels == {'-1', '1'} else set()
     asked = df.path != ''
     df['path'], found = _real_paths(list(df.path), file.parent)
     df, repeats = _drop_repeats(df[(df.path != '') | ~asked])
-    rows = []
+    option, rows = classes_option(sorted(labels - {''})), []
     for line, r in zip(df.index, df.to_dict('records'), strict=True):
-        row, notes = _csv_row(r, line, signs.union(data.classes or ()))
+        row, notes = _csv_row(r, line, signs.union(data.classes or ()), option)
         found += notes
         if row: rows.append(row)
     return make_listing(file.parent, rows, [*found, *repeats], 'csv')
