@@ -151,6 +151,25 @@ def test_padding_pixels_are_black_in_an_inverted_picture_too(tmp_path):
     assert not got[:, :5].any() and np.array_equal(got[:, 5:][a[:, 5:] > 0], 255 - a[:, 5:][a[:, 5:] > 0])
 
 
+@pytest.mark.parametrize("padding,high", [(65535, 255), (65535, 4000), (65535, 16383), (-20000, 3000)])
+@pytest.mark.parametrize("columns", [6, 12, 30])
+def test_padding_that_the_header_does_not_name_is_refused(tmp_path, padding, high, columns):
+    a = bscans(high=high)
+    a[:, :, :columns] = padding
+    heard = refusal(write(tmp_path/"a.dcm", a))
+    assert heard.startswith("wrong-mode") and f"{columns/48:.0%} of its values are {padding}, and the others reach from" in heard
+    assert "PixelPaddingValue" in heard
+    assert np.ptp(pictures(write(tmp_path/"b.dcm", a, PixelPaddingValue=padding))[:, :, columns:]) > 200
+
+
+def test_saturated_and_black_values_are_no_padding(tmp_path):
+    for name, low, high in (("a.dcm", 20000, 65535), ("b.dcm", -30000, 30000)):
+        a = np.clip(bscans(low=low, high=2*high), low, high)
+        assert np.array_equal(pictures(write(tmp_path/name, a)), spread(a)) and (a == high).mean() > .1
+    a = np.where(bscans() < 90, 0, bscans(high=1000))
+    assert np.array_equal(pictures(write(tmp_path/"c.dcm", a)), spread(a)) and (a == 0).mean() > .1
+
+
 def test_monochrome1_is_inverted(tmp_path):
     a = bscans(low=12, high=803)
     path = write(tmp_path/"a.dcm", a, PhotometricInterpretation="MONOCHROME1")
@@ -485,6 +504,23 @@ def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_dam
 
 
 # --- what is no volume of B-scans
+
+def of_stacks(path, *stacks):
+    "A file whose frames are each of a stack."
+    frames = [data_set(FrameContentSequence=[data_set(StackID=stack)]) for stack in stacks]
+    return write(path, bscans(len(stacks)), 8, PerFrameFunctionalGroupsSequence=frames)
+
+
+def test_two_volumes_in_one_file_are_refused(tmp_path):
+    heard = refusal(of_stacks(tmp_path/"a.dcm", "1", "1", "1", "2", "2"))
+    assert heard.startswith("mixed-pages") and "3 of StackID 1, 2 of StackID 2" in heard
+
+
+@pytest.mark.parametrize("stacks", [("1", "1", "1"), ("1", "2", "3"), (None, "1", "1")])
+def test_frames_of_one_stack_or_of_a_stack_each_are_one_volume(tmp_path, stacks):
+    scans = read(of_stacks(tmp_path/"a.dcm", *stacks))
+    assert [(s.slice, s.n_slices, s.volume) for s in scans] == [(i, 3, "a") for i in range(3)]
+
 
 def test_float_pixels_are_named(tmp_path):
     d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(1)))

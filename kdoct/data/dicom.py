@@ -8,6 +8,7 @@ __all__ = ['MODALITIES', 'MAX_COMPARED', 'DICOM_WITHOUT_PREAMBLE', 'read_dicom']
 # %% ../../nbs/01l_data.dicom.ipynb #imp-data-dicom
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -311,6 +312,13 @@ def _dicom_place(path:Path, d, n:int, withheld:tuple)->tuple[int|None, int|None,
     return slice, None, f'{d.SeriesInstanceUID}{where}', notes
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a012
+def _check_stacks(frames):
+    "`BadImage` where a file's frames are of several volumes; a stack for each frame, as of a radial scan, is one volume."
+    stacks = Counter(str(stack) for frame in frames if (stack := _first([frame], 'FrameContentSequence', 'StackID')))
+    if len(stacks) < 2 or max(stacks.values()) == 1: return
+    each = ', '.join(f"{n} of StackID {stack}" for stack, n in stacks.most_common(8))
+    raise BadImage('mixed-pages', f"frames of {len(stacks)} volumes in one file: {each}; save each volume as a file of its own")
+
 def read_dicom(
     path:Path,           # a DICOM file, with preamble or without
     modality:str='oct',  # what it must hold: a key of `MODALITIES`; another word: anything
@@ -319,6 +327,7 @@ def read_dicom(
     d, n, read = _dicom_head(path)
     what, bits = _dicom_kind(d, modality), check_bits(d)
     shared, frames = list(d.get('SharedFunctionalGroupsSequence') or [])[:1], d.get('PerFrameFunctionalGroupsSequence') or []
+    _check_stacks(frames[:n])
     def groups_of(i): return [*frames[i:i + 1], *shared, d]
     patient, withheld = patient_identifier(str(d.get('PatientID') or ''))
     slice, total, volume, order = _dicom_place(path, d, n, withheld)
