@@ -116,7 +116,7 @@ def test_a_thing_is_as_fast_as_itself():
 @pytest.mark.parametrize("able", [True, False])
 def test_bf16_is_timed_only_where_the_device_multiplies_in_it(monkeypatch, able):
     products = []
-    monkeypatch.setattr(bench, "computes_bf16", lambda device: able)
+    monkeypatch.setattr("kdoct.app.bench_harness.computes_bf16", lambda device: able)
     monkeypatch.setattr(torch, "mm", lambda a, b: products.append(a.dtype))
     rates = bench_harness.machine_rates()
     assert set(rates) == {"fp32", "copy"} | ({"bf16"} if able else set())

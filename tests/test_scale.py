@@ -51,7 +51,7 @@ MEASURE = """
 def measure(root, preset, folder, out, variants):
     "Time and memory of a process that lists, audits and splits; tables are left in `out`."
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), preset, str(folder), str(out), json.dumps(variants)]
-    facts = json.loads(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout)
+    facts = json.loads(subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout)
     print({k: f"{s:.1f} s (clock {facts['clock'][k]:.1f} s)" for k, s in facts["seconds"].items()}, f"{facts['grown_mb']:.0f} MB")
     return dict(facts, table=pd.read_parquet(out / "table.parquet"), findings=pd.read_parquet(out / "findings.parquet"),
                 **{v: pd.read_parquet(out / f"{v}.parquet") for v in variants})

@@ -323,7 +323,7 @@ def test_fastai_gathers_nothing_and_the_table_is_filled(tmp_path, recipe, monkey
 
 def test_only_training_steps_may_round_to_tf32(tmp_path, recipe, monkeypatch):
     seen, matmul = [], torch.backends.cuda.matmul
-    for module in ('kdoct.training.results', 'kdoct.training.precision'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
+    for module in ('kdoct.training.loop', 'kdoct.training.precision'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
     class Look(Callback):
         def after_pred(self): seen.append((self.training, matmul.allow_tf32))
         def after_loss(self): seen.append((self.training, matmul.allow_tf32))

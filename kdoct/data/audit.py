@@ -169,7 +169,7 @@ def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
 def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...])->dict:
     "The audit in numbers."
     colour, merged = kept.colour >= COLOUR_SHARE, listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy()
-    return dict(root=listing.root, listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
+    return dict(root=str(listing.root), listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
                 groups=kept.group.nunique(), images_in_renamed_groups=int(merged.sum()), colour_images=int(colour.sum()),
                 most_coloured=float(kept.colour.max()) if len(kept) else 0., leave_out=sorted(leave_out),
                 problems=findings.problem.value_counts().sort_index().to_dict(),
