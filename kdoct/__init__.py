@@ -14,7 +14,7 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',
     'preset': 'core.recipe',
-    'create_run': 'core.runs',
+    'new_run': 'app.stages',
     'open_run': 'core.runs',
     'write_phantom': 'data.phantom',
     'load_model_folder': 'models.backbones',
