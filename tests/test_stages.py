@@ -81,3 +81,4 @@ def test_an_unknown_stage_is_refused_with_those_there_are(run):
 def test_the_folder_that_a_command_writes_to_is_there(run):
     words = stage_command("teacher", run, 2).split()
     assert Path(words[2]).parent.is_dir()
+    assert not run.fold_dir(2).exists()   # naming a command makes nothing

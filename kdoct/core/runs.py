@@ -237,9 +237,8 @@ def stage_command(
     "The papermill command that runs a stage of this run."
     row = stage_of(stage)
     nb = Path(os.path.relpath(notebooks_dir()/f'{row.notebook}.ipynb')).as_posix()
-    folder = run.notebooks_dir(fold)
-    folder.mkdir(parents=True, exist_ok=True)   # papermill makes none, and the command is to run as it is shown
-    out = Path(os.path.relpath(folder/f'{stage}.ipynb')).as_posix()
+    name = f'fold_{fold}_{stage}' if row.per_fold else stage
+    out = Path(os.path.relpath(run.path/f'{name}.ipynb')).as_posix()   # a folder that is there: papermill makes none
     options = [_raw_or_not(run.name), 'run', run.name] if run.name != 'demo' else []
     if row.per_fold: options += ['-p', 'fold', str(fold)]
     for name, value in row.parameters(stage).items(): options += ['-p', name, value]
