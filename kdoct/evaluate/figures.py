@@ -59,11 +59,12 @@ def save_figure(
     fig:Figure,  # what to save
     path:str|Path,  # a .png
     dpi:int=120,  # dots an inch, at most 150
+    method:PILImage.Quantize|None=None,  # how the 256 colours are chosen; None: Pillow's choice
 ) -> Path:  # the same path
     "Write a figure as PNG, atomically; 256 colours are enough for all of them and a third of the size."
     with io.BytesIO() as raw, atomic_path(path) as tmp:
         fig.savefig(raw, dpi=min(dpi, 150), format='png', facecolor='white')
-        PILImage.open(raw).convert('RGB').quantize(256, dither=PILImage.Dither.NONE).save(tmp, 'png', optimize=True)
+        PILImage.open(raw).convert('RGB').quantize(256, method=method, dither=PILImage.Dither.NONE).save(tmp, 'png', optimize=True)
     return Path(path)
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #e6dd6bd4

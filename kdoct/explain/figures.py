@@ -6,7 +6,6 @@
 __all__ = ['MAP_COLOURS', 'LESS', 'MORE', 'overlay', 'Explained', 'map_figure', 'save_maps', 'curves_figure', 'agreement_figure']
 
 # %% ../../nbs/06c_explain.figures.ipynb #imp-explain-figures
-import io
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,9 @@ from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..core.files import atomic_path, counted, KdoctError
+from ..core.files import counted, KdoctError
 from ..core.recipe import EvaluateRecipe
-from ..evaluate.figures import ROLE_COLOUR
+from ..evaluate.figures import ROLE_COLOUR, save_figure
 from ..evaluate.metrics import group_weights
 from ..evaluate.tables import Section
 from .faithfulness import CORRECTNESS, FEW
@@ -140,10 +139,7 @@ def save_maps(
     dpi:int=100,     # dots an inch, at most 150
 )->Path:             # the same path
     "Write a page of maps as PNG, atomically, in 256 colours that keep the map's scale."
-    with io.BytesIO() as raw, atomic_path(path) as tmp:
-        fig.savefig(raw, dpi=min(dpi, 150), format='png', facecolor='white')
-        Image.open(raw).convert('RGB').quantize(256, method=Image.Quantize.MAXCOVERAGE).save(tmp, 'png', optimize=True)
-    return Path(path)
+    return save_figure(fig, path, dpi, Image.Quantize.MAXCOVERAGE)
 
 # %% ../../nbs/06c_explain.figures.ipynb #23ce590c
 def _band(curves, groups, e, seed):
