@@ -7,16 +7,13 @@ __all__ = ['require_archs', 'new_run', 'as_typed', 'open_stage']
 
 # %% ../../nbs/08b_app.stages.ipynb #imp-app-stages
 import ast
-import atexit
 import difflib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import psutil
 
-from ..core.files import KdoctError, outputs_root
+from ..core.files import KdoctError, outputs_root, temporary_outputs
 from kdoct.core.recipe import (
     own_teachers,
     parse_overrides,
@@ -132,8 +129,7 @@ def _make_earlier_stages(run:Run, fold:int, before:dict):
 
 def _test_stage(before:dict)->tuple[Run, int]:
     "A tiny run in a temporary folder, brought to the point where this stage starts."
-    folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    temporary_outputs()
     out = new_run('tiny', preset('tiny'))
     _make_earlier_stages(out, 0, before)
     return out, 0

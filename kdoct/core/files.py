@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'KdoctError', 'atomic_path', 'to_plain', 'write_json', 'read_json', 'sha256_file', 'locked',
-           'seed_everything', 'require_extra', 'outputs_root', 'notebooks_dir', 'usable_cores', 'provenance',
-           'human_time', 'counted']
+           'seed_everything', 'require_extra', 'outputs_root', 'notebooks_dir', 'temporary_outputs', 'usable_cores',
+           'provenance', 'human_time', 'counted']
 
 # %% ../../nbs/00a_core.files.ipynb #imp-core-files
+import atexit
+import shutil
 import importlib.resources
 import hashlib
 import importlib.util
@@ -169,6 +171,13 @@ def notebooks_dir()->Path:
     places = [p for p in ((_checkout() or package.parent)/'nbs', package/'_nbs', package.parent/'nbs') if (p/'00c_core.runs.ipynb').exists()]
     if not places: raise KdoctError("The stage notebooks of kdoct are not here.", fix="Install kdoct from a wheel or a checkout.")
     return places[0]
+
+# %% ../../nbs/00a_core.files.ipynb #temporary-outputs
+def temporary_outputs()->Path:  # the folder
+    "Let this process keep its runs in a temporary folder, which is gone when the process ends: for lessons and tests."
+    folder = os.environ['KDOCT_OUTPUTS'] = tempfile.mkdtemp(prefix='kdoct-test-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 # %% ../../nbs/00a_core.files.ipynb #b4805321
 _PACKAGES = 'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
