@@ -54,8 +54,14 @@ setup(
     packages=[name, *(f"{name}.{p}" for p in find_packages(name))],
     include_package_data=False,
     install_requires=requirements("requirements"),
-    extras_require={extra: requirements(f"{extra}_requirements") for extra in ("offline", "deploy", "volumes", "app", "dev")},
-    entry_points={"console_scripts": requirements("console_scripts"), "nbdev": [f"{name} = {name}._modidx:d"]},
+    extras_require={
+        extra: requirements(f"{extra}_requirements")
+        for extra in ("offline", "deploy", "volumes", "app", "dev")
+    },
+    entry_points={
+        "console_scripts": requirements("console_scripts"),
+        "nbdev": [f"{name} = {name}._modidx:d"],
+    },
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
 )

@@ -55,19 +55,39 @@ def shared_data():
     return folder
 
 
-_CHROMIUM_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                   "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")
+_CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
 
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
     "One headless Chromium for the session, driven by selenium, without a network of its own accord."
-    places = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
-    if not all(places): pytest.skip("no browser here: chromium and chromedriver (Debian packages chromium, chromium-driver) are not installed")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'kdoct[dev]'")
+    places = (
+        shutil.which("chromium") or shutil.which("chromium-browser"),
+        shutil.which("chromedriver"),
+    )
+    if not all(places):
+        pytest.skip(
+            "no browser here: chromium and chromedriver (Debian packages chromium, "
+            "chromium-driver) are not installed"
+        )
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed: pip install 'kdoct[dev]'"
+    )
     options = webdriver.ChromeOptions()
     options.binary_location = places[0]
-    for flag in (*_CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(flag)
+    for flag in (*_CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with pytest.MonkeyPatch.context() as env:
         for name in ("NO_PROXY", "no_proxy"): env.setenv(name, "localhost,127.0.0.1")   # the driver is on this machine

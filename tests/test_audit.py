@@ -41,19 +41,33 @@ def coded(image, format, **kw):
     return f.getvalue()
 
 
-def png_chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_bomb(side):
     "A PNG of a few bytes that claims side x side pixels."
     head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100)) + png_chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", head)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def png_16bit_rgb():
     "PIL writes none, and reads one as 8 bits without a word."
-    head, raw = struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0), b"".join(b"\0" + RNG.bytes(64 * 6) for _ in range(64))
-    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b"")
+    head, raw = (
+        struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0),
+        b"".join(b"\0" + RNG.bytes(64 * 6) for _ in range(64)),
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", head)
+        + png_chunk(b"IDAT", zlib.compress(raw))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def png_wrong_crc():
@@ -74,7 +88,13 @@ def with_orientation(n):
     return coded(scan(), "JPEG", exif=exif)
 
 
-def frames(format): return coded(Image.fromarray(scan()), format, save_all=True, append_images=[Image.fromarray(scan()) for _ in range(2)])
+def frames(format):
+    return coded(
+        Image.fromarray(scan()),
+        format,
+        save_all=True,
+        append_images=[Image.fromarray(scan()) for _ in range(2)],
+    )
 
 
 def pages_of(first, *rest):
@@ -102,7 +122,12 @@ def with_zeros(data, tag): return with_tag(data, tag, 0, 0)
 
 def two_colours(format):
     "A palette of two colours."
-    return coded(Image.fromarray(scan() > 90).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2), format)
+    return coded(
+        Image.fromarray(scan() > 90)
+        .convert("RGB")
+        .convert("P", palette=Image.Palette.ADAPTIVE, colors=2),
+        format,
+    )
 
 
 def entropy_coded(data):
@@ -146,7 +171,10 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "text.png": (b"CNV, 3 of 5\n" * 40, "not-an-image"),
     "page.jpg": (b"<html><body>404 Not Found</body></html>", "not-an-image"),
     "zip.tif": (b"PK\x03\x04" + RNG.bytes(500), "not-an-image"),
-    "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n", "not-an-image"),  # PIL would start ghostscript
+    "program.png": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n",
+        "not-an-image",
+    ),  # PIL would start ghostscript
     "cut.jpg": (coded(scan(), "JPEG")[:-2000], "truncated"),
     "cut.png": (coded(scan(), "PNG")[:-2000], "truncated"),
     "cut.bmp": (coded(scan(), "BMP")[:-2000], "truncated"),
@@ -154,10 +182,14 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "strips without place.tif": (with_zeros(strips(scan()), 273), "truncated"),
     "strips without bytes.tif": (with_zeros(strips(scan()), 279), "truncated"),
     "tiles without place.tif": (with_zeros(strips(scan(), tile=(32, 32)), 324), "truncated"),
-    "packed strips without place.tif": (with_zeros(strips(scan(), compression="zlib"), 273), "truncated"),
+    "packed strips without place.tif": (
+        with_zeros(strips(scan(), compression="zlib"), 273),
+        "truncated",
+    ),
     "too few strips.tif": (with_tag(coded(scan(), "TIFF"), 278, 16), "truncated"),
     "too few bytes.tif": (with_tag(coded(scan(), "TIFF"), 279, 999), "truncated"),
-    "strips.tif": (strips(scan()), ""), "tiles.tif": (strips(scan(), tile=(32, 32)), ""),
+    "strips.tif": (strips(scan()), ""),
+    "tiles.tif": (strips(scan(), tile=(32, 32)), ""),
     "packed strips.tif": (strips(scan(), compression="zlib"), ""),
     "cut.webp": (coded(scan(channels=3), "WEBP", lossless=True)[:-2000], "truncated|corrupt"),
     "header only.png": (coded(scan(), "PNG")[:20], "truncated|corrupt"),
@@ -179,14 +211,23 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "two colours.png": (two_colours("PNG"), "wrong-mode"),
     "two colours.bmp": (two_colours("BMP"), "wrong-mode"),
     "two colours.gif": (two_colours("GIF"), "wrong-mode"),
-    "zero half.jpg": (zeroed(coded(scan(), "JPEG"), .5, 1), "corrupt"),
-    "zero first half.jpg": (zeroed(coded(scan(), "JPEG"), 0, .5), "corrupt"),
-    "zero half, colour.jpg": (zeroed(coded(scan(channels=3), "JPEG"), .5, 1), "corrupt"),
-    "zero half, progressive.jpg": (zeroed(coded(scan(), "JPEG", progressive=True), .5, 1), "corrupt"),
-    "zero half, restarts.jpg": (zeroed(coded(scan(), "JPEG", restart_marker_blocks=4), .5, 1), "corrupt"),
-    "zero half.cmyk.jpg": (zeroed(coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), .5, 1), "corrupt"),
+    "zero half.jpg": (zeroed(coded(scan(), "JPEG"), 0.5, 1), "corrupt"),
+    "zero first half.jpg": (zeroed(coded(scan(), "JPEG"), 0, 0.5), "corrupt"),
+    "zero half, colour.jpg": (zeroed(coded(scan(channels=3), "JPEG"), 0.5, 1), "corrupt"),
+    "zero half, progressive.jpg": (
+        zeroed(coded(scan(), "JPEG", progressive=True), 0.5, 1),
+        "corrupt",
+    ),
+    "zero half, restarts.jpg": (
+        zeroed(coded(scan(), "JPEG", restart_marker_blocks=4), 0.5, 1),
+        "corrupt",
+    ),
+    "zero half.cmyk.jpg": (
+        zeroed(coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), 0.5, 1),
+        "corrupt",
+    ),
     "lost part.jpg": (lost(coded(scan(), "JPEG")), "corrupt"),
-    "zero half, jpeg.tif": (zeroed(coded(scan(), "TIFF", compression="jpeg"), .3, .4), "corrupt"),
+    "zero half, jpeg.tif": (zeroed(coded(scan(), "TIFF", compression="jpeg"), 0.3, 0.4), "corrupt"),
     "restarts.jpg": (coded(scan(), "JPEG", restart_marker_blocks=4), ""),
     "jpeg.tif": (coded(scan(), "TIFF", compression="jpeg"), ""),
     "other pages.tif": (pages_of(scan(), scan(), scan(40, 50)), "mixed-pages"),
@@ -209,8 +250,16 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "black.png": (coded(np.zeros((80, 100), np.uint8), "PNG"), "blank"),
     "black too.png": (coded(np.zeros((80, 100), np.uint8), "PNG"), "blank"),
 }
-BESIDE = {"CNV/loop.png": "symlink-loop", "CNV/dangling.png": "missing", "CNV/folder.png": "not-a-file", "CNV/pipe.png": "not-a-file",
-          "CNV/._ok.png": "hidden", "CNV/notes.txt": "other-file", "CNV/linked": "linked-folder", "stray.png": "no-class-folder"}
+BESIDE = {
+    "CNV/loop.png": "symlink-loop",
+    "CNV/dangling.png": "missing",
+    "CNV/folder.png": "not-a-file",
+    "CNV/pipe.png": "not-a-file",
+    "CNV/._ok.png": "hidden",
+    "CNV/notes.txt": "other-file",
+    "CNV/linked": "linked-folder",
+    "stray.png": "no-class-folder",
+}
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +281,15 @@ def wreck(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wrecked(wreck): return audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")))
+def wrecked(wreck):
+    return audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")))
 
 
 def kinds(findings, path): return set(findings.problem[findings.path == path])
 
 
-def test_there_are_more_than_40_broken_files(): assert len([p for _, p in FILES.values() if p]) + len(BESIDE) >= 40
+def test_there_are_more_than_40_broken_files():
+    assert len([p for _, p in FILES.values() if p]) + len(BESIDE) >= 40
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -250,7 +301,8 @@ def test_each_file_is_reported_as_what_it_is(wrecked, name):
 
 
 @pytest.mark.parametrize("path", BESIDE)
-def test_what_is_no_file_at_all_is_reported_too(wrecked, path): assert kinds(wrecked.findings, path) == {BESIDE[path]}
+def test_what_is_no_file_at_all_is_reported_too(wrecked, path):
+    assert kinds(wrecked.findings, path) == {BESIDE[path]}
 
 
 def test_errors_stop_the_run_and_the_message_tells_how_to_go_on(wrecked, wreck):
@@ -258,20 +310,32 @@ def test_errors_stop_the_run_and_the_message_tells_how_to_go_on(wrecked, wreck):
     text = str(e.value)
     stops = sorted(set(wrecked.findings.problem[wrecked.findings.severity == "error"]))
     assert "3 suspicious-size" in text and f"data.leave_out={','.join(stops)}" in text
-    lenient = audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")), leave_out=tuple(stops)).check()
-    good = {f"CNV/{n}" for n, (_, p) in FILES.items() if not p or PROBLEMS.get(p.rstrip("?"), ("error",))[0] == "note"}
+    lenient = audit(
+        load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")),
+        leave_out=tuple(stops),
+    ).check()
+    good = {
+        f"CNV/{n}"
+        for n, (_, p) in FILES.items()
+        if not p or PROBLEMS.get(p.rstrip("?"), ("error",))[0] == "note"
+    }
     assert set(lenient.table.path) == good == set(wrecked.table.path)
     assert (lenient.findings.action != "stops the run").all()
 
 
 def test_findings_do_not_depend_on_the_number_of_threads(wrecked, wreck):
-    other = audit(load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")), workers=7)
+    other = audit(
+        load_table(DataRecipe(source="folder", root=str(wreck), group_pattern="([^/]+)$")),
+        workers=7,
+    )
     assert other.findings.equals(wrecked.findings) and other.table.equals(wrecked.table)
 
 
 def test_a_bomb_is_not_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"), raising=False)
+    monkeypatch.setattr(
+        "PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"), raising=False
+    )
     assert 10_000**2 > MAX_PIXELS
     with pytest.raises(KdoctError, match="decompression-bomb"): decode_image(png_bomb(10_000))
 
@@ -311,17 +375,29 @@ def listed(root, **files):
     "A table of files CLASS_PATIENT_NAME -> bytes."
     for name, data in files.items(): (root / name).write_bytes(data)
     keys = [n.split("_") for n in files]
-    return make_listing(root, [dict(path="_".join(k), label=k[0], patient=k[1]) for k in keys], [], "test")
+    return make_listing(
+        root, [dict(path="_".join(k), label=k[0], patient=k[1]) for k in keys], [], "test"
+    )
 
 
 def test_shared_pixels_merge_groups_through_a_chain(tmp_path):
     a, b, c = scan(), scan(), scan()
-    files = dict(A_p3_1=coded(a, "PNG"), A_p2_1=coded(a, "BMP"), A_p2_2=coded(b, "PNG"), A_p1_1=coded(b, "PNG"), A_p4_1=coded(c, "PNG"))
+    files = dict(
+        A_p3_1=coded(a, "PNG"),
+        A_p2_1=coded(a, "BMP"),
+        A_p2_2=coded(b, "PNG"),
+        A_p1_1=coded(b, "PNG"),
+        A_p4_1=coded(c, "PNG"),
+    )
     result = audit(listed(tmp_path, **files)).check()
     assert dict(zip(result.table.path, result.table.group, strict=True)) == {
         "A_p1_1": "p1", "A_p2_1": "p1", "A_p2_2": "p1", "A_p3_1": "p1", "A_p4_1": "p4"}
     f = result.findings
-    assert set(f.problem) == {"duplicate-across-groups"} and len(f) == 2 and f.action.str.contains("merged").all()
+    assert (
+        set(f.problem) == {"duplicate-across-groups"}
+        and len(f) == 2
+        and f.action.str.contains("merged").all()
+    )
     assert set(f.detail.str.split(" as ").str[0]) == {"same pixels", "same bytes"}
 
 
@@ -338,108 +414,195 @@ def test_same_pixels_under_two_labels_stop_or_are_left_out_altogether(tmp_path):
     table = listed(tmp_path, A_p1_1=torn, B_p2_1=torn, A_p1_2=more, B_p2_2=c)
     with pytest.raises(KdoctError, match="2 same-pixels-two-labels"): audit(table).check()
     left = audit(table, leave_out=("same-pixels-two-labels",)).check().table
-    assert list(left.path) == ["A_p1_2", "B_p2_2"] and set(left.group) == {"p1"}  # the patients stay together all the same
+    # the patients stay together all the same
+    assert list(left.path) == ["A_p1_2", "B_p2_2"] and set(left.group) == {"p1"}
 
 
 def test_two_black_images_do_not_make_two_patients_one(tmp_path):
     black = coded(np.zeros((64, 64), np.uint8), "PNG")
-    table = listed(tmp_path, A_p1_1=black, B_p2_1=black, A_p1_2=coded(scan(), "PNG"), B_p2_2=coded(scan(), "PNG"))
+    table = listed(
+        tmp_path,
+        A_p1_1=black,
+        B_p2_1=black,
+        A_p1_2=coded(scan(), "PNG"),
+        B_p2_2=coded(scan(), "PNG"),
+    )
     assert list(audit(table, leave_out=("blank",)).check().table.group) == ["p1", "p2"]
 
 
 def test_unknown_labels_stop_and_are_never_renamed(tmp_path):
-    table = listed(tmp_path, CNV_1_1=coded(scan(), "PNG"), cnv_2_1=coded(scan(), "PNG"), DME_3_1=coded(scan(), "PNG"))
+    table = listed(
+        tmp_path,
+        CNV_1_1=coded(scan(), "PNG"),
+        cnv_2_1=coded(scan(), "PNG"),
+        DME_3_1=coded(scan(), "PNG"),
+    )
     result = audit(table, classes=("CNV", "DME"))
-    assert list(result.findings.path) == ["cnv_2_1"] and list(result.findings.problem) == ["unknown-label"]
+    assert list(result.findings.path) == ["cnv_2_1"] and list(result.findings.problem) == [
+        "unknown-label"
+    ]
     with pytest.raises(KdoctError, match="1 unknown-label"): result.check()
-    assert set(audit(table, classes=("CNV", "DME"), leave_out=("unknown-label",)).check().table.label) == {"CNV", "DME"}
+    assert set(
+        audit(table, classes=("CNV", "DME"), leave_out=("unknown-label",)).check().table.label
+    ) == {"CNV", "DME"}
 
 
 def test_a_mistyped_problem_in_leave_out_is_refused(tmp_path):
-    with pytest.raises(KdoctError, match="truncate"): audit(listed(tmp_path, A_1_1=coded(scan(), "PNG")), leave_out=("truncate",))
+    with pytest.raises(KdoctError, match="truncate"):
+        audit(listed(tmp_path, A_1_1=coded(scan(), "PNG")), leave_out=("truncate",))
 
 
 def test_a_coloured_scale_bar_leaves_the_data_grey_and_a_photograph_does_not(tmp_path):
     bar = np.repeat(scan(496, 768)[..., None], 3, 2)
     bar[456:490, 5:75] = (255, 60, 60)
     assert audit(listed(tmp_path, A_1_1=coded(bar, "PNG"))).channels == 1
-    assert audit(listed(tmp_path, A_1_1=coded(bar, "PNG"), A_2_1=coded(scan(channels=3), "PNG"))).channels == 3
+    assert (
+        audit(
+            listed(tmp_path, A_1_1=coded(bar, "PNG"), A_2_1=coded(scan(channels=3), "PNG"))
+        ).channels
+        == 3
+    )
 
 
 def test_the_real_images_pass_in_one_go(shared_data):
-    result = audit(load_table(DataRecipe(source="ucsd", root=str(shared_data / "ucsd_oct")))).check()
+    result = audit(
+        load_table(DataRecipe(source="ucsd", root=str(shared_data / "ucsd_oct")))
+    ).check()
     assert len(result.table) == 800 and result.channels == 1
     assert list(result.findings.problem) == ["other-file"]  # its manifest.csv
 
 
-def test_training_images_of_people_in_the_official_test_part_are_noted_and_can_be_left_out(tmp_path):
+def test_training_images_of_people_in_the_official_test_part_are_noted_and_can_be_left_out(
+    tmp_path,
+):
     same, rows = coded(scan(), "PNG"), []
-    for name, patient, part, data in [("a", "1", "train", None), ("b", "1", "test", None), ("c", "2", "train", same), ("d", "3", "test", same),
-                                      ("e", "4", "val", None), ("f", "5", "train", None), ("g", "5", "test", b"")]:
+    for name, patient, part, data in [
+        ("a", "1", "train", None),
+        ("b", "1", "test", None),
+        ("c", "2", "train", same),
+        ("d", "3", "test", same),
+        ("e", "4", "val", None),
+        ("f", "5", "train", None),
+        ("g", "5", "test", b""),
+    ]:
         (tmp_path / f"{name}.png").write_bytes(coded(scan(), "PNG") if data is None else data)
         rows.append(dict(path=f"{name}.png", label="A", patient=patient, split=part))
     listing = make_listing(tmp_path, rows, [], "t")
-    noted, gone = audit(listing, leave_out=("empty",)), audit(listing, leave_out=("empty", "official-overlap"))
+    noted, gone = (
+        audit(listing, leave_out=("empty",)),
+        audit(listing, leave_out=("empty", "official-overlap")),
+    )
     f = noted.findings
-    assert list(f.path[f.problem == "official-overlap"]) == ["a.png", "c.png"]  # by number, by pixels; not for a test image that is left out
-    assert len(noted.check().table) == 6 and set(gone.check().table.path) == {"b.png", "d.png", "e.png", "f.png"}
+    # by number, by pixels; not for a test image that is left out
+    assert list(f.path[f.problem == "official-overlap"]) == ["a.png", "c.png"]
+    assert len(noted.check().table) == 6 and set(gone.check().table.path) == {
+        "b.png",
+        "d.png",
+        "e.png",
+        "f.png",
+    }
     assert noted.summary["merged_groups"] == {"2": ["2", "3"]}
 
 
 def test_a_class_whose_images_are_all_left_out_stops_the_run(tmp_path):
     table = listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"), C_3_1=b"")
-    with pytest.raises(KdoctError, match="leaves no image of class C.*\n.*--classes A,B"): audit(table, leave_out=("empty",)).check()
-    assert list(audit(table, leave_out=("empty", "unknown-label"), classes=("A", "B")).check().table.label) == ["A", "B"]
+    with pytest.raises(KdoctError, match="leaves no image of class C.*\n.*--classes A,B"):
+        audit(table, leave_out=("empty",)).check()
+    assert list(
+        audit(table, leave_out=("empty", "unknown-label"), classes=("A", "B")).check().table.label
+    ) == ["A", "B"]
 
 
 def test_the_classes_that_are_left_are_named_as_a_shell_takes_them(tmp_path):
-    table = listed(tmp_path, **{"wet AMD_1_1": coded(scan(), "PNG"), "B_2_1": coded(scan(), "PNG"), "C_3_1": b""})
-    with pytest.raises(KdoctError, match="--classes 'B,wet AMD'"): audit(table, leave_out=("empty",)).check()
+    table = listed(
+        tmp_path,
+        **{"wet AMD_1_1": coded(scan(), "PNG"), "B_2_1": coded(scan(), "PNG"), "C_3_1": b""},
+    )
+    with pytest.raises(KdoctError, match="--classes 'B,wet AMD'"):
+        audit(table, leave_out=("empty",)).check()
 
 
 def test_the_page_shows_classes_with_images_and_patients_and_what_stops_the_run_first(tmp_path):
-    result = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), A_1_2=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"), B_3_1=b"", C_4_1=b""))
+    result = audit(
+        listed(
+            tmp_path,
+            A_1_1=coded(scan(), "PNG"),
+            A_1_2=coded(scan(), "PNG"),
+            B_2_1=coded(scan(), "PNG"),
+            B_3_1=b"",
+            C_4_1=b"",
+        )
+    )
     lines = audit_page(result, "all.csv").split("\n")
     assert lines[0] == "3 of 5 listed images can be used, of 2 groups (patients); grey."
-    assert [line.split() for line in lines[2:6]] == [["images", "patients"], ["A", "2", "1"], ["B", "1", "1"], ["C", "0", "0"]]
-    assert any(line.split()[:2] == ["2", "empty:"] and "stops the run" in line for line in lines) and lines[-1].endswith("all.csv")
+    assert [line.split() for line in lines[2:6]] == [
+        ["images", "patients"],
+        ["A", "2", "1"],
+        ["B", "1", "1"],
+        ["C", "0", "0"],
+    ]
+    assert any(
+        line.split()[:2] == ["2", "empty:"] and "stops the run" in line for line in lines
+    ) and lines[-1].endswith("all.csv")
 
 
 def test_leaving_out_is_no_remedy_where_nothing_would_be_left(tmp_path):
-    gone = make_listing(tmp_path, [dict(path=f"{c}.png", label=c, patient=c) for c in "AB"], [], "t")
+    gone = make_listing(
+        tmp_path, [dict(path=f"{c}.png", label=c, patient=c) for c in "AB"], [], "t"
+    )
     with pytest.raises(KdoctError, match="2 missing") as e: audit(gone).check()
     assert "leave_out" not in e.value.fix and f"looked for in {tmp_path}" in e.value.fix
     with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=b"")).check()
     assert "leave" not in e.value.fix and "no other image is left" in e.value.fix
-    with pytest.raises(KdoctError) as e: audit(listed(tmp_path, A_1_1=b"", B_1_1=coded(scan(), "PNG"))).check()
+    with pytest.raises(KdoctError) as e:
+        audit(listed(tmp_path, A_1_1=b"", B_1_1=coded(scan(), "PNG"))).check()
     assert "leave_out" not in e.value.fix and "no image of class A" in e.value.fix
 
 
 def test_the_page_shows_what_was_seen_in_the_first_file(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    page = audit_page(audit(listed(tmp_path, A_1_1=pointer, A_2_1=pointer, B_2_1=coded(scan(), "PNG"))))
+    page = audit_page(
+        audit(listed(tmp_path, A_1_1=pointer, A_2_1=pointer, B_2_1=coded(scan(), "PNG")))
+    )
     assert "A_1_1: a Git LFS pointer, not the file: fetch it with 'git lfs pull' ..." in page
 
 
 def test_the_page_counts_one_as_one_and_says_each_thing_once(tmp_path):
     same = coded(scan(), "PNG")
     page = audit_page(audit(listed(tmp_path, A_1_1=same, A_2_1=same)))
-    assert "2 of 2 listed images can be used, of 1 group (patient)" in page and "1 finding:" in page and "1 group holds" in page
-    assert "1 duplicate-across-groups: the same pixels occur in another group; the groups are merged\n" in page
+    assert (
+        "2 of 2 listed images can be used, of 1 group (patient)" in page
+        and "1 finding:" in page
+        and "1 group holds" in page
+    )
+    assert (
+        "1 duplicate-across-groups: the same pixels occur in another group; the groups are merged\n"
+        in page
+    )
 
 
 def test_groups_that_are_no_patients_are_not_shown_as_patients(tmp_path):
     listing = listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG"))
-    for unknown in (listing.table.assign(patient=""), listing.table.assign(group=["site 1", "site 2"])):
+    for unknown in (
+        listing.table.assign(patient=""),
+        listing.table.assign(group=["site 1", "site 2"]),
+    ):
         page = audit_page(audit(replace(listing, table=unknown)))
         assert "groups;" in page and "patient" not in page and "groups" in page.split("\n")[2]
 
 
 def test_25_000_copies_are_a_page(tmp_path):
     one = audit(listed(tmp_path, A_1_1=coded(scan(), "PNG"), B_2_1=coded(scan(), "PNG")))
-    copies = [finding(f"A/{'x'*90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS)
-              for i in range(12_500) for kind in ("near-duplicate", "duplicate-across-groups")]
-    copies += [finding("a.png", kind, action="stops the run", problems=PROBLEMS) for kind in PROBLEMS]
+    copies = [
+        finding(
+            f"A/{'x' * 90}{i}.png", kind, action=f"groups {i} and {i + 1} merged", problems=PROBLEMS
+        )
+        for i in range(12_500)
+        for kind in ("near-duplicate", "duplicate-across-groups")
+    ]
+    copies += [
+        finding("a.png", kind, action="stops the run", problems=PROBLEMS) for kind in PROBLEMS
+    ]
     page = audit_page(replace(one, findings=pd.DataFrame(copies)), "all.csv").split("\n")
     assert len(page) <= 45 and max(map(len, page)) <= 150 and f"{len(copies)} findings:" in page
 
@@ -465,7 +628,8 @@ def test_wrong_bytes_of_a_jpeg_are_found_where_libjpeg_finds_a_contradiction():
 def test_a_warning_of_libjpeg_that_is_no_damage_is_a_note():
     data = coded(scan(), "JPEG")
     at = data.index(b"JFIF\0") + 5
-    assert decode_image(data[:at] + b"\2" + data[at + 1:])[1] == ["not-checked"]   # a version of JFIF that libjpeg does not know
+    # a version of JFIF that libjpeg does not know
+    assert decode_image(data[:at] + b"\2" + data[at + 1:])[1] == ["not-checked"]
 
 
 @pytest.mark.parametrize("data", [coded(scan().astype(np.uint16)*257, "PNG"), coded(scan().astype(np.uint16)*257, "TIFF"), png_16bit_rgb(),
@@ -476,9 +640,15 @@ def test_more_than_8_bits_says_how_to_save_8(data):
 
 def test_a_damaged_file_is_named_in_our_words():
     tiff = coded(scan(), "TIFF")
-    at = tiff.index(struct.pack("<HH", 257, 4)) if struct.pack("<HH", 257, 4) in tiff else tiff.index(struct.pack("<HH", 257, 3))
+    at = (
+        tiff.index(struct.pack("<HH", 257, 4))
+        if struct.pack("<HH", 257, 4) in tiff
+        else tiff.index(struct.pack("<HH", 257, 3))
+    )
     said = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])   # Pillow: "Missing dimensions"
-    assert "dimensions" not in said and "damaged" in said and "copy or export the file again" in said
+    assert (
+        "dimensions" not in said and "damaged" in said and "copy or export the file again" in said
+    )
     assert "copy or export the file again" in refused(coded(scan(), "JPEG")[:-2000])
 
 

@@ -23,18 +23,26 @@ from kdoct.data.augment import (
 
 NONE = AugmentRecipe(hflip=0, rotate=0, scale=0, shift=0, brightness=0, contrast=0)
 BILINEAR = tv.InterpolationMode.BILINEAR
-PIPELINES = {f"{name}-{who}": getattr(preset(name), who).augment for name in ("edge", "paper-neh") for who in ("teacher", "student")}
+PIPELINES = {
+    f"{name}-{who}": getattr(preset(name), who).augment
+    for name in ("edge", "paper-neh")
+    for who in ("teacher", "student")
+}
 
 
 def picture(n=4, channels=1, side=32, seed=0):
     "Independent pixels: no error hides in smoothness."
-    return torch.from_numpy(uniforms(np.arange(n) + 100 * seed + 1, channels * side * side, 0, 0)).view(n, channels, side, side)
+    return torch.from_numpy(
+        uniforms(np.arange(n) + 100 * seed + 1, channels * side * side, 0, 0)
+    ).view(n, channels, side, side)
 
 
 def smooth(side):
     "A picture that hardly changes from pixel to pixel, without symmetry."
     y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    return (0.5 + 0.2 * torch.sin(5 * x + 3 * y * y) + 0.2 * torch.cos(6 * y - 2 * x * x + 1))[None, None]
+    return (0.5 + 0.2 * torch.sin(5 * x + 3 * y * y) + 0.2 * torch.cos(6 * y - 2 * x * x + 1))[
+        None, None
+    ]
 
 
 def draws(n, seed=0):
@@ -69,7 +77,9 @@ def test_saturation_and_hue_are_torchvisions():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_blur_is_torchvisions(channels):
     x, sigma = picture(4, channels), torch.tensor([0.1, 0.5, 1.0, 2.0])
-    close(A.blur(x, sigma), one_by_one(x, lambda im, s: tv.gaussian_blur(im, [3, 3], [s, s]), sigma))
+    close(
+        A.blur(x, sigma), one_by_one(x, lambda im, s: tv.gaussian_blur(im, [3, 3], [s, s]), sigma)
+    )
 
 
 def test_posterize_is_that_of_8_bit_images():
@@ -93,9 +103,15 @@ def test_erase_is_torchvisions(fill, channels):
         if not a["erase"][i]:
             assert len(changed) == 0
             continue
-        (t, left), (h, w) = changed.amin(0).tolist(), (changed.amax(0) - changed.amin(0) + 1).tolist()
+        (t, left), (h, w) = (
+            changed.amin(0).tolist(),
+            (changed.amax(0) - changed.amin(0) + 1).tolist(),
+        )
         assert 0.01 < h * w / 1600 < 0.18 and 0.4 < h / w < 2.5
-        close(y[i], tv.erase(x[i], t, left, h, w, torch.as_tensor(x[i].mean() if fill == "mean" else 0.0)))
+        close(
+            y[i],
+            tv.erase(x[i], t, left, h, w, torch.as_tensor(x[i].mean() if fill == "mean" else 0.0)),
+        )
 
 
 def test_flips_are_torchvisions():
@@ -112,7 +128,8 @@ def test_flips_are_torchvisions():
     ("scale", 1.15, lambda x, v: tv.affine(x, 0, [0, 0], v, [0, 0], BILINEAR)),
     ("ops_shift_x", 0.09, lambda x, v: tv.affine(x, 0, [v * 32, 0], 1, [0, 0], BILINEAR)),
     ("ops_shift_y", -0.07, lambda x, v: tv.affine(x, 0, [0, v * 32], 1, [0, 0], BILINEAR)),
-    ("shift_x", 0.08, lambda x, v: tv.affine(x, 0, [-v * 32, 0], 1, [0, 0], BILINEAR)),  # the window moves, not the picture
+    # the window moves, not the picture
+    ("shift_x", 0.08, lambda x, v: tv.affine(x, 0, [-v * 32, 0], 1, [0, 0], BILINEAR)),
 ])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_geometry_has_torchvisions_signs_centre_and_black_fill(name, value, theirs, channels):
@@ -126,7 +143,11 @@ def test_geometry_has_torchvisions_signs_centre_and_black_fill(name, value, thei
 def steps(x, a, i, size):
     "The geometry of image `i` as torchvision calls, one after the other."
     def move(x, tx, ty): return tv.affine(x, 0, [tx * size, ty * size], 1, [0, 0], BILINEAR)
-    x = move(tv.rotate(x, a["ops_rotate"][i].item(), BILINEAR), a["ops_shift_x"][i].item(), a["ops_shift_y"][i].item())
+    x = move(
+        tv.rotate(x, a["ops_rotate"][i].item(), BILINEAR),
+        a["ops_shift_x"][i].item(),
+        a["ops_shift_y"][i].item(),
+    )
     x = move(x, -a["shift_x"][i].item(), -a["shift_y"][i].item())
     if a["hflip"][i]: x = tv.horizontal_flip(x)
     if a["vflip"][i]: x = tv.vertical_flip(x)
@@ -135,8 +156,20 @@ def steps(x, a, i, size):
 
 
 def test_one_warp_is_the_steps_one_after_the_other():
-    recipe = AugmentRecipe(hflip=0.5, vflip=0.5, rotate=20, shear=15, scale=0.15, shift=0.05, ops=2, ops_shift=0.09,
-                           ops_names=("rotate", "shift"), brightness=0, contrast=0, fill="black")
+    recipe = AugmentRecipe(
+        hflip=0.5,
+        vflip=0.5,
+        rotate=20,
+        shear=15,
+        scale=0.15,
+        shift=0.05,
+        ops=2,
+        ops_shift=0.09,
+        ops_names=("rotate", "shift"),
+        brightness=0,
+        contrast=0,
+        fill="black",
+    )
     n, stored, size = 12, 180, 160
     x, u = smooth(stored), draws(n)
     a = draw_changes(u, recipe)
@@ -152,13 +185,24 @@ def test_one_warp_is_the_steps_one_after_the_other():
 def reference_values(im, a, i, erase_fill):
     "Grey values and colours of image `i` as torchvision calls, in the stated order."
     one = {k: v[i].item() for k, v in a.items()}
-    for k, f in (("ops_brightness", tv.adjust_brightness), ("ops_contrast", tv.adjust_contrast), ("ops_saturation", tv.adjust_saturation),
-                 ("ops_sharpness", tv.adjust_sharpness), ("gain", tv.adjust_brightness), ("contrast", tv.adjust_contrast),
-                 ("saturation", tv.adjust_saturation), ("hue", tv.adjust_hue)):
+    for k, f in (
+        ("ops_brightness", tv.adjust_brightness),
+        ("ops_contrast", tv.adjust_contrast),
+        ("ops_saturation", tv.adjust_saturation),
+        ("ops_sharpness", tv.adjust_sharpness),
+        ("gain", tv.adjust_brightness),
+        ("contrast", tv.adjust_contrast),
+        ("saturation", tv.adjust_saturation),
+        ("hue", tv.adjust_hue),
+    ):
         if k in one: im = f(im, one[k])
     if one.get("blur"): im = tv.gaussian_blur(im, [3, 3], [one["blur"]]*2)
     if one.get("posterize"): im = tv.posterize((im*255).round().byte(), 4).float()/255
-    return A.erase(im[None].clone(), {k: v[i:i+1] for k, v in a.items()}, erase_fill)[0] if one.get("erase") else im
+    return (
+        A.erase(im[None].clone(), {k: v[i : i + 1] for k, v in a.items()}, erase_fill)[0]
+        if one.get("erase")
+        else im
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -189,7 +233,14 @@ def test_randaugment_shifts_by_pixels_and_each_image_by_its_own():
 @pytest.mark.parametrize("channels, pool", [(1, 5), (3, 6)])
 def test_randaugment_draws_without_repetition_and_each_as_often(channels, pool):
     a = draw_changes(draws(4000), NONE.model_copy(update=dict(ops=2)), channels)
-    hit = torch.stack([v != (0 if k in ("ops_rotate", "ops_shift_x") else 1) for k, v in a.items() if k != "ops_shift_y"], 1)
+    hit = torch.stack(
+        [
+            v != (0 if k in ("ops_rotate", "ops_shift_x") else 1)
+            for k, v in a.items()
+            if k != "ops_shift_y"
+        ],
+        1,
+    )
     assert hit.shape[1] == pool and (hit.sum(1) == 2).all()
     close(hit.float().mean(0), torch.full((pool,), 2 / pool), 0.03)
 
@@ -205,24 +256,48 @@ def test_saturation_and_hue_leave_grey_alone():
     grey = draw_changes(draws(50), recipe, 1)
     assert not {"saturation", "hue", "ops_saturation"} & set(grey)
     x = picture(8, 1)
-    no_colour = recipe.model_copy(update=dict(ops=2, ops_names=("brightness", "contrast", "sharpness", "rotate", "shift")))
-    three = augment(x.expand(-1, 3, -1, -1).contiguous(), draws(8), no_colour.model_copy(update=dict(posterize=0.0)))
+    no_colour = recipe.model_copy(
+        update=dict(ops=2, ops_names=("brightness", "contrast", "sharpness", "rotate", "shift"))
+    )
+    three = augment(
+        x.expand(-1, 3, -1, -1).contiguous(),
+        draws(8),
+        no_colour.model_copy(update=dict(posterize=0.0)),
+    )
     close(three[:, :1], three[:, 1:2], 1e-5)
-    close(three[:, :1], augment(x, draws(8), no_colour.model_copy(update=dict(posterize=0.0))), 1e-3)  # luminance weights sum to .9999
+    close(
+        three[:, :1], augment(x, draws(8), no_colour.model_copy(update=dict(posterize=0.0))), 1e-3
+    )  # luminance weights sum to .9999
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_values_stay_in_range_and_the_input_as_it_is(name, channels):
     x = picture(16, channels, 20)
-    before, u = x.clone(), torch.cat([draws(8), (draws(8, 1) < 0.5) * (1 - 2**-24)])  # half of them at the ends of every range
-    for y in (augment(x, u, PIPELINES[name]), augment(x, u, PIPELINES[name], 16), augment(x, u, NONE.model_copy(update=dict(erase=1.0)))):
+    # half of them at the ends of every range
+    before, u = x.clone(), torch.cat([draws(8), (draws(8, 1) < 0.5) * (1 - 2**-24)])
+    for y in (
+        augment(x, u, PIPELINES[name]),
+        augment(x, u, PIPELINES[name], 16),
+        augment(x, u, NONE.model_copy(update=dict(erase=1.0))),
+    ):
         assert torch.isfinite(y).all() and y.min() >= 0 and y.max() <= 1 and y.shape[1] == channels
     assert torch.equal(x, before)
 
 
 def test_what_is_off_is_not_computed(monkeypatch):
-    for name in ("warp", "gain", "contrast", "saturation", "hue", "sharpness", "blur", "posterize", "erase", "draw_ops"):
+    for name in (
+        "warp",
+        "gain",
+        "contrast",
+        "saturation",
+        "hue",
+        "sharpness",
+        "blur",
+        "posterize",
+        "erase",
+        "draw_ops",
+    ):
         monkeypatch.setattr(A, name, lambda *a, name=name, **k: pytest.fail(f"{name} was called"))
     x = picture(2)
     assert torch.equal(augment(x, draws(2), NONE), x)
@@ -230,12 +305,29 @@ def test_what_is_off_is_not_computed(monkeypatch):
 
 def test_default_recipe_gives_the_views_it_always_gave():
     "Numbers from the code that made the committed results (version of 2026-11, 14 draws)."
-    x, u = torch.from_numpy(uniforms([1, 2, 3], 1024, 0, 0)).view(3, 1, 32, 32), torch.from_numpy(uniforms([1, 2, 3], N_DRAWS, 43, 5))
+    x, u = (
+        torch.from_numpy(uniforms([1, 2, 3], 1024, 0, 0)).view(3, 1, 32, 32),
+        torch.from_numpy(uniforms([1, 2, 3], N_DRAWS, 43, 5)),
+    )
     for recipe, pixels, means in (
-        (AugmentRecipe(), [[.70598, .80014, .68555, .82252], [.49548, .77834, .6625, .59658], [.67349, .54239, .56716, .53647]],
-         [.64198, .6003, .41174]),
-        (AugmentRecipe(erase=1., shear=10.), [[.68386, .64244, .688, .86231], [.85789, .78747, .65339, .69887], [.04379, .41024, .60953, .07246]],
-         [.64379, .59973, .4106]),
+        (
+            AugmentRecipe(),
+            [
+                [0.70598, 0.80014, 0.68555, 0.82252],
+                [0.49548, 0.77834, 0.6625, 0.59658],
+                [0.67349, 0.54239, 0.56716, 0.53647],
+            ],
+            [0.64198, 0.6003, 0.41174],
+        ),
+        (
+            AugmentRecipe(erase=1.0, shear=10.0),
+            [
+                [0.68386, 0.64244, 0.688, 0.86231],
+                [0.85789, 0.78747, 0.65339, 0.69887],
+                [0.04379, 0.41024, 0.60953, 0.07246],
+            ],
+            [0.64379, 0.59973, 0.4106],
+        ),
     ):
         y = augment(x, u, recipe)
         close(y[:, 0, [3, 16, 16, 29], [5, 4, 20, 11]], torch.tensor(pixels), 2e-5)
@@ -252,7 +344,17 @@ def test_order_of_an_epoch_is_what_it_always_was():
 def batches(recipe, batch_size, n=12, size=16, rows=None, **kwargs):
     images = (picture(n, 1, 20, seed=7)[:, 0] * 255).byte().numpy()
     rows = np.arange(n) if rows is None else rows
-    return Batches(images, np.arange(n), np.arange(50, 50 + n, dtype=np.uint64), rows, batch_size, recipe, seed=43, size=size, **kwargs)
+    return Batches(
+        images,
+        np.arange(n),
+        np.arange(50, 50 + n, dtype=np.uint64),
+        rows,
+        batch_size,
+        recipe,
+        seed=43,
+        size=size,
+        **kwargs,
+    )
 
 
 def by_label(b):
@@ -267,7 +369,12 @@ def test_view_depends_on_image_and_epoch_alone(name):
     try:
         torch.manual_seed(1)
         torch.set_num_threads(1)
-        for other in (batches(recipe, 1), batches(recipe, 5), batches(recipe, 4, rows=np.arange(12)[::-1].copy()), batches(recipe, 4, rows=np.array([3, 8]))):
+        for other in (
+            batches(recipe, 1),
+            batches(recipe, 5),
+            batches(recipe, 4, rows=np.arange(12)[::-1].copy()),
+            batches(recipe, 4, rows=np.array([3, 8])),
+        ):
             for label, im in by_label(other).items(): close(im, whole[label], 1e-5)
     finally:
         torch.set_num_threads(threads)
@@ -283,7 +390,12 @@ def test_crop_takes_stored_pixels():
     stored = torch.from_numpy(b.images).float() / 255
     corners = set()
     for label, im in by_label(b).items():
-        found = [(i, j) for i in range(5) for j in range(5) if torch.allclose(im[0], stored[label, i:i+16, j:j+16], atol=1e-4)]
+        found = [
+            (i, j)
+            for i in range(5)
+            for j in range(5)
+            if torch.allclose(im[0], stored[label, i : i + 16, j : j + 16], atol=1e-4)
+        ]
         assert len(found) == 1
         corners |= set(found)
     assert len(corners) > 6
@@ -297,15 +409,22 @@ def test_fixed_views_are_torchvisions(channels):
     close(apply_view(x, "identity", 48), small)
     close(apply_view(x, "hflip", 48), tv.horizontal_flip(small))
     close(apply_view(x, "vflip", 48), tv.vertical_flip(small))
-    close(apply_view(x, "crop1.1", 48), tv.center_crop(tv.resize(x, [52, 52]), [48, 48]))  # int(52.8): the stored pixels
+    # int(52.8): the stored pixels
+    close(apply_view(x, "crop1.1", 48), tv.center_crop(tv.resize(x, [52, 52]), [48, 48]))
     inner = (..., slice(8, -8), slice(8, -8))
     for angle in (5, -5, 12.5):
-        close(apply_view(x, f"rotate{angle:+}", 48)[inner], tv.rotate(small, angle, BILINEAR)[inner], 1e-5)
+        close(
+            apply_view(x, f"rotate{angle:+}", 48)[inner],
+            tv.rotate(small, angle, BILINEAR)[inner],
+            1e-5,
+        )
 
 
 def test_crop_of_the_paper_is_422_pixels():
     x = smooth(416)
-    want = tv.center_crop(tv.resize(x, [422, 422], tv.InterpolationMode.BICUBIC, antialias=True), [384, 384])
+    want = tv.center_crop(
+        tv.resize(x, [422, 422], tv.InterpolationMode.BICUBIC, antialias=True), [384, 384]
+    )
     close(apply_view(x, "crop1.1", 384), want)
 
 
@@ -329,7 +448,9 @@ def test_colour_images_pass_through_batches():
     x, _ = next(iter(Batches(*args, PIPELINES["paper-neh-teacher"], size=16)))
     assert x.shape == (3, 3, 16, 16) and 0 <= x.min() and x.max() <= 1
     plain, _ = next(iter(Batches(*args)))
-    assert torch.equal((plain * 255).round().byte().permute(0, 2, 3, 1), torch.from_numpy(images[:3]))
+    assert torch.equal(
+        (plain * 255).round().byte().permute(0, 2, 3, 1), torch.from_numpy(images[:3])
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -339,4 +460,5 @@ def test_gpu_gives_the_same_views():
             x, u = picture(16, channels, 40), draws(16)
             recipe = recipe.model_copy(update=dict(posterize=0.0))  # a last-place rounding may change a level
             close(augment(x.cuda(), u, recipe, 32).cpu(), augment(x, u, recipe, 32), 1e-4)
-        for view in preset("paper-neh").evaluate.views: close(apply_view(x.cuda(), view, 32).cpu(), apply_view(x, view, 32), 1e-4)
+        for view in preset("paper-neh").evaluate.views:
+            close(apply_view(x.cuda(), view, 32).cpu(), apply_view(x, view, 32), 1e-4)

@@ -11,12 +11,21 @@ from kdoct.core.recipe import AugmentRecipe, preset
 from kdoct.data import augment as A
 from kdoct.data.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
 
-TEACHER = preset("paper-neh").teacher.augment.model_copy(update=dict(posterize=0.0))  # a last-place rounding may change a level
+# a last-place rounding may change a level
+TEACHER = preset("paper-neh").teacher.augment.model_copy(update=dict(posterize=0.0))
 
 
 def batches(n=11, channels=1, **kwargs):
-    images = np.random.default_rng(0).integers(0, 256, (n, 20, 20, 3) if channels == 3 else (n, 20, 20), dtype=np.uint8)
-    return Batches(images, np.arange(n), np.arange(n, dtype=np.uint64), np.arange(n), **(dict(batch_size=3, recipe=TEACHER, seed=1, size=16) | kwargs))
+    images = np.random.default_rng(0).integers(
+        0, 256, (n, 20, 20, 3) if channels == 3 else (n, 20, 20), dtype=np.uint8
+    )
+    return Batches(
+        images,
+        np.arange(n),
+        np.arange(n, dtype=np.uint64),
+        np.arange(n),
+        **(dict(batch_size=3, recipe=TEACHER, seed=1, size=16) | kwargs),
+    )
 
 
 def close(a, b): torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -44,7 +53,10 @@ def test_blocks_read_ahead_are_the_batches_asked_for_one_by_one(recipe, channels
 
 
 def test_shares_of_two_processes_are_the_batches_of_one():
-    whole, halves = list(batches(batch_size=6)), [batches(batch_size=6, share=(k, 2)) for k in (0, 1)]   # a step keeps its images
+    whole, halves = (
+        list(batches(batch_size=6)),
+        [batches(batch_size=6, share=(k, 2)) for k in (0, 1)],
+    )  # a step keeps its images
     for (x, y), (xa, ya), (xb, yb) in zip(whole, *halves, strict=True):
         close(torch.cat([xa, xb]), x)
         assert torch.equal(torch.cat([ya, yb]), y)
@@ -65,7 +77,10 @@ def test_parts_of_a_batch_and_cores_change_nothing(channels, monkeypatch, thread
 
 
 def test_bytes_give_the_views_of_their_fractions():
-    x, u = torch.from_numpy(batches().images)[:, None], torch.from_numpy(uniforms(np.arange(11), N_DRAWS, 7, 0))
+    x, u = (
+        torch.from_numpy(batches().images)[:, None],
+        torch.from_numpy(uniforms(np.arange(11), N_DRAWS, 7, 0)),
+    )
     for recipe in (TEACHER, AugmentRecipe(hflip=0, rotate=0, scale=0, shift=0)):
         assert torch.equal(augment(x, u, recipe), augment(x.float()/255, u, recipe))
 
@@ -73,7 +88,11 @@ def test_bytes_give_the_views_of_their_fractions():
 def test_next_block_is_read_while_the_first_is_in_use(monkeypatch):
     b, second = batches(), threading.Event()
     rows = b.parts()[1]
-    monkeypatch.setattr(b, "read", lambda r, read=b.read: (read(r), second.set() if np.array_equal(r, rows) else None)[0])
+    monkeypatch.setattr(
+        b,
+        "read",
+        lambda r, read=b.read: (read(r), second.set() if np.array_equal(r, rows) else None)[0],
+    )
     it = iter(b)
     next(it)
     assert second.wait(10)
@@ -106,7 +125,10 @@ def test_teacher_is_asked_in_order_from_the_thread_that_asks_for_batches():
     b.block, b.teach = 2, lambda x, rows: asked.append((threading.current_thread(), rows.tolist()))
     order = [r.tolist() for r in b.parts()]
     assert len(list(b)) == 4 and b.taught is None
-    assert asked == [(threading.current_thread(), order[0] + order[1]), (threading.current_thread(), order[2] + order[3])]
+    assert asked == [
+        (threading.current_thread(), order[0] + order[1]),
+        (threading.current_thread(), order[2] + order[3]),
+    ]
     b.teach = lambda x, rows: 1//0
     with pytest.raises(ZeroDivisionError): next(iter(b))
 
@@ -137,7 +159,9 @@ def test_stream_ahead_makes_one_block_early_and_waits_where_it_must(monkeypatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("side", log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state["now"])
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: log.append(f"{int(t)} read by {s.name}"))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, s: log.append(f"{int(t)} read by {s.name}")
+    )
 
     def made():
         try:
@@ -148,9 +172,22 @@ def test_stream_ahead_makes_one_block_early_and_waits_where_it_must(monkeypatch)
 
     for _, t, _ in stream_ahead(made(), torch.device("cuda")): log.append(f"{int(t)} used")
     assert main is state["now"] and log == [
-        "side waits for main", "1 made on side", "side marks 1",
-        "side waits for main", "2 made on side", "side marks 2", "main waits for 1", "1 read by main", "1 used",
-        "side waits for main", "closed", "side marks 3", "main waits for 2", "2 read by main", "2 used"]
+        "side waits for main",
+        "1 made on side",
+        "side marks 1",
+        "side waits for main",
+        "2 made on side",
+        "side marks 2",
+        "main waits for 1",
+        "1 read by main",
+        "1 used",
+        "side waits for main",
+        "closed",
+        "side marks 3",
+        "main waits for 2",
+        "2 read by main",
+        "2 used",
+    ]
 
 
 def test_interrupted_stream_closes_what_makes_the_blocks(monkeypatch):

@@ -16,7 +16,9 @@ from kdoct.app.cli import app
 from kdoct.core.files import KdoctError, read_json
 from kdoct.models.backbones import computes_bf16
 
-SMALL = dict(teacher="test_convnext2", student="test_efficientnet", size=48, images=8, steps=2, rounds=2)
+SMALL = dict(
+    teacher="test_convnext2", student="test_efficientnet", size=48, images=8, steps=2, rounds=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,11 @@ def images(plan): return bench_harness.bench_images(plan)
 def made(what, plan, images):
     "All rows of a benchmark, in this process."
     plan = replace(plan, what=what)
-    return {name: row for make in bench_harness.BENCHES[what].values() for name, row in make(plan, images).items()}
+    return {
+        name: row
+        for make in bench_harness.BENCHES[what].values()
+        for name, row in make(plan, images).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,9 @@ def rows_of(plan, images):
 def test_every_file_is_decoded_in_every_epoch(plan, images, monkeypatch):
     opened, really = [], Image.open
     monkeypatch.setattr(Image, "open", lambda f: opened.append(f) or really(f))
-    files = bench_reference.PilFiles(images, bench_reference.pil_changes(plan.recipe.student.augment, 48, 4), 24)
+    files = bench_reference.PilFiles(
+        images, bench_reference.pil_changes(plan.recipe.student.augment, 48, 4), 24
+    )
     for i in range(24): files[i]
     assert opened == 3 * images.files
 
@@ -63,7 +71,14 @@ class Watching(torch.nn.Module):
 
     def forward(self, x):
         z = self.layer(x.mean((2, 3)))
-        self.seen.append(dict(dtype=z.dtype, autocast=torch.is_autocast_enabled("cpu"), grad=z.requires_grad, training=self.training))
+        self.seen.append(
+            dict(
+                dtype=z.dtype,
+                autocast=torch.is_autocast_enabled("cpu"),
+                grad=z.requires_grad,
+                training=self.training,
+            )
+        )
         return z
 
 
@@ -78,7 +93,9 @@ def test_reference_asks_its_teacher_in_float32_outside_autocast_without_gradient
 
 def test_reference_loss_is_the_papers(plan):
     x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 4
-    step = bench_reference.ReferenceStep(teacher := Watching(), student := Watching(), plan.recipe, "cpu")
+    step = bench_reference.ReferenceStep(
+        teacher := Watching(), student := Watching(), plan.recipe, "cpu"
+    )
     with torch.no_grad(): t, s = (net(x).log_softmax(1) / 4 for net in (teacher, student))  # softening by T = 4
     soft = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean() * 16
     with torch.no_grad(): hard = torch.nn.functional.cross_entropy(student(x), y)
@@ -105,8 +122,13 @@ def test_steps_are_counted_in_whole_blocks_of_the_teacher(rows_of):
 def test_a_thing_is_as_fast_as_itself():
     work, a = torch.nn.Linear(256, 256), torch.rand(256, 256)
 
-    def turn(): return dict(images=20, seconds=bench_harness.clock(lambda: [work(a) for _ in range(20)]))
-    times = [dict(round=r, row=name, peak=0, gpu=0, rates=dict(fp32=1e12, bf16=1e12, copy=1e9), **turn()) for r in range(15) for name in "ab"]
+    def turn():
+        return dict(images=20, seconds=bench_harness.clock(lambda: [work(a) for _ in range(20)]))
+    times = [
+        dict(round=r, row=name, peak=0, gpu=0, rates=dict(fp32=1e12, bf16=1e12, copy=1e9), **turn())
+        for r in range(15)
+        for name in "ab"
+    ]
     rows = {name: dict(against=("a",), macs=1, nbytes=0, about={}, side="x") for name in "ab"}
     found = bench.summary(rows, times)
     assert found["a"]["times_as_fast_as"]["a"] == dict(median=1, least=1, largest=1)
@@ -128,8 +150,14 @@ def test_bf16_is_timed_only_where_the_device_multiplies_in_it(monkeypatch, able)
 def test_arithmetic_of_a_step_is_three_forwards_and_the_teachers(plan):
     from kdoct.models.backbones import create_classifier
     from kdoct.models.cost import count_macs
-    teacher, student = (count_macs(create_classifier(r, 4, 48).eval(), 48) for r in (plan.recipe.teacher, plan.recipe.student))
-    assert bench_rows._macs(plan, 0) == 3 * student and bench_rows._macs(plan, 1) == teacher + 3 * student
+    teacher, student = (
+        count_macs(create_classifier(r, 4, 48).eval(), 48)
+        for r in (plan.recipe.teacher, plan.recipe.student)
+    )
+    assert (
+        bench_rows._macs(plan, 0) == 3 * student
+        and bench_rows._macs(plan, 1) == teacher + 3 * student
+    )
 
 
 def test_ours_with_their_masks_agrees_with_them(rows_of):
@@ -142,23 +170,56 @@ def test_command_writes_a_whole_record_and_prints_its_table(tmp_path):
     done = CliRunner().invoke(app, ["bench", "input", *options, "--out", str(tmp_path / "r.json")])
     assert done.exit_code == 0, done.output
     record = read_json(tmp_path / "r.json")
-    assert {"what", "about", "made", "plan", "images", "weights", "device", "threads", "workers", "load", "rates", "rows", "times", "git", "packages",
-            "machine"} <= set(record)
-    assert set(record["rates"]) == {"fp32", "copy"} | ({"bf16"} if computes_bf16() else set()) and record["plan"]["rounds"] == 2
+    assert {
+        "what",
+        "about",
+        "made",
+        "plan",
+        "images",
+        "weights",
+        "device",
+        "threads",
+        "workers",
+        "load",
+        "rates",
+        "rows",
+        "times",
+        "git",
+        "packages",
+        "machine",
+    } <= set(record)
+    assert (
+        set(record["rates"]) == {"fp32", "copy"} | ({"bf16"} if computes_bf16() else set())
+        and record["plan"]["rounds"] == 2
+    )
     ours = record["rows"]["kdoct"]
-    assert ours["times_as_fast_as"]["reference pattern"]["median"] > 0 and 0 < ours["share_of_limit"]["copy"]["median"] < 1.5
-    assert len({t["round"] for t in record["times"]}) >= 1 and [t["row"] for t in record["times"][:3]] == list(record["rows"])
+    assert (
+        ours["times_as_fast_as"]["reference pattern"]["median"] > 0
+        and 0 < ours["share_of_limit"]["copy"]["median"] < 1.5
+    )
+    assert len({t["round"] for t in record["times"]}) >= 1 and [
+        t["row"] for t in record["times"][:3]
+    ] == list(record["rows"])
     assert str(tmp_path) not in json.dumps(record), "a folder of this machine stands in the record"
-    assert "| kdoct |" in done.output and "reference pattern" in done.output and "Medians of" in done.output
+    assert (
+        "| kdoct |" in done.output
+        and "reference pattern" in done.output
+        and "Medians of" in done.output
+    )
 
 
 def test_mistakes_say_what_to_do(plan, tmp_path):
-    with pytest.raises(KdoctError, match="Take one of: input, step, cache, infer, score-cam"): bench.bench("stpe")
+    with pytest.raises(KdoctError, match="Take one of: input, step, cache, infer, score-cam"):
+        bench.bench("stpe")
     unknown = replace(plan, student="no_such_network", place=str(tmp_path))
-    with pytest.raises(KdoctError, match="timm knows no model"): made("step", unknown, bench_harness.bench_images(plan))
-    with pytest.raises(KdoctError, match="does not exist"): bench_harness.bench_images(replace(plan, root="no/such/folder", place=str(tmp_path)))
+    with pytest.raises(KdoctError, match="timm knows no model"):
+        made("step", unknown, bench_harness.bench_images(plan))
+    with pytest.raises(KdoctError, match="does not exist"):
+        bench_harness.bench_images(replace(plan, root="no/such/folder", place=str(tmp_path)))
 
 
 def test_real_images(shared_data, plan, tmp_path):
-    found = bench_harness.bench_images(replace(plan, root=str(shared_data / "ucsd_oct"), place=str(tmp_path)))
+    found = bench_harness.bench_images(
+        replace(plan, root=str(shared_data / "ucsd_oct"), place=str(tmp_path))
+    )
     assert found.decoded.shape == (8, 52, 52) and len(np.unique(found.labels)) == 4

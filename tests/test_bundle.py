@@ -32,20 +32,29 @@ def message(*fields):
         out = b""
         while n > 127: out, n = out + bytes([n & 127 | 128]), n >> 7
         return out + bytes([n])
-    return b"".join(varint(k << 3 | 2) + varint(len(v)) + v if isinstance(v, bytes) else varint(k << 3) + varint(v) for k, v in fields)
+    return b"".join(
+        varint(k << 3 | 2) + varint(len(v)) + v
+        if isinstance(v, bytes)
+        else varint(k << 3) + varint(v)
+        for k, v in fields
+    )
 
 
 def onnx_of(*tensor): return message((8, message((2, 17))), (7, message((5, message(*tensor)))))
 
 
 FLOATS = ((1, 4), (2, 1), (8, b"w"), (9, b"\0" * 16))  # a tensor of four float32 numbers
-OPENVINO = '<net><layers><layer type="Const"><data element_type="f32" shape="4" offset="0" size="16"/></layer></layers></net>'
+OPENVINO = ('<net><layers><layer type="Const"><data element_type="f32" shape="4" offset="0" '
+            'size="16"/></layer></layers></net>')
 
 
 def fill(folder):
     "Files of every kind that a bundle has."
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(w=np.arange(8, dtype=np.float32), b=np.ones((2, 2), np.float32)), folder / "model.safetensors")
+    save_file(
+        dict(w=np.arange(8, dtype=np.float32), b=np.ones((2, 2), np.float32)),
+        folder / "model.safetensors",
+    )
     (folder / "model.json").write_text('{"classes": ["CNV", "NORMAL"]}')
     (folder / "CARD.md").write_text("# A student\n")
     (folder / "model.onnx").write_bytes(onnx_of(*FLOATS))
@@ -79,15 +88,27 @@ def relist(folder, **changes):
     "Somebody who makes a bundle by hand: hashes and sizes of the files as they are, and `changes` of the list."
     about = json.loads((folder / "bundle.json").read_text())
     for name, f in about["files"].items():
-        if (folder / name).is_file(): f.update(bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
+        if (folder / name).is_file():
+            f.update(bytes=(folder / name).stat().st_size, sha256=sha256_file(folder / name))
     about["files"].update(changes)
     (folder / "bundle.json").write_text(json.dumps(about))
 
 
 def test_a_bundle_opens_as_sealed(bundle):
     about = open_sealed(bundle)
-    assert about["name"] == "a student" and about["signed"] is False and about["signature"] == "not signed"
-    assert sorted(about["files"]) == ["CARD.md", "model.json", "model.onnx", "model.safetensors", "openvino.bin", "openvino.xml"]
+    assert (
+        about["name"] == "a student"
+        and about["signed"] is False
+        and about["signature"] == "not signed"
+    )
+    assert sorted(about["files"]) == [
+        "CARD.md",
+        "model.json",
+        "model.onnx",
+        "model.safetensors",
+        "openvino.bin",
+        "openvino.xml",
+    ]
 
 
 # --- what was changed on the way
@@ -152,7 +173,11 @@ def test_a_name_that_leaves_the_bundle_is_refused(bundle, name):
 def test_a_name_that_passes_stays_inside(name):
     try: check_name(name)
     except KdoctError: return
-    assert os.path.normpath(os.path.join("bundle", name)).startswith("bundle" + os.sep) and ":" not in name and "\\" not in name
+    assert (
+        os.path.normpath(os.path.join("bundle", name)).startswith("bundle" + os.sep)
+        and ":" not in name
+        and "\\" not in name
+    )
 
 
 def test_two_names_that_one_file_system_takes_for_one_are_refused(bundle):
@@ -192,12 +217,19 @@ def write_table(path, table, data=b""):
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def tensor(shape, start, end, dtype="F32"): return dict(dtype=dtype, shape=shape, data_offsets=[start, end])
+def tensor(shape, start, end, dtype="F32"):
+    return dict(dtype=dtype, shape=shape, data_offsets=[start, end])
 
 
 TABLES = {
-    "10 GB declared, in its place": (dict(w=tensor([50_000, 50_000], 0, 10**10)), "end at byte 10000000000 of 64"),
-    "10 GB declared, in 64 bytes": (dict(w=tensor([50_000, 50_000], 0, 64)), "declares 10000000000 bytes and has 64"),
+    "10 GB declared, in its place": (
+        dict(w=tensor([50_000, 50_000], 0, 10**10)),
+        "end at byte 10000000000 of 64",
+    ),
+    "10 GB declared, in 64 bytes": (
+        dict(w=tensor([50_000, 50_000], 0, 64)),
+        "declares 10000000000 bytes and has 64",
+    ),
     "more than numbers hold": (dict(w=tensor([2**40, 2**40], 0, 64)), "declares"),
     "overlapping": (dict(a=tensor([8], 0, 32), b=tensor([10], 24, 64)), "overlap"),
     "the same bytes twice": (dict(a=tensor([16], 0, 64), b=tensor([16], 0, 64)), "overlap"),
@@ -222,7 +254,8 @@ def test_a_table_that_does_not_fit_its_file_is_refused_before_anything_is_alloca
     table, why = TABLES[case]
     write_table(tmp_path / "w.safetensors", table, b"\0" * 64)
     tracemalloc.start()
-    with pytest.raises(KdoctError, match="w.safetensors") as e: read_tensors(tmp_path / "w.safetensors")
+    with pytest.raises(KdoctError, match="w.safetensors") as e:
+        read_tensors(tmp_path / "w.safetensors")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert why in e.value.problem and peak < 30 << 20
@@ -231,15 +264,23 @@ def test_a_table_that_does_not_fit_its_file_is_refused_before_anything_is_alloca
 @pytest.mark.parametrize("data", [b"", b"\x10", struct.pack("<Q", 2**63), struct.pack("<Q", 100) + b"{}"])
 def test_a_table_longer_than_its_file_is_refused(tmp_path, data):
     (tmp_path / "w.safetensors").write_bytes(data)
-    with pytest.raises(KdoctError, match="not safetensors, or cut off"): read_tensors(tmp_path / "w.safetensors")
+    with pytest.raises(KdoctError, match="not safetensors, or cut off"):
+        read_tensors(tmp_path / "w.safetensors")
 
 
 def test_tensors_come_back_as_saved(tmp_path):
-    arrays = dict(a=np.arange(6, dtype=np.float32).reshape(2, 3), empty=np.zeros((0, 4), np.int64), scalar=np.array(7, np.uint8), yes=np.array([True]))
+    arrays = dict(
+        a=np.arange(6, dtype=np.float32).reshape(2, 3),
+        empty=np.zeros((0, 4), np.int64),
+        scalar=np.array(7, np.uint8),
+        yes=np.array([True]),
+    )
     save_file(arrays, tmp_path / "w.safetensors", metadata=dict(format="pt"))
     for framework in ("numpy", "torch"):
         back = read_tensors(tmp_path / "w.safetensors", framework)
-        assert {k: v.tolist() for k, v in back.items()} == {k: v.tolist() for k, v in arrays.items()}
+        assert {k: v.tolist() for k, v in back.items()} == {
+            k: v.tolist() for k, v in arrays.items()
+        }
 
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
@@ -256,8 +297,18 @@ def test_a_damaged_table_is_refused_or_reads_as_safetensors_does(tmp_path_factor
 
 # --- JSON
 
-NO_JSON = [(b"[" * 10**6, "deep"), (b"[" * 40 + b"]" * 40, "deep"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"), (b"[1e999]", "finite"),
-           (b" ", "not JSON"), (b"\xff\xfe", "utf-8"), (b'{"a": 1} x', "not JSON"), (b'"\\ud800"', "surrogate"), (b"[" + b"9" * 5000 + b"]", "digits")]
+NO_JSON = [
+    (b"[" * 10**6, "deep"),
+    (b"[" * 40 + b"]" * 40, "deep"),
+    (b'{"a": NaN}', "NaN"),
+    (b'{"a": -Infinity}', "Infinity"),
+    (b"[1e999]", "finite"),
+    (b" ", "not JSON"),
+    (b"\xff\xfe", "utf-8"),
+    (b'{"a": 1} x', "not JSON"),
+    (b'"\\ud800"', "surrogate"),
+    (b"[" + b"9" * 5000 + b"]", "digits"),
+]
 
 
 @pytest.mark.parametrize("text, why", NO_JSON, ids=lambda v: str(v)[:12])
@@ -277,8 +328,11 @@ def test_a_bundle_json_of_1_gb_is_not_read(bundle):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"bundle": 2}', '{"bundle": 1}', '{"bundle": 1, "files": {}}', '{"bundle": 1, "files": ["CARD.md"]}',
-                                  '{"bundle": 1, "files": {"CARD.md": {}}}', '{"bundle": 1, "files": {"CARD.md": {"bytes": -1, "sha256": "0"}}}'])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"bundle": 2}', '{"bundle": 1}', '{"bundle": 1, '
+                                                                                '"files": {}}', '{"bundle": 1, "files": ["CARD.md"]}',
+                                  '{"bundle": 1, "files": '
+                                  '{"CARD.md": {}}}', '{"bundle": 1, "files": {"CARD.md": '
+                                                      '{"bytes": -1, "sha256": "0"}}}'])
 def test_a_bundle_json_of_another_kind_is_refused(bundle, text):
     (bundle / "bundle.json").write_text(text)
     refused(bundle, "bundle.json")
@@ -303,7 +357,8 @@ def graph_is_refused(bundle, data, why):
     refused(bundle, why)
 
 
-def external(location): return (1, 4), (2, 1), (13, message((1, b"location"), (2, location))), (14, 1)
+def external(location):
+    return (1, 4), (2, 1), (13, message((1, b"location"), (2, location))), (14, 1)
 
 
 @pytest.mark.parametrize("location", [b"../weights.data", b"/etc/weights.data", b"sub/../../weights.data", b"nobody.data", b"C:\\weights.data", b""])
@@ -323,10 +378,17 @@ def test_a_tensor_in_a_branch_of_an_onnx_graph_is_found(bundle):
     w = onnx.numpy_helper.from_array(np.zeros(4, np.float32), "w")
     onnx.external_data_helper.set_external_data(w, "../secret")
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
-    def branch(): return onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["y"], value=w)], "branch", [], [out])
+    def branch():
+        return onnx.helper.make_graph(
+            [onnx.helper.make_node("Constant", [], ["y"], value=w)], "branch", [], [out]
+        )
     node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch(), else_branch=branch())
-    graph = onnx.helper.make_graph([node], "g", [onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])], [out])
-    graph_is_refused(bundle, onnx.helper.make_model(graph).SerializeToString(), "not of the bundle: ['../secret'")
+    graph = onnx.helper.make_graph(
+        [node], "g", [onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])], [out]
+    )
+    graph_is_refused(
+        bundle, onnx.helper.make_model(graph).SerializeToString(), "not of the bundle: ['../secret'"
+    )
 
 
 @pytest.mark.parametrize("dims", [((1, 50_000), (1, 50_000)), ((1, message((0, 50_000))[1:] * 2),), ((1, 2**63),)], ids=["each", "packed", "one"])
@@ -344,7 +406,13 @@ def test_a_real_onnx_model_opens(bundle):
     onnx = pytest.importorskip("onnx")
     w = onnx.numpy_helper.from_array(np.ones((8, 3, 3, 3), np.float32), "w")
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Conv", ["x", "w"], ["y"])], "g", [value("x", 1, ["n", 3, "h", "w"])], [value("y", 1, None)], [w])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["y"])],
+        "g",
+        [value("x", 1, ["n", 3, "h", "w"])],
+        [value("y", 1, None)],
+        [w],
+    )
     (bundle / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     relist(bundle)
     assert open_sealed(bundle)["files"]["model.onnx"]["bytes"] > 864
@@ -363,7 +431,10 @@ def test_a_damaged_onnx_gives_a_reason_or_passes(tmp_path_factory, changes):
 LIES = {
     "10 GB": (OPENVINO.replace('"16"', '"10000000000"'), "points to byte 10000000000 of 16"),
     "before": (OPENVINO.replace('"0"', '"-9"').replace('"16"', '"25"'), "points to byte"),
-    "entity": ('<!DOCTYPE n [<!ENTITY a SYSTEM "file:///etc/hostname">]><net>&a;</net>', "document type"),
+    "entity": (
+        '<!DOCTYPE n [<!ENTITY a SYSTEM "file:///etc/hostname">]><net>&a;</net>',
+        "document type",
+    ),
     "cut": (OPENVINO[:40], "not XML"),
     "word": (OPENVINO.replace('"16"', '"a"'), "not XML"),
 }
@@ -416,7 +487,8 @@ def test_a_signed_bundle_that_was_listed_anew_is_refused(tmp_path, keys):
     assert open_sealed(tmp_path / "b")["signed"] is False, "hashes alone cannot tell who made it"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"algorithm": "none", "key": "aa", "signature": "aa"}',
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"algorithm": "none", "key": "aa", '
+                                                  '"signature": "aa"}',
                                   '{"algorithm": "Ed25519", "key": "zz", "signature": "aa"}'])
 def test_a_signature_file_that_is_none_is_refused(bundle, keys, text):
     (bundle / "signature.json").write_text(text)
@@ -441,7 +513,8 @@ def test_a_file_that_is_no_public_key_is_refused(bundle, keys, tmp_path, wrong):
     from cryptography.hazmat.primitives.asymmetric import x25519
     file = {"private": keys[0]}.get(wrong, tmp_path / "key.pub")
     if wrong == "text": file.write_text("hello")
-    if wrong == "another kind": file.write_bytes(x25519.X25519PrivateKey.generate().public_key().public_bytes(
+    if wrong == "another kind":
+        file.write_bytes(x25519.X25519PrivateKey.generate().public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
     with pytest.raises(KdoctError, match="key"): open_sealed(bundle, public_key=file)
 
@@ -451,15 +524,38 @@ def test_openssl_agrees_about_the_signature(tmp_path, keys):
     if shutil.which("openssl") is None: pytest.skip("openssl is not installed")
     import subprocess
     seal(fill(tmp_path / "b"), dict(name="a student"), key=keys[0])
-    (tmp_path / "sig").write_bytes(bytes.fromhex(json.loads((tmp_path / "b" / "signature.json").read_text())["signature"]))
-    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys[1], "-rawin", "-in", tmp_path / "b" / "bundle.json", "-sigfile", tmp_path / "sig"]
-    assert "Success" in subprocess.run([str(c) for c in command], capture_output=True, text=True).stdout
+    (tmp_path / "sig").write_bytes(
+        bytes.fromhex(json.loads((tmp_path / "b" / "signature.json").read_text())["signature"])
+    )
+    command = [
+        "openssl",
+        "pkeyutl",
+        "-verify",
+        "-pubin",
+        "-inkey",
+        keys[1],
+        "-rawin",
+        "-in",
+        tmp_path / "b" / "bundle.json",
+        "-sigfile",
+        tmp_path / "sig",
+    ]
+    assert (
+        "Success"
+        in subprocess.run([str(c) for c in command], capture_output=True, text=True).stdout
+    )
 
 
-def test_without_cryptography_an_unsigned_bundle_opens_and_a_key_names_the_extra(bundle, tmp_path, monkeypatch):
-    for name in ("cryptography", "cryptography.exceptions"): monkeypatch.setitem(sys.modules, name, None)
+def test_without_cryptography_an_unsigned_bundle_opens_and_a_key_names_the_extra(
+    bundle, tmp_path, monkeypatch
+):
+    for name in ("cryptography", "cryptography.exceptions"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert open_sealed(bundle)["signed"] is False
-    for call in (lambda: open_sealed(bundle, public_key=tmp_path / "k.pub"), lambda: new_keys(tmp_path / "k")):
+    for call in (
+        lambda: open_sealed(bundle, public_key=tmp_path / "k.pub"),
+        lambda: new_keys(tmp_path / "k"),
+    ):
         with pytest.raises(KdoctError) as e: call()
         assert "kdoct[deploy]" in e.value.fix
 

@@ -24,15 +24,28 @@ from kdoct.models.backbones import IMAGENET, Classifier
 from kdoct.training.inference import FusedBody, private_copy
 
 LAYERS = {  # architecture -> layer, channels and side of its maps
-    "vgg19": ("features.35", 512, 2), "vgg19_bn": ("features.51", 512, 2), "visformer_small": ("stage3", 768, 7),
-    "swin_s3_tiny_224": ("layers.3", 768, 7), "autoformerv2_tiny": ("layers.3", 768, 7), "efficientnet_b2": ("blocks.6", 352, 2),
-    "convnextv2_tiny": ("stages.3", 768, 2), "tf_efficientnet_lite0": ("blocks.6", 320, 2), "tf_efficientnet_lite2": ("blocks.6", 352, 2),
-    "resnet18": ("layer4", 512, 2), "densenet121": ("features.norm5", 1024, 2), "ofa595": ("blocks.5", 192, 2),
-    "fpn_vgg16": ("backbone.features.29", 512, 4), "sfnet": ("backbone.stages.3", 768, 2), "test_efficientnet": ("blocks.4", 64, 2),
-    "test_resnet": ("layer4", 96, 2), "test_convnext2": ("stages.3", 128, 2), "test_vit": ("blocks.5.norm1", 64, 10),
+    "vgg19": ("features.35", 512, 2),
+    "vgg19_bn": ("features.51", 512, 2),
+    "visformer_small": ("stage3", 768, 7),
+    "swin_s3_tiny_224": ("layers.3", 768, 7),
+    "autoformerv2_tiny": ("layers.3", 768, 7),
+    "efficientnet_b2": ("blocks.6", 352, 2),
+    "convnextv2_tiny": ("stages.3", 768, 2),
+    "tf_efficientnet_lite0": ("blocks.6", 320, 2),
+    "tf_efficientnet_lite2": ("blocks.6", 352, 2),
+    "resnet18": ("layer4", 512, 2),
+    "densenet121": ("features.norm5", 1024, 2),
+    "ofa595": ("blocks.5", 192, 2),
+    "fpn_vgg16": ("backbone.features.29", 512, 4),
+    "sfnet": ("backbone.stages.3", 768, 2),
+    "test_efficientnet": ("blocks.4", 64, 2),
+    "test_resnet": ("layer4", 96, 2),
+    "test_convnext2": ("stages.3", 128, 2),
+    "test_vit": ("blocks.5.norm1", 64, 10),
     "test_mambaout": ("stages.3", 64, 2),
 }
-FIXED = {"visformer_small": 224, "swin_s3_tiny_224": 224, "autoformerv2_tiny": 224, "test_vit": 160}  # those that take one size only
+# those that take one size only
+FIXED = {"visformer_small": 224, "swin_s3_tiny_224": 224, "autoformerv2_tiny": 224, "test_vit": 160}
 
 
 def classifier(arch, size, classes=5, **kwargs):
@@ -58,7 +71,15 @@ def small(): return classifier("test_efficientnet", 64)
 
 @pytest.fixture(scope="module")
 def swin():
-    return classifier("swin_s3_tiny_224", 64, img_size=64, embed_dim=16, depths=(1, 1, 2), num_heads=(1, 2, 4), window_size=(4, 4, 4))
+    return classifier(
+        "swin_s3_tiny_224",
+        64,
+        img_size=64,
+        embed_dim=16,
+        depths=(1, 1, 2),
+        num_heads=(1, 2, 4),
+        window_size=(4, 4, 4),
+    )
 
 
 def correlation(a, b): return float(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1])
@@ -68,7 +89,9 @@ def correlation(a, b): return float(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1])
 def test_default_layer(arch):
     name, channels, side = LAYERS[arch]
     size = FIXED.get(arch, 32 if arch.startswith("vgg") else 64)
-    body = timm.create_model(arch, **(dict(mlp_ratio=1/4096) if arch.startswith("vgg") else {})).eval()
+    body = timm.create_model(
+        arch, **(dict(mlp_ratio=1 / 4096) if arch.startswith("vgg") else {})
+    ).eval()
     assert default_layer(body) == name
     seen = []
     body.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(out))
@@ -93,7 +116,11 @@ def test_as_pytorch_grad_cam(network, request):
         want = cam(model.prepare(x), [ClassifierOutputTarget(1)])[0]
     for tolerance in (0, 1e-3):
         got = score_cam(model, x, 1, tolerance=tolerance, variant="pytorch-grad-cam").maps[0]
-        assert want.std() > .05 and correlation(got, want) > .999 and np.abs(got.numpy() - want).max() < .02
+        assert (
+            want.std() > 0.05
+            and correlation(got, want) > 0.999
+            and np.abs(got.numpy() - want).max() < 0.02
+        )
 
 
 @pytest.mark.parametrize("network", ["small", "swin"])
@@ -114,12 +141,16 @@ def test_as_the_paper_step_by_step(small):
     x = small.prepare(smooth(1, 64))
     with torch.inference_mode():
         kept = []
-        handle = small.body.blocks[4].register_forward_hook(lambda m, args, out: kept.append(out[0].clone()))
+        handle = small.body.blocks[4].register_forward_hook(
+            lambda m, args, out: kept.append(out[0].clone())
+        )
         small.body(x)
         handle.remove()
         scores = []
         for a in kept[0]:
-            mask = nn.functional.interpolate(a[None, None], (64, 64), mode="bilinear", align_corners=False)
+            mask = nn.functional.interpolate(
+                a[None, None], (64, 64), mode="bilinear", align_corners=False
+            )
             scores.append(small.body(x*stretch(mask))[0, 2] - small.body(x*0)[0, 2])
         cam = (torch.stack(scores).softmax(0)[:, None, None]*kept[0]).sum(0).relu()
     want = stretch(nn.functional.interpolate(cam[None, None], (64, 64), mode="bilinear")[0, 0])
@@ -157,9 +188,12 @@ def test_the_expected_error_is_the_true_one():
         cheap = truth + 7 + .1*torch.randn(120, generator=rng)
         got = refine(maps, cheap, lambda rows, t=truth: t[rows], .02, batch=12)
         assert got.error <= .02 and got.exact < 120
-        show = [stretch((s.softmax(0)[:, None, None]*maps).sum(0).relu()) for s in (got.values, truth)]
+        show = [
+            stretch((s.softmax(0)[:, None, None] * maps).sum(0).relu()) for s in (got.values, truth)
+        ]
         ratios.append(float((show[0] - show[1]).abs().max())/got.error)
-    assert 1 < np.median(ratios) < 3 and max(ratios) < 6  # the largest of 25 errors is about two of their standard deviations
+    # the largest of 25 errors is about two of their standard deviations
+    assert 1 < np.median(ratios) < 3 and max(ratios) < 6
 
 
 def test_tolerance_buys_exactness(small):
@@ -206,15 +240,24 @@ def test_occlusion_finds_what_the_answer_depends_on():
         def __init__(self):
             super().__init__()
             self.fc = nn.Linear(1, 2)
-        def forward(self, x): return torch.stack([x[:, :, :16, :16].mean((1, 2, 3)), 0*x[:, 0, 0, 0]], 1) + 0*self.fc.bias
+        def forward(self, x):
+            return (
+                torch.stack([x[:, :, :16, :16].mean((1, 2, 3)), 0 * x[:, 0, 0, 0]], 1)
+                + 0 * self.fc.bias
+            )
     model = Classifier(Corner(), 48, *IMAGENET.values(), "bilinear").eval()
     found = explain(model, torch.ones(1, 3, 48, 48), "occlusion", 0)
     assert found.maps[0, :12, :12].min() > .3 and found.maps[0, 26:, 26:].max() == 0
 
 
 def state(model):
-    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()],
-            [p.grad is None for p in model.parameters()], sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()))
+    return (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad is None for p in model.parameters()],
+        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+    )
 
 
 def same(a, b): return all(torch.equal(v, b[0][k]) for k, v in a[0].items()) and a[1:] == b[1:]
@@ -273,5 +316,10 @@ def test_classes_that_there_are_not(classes, small):
 
 
 def test_images_that_are_none(small):
-    for x in (smooth(1, 64)[0], smooth(1, 64)*255, torch.zeros(0, 1, 64, 64), torch.full((1, 1, 8, 8), float("nan"))):
+    for x in (
+        smooth(1, 64)[0],
+        smooth(1, 64) * 255,
+        torch.zeros(0, 1, 64, 64),
+        torch.full((1, 1, 8, 8), float("nan")),
+    ):
         with pytest.raises(KdoctError, match="Images"): score_cam(small, x)

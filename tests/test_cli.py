@@ -76,8 +76,27 @@ def test_recipe_shows_what_crossval_would_use():
 
 
 def test_a_pattern_and_classes_are_typed_without_nested_quotes():
-    shown = CliRunner().invoke(app, ["recipe", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV", "--set", r"data.root=C:\new data"]).output
-    assert r"data.group_pattern = (P\d+)_" in shown and "data.classes = ('NORMAL', 'CNV')" in shown and r"data.root = C:\new data" in shown
+    shown = (
+        CliRunner()
+        .invoke(
+            app,
+            [
+                "recipe",
+                "--group-pattern",
+                r"(P\d+)_",
+                "--classes",
+                "NORMAL,CNV",
+                "--set",
+                r"data.root=C:\new data",
+            ],
+        )
+        .output
+    )
+    assert (
+        r"data.group_pattern = (P\d+)_" in shown
+        and "data.classes = ('NORMAL', 'CNV')" in shown
+        and r"data.root = C:\new data" in shown
+    )
 
 
 @pytest.mark.parametrize("name", ["2026", "007", "1e5", "true", "null", "None", "True"])
@@ -86,9 +105,26 @@ def test_a_run_may_have_a_name_like_a_number(name, tmp_path, capsys):
         for i in range(9):
             (tmp_path / c).mkdir(exist_ok=True)
             Image.effect_noise((64, 48), 20 + 60*(c == "A")).save(tmp_path / c / f"P{c}{i}_1.png")
-    main_(["folds", "--preset", "tiny", "--source", "folder", "--data-root", str(tmp_path), "--group-pattern", "(P[^_]+)_", "--run", name])
+    main_(
+        [
+            "folds",
+            "--preset",
+            "tiny",
+            "--source",
+            "folder",
+            "--data-root",
+            str(tmp_path),
+            "--group-pattern",
+            "(P[^_]+)_",
+            "--run",
+            name,
+        ]
+    )
     main_(["runs"])
-    assert f"{name}: folder, done: data" in capsys.readouterr().out and (outputs_root() / name / "folds.csv").is_file()
+    assert (
+        f"{name}: folder, done: data" in capsys.readouterr().out
+        and (outputs_root() / name / "folds.csv").is_file()
+    )
 
 
 def main_(argv):
@@ -110,7 +146,11 @@ def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
     root = pictures(tmp_path / "d", *names, "DME/DME-02-2.jpeg")
     main_(["audit", "--source", "ucsd", "--data-root", root, "--no-probe"])
     said = capsys.readouterr().out
-    assert "21 of 21 listed images can be used, of 10 groups (patients)" in said and "1 finding:" in said and "1 patient-spelling" in said
+    assert (
+        "21 of 21 listed images can be used, of 10 groups (patients)" in said
+        and "1 finding:" in said
+        and "1 patient-spelling" in said
+    )
     assert said.count("the groups are merged") == 1
     written = outputs_root() / "audit" / "ucsd-d.csv"
     assert str(written) in said and "groups 02 and 2 merged" in written.read_text()
@@ -120,50 +160,141 @@ def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
     ([f"CNV/{i}.png" for i in range(9)], [], "All images are of class CNV"),
     ([f"{c}/P1_{i}.png" for c in ("CNV", "NORMAL") for i in range(5)], ["--group-pattern", "(P[0-9]+)_"], "there are 1 of CNV, 1 of NORMAL"),
     ([f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)], ["--classes", "CNV,DME,NORMAL"], "no image of class DME")])
-def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(names, more, says, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: main(["audit", "--source", "folder", "--data-root", pictures(tmp_path / "d", *names), "--no-probe", *more])
+def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(
+    names, more, says, tmp_path, capsys
+):
+    with pytest.raises(SystemExit) as e:
+        main(
+            [
+                "audit",
+                "--source",
+                "folder",
+                "--data-root",
+                pictures(tmp_path / "d", *names),
+                "--no-probe",
+                *more,
+            ]
+        )
     said = capsys.readouterr()
     assert e.value.code == 1 and "listed images can be used" in said.out and says in said.err
 
 
 @pytest.mark.parametrize("broken", [True, False])
 def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_path, capsys):
-    root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9 if broken else 3)))
+    root = pictures(
+        tmp_path / "d",
+        *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9 if broken else 3)),
+    )
     if broken: (tmp_path / "d" / "CNV" / "x.png").touch()
     said = refused(capsys, "folds", "--source", "folder", "--data-root", root, "--run", "mine")
     assert not (outputs_root() / "mine").exists()
-    if broken: assert "1 empty" in said and "CNV/x.png" in (outputs_root() / "audit" / "mine.csv").read_text() and "mine.csv" in said
+    if broken:
+        assert (
+            "1 empty" in said
+            and "CNV/x.png" in (outputs_root() / "audit" / "mine.csv").read_text()
+            and "mine.csv" in said
+        )
     else: assert "5 folds need 6 groups" in said
-    if broken: main_(["folds", "--source", "folder", "--data-root", root, "--run", "mine", "--set", "data.leave_out=empty"])
+    if broken:
+        main_(
+            [
+                "folds",
+                "--source",
+                "folder",
+                "--data-root",
+                root,
+                "--run",
+                "mine",
+                "--set",
+                "data.leave_out=empty",
+            ]
+        )
 
 
 def test_folds_that_do_not_exist_leave_no_run(capsys, tmp_path):
     root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(2)))
-    said = refused(capsys, "crossval", "--preset", "tiny", "--source", "folder", "--data-root", root, "--folds", "9")
+    said = refused(
+        capsys,
+        "crossval",
+        "--preset",
+        "tiny",
+        "--source",
+        "folder",
+        "--data-root",
+        root,
+        "--folds",
+        "9",
+    )
     assert "0 to 2" in said and not outputs_root().exists()
 
 
 @pytest.mark.parametrize("field", ["student.arch", "teacher.arch"])
-def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(field, capsys, tmp_path, monkeypatch):
+def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(
+    field, capsys, tmp_path, monkeypatch
+):
     (tmp_path / "d").mkdir()
-    monkeypatch.setattr("kdoct.data.sources.load_table", lambda data: pytest.fail("looked at the images"))
-    said = refused(capsys, "crossval", "--source", "folder", "--data-root", tmp_path / "d", "--set", f"{field}=efficientnt_b2")
-    assert "knows no model 'efficientnt_b2'" in said and "Did you mean efficientnet_b2" in said and not outputs_root().exists()
+    monkeypatch.setattr(
+        "kdoct.data.sources.load_table", lambda data: pytest.fail("looked at the images")
+    )
+    said = refused(
+        capsys,
+        "crossval",
+        "--source",
+        "folder",
+        "--data-root",
+        tmp_path / "d",
+        "--set",
+        f"{field}=efficientnt_b2",
+    )
+    assert (
+        "knows no model 'efficientnt_b2'" in said
+        and "Did you mean efficientnet_b2" in said
+        and not outputs_root().exists()
+    )
 
 
 def in_parts(folder):
     "Both classes in training and test folders, a patient a picture."
-    return pictures(folder, *(f"{part}/{c}/P{part}{c}{i}_1.png" for part in ("train", "test") for c in ("CNV", "NORMAL") for i in range(8)))
+    return pictures(
+        folder,
+        *(
+            f"{part}/{c}/P{part}{c}{i}_1.png"
+            for part in ("train", "test")
+            for c in ("CNV", "NORMAL")
+            for i in range(8)
+        ),
+    )
 
 
 @pytest.mark.parametrize("command", ["audit", "folds"])
 def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path, capsys):
-    argv = [command, "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_"]
+    argv = [
+        command,
+        "--preset",
+        "tiny",
+        "--source",
+        "folder",
+        "--data-root",
+        in_parts(tmp_path / "d"),
+        "--group-pattern",
+        "/(P[^_]+)_",
+    ]
     main_(argv)
     said = capsys.readouterr().out
-    assert "WARNING: the images come in parts" in said and "training 16 images" in said and "test 16 images" in said
+    assert (
+        "WARNING: the images come in parts" in said
+        and "training 16 images" in said
+        and "test 16 images" in said
+    )
     assert "--set data.protocol=official" in said
-    main_([*argv, "--set", "data.protocol=official", *(["--run", "official"] if command == "folds" else [])])
+    main_(
+        [
+            *argv,
+            "--set",
+            "data.protocol=official",
+            *(["--run", "official"] if command == "folds" else []),
+        ]
+    )
     assert "come in parts" not in capsys.readouterr().out
 
 
@@ -171,11 +302,28 @@ def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
     from kdoct.data.sources import SOURCES
     calls, listed = [], SOURCES["folder"]
     monkeypatch.setitem(SOURCES, "folder", lambda data: calls.append(1) or listed(data))
-    main_(["folds", "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_"])
+    main_(
+        [
+            "folds",
+            "--preset",
+            "tiny",
+            "--source",
+            "folder",
+            "--data-root",
+            in_parts(tmp_path / "d"),
+            "--group-pattern",
+            "/(P[^_]+)_",
+        ]
+    )
     assert len(calls) == 1
     from kdoct.app.stages import open_stage
     from kdoct.data.stage import prepare_data
-    run, _ = open_stage("tiny", "staged", data_root=str(tmp_path / "d"), overrides=r"data.source=folder data.group_pattern=/(P[^_]+)_")
+    run, _ = open_stage(
+        "tiny",
+        "staged",
+        data_root=str(tmp_path / "d"),
+        overrides=r"data.source=folder data.group_pattern=/(P[^_]+)_",
+    )
     prepare_data(run)
     assert len(calls) == 2
     prepare_data(run)      # later the files are looked at again
@@ -195,7 +343,8 @@ def test_a_stage_without_images_leaves_no_run(tmp_path):
     from kdoct.app.stages import open_stage
     from kdoct.core.files import KdoctError
     (tmp_path / "empty").mkdir()
-    with pytest.raises(KdoctError, match="finds no usable image"): open_stage("edge", "r", data_root=str(tmp_path / "empty"))
+    with pytest.raises(KdoctError, match="finds no usable image"):
+        open_stage("edge", "r", data_root=str(tmp_path / "empty"))
     assert not outputs_root().exists()
 
 
@@ -222,16 +371,24 @@ except SystemExit as e: print(e.code, 'torch' in sys.modules)
 def test_export_says_what_it_cannot_export(loose, capsys, tmp_path):
     pytest.importorskip("openvino", reason="the extra deploy is not installed")
     assert "neither a run nor a model folder 'nowhere'" in refused(capsys, "export", "nowhere")
-    assert "--fold and --role are for the name of a run" in refused(capsys, "export", str(loose), "--fold", "0")
-    assert "There is no folder" in refused(capsys, "export", str(loose), "--images", str(tmp_path / "none"))
+    assert "--fold and --role are for the name of a run" in refused(
+        capsys, "export", str(loose), "--fold", "0"
+    )
+    assert "There is no folder" in refused(
+        capsys, "export", str(loose), "--images", str(tmp_path / "none")
+    )
     (loose / "bundle.json").write_text("{}")
     assert "is a bundle already" in refused(capsys, "export", str(loose), "--images", str(tmp_path))
     (tmp_path / "empty").mkdir()
-    assert "no model folder: it has no model.json" in refused(capsys, "export", str(tmp_path / "empty"), "--images", str(tmp_path))
+    assert "no model folder: it has no model.json" in refused(
+        capsys, "export", str(tmp_path / "empty"), "--images", str(tmp_path)
+    )
 
 
 def test_folds_in_the_wrong_order_are_refused(capsys):
-    assert "Write the smaller number first: 0-1" in refused(capsys, "crossval", "--preset", "tiny", "--folds", "1-0")
+    assert "Write the smaller number first: 0-1" in refused(
+        capsys, "crossval", "--preset", "tiny", "--folds", "1-0"
+    )
 
 
 def test_the_name_in_a_recipe_can_be_set():

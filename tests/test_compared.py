@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# noqa: F401  (registers the networks)
-from kdoct.app.cli import main
+#  (registers the networks)
+from kdoct.app.cli import main  # noqa: F401
 from kdoct.app.stages import open_stage
 from kdoct.core.files import KdoctError, read_json
 from kdoct.core.recipe import preset
@@ -35,11 +35,20 @@ def test_the_pyramid_adds_from_the_deepest_map_upwards():
         for layer in [*vgg, nn.MaxPool2d(2)]:
             h = layer(h)
             if isinstance(layer, nn.MaxPool2d): maps.append(h)
-        assert [m.shape[1:] for m in maps] == [(64, 32, 48), (128, 16, 24), (256, 8, 12), (512, 4, 6), (512, 2, 3)]
+        assert [m.shape[1:] for m in maps] == [
+            (64, 32, 48),
+            (128, 16, 24),
+            (256, 8, 12),
+            (512, 4, 6),
+            (512, 2, 3),
+        ]
         sums = [None]*5
         for i in (4, 3, 2, 1, 0):
-            sums[i] = F.relu(F.conv2d(maps[i], net.neck.lateral[i][0].weight, net.neck.lateral[i][0].bias))
-            if i < 4: sums[i] = sums[i] + sums[i + 1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+            sums[i] = F.relu(
+                F.conv2d(maps[i], net.neck.lateral[i][0].weight, net.neck.lateral[i][0].bias)
+            )
+            if i < 4:
+                sums[i] = sums[i] + sums[i + 1].repeat_interleave(2, 2).repeat_interleave(2, 3)
         pooled = [net.neck.smooth[i](s).mean((2, 3)) for i, s in enumerate(sums)]
         torch.testing.assert_close(net.fc(F.relu(net.hidden[0](torch.cat(pooled, 1)))), want)
 
@@ -54,7 +63,13 @@ def test_sfnet_gives_what_aligning_every_map_twice_gives_and_updates_each_norm_o
         maps, pooled = net.depths(x), []
         for i, m in enumerate(maps):
             fused = net.neck.align[i](m)
-            if i < 3: fused = fused + F.interpolate(net.neck.align[i + 1](maps[i + 1]), fused.shape[2:], mode='bilinear', align_corners=False)
+            if i < 3:
+                fused = fused + F.interpolate(
+                    net.neck.align[i + 1](maps[i + 1]),
+                    fused.shape[2:],
+                    mode='bilinear',
+                    align_corners=False,
+                )
             pooled.append(fused.amax((2, 3)))
         torch.testing.assert_close(net.fc(net.hidden(torch.cat(pooled, 1))), net(x))
 
@@ -77,21 +92,30 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         m.delenv('IN_TEST', raising=False)
-        smaller = {'data.size': 32, 'data.phantom.patients': 24, 'teacher.epochs': 1, 'teacher.batch_size': 16, 'evaluate.n_boot': 100}
+        smaller = {
+            'data.size': 32,
+            'data.phantom.patients': 24,
+            'teacher.epochs': 1,
+            'teacher.batch_size': 16,
+            'evaluate.n_boot': 100,
+        }
         out, _ = open_stage('tiny', 'compared', 0, overrides=smaller, teacher='fpn_vgg16')
         prepare_data(out)
     return out
 
 
 @pytest.fixture(autouse=True)
-def where_the_run_is(run, outputs, monkeypatch): monkeypatch.setenv('KDOCT_OUTPUTS', str(run.path.parent))
+def where_the_run_is(run, outputs, monkeypatch):
+    monkeypatch.setenv('KDOCT_OUTPUTS', str(run.path.parent))
 
 
 def test_a_compared_network_trains_through_the_teacher_stage(run):
     about = train_teacher(run, 0)
     assert about['arch'] == 'fpn_vgg16' and about['parameters'] == 21_651_524       # four classes
     found = pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet')
-    assert len(found) == len(open_fold(run, 0).idx['test']) and np.isfinite(found.filter(like='logit_')).all(axis=None)
+    assert len(found) == len(open_fold(run, 0).idx['test']) and np.isfinite(
+        found.filter(like='logit_')
+    ).all(axis=None)
 
 
 # --- the control
@@ -103,7 +127,10 @@ def test_the_control_predicts_the_test_part_and_leaves_no_pickle(run):
         folder, data = run.stage_dir(fold, 'hog_svm'), open_fold(run, fold)
         assert sorted(os.listdir(folder)) == ['model.json', 'predictions.parquet']
         found, about = pd.read_parquet(folder/'predictions.parquet'), read_json(folder/'model.json')
-        assert list(found.path) == list(data.rows('test').path) and about['folds_sha256'] == data.folds_sha256
+        assert (
+            list(found.path) == list(data.rows('test').path)
+            and about['folds_sha256'] == data.folds_sha256
+        )
         assert [c for c in found if c.startswith('logit_')] == [f'logit_{c}' for c in data.classes]
         assert about['parameters'] == 4*(1764 + 1) and about['calibrated'] is False
         assert run.stage(f'fold_{fold}/hog_svm')['status'] == 'done'
@@ -140,7 +167,9 @@ def test_features_do_not_depend_on_colour_or_on_the_stored_size():
 
 
 def test_the_control_reaches_on_real_b_scans_what_it_was_measured_to_reach(shared_data):
-    real = create_run('ucsd', preset('edge', **{'data.root': str(shared_data/'ucsd_oct'), 'data.size': 128}))
+    real = create_run(
+        'ucsd', preset('edge', **{'data.root': str(shared_data / 'ucsd_oct'), 'data.size': 128})
+    )
     prepare_data(real)
     run_hog_svm(real, 0)
     found = pd.read_parquet(real.stage_dir(0, 'hog_svm')/'predictions.parquet')

@@ -21,8 +21,13 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 def shell(*command, cwd=ROOT):
     "Run a command with the test's own outputs folder."
-    return subprocess.run([sys.executable, '-m', *map(str, command)], cwd=cwd, capture_output=True, text=True,
-                          env={**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']})
+    return subprocess.run(
+        [sys.executable, '-m', *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']},
+    )
 
 
 def test_papermill_without_a_teacher_names_the_command_that_trains_it():
@@ -38,19 +43,31 @@ def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path):
     assert done.returncode == 1 and "Did you mean 'fold'?" in done.stderr
 
 
-TRAIN = "from kdoct.core.runs import open_run; from kdoct.distill.teacher import train_teacher; train_teacher(open_run('two'), 0)"
+TRAIN = ("from kdoct.core.runs import open_run; from kdoct.distill.teacher import train_teacher; "
+         "train_teacher(open_run('two'), 0)")
 
 
 def test_two_processes_never_train_the_same_fold():
     from kdoct.data.stage import prepare_data
     run = create_run('two', preset('tiny', **{'teacher.epochs': 8}))
     prepare_data(run)
-    both = [subprocess.Popen([sys.executable, '-c', TRAIN], env={**ENV, 'KDOCT_OUTPUTS': str(outputs_root())}, cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, '-c', TRAIN],
+            env={**ENV, 'KDOCT_OUTPUTS': str(outputs_root())},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     said = [p.communicate()[1] for p in both]
     lost = [s for p, s in zip(both, said, strict=True) if p.returncode]
     # The slower one finds the lock held, or, if it was that slow, the finished teacher.
-    assert len(lost) <= 1 and all("Another process is working on teacher of fold 0" in s for s in lost)
+    assert len(lost) <= 1 and all(
+        "Another process is working on teacher of fold 0" in s for s in lost
+    )
     assert run.stage('fold_0/teacher')['status'] == 'done'
 
 
@@ -59,21 +76,51 @@ def folder(tmp_path):
     "Four classes of six patients in a plain folder, and one broken file."
     for c in range(4):
         (tmp_path/f'C{c}').mkdir()
-        for i in range(12): Image.effect_noise((64, 48), 20 + 20*c).save(tmp_path/f'C{c}'/f'p{c}{i//2}_{i}.png')
+        for i in range(12):
+            Image.effect_noise((64, 48), 20 + 20*c).save(tmp_path/f'C{c}'/f'p{c}{i//2}_{i}.png')
     (tmp_path/'C0'/'p00_x.png').write_bytes(b'')
     return tmp_path
 
 
 def test_a_failed_stage_is_named_and_the_run_goes_on(folder):
-    recipe = {'data.source': 'folder', 'data.root': str(folder), 'data.group_pattern': r'(p\d+)_', 'data.n_folds': 2}
-    first = shell('kdoct.app.cli', 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine', '--source', 'folder', '--data-root', folder,
-                  '--set', r"data.group_pattern='(p\d+)_'", '--set', 'data.n_folds=2')
+    recipe = {
+        'data.source': 'folder',
+        'data.root': str(folder),
+        'data.group_pattern': r'(p\d+)_',
+        'data.n_folds': 2,
+    }
+    first = shell(
+        'kdoct.app.cli',
+        'crossval',
+        '--preset',
+        'tiny',
+        '--folds',
+        '0',
+        '--run',
+        'mine',
+        '--source',
+        'folder',
+        '--data-root',
+        folder,
+        '--set',
+        r"data.group_pattern='(p\d+)_'",
+        '--set',
+        'data.n_folds=2',
+    )
     assert first.returncode == 1 and 'Traceback' not in first.stderr
-    assert 'data stage failed' in first.stderr and 'empty' in first.stderr and 'data.ipynb' in first.stderr
-    run = create_run('mine', preset('tiny', **recipe, **{'data.leave_out': ['empty']}))  # nothing is made yet: the recipe may change
+    assert (
+        'data stage failed' in first.stderr
+        and 'empty' in first.stderr
+        and 'data.ipynb' in first.stderr
+    )
+    # nothing is made yet: the recipe may change
+    run = create_run('mine', preset('tiny', **recipe, **{'data.leave_out': ['empty']}))
     run_stage(run, 'data', 0)
     facts = json.loads(run.json.read_text())
-    assert facts['recipe']['data']['leave_out'] == ['empty'] and facts['stages']['data']['images'] == 48
+    assert (
+        facts['recipe']['data']['leave_out'] == ['empty']
+        and facts['stages']['data']['images'] == 48
+    )
     assert run.is_finished('data') and not run.is_finished('teacher')
     assert facts['stages']['data']['status'] == 'done' and 'error' not in facts['stages']['data']  # the failure is over
 
@@ -82,7 +129,9 @@ def test_a_run_with_results_keeps_its_recipe(folder):
     from kdoct.data.stage import prepare_data
     run = create_run('fixed', preset('tiny'))
     prepare_data(run)
-    done = shell('kdoct.app.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96')
+    done = shell(
+        'kdoct.app.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96'
+    )
     assert done.returncode == 1 and 'data.size: 64, not 96' in done.stderr
 
 
@@ -101,7 +150,9 @@ def made(asked, stage): return lambda run, fold: asked.append((stage, run.name, 
 
 def test_a_stage_of_the_demo_run_by_hand_makes_the_stages_before_it(small_demo):
     asked = []
-    run, _ = open_stage(fold=1, before=dict(data=made(asked, 'data'), teacher=made(asked, 'teacher')))
+    run, _ = open_stage(
+        fold=1, before=dict(data=made(asked, 'data'), teacher=made(asked, 'teacher'))
+    )
     assert run.name == 'demo' and asked == [('data', 'demo', 1), ('teacher', 'demo', 1)]
 
 
@@ -129,6 +180,20 @@ def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name)
 def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)), tmp_path/'t.ipynb')
     run = create_run('007', preset('tiny'))
-    done = shell('papermill', tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'run', '007', '-p', 'overrides', 'data.n_folds=2')
+    done = shell(
+        'papermill',
+        tmp_path / 't.ipynb',
+        tmp_path / 'out.ipynb',
+        '-p',
+        'run',
+        '007',
+        '-p',
+        'overrides',
+        'data.n_folds=2',
+    )
     assert done.returncode == 0, done.stderr[-800:]
-    assert run.is_finished('data') and open_run('007').recipe.data.n_folds == 2 and not (outputs_root()/'7').exists()
+    assert (
+        run.is_finished('data')
+        and open_run('007').recipe.data.n_folds == 2
+        and not (outputs_root() / '7').exists()
+    )

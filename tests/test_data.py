@@ -24,12 +24,20 @@ from kdoct.data.stage import folds_of, leak_of, open_fold, prepare_data
 
 def table_of(patients):
     "An image table from (label, number of images) a patient; a second label may follow."
-    return image_table([dict(path=f"{label}/{p:03d}-{i}.png", label=label, patient=f"{p:03d}")
-                        for p, visits in enumerate(patients) for label, n in visits for i in range(n)])
+    return image_table(
+        [
+            dict(path=f"{label}/{p:03d}-{i}.png", label=label, patient=f"{p:03d}")
+            for p, visits in enumerate(patients)
+            for label, n in visits
+            for i in range(n)
+        ]
+    )
 
 
 visit = st.tuples(st.sampled_from("AB"), st.integers(1, 6))
-patients = st.lists(st.lists(visit, min_size=1, max_size=2, unique_by=lambda v: v[0]), min_size=12, max_size=40)
+patients = st.lists(
+    st.lists(visit, min_size=1, max_size=2, unique_by=lambda v: v[0]), min_size=12, max_size=40
+)
 
 
 @settings(max_examples=40)
@@ -40,7 +48,11 @@ def test_no_group_has_two_roles_whatever_the_table(patients, n_folds, val_fracti
     except KdoctError: assume(False)  # too few patients of a class: refused, as another test shows
     for _, f in folds.groupby("fold"):
         roles = {r: set(f.group[f.role == r]) for r in ("train", "val", "test")}
-        assert not roles["train"] & roles["val"] and not roles["train"] & roles["test"] and not roles["val"] & roles["test"]
+        assert (
+            not roles["train"] & roles["val"]
+            and not roles["train"] & roles["test"]
+            and not roles["val"] & roles["test"]
+        )
         assert all(roles.values()) and sorted(f.path) == sorted(t.path)
     assert sorted(folds.path[folds.role == "test"]) == sorted(t.path)
 
@@ -50,11 +62,16 @@ rules = st.sampled_from([(False, False), (True, True), (True, False), (False, Tr
 
 @settings(max_examples=40)
 @given(patients, rules, st.integers(2, 4), st.sampled_from([0.1, 0.2, 0.3]), st.booleans(), st.data())
-def test_calibration_patients_are_in_no_other_part_whatever_the_protocol_and_rule(patients, rule, n_folds, share, official, data):
+def test_calibration_patients_are_in_no_other_part_whatever_the_protocol_and_rule(
+    patients, rule, n_folds, share, official, data
+):
     t = table_of(patients)
     ill = {p: data.draw(st.sampled_from("AB")) for p in sorted(set(t.patient))}
     tested = {p for i, p in enumerate(sorted(ill)) if i % 3 == 0}
-    t = t.assign(patient_label=t.patient.map(ill), split=np.where(t.patient.isin(tested), "test", "train") if official else "")
+    t = t.assign(
+        patient_label=t.patient.map(ill),
+        split=np.where(t.patient.isin(tested), "test", "train") if official else "",
+    )
     try: folds = make_folds(t, n_folds, 0.25, protocol="official" if official else "grouped-cv", worst_case=rule, calibration_fraction=share)
     except KdoctError as e:
         assert "are not valid" not in str(e)
@@ -73,12 +90,18 @@ def test_a_calibration_part_is_taken_from_training_and_changes_nothing_else():
     assert same.equals(without.role)
     n = folds[folds.role.isin(["train", "val", "calib"])].groupby(["fold", "role"]).group.nunique()
     assert (n.xs("calib", level="role") == 8).all()   # of 40
-    labels = folds.assign(label=folds.path.str[0])[folds.role == "calib"].groupby(["fold", "label"]).group.nunique()
+    labels = (
+        folds.assign(label=folds.path.str[0])[folds.role == "calib"]
+        .groupby(["fold", "label"])
+        .group.nunique()
+    )
     assert (labels == 4).all()                        # stratified
 
 
 def test_a_patient_who_calibrates_and_trains_is_refused(tmp_path):
-    folds = make_folds(table_of([[("AB"[p % 2], 2)] for p in range(40)]), 3, calibration_fraction=0.2)
+    folds = make_folds(
+        table_of([[("AB"[p % 2], 2)] for p in range(40)]), 3, calibration_fraction=0.2
+    )
     assert check_folds(folds) is folds
     leak, lost = folds.copy(), folds.copy()
     leak.loc[leak.index[leak.role == "calib"][0], "role"] = "train"
@@ -111,14 +134,16 @@ def test_folds_are_the_ones_that_they_always_were():
 
 
 @pytest.mark.parametrize(("patients", "n_folds", "says"), [
-    ([[("A", 9)], [("B", 9)]] * 4, 5, "4 of A"), ([[("A", 1)]] * 20, 3, "All images are of class A"), ([], 3, "no images"),
+    ([[("A", 9)], [("B", 9)]] * 4, 5, "4 of A"), ([[("A", 1)]] * 20, 3, "All images "
+                                                                        "are of class A"), ([], 3, "no images"),
     ([[("A", 1)]] * 20 + [[("B", 5)]] * 5, 5, "5 of B")])
 def test_too_few_patients_are_refused_with_numbers(patients, n_folds, says):
     with pytest.raises(KdoctError) as e: make_folds(table_of(patients), n_folds)
     assert says in str(e.value)
 
 
-@pytest.mark.parametrize(("n_folds", "helps"), [(2, "-> Add patients."), (5, "--set data.n_folds=2")])
+@pytest.mark.parametrize(("n_folds", "helps"), [(2, "-> "
+                                                    "Add patients."), (5, "--set data.n_folds=2")])
 def test_fewer_folds_are_proposed_only_where_they_are_fewer_and_enough(n_folds, helps):
     few = table_of([[("A", 1)]] * 9 + [[("B", 1)]] * (2 if n_folds == 2 else 3))
     with pytest.raises(KdoctError) as e: make_folds(few, n_folds)
@@ -128,17 +153,24 @@ def test_fewer_folds_are_proposed_only_where_they_are_fewer_and_enough(n_folds, 
 def test_the_official_protocol_says_that_every_patient_is_in_both_parts():
     both = table_of([[("AB"[p % 2], 2)] for p in range(20)])
     both["split"] = ["train", "test"] * 20
-    with pytest.raises(KdoctError, match="every group .* has images in the test part") as e: make_folds(both, 3, protocol="official")
+    with pytest.raises(KdoctError, match="every group .* has images in the test part") as e:
+        make_folds(both, 3, protocol="official")
     assert "grouped-cv" in e.value.fix
     alone = [group for _, groups in both.groupby("label").group for group in groups.unique()[:2]]
     both.loc[both.group.isin(alone), "split"] = "train"
-    with pytest.raises(KdoctError, match="2 of A, 2 of B. Left out are 16 images of patients who are in the test part"):
+    with pytest.raises(
+        KdoctError,
+        match="2 of A, 2 of B. Left out are 16 images of patients who are in the test part",
+    ):
         make_folds(both, 3, protocol="official")
 
 
 def test_the_data_stage_says_that_official_parts_are_mixed(tmp_path, capsys):
     facts = prepare_data(ucsd_run(write_ucsd(tmp_path / "d"), "r", protocol="grouped-cv"))
-    assert facts["mixed_parts"] in capsys.readouterr().out and "--set data.protocol=official" in facts["mixed_parts"]
+    assert (
+        facts["mixed_parts"] in capsys.readouterr().out
+        and "--set data.protocol=official" in facts["mixed_parts"]
+    )
     assert prepare_data(ucsd_run(tmp_path / "d", "o"))["mixed_parts"] == ""
 
 
@@ -148,7 +180,10 @@ GOOD = make_folds(table_of([[("AB"[p % 2], 2)] for p in range(20)]), 3)
 def spoil(folds, what):
     f = folds.copy()
     if what == "leak": f.loc[f.index[f.role == "train"][0], "role"] = "val"
-    elif what == "never tested": f.loc[f.group.isin(f.group[f.role == "test"].iloc[:1]) & (f.role == "test"), "role"] = "train"
+    elif what == "never tested":
+        f.loc[f.group.isin(f.group[f.role == "test"].iloc[:1]) & (f.role == "test"), "role"] = (
+            "train"
+        )
     elif what == "row lost": f = f.iloc[1:]
     elif what == "fold lost": f = f[f.fold != 1]
     elif what == "row twice": f = pd.concat([f, f.iloc[:1]])
@@ -188,7 +223,8 @@ def images(tmp_path):
     "Forty images and their table."
     rng, folder = np.random.default_rng(0), tmp_path / "images"
     folder.mkdir()
-    for i in range(40): Image.fromarray(rng.integers(0, 255, (60, 90), np.uint8)).save(folder / f"{i:02d}.png")
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (60, 90), np.uint8)).save(folder / f"{i:02d}.png")
     names = sorted(p.name for p in folder.iterdir())
     return folder, pd.DataFrame(dict(path=names, sha256=[sha256_file(folder / n) for n in names]))
 
@@ -231,8 +267,16 @@ def child(root, tmp_path, images, patch):
     "A process that opens the cache, patched to stop at a certain point until it is sent a line."
     folder, table = images
     table.to_json(tmp_path / "table.json")
-    code = textwrap.dedent(CHILD).format(patch=textwrap.dedent(patch), table=str(tmp_path / "table.json"), folder=str(folder))
-    return subprocess.Popen([sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = textwrap.dedent(CHILD).format(
+        patch=textwrap.dedent(patch), table=str(tmp_path / "table.json"), folder=str(folder)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_two_processes_build_one_cache_once(root, tmp_path, images, outputs):
@@ -242,12 +286,17 @@ def test_two_processes_build_one_cache_once(root, tmp_path, images, outputs):
     assert b.stdout.readline().strip() == "begins"  # and now waits for the lock, or will
     said_a, said_b = a.communicate("go\n", timeout=60)[0], b.communicate(timeout=60)[0]
     assert said_a == said_b and said_b.startswith("done")
-    assert sorted(p.suffix for p in (outputs / "cache").glob("[!.]*") if p.suffix != ".lock") == [".json", ".npy"]
+    assert sorted(p.suffix for p in (outputs / "cache").glob("[!.]*") if p.suffix != ".lock") == [
+        ".json",
+        ".npy",
+    ]
     assert right(decode_cache(images[1], images[0], 48), *images)
 
 
 @pytest.mark.parametrize("where", [PAUSE_IN_ROWS, PAUSE_BEFORE_JSON], ids=["among the rows", "before the json"])
-def test_a_killed_builder_leaves_nothing_that_looks_like_a_cache(root, tmp_path, images, outputs, where):
+def test_a_killed_builder_leaves_nothing_that_looks_like_a_cache(
+    root, tmp_path, images, outputs, where
+):
     a = child(root, tmp_path, images, where)
     assert [a.stdout.readline().strip() for _ in "12"] == ["begins", "building"]
     os.kill(a.pid, signal.SIGKILL)
@@ -267,17 +316,23 @@ def test_a_cache_that_was_cut_is_built_again(images):
 def test_images_that_changed_since_the_audit_are_not_cached(images, outputs):
     folder, table = images
     (folder / "07.png").write_bytes((folder / "08.png").read_bytes())
-    with pytest.raises(KdoctError, match="07.png has changed since the audit"): decode_cache(table, folder, 48)
+    with pytest.raises(KdoctError, match="07.png has changed since the audit"):
+        decode_cache(table, folder, 48)
     assert not list((outputs / "cache").glob("*.npy"))
 
 
 def test_other_size_or_channels_are_another_cache_and_no_row_is_found_by_position(images):
     folder, table = images
-    grey, small, colour = decode_cache(table, folder, 48), decode_cache(table, folder, 32), decode_cache(table, folder, 48, channels=3)
+    grey, small, colour = (
+        decode_cache(table, folder, 48),
+        decode_cache(table, folder, 32),
+        decode_cache(table, folder, 48, channels=3),
+    )
     assert len({grey.path, small.path, colour.path}) == 3 and colour.images.shape == (40, 48, 48, 3)
     part = table[::-2]
     assert right(decode_cache(part, folder, 48), folder, part)
-    with pytest.raises(KdoctError, match="does not hold"): decode_cache(part, folder, 48).rows(table.sha256)
+    with pytest.raises(KdoctError, match="does not hold"):
+        decode_cache(part, folder, 48).rows(table.sha256)
 
 
 def make_images(folder, patients=16, seed=0):
@@ -285,24 +340,39 @@ def make_images(folder, patients=16, seed=0):
     for p in range(patients):
         sub = folder / ("CNV", "NORMAL")[p % 2]
         sub.mkdir(parents=True, exist_ok=True)
-        for i in range(2): Image.fromarray(rng.integers(0, 255, (50, 60), np.uint8)).save(sub / f"{p:02d}-{i}.png")
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (50, 60), np.uint8)).save(sub / f"{p:02d}-{i}.png")
     return folder
 
 
 def a_run(folder, name="r", **changes):
-    data = {"data.source": "folder", "data.root": str(folder), "data.group_pattern": r"/(\d+)-", "data.n_folds": 3, "data.size": 32}
+    data = {
+        "data.source": "folder",
+        "data.root": str(folder),
+        "data.group_pattern": r"/(\d+)-",
+        "data.n_folds": 3,
+        "data.size": 32,
+    }
     return create_run(name, preset("edge", **data, **{"data." + k: v for k, v in changes.items()}))
 
 
 def test_stage_writes_its_files_and_a_second_call_changes_none(tmp_path):
     run = a_run(make_images(tmp_path / "d"))
     first = prepare_data(run)
-    before = {p.name: p.read_bytes() for p in run.path.iterdir() if p.suffix in (".csv", ".parquet") or p.name == "audit.json"}
+    before = {
+        p.name: p.read_bytes()
+        for p in run.path.iterdir()
+        if p.suffix in (".csv", ".parquet") or p.name == "audit.json"
+    }
     assert set(before) == {"audit.csv", "audit.json", "folds.csv", "table.parquet"}
     again = prepare_data(run)
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     assert all((run.path / n).read_bytes() == b for n, b in before.items())
-    assert first["images"] == 32 and first["groups"] == 16 and first["per_class"] == {"CNV": 16, "NORMAL": 16}
+    assert (
+        first["images"] == 32
+        and first["groups"] == 16
+        and first["per_class"] == {"CNV": 16, "NORMAL": 16}
+    )
 
 
 def test_open_fold_gives_each_image_its_own_pixels_label_and_role(tmp_path):
@@ -317,11 +387,15 @@ def test_open_fold_gives_each_image_its_own_pixels_label_and_role(tmp_path):
             assert set(rows.path) == set(folds.path[(folds.fold == k) & (folds.role == role)])
             for i, r in zip(idx, rows.itertuples(), strict=True):
                 assert (data.images[i] == to_square(Image.open(folder / r.path), 32, 1)).all()
-                assert data.classes[data.labels[i]] == r.label == r.path.split("/")[0] and data.groups[i] == r.group
+                assert (
+                    data.classes[data.labels[i]] == r.label == r.path.split("/")[0]
+                    and data.groups[i] == r.group
+                )
 
 
 def test_open_fold_before_the_stage_names_the_command(tmp_path):
-    with pytest.raises(KdoctError, match="papermill .*01_data.ipynb .*-p run r"): open_fold(a_run(make_images(tmp_path / "d")), 0)
+    with pytest.raises(KdoctError, match="papermill .*01_data.ipynb .*-p run r"):
+        open_fold(a_run(make_images(tmp_path / "d")), 0)
 
 
 def test_open_fold_refuses_a_fold_that_is_not_there_and_folds_that_were_edited(tmp_path):
@@ -344,7 +418,9 @@ def test_a_run_does_not_change_its_data(tmp_path):
     folder = make_images(tmp_path / "d")
     run = a_run(folder)
     prepare_data(run)
-    Image.fromarray(np.random.default_rng(9).integers(0, 255, (50, 60), np.uint8)).save(folder / "CNV" / "00-0.png")
+    Image.fromarray(np.random.default_rng(9).integers(0, 255, (50, 60), np.uint8)).save(
+        folder / "CNV" / "00-0.png"
+    )
     with pytest.raises(KdoctError, match="made with other data"): prepare_data(run)
     assert len(open_fold(run, 0).table) == 32  # what was prepared stays usable
 
@@ -354,17 +430,23 @@ def test_an_audit_that_stops_leaves_its_table_and_the_next_run_can_leave_out(tmp
     (folder / "CNV" / "99-0.png").write_bytes(b"")
     run = a_run(folder)
     with pytest.raises(KdoctError, match="1 empty"): prepare_data(run)
-    assert "CNV/99-0.png,empty,error" in (run.path / "audit.csv").read_text() and not run.folds_csv.exists()
+    assert (
+        "CNV/99-0.png,empty,error" in (run.path / "audit.csv").read_text()
+        and not run.folds_csv.exists()
+    )
     assert prepare_data(a_run(folder, "r2", leave_out=["empty"]))["images"] == 32
 
 
 def test_a_class_of_the_recipe_without_images_is_refused(tmp_path):
-    with pytest.raises(KdoctError, match="no image of class DME"): prepare_data(a_run(make_images(tmp_path / "d"), classes=["CNV", "DME", "NORMAL"]))
+    with pytest.raises(KdoctError, match="no image of class DME"):
+        prepare_data(a_run(make_images(tmp_path / "d"), classes=["CNV", "DME", "NORMAL"]))
 
 
 def test_colour_data_are_cached_in_colour(tmp_path):
     folder = make_images(tmp_path / "d")
-    Image.fromarray(np.random.default_rng(5).integers(0, 255, (50, 60, 3), np.uint8)).save(folder / "CNV" / "00-5.png")
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (50, 60, 3), np.uint8)).save(
+        folder / "CNV" / "00-5.png"
+    )
     run = a_run(folder)
     assert prepare_data(run)["channels"] == 3 and open_fold(run, 0).images.shape == (33, 32, 32, 3)
 
@@ -375,11 +457,16 @@ def test_identical_files_share_a_row_and_keep_their_own_lines(tmp_path):
     run = a_run(folder)
     prepare_data(run)
     data = open_fold(run, 0)
-    assert len(data.images) == 32 and sum(len(data.rows(r)) for r in data.idx) == sum(map(len, data.idx.values())) == 33
+    assert (
+        len(data.images) == 32
+        and sum(len(data.rows(r)) for r in data.idx) == sum(map(len, data.idx.values())) == 33
+    )
 
 
 def test_real_images_patients_under_two_classes_stay_together(shared_data):
-    run = create_run("real", preset("edge", **{"data.root": str(shared_data / "ucsd_oct"), "data.size": 64}))
+    run = create_run(
+        "real", preset("edge", **{"data.root": str(shared_data / "ucsd_oct"), "data.size": 64})
+    )
     facts = prepare_data(run)
     assert facts["images"] == 800 and facts["groups"] == 508 and facts["channels"] == 1
     assert facts["per_class"] == dict.fromkeys(("CNV", "DME", "DRUSEN", "NORMAL"), 200)
@@ -395,11 +482,24 @@ ROLES = ("train", "val", "test")
 
 def official_table(patients):
     "An image table from (label, official part, number of images) a patient; several of these may follow."
-    return image_table([dict(path=f"{part}/{label}/{p:03d}-{k}-{i}.png", label=label, patient=f"{p:03d}", split=part)
-                        for p, visits in enumerate(patients) for k, (label, part, n) in enumerate(visits) for i in range(n)])
+    return image_table(
+        [
+            dict(
+                path=f"{part}/{label}/{p:03d}-{k}-{i}.png",
+                label=label,
+                patient=f"{p:03d}",
+                split=part,
+            )
+            for p, visits in enumerate(patients)
+            for k, (label, part, n) in enumerate(visits)
+            for i in range(n)
+        ]
+    )
 
 
-visit_of = st.tuples(st.sampled_from("AB"), st.sampled_from(["train", "train", "val", "test"]), st.integers(1, 4))
+visit_of = st.tuples(
+    st.sampled_from("AB"), st.sampled_from(["train", "train", "val", "test"]), st.integers(1, 4)
+)
 
 
 @settings(max_examples=25)
@@ -411,24 +511,40 @@ def test_official_folds_test_the_same_images_and_train_on_nobody_of_them(patient
     tested, groups = set(t.path[t.split == "test"]), set(t.group[t.split == "test"])
     rest = set(t.path[(t.split != "test") & ~t.group.isin(groups)])
     for _, f in folds.groupby("fold"):
-        assert set(f.path[f.role == "test"]) == tested and not groups & set(f.group[f.role.isin(["train", "val"])])
-        assert set(f.path[f.role.isin(["train", "val"])]) == rest and not set(f.group[f.role == "train"]) & set(f.group[f.role == "val"])
+        assert set(f.path[f.role == "test"]) == tested and not groups & set(
+            f.group[f.role.isin(["train", "val"])]
+        )
+        assert set(f.path[f.role.isin(["train", "val"])]) == rest and not set(
+            f.group[f.role == "train"]
+        ) & set(f.group[f.role == "val"])
     assert sorted(folds.path[folds.role == "val"]) == sorted(rest)
 
 
 @settings(max_examples=25)
 @given(patients, st.sampled_from([(True, True), (True, False), (False, True)]), st.integers(2, 4), st.data())
-def test_the_worst_case_rule_takes_slices_out_where_it_holds_and_nowhere_else(patients, rule, n_folds, data):
-    t = table_of(patients).assign(patient_label=lambda d: d.patient.map({p: data.draw(st.sampled_from("AB")) for p in d.patient.unique()}))
+def test_the_worst_case_rule_takes_slices_out_where_it_holds_and_nowhere_else(
+    patients, rule, n_folds, data
+):
+    t = table_of(patients).assign(
+        patient_label=lambda d: d.patient.map(
+            {p: data.draw(st.sampled_from("AB")) for p in d.patient.unique()}
+        )
+    )
     try: folds = make_folds(t, n_folds, worst_case=rule)
     except KdoctError: assume(False)
     shows = t.set_index("path").eval("label == patient_label")
     f = folds.assign(shows=folds.path.map(shows))
     learns, out = f[f.role.isin(["train", "val"])], f[f.role == "out"]
-    assert not out.shows.any() and (learns.shows.all() or not rule[0]) and (f.shows[f.role == "test"].all() or not rule[1])
+    assert (
+        not out.shows.any()
+        and (learns.shows.all() or not rule[0])
+        and (f.shows[f.role == "test"].all() or not rule[1])
+    )
     assert set(f.path[f.role == "test"]) == set(t.path if not rule[1] else shows.index[shows])
     used = f[f.role != "out"]
-    assert (used.groupby(["fold", "group"]).role.nunique() == 1).all() and len(f) == n_folds * len(t)
+    assert (used.groupby(["fold", "group"]).role.nunique() == 1).all() and len(f) == n_folds * len(
+        t
+    )
 
 
 def test_without_the_rule_folds_are_the_same_whether_or_not_the_diagnosis_is_known():
@@ -438,47 +554,74 @@ def test_without_the_rule_folds_are_the_same_whether_or_not_the_diagnosis_is_kno
 
 def test_the_rule_without_a_known_diagnosis_and_official_without_parts_are_refused_with_a_remedy():
     t = table_of([[("AB"[p % 2], 2)] for p in range(20)])
-    with pytest.raises(KdoctError, match="patient_label"): make_folds(t, 3, worst_case=(True, False))
-    with pytest.raises(KdoctError, match="(?s)40 of 40 images .*data.protocol=grouped-cv"): make_folds(t, 3, protocol="official")
+    with pytest.raises(KdoctError, match="patient_label"):
+        make_folds(t, 3, worst_case=(True, False))
+    with pytest.raises(KdoctError, match="(?s)40 of 40 images .*data.protocol=grouped-cv"):
+        make_folds(t, 3, protocol="official")
     for part in ("test", "train"):
-        with pytest.raises(KdoctError, match=f"all images are in part {part}"): make_folds(t.assign(split=part), 3, protocol="official")
+        with pytest.raises(KdoctError, match=f"all images are in part {part}"):
+            make_folds(t.assign(split=part), 3, protocol="official")
     half = t.assign(split=["test" if i % 4 else "elsewhere" for i in range(len(t))])
-    with pytest.raises(KdoctError, match="10 of 40 images are in none"): make_folds(half, 3, protocol="official")
+    with pytest.raises(KdoctError, match="10 of 40 images are in none"):
+        make_folds(half, 3, protocol="official")
 
 
-OFFICIAL = official_table([[("AB"[p % 2], "train", 2), *([("AB"[p % 2], "test", 1)] if p < 6 else [])] for p in range(30)])
+OFFICIAL = official_table(
+    [[("AB"[p % 2], "train", 2), *([("AB"[p % 2], "test", 1)] if p < 6 else [])] for p in range(30)]
+)
 
 
 def test_groups_merged_by_pixels_count_as_overlap_too():
     "A patient whose picture is in the test part under another number is not trained on."
     merged = OFFICIAL.assign(group=OFFICIAL.group.replace({"020": "000"}))
     folds = make_folds(merged, 3, protocol="official")
-    assert set(folds.role[folds.path.str.contains("/020-")]) == {"out"} and set(folds.role[folds.path.str.contains("/021-")]) == {"train", "val"}
+    assert set(folds.role[folds.path.str.contains("/020-")]) == {"out"} and set(
+        folds.role[folds.path.str.contains("/021-")]
+    ) == {"train", "val"}
 
 
 def test_a_leak_is_accepted_only_where_it_is_declared(tmp_path):
     leaky = make_folds(OFFICIAL, 3, protocol="official", overlap="keep")
-    assert leak_of(leaky) == dict(groups=6, images=12) and leak_of(make_folds(OFFICIAL, 3, protocol="official")) is None
+    assert (
+        leak_of(leaky) == dict(groups=6, images=12)
+        and leak_of(make_folds(OFFICIAL, 3, protocol="official")) is None
+    )
     write_folds(leaky, tmp_path / "folds.csv", "official", leak=True)
     assert read_folds(tmp_path / "folds.csv", "official", leak=True).equals(leaky)
-    for declared in ({}, dict(protocol="official"), dict(protocol="grouped-cv"), dict(protocol="grouped-cv", leak=True)):
-        with pytest.raises(KdoctError, match="two roles"): read_folds(tmp_path / "folds.csv", **declared)
+    for declared in (
+        {},
+        dict(protocol="official"),
+        dict(protocol="grouped-cv"),
+        dict(protocol="grouped-cv", leak=True),
+    ):
+        with pytest.raises(KdoctError, match="two roles"):
+            read_folds(tmp_path / "folds.csv", **declared)
     f = leaky.copy()
-    f.loc[f.index[(f.fold == 0) & (f.role == "train") & f.path.str.contains("/020-")][:1], "role"] = "val"
-    with pytest.raises(KdoctError): check_folds(f, "official", leak=True)  # between training and validation nothing may leak
+    f.loc[
+        f.index[(f.fold == 0) & (f.role == "train") & f.path.str.contains("/020-")][:1], "role"
+    ] = "val"
+    # between training and validation nothing may leak
+    with pytest.raises(KdoctError): check_folds(f, "official", leak=True)
 
 
 def spoil_official(f, what):
     f, tested = f.copy(), f.path[f.role == "test"].iloc[0]
-    if what == "a test image missing in one fold": f.loc[(f.path == tested) & (f.fold == 1), "role"] = "out"
-    elif what == "a training image tested once": f.loc[f.index[(f.role == "train") & (f.fold == 0)][0], "role"] = "test"
-    elif what == "out in one fold only": f.loc[f.index[(f.role == "train") & (f.fold == 2)][0], "role"] = "out"
-    elif what == "a fold without validation": f.loc[(f.fold == 1) & (f.role == "val"), "role"] = "train"
-    elif what == "an overlap trained on": f.loc[f.index[(f.role == "out") & (f.fold == 0)][0], "role"] = "train"
+    if what == "a test image missing in one fold":
+        f.loc[(f.path == tested) & (f.fold == 1), "role"] = "out"
+    elif what == "a training image tested once":
+        f.loc[f.index[(f.role == "train") & (f.fold == 0)][0], "role"] = "test"
+    elif what == "out in one fold only":
+        f.loc[f.index[(f.role == "train") & (f.fold == 2)][0], "role"] = "out"
+    elif what == "a fold without validation":
+        f.loc[(f.fold == 1) & (f.role == "val"), "role"] = "train"
+    elif what == "an overlap trained on":
+        f.loc[f.index[(f.role == "out") & (f.fold == 0)][0], "role"] = "train"
     return f
 
 
-@pytest.mark.parametrize("what", ["a test image missing in one fold", "a training image tested once", "out in one fold only",
+@pytest.mark.parametrize("what", ["a test image missing "
+                                  "in one fold", "a training image "
+                                                 "tested once", "out in one fold only",
                                   "a fold without validation", "an overlap trained on"])
 @pytest.mark.parametrize("protocol", ["official", ""])
 def test_spoiled_official_folds_are_refused(what, protocol):
@@ -489,23 +632,32 @@ def test_spoiled_official_folds_are_refused(what, protocol):
 
 def test_grouped_folds_are_not_official_ones_nor_the_other_way_round():
     with pytest.raises(KdoctError): check_folds(GOOD, "official")
-    with pytest.raises(KdoctError): check_folds(make_folds(OFFICIAL, 3, protocol="official"), "grouped-cv")
+    with pytest.raises(KdoctError):
+        check_folds(make_folds(OFFICIAL, 3, protocol="official"), "grouped-cv")
 
 
-WORST = table_of([[("AB"[p % 2], 2), ("AB"[(p + 1) % 2], 2)] for p in range(20)]).assign(patient_label=lambda d: d.patient.map(lambda p: "AB"[int(p) % 2]))
+WORST = table_of([[("AB"[p % 2], 2), ("AB"[(p + 1) % 2], 2)] for p in range(20)]).assign(
+    patient_label=lambda d: d.patient.map(lambda p: "AB"[int(p) % 2])
+)
 
 
-@pytest.mark.parametrize("what", ["out in one training fold only", "a group never tested", "one image never tested"])
+@pytest.mark.parametrize("what", ["out in one "
+                                  "training fold only", "a group "
+                                                        "never tested", "one image never tested"])
 def test_out_cannot_hide_an_image_from_the_test(what):
     f = make_folds(WORST, 3, worst_case=(False, True))
     assert check_folds(f, "grouped-cv") is f
     group = f.group[(f.role == "test") & (f.fold == 0)].iloc[0]
     mine, test = f.group == group, f.role == "test"
-    if what == "out in one training fold only": f.loc[f.index[mine & (f.fold == 1)][0], "role"] = "out"
+    if what == "out in one training fold only":
+        f.loc[f.index[mine & (f.fold == 1)][0], "role"] = "out"
     elif what == "a group never tested": f.loc[mine & (f.fold == 0), "role"] = "train"
     else:
         path = f.path[mine & test].iloc[0]
-        f.loc[(f.path == path) & (f.fold == 0), "role"], f.loc[(f.path == path) & (f.fold == 1), "role"] = "out", "out"
+        (
+            f.loc[(f.path == path) & (f.fold == 0), "role"],
+            f.loc[(f.path == path) & (f.fold == 1), "role"],
+        ) = "out", "out"
     with pytest.raises(KdoctError): check_folds(f, "grouped-cv")
 
 
@@ -525,8 +677,17 @@ def write_ucsd(folder, n=24):
 
 
 def ucsd_run(folder, name, **changes):
-    data = {"data.root": str(folder), "data.n_folds": 3, "data.size": 32, "data.margin": 0, "data.classes": None, "data.severity": None}
-    return create_run(name, preset("small-ucsd", **data | {"data." + k: v for k, v in changes.items()}))
+    data = {
+        "data.root": str(folder),
+        "data.n_folds": 3,
+        "data.size": 32,
+        "data.margin": 0,
+        "data.classes": None,
+        "data.severity": None,
+    }
+    return create_run(
+        name, preset("small-ucsd", **data | {"data." + k: v for k, v in changes.items()})
+    )
 
 
 def test_a_run_records_how_many_of_its_pictures_are_coloured_throughout(tmp_path):
@@ -539,22 +700,48 @@ def test_a_run_records_how_many_of_its_pictures_are_coloured_throughout(tmp_path
         path = tmp_path / "d" / "AB"[p % 2] / f"{p}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(grey.astype(np.uint8)).save(path)
-    data = dict(source="folder", root=str(tmp_path / "d"), group_pattern=r"/(\d+)", classes=None, size=32, margin=0, n_folds=2)
-    facts = prepare_data(create_run("coloured", preset("edge", **{f"data.{k}": v for k, v in data.items()})))
+    data = dict(
+        source="folder",
+        root=str(tmp_path / "d"),
+        group_pattern=r"/(\d+)",
+        classes=None,
+        size=32,
+        margin=0,
+        n_folds=2,
+    )
+    facts = prepare_data(
+        create_run("coloured", preset("edge", **{f"data.{k}": v for k, v in data.items()}))
+    )
     assert (facts["channels"], facts["coloured"]) == (3, 1)
 
 
 def test_the_official_protocol_runs_reports_the_overlap_and_leaves_it_out(tmp_path, capsys):
     run = ucsd_run(write_ucsd(tmp_path / "d"), "r")
     facts = prepare_data(run)
-    assert facts["protocol"] == "official" and facts["leak"] is None and facts["overlap"] == 14 and facts["merged_groups"] == 1
-    assert facts["per_fold"]["0"]["out"] == {"images": 14, "groups": 7} and facts["per_fold"]["0"]["test"]["images"] == 14
+    assert (
+        facts["protocol"] == "official"
+        and facts["leak"] is None
+        and facts["overlap"] == 14
+        and facts["merged_groups"] == 1
+    )
+    assert (
+        facts["per_fold"]["0"]["out"] == {"images": 14, "groups": 7}
+        and facts["per_fold"]["0"]["test"]["images"] == 14
+    )
     said = capsys.readouterr().out
-    assert "14 images are outside the official test part" in said and "out 14 images / 7 groups" in said and "leak" not in said
+    assert (
+        "14 images are outside the official test part" in said
+        and "out 14 images / 7 groups" in said
+        and "leak" not in said
+    )
     audit = pd.read_csv(run.path / "audit.csv")
     assert (audit.problem == "official-overlap").sum() == 14
     data = open_fold(run, 1)
-    assert set(data.idx) == set(ROLES) and len(data.rows("out")) == 14 and not set(data.groups[data.idx["train"]]) & set(data.groups[data.idx["test"]])
+    assert (
+        set(data.idx) == set(ROLES)
+        and len(data.rows("out")) == 14
+        and not set(data.groups[data.idx["train"]]) & set(data.groups[data.idx["test"]])
+    )
     assert prepare_data(run)["folds_sha256"] == facts["folds_sha256"]
 
 
@@ -570,7 +757,11 @@ def test_the_published_leak_is_kept_only_on_demand_and_said_loudly(tmp_path, cap
 def test_grouped_cv_uses_both_official_folders_and_tests_every_image_once(tmp_path):
     run = ucsd_run(write_ucsd(tmp_path / "d"), "r", protocol="grouped-cv")
     facts, folds = prepare_data(run), folds_of(run)
-    assert facts["images"] == 62 and sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0]) and facts["leak"] is None
+    assert (
+        facts["images"] == 62
+        and sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0])
+        and facts["leak"] is None
+    )
 
 
 @pytest.mark.parametrize("change", [dict(protocol="grouped-cv"), dict(official_overlap="keep"), dict(calibration_fraction=0.2)])
@@ -592,56 +783,90 @@ def write_neh(folder):
     for c, other in (("NORMAL", "DRUSEN"), ("DRUSEN", "NORMAL"), ("CNV", "DRUSEN")):
         for n in range(1, 9):
             for i, y in enumerate([c, c, other, "NORMAL"]):
-                a, name = rng.integers(0, 200, (40, 60), np.uint8), f"{c}/{n}/{i:03d}_{y.title() if y != 'CNV' else y}.{'tif' if n % 2 else 'jpg'}"
+                a, name = (
+                    rng.integers(0, 200, (40, 60), np.uint8),
+                    f"{c}/{n}/{i:03d}_{y.title() if y != 'CNV' else y}.{'tif' if n % 2 else 'jpg'}",
+                )
                 (folder / c / str(n)).mkdir(parents=True, exist_ok=True)
-                if (c, n) == ("CNV", 1): (folder / name).write_bytes(next((folder / "DRUSEN" / "1").glob(f"{i:03d}_*")).read_bytes())
+                if (c, n) == ("CNV", 1):
+                    (folder / name).write_bytes(
+                        next((folder / "DRUSEN" / "1").glob(f"{i:03d}_*")).read_bytes()
+                    )
                 else: Image.fromarray(a).convert("RGB").save(folder / name, **({"quality": 95} if n % 2 == 0 else {}))
                 rows.append(f"{n},{c},OD,{i},{y},{name}")
-    (folder / "data_information.csv").write_text("Patient ID,Class,Eye,B-scan,Label,Directory\n" + "\n".join(rows))
+    (folder / "data_information.csv").write_text(
+        "Patient ID,Class,Eye,B-scan,Label,Directory\n" + "\n".join(rows)
+    )
     return folder
 
 
 def neh_run(folder, name, **changes):
     data = {"data.root": str(folder), "data.n_folds": 3, "data.size": 32, "data.margin": 3}
-    return create_run(name, preset("small-neh", **data | {"data." + k: v for k, v in changes.items()}))
+    return create_run(
+        name, preset("small-neh", **data | {"data." + k: v for k, v in changes.items()})
+    )
 
 
 def test_neh_runs_with_one_preset_and_says_what_it_left_out(tmp_path, capsys):
     run = neh_run(write_neh(tmp_path / "d"), "r")
     facts = prepare_data(run)
     # slices 0, 1 and 2 of CNV/1 and DRUSEN/1 have two labels; slice 3 is NORMAL in both
-    assert facts["images"] == 96 - 6 and facts["problems"]["same-pixels-two-labels"] == 6 and facts["merged_groups"] == 1 and facts["groups"] == 23
-    assert "same-pixels-two-labels" in capsys.readouterr().out and read_json(run.path / "audit.json")["merged_groups"] == {"CNV/1": ["CNV/1", "DRUSEN/1"]}
+    assert (
+        facts["images"] == 96 - 6
+        and facts["problems"]["same-pixels-two-labels"] == 6
+        and facts["merged_groups"] == 1
+        and facts["groups"] == 23
+    )
+    assert "same-pixels-two-labels" in capsys.readouterr().out and read_json(
+        run.path / "audit.json"
+    )["merged_groups"] == {"CNV/1": ["CNV/1", "DRUSEN/1"]}
     folds = folds_of(run)
     for k in range(3):
         data = open_fold(run, k)
-        for role in ("train", "val"): assert (data.rows(role).label == data.rows(role).patient_label).all()
+        for role in ("train", "val"):
+            assert (data.rows(role).label == data.rows(role).patient_label).all()
         assert (data.rows("test").label != data.rows("test").patient_label).any()
         assert data.images.shape[1:] == (35, 35)  # size and margin
     assert sorted(folds.path[folds.role == "test"]) == sorted(folds.path[folds.fold == 0])
 
 
-def test_neh_the_published_rule_tests_on_such_slices_only_and_a_contradiction_stops_without_leave_out(tmp_path):
+def test_neh_the_published_rule_tests_on_such_slices_only_and_a_contradiction_stops_without_leave_out(
+    tmp_path,
+):
     folder = write_neh(tmp_path / "d")
     run = neh_run(folder, "r", worst_case_test=True)
     prepare_data(run)
     rows = pd.concat([open_fold(run, k).rows("test") for k in range(3)])
-    assert (rows.label == rows.patient_label).all() and len(rows) == 24 * 2 + 8 - 4  # a NORMAL patient's last slice is NORMAL too
-    with pytest.raises(KdoctError, match="(?s)6 same-pixels-two-labels .*leave_out"): prepare_data(neh_run(folder, "strict", leave_out=[]))
+    # a NORMAL patient's last slice is NORMAL too
+    assert (rows.label == rows.patient_label).all() and len(rows) == 24 * 2 + 8 - 4
+    with pytest.raises(KdoctError, match="(?s)6 same-pixels-two-labels .*leave_out"):
+        prepare_data(neh_run(folder, "strict", leave_out=[]))
 
 
 def test_framings_are_caches_of_their_own_and_the_recipe_chooses(images, tmp_path):
     folder, table = images
-    ways = [{}, dict(resize="crop"), dict(resize="pad"), dict(fill_white=True), dict(mask_scale_bar=True)]
+    ways = [
+        {},
+        dict(resize="crop"),
+        dict(resize="pad"),
+        dict(fill_white=True),
+        dict(mask_scale_bar=True),
+    ]
     caches = [decode_cache(table, folder, 48, **w) for w in ways]
     assert len({c.path for c in caches}) == 5
     for c, w in zip(caches, ways, strict=True):
-        assert (c.images[c.rows([table.sha256[7]])[0]] == to_square(Image.open(folder / table.path[7]), 48, 1, **w)).all()
+        assert (
+            c.images[c.rows([table.sha256[7]])[0]]
+            == to_square(Image.open(folder / table.path[7]), 48, 1, **w)
+        ).all()
     run = a_run(make_images(tmp_path / "d"), resize="pad", margin=4)
     prepare_data(run)
     first = open_fold(run, 0).rows("train").path[0]
     data = open_fold(run, 0)
-    assert (data.images[data.idx["train"][0]] == to_square(Image.open(tmp_path / "d" / first), 36, 1, resize="pad")).all()
+    assert (
+        data.images[data.idx["train"][0]]
+        == to_square(Image.open(tmp_path / "d" / first), 36, 1, resize="pad")
+    ).all()
 
 
 def scan_with(white=0, bar=False, h=200, w=300):
@@ -664,7 +889,10 @@ def test_white_padding_is_found_whole_and_the_retina_is_not(tmp_path):
     assert not white_padding(bright).any()
     Image.fromarray(a).save(tmp_path / "a.jpg", quality=70)  # specks and a grey fringe
     saved = np.asarray(Image.open(tmp_path / "a.jpg").convert("L"))
-    assert cover(saved, white_padding(saved))[:, :20].max() < 235 and cover(saved, white_padding(saved))[:20].max() < 235
+    assert (
+        cover(saved, white_padding(saved))[:, :20].max() < 235
+        and cover(saved, white_padding(saved))[:20].max() < 235
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -684,11 +912,23 @@ def test_what_is_covered_looks_like_the_background_and_the_rest_is_untouched(cha
 def test_crop_keeps_the_middle_and_pad_keeps_everything(shape):
     a = scan_with(h=shape[0], w=shape[1])[..., 0]
     h, w, side = *shape, min(shape)
-    crop, pad = to_square(Image.fromarray(a), side, 1, resize="crop"), to_square(Image.fromarray(a), max(shape), 1, resize="pad")
+    crop, pad = (
+        to_square(Image.fromarray(a), side, 1, resize="crop"),
+        to_square(Image.fromarray(a), max(shape), 1, resize="pad"),
+    )
     assert (crop == a[(h - side) // 2:, (w - side) // 2:][:side, :side]).all()
     top, left = (max(shape) - h) // 2, (max(shape) - w) // 2
     assert (pad[top:top + h, left:left + w] == a).all() and pad.shape == (max(shape),) * 2
-    if h != w: assert 0 < np.delete(pad, np.s_[top:top + h] if h < w else np.s_[left:left + w], axis=0 if h < w else 1).mean() < 60
+    if h != w:
+        assert (
+            0
+            < np.delete(
+                pad,
+                np.s_[top : top + h] if h < w else np.s_[left : left + w],
+                axis=0 if h < w else 1,
+            ).mean()
+            < 60
+        )
 
 
 def test_an_image_that_is_all_padding_is_an_error_that_names_it(tmp_path):
@@ -696,7 +936,8 @@ def test_an_image_that_is_all_padding_is_an_error_that_names_it(tmp_path):
     a[30, 30] = 250
     Image.fromarray(a).save(tmp_path / "white.png")
     table = pd.DataFrame(dict(path=["white.png"], sha256=[sha256_file(tmp_path / "white.png")]))
-    with pytest.raises(KdoctError, match="white.png: All of the image"): decode_cache(table, tmp_path, 32, fill_white=True)
+    with pytest.raises(KdoctError, match="white.png: All of the image"):
+        decode_cache(table, tmp_path, 32, fill_white=True)
 
 
 def test_on_real_scans_the_white_at_the_border_is_gone(shared_data):
@@ -704,11 +945,28 @@ def test_on_real_scans_the_white_at_the_border_is_gone(shared_data):
     for p in sorted((shared_data / "ucsd_oct").glob("*/*-1.jpeg"))[::25]:
         a = np.asarray(Image.open(p).convert("L"))
         b = cover(a, white_padding(a))
-        left.append([(np.concatenate([x[:3].ravel(), x[-3:].ravel(), x[:, :3].ravel(), x[:, -3:].ravel()]) >= 240).mean() for x in (a, b)])
+        left.append(
+            [
+                (
+                    np.concatenate(
+                        [x[:3].ravel(), x[-3:].ravel(), x[:, :3].ravel(), x[:, -3:].ravel()]
+                    )
+                    >= 240
+                ).mean()
+                for x in (a, b)
+            ]
+        )
     before, after = np.mean(left, axis=0)
     assert before > 0.15 and after < 0.002
 
 
 def test_fewer_images_than_parts_are_refused_in_words():
-    t = image_table([dict(path=f"{c}/{i}.png", label=c, patient=f"{c}{i}") for c in "AB" for i in range(6)])
-    with pytest.raises(KdoctError, match="The largest class, [AB], has 4 images; they cannot be split into 5 parts.*\n.*val_fraction"): make_folds(t, n_folds=3)
+    t = image_table(
+        [dict(path=f"{c}/{i}.png", label=c, patient=f"{c}{i}") for c in "AB" for i in range(6)]
+    )
+    with pytest.raises(
+        KdoctError,
+        match="The largest class, [AB], has 4 images; they cannot be split into 5 "
+              "parts.*\n.*val_fraction",
+    ):
+        make_folds(t, n_folds=3)

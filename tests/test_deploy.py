@@ -40,11 +40,16 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as env:
         env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("deploy")))
         # how fast INT8 is on this machine today is not asked here, nor whether a network of two epochs is sure of anything
-        for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items(): env.setitem(engines.LIMITS, name, limit)
+        for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items():
+            env.setitem(engines.LIMITS, name, limit)
         run = create_run("tiny", preset("tiny"))
         prepare_data(run)
         train_baseline(run, 0)
-        return SimpleNamespace(run=run, folder=deploy_stage.export_fold(run, 0, "baseline"), record=run.stage("fold_0/deploy")["baseline"])
+        return SimpleNamespace(
+            run=run,
+            folder=deploy_stage.export_fold(run, 0, "baseline"),
+            record=run.stage("fold_0/deploy")["baseline"],
+        )
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +61,20 @@ def test_part(made):
     "Pictures of the test part from their files, and what evaluation reads of them."
     found = pd.read_parquet(made.run.stage_dir(0, "baseline") / "predictions.parquet")
     root = Path(made.run.stage("data")["root"])
-    return np.stack([framed(decode_image(read_image_bytes(root / p))[0], 1) for p in found.path]), found
+    return np.stack(
+        [framed(decode_image(read_image_bytes(root / p))[0], 1) for p in found.path]
+    ), found
 
 
-def pil(a, side): return np.asarray(Image.fromarray(a).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+def pil(a, side):
+    return np.asarray(Image.fromarray(a).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
 
 
 def in_graph(a, side):
     "The graph's own resize; tall pictures, whose columns PIL takes first from version 13 on, are left to PIL."
-    x = torch.from_numpy(np.array(graph.squared(a[None], side) if len(a) > max(a.shape[1], side) else a[None])).float()
+    x = torch.from_numpy(
+        np.array(graph.squared(a[None], side) if len(a) > max(a.shape[1], side) else a[None])
+    ).float()
     return graph.pil_resize(x[None], side)[0, 0].numpy().astype(int)
 
 
@@ -77,9 +87,15 @@ def test_the_graph_resizes_as_pil_does(h, w, side, seed):
 
 
 def test_an_engine_resizes_by_pil_itself(bundle):
-    a, side = np.random.default_rng(0).integers(0, 256, (1, 90, 120), dtype=np.uint8), bundle.about["size"] + bundle.about["margin"]
+    a, side = (
+        np.random.default_rng(0).integers(0, 256, (1, 90, 120), dtype=np.uint8),
+        bundle.about["size"] + bundle.about["margin"],
+    )
     engine = bundle.engine("torch")
-    assert engine(a)["probabilities"].tolist() == engine(pil(a[0], side).astype(np.uint8)[None])["probabilities"].tolist()
+    assert (
+        engine(a)["probabilities"].tolist()
+        == engine(pil(a[0], side).astype(np.uint8)[None])["probabilities"].tolist()
+    )
 
 
 def test_real_b_scans_are_resized_as_pil_does(shared_data):
@@ -94,7 +110,8 @@ def test_real_b_scans_are_resized_as_pil_does(shared_data):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_says_from_files_what_evaluation_said(name, bundle, test_part):
-    if not bundle.about["formats"][name]["kept"]: pytest.skip(bundle.about["formats"][name]["reason"])
+    if not bundle.about["formats"][name]["kept"]:
+        pytest.skip(bundle.about["formats"][name]["reason"])
     pictures, found = test_part
     logits = found[[f"logit_{c}" for c in bundle.classes]].to_numpy()
     want, said = bundle.decision.probabilities(logits), bundle.engine(name)(pictures)
@@ -111,7 +128,8 @@ def test_pictures_of_other_sizes_and_numbers_leave_no_trace(name, bundle, test_p
     first = engine(some)
     engine(np.zeros((1, 50, 300), np.uint8))
     each = [engine(x[None]) for x in some]
-    for k in graph.OUTPUTS: assert np.allclose(np.concatenate([e[k] for e in each]), first[k], rtol=1e-3, atol=1e-4)
+    for k in graph.OUTPUTS:
+        assert np.allclose(np.concatenate([e[k] for e in each]), first[k], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -122,7 +140,8 @@ def test_threads_may_call_one_engine_at_once(name, bundle, test_part):
 
     def ask(i):
         for _ in range(5):
-            if not np.allclose(engine(pictures[i][None])["probabilities"], want[i], atol=1e-5): wrong.append(i)
+            if not np.allclose(engine(pictures[i][None])["probabilities"], want[i], atol=1e-5):
+                wrong.append(i)
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
@@ -144,47 +163,82 @@ def test_calibration_is_of_whole_training_patients(made, bundle):
     from kdoct.data.stage import open_fold
     rows, facts = open_fold(made.run, 0).rows("train"), bundle.about["calibration"]
     taken = rows[rows.sha256.isin(facts["sha256"])]
-    assert len(taken) == facts["images"] == len(facts["sha256"]) and set(taken.label) == set(bundle.classes)
-    assert len(rows[rows.group.isin(taken.group)]) == len(taken) and facts["patients"] == taken.group.nunique()
+    assert len(taken) == facts["images"] == len(facts["sha256"]) and set(taken.label) == set(
+        bundle.classes
+    )
+    assert (
+        len(rows[rows.group.isin(taken.group)]) == len(taken)
+        and facts["patients"] == taken.group.nunique()
+    )
 
 
 def test_bundle_tells_no_folder_of_this_machine(made, root):
     for f in made.folder.iterdir():
         text = f.read_bytes()
-        for place in (str(made.run.path.parent), str(root), "site-packages"): assert place.encode() not in text, (f.name, place)
+        for place in (str(made.run.path.parent), str(root), "site-packages"):
+            assert place.encode() not in text, (f.name, place)
 
 
 def test_record_and_bundle_say_what_was_measured(made, bundle):
     assert bundle.about["formats"] == made.record["formats"]
     for name in bundle.engines:
         f = bundle.about["formats"][name]
-        assert f["latency_ms"] > 0 and f["images_a_second"] > 0 and f["bytes"] > 0 and f["parity"]["images"] >= 10
+        assert (
+            f["latency_ms"] > 0
+            and f["images_a_second"] > 0
+            and f["bytes"] > 0
+            and f["parity"]["images"] >= 10
+        )
         assert all((made.folder / file).exists() for file in f["files"])
-    assert {"times_as_fast", "reason"} <= set(bundle.about["formats"]["int8"]) or not bundle.about["formats"]["int8"]["kept"]
+    assert {"times_as_fast", "reason"} <= set(bundle.about["formats"]["int8"]) or not bundle.about[
+        "formats"
+    ]["int8"]["kept"]
 
 
 def test_a_format_that_cannot_be_written_is_recorded_and_left_out(made, tmp_path, monkeypatch):
     def fails(*_): raise RuntimeError("no such operator")
     monkeypatch.setenv("KDOCT_OUTPUTS", str(made.run.path.parent))
     monkeypatch.setattr(deploy, "write_onnx", fails)
-    got = deploy_stage.open_bundle(deploy_stage.export_fold(open_run("tiny"), 0, "baseline", tmp_path / "b", ["int8"], images=8))
-    assert got.about["formats"]["int8"] == dict(kept=False, reason="onnx could not be written (RuntimeError: no such operator)")
-    assert got.engines == ["torch"] and not list(got.folder.glob("*.xml")) and not list(got.folder.glob("*.onnx"))
-    with pytest.raises(KdoctError, match="no engine 'int8': onnx could not be written"): got.engine("int8")
+    got = deploy_stage.open_bundle(
+        deploy_stage.export_fold(
+            open_run("tiny"), 0, "baseline", tmp_path / "b", ["int8"], images=8
+        )
+    )
+    assert got.about["formats"]["int8"] == dict(
+        kept=False, reason="onnx could not be written (RuntimeError: no such operator)"
+    )
+    assert (
+        got.engines == ["torch"]
+        and not list(got.folder.glob("*.xml"))
+        and not list(got.folder.glob("*.onnx"))
+    )
+    with pytest.raises(KdoctError, match="no engine 'int8': onnx could not be written"):
+        got.engine("int8")
 
 
 def found_of(ms, lost=0., kept=True):
-    return dict(openvino=dict(latency_ms=13., images_a_second=100.), int8=dict(kept=kept, reason="" if kept else "x", latency_ms=ms, images_a_second=130.,
-                                                                              parity=dict(lost_points=lost)))
+    return dict(
+        openvino=dict(latency_ms=13.0, images_a_second=100.0),
+        int8=dict(
+            kept=kept,
+            reason="" if kept else "x",
+            latency_ms=ms,
+            images_a_second=130.0,
+            parity=dict(lost_points=lost),
+        ),
+    )
 
 
 def test_a_reason_never_compares_two_numbers_that_read_alike():
     parity = dict(probability=0.0010004, distance=0., labels=0.994999, flags=1.)
     assert engines.refused(parity, True) == (
-        "a probability is off by 0.0010004 (at most 0.0010000); 99.4999 % of the predicted classes agree (at least 99.5000 %)")
+        "a probability is off by 0.0010004 (at most 0.0010000); 99.4999 % of the predicted classes "
+        "agree (at least 99.5000 %)"
+    )
 
 
-@pytest.mark.parametrize("ms, lost, why", [(9.9, .5, ""), (10.1, 0., "1.29 times as fast"), (5., .6, "loses 0.60 points")])
+@pytest.mark.parametrize("ms, lost, why", [(9.9, .5, ""), (10.1, 0., "1.29 "
+                                                                     "times as fast"), (5., .6, "loses 0.60 points")])
 def test_int8_is_kept_only_if_it_is_worth_it(ms, lost, why):
     found = found_of(ms, lost)
     deploy_stage._judge_int8(found)
@@ -194,28 +248,42 @@ def test_int8_is_kept_only_if_it_is_worth_it(ms, lost, why):
 
 def test_what_stands_in_the_way_is_said_before_work_begins(made, tmp_path, monkeypatch):
     run = made.run
-    with pytest.raises(KdoctError, match="exists already"): deploy_stage.export_fold(run, 0, "baseline")
-    with pytest.raises(KdoctError, match="no format 'onxx'"): deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b", ["onxx"])
-    with pytest.raises(KdoctError, match="no finished student"): deploy_stage.export_fold(run, 0, "student", tmp_path / "b")
+    with pytest.raises(KdoctError, match="exists already"):
+        deploy_stage.export_fold(run, 0, "baseline")
+    with pytest.raises(KdoctError, match="no format 'onxx'"):
+        deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b", ["onxx"])
+    with pytest.raises(KdoctError, match="no finished student"):
+        deploy_stage.export_fold(run, 0, "student", tmp_path / "b")
     really = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "nncf" else really(name, *a))
-    with pytest.raises(KdoctError, match="nncf") as e: deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "nncf" else really(name, *a)
+    )
+    with pytest.raises(KdoctError, match="nncf") as e:
+        deploy_stage.export_fold(run, 0, "baseline", tmp_path / "b")
     assert "kdoct[deploy]" in e.value.fix and not (tmp_path / "b").exists()
 
 
 def test_a_graph_of_another_network_is_refused(bundle, tmp_path):
     about = bundle.about | dict(classes=["A", "B"])
-    with pytest.raises(KdoctError, match="The graph model.onnx takes and gives"): engines.make_engine(bundle.folder, "onnx", about, bundle.decision)
+    with pytest.raises(KdoctError, match="The graph model.onnx takes and gives"):
+        engines.make_engine(bundle.folder, "onnx", about, bundle.decision)
 
 
 def test_colour_pictures_go_through_the_graph(tmp_path):
     torch.manual_seed(0)
-    model = create_classifier(TrainRecipe(arch="test_resnet", weights="none", precision="fp32"), 2, 32).eval()
+    model = create_classifier(
+        TrainRecipe(arch="test_resnet", weights="none", precision="fp32"), 2, 32
+    ).eval()
     rng, none = np.random.default_rng(0), np.zeros(8, np.int64)
     pictures = rng.integers(0, 256, (8, 70, 50, 3), dtype=np.uint8)
     stored = np.stack([pil(p, 40) for p in pictures]).astype(np.uint8)
-    features, logits = features_and_logits(model, Batches(stored, none, none.astype(np.uint64), np.arange(8), 4, size=32))
-    stand_in = SimpleNamespace(temperature=2., outlier=fit_outlier(rng.normal(size=(40, features.shape[1])).astype(np.float32)))
+    features, logits = features_and_logits(
+        model, Batches(stored, none, none.astype(np.uint64), np.arange(8), 4, size=32)
+    )
+    stand_in = SimpleNamespace(
+        temperature=2.0,
+        outlier=fit_outlier(rng.normal(size=(40, features.shape[1])).astype(np.float32)),
+    )
     graph.write_onnx(graph.Deployable(model, stand_in, 32, 8), 3, tmp_path / "model.onnx")
     answer, facts = engines.onnx_engine(tmp_path / "model.onnx")
     said = engines.Engine("onnx", answer, 3)(pictures)
@@ -243,7 +311,9 @@ print("alive")
 
 def test_a_freed_engine_leaves_signals_alone():
     "OpenVINO 2026.4 takes the signal stack of the main thread; with a core freed elsewhere, the end of any child process would end this one."
-    done = subprocess.run([sys.executable, "-c", _LIFE_AFTER_OPENVINO], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _LIFE_AFTER_OPENVINO], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr[-500:]
 
 
@@ -258,44 +328,79 @@ def theirs(tmp_path_factory):
     net = timm.create_model("test_efficientnet", num_classes=3)
     torch.nn.init.normal_(net.classifier.weight)
     torch.save(net.state_dict(), at / "their-own.pth")
-    import_model_folder(at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
+    import_model_folder(
+        at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64
+    )
     (at / "pictures").mkdir()
-    for i in range(7): Image.fromarray(np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)).save(at / "pictures" / f"{i}.png")
-    return SimpleNamespace(folder=at / "mine", pictures=at / "pictures", bundle=deploy_stage.export_folder(at / "mine", at / "pictures"))
+    for i in range(7):
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)
+        ).save(at / "pictures" / f"{i}.png")
+    return SimpleNamespace(
+        folder=at / "mine",
+        pictures=at / "pictures",
+        bundle=deploy_stage.export_folder(at / "mine", at / "pictures"),
+    )
 
 
 def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decision(theirs):
     from kdoct import Predictor
     opened = deploy_stage.open_bundle(theirs.bundle)
     f = opened.about["formats"]
-    assert {"torch", "onnx", "openvino"} <= set(opened.engines) and theirs.bundle == theirs.folder / "bundle"
-    for name in EXACT: assert f[name]["parity"]["images"] == 7 and f[name]["parity"]["probability"] < 1e-3 and "accuracy" not in f[name]["parity"]
+    assert {"torch", "onnx", "openvino"} <= set(
+        opened.engines
+    ) and theirs.bundle == theirs.folder / "bundle"
+    for name in EXACT:
+        assert (
+            f[name]["parity"]["images"] == 7
+            and f[name]["parity"]["probability"] < 1e-3
+            and "accuracy" not in f[name]["parity"]
+        )
     assert not f["int8"]["kept"] and "training pictures" in f["int8"]["reason"]
-    assert opened.decision is None and opened.about["temperature"] is None and "NaN" in opened.about["outputs"]["outlier"]["meaning"]
+    assert (
+        opened.decision is None
+        and opened.about["temperature"] is None
+        and "NaN" in opened.about["outputs"]["outlier"]["meaning"]
+    )
     assert not any("decision" in name for name in opened.about["files"])
     def rows(folder, engine):
         with Predictor(folder, engine=engine) as p: return list(p.predict(theirs.pictures))
     want = rows(theirs.folder, "torch")
     for engine in EXACT:
         for got, w in zip(rows(theirs.bundle, engine), want, strict=True):
-            assert [got[k] for k in ("deferred", "distance", "outlier", "prediction_set")] == [None] * 4 and got["notes"] == ("no-decision",)
-            assert got["predicted"] == w["predicted"] and all(abs(got[k] - w[k]) < 1e-3 for k in got if k.startswith("probability_"))
+            assert [got[k] for k in ("deferred", "distance", "outlier", "prediction_set")] == [
+                None
+            ] * 4 and got["notes"] == ("no-decision",)
+            assert got["predicted"] == w["predicted"] and all(
+                abs(got[k] - w[k]) < 1e-3 for k in got if k.startswith("probability_")
+            )
 
 
 def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
     text, card = (theirs.bundle / "CARD.md").read_text(), (theirs.bundle / "card.json").read_text()
-    assert text.index("Training data, calibration and evaluation of this network are not known") < text.index("## Network")
-    for said in ("imported from the file their-own.pth", "Evaluation: not known", "Training pictures: not known", "no evaluation is recorded",
-                 "compared with PyTorch on 7 pictures given at the export", "licence is not recorded"): assert said in text, said
+    assert text.index(
+        "Training data, calibration and evaluation of this network are not known"
+    ) < text.index("## Network")
+    for said in (
+        "imported from the file their-own.pth",
+        "Evaluation: not known",
+        "Training pictures: not known",
+        "no evaluation is recorded",
+        "compared with PyTorch on 7 pictures given at the export",
+        "licence is not recorded",
+    ):
+        assert said in text, said
     assert "None" not in text and "nan" not in text and str(theirs.folder.parent) not in text + card
 
 
 def test_pictures_that_cannot_be_read_are_named_before_anything_is_written(theirs, tmp_path):
     (tmp_path / "in").mkdir()
-    with pytest.raises(KdoctError, match="no picture to compare") as e: deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    with pytest.raises(KdoctError, match="no picture to compare") as e:
+        deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
     assert "--images" in e.value.fix
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(KdoctError, match="bad.png"): deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
+    with pytest.raises(KdoctError, match="bad.png"):
+        deploy_stage.export_folder(theirs.folder, tmp_path / "in", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -308,13 +413,16 @@ def test_a_bundle_that_lost_its_decision_is_refused(made, theirs, tmp_path):
     for name in ("decision.json", "decision.safetensors"): (copy / name).unlink()
     about = json.loads((copy / "bundle.json").read_text())
     seal(copy, {k: v for k, v in about.items() if k not in ("bundle", "files")})
-    with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"): deploy_stage.open_bundle(copy)
+    with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"):
+        deploy_stage.open_bundle(copy)
 
 
 def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
     from kdoct.app import cli
     asked = []
-    monkeypatch.setattr(deploy, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder)
+    monkeypatch.setattr(
+        deploy, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder
+    )
     folder = str(made.run.stage_dir(0, "baseline"))
     with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])
     assert e.value.code == 0 and asked == [("tiny", 0, "baseline", None, ("onnx",), None)]
@@ -322,9 +430,19 @@ def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
 
 def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_path):
     import shutil
-    copied = shutil.copytree(made.run.stage_dir(0, "baseline"), tmp_path / "copied", ignore=shutil.ignore_patterns("bundle", "resume"))
-    opened = deploy_stage.open_bundle(deploy_stage.export_folder(copied, theirs.pictures, formats=[]))
+    copied = shutil.copytree(
+        made.run.stage_dir(0, "baseline"),
+        tmp_path / "copied",
+        ignore=shutil.ignore_patterns("bundle", "resume"),
+    )
+    opened = deploy_stage.open_bundle(
+        deploy_stage.export_folder(copied, theirs.pictures, formats=[])
+    )
     assert opened.decision.temperature == deploy_stage.load_decision(copied).temperature
     parity = opened.about["formats"]["torch"]["parity"]
-    assert {"distance", "flags"} <= set(parity) and "accuracy" not in parity and opened.about["channels"] == 1
+    assert (
+        {"distance", "flags"} <= set(parity)
+        and "accuracy" not in parity
+        and opened.about["channels"] == 1
+    )
     assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()

@@ -41,14 +41,31 @@ def write(path, frames, bits=16, stored=None, syntax=LITTLE, sop=OCT, **elements
     a, signed, d = np.asarray(frames), np.asarray(frames).min() < 0, pydicom.Dataset()
     d.file_meta = pydicom.dataset.FileMetaDataset()
     d.file_meta.TransferSyntaxUID = syntax
-    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID, d.PatientID, d.Modality = sop, uid.generate_uid(), "1.2.3", "Study-07", "OPT"
+    d.SOPClassUID, d.SOPInstanceUID, d.SeriesInstanceUID, d.PatientID, d.Modality = (
+        sop,
+        uid.generate_uid(),
+        "1.2.3",
+        "Study-07",
+        "OPT",
+    )
     colour = a.ndim == 4
-    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = len(a), *a.shape[1:3], 3 if colour else 1
+    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = (
+        len(a),
+        *a.shape[1:3],
+        3 if colour else 1,
+    )
     if colour: d.PlanarConfiguration = 0
     d.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
-    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = bits, stored or bits, (stored or bits) - 1, int(signed)
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = (
+        bits,
+        stored or bits,
+        (stored or bits) - 1,
+        int(signed),
+    )
     kind = "iu"[not signed] + str(bits//8)
-    d.PixelData = a.astype(("<", ">")[syntax == BIG] + kind).tobytes() + bytes(a.size % 2 if bits == 8 else 0)
+    d.PixelData = a.astype(("<", ">")[syntax == BIG] + kind).tobytes() + bytes(
+        a.size % 2 if bits == 8 else 0
+    )
     for k, v in elements.items(): setattr(d, k, v) if v is not None else delattr(d, k)
     d["PixelData"].VR = "OB" if bits == 8 else "OW"
     d.save_as(path, enforce_file_format=True)
@@ -56,7 +73,8 @@ def write(path, frames, bits=16, stored=None, syntax=LITTLE, sop=OCT, **elements
 
 
 def read(path, modality="oct"): return list(read_scans(path, modality))
-def pictures(path, modality="oct"): return np.stack([np.asarray(s.image) for s in read(path, modality)])
+def pictures(path, modality="oct"):
+    return np.stack([np.asarray(s.image) for s in read(path, modality)])
 
 
 def notes(path, modality="oct"): return "; ".join(read(path, modality)[0].notes)
@@ -81,7 +99,11 @@ def test_16_bits_without_window_are_spread_over_the_values_of_the_volume(tmp_pat
     a = bscans(low=low, high=high)
     path = write(tmp_path/"a.dcm", a)
     assert np.array_equal(pictures(path), spread(a))
-    assert notes(path) == f"no window in the file: grey values {low} to {high} of this volume are spread over 0-255"
+    assert (
+        notes(path)
+        == f"no window in the file: grey values {low} to {high} of this volume are "
+           f"spread over 0-255"
+    )
 
 
 def test_one_scale_for_a_volume_also_where_its_frames_are_decoded_twice(tmp_path, monkeypatch):
@@ -130,7 +152,9 @@ def test_bright_rows_in_one_of_many_frames_leave_the_others_visible(tmp_path, mo
 def test_16_bits_of_one_value_but_for_a_few_bright_rows_are_refused(tmp_path):
     a = np.full((2, 300, 48), 500)
     a[:, 5:7] = 60000
-    assert "98 % of its values are 500, and the others reach from 500 to 60000" in refusal(write(tmp_path/"a.dcm", a))
+    assert "98 % of its values are 500, and the others reach from 500 to 60000" in refusal(
+        write(tmp_path / "a.dcm", a)
+    )
 
 
 @pytest.mark.parametrize("elements", [dict(PixelPaddingValue=0xffff), dict(PixelPaddingValue=60000, PixelPaddingRangeLimit=0xffff)])
@@ -147,8 +171,14 @@ def test_padding_pixels_are_black_and_do_not_count(tmp_path, elements):
 def test_padding_pixels_are_black_in_an_inverted_picture_too(tmp_path):
     a = bscans()
     a[:, :5] = 0
-    got = pictures(write(tmp_path/"a.dcm", a, 8, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1"))
-    assert not got[:, :5].any() and np.array_equal(got[:, 5:][a[:, 5:] > 0], 255 - a[:, 5:][a[:, 5:] > 0])
+    got = pictures(
+        write(
+            tmp_path / "a.dcm", a, 8, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1"
+        )
+    )
+    assert not got[:, :5].any() and np.array_equal(
+        got[:, 5:][a[:, 5:] > 0], 255 - a[:, 5:][a[:, 5:] > 0]
+    )
 
 
 @pytest.mark.parametrize("padding,high", [(65535, 255), (65535, 4000), (65535, 16383), (-20000, 3000)])
@@ -157,15 +187,24 @@ def test_padding_that_the_header_does_not_name_is_refused(tmp_path, padding, hig
     a = bscans(high=high)
     a[:, :, :columns] = padding
     heard = refusal(write(tmp_path/"a.dcm", a))
-    assert heard.startswith("wrong-mode") and f"{columns/48:.0%} of its values are {padding}, and the others reach from" in heard
+    assert (
+        heard.startswith("wrong-mode")
+        and f"{columns / 48:.0%} of its values are {padding}, and the others reach from" in heard
+    )
     assert "PixelPaddingValue" in heard
-    assert np.ptp(pictures(write(tmp_path/"b.dcm", a, PixelPaddingValue=padding))[:, :, columns:]) > 200
+    assert (
+        np.ptp(pictures(write(tmp_path / "b.dcm", a, PixelPaddingValue=padding))[:, :, columns:])
+        > 200
+    )
 
 
 def test_saturated_and_black_values_are_no_padding(tmp_path):
     for name, low, high in (("a.dcm", 20000, 65535), ("b.dcm", -30000, 30000)):
         a = np.clip(bscans(low=low, high=2*high), low, high)
-        assert np.array_equal(pictures(write(tmp_path/name, a)), spread(a)) and (a == high).mean() > .1
+        assert (
+            np.array_equal(pictures(write(tmp_path / name, a)), spread(a))
+            and (a == high).mean() > 0.1
+        )
     a = np.where(bscans() < 90, 0, bscans(high=1000))
     assert np.array_equal(pictures(write(tmp_path/"c.dcm", a)), spread(a)) and (a == 0).mean() > .1
 
@@ -173,7 +212,9 @@ def test_saturated_and_black_values_are_no_padding(tmp_path):
 def test_monochrome1_is_inverted(tmp_path):
     a = bscans(low=12, high=803)
     path = write(tmp_path/"a.dcm", a, PhotometricInterpretation="MONOCHROME1")
-    assert np.array_equal(pictures(path), 255 - spread(a)) and "MONOCHROME1: inverted" in notes(path)
+    assert np.array_equal(pictures(path), 255 - spread(a)) and "MONOCHROME1: inverted" in notes(
+        path
+    )
 
 
 # --- windows
@@ -188,14 +229,26 @@ def test_a_window_without_width_is_no_window_and_is_noted(tmp_path, width):
 
 def test_a_narrow_window_of_kind_linear_exact_is_applied(tmp_path):
     a = bscans(high=1000)
-    path = write(tmp_path/"a.dcm", a, WindowCenter=.5, WindowWidth=1, VOILUTFunction="LINEAR_EXACT", RescaleSlope=.001, RescaleIntercept=0)
-    assert np.abs(pictures(path).astype(int) - spread(a, 0, 1000)).max() <= 1 and "by the window 0 to 1" in notes(path)
+    path = write(
+        tmp_path / "a.dcm",
+        a,
+        WindowCenter=0.5,
+        WindowWidth=1,
+        VOILUTFunction="LINEAR_EXACT",
+        RescaleSlope=0.001,
+        RescaleIntercept=0,
+    )
+    assert np.abs(
+        pictures(path).astype(int) - spread(a, 0, 1000)
+    ).max() <= 1 and "by the window 0 to 1" in notes(path)
 
 
 def test_the_first_of_several_windows_is_applied(tmp_path):
     a = bscans(high=900)
     path = write(tmp_path/"a.dcm", a, WindowCenter=[500.5, 1], WindowWidth=[401, 1])
-    assert np.abs(pictures(path).astype(int) - spread(a, 300, 700)).max() <= 1 and "by the window 300 to 700, the first of 2" in notes(path)
+    assert np.abs(
+        pictures(path).astype(int) - spread(a, 300, 700)
+    ).max() <= 1 and "by the window 300 to 700, the first of 2" in notes(path)
 
 
 def test_a_sigmoid_window_is_applied(tmp_path):
@@ -207,21 +260,51 @@ def test_a_sigmoid_window_is_applied(tmp_path):
 
 def test_each_frame_has_the_window_of_its_own_group(tmp_path):
     a = bscans(2, high=900)
-    groups = [data_set(FrameVOILUTSequence=[data_set(WindowCenter=c, WindowWidth=200, VOILUTFunction="LINEAR_EXACT")]) for c in (300, 600)]
-    got = pictures(write(tmp_path/"a.dcm", a, PerFrameFunctionalGroupsSequence=groups, WindowCenter=1, WindowWidth=2))
-    for g, x, c in zip(got, a, (300, 600), strict=True): assert np.abs(g.astype(int) - spread(x, c - 100, c + 100)).max() <= 1
-    assert "its B-scans have 2 different windows; each is shown by its own" in notes(tmp_path/"a.dcm")
+    groups = [
+        data_set(
+            FrameVOILUTSequence=[
+                data_set(WindowCenter=c, WindowWidth=200, VOILUTFunction="LINEAR_EXACT")
+            ]
+        )
+        for c in (300, 600)
+    ]
+    got = pictures(
+        write(
+            tmp_path / "a.dcm",
+            a,
+            PerFrameFunctionalGroupsSequence=groups,
+            WindowCenter=1,
+            WindowWidth=2,
+        )
+    )
+    for g, x, c in zip(got, a, (300, 600), strict=True):
+        assert np.abs(g.astype(int) - spread(x, c - 100, c + 100)).max() <= 1
+    assert "its B-scans have 2 different windows; each is shown by its own" in notes(
+        tmp_path / "a.dcm"
+    )
     del groups[1].FrameVOILUTSequence
-    assert "2 different windows" in notes(write(tmp_path/"b.dcm", a, PerFrameFunctionalGroupsSequence=groups))
-    assert "different" not in notes(write(tmp_path/"c.dcm", a, PerFrameFunctionalGroupsSequence=groups[:1]*2))
+    assert "2 different windows" in notes(
+        write(tmp_path / "b.dcm", a, PerFrameFunctionalGroupsSequence=groups)
+    )
+    assert "different" not in notes(
+        write(tmp_path / "c.dcm", a, PerFrameFunctionalGroupsSequence=groups[:1] * 2)
+    )
 
 
 @pytest.mark.parametrize("depth", [8, 12, 16])
 def test_a_look_up_table_for_display_goes_before_the_window(tmp_path, depth):
     a, top = bscans(high=1023), (1 << depth) - 1
     table = top - np.arange(1024)*top//1023
-    path = write(tmp_path/"a.dcm", a, VOILUTSequence=[lut([1024, 0, depth], table)], WindowCenter=1, WindowWidth=2)
-    assert np.abs(pictures(path).astype(int) - (255 - spread(a))).max() <= 1 and f"look-up table, {depth} bit" in notes(path)
+    path = write(
+        tmp_path / "a.dcm",
+        a,
+        VOILUTSequence=[lut([1024, 0, depth], table)],
+        WindowCenter=1,
+        WindowWidth=2,
+    )
+    assert np.abs(
+        pictures(path).astype(int) - (255 - spread(a))
+    ).max() <= 1 and f"look-up table, {depth} bit" in notes(path)
 
 
 def test_a_look_up_table_of_one_byte_an_entry_is_applied(tmp_path):
@@ -234,13 +317,17 @@ def test_a_look_up_table_of_one_byte_an_entry_is_applied(tmp_path):
 
 def test_a_look_up_table_that_begins_below_zero_is_applied(tmp_path):
     a = bscans(low=-200, high=300)
-    path = write(tmp_path/"a.dcm", a, VOILUTSequence=[lut([501, -200, 16], np.arange(501)*65535//500)])
+    path = write(
+        tmp_path / "a.dcm", a, VOILUTSequence=[lut([501, -200, 16], np.arange(501) * 65535 // 500)]
+    )
     assert np.abs(pictures(path).astype(int) - spread(a)).max() <= 1
 
 
 def test_a_look_up_table_of_the_modality_is_applied_before_the_values_are_spread(tmp_path):
     a = bscans(high=255)
-    path = write(tmp_path/"a.dcm", a, ModalityLUTSequence=[lut([256, 0, 12], np.arange(256)**2//16)])
+    path = write(
+        tmp_path / "a.dcm", a, ModalityLUTSequence=[lut([256, 0, 12], np.arange(256) ** 2 // 16)]
+    )
     assert np.array_equal(pictures(path), spread(a**2//16))
 
 
@@ -248,18 +335,34 @@ def test_a_look_up_table_of_the_modality_is_applied_before_the_values_are_spread
 
 def test_the_rescale_comes_before_the_window(tmp_path):
     a = bscans(low=0, high=900)
-    path = write(tmp_path/"a.dcm", a, RescaleSlope=2, RescaleIntercept=-100, WindowCenter=800, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT")
+    path = write(
+        tmp_path / "a.dcm",
+        a,
+        RescaleSlope=2,
+        RescaleIntercept=-100,
+        WindowCenter=800,
+        WindowWidth=1000,
+        VOILUTFunction="LINEAR_EXACT",
+    )
     assert np.abs(pictures(path).astype(int) - spread(2*a - 100, 300, 1300)).max() <= 1
 
 
 def test_a_rescale_of_slope_0_is_refused(tmp_path):
-    assert "RescaleSlope is 0" in refusal(write(tmp_path/"a.dcm", bscans(), RescaleSlope=0, RescaleIntercept=5))
+    assert "RescaleSlope is 0" in refusal(
+        write(tmp_path / "a.dcm", bscans(), RescaleSlope=0, RescaleIntercept=5)
+    )
 
 
 @pytest.mark.parametrize("element,value", [("RescaleSlope", b"nan "), ("RescaleSlope", b"inf "), ("RescaleIntercept", b"nan ")])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_rescale_that_is_no_number_is_refused(tmp_path, element, value, bits):
-    path = write(tmp_path/"a.dcm", bscans(), bits, RescaleSlope="1.25" if element == "RescaleSlope" else 2, RescaleIntercept="1.25")
+    path = write(
+        tmp_path / "a.dcm",
+        bscans(),
+        bits,
+        RescaleSlope="1.25" if element == "RescaleSlope" else 2,
+        RescaleIntercept="1.25",
+    )
     raw = path.read_bytes()
     tag = {"RescaleIntercept": b"\x28\0\x52\x10DS", "RescaleSlope": b"\x28\0\x53\x10DS"}[element]
     path.write_bytes(raw.replace(tag + b"\4\x001.25", tag + b"\4\0" + value))
@@ -267,7 +370,10 @@ def test_a_rescale_that_is_no_number_is_refused(tmp_path, element, value, bits):
 
 
 def test_a_rescale_that_falls_turns_the_picture_around(tmp_path):
-    assert np.array_equal(pictures(write(tmp_path/"a.dcm", bscans(), 8, RescaleSlope=-1, RescaleIntercept=255)), 255 - bscans())
+    assert np.array_equal(
+        pictures(write(tmp_path / "a.dcm", bscans(), 8, RescaleSlope=-1, RescaleIntercept=255)),
+        255 - bscans(),
+    )
 
 
 # --- how pixels are stored
@@ -284,9 +390,14 @@ def test_bits_that_an_overlay_uses_are_no_part_of_the_picture(tmp_path):
 @pytest.mark.parametrize("stored,high", [(12, 4096), (12, 65535), (10, 4095), (8, 300)])
 def test_values_beyond_the_bits_of_the_header_are_refused(tmp_path, stored, high, elements):
     a = bscans(high=high)
-    path = write(tmp_path/"a.dcm", a | (elements.get("HighBit") == 15), 16, stored, **elements)   # with HighBit 15, low bits are the others
+    # with HighBit 15, low bits are the others
+    path = write(tmp_path/"a.dcm", a | (elements.get("HighBit") == 15), 16, stored, **elements)
     heard = refusal(path)
-    assert f"(BitsStored {stored}, HighBit {15 if elements.get('HighBit') == 15 else stored - 1})" in heard and "they reach from" in heard
+    assert (
+        f"(BitsStored {stored}, HighBit {15 if elements.get('HighBit') == 15 else stored - 1})"
+        in heard
+        and "they reach from" in heard
+    )
 
 
 @pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless])
@@ -306,7 +417,11 @@ def test_values_beyond_the_bits_of_the_header_are_refused_in_compressed_files(tm
 def gdcm_copy(path, out, syntax):
     "A file compressed by gdcm."
     gdcm = pytest.importorskip("gdcm")
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader, change, writer = (
+        gdcm.ImageReader(),
+        gdcm.ImageChangeTransferSyntax(),
+        gdcm.ImageWriter(),
+    )
     reader.SetFileName(str(path))
     assert reader.Read()
     change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
@@ -324,17 +439,23 @@ def test_padding_beyond_the_stored_bits_is_padding(tmp_path):
     padded = a.copy()
     padded[:, :5] = 0xffff
     got = pictures(write(tmp_path/"a.dcm", padded, 16, 12, PixelPaddingValue=0xffff))
-    assert not got[:, :5].any() and np.array_equal(got[:, 5:], spread(a, *(f(a[:, 5:]) for f in (np.min, np.max)))[:, 5:])
+    assert not got[:, :5].any() and np.array_equal(
+        got[:, 5:], spread(a, *(f(a[:, 5:]) for f in (np.min, np.max)))[:, 5:]
+    )
 
 
 def test_an_impossible_high_bit_is_noted(tmp_path):
     a = bscans(high=4095)
     path = write(tmp_path/"a.dcm", a, 16, 12, HighBit=7)
-    assert np.array_equal(pictures(path), spread(a)) and "HighBit is 7, which cannot be: 11 is taken" in notes(path)
+    assert np.array_equal(
+        pictures(path), spread(a)
+    ) and "HighBit is 7, which cannot be: 11 is taken" in notes(path)
 
 
 def test_a_representation_that_does_not_exist_is_refused(tmp_path):
-    assert "PixelRepresentation is 2" in refusal(write(tmp_path/"a.dcm", bscans(), 8, PixelRepresentation=2))
+    assert "PixelRepresentation is 2" in refusal(
+        write(tmp_path / "a.dcm", bscans(), 8, PixelRepresentation=2)
+    )
 
 
 def test_signed_values_of_fewer_bits_than_a_pixel_has_are_read(tmp_path):
@@ -344,7 +465,9 @@ def test_signed_values_of_fewer_bits_than_a_pixel_has_are_read(tmp_path):
 
 @pytest.mark.parametrize("bits,stored,high", [(8, 8, 255), (16, 16, 65535), (16, 12, 4095)])
 def test_unsigned_values_that_the_header_calls_signed_are_refused(tmp_path, bits, stored, high):
-    assert "PixelRepresentation" in refusal(write(tmp_path/"a.dcm", bscans(high=high), bits, stored, PixelRepresentation=1))
+    assert "PixelRepresentation" in refusal(
+        write(tmp_path / "a.dcm", bscans(high=high), bits, stored, PixelRepresentation=1)
+    )
 
 
 @pytest.mark.parametrize("low,high", [(-128, 127), (-100, 0), (-30, 90)])
@@ -363,7 +486,8 @@ def test_big_endian_and_rle_are_read_alike(tmp_path):
     d = pydicom.dcmread(write(tmp_path/"a.dcm", a))
     d.compress(uid.RLELossless)
     d.save_as(tmp_path/"rle.dcm")
-    for path in (write(tmp_path/"big.dcm", a, syntax=BIG), tmp_path/"rle.dcm"): assert np.array_equal(pictures(path), spread(a))
+    for path in (write(tmp_path/"big.dcm", a, syntax=BIG), tmp_path/"rle.dcm"):
+        assert np.array_equal(pictures(path), spread(a))
 
 
 def test_a_palette_becomes_its_colours(tmp_path):
@@ -371,9 +495,14 @@ def test_a_palette_becomes_its_colours(tmp_path):
     tables = dict(Red=np.arange(256), Green=255 - np.arange(256), Blue=np.zeros(256))
     elements = dict(PhotometricInterpretation="PALETTE COLOR")
     for k, t in tables.items():
-        elements |= {f"{k}PaletteColorLookupTableDescriptor": [256, 0, 16], f"{k}PaletteColorLookupTableData": (t.astype("<u2") << 8).tobytes()}
+        elements |= {
+            f"{k}PaletteColorLookupTableDescriptor": [256, 0, 16],
+            f"{k}PaletteColorLookupTableData": (t.astype("<u2") << 8).tobytes(),
+        }
     path = write(tmp_path/"a.dcm", g, 8, **elements)
-    assert np.array_equal(pictures(path), np.stack([g, 255 - g, 0*g], -1)) and "palette colour: converted" in notes(path)
+    assert np.array_equal(
+        pictures(path), np.stack([g, 255 - g, 0 * g], -1)
+    ) and "palette colour: converted" in notes(path)
 
 
 def test_ybr_becomes_rgb(tmp_path):
@@ -388,7 +517,9 @@ def test_a_file_without_preamble_is_read_with_a_note(tmp_path):
     raw = write(tmp_path/"a.dcm", a, 8).read_bytes()
     for name in ("b.dcm", "b"):
         (tmp_path/name).write_bytes(raw[132:])
-        assert np.array_equal(pictures(tmp_path/name), a) and "without preamble" in notes(tmp_path/name)
+        assert np.array_equal(pictures(tmp_path / name), a) and "without preamble" in notes(
+            tmp_path / name
+        )
 
 
 def test_a_file_without_meta_information_is_read_as_its_elements_are(tmp_path):
@@ -402,20 +533,34 @@ def test_a_file_without_meta_information_is_read_as_its_elements_are(tmp_path):
 def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
     pytest.importorskip("gdcm")
     pytest.importorskip("openjpeg")
-    assert np.ptp(pictures(Path(pydicom.__file__).parent/"data"/"test_files"/name, "other")) > 100   # CT and MR among them
+    # CT and MR among them
+    assert np.ptp(pictures(Path(pydicom.__file__).parent/"data"/"test_files"/name, "other")) > 100
 
 
 @pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
 def test_jpeg_of_12_bits_is_read_with_the_extra(name):
     pytest.importorskip("gdcm")
-    values = next(dicom_pixels._dicom_frames(path := Path(pydicom.__file__).parent/"data"/"test_files"/name, dicom._dicom_head(path)[0], 1))
-    assert (values[420, 140], values[230, 120], values.max()) == (244, 95, 264)   # what libjpeg reads, as pydicom's own tests have it
+    values = next(
+        dicom_pixels._dicom_frames(
+            path := Path(pydicom.__file__).parent / "data" / "test_files" / name,
+            dicom._dicom_head(path)[0],
+            1,
+        )
+    )
+    # what libjpeg reads, as pydicom's own tests have it
+    assert (values[420, 140], values[230, 120], values.max()) == (244, 95, 264)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_a_volume_of_jpeg_of_12_bits_is_read_and_without_gdcm_names_the_extra(tmp_path, monkeypatch, photometric):
+def test_a_volume_of_jpeg_of_12_bits_is_read_and_without_gdcm_names_the_extra(
+    tmp_path, monkeypatch, photometric
+):
     a = bscans(high=4095)
-    path = gdcm_copy(write(tmp_path/"a.dcm", a, 16, 12, PhotometricInterpretation=photometric), tmp_path/"b.dcm", "JPEGExtendedProcess2_4")
+    path = gdcm_copy(
+        write(tmp_path / "a.dcm", a, 16, 12, PhotometricInterpretation=photometric),
+        tmp_path / "b.dcm",
+        "JPEGExtendedProcess2_4",
+    )
     want = spread(a) if photometric == "MONOCHROME2" else 255 - spread(a)
     assert np.abs(pictures(path).astype(int) - want).max() <= 1
     monkeypatch.setattr(dicom, "find_spec", lambda name: None)
@@ -466,10 +611,15 @@ def test_a_jpeg_in_dicom_that_is_cut_or_zeroed_is_refused(tmp_path, share):
         assert heard.startswith(f"corrupt: {name}: frame 2: ") and "damaged or lost" in heard
 
 
-@pytest.mark.parametrize("frame,said", [(np.stack([bscans(1)[0]]*3, -1), "48 x 40 pixels, 3 samples"), (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample ")])
+@pytest.mark.parametrize("frame,said", [(np.stack([bscans(1)[0]]*3, -1), "48 x 40 "
+                                                                         "pixels, 3 samples"), (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample ")])
 def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_path, frame, said):
     heard = refusal(write_jpegs(tmp_path/"a.dcm", [jpeg(frame)]))
-    assert heard.startswith("corrupt") and "the header says 48 x 40 pixels, 1 sample a pixel" in heard and f"the JPEG in it has {said}" in heard
+    assert (
+        heard.startswith("corrupt")
+        and "the header says 48 x 40 pixels, 1 sample a pixel" in heard
+        and f"the JPEG in it has {said}" in heard
+    )
 
 
 def encapsulated(path, syntax):
@@ -493,8 +643,12 @@ def test_a_compression_that_nothing_decodes_names_the_extra(tmp_path, monkeypatc
     assert "JPEG-LS" in refusal(tmp_path/"a.dcm") and "kdoct[volumes]" in refusal(tmp_path/"a.dcm")
 
 
-@pytest.mark.parametrize("maker,said", [("Carl Zeiss Meditec", "another decoder will not help"), ("Nobody", "damaged")])
-def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_damaged(tmp_path, maker, said):
+@pytest.mark.parametrize("maker,said", [("Carl "
+                                         "Zeiss Meditec", "another decoder "
+                                                          "will not help"), ("Nobody", "damaged")])
+def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_damaged(
+    tmp_path, maker, said
+):
     d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(), 8, Manufacturer=maker))
     d.PixelData = pydicom.encaps.encapsulate([bytes(range(200))]*3)
     d["PixelData"].is_undefined_length = True
@@ -531,15 +685,21 @@ def test_float_pixels_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("elements,said", [
-    (dict(Modality="OP"), "a photograph by its Modality"), (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a photograph by its ImageType, RED"),
-    (dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO"]), "OCT angiography"), (dict(sop=PHOTOGRAPH, Modality="OP"), "a photograph"),
+    (dict(Modality="OP"), "a photograph by "
+                          "its Modality"), (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a "
+                                                                                             "photograph by its ImageType, RED"),
+    (dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO"]), "OCT "
+                                                       "angiography"), (dict(sop=PHOTOGRAPH, Modality="OP"), "a photograph"),
     (dict(sop=uid.OphthalmicPhotography16BitImageStorage, Modality=None), "a photograph"),
     (dict(sop=uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage, Modality="OPTENF"), "en face"),
     (dict(sop=uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage, Modality="OPTBSV"), "angiography"),
-    (dict(sop=uid.SegmentationStorage, Modality="SEG"), "a segmentation"), (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
+    (dict(sop=uid.SegmentationStorage, Modality="SEG"), "a "
+                                                        "segmentation"), (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
 ])
 def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, said):
-    assert (heard := refusal(write(tmp_path/"a.dcm", bscans(1), 8, **elements))).startswith("not-a-bscan") and said in heard
+    assert (heard := refusal(write(tmp_path / "a.dcm", bscans(1), 8, **elements))).startswith(
+        "not-a-bscan"
+    ) and said in heard
 
 
 @pytest.mark.parametrize("modality", ["OPT", "OT", None])
@@ -550,7 +710,11 @@ def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, 
     uid.MRImageStorage, uid.VLPhotographicImageStorage, uid.IntravascularOpticalCoherenceTomographyImageStorageForPresentation])
 def test_another_class_is_refused_whatever_the_modality(tmp_path, sop, modality):
     heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, Modality=modality))
-    assert heard.startswith("not-a-bscan") and f"SOP class, {sop.name}" in heard and "leave it out" in heard
+    assert (
+        heard.startswith("not-a-bscan")
+        and f"SOP class, {sop.name}" in heard
+        and "leave it out" in heard
+    )
 
 
 def test_another_class_in_the_meta_information_is_refused(tmp_path):
@@ -563,7 +727,9 @@ def test_another_class_in_the_meta_information_is_refused(tmp_path):
 @pytest.mark.parametrize("modality", ["OP", "OPTENF", "OPTBSV", "OPM", "SEG", "CT", "CR", "DX", "US", "MR", "MG", "ES", "IVOCT"])
 @pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
 def test_another_modality_is_refused_whatever_the_class(tmp_path, modality, sop):
-    assert f"by its Modality, {modality}, where an OCT is expected" in refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, Modality=modality))
+    assert f"by its Modality, {modality}, where an OCT is expected" in refusal(
+        write(tmp_path / "a.dcm", bscans(1), 8, sop=sop, Modality=modality)
+    )
 
 
 @pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
@@ -571,13 +737,19 @@ def test_another_modality_is_refused_whatever_the_class(tmp_path, modality, sop)
     "SLO", "CSLO", "FUNDUS", "FUNDUS PHOTO", "LOCALIZER", "THICKNESS", "THICKNESS MAP", "THICKNESS_MAP", "PROJECTION", "EN FACE", "ENFACE", "REPORT",
     "SCREEN SAVE", "SCREENSHOT", "PREVIEW", "THUMBNAIL", "REFERENCE IMAGE", "IR", "FA", "ICGA", "FAF", "SEGMENTATION", "OCTA"])
 def test_an_image_type_of_another_kind_is_refused(tmp_path, value, sop):
-    heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, ImageType=["DERIVED", "SECONDARY", value]))
-    assert heard.startswith("not-a-bscan") and f"by its ImageType, {value}, where an OCT is expected" in heard
+    heard = refusal(
+        write(tmp_path / "a.dcm", bscans(1), 8, sop=sop, ImageType=["DERIVED", "SECONDARY", value])
+    )
+    assert (
+        heard.startswith("not-a-bscan")
+        and f"by its ImageType, {value}, where an OCT is expected" in heard
+    )
 
 
 @pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
 @pytest.mark.parametrize("text", [
-    "Fundus photograph", "Colour fundus", "Thickness map", "RNFL Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
+    "Fundus photograph", "Colour fundus", "Thickness map", "RNFL "
+                                                           "Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
 def test_a_text_that_names_another_kind_is_refused(tmp_path, element, text):
     heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, **{element: text}))
     assert f"by its {element}, which says '" in heard and "leave it out" in heard
@@ -586,22 +758,36 @@ def test_a_text_that_names_another_kind_is_refused(tmp_path, element, text):
 @pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
 @pytest.mark.parametrize("text", ["IR", "IR reflectance", "SLO", "FA", "ICGA", "FAF"])
 def test_the_mode_of_the_camera_is_noted_in_an_oct_and_refused_elsewhere(tmp_path, element, text):
-    path = write(tmp_path/"a.dcm", bscans(), 8, **{element: text})   # OCT-Converter writes it as ProtocolName of the volume
+    # OCT-Converter writes it as ProtocolName of the volume
+    path = write(tmp_path/"a.dcm", bscans(), 8, **{element: text})
     assert np.array_equal(pictures(path), bscans()) and f"its {element} names " in notes(path)
-    path = write(tmp_path/"b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT", **{element: text})
+    path = write(
+        tmp_path / "b.dcm",
+        bscans(1),
+        8,
+        sop=uid.SecondaryCaptureImageStorage,
+        Modality="OT",
+        **{element: text},
+    )
     assert f"by its {element}" in refusal(path)
 
 
-@pytest.mark.parametrize("text", ["IR + OCT volume", "OCT with fundus photograph", "Volume IR", "Macular Cube 512x128, en face", "3D OCT, thickness map"])
+@pytest.mark.parametrize("text", ["IR "
+                                  "+ OCT volume", "OCT with "
+                                                  "fundus photograph", "Volume IR", "Macular Cube "
+                                                                                    "512x128, en face", "3D OCT, thickness map"])
 def test_a_text_that_names_bscans_too_is_noted(tmp_path, text):
     path = write(tmp_path/"a.dcm", bscans(), 8, SeriesDescription=text)
-    assert np.array_equal(pictures(path), bscans()) and "its SeriesDescription names " in notes(path)
+    assert np.array_equal(pictures(path), bscans()) and "its SeriesDescription names " in notes(
+        path
+    )
 
 
 @pytest.mark.parametrize("elements", [
     dict(ImageType=["ORIGINAL", "PRIMARY"]), dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]),
     dict(ImageType=["DERIVED", "SECONDARY"]),
-    dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]), dict(SeriesDescription="Macular Cube 512x128"), dict(SeriesDescription="HD 5 Line Raster"),
+    dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]), dict(SeriesDescription="Macular "
+                                                                                          "Cube 512x128"), dict(SeriesDescription="HD 5 Line Raster"),
     dict(SeriesDescription="Volume", ProtocolName="OCT ART"), dict(SeriesDescription="RNFL circle"),
     dict(Modality=None), dict(Modality="OCT"), dict(Modality="OT")])
 def test_a_sound_oct_is_read_without_a_note(tmp_path, elements):
@@ -612,34 +798,74 @@ def test_a_sound_oct_is_read_without_a_note(tmp_path, elements):
 def test_the_volume_and_the_picture_that_oct_converter_writes_are_told_apart(tmp_path):
     converter = pytest.importorskip("oct_converter.dicom.dicom")
     from oct_converter.dicom import metadata as m
-    series = m.SeriesMeta(laterality="R", series_id="1", protocol="ICGA", description="Volume", opt_anatomy=m.OPTAnatomyStructure.Retina)
-    patient, maker = m.PatientMeta(patient_id="Study-07"), m.ManufacturerMeta(manufacturer="Heidelberg")
-    about = m.DicomMetadata(patient, series, maker, m.ImageGeometry(pixel_spacing=[.01, .01]), m.OCTImageParams())
+    series = m.SeriesMeta(
+        laterality="R",
+        series_id="1",
+        protocol="ICGA",
+        description="Volume",
+        opt_anatomy=m.OPTAnatomyStructure.Retina,
+    )
+    patient, maker = (
+        m.PatientMeta(patient_id="Study-07"),
+        m.ManufacturerMeta(manufacturer="Heidelberg"),
+    )
+    about = m.DicomMetadata(
+        patient, series, maker, m.ImageGeometry(pixel_spacing=[0.01, 0.01]), m.OCTImageParams()
+    )
     converter.write_opt_dicom(about, list(bscans().astype(float)), tmp_path/"volume.dcm")
-    assert np.abs(pictures(tmp_path/"volume.dcm").astype(int) - bscans()).max() <= 3 and "names angiography with a dye too" in notes(tmp_path/"volume.dcm")
+    assert np.abs(
+        pictures(tmp_path / "volume.dcm").astype(int) - bscans()
+    ).max() <= 3 and "names angiography with a dye too" in notes(tmp_path / "volume.dcm")
     converter.write_fundus_dicom(about, bscans(1)[0], tmp_path/"fundus.dcm")
     assert "a photograph by its Modality" in refusal(tmp_path/"fundus.dcm")
 
 
-RADIOGRAPHS = [uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation, uid.DigitalXRayImageStorageForProcessing]
+RADIOGRAPHS = [
+    uid.ComputedRadiographyImageStorage,
+    uid.DigitalXRayImageStorageForPresentation,
+    uid.DigitalXRayImageStorageForProcessing,
+]
 
 
 @pytest.mark.parametrize("sop,modality", list(zip(RADIOGRAPHS, ("CR", "DX", "DX"), strict=True)))
 def test_a_network_of_radiographs_reads_them_and_no_oct(tmp_path, sop, modality):
-    path = write(tmp_path/"a.dcm", bscans(1, high=4000), 16, 12, sop=sop, Modality=modality, ImageType=["ORIGINAL", "PRIMARY"], SeriesDescription="Chest PA")
-    assert np.array_equal(pictures(path, "radiograph"), spread(bscans(1, high=4000))) and "radiograph" not in notes(path, "radiograph")
-    assert "a radiograph by its SOP class" in refusal(path) and "a radiograph by its SOP class" in refusal(path, "histology")
+    path = write(
+        tmp_path / "a.dcm",
+        bscans(1, high=4000),
+        16,
+        12,
+        sop=sop,
+        Modality=modality,
+        ImageType=["ORIGINAL", "PRIMARY"],
+        SeriesDescription="Chest PA",
+    )
+    assert np.array_equal(
+        pictures(path, "radiograph"), spread(bscans(1, high=4000))
+    ) and "radiograph" not in notes(path, "radiograph")
+    assert "a radiograph by its SOP class" in refusal(
+        path
+    ) and "a radiograph by its SOP class" in refusal(path, "histology")
     oct_ = write(tmp_path/"b.dcm", bscans(), 8)
-    assert "an OCT by its SOP class" in refusal(oct_, "radiograph") and "as PNG" in refusal(oct_, "radiograph")
-    assert np.array_equal(pictures(oct_, "other"), bscans()) and np.ptp(pictures(path, "other")) > 200
+    assert "an OCT by its SOP class" in refusal(oct_, "radiograph") and "as PNG" in refusal(
+        oct_, "radiograph"
+    )
+    assert (
+        np.array_equal(pictures(oct_, "other"), bscans()) and np.ptp(pictures(path, "other")) > 200
+    )
 
 
 def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes_captures(tmp_path):
     radiograph = dict(sop=RADIOGRAPHS[0], Modality="CR")
-    for elements in (dict(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), dict(Modality="CT"), dict(sop=uid.CTImageStorage, Modality="CT")):
+    for elements in (
+        dict(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]),
+        dict(Modality="CT"),
+        dict(sop=uid.CTImageStorage, Modality="CT"),
+    ):
         path = write(tmp_path/"a.dcm", bscans(1), 8, **radiograph | elements)
         assert "where a radiograph is expected" in refusal(path, "radiograph")
-    path = write(tmp_path/"b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT")
+    path = write(
+        tmp_path / "b.dcm", bscans(1), 8, sop=uid.SecondaryCaptureImageStorage, Modality="OT"
+    )
     assert notes(path, "radiograph") == "no radiograph: Secondary Capture Image Storage"
 
 
@@ -647,9 +873,12 @@ def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes
 def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
     from kdoct.deploy.engines import Engine  # here: they import torch
     from kdoct.deploy.predict import Predictor
-    def engine(name="", threads=0): return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
+    def engine(name="", threads=0):
+        return Engine("straw", lambda x: (np.tile([1., 0], (len(x), 1)), np.zeros(len(x))), 1)
     about = dict(modality=modality) if modality else {}
-    network = SimpleNamespace(decision=None, classes=["a", "b"], framing={}, about=about, engine=engine)
+    network = SimpleNamespace(
+        decision=None, classes=["a", "b"], framing={}, about=about, engine=engine
+    )
     path = write(tmp_path/"a.dcm", bscans(1), 8, sop=RADIOGRAPHS[1], Modality="DX")
     with Predictor(network) as p: (row,) = p.predict(path)
     assert row["error"] == error and bool(row["predicted"]) == (not error)
@@ -659,25 +888,42 @@ def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality,
 @pytest.mark.parametrize("name,begin", [("a.vol", b"HSF-OCT-103"), ("a.e2e", b"CMDb"), ("a.fda", b"FOCT")])
 def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name, begin):
     (tmp_path/name).write_bytes(begin + bytes(5000))
-    assert "a file of an OCT device, where a radiograph is expected" in refusal(tmp_path/name, "radiograph")
+    assert "a file of an OCT device, where a radiograph is expected" in refusal(
+        tmp_path / name, "radiograph"
+    )
 
 
 # --- which eye
 
 @pytest.mark.parametrize("frame,image,series,eye,said", [
-    ("L", "R", None, "OS", "FrameLaterality says OS, ImageLaterality says OD"), (None, "L", "R", "OS", "ImageLaterality says OS, Laterality says OD"),
-    ("R", "R", "L", "OD", "Laterality says OS; OD is taken"), ("R", "R", "R", "OD", ""), ("U", "B", "L", "OS", ""), (None, None, "R", "OD", "")])
+    ("L", "R", None, "OS", "FrameLaterality says OS, "
+                           "ImageLaterality says OD"), (None, "L", "R", "OS", "ImageLaterality "
+                                                                              "says OS, "
+                                                                              "Laterality says OD"),
+    ("R", "R", "L", "OD", "Laterality says OS; "
+                          "OD is taken"), ("R", "R", "R", "OD", ""), ("U", "B", "L", "OS", ""), (None, None, "R", "OD", "")])
 def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, eye, said):
     elements = dict(ImageLaterality=image, Laterality=series)
-    if frame: elements["SharedFunctionalGroupsSequence"] = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=frame)])]
+    if frame:
+        elements["SharedFunctionalGroupsSequence"] = [
+            data_set(FrameAnatomySequence=[data_set(FrameLaterality=frame)])
+        ]
     path = write(tmp_path/"a.dcm", bscans(), 8, **{k: v for k, v in elements.items() if v})
-    assert read(path)[0].eye == eye and said in notes(path) and bool(said) == ("which eye" in notes(path))
+    assert (
+        read(path)[0].eye == eye
+        and said in notes(path)
+        and bool(said) == ("which eye" in notes(path))
+    )
 
 
 def test_bscans_of_both_eyes_in_a_volume_are_noted(tmp_path):
     groups = [data_set(FrameAnatomySequence=[data_set(FrameLaterality=side)]) for side in "LRR"]
     path = write(tmp_path/"a.dcm", bscans(), 8, PerFrameFunctionalGroupsSequence=groups)
-    assert [s.eye for s in read(path)] == ["OS", "OD", "OD"] and "its B-scans are of both eyes" in notes(path)
+    assert [s.eye for s in read(path)] == [
+        "OS",
+        "OD",
+        "OD",
+    ] and "its B-scans are of both eyes" in notes(path)
 
 
 @pytest.mark.parametrize("sop", [uid.SecondaryCaptureImageStorage, None])
@@ -699,12 +945,16 @@ def test_a_document_is_named(tmp_path, sop):
 
 
 def test_a_dicomdir_says_to_give_the_folder():
-    assert "give the folder" in refusal(Path(pydicom.__file__).parent/"data"/"test_files"/"dicomdirtests"/"DICOMDIR")
+    assert "give the folder" in refusal(
+        Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests" / "DICOMDIR"
+    )
 
 
 def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp_path):
     assert "4 frames need" in refusal(write(tmp_path/"a.dcm", bscans(3), 8, NumberOfFrames=4))
-    assert "NumberOfFrames is 2, and there are pixels for 3" in refusal(write(tmp_path/"b.dcm", bscans(3), 8, NumberOfFrames=2))
+    assert "NumberOfFrames is 2, and there are pixels for 3" in refusal(
+        write(tmp_path / "b.dcm", bscans(3), 8, NumberOfFrames=2)
+    )
     d = pydicom.dcmread(write(tmp_path/"c.dcm", bscans(3), 8))
     d.compress(uid.RLELossless)
     for n, said in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
@@ -729,13 +979,26 @@ def places(folder): return {p.name: read(p)[0].slice for p in folder.iterdir()}
 
 
 def test_slices_without_number_are_in_the_order_of_their_positions(tmp_path):
-    for name, z in (("a.dcm", 3), ("b.dcm", -1), ("c.dcm", 2)): write(tmp_path/name, bscans(1), 8, ImagePositionPatient=[0, 0, z])
-    assert places(tmp_path) == {"a.dcm": 2, "b.dcm": 0, "c.dcm": 1} and "ImagePositionPatient" in notes(tmp_path/"a.dcm")
+    for name, z in (("a.dcm", 3), ("b.dcm", -1), ("c.dcm", 2)):
+        write(tmp_path/name, bscans(1), 8, ImagePositionPatient=[0, 0, z])
+    assert places(tmp_path) == {
+        "a.dcm": 2,
+        "b.dcm": 0,
+        "c.dcm": 1,
+    } and "ImagePositionPatient" in notes(tmp_path / "a.dcm")
 
 
 @pytest.mark.parametrize("number,why", [(None, "no InstanceNumber"), (1, "equal InstanceNumbers")])
-def test_slices_that_only_their_names_tell_apart_are_in_the_order_of_the_names(tmp_path, number, why):
-    for k in (1, 2, 10): write(tmp_path/f"s{k}.dcm", bscans(1), 8, **({} if number is None else dict(InstanceNumber=number)))
+def test_slices_that_only_their_names_tell_apart_are_in_the_order_of_the_names(
+    tmp_path, number, why
+):
+    for k in (1, 2, 10):
+        write(
+            tmp_path / f"s{k}.dcm",
+            bscans(1),
+            8,
+            **({} if number is None else dict(InstanceNumber=number)),
+        )
     assert places(tmp_path) == {"s1.dcm": 0, "s2.dcm": 1, "s10.dcm": 2}
     assert notes(tmp_path/"s1.dcm") == f"{why} in its series: slices are in the order of file name"
 
@@ -743,7 +1006,10 @@ def test_slices_that_only_their_names_tell_apart_are_in_the_order_of_the_names(t
 def test_numbers_of_another_patient_in_the_same_series_are_no_matter(tmp_path):
     for p in "AB":
         for k in (1, 2): write(tmp_path/f"{p}{k}.dcm", bscans(1), 8, PatientID=p, InstanceNumber=k)
-    assert places(tmp_path) == {"A1.dcm": 0, "A2.dcm": 1, "B1.dcm": 0, "B2.dcm": 1} and notes(tmp_path/"A1.dcm") == ""
+    assert (
+        places(tmp_path) == {"A1.dcm": 0, "A2.dcm": 1, "B1.dcm": 0, "B2.dcm": 1}
+        and notes(tmp_path / "A1.dcm") == ""
+    )
 
 
 def test_two_patients_whose_ids_are_withheld_are_not_one_volume(tmp_path):

@@ -36,13 +36,26 @@ def bundles(run, folds_sha256, seed=0):
         torch.manual_seed(seed + i)
         net = create_classifier(run.recipe.training(role), 4, run.recipe.data.size)
         folder = run.stage_dir(0, role)
-        save_model_folder(folder, net, role, run.recipe, ["CNV", "DME", "DRUSEN", "NORMAL"], folds_sha256=folds_sha256, fold=0)
+        save_model_folder(
+            folder,
+            net,
+            role,
+            run.recipe,
+            ["CNV", "DME", "DRUSEN", "NORMAL"],
+            folds_sha256=folds_sha256,
+            fold=0,
+        )
         pd.DataFrame(dict(path=[])).to_parquet(folder/"predictions.parquet")
 
 
 @pytest.fixture
 def run():
-    run = create_run("tiny", preset("tiny", **{"explain.images": 6, "explain.steps": 4, "explain.methods": ["grad-cam"]}))
+    run = create_run(
+        "tiny",
+        preset(
+            "tiny", **{"explain.images": 6, "explain.steps": 4, "explain.methods": ["grad-cam"]}
+        ),
+    )
     prepare_data(run)
     return run
 
@@ -111,8 +124,13 @@ def test_a_mask_lies_on_its_image_whatever_the_margin(tmp_path):
 
 
 def test_the_draw_takes_classes_in_turn_and_groups_first_and_depends_on_the_seed():
-    t = pd.DataFrame(dict(label=["A"]*30 + ["B"]*3, group=[f"g{i//10}" for i in range(30)] + ["h"]*3,
-                          sha256=[hashlib.sha256(bytes([i])).hexdigest() for i in range(33)]))
+    t = pd.DataFrame(
+        dict(
+            label=["A"] * 30 + ["B"] * 3,
+            group=[f"g{i // 10}" for i in range(30)] + ["h"] * 3,
+            sha256=[hashlib.sha256(bytes([i])).hexdigest() for i in range(33)],
+        )
+    )
     drawn = t.iloc[explained_rows(t, 8, seed=0)]
     assert drawn.label.tolist() == ["A", "B"]*3 + ["A", "A"]
     assert set(drawn[drawn.label == "A"].group.head(3)) == {"g0", "g1", "g2"}
@@ -125,9 +143,16 @@ def phantom_network():
     scans = [simulate_bscan(3, p, e, 0, height=128, width=128) for p in range(32) for e in (0, 1)]
     x = torch.tensor(np.stack([s.image for s in scans]))[:, None].float()/255
     y, masks = np.array([s.label for s in scans]), np.stack([s.mask for s in scans])
-    net = create_classifier(TrainRecipe(arch="tf_efficientnet_lite0", precision="fp32"), 4, 128).eval()
+    net = create_classifier(
+        TrainRecipe(arch="tf_efficientnet_lite0", precision="fp32"), 4, 128
+    ).eval()
     with torch.inference_mode():
-        f = torch.cat([net.body.forward_head(net.body.forward_features(net.prepare(b)), pre_logits=True) for b in x.split(16)]).numpy()
+        f = torch.cat(
+            [
+                net.body.forward_head(net.body.forward_features(net.prepare(b)), pre_logits=True)
+                for b in x.split(16)
+            ]
+        ).numpy()
     mu, sd = f[:48].mean(0), f[:48].std(0) + 1e-3
     fit = LogisticRegression(C=.01, max_iter=500).fit((f[:48] - mu)/sd, y[:48])
     with torch.no_grad():
@@ -150,4 +175,9 @@ def test_score_cam_of_a_network_that_has_learned_finds_the_lesion(phantom_networ
 
 def test_score_cam_of_networks_with_shuffled_weights_does_not_find_it(phantom_network):
     net, x, classes, masks = phantom_network   # one shuffle may hit the place by luck: 0.4 to 2.5 were seen
-    assert np.mean([energy_over_area(randomised(net, seed, x), x, classes, masks) for seed in range(4)]) < 2
+    assert (
+        np.mean(
+            [energy_over_area(randomised(net, seed, x), x, classes, masks) for seed in range(4)]
+        )
+        < 2
+    )

@@ -7,36 +7,61 @@ from kdoct.core.recipe import DataRecipe
 from kdoct.data.sources import load_table
 
 
-def tree(tops, classes=("CNV", "NORMAL")): return [f"{top}/{c}/{i}.png" for top in tops for c in classes for i in range(2)]
+def tree(tops, classes=("CNV", "NORMAL")):
+    return [f"{top}/{c}/{i}.png" for top in tops for c in classes for i in range(2)]
 
 
-def table_of(folder, names, classes=None): return load_table(DataRecipe(source="folder", root=lay_out(folder, *names), classes=classes)).table
+def table_of(folder, names, classes=None):
+    return load_table(
+        DataRecipe(source="folder", root=lay_out(folder, *names), classes=classes)
+    ).table
 
 
 NO_CLASSES = {  # folders -> what the message calls them
-    ("train1", "train2", "test1"): "parts of a split", ("images_train", "images_test"): "parts of a split", ("train_a", "val_a"): "parts of a split",
-    tuple(f"fold_{i}" for i in range(5)): "folds", ("Fold 1", "Fold 2"): "folds", ("cv1", "cv2"): "folds",
-    ("OD", "OS", "OU"): "eyes", ("left", "right"): "eyes", ("Right eye", "Left eye"): "eyes", ("rechts", "links"): "eyes",
-    ("SiteA", "SiteB"): "sites", ("hospital_1", "hospital_2"): "sites", ("Noor Eye Hospital", "Klinik Bonn"): "sites", ("Cirrus", "Spectralis"): "sites",
-    ("P001", "P002"): "patients", ("patient_1", "patient_2"): "patients", ("2019", "2020"): "dates", ("2019-01", "2019-02"): "dates",
-    ("batch1", "batch2"): "pieces", ("Noor", "Tehran"): "not the classes: each has folders CNV, NORMAL"}
+    ("train1", "train2", "test1"): "parts of a split",
+    ("images_train", "images_test"): "parts of a split",
+    ("train_a", "val_a"): "parts of a split",
+    tuple(f"fold_{i}" for i in range(5)): "folds",
+    ("Fold 1", "Fold 2"): "folds",
+    ("cv1", "cv2"): "folds",
+    ("OD", "OS", "OU"): "eyes",
+    ("left", "right"): "eyes",
+    ("Right eye", "Left eye"): "eyes",
+    ("rechts", "links"): "eyes",
+    ("SiteA", "SiteB"): "sites",
+    ("hospital_1", "hospital_2"): "sites",
+    ("Noor Eye Hospital", "Klinik Bonn"): "sites",
+    ("Cirrus", "Spectralis"): "sites",
+    ("P001", "P002"): "patients",
+    ("patient_1", "patient_2"): "patients",
+    ("2019", "2020"): "dates",
+    ("2019-01", "2019-02"): "dates",
+    ("batch1", "batch2"): "pieces",
+    ("Noor", "Tehran"): "not the classes: each has folders CNV, NORMAL",
+}
 
 
 def test_folders_that_hold_the_same_unknown_folders_ask_for_the_classes(tmp_path):
-    with pytest.raises(KdoctError, match="perhaps not the classes: each has folders MH, VMT") as e: table_of(tmp_path, tree(("Duke", "Noor"), ("MH", "VMT")))
+    with pytest.raises(KdoctError, match="perhaps not the classes: each has folders MH, VMT") as e:
+        table_of(tmp_path, tree(("Duke", "Noor"), ("MH", "VMT")))
     assert "--classes MH,VMT" in e.value.fix and "--classes Duke,Noor" in e.value.fix
     assert set(table_of(tmp_path, [], ("MH", "VMT")).label) == {"MH", "VMT"}
 
 
 def test_a_remedy_is_quoted_for_the_shell(tmp_path):
-    with pytest.raises(KdoctError) as e: table_of(tmp_path, tree(("OD", "OS"), ("NORMAL", "wet AMD")))
+    with pytest.raises(KdoctError) as e:
+        table_of(tmp_path, tree(("OD", "OS"), ("NORMAL", "wet AMD")))
     assert "--classes 'NORMAL,wet AMD'" in e.value.fix
 
 
 @pytest.mark.parametrize("tops", NO_CLASSES, ids="-".join)
 def test_folders_that_are_no_classes_are_refused_and_naming_the_classes_helps(tops, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, tree(tops))
-    assert NO_CLASSES[tops] in e.value.problem and "--classes CNV,NORMAL" in e.value.fix and "--source csv" in e.value.fix
+    assert (
+        NO_CLASSES[tops] in e.value.problem
+        and "--classes CNV,NORMAL" in e.value.fix
+        and "--source csv" in e.value.fix
+    )
     t = table_of(tmp_path, [], ("CNV", "NORMAL"))
     assert dict(t.label.value_counts()) == dict(CNV=2 * len(tops), NORMAL=2 * len(tops))
     assert set(table_of(tmp_path, [], tops).label) == set(tops)   # who names them means them
@@ -44,7 +69,8 @@ def test_folders_that_are_no_classes_are_refused_and_naming_the_classes_helps(to
 
 @pytest.mark.parametrize("tops", [("OD", "OS"), ("fold_0", "fold_1"), ("train1", "test1")], ids="-".join)
 def test_without_folders_below_the_remedy_is_a_table(tops, tmp_path):
-    with pytest.raises(KdoctError) as e: table_of(tmp_path, [f"{top}/{i}.png" for top in tops for i in range(3)])
+    with pytest.raises(KdoctError) as e:
+        table_of(tmp_path, [f"{top}/{i}.png" for top in tops for i in range(3)])
     assert e.value.fix.startswith("List the images in a table")
 
 
@@ -53,73 +79,113 @@ def test_without_folders_below_the_remedy_is_a_table(tops, tmp_path):
     ("entra\u00eenement", "validation", "test"), ("entrenamiento", "validaci\u00f3n", "prueba"), ("Train", "Dev", "hold-out")], ids="-".join)
 def test_parts_in_other_words_are_the_split(tops, tmp_path):
     t = table_of(tmp_path, tree(tops))
-    assert set(t.label) == {"CNV", "NORMAL"} and dict(t.split.value_counts()) == dict(train=4, val=4, test=4)
+    assert set(t.label) == {"CNV", "NORMAL"} and dict(t.split.value_counts()) == dict(
+        train=4, val=4, test=4
+    )
 
 
 @pytest.mark.parametrize("mark", ["masks", "annotations", "labels", "segmentation", "ground_truth", "CNV_masks"])
-def test_folders_of_marks_beside_classes_are_refused_and_left_out_where_the_classes_are_named(mark, tmp_path):
+def test_folders_of_marks_beside_classes_are_refused_and_left_out_where_the_classes_are_named(
+    mark, tmp_path
+):
     root = lay_out(tmp_path, "CNV/1.png", "NORMAL/1.png", f"{mark}/1.png", f"{mark}/deep/2.png")
-    with pytest.raises(KdoctError, match=rf"marks \({mark}\) beside .*\n.*--classes CNV,NORMAL"): load_table(DataRecipe(source="folder", root=root))
+    with pytest.raises(KdoctError, match=rf"marks \({mark}\) beside .*\n.*--classes CNV,NORMAL"):
+        load_table(DataRecipe(source="folder", root=root))
     listing = load_table(DataRecipe(source="folder", root=root, classes=("CNV", "NORMAL")))
-    assert sorted(listing.table.label) == ["CNV", "NORMAL"] and problems(listing) == {mark: "annotation-folder"}
+    assert sorted(listing.table.label) == ["CNV", "NORMAL"] and problems(listing) == {
+        mark: "annotation-folder"
+    }
     assert listing.findings.detail[0] == "2 files"
 
 
 def test_marks_beside_parts_and_in_them_are_no_images(tmp_path):
     names = [*tree(("train", "test")), "masks/CNV/0.png", "train/labels/0.png"]
-    with pytest.raises(KdoctError, match=r"parts \(test, train\) beside other folders \(masks\)(.|\n)*--classes CNV,NORMAL"): table_of(tmp_path, names)
+    with pytest.raises(
+        KdoctError,
+        match=r"parts \(test, train\) beside other folders \(masks\)(.|\n)*--classes CNV,NORMAL",
+    ):
+        table_of(tmp_path, names)
     listing = load_table(DataRecipe(source="folder", root=str(tmp_path), classes=("CNV", "NORMAL")))
     assert dict(listing.table.split.value_counts()) == dict(train=4, test=4)
     assert problems(listing) == {"masks": "annotation-folder", "train/labels": "annotation-folder"}
 
 
 @pytest.mark.parametrize(("names", "says", "helps"), [
-    (["images/1.png", "masks/1.png"], "folders of images and of masks", "table"), (["images/1.png", "images/2.png"], "folders of images", "table"),
-    (["train/images/1.png", "train/labels/1.png", "test/images/2.png"], "folders of images and of masks", "table"),
-    (["images/CNV/1.png", "images/DME/1.png", "labels/CNV/1.png"], "folders of images and of masks", "--data-root {}/images"),
-    (["SiteA/CNV/1.png", "SiteB/DME/1.png", "masks/1.png"], "masks or other marks (masks)", "--classes CNV,DME")])
+    (["images/1.png", "masks/1.png"], "folders of images "
+                                      "and of masks", "table"), (["images/1.png", "images/2.png"], "folders of images", "table"),
+    (["train/images/1.png", "train/labels/1.png", "test/images/2.png"], "folders of images "
+                                                                        "and of masks", "table"),
+    (["images/CNV/1.png", "images/DME/1.png", "labels/CNV/1.png"], "folders of images "
+                                                                   "and of masks", "--data-root {}/images"),
+    (["SiteA/CNV/1.png", "SiteB/DME/1.png", "masks/1.png"], "masks or other "
+                                                            "marks (masks)", "--classes CNV,DME")])
 def test_images_beside_their_masks_are_no_classes(names, says, helps, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, names)
     assert says in e.value.problem and helps.format(tmp_path) in e.value.fix
 
 
 def test_masks_named_like_their_image_in_its_folder_are_no_images(tmp_path):
-    names = ["benign/b (1).png", "benign/b (1)_mask.png", "benign/B (1)_mask_1.png", "normal/n.png", "normal/no label.png"]
+    names = [
+        "benign/b (1).png",
+        "benign/b (1)_mask.png",
+        "benign/B (1)_mask_1.png",
+        "normal/n.png",
+        "normal/no label.png",
+    ]
     listing = load_table(DataRecipe(source="folder", root=lay_out(tmp_path, *names)))
-    assert problems(listing) == {names[1]: "mask-file", names[2]: "mask-file"} and len(listing.table) == 3
+    assert (
+        problems(listing) == {names[1]: "mask-file", names[2]: "mask-file"}
+        and len(listing.table) == 3
+    )
 
 
 @pytest.mark.parametrize(("names", "there"), [
     (["dataset/CNV/1.png", "dataset/NORMAL/1.png"], "dataset"), (["dataset/CNV/1.png", "dataset/NORMAL/1.png", "dataset/cover.png"], "dataset"),
-    (["a/b c/CNV/1.png", "a/b c/NORMAL/1.png"], "a/b c"), (["dataset/train/CNV/1.png", "dataset/test/CNV/1.png"], "dataset")])
+    (["a/b "
+      "c/CNV/1.png", "a/b "
+                     "c/NORMAL/1.png"], "a/b c"), (["dataset/train/CNV/1.png", "dataset/test/CNV/1.png"], "dataset")])
 def test_a_root_that_is_too_high_is_answered_with_the_right_folder(names, there, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, names)
-    assert f"--data-root '{tmp_path / there}'" in e.value.fix or e.value.fix.endswith(f"--data-root {tmp_path / there}")
+    assert f"--data-root '{tmp_path / there}'" in e.value.fix or e.value.fix.endswith(
+        f"--data-root {tmp_path / there}"
+    )
 
 
 def test_a_root_that_is_too_high_is_no_matter_where_the_classes_are_named(tmp_path):
-    t = table_of(tmp_path, [f"dataset/{part}/{c}/1.png" for part in ("train", "test") for c in ("CNV", "NORMAL")], ("CNV", "NORMAL"))
+    t = table_of(
+        tmp_path,
+        [f"dataset/{part}/{c}/1.png" for part in ("train", "test") for c in ("CNV", "NORMAL")],
+        ("CNV", "NORMAL"),
+    )
     assert set(t.label) == {"CNV", "NORMAL"} and set(t.split) == {"train", "test"}
 
 
 @pytest.mark.parametrize("names", [
     ["0/1.png", "1/1.png"], ["grade 1/1.png", "grade 2/1.png"], ["stage_1/1.png", "stage_2/1.png"], ["Type A/1.png", "Type B/1.png"], ["A/1.png", "B/1.png"],
-    ["case/1.png", "control/1.png"], ["test positive/1.png", "test negative/1.png"], ["with_mask/1.png", "no_mask/1.png"], ["label_0/1.png", "label_1/1.png"],
+    ["case/1.png", "control/1.png"], ["test "
+                                      "positive/1.png", "test "
+                                                        "negative/1.png"], ["with_mask/1.png", "no_mask/1.png"], ["label_0/1.png", "label_1/1.png"],
     ["CNV/OD/1.png", "NORMAL/OD/1.png"], ["CNV/P001/1.png", "NORMAL/P001/1.png"], ["benign/a/1.png", "benign/b/1.png", "malign/a/1.png", "malign/b/1.png"],
     [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("OD", "OS")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("001", "2")],
     [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("40X", "100X")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("train", "test")],
-    ["COVID/images/1.png", "Normal/images/1.png"], ["center involved/1.png", "non center involved/1.png"], ["CNV/1.png", "trainable/1.png"]])
+    ["COVID/images/1.png", "Normal/images/1.png"], ["center "
+                                                    "involved/1.png", "non center "
+                                                                      "involved/1.png"], ["CNV/1.png", "trainable/1.png"]])
 def test_sound_folders_are_classes(names, tmp_path):
     t = table_of(tmp_path, names)
     assert set(t.label) == {n.split("/")[0] for n in names} and len(t) == len(names)
 
 
 @pytest.mark.parametrize(("typed", "helps"), [
-    (("CNV;NORMAL",), "Put commas between the classes: --classes CNV,NORMAL"), (("CNV NORMAL",), "Put commas"), (("CNV|NORMAL",), "Put commas"),
-    (("CNV", "NROMAL"), "Did you mean: --classes CNV,NORMAL"), (("normal", "cnv"), "Did you mean: --classes NORMAL,CNV"),
+    (("CNV;NORMAL",), "Put commas between the classes: "
+                      "--classes CNV,NORMAL"), (("CNV NORMAL",), "Put commas"), (("CNV|NORMAL",), "Put commas"),
+    (("CNV", "NROMAL"), "Did you mean: "
+                        "--classes CNV,NORMAL"), (("normal", "cnv"), "Did you mean: "
+                                                                     "--classes NORMAL,CNV"),
     (("AMD", "DME"), "The images are of these classes: --classes CNV,NORMAL")])
 def test_classes_that_are_misspelt_are_refused_with_what_was_meant(typed, helps, tmp_path):
-    with pytest.raises(KdoctError, match="There is no image of class") as e: table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png"], typed)
+    with pytest.raises(KdoctError, match="There is no image of class") as e:
+        table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png"], typed)
     assert helps in e.value.fix
 
 
@@ -130,5 +196,6 @@ def test_some_of_the_classes_may_be_named(tmp_path):
 
 @pytest.mark.parametrize("names", [["train/x.png"], ["a/b/c/Train/x.png", "a/d/Test/x.png"]])
 def test_covid_folders_are_named_in_words(names, tmp_path):
-    with pytest.raises(KdoctError) as e: load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *names)))
+    with pytest.raises(KdoctError) as e:
+        load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *names)))
     assert "Neither" in e.value.problem and "none" not in e.value.problem

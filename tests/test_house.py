@@ -16,7 +16,12 @@ HOUSE = runpy.run_path(str(ROOT / "tools" / "house.py"))
 
 def lint_imports(folder):
     "What import-linter says of the library in a folder, under the project's contract."
-    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache", "--config", str(ROOT / ".importlinter")]
+    command = [
+        str(Path(sys.executable).parent / "lint-imports"),
+        "--no-cache",
+        "--config",
+        str(ROOT / ".importlinter"),
+    ]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120,
                           env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"})
 
@@ -55,7 +60,11 @@ def test_the_picture_has_the_packages_that_there_are():
 def test_module_is_of_a_readable_size_and_imports_no_private_name(module):
     source = module.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 600
-    ours = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("kdoct"))]
+    ours = [
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("kdoct"))
+    ]
     private = [a.name for n in ours for a in n.names if a.name.startswith("_")]
     assert not private
 
@@ -68,13 +77,25 @@ def test_statistics_count_what_a_notebook_holds(tmp_path):
     cells = ["#| default_exp a.b", "#| export\nimport math", definition, lesson]
     nbformat.write(new_notebook(cells=[new_code_cell(s) for s in cells]), tmp_path / "a.ipynb")
     row = HOUSE["statistics"](tmp_path)
-    assert (row["exported cells"], row["lines"], row["public symbols"], row["assertions a symbol"]) == (1, 3, 1, 2.0)
+    assert (
+        row["exported cells"],
+        row["lines"],
+        row["public symbols"],
+        row["assertions a symbol"],
+    ) == (1, 3, 1, 2.0)
 
 
 def test_wide_and_long_cells_are_counted(tmp_path):
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
-    long = "#| export\ndef f():\n" + "\n".join(f"    a{i} = {i}" for i in range(30)) + "\n    return " + " + ".join(["a1"]*30)
+    long = (
+        "#| export\ndef f():\n"
+        + "\n".join(f"    a{i} = {i}" for i in range(30))
+        + "\n    return "
+        + " + ".join(["a1"] * 30)
+    )
     nbformat.write(new_notebook(cells=[new_code_cell(long)]), tmp_path / "a.ipynb")
     row = HOUSE["statistics"](tmp_path)
-    assert row["cells above 25 lines %"] == 100.0 and row["lines beyond column 100 %"] == pytest.approx(100/32, abs=.1)
+    assert row["cells above 25 lines %"] == 100.0 and row[
+        "lines beyond column 100 %"
+    ] == pytest.approx(100 / 32, abs=0.1)

@@ -20,7 +20,13 @@ from kdoct.explain.figures import (
 
 FAST = EvaluateRecipe(n_boot=100)
 # Machado et al. 2009: what a deuteranope sees, in linear RGB
-DEUTERANOPIA = np.array([[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]])
+DEUTERANOPIA = np.array(
+    [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ]
+)
 
 
 def lightness(rgb):
@@ -35,7 +41,13 @@ def linear(rgb): return np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)*
 def row(label="CNV", image=None, **kw):
     maps = random_maps(2, 48, 64)
     image = np.full((48, 64), 90, np.uint8) if image is None else image
-    return Explained(image, dict(teacher=maps[0], student=maps[1]), dict(teacher=(label, .93), student=("NORMAL", .5)), label, **kw)
+    return Explained(
+        image,
+        dict(teacher=maps[0], student=maps[1]),
+        dict(teacher=(label, 0.93), student=("NORMAL", 0.5)),
+        label,
+        **kw,
+    )
 
 
 def texts(fig): return [t.get_text() for t in fig.findobj(mpl.text.Text) if t.get_text()]
@@ -73,8 +85,15 @@ def test_histology_is_grey_below_its_maps():
 def test_a_page_says_label_call_probability_and_whether_it_was_right():
     fig = map_figure([row(mask=np.eye(48, 64)), row("DME")])
     t = texts(fig)
-    assert {"label\nCNV", "teacher\nCNV\n0.93, right", "student\nNORMAL\n0.50, wrong", "student minus teacher", "white line: mask",
-            "importance", "difference"} <= set(t)
+    assert {
+        "label\nCNV",
+        "teacher\nCNV\n0.93, right",
+        "student\nNORMAL\n0.50, wrong",
+        "student minus teacher",
+        "white line: mask",
+        "importance",
+        "difference",
+    } <= set(t)
     assert sum(len(a.images) for a in fig.axes) >= 8
 
 
@@ -96,9 +115,17 @@ def test_long_names_do_not_overlap():
 
 def test_three_roles_have_a_panel_each():
     r = row()
-    r = r._replace(maps=dict(teacher=r.maps["teacher"], **{"teacher-visformer": r.maps["teacher"]}, student=r.maps["student"]),
-                   predicted=r.predicted | {"teacher-visformer": ("CNV", .7)})
-    assert {"teacher-visformer\nCNV\n0.70, right", "student minus teacher"} <= set(texts(map_figure([r])))
+    r = r._replace(
+        maps=dict(
+            teacher=r.maps["teacher"],
+            **{"teacher-visformer": r.maps["teacher"]},
+            student=r.maps["student"],
+        ),
+        predicted=r.predicted | {"teacher-visformer": ("CNV", 0.7)},
+    )
+    assert {"teacher-visformer\nCNV\n0.70, right", "student minus teacher"} <= set(
+        texts(map_figure([r]))
+    )
 
 
 @pytest.mark.parametrize("rows, text", [([], "0 images"), ([row()]*13, "13 images"), ([row(), row()._replace(maps={})], "not the same two roles")])
@@ -108,14 +135,20 @@ def test_impossible_pages_are_refused(rows, text):
 
 def test_values_outside_the_scale_are_refused():
     for v, difference in ((-.5, False), (1.2, False), (-1.2, True), (np.nan, False)):
-        with pytest.raises(KdoctError, match="values outside"): overlay(np.zeros((2, 2)), np.full((2, 2), v), difference)
+        with pytest.raises(KdoctError, match="values outside"):
+            overlay(np.zeros((2, 2)), np.full((2, 2), v), difference)
 
 
 def test_a_saved_page_is_small_and_keeps_the_highest_colour(tmp_path):
     rng, r = np.random.default_rng(0), row()
     peak = np.zeros((48, 64))
     peak[20:26, 30:36] = 1
-    rows = [r._replace(image=rng.integers(0, 256, (48, 64), dtype=np.uint8), maps=dict(teacher=peak, student=peak))]*4
+    rows = [
+        r._replace(
+            image=rng.integers(0, 256, (48, 64), dtype=np.uint8),
+            maps=dict(teacher=peak, student=peak),
+        )
+    ] * 4
     file = save_maps(map_figure(rows), tmp_path/"page.png", dpi=100)
     assert file.stat().st_size < 300_000
     a = np.asarray(Image.open(file).convert("RGB")).astype(int)
@@ -124,8 +157,20 @@ def test_a_saved_page_is_small_and_keeps_the_highest_colour(tmp_path):
 
 def curves():
     rise = np.linspace(0, 1, 9)
-    parts = [pd.DataFrame(dict(method="m", role=r, group=[0, 0, 1, 2], insertion=.5, deletion=.5, insertion_curve=[(rise**k).tolist()]*4,
-                               deletion_curve=[(1 - rise**k).tolist()]*4)) for r, k in (("teacher", .5), ("student", 2))]
+    parts = [
+        pd.DataFrame(
+            dict(
+                method="m",
+                role=r,
+                group=[0, 0, 1, 2],
+                insertion=0.5,
+                deletion=0.5,
+                insertion_curve=[(rise**k).tolist()] * 4,
+                deletion_curve=[(1 - rise**k).tolist()] * 4,
+            )
+        )
+        for r, k in (("teacher", 0.5), ("student", 2))
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -133,22 +178,39 @@ def test_curves_are_the_means_of_their_role():
     fig = curves_figure(curves(), evaluate=FAST)
     lines = {li.get_label(): li.get_ydata() for li in fig.axes[0].lines}
     np.testing.assert_allclose(lines["student, AUC 0.500"], np.linspace(0, 1, 9)**2)
-    with pytest.raises(KdoctError, match="no curves"): curves_figure(curves().assign(insertion=np.nan))
+    with pytest.raises(KdoctError, match="no curves"):
+        curves_figure(curves().assign(insertion=np.nan))
 
 
 def test_the_band_resamples_groups():
     c = curves()
     c.loc[:3, "insertion_curve"] = pd.Series([[0.]*9]*2 + [[1.]*9]*2)
-    band = curves_figure(c.iloc[:2].assign(group=[0, 1]).pipe(lambda d: pd.concat([d, c.iloc[2:4].assign(group=[0, 1])])), evaluate=FAST)
-    low, high = (f(band.axes[0].collections[0].get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
+    band = curves_figure(
+        c.iloc[:2]
+        .assign(group=[0, 1])
+        .pipe(lambda d: pd.concat([d, c.iloc[2:4].assign(group=[0, 1])])),
+        evaluate=FAST,
+    )
+    low, high = (
+        f(band.axes[0].collections[0].get_paths()[0].vertices[:, 1]) for f in (np.min, np.max)
+    )
     assert low == high == .5  # each group holds one 0 and one 1, so every resample has the same mean
 
 
 def test_agreement_shows_the_parts_that_have_images_and_marks_few_groups():
     a, right = random_maps(40, 21, 21), np.arange(40) > 2
-    n = agreement_numbers(a, a[::-1], np.arange(40)).assign(path=np.arange(40).astype(str), group=np.arange(40), method="m",
-                                                             correctness=correctness(np.ones(40), right))
+    n = agreement_numbers(a, a[::-1], np.arange(40)).assign(
+        path=np.arange(40).astype(str),
+        group=np.arange(40),
+        method="m",
+        correctness=correctness(np.ones(40), right),
+    )
     fig = agreement_figure(agreement_table(n, FAST))
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
-    assert isinstance(fig, Figure) and labels == ["all\n40 images, 40 groups", "both right\n37 images, 37 groups", "student wrong*\n3 images, 3 groups"]
-    with pytest.raises(KdoctError, match="no agreement of"): agreement_figure(agreement_table(n, FAST), "other")
+    assert isinstance(fig, Figure) and labels == [
+        "all\n40 images, 40 groups",
+        "both right\n37 images, 37 groups",
+        "student wrong*\n3 images, 3 groups",
+    ]
+    with pytest.raises(KdoctError, match="no agreement of"):
+        agreement_figure(agreement_table(n, FAST), "other")

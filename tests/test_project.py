@@ -20,22 +20,29 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(".".join(p.relative_to(ROOT / "kdoct").with_suffix("").parts) for p in (ROOT / "kdoct").rglob("*.py")
-                 if not p.name.startswith("_"))
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT / "kdoct").with_suffix("").parts)
+    for p in (ROOT / "kdoct").rglob("*.py")
+    if not p.name.startswith("_")
+)
 STAGES = ["01_data", "03_teacher", "04_distill", "05g_decide", "05_evaluate"]
 PARAMETERS = ["preset", "run", "fold", "data_root", "overrides", "teacher", "student"]
 
 
 def run(*command, cwd):
     "Run `command`; its output is the message when it fails."
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def project_files():
     "Every file of the project, tracked or new, that git does not ignore."
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    listed = run(
+        "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).split("\0")
     return sorted({ROOT / f for f in listed if f and (ROOT / f).is_file()})
 
 
@@ -77,9 +84,16 @@ def metadata(tmp_path_factory):
 
 def test_name_and_version_agree_everywhere(settings, metadata):
     import kdoct
-    assert settings["lib_name"] == "kdoct" == Path(kdoct.__file__).parent.name == metadata.metadata["Name"]
+    assert (
+        settings["lib_name"]
+        == "kdoct"
+        == Path(kdoct.__file__).parent.name
+        == metadata.metadata["Name"]
+    )
     assert settings["version"] == kdoct.__version__ == metadata.version
-    assert f"## {settings['version']}\n" in (ROOT / "CHANGELOG.md").read_text(), "CHANGELOG.md lacks this version"
+    assert f"## {settings['version']}\n" in (ROOT / "CHANGELOG.md").read_text(), (
+        "CHANGELOG.md lacks this version"
+    )
     nbdev = (ROOT / "pyproject.toml").read_text()
     assert 'lib_name = "kdoct"' in nbdev and 'lib_path = "kdoct"' in nbdev
 
@@ -90,7 +104,9 @@ def test_requirements_agree_everywhere(settings, metadata):
     assert {norm(str(r)) for r in made if r.marker is None} == want
     for extra in ("offline", "dev"):
         listed = {norm(r) for r in lines(settings[f"{extra}_requirements"])}
-        assert {norm(str(r)) for r in made if r.marker and r.marker.evaluate({"extra": extra})} == listed
+        assert {
+            norm(str(r)) for r in made if r.marker and r.marker.evaluate({"extra": extra})
+        } == listed
     assert metadata.metadata["Requires-Python"] == f">={settings['min_python']}"
     assert metadata.metadata["License-Expression"] == settings["license"] == "Apache-2.0"
 
@@ -102,13 +118,19 @@ def test_pyproject_repeats_nothing_of_settings():
 
 def test_every_requirement_is_capped(settings):
     keys = ["requirements", "offline_requirements", "dev_requirements"]
-    bounds = {r: {s.operator for s in Requirement(r).specifier} for k in keys for r in lines(settings[k])}
+    bounds = {
+        r: {s.operator for s in Requirement(r).specifier} for k in keys for r in lines(settings[k])
+    }
     loose = [r for r, operators in bounds.items() if not {">=", "<"} <= operators]
     assert not loose, f"no lower or no upper bound: {loose}"
 
 
 def test_ci_runs_make_test_and_nothing_else_but_finds_itself_a_browser():
-    script = [line for line in lines((ROOT / ".ci" / "run").read_text()) if not line.startswith(("#", "set ", "cd "))]
+    script = [
+        line
+        for line in lines((ROOT / ".ci" / "run").read_text())
+        if not line.startswith(("#", "set ", "cd "))
+    ]
     assert script == ["tools/browser.sh", "make test"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100, ".ci/run is not executable"
 
@@ -116,7 +138,11 @@ def test_ci_runs_make_test_and_nothing_else_but_finds_itself_a_browser():
 def test_make_knows_the_targets_that_the_documents_name():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     text = "".join((ROOT / doc).read_text() for doc in ("README.md", "CONTRIBUTING.md"))
-    named = {t for words in re.findall(r"(?:`|^ *)make ((?:[a-z]+ ?)+)(?=`| +#|$)", text, re.M) for t in words.split()}
+    named = {
+        t
+        for words in re.findall(r"(?:`|^ *)make ((?:[a-z]+ ?)+)(?=`| +#|$)", text, re.M)
+        for t in words.split()
+    }
     assert {"demo", "test"} <= named <= targets
 
 
@@ -125,7 +151,9 @@ def test_make_knows_the_targets_that_the_documents_name():
 @pytest.mark.parametrize("command", ["nbdev-export", "nbdev-clean"])
 def test_nbdev_leaves_the_tree_unchanged(command, tmp_path):
     copy = copy_project(tmp_path / "copy")
-    before = {f.relative_to(copy).as_posix(): f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+    before = {
+        f.relative_to(copy).as_posix(): f.read_bytes() for f in copy.rglob("*") if f.is_file()
+    }
     run(BIN / command, cwd=copy)
     after = {f.relative_to(copy).as_posix(): f.read_bytes() for f in copy.rglob("*") if f.is_file()}
     changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
@@ -133,7 +161,11 @@ def test_nbdev_leaves_the_tree_unchanged(command, tmp_path):
 
 
 def test_every_module_comes_from_a_notebook():
-    code = "\n".join("".join(c["source"]) for nb in NOTEBOOKS for c in json.loads(nb.read_text(encoding="utf-8"))["cells"])
+    code = "\n".join(
+        "".join(c["source"])
+        for nb in NOTEBOOKS
+        for c in json.loads(nb.read_text(encoding="utf-8"))["cells"]
+    )
     named = re.findall(r"^#\|\s*default_exp:?\s+([\w.]+)", code, re.M)
     assert MODULES == sorted(named), "modules without a notebook, or notebooks never exported"
 
@@ -177,8 +209,16 @@ def test_ruff_passes_over_notebooks_and_tests():
 
 PLACES = {  # written in pieces, so that this file does not contain what it looks for
     "a path of one machine": r"(?<![\w.+/~-])/(?:home|root|Users|work|farm|mnt|tmp)/\w",
-    "a package registry": "|".join(host.replace(" ", re.escape(".")) for host in (
-        "pypi org", "pythonhosted org", "registry npmjs", "download pytorch org", "conda anaconda org")),
+    "a package registry": "|".join(
+        host.replace(" ", re.escape("."))
+        for host in (
+            "pypi org",
+            "pythonhosted org",
+            "registry npmjs",
+            "download pytorch org",
+            "conda anaconda org",
+        )
+    ),
 }
 
 
@@ -188,7 +228,8 @@ def test_no_file_names(what):
     for f in project_files():
         if f.suffix in {".png", ".jpg", ".parquet", ".safetensors"}: continue
         for n, line in enumerate(f.read_text(encoding="utf-8").splitlines(), 1):
-            if m := re.search(PLACES[what], line): found.append(f"{f.relative_to(ROOT)}:{n}: {m[0]}")
+            if m := re.search(PLACES[what], line):
+                found.append(f"{f.relative_to(ROOT)}:{n}: {m[0]}")
     assert not found, f"{what} in\n" + "\n".join(found)
 
 
@@ -211,19 +252,33 @@ def test_stage_takes_the_agreed_parameters(stage):
     cells = json.loads((ROOT / "nbs" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "papermill needs exactly one cell tagged `parameters`"
-    assert sorted(assigned(tagged[0])) == sorted(PARAMETERS + {"04_distill": ["role"], "03_teacher": ["name"]}.get(stage, []))
+    assert sorted(assigned(tagged[0])) == sorted(
+        PARAMETERS + {"04_distill": ["role"], "03_teacher": ["name"]}.get(stage, [])
+    )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_has_the_house_shape(notebook):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells]
-    titles = [s for c, s in zip(cells, sources, strict=True) if c["cell_type"] == "markdown" and s.startswith("# ")]
-    assert len(titles) == 1 and re.search(r"^> \S", titles[0], re.M), "one title with a one-line subtitle"
-    errors = [o["ename"] for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+    titles = [
+        s
+        for c, s in zip(cells, sources, strict=True)
+        if c["cell_type"] == "markdown" and s.startswith("# ")
+    ]
+    assert len(titles) == 1 and re.search(r"^> \S", titles[0], re.M), (
+        "one title with a one-line subtitle"
+    )
+    errors = [
+        o["ename"] for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"
+    ]
     assert not errors, f"stored outputs show errors: {errors}"
     exported = [s for s in sources if re.match(r"#\|\s*exporti?\b", s)]
-    mixed = [s for s in exported if len({isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(s).body}) > 1]
+    mixed = [
+        s
+        for s in exported
+        if len({isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(s).body}) > 1
+    ]
     assert not mixed, f"imports and code in one cell: {mixed[0]}"
     # A stage notebook also runs from an installed wheel, where there is nothing to export to: `make export` does it.
     assert not any("nbdev_export" in s for s in sources), "a notebook does not export itself"
@@ -233,15 +288,25 @@ def exported_names(module):
     "The module's own public functions and classes."
     for name in getattr(module, "__all__", []):
         obj = getattr(module, name)
-        if (inspect.isfunction(obj) or inspect.isclass(obj)) and obj.__module__ == module.__name__: yield name, obj
+        if (inspect.isfunction(obj) or inspect.isclass(obj)) and obj.__module__ == module.__name__:
+            yield name, obj
 
 
 def undocumented(function):
     "Parameters without the trailing comment that says what they are."
     from fastcore.docments import docments
-    known, rest = docments(function), (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = {p: v for p, v in inspect.signature(function).parameters.items() if v.kind not in rest}
-    by_typer = {p for p, v in parameters.items() if getattr(v.default, "help", None) or "typer" in str(v.annotation)}
+    known, rest = (
+        docments(function),
+        (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD),
+    )
+    parameters = {
+        p: v for p, v in inspect.signature(function).parameters.items() if v.kind not in rest
+    }
+    by_typer = {
+        p
+        for p, v in parameters.items()
+        if getattr(v.default, "help", None) or "typer" in str(v.annotation)
+    }
     return [p for p in parameters if p not in {"self", "cls"} | by_typer and not known.get(p)]
 
 
@@ -250,7 +315,8 @@ def test_public_definitions_are_documented(name):
     module = importlib.import_module(f"kdoct.{name}")
     faults = [f"{n}: no docstring" for n, o in exported_names(module) if not inspect.getdoc(o)]
     for n, o in exported_names(module):
-        if inspect.isfunction(o): faults += [f"{n}: {p} has no comment" for p in undocumented(inspect.unwrap(o))]
+        if inspect.isfunction(o):
+            faults += [f"{n}: {p} has no comment" for p in undocumented(inspect.unwrap(o))]
     assert not faults, f"kdoct.{name}\n" + "\n".join(faults)
 
 

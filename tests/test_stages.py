@@ -29,7 +29,9 @@ def test_a_stage_that_is_added_to_the_table_is_run_by_the_cross_validation(run, 
     asked = []
     monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: asked.append((stage, fold)))
     monkeypatch.setattr(C, "require_weights", lambda recipe: None)
-    monkeypatch.setitem(STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: False, ("student",)))
+    monkeypatch.setitem(
+        STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: False, ("student",))
+    )
     C.crossval(run, [1])
     assert ("prune", 1) in asked and asked[0] == ("data", 1)
 
@@ -38,7 +40,9 @@ def test_a_finished_stage_is_passed_over(run, monkeypatch):
     asked = []
     monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: asked.append(stage))
     monkeypatch.setattr(C, "require_weights", lambda recipe: None)
-    monkeypatch.setitem(STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: True))
+    monkeypatch.setitem(
+        STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: True)
+    )
     C.crossval(run, [0])
     assert "prune" not in asked and "student" in asked
 
@@ -52,15 +56,32 @@ def test_what_a_stage_needs_is_planned_before_it(run):
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda s: s.name)
 def test_the_notebook_of_a_stage_takes_what_the_table_gives_it(stage):
-    (tagged,) = [c for c in stage_section(stage.notebook) if "parameters" in c["metadata"].get("tags", [])]
-    known = {t.id for n in ast.parse("".join(tagged["source"])).body if isinstance(n, ast.Assign) for t in n.targets}
-    assert {"run", "fold", *stage.parameters(f"{stage.name}-x" if stage.name == "teacher" else stage.name)} <= known
+    (tagged,) = [
+        c for c in stage_section(stage.notebook) if "parameters" in c["metadata"].get("tags", [])
+    ]
+    known = {
+        t.id
+        for n in ast.parse("".join(tagged["source"])).body
+        if isinstance(n, ast.Assign)
+        for t in n.targets
+    }
+    assert {
+        "run",
+        "fold",
+        *stage.parameters(f"{stage.name}-x" if stage.name == "teacher" else stage.name),
+    } <= known
 
 
 @pytest.mark.parametrize("notebook", sorted({s.notebook for s in STAGES.values()} - {"01_data"}))
 def test_what_a_notebook_makes_by_hand_is_what_its_stages_need(notebook):
-    code = "\n".join("".join(c["source"]) for c in stage_section(notebook) if not c["source"][0].startswith("#|"))
-    calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "open_stage"]
+    code = "\n".join(
+        "".join(c["source"]) for c in stage_section(notebook) if not c["source"][0].startswith("#|")
+    )
+    calls = [
+        n
+        for n in ast.walk(ast.parse(code))
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "open_stage"
+    ]
     (before,) = [k.value for c in calls for k in c.keywords if k.arg == "before"]
     made = {k.arg for k in before.keywords}
     needed = set().union(*(set(s.needs) for s in STAGES.values() if s.notebook == notebook))

@@ -44,13 +44,21 @@ def teacher(seed=3, arch='test_efficientnet', size=32):
 def cached(frozen, name='a'): return TeacherCache(frozen, name*64, batch=16)
 
 
-def learner(folder, teachers, cbs=(), views=0, refresh=0, combine='probabilities', seed=1, **changes):
+def learner(
+    folder, teachers, cbs=(), views=0, refresh=0, combine='probabilities', seed=1, **changes
+):
     images = np.random.default_rng(0).integers(0, 255, (32, 36, 36), dtype=np.uint8)
     labels, ids, r = np.arange(32) % 3, np.arange(500, 532, dtype=np.uint64), recipe(**changes)
     torch.manual_seed(5)
-    return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, seed, size=32),
-                        Batches(images, labels, ids, np.arange(24, 32), 8, size=32), cross_entropy, r, folder,
-                        cbs=[Distill(teachers, DistillRecipe(views=views, refresh=refresh, combine=combine)), *cbs])
+    return make_learner(
+        create_classifier(r, 3, 32),
+        Batches(images, labels, ids, np.arange(24), 8, r.augment, seed, size=32),
+        Batches(images, labels, ids, np.arange(24, 32), 8, size=32),
+        cross_entropy,
+        r,
+        folder,
+        cbs=[Distill(teachers, DistillRecipe(views=views, refresh=refresh, combine=combine)), *cbs],
+    )
 
 
 def fit(learn):
@@ -65,7 +73,11 @@ def losses(learn): return [row['train_loss'] for row in learn.history.rows]
 def test_with_as_many_views_as_epochs_it_is_the_training_that_asks_every_time(outputs, combine):
     two = {'teacher': teacher(), 'teacher-b': teacher(4, 'test_resnet', 48)}
     online = fit(learner(outputs/'a', two, combine=combine))
-    kept = fit(learner(outputs/'b', {r: cached(t, r[-1]) for r, t in two.items()}, views=4, combine=combine))
+    kept = fit(
+        learner(
+            outputs / 'b', {r: cached(t, r[-1]) for r, t in two.items()}, views=4, combine=combine
+        )
+    )
     assert losses(kept) == pytest.approx(losses(online), rel=1e-4)
 
 
@@ -76,7 +88,9 @@ def test_few_views_come_back(outputs):
         def before_batch(self): shown.append(self.xb[0].sum().item())
     fit(learner(outputs/'a', {'teacher': cached(t)}, [Look()], views=2))
     by_epoch = [sum(shown[3*e:3*e + 3]) for e in range(4)]
-    assert by_epoch[0] == pytest.approx(by_epoch[2], rel=1e-6) and by_epoch[1] == pytest.approx(by_epoch[3], rel=1e-6)
+    assert by_epoch[0] == pytest.approx(by_epoch[2], rel=1e-6) and by_epoch[1] == pytest.approx(
+        by_epoch[3], rel=1e-6
+    )
     assert abs(by_epoch[0] - by_epoch[1]) > 1e-3*by_epoch[0]
     assert t.seen == 2*24
 
@@ -98,7 +112,16 @@ def test_a_second_student_does_not_ask_again(outputs):
 
 
 def test_another_seed_or_teacher_has_a_cache_of_its_own(outputs):
-    for seed, name in ((1, 'a'), (2, 'a'), (1, 'b')): fit(learner(outputs/f'{seed}{name}', {'teacher': cached(teacher(), name)}, views=1, seed=seed, epochs=1))
+    for seed, name in ((1, 'a'), (2, 'a'), (1, 'b')):
+        fit(
+            learner(
+                outputs / f'{seed}{name}',
+                {'teacher': cached(teacher(), name)},
+                views=1,
+                seed=seed,
+                epochs=1,
+            )
+        )
     assert len(list((outputs_root()/'cache').glob('teacher-*/about.json'))) == 3
 
 
@@ -108,8 +131,22 @@ def cache_name(batches=None, teacher_changes=(), **how):
     given = dict(recipe=recipe().augment, seed=1, size=32, views=2) | (batches or {})
     model = teacher()
     for name, value in teacher_changes: setattr(model, name, value)
-    made = Batches(images, np.arange(12) % 3, np.arange(12, dtype=np.uint64), np.arange(12), 4, **given)
-    return TeacherCache(model, **{'weights_sha256': 'a', 'arch': 'test_efficientnet', 'pictures': picture_facts(DataRecipe()), **how}).open(made).path
+    made = Batches(
+        images, np.arange(12) % 3, np.arange(12, dtype=np.uint64), np.arange(12), 4, **given
+    )
+    return (
+        TeacherCache(
+            model,
+            **{
+                'weights_sha256': 'a',
+                'arch': 'test_efficientnet',
+                'pictures': picture_facts(DataRecipe()),
+                **how,
+            },
+        )
+        .open(made)
+        .path
+    )
 
 
 @pytest.mark.parametrize('how', [
@@ -165,8 +202,19 @@ def test_a_training_that_was_cut_off_goes_on_with_the_right_view(outputs):
         def after_batch(self):
             if self.training and (self.epoch, self.iter) == (3, 0): raise Killed('now')
     whole = fit(learner(outputs/'a', {'teacher': cached(teacher())}, views=3))
-    with pytest.raises(Killed): fit(learner(outputs/'b', {'teacher': cached(teacher())}, [StopAt()], views=3, checkpoint_minutes=1e-9))
-    resumed = fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=3, checkpoint_minutes=1e-9))
+    with pytest.raises(Killed):
+        fit(
+            learner(
+                outputs / 'b',
+                {'teacher': cached(teacher())},
+                [StopAt()],
+                views=3,
+                checkpoint_minutes=1e-9,
+            )
+        )
+    resumed = fit(
+        learner(outputs / 'b', {'teacher': cached(teacher())}, views=3, checkpoint_minutes=1e-9)
+    )
     assert resumed.first_epoch == 3 and losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
@@ -177,8 +225,18 @@ def test_blended_images_have_blended_answers(outputs):
         def after_loss(self):
             said, shares = self.dls.train.taught[:, 0], self.learn.mix.shares
             target = (shares @ torch.softmax(said/4, 1)).log()*4   # as the labels are blended
-            told.append((self.learn.loss_terms['soft'].item(), soft_loss(self.pred, target, 4.).item(), shares.diagonal().mean().item()))
-    fit(learner(outputs/'a', {'teacher': cached(teacher())}, [Note()], views=1, epochs=2, mix_prob=1.))
+            told.append(
+                (
+                    self.learn.loss_terms['soft'].item(),
+                    soft_loss(self.pred, target, 4.0).item(),
+                    shares.diagonal().mean().item(),
+                )
+            )
+    fit(
+        learner(
+            outputs / 'a', {'teacher': cached(teacher())}, [Note()], views=1, epochs=2, mix_prob=1.0
+        )
+    )
     for got, want, own in told: assert got == pytest.approx(want, rel=1e-4) and own < 1
 
 
@@ -187,19 +245,31 @@ def test_a_changed_or_foreign_file_is_refused(outputs):
     folder, = (outputs_root()/'cache').glob('teacher-*[0-9a-f]/')
     z = np.load(folder/'view_00000.npy')
     np.save(folder/'view_00000.npy', z[::-1])   # the answers to other images
-    with pytest.raises(KdoctError, match='does not say today'): fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=1, epochs=1))
+    with pytest.raises(KdoctError, match='does not say today'):
+        fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=1, epochs=1))
     np.save(folder/'view_00000.npy', z[:-1])
-    with pytest.raises(KdoctError, match=r'not float32 \(24, 3\)'): fit(learner(outputs/'c', {'teacher': cached(teacher())}, views=1, epochs=1))
+    with pytest.raises(KdoctError, match=r'not float32 \(24, 3\)'):
+        fit(learner(outputs/'c', {'teacher': cached(teacher())}, views=1, epochs=1))
 
 
 def test_a_run_with_views_records_what_was_asked(outputs):
-    run = create_run('kept', preset('tiny', **{'student.epochs': 2, 'teacher.epochs': 1, 'distill.views': 2}))
+    run = create_run(
+        'kept', preset('tiny', **{'student.epochs': 2, 'teacher.epochs': 1, 'distill.views': 2})
+    )
     prepare_data(run)
     train_teacher(run)
     train_student(run)
     facts = read_json(run.json)['stages']['fold_0/student']['teachers']['teacher']
     n = run.stage('data')['per_fold']['0']['train']['images']
     key = read_json(outputs_root()/'cache'/facts['cache']/'about.json')
-    assert key['pictures'] == picture_facts(run.recipe.data) and {'decoder', 'framing', 'margin'} <= set(key['pictures'])
+    assert key['pictures'] == picture_facts(run.recipe.data) and {
+        'decoder',
+        'framing',
+        'margin',
+    } <= set(key['pictures'])
     assert (key['teacher']['arch'], key['teacher']['precision']) == ('test_efficientnet', 'fp32')
-    assert facts['asked'] == 2*n and facts['seconds'] > 0 and (outputs_root()/'cache'/facts['cache']).is_dir()
+    assert (
+        facts['asked'] == 2 * n
+        and facts['seconds'] > 0
+        and (outputs_root() / 'cache' / facts['cache']).is_dir()
+    )

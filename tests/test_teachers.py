@@ -25,7 +25,12 @@ from kdoct.training.inference import InferenceModel
 from kdoct.training.loop import make_learner
 from kdoct.training.losses import combine, cross_entropy, soft_loss, teacher_weights
 
-TWO = {'teachers': {'resnet': dict(arch='test_resnet', size=96), 'vit': dict(arch='test_vit', size=48, lr=1e-4)}}
+TWO = {
+    'teachers': {
+        'resnet': dict(arch='test_resnet', size=96),
+        'vit': dict(arch='test_vit', size=48, lr=1e-4),
+    }
+}
 
 
 # --- how they are combined
@@ -57,12 +62,18 @@ def test_the_soft_loss_is_the_divergence_from_what_the_teachers_say_together(how
 def test_the_combination_survives_half_precision_and_huge_logits():
     zs = [torch.tensor([[6e4, -6e4, 0.]]).half(), torch.tensor([[-6e4, 6e4, 0.]]).half()]
     together = combine(zs, DistillRecipe(temperature=1.))
-    assert together.dtype == torch.float32 and together.softmax(1)[0].tolist() == pytest.approx([.5, .5, 0.])
+    assert together.dtype == torch.float32 and together.softmax(1)[0].tolist() == pytest.approx(
+        [0.5, 0.5, 0.0]
+    )
 
 
 def test_weights_follow_the_validation_loss():
     w = teacher_weights([.2, .7, 900.])
-    assert w.sum().item() == pytest.approx(1) and (w[0]/w[1]).item() == pytest.approx(np.exp(.5), rel=1e-5) and w[2] == 0
+    assert (
+        w.sum().item() == pytest.approx(1)
+        and (w[0] / w[1]).item() == pytest.approx(np.exp(0.5), rel=1e-5)
+        and w[2] == 0
+    )
     assert combine(three(), DistillRecipe(combine='nll'), w).isfinite().all()   # a weight of 0 is no NaN
 
 
@@ -74,8 +85,11 @@ def recipe(**changes): return preset('tiny').student.model_copy(update={'epochs'
 def strangers():
     "Teachers of another size and normalisation each."
     made = {}
-    for name, (arch, size, mean, std) in {'teacher': ('test_efficientnet', 32, .5, .5), 'teacher-a': ('test_resnet', 48, .2, .1),
-                                          'teacher-b': ('test_vit', 64, .7, .3)}.items():
+    for name, (arch, size, mean, std) in {
+        'teacher': ('test_efficientnet', 32, 0.5, 0.5),
+        'teacher-a': ('test_resnet', 48, 0.2, 0.1),
+        'teacher-b': ('test_vit', 64, 0.7, 0.3),
+    }.items():
         torch.manual_seed(len(made))
         made[name] = create_classifier(recipe(arch=arch), 3, size).eval()
         made[name].mean.fill_(mean), made[name].std.fill_(std)
@@ -92,11 +106,20 @@ class Seen(Callback):
 def learner(folder, teachers, how='probabilities', cbs=(), weights=None, **changes):
     images = np.random.default_rng(0).integers(0, 255, (32, 32, 32), dtype=np.uint8)
     labels, ids, r = np.arange(32) % 3, np.arange(32, dtype=np.uint64), recipe(**changes)
-    frozen = {role: t if isinstance(t, InferenceModel) else InferenceModel(t) for role, t in teachers.items()}
+    frozen = {
+        role: t if isinstance(t, InferenceModel) else InferenceModel(t)
+        for role, t in teachers.items()
+    }
     torch.manual_seed(5)
-    return make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(24), 8, r.augment, 1),
-                        Batches(images, labels, ids, np.arange(24, 32), 8), cross_entropy, r, folder,
-                        cbs=[Distill(frozen, DistillRecipe(combine=how, temperature=2.), weights), *cbs])
+    return make_learner(
+        create_classifier(r, 3, 32),
+        Batches(images, labels, ids, np.arange(24), 8, r.augment, 1),
+        Batches(images, labels, ids, np.arange(24, 32), 8),
+        cross_entropy,
+        r,
+        folder,
+        cbs=[Distill(frozen, DistillRecipe(combine=how, temperature=2.0), weights), *cbs],
+    )
 
 
 def fit(learn):
@@ -120,14 +143,23 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
     assert len(seen.batches) == 6 and seen.batches[0].shape == (8, 1, 32, 32)
     for role, alone in strangers().items():   # made anew: fed by themselves, with what timm would do
         alone = InferenceModel(alone, precision)
-        for x, z in zip((torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), said[role], strict=True):   # three batches at once
+        for x, z in zip(
+            (torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), said[role], strict=True
+        ):  # three batches at once
             assert not z.requires_grad and z.dtype == torch.float32
             with torch.no_grad(): assert torch.equal(alone(x), z)
-        assert not teachers[role].training and all(torch.equal(v, before[role][k]) for k, v in teachers[role].state_dict().items())
+        assert not teachers[role].training and all(
+            torch.equal(v, before[role][k]) for k, v in teachers[role].state_dict().items()
+        )
     with torch.no_grad():   # without Classifier: resized and normalised by hand
         x, net = torch.cat(seen.batches[:3]), teachers['teacher-a']
-        by_hand = torch.nn.functional.interpolate(x, (48, 48), mode=net.interpolation, antialias=True, align_corners=False).clamp(0, 1)
-        if precision == 'fp32': torch.testing.assert_close(net.body((by_hand.expand(-1, 3, -1, -1) - .2)/.1), said['teacher-a'][0])
+        by_hand = torch.nn.functional.interpolate(
+            x, (48, 48), mode=net.interpolation, antialias=True, align_corners=False
+        ).clamp(0, 1)
+        if precision == 'fp32':
+            torch.testing.assert_close(
+                net.body((by_hand.expand(-1, 3, -1, -1) - 0.2) / 0.1), said['teacher-a'][0]
+            )
 
 
 def test_with_turn_each_batch_has_one_teacher_counted_over_all_epochs(tmp_path):
@@ -136,7 +168,9 @@ def test_with_turn_each_batch_has_one_teacher_counted_over_all_epochs(tmp_path):
         order, run_valid = 6, False
         def after_loss(self): asked.append((self.epoch, self.iter, *self.learn.distill.queried()))
     fit(learner(tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], epochs=3))
-    assert asked == [(e, i, ('teacher', 'teacher-a')[(3*e + i) % 2]) for e in range(3) for i in range(3)]
+    assert asked == [
+        (e, i, ('teacher', 'teacher-a')[(3 * e + i) % 2]) for e in range(3) for i in range(3)
+    ]
 
 
 def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
@@ -144,7 +178,9 @@ def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
     class Note(Callback):
         order, run_valid = 6, False
         def after_loss(self): asked.append(*self.learn.distill.queried())
-    learn = learner(tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2)   # 24 images: 12 and 12, in batches of 6
+    learn = learner(
+        tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2
+    )  # 24 images: 12 and 12, in batches of 6
     fit(learn)
     assert asked == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2
 
@@ -163,7 +199,8 @@ class StopAt(Callback):
 def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_path, how):
     pair, w = dict(list(strangers().items())[:2]), torch.tensor([.7, .3])
     whole = fit(learner(tmp_path/'a', pair, how, weights=w)).model.state_dict()
-    with pytest.raises(Stop): fit(learner(tmp_path/'b', pair, how, [StopAt()], w, checkpoint_minutes=1e-9))
+    with pytest.raises(Stop):
+        fit(learner(tmp_path/'b', pair, how, [StopAt()], w, checkpoint_minutes=1e-9))
     resumed = fit(learner(tmp_path/'b', pair, how, weights=w, checkpoint_minutes=1e-9))
     assert resumed.first_epoch == 1   # it did go on
     assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.items())
@@ -172,7 +209,8 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_
 def test_a_teacher_that_says_nonsense_stops_the_run_with_its_name(tmp_path):
     teachers = {r: InferenceModel(t) for r, t in strangers().items()}
     with torch.no_grad(): teachers['teacher-a'].body.get_classifier().bias[1] = float('nan')
-    with pytest.raises(KdoctError, match='logits of the teacher-a are not finite in epoch 0'): fit(learner(tmp_path, teachers))
+    with pytest.raises(KdoctError, match='logits of the teacher-a are not finite in epoch 0'):
+        fit(learner(tmp_path, teachers))
 
 
 # --- in a run
@@ -182,13 +220,41 @@ def run(tmp_path_factory):
     "The shape of `explainable-covid`, three teachers of three families and sizes, from the data to the evaluation of a fold."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        short = {f'{who}.{k}': v for who in ('teacher', 'student')
-                 for k, v in dict(weights='none', epochs=1, patience=0, batch_size=16, warmup=.5, precision='fp32').items()}
-        teachers = {'visformer': dict(arch='test_vit', size=96), 'autoformer': dict(arch='test_resnet', size=48, lr=1e-3)}
-        the_run = create_run('covid', preset('explainable-covid', **short, **{
-            'data.source': 'phantom', 'data.classes': None, 'data.protocol': 'grouped-cv', 'data.size': 64, 'data.margin': 6, 'data.n_folds': 3,
-            'data.phantom.patients': 40, 'data.phantom.slices': 1, 'data.phantom.height': 96, 'data.phantom.width': 96,
-            'teacher.arch': 'test_efficientnet', 'student.arch': 'test_efficientnet', 'teachers': teachers, 'distill.combine': 'nll', 'evaluate.n_boot': 100}))
+        short = {
+            f'{who}.{k}': v
+            for who in ('teacher', 'student')
+            for k, v in dict(
+                weights='none', epochs=1, patience=0, batch_size=16, warmup=0.5, precision='fp32'
+            ).items()
+        }
+        teachers = {
+            'visformer': dict(arch='test_vit', size=96),
+            'autoformer': dict(arch='test_resnet', size=48, lr=1e-3),
+        }
+        the_run = create_run(
+            'covid',
+            preset(
+                'explainable-covid',
+                **short,
+                **{
+                    'data.source': 'phantom',
+                    'data.classes': None,
+                    'data.protocol': 'grouped-cv',
+                    'data.size': 64,
+                    'data.margin': 6,
+                    'data.n_folds': 3,
+                    'data.phantom.patients': 40,
+                    'data.phantom.slices': 1,
+                    'data.phantom.height': 96,
+                    'data.phantom.width': 96,
+                    'teacher.arch': 'test_efficientnet',
+                    'student.arch': 'test_efficientnet',
+                    'teachers': teachers,
+                    'distill.combine': 'nll',
+                    'evaluate.n_boot': 100,
+                },
+            ),
+        )
         prepare_data(the_run)
         train_teacher(the_run, 0)
         for name in teachers: train_teacher(the_run, 0, name)
@@ -206,26 +272,48 @@ def here(run, monkeypatch):
 
 def test_the_preset_keeps_its_shape(run):
     r = run.recipe
-    assert (r.name, r.teacher_roles) == ('explainable-covid', ('teacher', 'teacher-visformer', 'teacher-autoformer'))
-    assert (r.distill.alpha, r.distill.beta, r.distill.temperature, r.teacher.monitor) == (.7, .3, 4, 'balanced_accuracy')
-    assert r.training('teacher-visformer').augment == r.teacher.augment and r.training('teacher-autoformer').lr == 1e-3
+    assert (r.name, r.teacher_roles) == (
+        'explainable-covid',
+        ('teacher', 'teacher-visformer', 'teacher-autoformer'),
+    )
+    assert (r.distill.alpha, r.distill.beta, r.distill.temperature, r.teacher.monitor) == (
+        0.7,
+        0.3,
+        4,
+        'balanced_accuracy',
+    )
+    assert (
+        r.training('teacher-visformer').augment == r.teacher.augment
+        and r.training('teacher-autoformer').lr == 1e-3
+    )
 
 
 def test_each_teacher_has_its_own_bundle_and_input_size(here):
     found = load_teachers(here, 0)
-    assert {role: (about['arch'], model.size, about['role']) for role, (model, about) in found.items()} == {
-        'teacher': ('test_efficientnet', 64, 'teacher'), 'teacher-visformer': ('test_vit', 96, 'teacher-visformer'),
-        'teacher-autoformer': ('test_resnet', 48, 'teacher-autoformer')}
+    assert {
+        role: (about['arch'], model.size, about['role']) for role, (model, about) in found.items()
+    } == {
+        'teacher': ('test_efficientnet', 64, 'teacher'),
+        'teacher-visformer': ('test_vit', 96, 'teacher-visformer'),
+        'teacher-autoformer': ('test_resnet', 48, 'teacher-autoformer'),
+    }
     assert all(not p.requires_grad for model, _ in found.values() for p in model.parameters())
     hashes = {a['weights_sha256'] for _, a in found.values()}
     assert len(hashes) == 3
 
 
 def test_the_student_says_who_taught_it_and_with_which_weight(here):
-    taught_by, found = read_json(here.stage_dir(0, 'student')/'model.json')['taught_by'], load_teachers(here, 0)
+    taught_by, found = (
+        read_json(here.stage_dir(0, 'student') / 'model.json')['taught_by'],
+        load_teachers(here, 0),
+    )
     losses = [a['metrics']['validation']['valid_loss'] for _, a in found.values()]
-    assert [t['weight'] for t in taught_by.values()] == pytest.approx(teacher_weights(losses).tolist())
-    assert {r: t['weights_sha256'] for r, t in taught_by.items()} == {r: a['weights_sha256'] for r, (_, a) in found.items()}
+    assert [t['weight'] for t in taught_by.values()] == pytest.approx(
+        teacher_weights(losses).tolist()
+    )
+    assert {r: t['weights_sha256'] for r, t in taught_by.items()} == {
+        r: a['weights_sha256'] for r, (_, a) in found.items()
+    }
     assert 'taught_by' not in read_json(here.stage_dir(0, 'baseline')/'model.json')
 
 
@@ -236,8 +324,14 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     taught_by = read_json(here.stage_dir(0, 'student')/'model.json')['taught_by']
     want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in taught_by.items())
     np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[TOGETHER]))), want, atol=1e-6)
-    assert saved['parameters'][TOGETHER] == sum(saved['parameters'][r] for r in rows[:3]) > saved['parameters']['teacher']
-    assert set(saved['predictions']) == set(rows) - {TOGETHER} and evaluate_stage.is_evaluated(here, 0)
+    assert (
+        saved['parameters'][TOGETHER]
+        == sum(saved['parameters'][r] for r in rows[:3])
+        > saved['parameters']['teacher']
+    )
+    assert set(saved['predictions']) == set(rows) - {TOGETHER} and evaluate_stage.is_evaluated(
+        here, 0
+    )
     assert 'student - teachers, together | accuracy' in saved['differences']
     assert set(saved['sections']['costs']['table']) == set(rows) - {TOGETHER}
     assert {'teacher-visformer', 'teacher-autoformer'} <= set(saved['sections']['blanked']['table'])
@@ -245,10 +339,21 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
 
 def test_the_protocol_says_who_taught_how(here):
     said = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
-    assert ('taught by 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, teacher-autoformer: test_resnet at 48 px): the mean of '
-            'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) and beta 0.3 (hard loss)') in said
-    weights = [f"{t['weight']:.3f}" for t in read_json(here.stage_dir(0, 'student')/'model.json')['taught_by'].values()]
-    assert f'fold 0 teacher {weights[0]}, teacher-visformer {weights[1]}, teacher-autoformer {weights[2]}' in said
+    assert (
+        'taught by 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
+        'teacher-autoformer: test_resnet at 48 px): the mean of '
+        'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) '
+        'and beta 0.3 (hard loss)'
+    ) in said
+    weights = [
+        f"{t['weight']:.3f}"
+        for t in read_json(here.stage_dir(0, 'student') / 'model.json')['taught_by'].values()
+    ]
+    assert (
+        f'fold 0 teacher {weights[0]}, teacher-visformer {weights[1]}, teacher-autoformer '
+        f'{weights[2]}'
+        in said
+    )
 
 
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
@@ -259,20 +364,32 @@ def test_a_single_teachers_protocol_says_nothing_of_teachers():
 
 def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(here):
     report = report_html(here).read_text()
-    assert all(m in report for m in ('teacher-visformer', TOGETHER, 'all teachers together')) and 'Nothing: no stage failed' in report
+    assert (
+        all(m in report for m in ('teacher-visformer', TOGETHER, 'all teachers together'))
+        and 'Nothing: no stage failed' in report
+    )
     path = here.stage_dir(0, 'teacher-visformer')/'model.json'
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
-        assert list(fold_models(here, 0)) == ['teacher', 'teacher-autoformer', 'student', 'baseline'] and not evaluate_stage.is_evaluated(here, 0)
+        assert list(fold_models(here, 0)) == [
+            'teacher',
+            'teacher-autoformer',
+            'student',
+            'baseline',
+        ] and not evaluate_stage.is_evaluated(here, 0)
         report = report_html(here).read_text()
-        assert 'Fold 0 has no predictions of the teacher-visformer' in report and '-p run covid -p fold 0 -p name visformer' in report
+        assert (
+            'Fold 0 has no predictions of the teacher-visformer' in report
+            and '-p run covid -p fold 0 -p name visformer' in report
+        )
     finally:
         hidden.rename(path)
         evaluate_fold(here, 0, verbose=False)
 
 
 @pytest.mark.parametrize('change,says', [
-    (dict(classes=['NORMAL', 'CNV', 'DME', 'DRUSEN']), 'teacher-autoformer of fold 0 has the classes NORMAL, CNV'),
+    (dict(classes=['NORMAL', 'CNV', 'DME', 'DRUSEN']), 'teacher-autoformer of fold 0 has the '
+                                                       'classes NORMAL, CNV'),
     (dict(folds_sha256='other'), 'teacher-autoformer of fold 0 was trained on other folds'),
     (dict(fold=1), 'teacher-autoformer of fold 0 was trained on other folds'),
 ], ids=['other order of classes', 'other folds', 'another fold'])
@@ -293,7 +410,8 @@ def test_a_student_of_other_teachers_is_not_shown_as_taught_by_these(here):
         about = read_json(path)
         del about['taught_by']['teacher-visformer']
         write_json(path, about)
-        with pytest.raises(KdoctError, match='taught by teacher, teacher-autoformer, not by'): fold_models(here, 0)
+        with pytest.raises(KdoctError, match='taught by teacher, teacher-autoformer, not by'):
+            fold_models(here, 0)
     finally: path.write_bytes(right)
 
 
@@ -303,10 +421,17 @@ def test_no_student_before_all_its_teachers(here):
 
 
 def test_enlarged_images_are_told_of_once(here, capsys):
-    (path := here.stage_dir(0, 'teacher-visformer')/'model.json').rename(path.with_suffix('.hidden'))
+    (path := here.stage_dir(0, 'teacher-visformer') / 'model.json').rename(
+        path.with_suffix('.hidden')
+    )
     try:
         train_teacher(here, 0, 'visformer')
-        assert capsys.readouterr().out.count('teacher-visformer takes 96 px: images of 64 px are enlarged') == 1
+        assert (
+            capsys.readouterr().out.count(
+                'teacher-visformer takes 96 px: images of 64 px are enlarged'
+            )
+            == 1
+        )
         net, _ = load_model_folder(path.parent)
         assert net.size == 96
     finally: path.with_suffix('.hidden').replace(path)
@@ -339,9 +464,18 @@ def test_the_notebook_trains_a_further_teacher_by_name():
     run = create_run('named', preset('tiny', **{**TWO, 'teacher.epochs': 1}))
     prepare_data(run)
     executed = C.run_stage(run, 'teacher-vit', 2)   # papermill, in a process of its own
-    assert executed.name == 'teacher-vit.ipynb' and run.is_finished('teacher-vit', 2) and not run.is_finished('teacher', 2)
+    assert (
+        executed.name == 'teacher-vit.ipynb'
+        and run.is_finished('teacher-vit', 2)
+        and not run.is_finished('teacher', 2)
+    )
     about = read_json(run.stage_dir(2, 'teacher-vit')/'model.json')
-    assert (about['role'], about['arch'], about['input_size'], about['fold']) == ('teacher-vit', 'test_vit', 48, 2)
+    assert (about['role'], about['arch'], about['input_size'], about['fold']) == (
+        'teacher-vit',
+        'test_vit',
+        48,
+        2,
+    )
 
 
 def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch):
@@ -353,4 +487,6 @@ def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch
     monkeypatch.setattr(training, '_fold_learner', capture)
     with pytest.raises(Stop) as e: train_student(here, 0)
     for role in here.recipe.teacher_roles:
-        assert read_json(here.stage_dir(0, role)/'model.json')['weights_sha256'][:16] in str(e.value)
+        assert read_json(here.stage_dir(0, role) / 'model.json')['weights_sha256'][:16] in str(
+            e.value
+        )

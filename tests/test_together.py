@@ -68,8 +68,14 @@ SCRIPT = textwrap.dedent('''
 def run(code, tmp_path):
     "Run `code` after the script, on one thread a process; what it printed."
     for d in 'ab': (tmp_path/d).mkdir()
-    done = subprocess.run([sys.executable, '-c', SCRIPT + code], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT + code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -78,7 +84,9 @@ def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
     how = "class_weights='balanced', loss='focal', label_smoothing=.1"
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"
         f"os.wait(); train('b', 1, 8, {how})", tmp_path)   # 41 images in steps of at most 8
-    a, other, b = (pd.read_csv(tmp_path/f) for f in ('a/history0.csv', 'a/history1.csv', 'b/history0.csv'))
+    a, other, b = (
+        pd.read_csv(tmp_path / f) for f in ('a/history0.csv', 'a/history1.csv', 'b/history0.csv')
+    )
     pd.testing.assert_frame_equal(a, other, check_exact=True)
     pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=1e-4, atol=1e-4)
     assert len(a) == 3 and a.train_loss.nunique() == 3
@@ -87,12 +95,20 @@ def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
 
 
 def test_what_fails_in_one_ends_the_other_and_both_go_on_exactly(tmp_path):
-    said = run("if os.fork() == 0: train('a', 2, 4, mix_prob=.5); os._exit(0)\nos.wait()\n"
-               "if os.fork() == 0: train('b', 2, 4, stop_at=9, mix_prob=.5); os._exit(0)\nos.wait(); train('b', 2, 4, mix_prob=.5)", tmp_path)
+    said = run(
+        "if os.fork() == 0: train('a', 2, 4, mix_prob=.5); os._exit(0)\nos.wait()\n"
+        "if os.fork() == 0: train('b', 2, 4, stop_at=9, mix_prob=.5); os._exit(0)\nos.wait(); "
+        "train('b', 2, 4, mix_prob=.5)",
+        tmp_path,
+    )
     assert re.search(r'^1 ValueError .*?out of luck', said, re.M | re.S)
-    assert re.search(r'^0 KdoctError Process 1 of this training failed: .*?out of luck', said, re.M | re.S)
+    assert re.search(
+        r'^0 KdoctError Process 1 of this training failed: .*?out of luck', said, re.M | re.S
+    )
     for rank in (0, 1):
-        pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/d/f'history{rank}.csv') for d in 'ab'), check_exact=True)
+        pd.testing.assert_frame_equal(
+            *(pd.read_csv(tmp_path / d / f'history{rank}.csv') for d in 'ab'), check_exact=True
+        )
         a, b = (load_file(tmp_path/d/f'end{rank}.safetensors') for d in 'ab')
         assert all(np.array_equal(a[k], b[k]) for k in a)
 
@@ -115,7 +131,8 @@ def test_each_process_has_its_own_gpu_whether_it_has_met_the_others_or_not(gpus)
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'): distributed.best_device()
+    with pytest.raises(KdoctError, match='no GPU for process 2 of this machine, which has 2'):
+        distributed.best_device()
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)   # the launcher shows each process its own alone
     assert distributed.best_device() == torch.device('cuda', 0)
 
@@ -147,13 +164,30 @@ def trained_run(tmp_path_factory):
         run = create_run('t', preset('tiny', **{'teacher.epochs': 1}))
         prepare_data(run)
         about = train_teacher(run, 0)
-        own = create_run('own', preset('tiny', **{'teacher.train': False, 'teacher.weights': str(run.stage_dir(0, 'teacher'))}))
+        own = create_run(
+            'own',
+            preset(
+                'tiny',
+                **{'teacher.train': False, 'teacher.weights': str(run.stage_dir(0, 'teacher'))},
+            ),
+        )
         prepare_data(own)
-        return dict(train_student=run, train_baseline=run, train_teacher=create_run('new', run.recipe), use_teacher=own) if about else None
+        return (
+            dict(
+                train_student=run,
+                train_baseline=run,
+                train_teacher=create_run('new', run.recipe),
+                use_teacher=own,
+            )
+            if about
+            else None
+        )
 
 
 @pytest.mark.parametrize('stage', ['train_teacher', 'use_teacher', 'train_student', 'train_baseline'])
-def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(trained_run, monkeypatch, stage):
+def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(
+    trained_run, monkeypatch, stage
+):
     met, plain_to = [], torch.nn.Module.to
     def meet():
         met.append(True)
@@ -162,7 +196,9 @@ def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(traine
         assert met, 'a device was asked for before the processes have met'
         raise Reached
     def to(self, *args, **kwargs):
-        assert met or not any(isinstance(a, (str, torch.device)) for a in (*args, *kwargs.values())), 'a network was put on a device too early'
+        assert met or not any(
+            isinstance(a, (str, torch.device)) for a in (*args, *kwargs.values())
+        ), 'a network was put on a device too early'
         return plain_to(self, *args, **kwargs)
     for module in (results, student, teacher):
         for name, fake in (('init_group', meet), ('best_device', device)):
@@ -170,7 +206,9 @@ def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(traine
     monkeypatch.setattr(torch.nn.Module, 'to', to)
     run = trained_run[stage]
     if stage == 'train_teacher': prepare_data(run)
-    made = dict(train_student=student.train_student, train_baseline=student.train_baseline).get(stage, teacher.train_teacher)
+    made = dict(train_student=student.train_student, train_baseline=student.train_baseline).get(
+        stage, teacher.train_teacher
+    )
     with pytest.raises(Reached): made(run, 0)
 
 
@@ -193,7 +231,8 @@ def test_a_failing_process_speaks_then_aborts_its_own_gpu_then_leaves(monkeypatc
     monkeypatch.setattr(distributed.dist, 'group', type('group', (), dict(WORLD=Group())))
     monkeypatch.setattr(distributed.dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(distributed.dist, 'destroy_process_group', lambda: order.append('leave'))
-    with pytest.raises(ValueError, match='out of luck'), distributed.propagate_failure(): raise ValueError('out of luck')
+    with pytest.raises(ValueError, match='out of luck'), distributed.propagate_failure():
+        raise ValueError('out of luck')
     assert order == ['speak', 'abort', 'leave']
 
 
@@ -222,21 +261,37 @@ WAITS = textwrap.dedent('''
 
 def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_path):
     said = run(WAITS + 'fate(True)', tmp_path)
-    assert re.search(r'^0 KdoctError Process 1 of this training failed: out of luck.*?True$', said, re.M | re.S), said
+    assert re.search(
+        r'^0 KdoctError Process 1 of this training failed: out of luck.*?True$', said, re.M | re.S
+    ), said
 
 
 def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
-    done = subprocess.run([sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 1 and 'Process 1 of this training failed: out of luck' in done.stderr
 
 
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
-    code = SCRIPT.replace('with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()')
+    code = SCRIPT.replace(
+        'with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()'
+    )
     assert code.count('hard_loss') == 2 and 'no_bar' not in code
     (tmp_path/'a').mkdir()
-    done = subprocess.run([sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=100, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 0, done.stderr
     a, b = (pd.read_csv(tmp_path/f'a/history{r}.csv') for r in (0, 1))
     pd.testing.assert_frame_equal(a, b, check_exact=True)

@@ -64,8 +64,12 @@ SCRIPT = textwrap.dedent('''
 
 def train(folder, out, every, average, kill_at=None):
     "Run the script; kill it with SIGKILL as soon as it has printed `kill_at`. Returns whether it ended by itself."
-    p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder), str(out), str(every), average], stdout=subprocess.PIPE, text=True,
-                         env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    p = subprocess.Popen(
+        [sys.executable, '-c', SCRIPT, str(folder), str(out), str(every), average],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     for line in p.stdout:
         if line.strip() == kill_at:
             p.send_signal(signal.SIGKILL)
@@ -88,8 +92,15 @@ def test_kill_in_the_middle_of_an_epoch_changes_nothing(tmp_path, every, average
 def learner(folder, recipe, key='k', loss=cross_entropy):
     images = np.random.default_rng(0).integers(0, 255, (24, 32, 32), dtype=np.uint8)
     labels, ids = np.arange(24) % 3, np.arange(24, dtype=np.uint64)
-    return make_learner(create_classifier(recipe, 3, 32), Batches(images, labels, ids, np.arange(16), 8, recipe.augment, 1),
-                        Batches(images, labels, ids, np.arange(16, 24), 8), loss, recipe, folder, key)
+    return make_learner(
+        create_classifier(recipe, 3, 32),
+        Batches(images, labels, ids, np.arange(16), 8, recipe.augment, 1),
+        Batches(images, labels, ids, np.arange(16, 24), 8),
+        loss,
+        recipe,
+        folder,
+        key,
+    )
 
 
 def fit(learn):
@@ -103,9 +114,11 @@ def recipe(): return preset('tiny').student.model_copy(update=dict(epochs=3, lr=
 
 def test_resume_state_of_another_recipe_is_refused(tmp_path, recipe):
     fit(learner(tmp_path, recipe))
-    with pytest.raises(KdoctError, match='another recipe'): fit(learner(tmp_path, recipe, key='other'))
+    with pytest.raises(KdoctError, match='another recipe'):
+        fit(learner(tmp_path, recipe, key='other'))
     other = recipe.model_copy(update=dict(arch='test_resnet'))  # said as clearly where not even the tensors would fit
-    with pytest.raises(KdoctError, match='another recipe'): fit(learner(tmp_path, other, key='other'))
+    with pytest.raises(KdoctError, match='another recipe'):
+        fit(learner(tmp_path, other, key='other'))
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, recipe):
@@ -115,8 +128,13 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, recipe):
 
 def test_patience_stops_and_the_best_epoch_is_kept(tmp_path, recipe, monkeypatch):
     scores = iter([.5, .9, .3, .2, .95])  # the fifth epoch would be the best, but patience ends with the fourth
-    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: dict(valid_loss=1., accuracy=next(scores), balanced_accuracy=0.))
-    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=5, patience=2, monitor='accuracy'))))
+    monkeypatch.setattr(
+        'kdoct.training.loop.validation_scores',
+        lambda *_: dict(valid_loss=1.0, accuracy=next(scores), balanced_accuracy=0.0),
+    )
+    learn = fit(
+        learner(tmp_path, recipe.model_copy(update=dict(epochs=5, patience=2, monitor='accuracy')))
+    )
     assert len(learn.history.rows) == 4 and learn.checkpoint.best_epoch == 1
     kept = load_file(learn.checkpoint.best_file(1))
     assert all(torch.equal(v, learn.model.body.state_dict()[k]) for k, v in kept.items())
@@ -125,7 +143,9 @@ def test_patience_stops_and_the_best_epoch_is_kept(tmp_path, recipe, monkeypatch
 def test_norms_and_biases_do_not_decay(recipe):
     model = create_classifier(recipe, 3, 32)
     decayed = {id(p) for g in param_groups(model, recipe) if g['weight_decay'] for p in g['params']}
-    assert {n for n, p in model.named_parameters() if id(p) in decayed} == {n for n, p in model.named_parameters() if p.ndim > 1}
+    assert {n for n, p in model.named_parameters() if id(p) in decayed} == {
+        n for n, p in model.named_parameters() if p.ndim > 1
+    }
 
 
 def test_cosine_reaches_its_floor_at_the_last_batch():
@@ -146,7 +166,8 @@ class AtEpochEnd(Callback):
     "Keeps the body's weights after every epoch, before they are overwritten."
     order = 40
     def __init__(self): self.states = []
-    def after_epoch(self): self.states.append({k: v.clone() for k, v in self.model.body.state_dict().items()})
+    def after_epoch(self):
+        self.states.append({k: v.clone() for k, v in self.model.body.state_dict().items()})
 
 
 def fit_with(tmp_path, recipe):
@@ -162,27 +183,44 @@ def test_a_frozen_backbone_does_not_move_its_statistics_neither(tmp_path, recipe
     start, seen = {k: v.clone() for k, v in learn.model.body.state_dict().items()}, AtEpochEnd()
     learn.add_cb(seen)
     fit(learn)
-    frozen, free = ({k for k in start if not torch.equal(start[k], seen.states[e][k])} for e in (1, 2))
+    frozen, free = (
+        {k for k in start if not torch.equal(start[k], seen.states[e][k])} for e in (1, 2)
+    )
     assert frozen == {'classifier.weight', 'classifier.bias'}
-    assert any('running_mean' in k for k in free) and {k for k, p in learn.model.body.named_parameters()} <= free
+    assert (
+        any('running_mean' in k for k in free)
+        and {k for k, p in learn.model.body.named_parameters()} <= free
+    )
     assert all(p.requires_grad for p in learn.model.parameters())
 
 
 def test_the_swa_average_is_the_mean_of_its_epochs(tmp_path, recipe):
-    learn, states = fit_with(tmp_path, recipe.model_copy(update=dict(epochs=4, average='swa', swa_start=1)))
+    learn, states = fit_with(
+        tmp_path, recipe.model_copy(update=dict(epochs=4, average='swa', swa_start=1))
+    )
     mean = torch.stack([s['conv_stem.weight'] for s in states[1:]]).mean(0)
     assert torch.allclose(learn.averaging.average.module.conv_stem.weight, mean, atol=1e-6)
 
 
 def test_patience_brings_averaging_forward_and_does_not_cut_it(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: dict(valid_loss=1., accuracy=.5, balanced_accuracy=.5))
-    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=20, patience=2, average='swa', swa_start=17))))
+    monkeypatch.setattr(
+        'kdoct.training.loop.validation_scores',
+        lambda *_: dict(valid_loss=1.0, accuracy=0.5, balanced_accuracy=0.5),
+    )
+    learn = fit(
+        learner(
+            tmp_path,
+            recipe.model_copy(update=dict(epochs=20, patience=2, average='swa', swa_start=17)),
+        )
+    )
     assert learn.checkpoint.best_epoch == 0 and learn.checkpoint.swa_from == 3
     assert len(learn.history.rows) == 6 and int(learn.averaging.average.n_averaged) == 3
 
 
 def test_the_rates_of_both_groups_end_at_the_floor(tmp_path, recipe):
-    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(lr=1e-3, lr_head=1e-2, lr_floor=1e-5))))
+    learn = fit(
+        learner(tmp_path, recipe.model_copy(update=dict(lr=1e-3, lr_head=1e-2, lr_floor=1e-5)))
+    )
     assert learn.history.rows[-1]['lr'] == pytest.approx(1e-5) == learn.history.rows[-1]['lr_head']
 
 
@@ -196,7 +234,9 @@ def test_mixed_batches_reach_the_loss_as_distributions(tmp_path, recipe, how, lo
         return hard_loss(r, np.arange(24) % 3, 3)(z, y)
     fit(learner(tmp_path, r, loss=spy))
     mixed = torch.cat([y for y in seen if y.ndim == 2])
-    assert torch.allclose(mixed.sum(1), torch.ones(len(mixed))) and ((mixed > 0) & (mixed < 1)).any()
+    assert (
+        torch.allclose(mixed.sum(1), torch.ones(len(mixed))) and ((mixed > 0) & (mixed < 1)).any()
+    )
     assert any(y.ndim == 1 for y in seen)   # validation is not mixed
 
 
@@ -205,8 +245,18 @@ def trained(tmp_path_factory):
     "A tiny teacher with everything on, its folder and the recipe."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('t', preset('tiny', **{'teacher.average': 'swa', 'teacher.swa_start': 1, 'evaluate.views': ['identity', 'hflip'],
-                                                'data.margin': 8}))
+        run = create_run(
+            't',
+            preset(
+                'tiny',
+                **{
+                    'teacher.average': 'swa',
+                    'teacher.swa_start': 1,
+                    'evaluate.views': ['identity', 'hflip'],
+                    'data.margin': 8,
+                },
+            ),
+        )
         prepare_data(run)
         return train_teacher(run, 0), run.stage_dir(0, 'teacher')
 
@@ -215,7 +265,9 @@ def test_both_candidates_are_scored_and_the_better_is_kept(trained):
     about, _ = trained
     scores = about['metrics']['candidates']
     assert set(scores) == {'checkpoint', 'swa', 'swa-augmented'}
-    assert score_of(scores[about['metrics']['kept']], 'loss') == max(score_of(s, 'loss') for s in scores.values())
+    assert score_of(scores[about['metrics']['kept']], 'loss') == max(
+        score_of(s, 'loss') for s in scores.values()
+    )
     assert about['metrics']['validation'] == scores[about['metrics']['kept']]
 
 
@@ -223,12 +275,20 @@ def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
     about, folder = trained
     v, p = pd.read_parquet(folder/'variants.parquet'), pd.read_parquet(folder/'predictions.parquet')
     kept = about['metrics']['kept']
-    both = {(w, x) for w in ('checkpoint', 'swa', 'swa-augmented') for x in ('identity', 'averaged')}
+    both = {
+        (w, x) for w in ('checkpoint', 'swa', 'swa-augmented') for x in ('identity', 'averaged')
+    }
     assert set(zip(v.weights, v['view'], strict=True)) == both | {(kept, 'retina blanked')}
-    one = v[(v.weights == kept) & (v['view'] == 'identity')].drop(columns=['weights', 'view']).reset_index(drop=True)
+    one = (
+        v[(v.weights == kept) & (v['view'] == 'identity')]
+        .drop(columns=['weights', 'view'])
+        .reset_index(drop=True)
+    )
     pd.testing.assert_frame_equal(one, p)
     other = v[(v.weights == kept) & (v['view'] == 'averaged')]
-    assert list(other.path) == list(p.path) and not np.allclose(other.filter(like='logit'), p.filter(like='logit'))
+    assert list(other.path) == list(p.path) and not np.allclose(
+        other.filter(like='logit'), p.filter(like='logit')
+    )
 
 
 def test_the_saved_model_folder_gives_the_saved_predictions(trained):
@@ -238,7 +298,9 @@ def test_the_saved_model_folder_gives_the_saved_predictions(trained):
     data = open_fold(run, 0)
     model, _ = load_model_folder(folder)
     rows = data.idx['test']
-    x = apply_view(torch.from_numpy(np.asarray(data.images[rows]))[:, None].float()/255, 'identity', 64)
+    x = apply_view(
+        torch.from_numpy(np.asarray(data.images[rows]))[:, None].float() / 255, 'identity', 64
+    )
     with torch.inference_mode(): logits = model(x).numpy()
     assert np.allclose(logits, p.filter(like='logit'), atol=1e-4)
 
@@ -253,15 +315,22 @@ def measured(learn, fp32, bf16):
 @pytest.fixture
 def quick(monkeypatch):
     "Measuring a step takes no time, on a processor that multiplies in bfloat16."
-    monkeypatch.setattr('kdoct.training.precision.measure_steps.__defaults__', (0., *measure_steps.__defaults__[1:]))
+    monkeypatch.setattr(
+        'kdoct.training.precision.measure_steps.__defaults__',
+        (0.0, *measure_steps.__defaults__[1:]),
+    )
     monkeypatch.setattr('kdoct.training.precision.computes_bf16', lambda device: True)
 
 
 @pytest.mark.parametrize(('bf16', 'chosen'), [(.9, 'bf16'), (.97, 'fp32'), (2., 'fp32')])
 def test_auto_takes_what_was_measured_to_be_faster(tmp_path, recipe, quick, bf16, chosen):
-    learn, _ = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1., bf16)
+    learn, _ = measured(
+        learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1.0, bf16
+    )
     fit(learn)
-    assert learn.model.precision == chosen and learn.precision.facts == dict(precision=chosen, step_seconds=dict(fp32=1., bf16=bf16))
+    assert learn.model.precision == chosen and learn.precision.facts == dict(
+        precision=chosen, step_seconds=dict(fp32=1.0, bf16=bf16)
+    )
 
 
 def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
@@ -275,9 +344,15 @@ def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
 
 def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatch):
     monkeypatch.setattr('kdoct.training.precision.computes_bf16', lambda device: False)
-    learn, asked = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1., .5)
+    learn, asked = measured(
+        learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1.0, 0.5
+    )
     fit(learn)
-    assert learn.model.precision == 'fp32' and not asked and learn.precision.facts == dict(precision='fp32', step_seconds=None)
+    assert (
+        learn.model.precision == 'fp32'
+        and not asked
+        and learn.precision.facts == dict(precision='fp32', step_seconds=None)
+    )
 
 
 @pytest.mark.parametrize(('has', 'kernels', 'able'), [
@@ -297,14 +372,22 @@ def test_the_processor_is_asked_whether_it_multiplies_in_bf16(monkeypatch, has, 
     ([.1, .15, .1, .11], 4)])              # not lost: measured until it is time
 def test_a_trial_that_bf16_loses_ends_at_once(times, asked):
     said = []
-    medians = measure_steps(None, 2. if times[1] != .15 else 0., lambda step, p: said.append(p) or times[len(said) - 1])
+    medians = measure_steps(
+        None,
+        2.0 if times[1] != 0.15 else 0.0,
+        lambda step, p: said.append(p) or times[len(said) - 1],
+    )
     assert len(said) == asked and faster(medians) == 'fp32'
 
 
 def test_the_printed_times_are_for_readers(tmp_path, recipe, quick, capsys):
-    learn, _ = measured(learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1.42, 16.9)
+    learn, _ = measured(
+        learner(tmp_path, recipe.model_copy(update=dict(precision='auto', epochs=1))), 1.42, 16.9
+    )
     fit(learn)
-    assert 'A training step takes 1.4 s in fp32, 17 s in bf16: fp32 it is.' in capsys.readouterr().out
+    assert (
+        'A training step takes 1.4 s in fp32, 17 s in bf16: fp32 it is.' in capsys.readouterr().out
+    )
 
 
 def test_fastai_gathers_nothing_and_the_table_is_filled(tmp_path, recipe, monkeypatch, capsys):
@@ -316,14 +399,27 @@ def test_fastai_gathers_nothing_and_the_table_is_filled(tmp_path, recipe, monkey
     learn.fit(2)   # with bar and table
     assert not called
     last = learn.history.rows[-1]
-    assert list(learn.recorder.values[-1]) == [last['train_loss'], last['valid_loss'], last['accuracy']]
-    assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
-    assert len(learn.recorder.losses) == 4 and float(learn.recorder.losses[-1]) == pytest.approx(last['train_loss'], rel=1e-4)
+    assert list(learn.recorder.values[-1]) == [
+        last['train_loss'],
+        last['valid_loss'],
+        last['accuracy'],
+    ]
+    assert list(learn.recorder.metric_names) == [
+        'epoch',
+        'train_loss',
+        'valid_loss',
+        'accuracy',
+        'time',
+    ]
+    assert len(learn.recorder.losses) == 4 and float(learn.recorder.losses[-1]) == pytest.approx(
+        last['train_loss'], rel=1e-4
+    )
 
 
 def test_only_training_steps_may_round_to_tf32(tmp_path, recipe, monkeypatch):
     seen, matmul = [], torch.backends.cuda.matmul
-    for module in ('kdoct.training.loop', 'kdoct.training.precision'): monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
+    for module in ('kdoct.training.loop', 'kdoct.training.precision'):
+        monkeypatch.setattr(f'{module}.rounds_steps', lambda device: True)
     class Look(Callback):
         def after_pred(self): seen.append((self.training, matmul.allow_tf32))
         def after_loss(self): seen.append((self.training, matmul.allow_tf32))
@@ -346,7 +442,9 @@ def test_measuring_changes_nothing_that_is_trained(tmp_path, recipe, quick):
     r, ends = recipe.model_copy(update=dict(epochs=1, drop_rate=.5)), []
     for precision in ('fp32', 'auto'):
         torch.manual_seed(0)
-        learn, _ = measured(learner(tmp_path/precision, r.model_copy(update=dict(precision=precision))), 1., 1.)
+        learn, _ = measured(
+            learner(tmp_path / precision, r.model_copy(update=dict(precision=precision))), 1.0, 1.0
+        )
         ends.append(fit(learn).model.body.state_dict())
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
@@ -354,7 +452,11 @@ def test_measuring_changes_nothing_that_is_trained(tmp_path, recipe, quick):
 def test_the_record_holds_steps_and_memory(trained):
     _, folder = trained
     stage = Run(folder.parent.parent, None).stage('fold_0/teacher')
-    assert stage['step_seconds'] is None and stage['tf32_steps'] is False and stage['peak_memory']['bytes'] > 2**26
+    assert (
+        stage['step_seconds'] is None
+        and stage['tf32_steps'] is False
+        and stage['peak_memory']['bytes'] > 2**26
+    )
 
 
 def with_maker(learn, make):
@@ -367,16 +469,28 @@ def test_where_nothing_can_be_compiled_training_goes_on_and_says_why(tmp_path, r
     def make(forward, dynamic):
         def fails(x): raise RuntimeError('no compiler here')
         return fails
-    learn = with_maker(learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1))), make)
-    assert 'no compiler here' in capsys.readouterr().out and learn.compile.facts == dict(compiled=False, reason='RuntimeError: no compiler here')
+    learn = with_maker(
+        learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1))), make
+    )
+    assert 'no compiler here' in capsys.readouterr().out and learn.compile.facts == dict(
+        compiled=False, reason='RuntimeError: no compiler here'
+    )
     assert len(learn.history.rows) == 1
 
 
 @pytest.mark.parametrize('factor', [float('nan'), 1.5])
-def test_compiled_kernels_that_compute_something_else_are_not_used(tmp_path, recipe, capsys, factor):
+def test_compiled_kernels_that_compute_something_else_are_not_used(
+    tmp_path, recipe, capsys, factor
+):
     def make(forward, dynamic): return lambda x: factor*forward(x)
-    learn = with_maker(learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1, drop_rate=0.))), make)
-    assert not learn.compile.facts['compiled'] and 'A compiled step has loss' in learn.compile.facts['reason']
+    learn = with_maker(
+        learner(tmp_path, recipe.model_copy(update=dict(compile=True, epochs=1, drop_rate=0.0))),
+        make,
+    )
+    assert (
+        not learn.compile.facts['compiled']
+        and 'A compiled step has loss' in learn.compile.facts['reason']
+    )
     assert 'training goes on without' in capsys.readouterr().out
     assert np.isfinite(learn.history.rows[0]['train_loss'])
 
@@ -385,7 +499,9 @@ def test_compiled_kernels_that_compute_something_else_are_not_used(tmp_path, rec
 def test_dropout_and_rounding_are_no_reason_against_compiled_kernels(tmp_path, recipe, precision):
     torch.manual_seed(0)
     r = recipe.model_copy(update=dict(compile=True, epochs=1, drop_rate=.5, precision=precision))
-    learn = with_maker(learner(tmp_path, r), lambda forward, dynamic: lambda x: forward(x*(1 + 1e-5)))
+    learn = with_maker(
+        learner(tmp_path, r), lambda forward, dynamic: lambda x: forward(x * (1 + 1e-5))
+    )
     assert learn.compile.facts['compiled']
 
 
@@ -401,11 +517,18 @@ KEPT = textwrap.dedent('''
 
 
 def test_kernels_made_for_other_vector_units_are_not_taken_from_the_cache(tmp_path):
-    if not torch.backends.cpu.get_cpu_capability().startswith('AVX512'): pytest.skip('this processor has no two kinds of vector units to try')
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX512'):
+        pytest.skip('this processor has no two kinds of vector units to try')
     def hits(**env):
-        done = subprocess.run([sys.executable, '-c', KEPT], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **env})
-        if 'compiler' in done.stderr.lower() and done.returncode: pytest.skip('no C++ compiler here')
+        done = subprocess.run(
+            [sys.executable, '-c', KEPT],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **env},
+        )
+        if 'compiler' in done.stderr.lower() and done.returncode:
+            pytest.skip('no C++ compiler here')
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split()[-1])
     assert [hits(), hits(ATEN_CPU_CAPABILITY='avx2')] == [0, 0]
@@ -418,14 +541,21 @@ def test_only_training_batches_of_the_most_frequent_size_are_compiled(tmp_path, 
     learn.dls.train.rows = np.arange(20)   # 7, 7 and 6
     with_maker(learn, make)
     assert seen == [7]*5 and learn.compile.facts['compiled']   # the trial, and two batches in each of two epochs
-    assert 'forward' not in learn.model.body.__dict__ and not any('_orig_mod' in k for k in learn.model.body.state_dict())
+    assert 'forward' not in learn.model.body.__dict__ and not any(
+        '_orig_mod' in k for k in learn.model.body.state_dict()
+    )
 
 
 def test_compiled_training_has_the_losses_of_plain_training(tmp_path, recipe):
     rows = []
     for on in (False, True):
         torch.manual_seed(0)
-        learn = fit(learner(tmp_path/str(on), recipe.model_copy(update=dict(compile=on, drop_rate=0., epochs=2))))
+        learn = fit(
+            learner(
+                tmp_path / str(on),
+                recipe.model_copy(update=dict(compile=on, drop_rate=0.0, epochs=2)),
+            )
+        )
         rows.append(pd.DataFrame(learn.history.rows)[['train_loss', 'valid_loss']])
     if not learn.compile.facts['compiled']: pytest.skip(learn.compile.facts['reason'])
     assert np.allclose(*rows, atol=1e-3)
@@ -455,26 +585,58 @@ BLENDS = .7*torch.eye(3)[TRUE] + .3*torch.eye(3)[TRUE.roll(5)]
 
 def gradients(folder, recipe, batch_size, table, teacher=None, n=16):
     "Gradients and rates of an epoch whose steps have 16 images, with a network without BatchNorm."
-    r = recipe.model_copy(update=dict(arch='test_convnext2', batch_size=batch_size, accumulate=16//batch_size, epochs=1, drop_rate=0., clip=0.))
+    r = recipe.model_copy(
+        update=dict(
+            arch='test_convnext2',
+            batch_size=batch_size,
+            accumulate=16 // batch_size,
+            epochs=1,
+            drop_rate=0.0,
+            clip=0.0,
+        )
+    )
     images = np.random.default_rng(0).integers(0, 255, (n + 8, 32, 32), dtype=np.uint8)
     ids, labels = np.arange(n + 8, dtype=np.uint64), np.r_[np.arange(n) % 16, np.zeros(8, int)]
     torch.manual_seed(0)
-    seen, said = Gradients(), [Distill({'teacher': teacher}, DistillRecipe(temperature=2.))] if teacher else []
-    fit(make_learner(create_classifier(r, 3, 32), Batches(images, labels, ids, np.arange(n), batch_size, r.augment, 1),
-                     Batches(images, labels, ids, np.arange(n, n + 8), 8), hard_loss(r, TRUE.numpy(), 3), r, folder, cbs=[Targets(table), seen, *said]))
+    seen, said = (
+        Gradients(),
+        [Distill({'teacher': teacher}, DistillRecipe(temperature=2.0))] if teacher else [],
+    )
+    fit(
+        make_learner(
+            create_classifier(r, 3, 32),
+            Batches(images, labels, ids, np.arange(n), batch_size, r.augment, 1),
+            Batches(images, labels, ids, np.arange(n, n + 8), 8),
+            hard_loss(r, TRUE.numpy(), 3),
+            r,
+            folder,
+            cbs=[Targets(table), seen, *said],
+        )
+    )
     return torch.stack(seen.steps), seen.rates
 
 
 @pytest.mark.parametrize('taught', [False, True], ids=['alone', 'with a teacher'])
 @pytest.mark.parametrize('table', [TRUE, BLENDS], ids=['labels', 'blends'])
 @pytest.mark.parametrize('how', [dict(), dict(label_smoothing=.1), dict(loss='focal')], ids=['ce', 'smoothed', 'focal'])
-def test_the_gradient_with_class_weights_does_not_depend_on_the_micro_batch(tmp_path, recipe, how, table, taught):
+def test_the_gradient_with_class_weights_does_not_depend_on_the_micro_batch(
+    tmp_path, recipe, how, table, taught
+):
     torch.manual_seed(3)
-    teacher = InferenceModel(create_classifier(recipe.model_copy(update=dict(arch='test_vit')), 3, 32).eval()) if taught else None
+    teacher = (
+        InferenceModel(
+            create_classifier(recipe.model_copy(update=dict(arch='test_vit')), 3, 32).eval()
+        )
+        if taught
+        else None
+    )
     r = recipe.model_copy(update=dict(class_weights='balanced', **how))
     whole, *parts = (gradients(tmp_path/str(b), r, b, table, teacher)[0] for b in (16, 4, 2, 1))
-    plain = gradients(tmp_path/'plain', r.model_copy(update=dict(class_weights='none')), 16, table, teacher)[0]
-    for part in parts: torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6*whole.abs().max().item())
+    plain = gradients(
+        tmp_path / 'plain', r.model_copy(update=dict(class_weights='none')), 16, table, teacher
+    )[0]
+    for part in parts:
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6*whole.abs().max().item())
     assert (plain - whole).norm() > .05*whole.norm()   # the weights do matter
 
 
@@ -487,17 +649,25 @@ def test_rates_do_not_depend_on_the_micro_batch(tmp_path, recipe):
 def test_a_cnv_image_counts_1_75_times_as_much_as_a_normal_one_on_neh(batch):
     counts = [5667, 3742, 3240]   # NORMAL, DRUSEN, CNV after the published selection
     labels = np.repeat([0, 1, 2], counts)
-    loss, order = hard_loss(preset('paper-neh').teacher, labels, 3), np.random.default_rng(0).permutation(len(labels))[:1600]
+    loss, order = (
+        hard_loss(preset('paper-neh').teacher, labels, 3),
+        np.random.default_rng(0).permutation(len(labels))[:1600],
+    )
     z, y = torch.zeros(1600, 3, requires_grad=True), torch.from_numpy(labels[order])
     for i in range(0, 1600, batch): (loss(z[i:i + batch], y[i:i + batch])*batch/16).backward()
     felt = z.grad.norm(dim=1)
     means = [felt[y == c].mean().item() for c in range(3)]
-    assert means[2]/means[0] == pytest.approx(1.75, abs=.005) and means[1]/means[0] == pytest.approx(5667/3742, rel=1e-3)
+    assert means[2] / means[0] == pytest.approx(1.75, abs=0.005) and means[1] / means[
+        0
+    ] == pytest.approx(5667 / 3742, rel=1e-3)
 
 
 def test_balanced_weights_have_mean_one_even_if_a_class_has_no_image():
     labels = np.array([0, 0, 0, 2])
-    assert balanced_weights(labels, 3)[labels].mean() == pytest.approx(1) and balanced_weights(labels, 3)[1] == 0
+    assert (
+        balanced_weights(labels, 3)[labels].mean() == pytest.approx(1)
+        and balanced_weights(labels, 3)[1] == 0
+    )
 
 
 @pytest.mark.parametrize('processes', [1, 2, 3, 4])
@@ -507,24 +677,37 @@ def test_steps_of_an_epoch_differ_by_one_image_and_no_batch_is_tiny(batch, accum
         plan = even_batches(n, batch*accumulate, batch*processes)
         assert [i for p in plan for i in range(p.first, p.last)] == list(range(n))
         sizes = {p.step: p.images for p in plan}
-        assert sum(sizes.values()) == n and max(sizes.values()) - min(sizes.values()) <= 1 and max(sizes.values()) <= batch*accumulate
+        assert (
+            sum(sizes.values()) == n
+            and max(sizes.values()) - min(sizes.values()) <= 1
+            and max(sizes.values()) <= batch * accumulate
+        )
         alone = even_batches(n, batch*accumulate, batch)
         assert {p.step: p.images for p in alone} == sizes   # the same steps on any number of processes
-        assert [p.step for p, q in zip(plan, [*plan[1:], None], strict=True) if q is None or q.step != p.step] == [p.step for p in plan if p.ends]
-        if len(sizes) > 1: assert min(p.last - p.first for p in plan) >= min(batch*processes, batch*accumulate)//2
+        assert [
+            p.step
+            for p, q in zip(plan, [*plan[1:], None], strict=True)
+            if q is None or q.step != p.step
+        ] == [p.step for p in plan if p.ends]
+        if len(sizes) > 1:
+            assert min(p.last - p.first for p in plan) >= min(batch*processes, batch*accumulate)//2
 
 
 def test_whole_steps_are_what_they_were():
-    assert [(p.step, p.first, p.last) for p in even_batches(48, 16, 8)] == [(i//2, 8*i, 8*i + 8) for i in range(6)]
+    assert [(p.step, p.first, p.last) for p in even_batches(48, 16, 8)] == [
+        (i // 2, 8 * i, 8 * i + 8) for i in range(6)
+    ]
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr('kdoct.training.loop.rank_world', lambda: (0, 9))
-    with pytest.raises(KdoctError, match='step of 8 images cannot be shared by 9 processes'): learner(tmp_path, recipe.model_copy(update=dict(accumulate=1)))
+    with pytest.raises(KdoctError, match='step of 8 images cannot be shared by 9 processes'):
+        learner(tmp_path, recipe.model_copy(update=dict(accumulate=1)))
 
 
 def test_a_batch_of_one_image_is_not_blended_with_itself(tmp_path, recipe):
-    with pytest.raises(KdoctError, match='one image cannot be blended'): gradients(tmp_path, recipe.model_copy(update=dict(mix_prob=.5)), 1, TRUE)
+    with pytest.raises(KdoctError, match='one image cannot be blended'):
+        gradients(tmp_path, recipe.model_copy(update=dict(mix_prob=.5)), 1, TRUE)
 
 
 def test_a_full_memory_names_smaller_batches_of_the_same_step(tmp_path, monkeypatch):
@@ -541,23 +724,38 @@ def test_a_full_memory_names_smaller_batches_of_the_same_step(tmp_path, monkeypa
 
 def validated(monkeypatch, losses):
     "Every epoch has the next of these validation losses, and a better accuracy than the one before."
-    results = iter([dict(valid_loss=v, accuracy=1 - .1*i, balanced_accuracy=.5) for i, v in enumerate(losses)])
+    results = iter(
+        [
+            dict(valid_loss=v, accuracy=1 - 0.1 * i, balanced_accuracy=0.5)
+            for i, v in enumerate(losses)
+        ]
+    )
     monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: next(results))
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('monitor', ['loss', 'accuracy'])
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, recipe, monkeypatch, monitor, bad):
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(
+    tmp_path, recipe, monkeypatch, monitor, bad
+):
     validated(monkeypatch, [bad, 2., bad])
     learn = fit(learner(tmp_path, recipe.model_copy(update=dict(monitor=monitor))))
-    assert learn.checkpoint.best_epoch == 1 and learn.checkpoint.best_file(1).exists() and not learn.checkpoint.best_file(0).exists()
+    assert (
+        learn.checkpoint.best_epoch == 1
+        and learn.checkpoint.best_file(1).exists()
+        and not learn.checkpoint.best_file(0).exists()
+    )
 
 
-def test_without_any_finite_validation_loss_training_ends_with_an_error(tmp_path, recipe, monkeypatch):
+def test_without_any_finite_validation_loss_training_ends_with_an_error(
+    tmp_path, recipe, monkeypatch
+):
     validated(monkeypatch, [float('nan')]*3)
-    with pytest.raises(KdoctError, match='not finite in any of 3 epochs'): fit(learner(tmp_path/'a', recipe))
+    with pytest.raises(KdoctError, match='not finite in any of 3 epochs'):
+        fit(learner(tmp_path/'a', recipe))
     validated(monkeypatch, [float('nan')]*3)
-    with pytest.raises(KdoctError, match='not finite in any of 2 epochs'): fit(learner(tmp_path/'b', recipe.model_copy(update=dict(patience=2))))
+    with pytest.raises(KdoctError, match='not finite in any of 2 epochs'):
+        fit(learner(tmp_path/'b', recipe.model_copy(update=dict(patience=2))))
 
 
 # --- head and weight decay
@@ -581,17 +779,32 @@ def test_the_head_is_the_classifier_and_what_timm_keeps_with_it(arch, names):
 def test_tokens_and_tables_of_positions_do_not_decay(arch, table, how_many):
     body = without_weights(arch)
     free = {id(p) for p in undecayed(body)}
-    assert sum(table in n and p.ndim > 1 for n, p in body.named_parameters() if id(p) in free) == how_many
+    assert (
+        sum(table in n and p.ndim > 1 for n, p in body.named_parameters() if id(p) in free)
+        == how_many
+    )
     assert all(id(p) in free for n, p in body.named_parameters() if p.ndim <= 1 or table in n)
     assert not any(id(p) in free for n, p in body.named_parameters() if n.endswith('qkv.weight'))
 
 
 def test_the_norm_of_a_convnext_head_learns_with_it(tmp_path, recipe):
-    r = recipe.model_copy(update=dict(arch='test_convnext2', freeze_epochs=2, lr=1e-3, lr_head=1e-2))
+    r = recipe.model_copy(
+        update=dict(arch='test_convnext2', freeze_epochs=2, lr=1e-3, lr_head=1e-2)
+    )
     learn = learner(tmp_path, r)
     start, seen = {k: v.clone() for k, v in learn.model.body.state_dict().items()}, AtEpochEnd()
     learn.add_cb(seen)
     fit(learn)
-    assert {k for k in start if not torch.equal(start[k], seen.states[1][k])} == {'head.norm.weight', 'head.norm.bias', 'head.fc.weight', 'head.fc.bias'}
+    assert {k for k in start if not torch.equal(start[k], seen.states[1][k])} == {
+        'head.norm.weight',
+        'head.norm.bias',
+        'head.fc.weight',
+        'head.fc.bias',
+    }
     fast = {id(p) for g in param_groups(learn.model, r) if g['peak'] == 1e-2 for p in g['params']}
-    assert {n for n, p in learn.model.body.named_parameters() if id(p) in fast} == {'head.norm.weight', 'head.norm.bias', 'head.fc.weight', 'head.fc.bias'}
+    assert {n for n, p in learn.model.body.named_parameters() if id(p) in fast} == {
+        'head.norm.weight',
+        'head.norm.bias',
+        'head.fc.weight',
+        'head.fc.bias',
+    }

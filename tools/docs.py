@@ -379,8 +379,13 @@ def recipe_page():
     for name, (value, meaning) in recipe_fields().items():
         row = [code(name), code(repr(value)), as_html(meaning or "")]
         parts.setdefault(name.rpartition(".")[0] or "run", []).append(row)
-    text = ["# Recipe", "", "Every setting of a run. `--set NAME=VALUE` changes one; `kdoct recipe` lists "
-            "all with the values that a command would use.", ""]
+    text = [
+        "# Recipe",
+        "",
+        "Every setting of a run. `--set NAME=VALUE` changes one; `kdoct recipe` lists "
+        "all with the values that a command would use.",
+        "",
+    ]
     for part, rows in parts.items():
         text += [f"## {part}", "", table(["field", "default", "meaning"], rows), ""]
     text += ["## Presets", "", "What each preset changes.", ""]

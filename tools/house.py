@@ -32,7 +32,11 @@ def code_cells(notebook):
     "Exported definitions and lesson cells of a notebook, as source."
     cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
     exported = [s for s in cells if is_exported(s)]
-    imports_only = [s for s in exported if all(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(s).body)]
+    imports_only = [
+        s
+        for s in exported
+        if all(isinstance(n, ast.Import | ast.ImportFrom) for n in ast.parse(s).body)
+    ]
     lessons = [s for s in cells if not s.startswith("#| default_exp") and not is_exported(s)]
     return [s for s in exported if s not in imports_only], lessons
 
@@ -40,7 +44,11 @@ def code_cells(notebook):
 def public_symbols(source):
     "Names of public functions and classes that a cell defines."
     definitions = (ast.FunctionDef, ast.ClassDef)
-    return [n.name for n in ast.parse(source).body if isinstance(n, definitions) and not n.name.startswith("_")]
+    return [
+        n.name
+        for n in ast.parse(source).body
+        if isinstance(n, definitions) and not n.name.startswith("_")
+    ]
 
 
 def count_assertions(source):
@@ -48,7 +56,9 @@ def count_assertions(source):
     count = 0
     for node in ast.walk(ast.parse(source)):
         is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        count += isinstance(node, ast.Assert) or bool(is_call and ASSERTIONS.fullmatch(node.func.id))
+        count += isinstance(node, ast.Assert) or bool(
+            is_call and ASSERTIONS.fullmatch(node.func.id)
+        )
     return count
 
 
@@ -130,16 +140,36 @@ def picture(file):
     found = arrows()
     fig, ax = plt.subplots(figsize=(9, 8))
     for i, package in enumerate(PACKAGES):
-        ax.add_patch(FancyBboxPatch((0, i), 6.2, .66, boxstyle="round,pad=.06", facecolor="#eef3f8", edgecolor="#456"))
+        ax.add_patch(
+            FancyBboxPatch(
+                (0, i), 6.2, 0.66, boxstyle="round,pad=.06", facecolor="#eef3f8", edgecolor="#456"
+            )
+        )
         ax.text(.05, i + .52, f"kdoct.{package}", weight="bold", va="center")
-        ax.text(.05, i + .17, "\n".join(wrap(", ".join(modules_of(package)), 104)), va="center", fontsize=6.6)
+        ax.text(
+            0.05,
+            i + 0.17,
+            "\n".join(wrap(", ".join(modules_of(package)), 104)),
+            va="center",
+            fontsize=6.6,
+        )
     for (a, b), number in sorted(found.items()):
         i, j = PACKAGES.index(a), PACKAGES.index(b)
         is_up = j > i
         ends = ((6.26, i + .25), (6.26, j + .45))
         bend = f"arc3,rad={-.25 - .02*abs(i - j)}" if not is_up else "arc3,rad=.3"
-        ax.add_patch(FancyArrowPatch(*ends, connectionstyle=bend, arrowstyle="-|>", mutation_scale=9, linewidth=.4 + .09*number,
-                                     color="#c33" if is_up else "#789", shrinkA=0, shrinkB=0))
+        ax.add_patch(
+            FancyArrowPatch(
+                *ends,
+                connectionstyle=bend,
+                arrowstyle="-|>",
+                mutation_scale=9,
+                linewidth=0.4 + 0.09 * number,
+                color="#c33" if is_up else "#789",
+                shrinkA=0,
+                shrinkB=0,
+            )
+        )
     ax.set(xlim=(-.2, 8), ylim=(-.3, len(PACKAGES)))
     ax.axis("off")
     fig.savefig(file, bbox_inches="tight", metadata={"Date": None})

@@ -42,7 +42,9 @@ def with_tables(text):
 def shown(cell):
     "The cell as the README shows it, or None where it is hidden."
     cell = nbformat.from_dict(cell)
-    words = set(cell.metadata.get("tags", [])) | {d.replace(" ", "") for d in DIRECTIVE.findall(cell.source)}
+    words = set(cell.metadata.get("tags", [])) | {
+        d.replace(" ", "") for d in DIRECTIVE.findall(cell.source)
+    }
     if "hide" in words: return None
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
     if words & {"hide_input", "echo:false"}: cell.metadata["transient"] = {"remove_source": True}
@@ -54,11 +56,16 @@ def readme(notebook=ROOT / "nbs" / "index.ipynb"):
     nb = nbformat.read(notebook, as_version=4)
     nb.cells = [cell for cell in map(shown, nb.cells) if cell is not None]
     text_first = ["text/markdown", "text/html", "text/plain"]
-    exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": text_first + ["image/png"]}}))
+    exporter = MarkdownExporter(
+        config=Config({"NbConvertBase": {"display_data_priority": text_first + ["image/png"]}})
+    )
     text, resources = exporter.from_notebook_node(nb)
     if resources.get("outputs"):
-        raise SystemExit(f"{notebook}: {len(resources['outputs'])} output(s) are pictures; save them under nbs/images "
-                         "and name them in a Markdown cell.")
+        raise SystemExit(
+            f"{notebook}: {len(resources['outputs'])} output(s) are pictures; save them under "
+            f"nbs/images "
+            "and name them in a Markdown cell."
+        )
     text = LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2])), text)
     text = with_tables(text)
     text = "\n".join(line.rstrip() for line in text.split("\n"))

@@ -47,13 +47,19 @@ def serve(
             rows = BENCHES[plan.what][side](plan, bench_images(plan))
             pipe.send({name: _about(row) for name, row in rows.items()})
             while (name := pipe.recv()) is not None:
-                pipe.send(rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory()))
+                pipe.send(
+                    rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory())
+                )
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
+# %% ../../nbs/12_app.bench.ipynb #58cf1c18
 def _answer(pipe, side:str)->dict:
     "What a side says; its errors become ours."
     try: said = pipe.recv()
-    except EOFError as e: raise KdoctError(f"The process of '{side}' has ended.", fix="Its message stands above; if there is none, memory was short.") from e
+    except EOFError as e: raise KdoctError(f"The process of "
+                                           f"'{side}' has ended.", fix="Its message stands above; "
+                                                                       "if there is none, "
+                                                                       "memory was short.") from e
     if isinstance(said, tuple): raise KdoctError(*said)
     return said
 
@@ -69,7 +75,9 @@ def sides(
     try:
         for side in BENCHES[plan.what]:
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, asdict(plan), side, torch.get_num_threads()))
+            process = context.Process(
+                target=serve, args=(there, asdict(plan), side, torch.get_num_threads())
+            )
             process.start()
             there.close()
             running[side] = (process, here)
@@ -90,9 +98,19 @@ def _round(plan:Plan, open_sides:dict, number:int)->list[dict]:
     for side, (pipe, rows) in open_sides.items():
         for name in rows:
             pipe.send(name)
-            out.append(dict(round=number, side=side, row=name, load=os.getloadavg()[0], rates=rates, **_answer(pipe, side)))
+            out.append(
+                dict(
+                    round=number,
+                    side=side,
+                    row=name,
+                    load=os.getloadavg()[0],
+                    rates=rates,
+                    **_answer(pipe, side),
+                )
+            )
     return out
 
+# %% ../../nbs/12_app.bench.ipynb #db2e4745
 def turns(
     plan:Plan,       # with `place`
 )->tuple[dict, list[dict]]:   # name -> what a row is; one entry a turn
@@ -103,7 +121,11 @@ def turns(
         for number in range(plan.rounds):
             if number and time.perf_counter() - began > plan.seconds: break
             times += _round(plan, there, number)
-        return {name: row | dict(side=side) for side, (_, rows) in there.items() for name, row in rows.items()}, times
+        return {
+            name: row | dict(side=side)
+            for side, (_, rows) in there.items()
+            for name, row in rows.items()
+        }, times
 
 # %% ../../nbs/12_app.bench.ipynb #a0cc4896
 def _spread(v:Iterable[float])->dict:
@@ -125,9 +147,12 @@ def _noted(part:list[dict])->dict:
     "What the turns of a row have noted beside their time."
     out = {'precision': part[-1]['precision']} if 'precision' in part[-1] else {}
     if part[-1].get('correlation'):
-        out['correlation'] = {o: min(t['correlation'][o] for t in part) for o in part[-1]['correlation']}
+        out['correlation'] = {
+            o: min(t['correlation'][o] for t in part) for o in part[-1]['correlation']
+        }
     return out
 
+# %% ../../nbs/12_app.bench.ipynb #10cb852a
 def summary(
     rows:dict,         # from `turns`
     times:list[dict],  # the same
@@ -138,28 +163,68 @@ def summary(
     for name, row in rows.items():
         part = [t for t in times if t['row'] == name]
         took = _spread(each[name, t['round']] for t in part)
-        ratios = {other: _spread(each[other, t['round']]/each[name, t['round']] for t in part) for other in row['against'] if other in rows}
-        out[name] = dict(seconds_an_image=took, images_a_second=1/took['median'], times_as_fast_as=ratios, share_of_limit=_limits(row, part), rounds=len(part),
-                         peak_memory_mb=round(max(t['peak'] for t in part)/2**20),
-                         peak_gpu_mb=round(max(t['gpu'] for t in part)/2**20), side=row['side'], **row['about'], **_noted(part))
+        ratios = {
+            other: _spread(each[other, t['round']] / each[name, t['round']] for t in part)
+            for other in row['against']
+            if other in rows
+        }
+        out[name] = dict(
+            seconds_an_image=took,
+            images_a_second=1 / took['median'],
+            times_as_fast_as=ratios,
+            share_of_limit=_limits(row, part),
+            rounds=len(part),
+            peak_memory_mb=round(max(t['peak'] for t in part) / 2**20),
+            peak_gpu_mb=round(max(t['gpu'] for t in part) / 2**20),
+            side=row['side'],
+            **row['about'],
+            **_noted(part),
+        )
     return out
 
 # %% ../../nbs/12_app.bench.ipynb #b53f9378
 WHATS = {  # what -> side of the pictures [px], batches a turn, what stands beside what
-    'input': (384, 16, "Training pictures with the teacher's augmentation, ready on the device. Reference pattern: files opened, decoded and augmented one by "
-                       "one with PIL and torchvision in a DataLoader."),
-    'step': (224, 8, "Whole training steps of the student, input included. Reference pattern: float32 teacher outside autocast on every batch, PIL "
-                     "input, AdamW not fused, channels first."),
-    'cache': (224, 8, "Whole training steps of the student, input included, with the teacher's answers from the cache, and with the teacher asked about "
-                      "every batch; and views answered while the cache is built."),
-    'infer': (224, 8, "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures normalised before; kdoct: grey pictures "
-                      "in [0, 1], normalised by the network; frozen: the inference copy of a network "
-                      "(`kdoct.training.inference`); ONNX Runtime, OpenVINO: the network of "
-                      "the graph that is shipped; whole path: one file after the other, read, decoded and answered by the whole graph. "
-                      "A turn is done again until it took a quarter of a second."),
-    'score-cam': (224, 1, "One map of one image and class: kdoct beside published implementations; batch normalisation and head fitted to the images."),
+    'input': (
+        384,
+        16,
+        "Training pictures with the teacher's augmentation, ready on the device. Reference "
+        "pattern: files opened, decoded and augmented one by "
+        "one with PIL and torchvision in a DataLoader.",
+    ),
+    'step': (
+        224,
+        8,
+        "Whole training steps of the student, input included. Reference pattern: float32 teacher "
+        "outside autocast on every batch, PIL "
+        "input, AdamW not fused, channels first.",
+    ),
+    'cache': (
+        224,
+        8,
+        "Whole training steps of the student, input included, with the teacher's answers from the "
+        "cache, and with the teacher asked about "
+        "every batch; and views answered while the cache is built.",
+    ),
+    'infer': (
+        224,
+        8,
+        "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures "
+        "normalised before; kdoct: grey pictures "
+        "in [0, 1], normalised by the network; frozen: the inference copy of a network "
+        "(`kdoct.training.inference`); ONNX Runtime, OpenVINO: the network of "
+        "the graph that is shipped; whole path: one file after the other, read, decoded and "
+        "answered by the whole graph. "
+        "A turn is done again until it took a quarter of a second.",
+    ),
+    'score-cam': (
+        224,
+        1,
+        "One map of one image and class: kdoct beside published implementations; batch "
+        "normalisation and head fitted to the images.",
+    ),
 }
 
+# %% ../../nbs/12_app.bench.ipynb #7be44daa
 def bench(
     what:str,       # one of `WHATS`
     **settings,     # fields of `Plan`
@@ -168,13 +233,16 @@ def bench(
     if what not in WHATS:
         raise KdoctError(f"There is no benchmark '{what}'.",
                          fix=f"Take one of: {', '.join(WHATS)}.")
-    defaults = {k: v for k, v in zip(('size', 'steps'), WHATS[what], strict=False) if not settings.get(k)}
+    defaults = {
+        k: v for k, v in zip(('size', 'steps'), WHATS[what], strict=False) if not settings.get(k)
+    }
     with tempfile.TemporaryDirectory(prefix='kdoct-bench-') as d:
         plan = Plan(what, **settings | defaults | dict(place=d))
         bench_images(plan)   # made before any side asks for them
         rows, times = turns(plan)
     return record_of(plan, rows, times)
 
+# %% ../../nbs/12_app.bench.ipynb #45c515c3
 def record_of(
     plan:Plan,         # what was measured
     rows:dict,         # from `turns`
@@ -182,10 +250,22 @@ def record_of(
 )->dict:               # what JSON can hold
     "Everything that is to be known about a benchmark, for a JSON file."
     rates = {k: float(np.median([t['rates'][k] for t in times])) for k in times[0]['rates']}
-    return dict(what=plan.what, about=WHATS[plan.what][2], made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-                plan={k: v for k, v in asdict(plan).items() if k not in ('what', 'place', 'root')}, images='real' if plan.root else 'simulated',
-                weights='random', device=best_device().type, threads=torch.get_num_threads(), workers=plan.workers,
-                load=_spread(t['load'] for t in times), rates=rates, rows=summary(rows, times), times=times, **provenance())
+    return dict(
+        what=plan.what,
+        about=WHATS[plan.what][2],
+        made=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        plan={k: v for k, v in asdict(plan).items() if k not in ('what', 'place', 'root')},
+        images='real' if plan.root else 'simulated',
+        weights='random',
+        device=best_device().type,
+        threads=torch.get_num_threads(),
+        workers=plan.workers,
+        load=_spread(t['load'] for t in times),
+        rates=rates,
+        rows=summary(rows, times),
+        times=times,
+        **provenance(),
+    )
 
 # %% ../../nbs/12_app.bench.ipynb #366598ae
 def _times(s:dict)->str: return f"{s['median']:.2f} ({s['least']:.2f}-{s['largest']:.2f})"
@@ -195,33 +275,58 @@ def _limit_text(shares:dict)->str:
     percent = {k: f"{100*v['median']:.1f} %" for k, v in shares.items()}
     return ', '.join(f'{percent[k]} of {k}' for k in ('copy', 'bf16', 'fp32') if k in percent)
 
+# %% ../../nbs/12_app.bench.ipynb #b28de774
 def table(
     record:dict,  # of `bench`
 )->str:           # Markdown
     "A record for reading."
     rows, head = record['rows'], ['row', 'precision', 'images/s', 'ms an image']
-    lines = [[name, r.get('precision', ''), f"{r['images_a_second']:.1f}", f"{1e3*r['seconds_an_image']['median']:.2f}"] for name, r in rows.items()]
+    lines = [
+        [
+            name,
+            r.get('precision', ''),
+            f"{r['images_a_second']:.1f}",
+            f"{1e3 * r['seconds_an_image']['median']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
     for other in dict.fromkeys(o for r in rows.values() for o in r['times_as_fast_as']):
         head.append(f'times {other}')
         for line, r in zip(lines, rows.values(), strict=True):
-            line.append(_times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else '')
+            line.append(
+                _times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else ''
+            )
     for line, r in zip(lines, rows.values(), strict=True):
         if 'correlation' in r:
-            line[1] = 'least correlation ' + ', '.join(f'{v:.4f} ({k})' for k, v in r['correlation'].items())
+            line[1] = 'least correlation ' + ', '.join(
+                f'{v:.4f} ({k})' for k, v in r['correlation'].items()
+            )
         line += [_limit_text(r['share_of_limit']), str(r['peak_gpu_mb'] or r['peak_memory_mb'])]
     lines = [[*head, 'of the limit', 'peak MB'], ['---']*(len(head) + 2), *lines]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n\n' + caption(record)
 
+# %% ../../nbs/12_app.bench.ipynb #22dc9a74
 def caption(
     record:dict,  # of `bench`
 )->str:
     "What a table is about: networks, sizes, machine, versions."
-    p, m, v, r = record['plan'], record['machine'], record['packages'], {k: f'{x/1e9:.0f}' for k, x in record['rates'].items()}
+    p, m, v, r = (
+        record['plan'],
+        record['machine'],
+        record['packages'],
+        {k: f'{x / 1e9:.0f}' for k, x in record['rates'].items()},
+    )
     rounds = max(row['rounds'] for row in record['rows'].values())
     products = ' and '.join(f'{r[k]} ({k})' for k in ('fp32', 'bf16') if k in r)
-    return (f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; {p['size']} px, {2*p['batch']} images a step "
-            f"(reference: two batches of {p['batch']}), {p['steps']} batches "
-            f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} rounds after one that is not counted; ratios within a "
-            f"round, in brackets the least and the largest. Limit: matrix product {products} GFLOP/s, copy {r['copy']} GB/s, "
-            f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, {record['threads']} threads, load {record['load']['median']:.1f}; "
-            f"torch {v['torch']}, timm {v['timm']}, kdoct {(record['git'] or v['kdoct'])[:8]}.")
+    return (
+        f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; "
+        f"{p['size']} px, {2 * p['batch']} images a step "
+        f"(reference: two batches of {p['batch']}), {p['steps']} batches "
+        f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} "
+        f"rounds after one that is not counted; ratios within a "
+        f"round, in brackets the least and the largest. Limit: matrix product {products} GFLOP/s, "
+        f"copy {r['copy']} GB/s, "
+        f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, "
+        f"{record['threads']} threads, load {record['load']['median']:.1f}; "
+        f"torch {v['torch']}, timm {v['timm']}, kdoct {(record['git'] or v['kdoct'])[:8]}."
+    )

@@ -51,9 +51,22 @@ class Plan:
     def workers(self)->int: return min(4, usable_cores())   # the authors have 4; not more than the machine has cores
     @property
     def recipe(self)->Recipe:  # the authors' recipe with the networks and sizes of this plan
-        return preset('paper-neh', **{'data.size': self.size, 'data.margin': round(self.size/12), 'teacher.arch': self.teacher, 'student.arch': self.student,
-                                      'teacher.weights': 'none', 'student.weights': 'none', 'student.batch_size': self.step, 'student.accumulate': 1,
-                                      'teacher.drop_path_rate': 0., 'student.checkpoint_minutes': 1e6, 'student.compile': self.compile})
+        return preset(
+            'paper-neh',
+            **{
+                'data.size': self.size,
+                'data.margin': round(self.size / 12),
+                'teacher.arch': self.teacher,
+                'student.arch': self.student,
+                'teacher.weights': 'none',
+                'student.weights': 'none',
+                'student.batch_size': self.step,
+                'student.accumulate': 1,
+                'teacher.drop_path_rate': 0.0,
+                'student.checkpoint_minutes': 1e6,
+                'student.compile': self.compile,
+            },
+        )
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #3240a5d8
 def bench_listing(
@@ -64,7 +77,10 @@ def bench_listing(
     else:
         # of each of two eyes; there are eight patients at least
         slices = min(4, -(-plan.images//16))
-        data = DataRecipe(root=f'{plan.place}/images', phantom=PhantomRecipe(patients=max(8, -(-plan.images//(2*slices))), slices=slices))
+        data = DataRecipe(
+            root=f'{plan.place}/images',
+            phantom=PhantomRecipe(patients=max(8, -(-plan.images // (2 * slices))), slices=slices),
+        )
     listing = load_table(data)
     at = np.linspace(0, len(listing.table) - 1, min(plan.images, len(listing.table))).astype(int)
     return replace(listing, table=listing.table.iloc[at].reset_index(drop=True))
@@ -79,6 +95,7 @@ class Images:
     table:pd.DataFrame   # after the audit
     root:str             # folder that the table's paths are relative to
 
+# %% ../../nbs/12a_app.bench_harness.ipynb #f3291652
 def bench_images(
     plan:Plan,  # with `place`
 )->Images:
@@ -90,10 +107,23 @@ def bench_images(
     table, data = pd.read_parquet(saved), plan.recipe.data
     root = table.root[0]
     with outputs_in(plan.place):
-        cache = decode_cache(table, root, data.size + data.margin, 3 if (table.colour > 0.02).any() else 1)
-    row, labels = cache.rows(table.sha256), table.label.astype('category').cat.codes.to_numpy(np.int64)
-    return Images([Path(root)/p for p in table.path], labels, image_ids(table.sha256), cache.images[row], table, root)
+        cache = decode_cache(
+            table, root, data.size + data.margin, 3 if (table.colour > 0.02).any() else 1
+        )
+    row, labels = (
+        cache.rows(table.sha256),
+        table.label.astype('category').cat.codes.to_numpy(np.int64),
+    )
+    return Images(
+        [Path(root) / p for p in table.path],
+        labels,
+        image_ids(table.sha256),
+        cache.images[row],
+        table,
+        root,
+    )
 
+# %% ../../nbs/12a_app.bench_harness.ipynb #74d803d6
 @contextmanager
 def outputs_in(
     folder:str|Path,  # instead of outputs/
@@ -123,6 +153,7 @@ def clock(
     wait_for(device)
     return time.perf_counter() - began
 
+# %% ../../nbs/12a_app.bench_harness.ipynb #1aa44c49
 def machine_rates(
     device='cpu',  # which one
 )->dict:           # fp32, bf16 where the device has it: operations a second, two a multiply-add;
@@ -133,9 +164,15 @@ def machine_rates(
     kinds = dict(fp32=torch.float32) | (dict(bf16=torch.bfloat16) if computes_bf16(device) else {})
     for name, dtype in kinds.items():
         a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-        out[name] = 2*side**3/np.median([clock(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(4)][1:])
+        out[name] = (
+            2
+            * side**3
+            / np.median([clock(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(4)][1:])
+        )
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    out['copy'] = 2*size/np.median([clock(lambda: target.copy_(source), device) for _ in range(5)][1:])
+    out['copy'] = (
+        2 * size / np.median([clock(lambda: target.copy_(source), device) for _ in range(5)][1:])
+    )
     return out
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #91f8200b

@@ -29,7 +29,8 @@ class PilOps:
             sign = random.choice((-1, 1))
             match name:
                 case 'rotate': im = tv.rotate(im, sign*r.ops_rotate)
-                case 'shift': im = tv.affine(im, 0, [0, 0], 1., [0.])   # theirs moves by a tenth of a pixel, which is none, and costs as much
+                # theirs moves by a tenth of a pixel, which is none, and costs as much
+                case 'shift': im = tv.affine(im, 0, [0, 0], 1., [0.])
                 case _: im = getattr(tv, f'adjust_{name}')(im, 1 + sign*r.ops_factor)
         return im
 
@@ -40,14 +41,29 @@ def pil_changes(
     margin:int,            # what a crop may leave out [px]
 )->T.Compose:              # PIL image -> (3, size, size) float32, normalised
     "The chain of torchvision operations that a recipe stands for."
-    r, some = recipe, [T.Resize((size + margin,)*2), T.RandomCrop(size), PilOps(recipe), T.RandomRotation(recipe.rotate)]
+    r, some = (
+        recipe,
+        [
+            T.Resize((size + margin,) * 2),
+            T.RandomCrop(size),
+            PilOps(recipe),
+            T.RandomRotation(recipe.rotate),
+        ],
+    )
     if r.shear or r.scale:
         some.append(T.RandomAffine(0, scale=(1 - r.scale, 1 + r.scale), shear=r.shear))
-    some += [T.ColorJitter(r.gain, r.contrast, r.saturation, r.hue), T.RandomHorizontalFlip(r.hflip)]
+    some += [
+        T.ColorJitter(r.gain, r.contrast, r.saturation, r.hue),
+        T.RandomHorizontalFlip(r.hflip),
+    ]
     if r.vflip: some.append(T.RandomVerticalFlip(r.vflip))
     if r.blur: some.append(T.RandomApply([T.GaussianBlur(3)], r.blur))
     if r.posterize: some.append(T.RandomPosterize(4, r.posterize))
-    some += [T.ToTensor(), T.RandomErasing(r.erase, (0.02, r.erase_area), value=0.), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    some += [
+        T.ToTensor(),
+        T.RandomErasing(r.erase, (0.02, r.erase_area), value=0.0),
+        T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
     return T.Compose(some)
 
 # %% ../../nbs/12b_app.bench_reference.ipynb #7442d36d
@@ -61,17 +77,27 @@ class PilFiles(torch.utils.data.Dataset):
         with Image.open(self.images.files[at]) as im:
             return self.changes(im.convert('RGB')), int(self.images.labels[at])
 
+# %% ../../nbs/12b_app.bench_reference.ipynb #2fae38bc
 def pil_loader(
     images:Images,         # files
     recipe:AugmentRecipe,  # changes
     plan:Plan,             # sizes, workers
 )->torch.utils.data.DataLoader:
     "The reference's batches: shuffled, the last incomplete one dropped."
-    data = PilFiles(images, pil_changes(recipe, plan.size, plan.recipe.data.margin), plan.batch*10_000)
+    data = PilFiles(
+        images, pil_changes(recipe, plan.size, plan.recipe.data.margin), plan.batch * 10_000
+    )
     # as under the authors' Python
     fork = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
-    return torch.utils.data.DataLoader(data, plan.batch, shuffle=True, drop_last=True, num_workers=plan.workers, pin_memory=torch.cuda.is_available(),
-                                       multiprocessing_context=fork)
+    return torch.utils.data.DataLoader(
+        data,
+        plan.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=plan.workers,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=fork,
+    )
 
 # %% ../../nbs/12b_app.bench_reference.ipynb #ca4d1fd2
 class ReferenceStep:
@@ -83,9 +109,19 @@ class ReferenceStep:
         device,                   # where both are
         accumulate:int=2,         # batches a step of the optimiser
     ):
-        self.teacher, self.student, self.device, self.half = teacher.eval(), student.train(), torch.device(device), torch.device(device).type == 'cuda'
+        self.teacher, self.student, self.device, self.half = (
+            teacher.eval(),
+            student.train(),
+            torch.device(device),
+            torch.device(device).type == 'cuda',
+        )
         self.loss, self.accumulate, self.seen, self.total = recipe.distill, accumulate, 0, 0.
-        self.opt = torch.optim.AdamW(student.parameters(), lr=recipe.student.lr, weight_decay=recipe.student.weight_decay, fused=False)
+        self.opt = torch.optim.AdamW(
+            student.parameters(),
+            lr=recipe.student.lr,
+            weight_decay=recipe.student.weight_decay,
+            fused=False,
+        )
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.half)
 
     def losses(self, x:torch.Tensor, y:torch.Tensor)->torch.Tensor:
@@ -94,7 +130,11 @@ class ReferenceStep:
         t = self.loss.temperature
         with torch.autocast(self.device.type, torch.float16, enabled=self.half):
             said = self.student(x)
-            soft = F.kl_div(F.log_softmax(said/t, 1), F.softmax(asked/t, 1), reduction='batchmean')*t*t
+            soft = (
+                F.kl_div(F.log_softmax(said / t, 1), F.softmax(asked / t, 1), reduction='batchmean')
+                * t
+                * t
+            )
             return self.loss.beta*F.cross_entropy(said, y) + self.loss.alpha*soft
 
     def __call__(self, batch):

@@ -8,16 +8,25 @@ __all__ = ['SHIPPED', 'PUBLISHED', 'Stretch', 'learner_turn', 'distilled_rows', 
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #imp-app-bench-rows
 import functools
+
 import importlib.util
+
 import tempfile
+
 import time
+
 from collections.abc import Callable
+
 from pathlib import Path
+
 from types import SimpleNamespace
 
 import numpy as np
+
 import torch
+
 import torch.nn.functional as F
+
 from fastai.callback.core import Callback, CancelFitException
 
 from kdoct.app.bench_harness import (
@@ -30,26 +39,48 @@ from kdoct.app.bench_harness import (
     timed_stretch,
     wait_for,
 )
+
 from .bench_reference import pil_loader, ReferenceStep
+
 from ..core.files import KdoctError
+
 from ..core.recipe import AugmentRecipe, TrainRecipe
+
 from ..data.augment import Batches
+
+# %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
 from ..data.cache import decode_cache
+
 from ..data.framing import framed
+
 from ..data.images import decode_image, read_image_bytes
+
 from ..deploy.engines import make_engine, network_alone, runs_here
+
 from ..deploy.graph import Deployable
+
 from ..deploy.stage import write_formats
+
 from ..distill.methods import Distill
+
 from ..distill.teacher_cache import TeacherCache
+
 from ..evaluate.decisions import fit_outlier
+
 from ..explain.cam import Layer, score_cam, stretch, target_layer
+
 from ..models.backbones import Classifier, create_classifier
+
 from ..models.cost import count_macs
+
 from ..training.distributed import best_device
+
 from ..training.inference import inference_model, InferenceModel
+
 from ..training.loop import keep_freed_memory, make_learner
+
 from ..training.losses import cross_entropy
+
 from ..training.precision import compile_here
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #94879810
@@ -62,19 +93,37 @@ def _view_bytes(images:Images, size:int)->int:
     channels = 1 if images.decoded.ndim == 3 else 3
     return images.decoded[0].nbytes + 4*channels*size*size
 
-def _batches(plan:Plan, images:Images, rows:np.ndarray, recipe:AugmentRecipe|None, seed:int=0)->Batches:
+def _batches(
+    plan:Plan, images:Images, rows:np.ndarray, recipe:AugmentRecipe|None, seed:int=0
+)->Batches:
     "Our batches of some rows, on the best device."
-    return Batches(images.decoded, images.labels, images.ids, rows, plan.step, recipe, seed, best_device(), plan.size)
+    return Batches(
+        images.decoded,
+        images.labels,
+        images.ids,
+        rows,
+        plan.step,
+        recipe,
+        seed,
+        best_device(),
+        plan.size,
+    )
 
 def _endless_rows(images:Images, batch:int)->np.ndarray:
     return np.resize(np.arange(len(images.labels)), batch*256)
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #1e0db06f
 @side_of('input', 'reference')
 def _reference_input(plan:Plan, images:Images)->dict[str, Row]:
     device, loader = best_device(), pil_loader(images, plan.recipe.teacher.augment, plan)
     def turn(): return timed_stretch(loader, _used(device), plan.steps, 2*plan.workers, device)
-    return {'reference pattern': Row(turn, (), nbytes=_view_bytes(images, plan.size), about=dict(workers=plan.workers))}
+    return {
+        'reference pattern': Row(
+            turn, (), nbytes=_view_bytes(images, plan.size), about=dict(workers=plan.workers)
+        )
+    }
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #45778b2b
 @side_of('input', 'kdoct')
 def _kdoct_input(plan:Plan, images:Images)->dict[str, Row]:
     keep_freed_memory()   # as `train_role` does
@@ -86,7 +135,14 @@ def _kdoct_input(plan:Plan, images:Images)->dict[str, Row]:
     def decode():
         with tempfile.TemporaryDirectory(dir=plan.place) as d, outputs_in(d):
             channels = 1 if images.decoded.ndim == 3 else 3
-            return dict(images=len(images.files), seconds=clock(lambda: decode_cache(images.table, images.root, images.decoded.shape[1], channels)))
+            return dict(
+                images=len(images.files),
+                seconds=clock(
+                    lambda: decode_cache(
+                        images.table, images.root, images.decoded.shape[1], channels
+                    )
+                ),
+            )
     return {'kdoct': Row(turn, ('reference pattern',), nbytes=_view_bytes(images, plan.size)),
             'kdoct, decoding once': Row(decode, (), about=dict(note='once for all epochs'))}
 
@@ -109,6 +165,7 @@ class Stretch(Callback):
             self.seconds = time.perf_counter() - self.began
             raise CancelFitException
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #9c5f6c61
 def learner_turn(
     plan:Plan,      # recipe, batches a turn
     images:Images,  # decoded
@@ -117,10 +174,21 @@ def learner_turn(
 )->Callable:        # () -> images, seconds, precision
     "Steps of the Learner that trains a student, on the best device."
     recipe = plan.recipe.override(**{'student.precision': precision})
-    model, stretch = create_classifier(recipe.student, len(np.unique(images.labels)), plan.size, best_device()), Stretch(plan.steps)
+    model, stretch = (
+        create_classifier(recipe.student, len(np.unique(images.labels)), plan.size, best_device()),
+        Stretch(plan.steps),
+    )
     train = _batches(plan, images, _endless_rows(images, plan.step), recipe.student.augment)
     valid = _batches(plan, images, np.arange(len(images.labels)), None)
-    learn = make_learner(model, train, valid, cross_entropy, recipe.student, Path(tempfile.mkdtemp(dir=plan.place)), cbs=[*cbs, stretch])
+    learn = make_learner(
+        model,
+        train,
+        valid,
+        cross_entropy,
+        recipe.student,
+        Path(tempfile.mkdtemp(dir=plan.place)),
+        cbs=[*cbs, stretch],
+    )
     def turn():
         with outputs_in(plan.place), learn.no_bar(), learn.no_logging(): learn.fit(1)
         learn.precision.auto = False   # measured in the first turn, which is not counted
@@ -131,7 +199,9 @@ def learner_turn(
 def _teacher(plan:Plan, images:Images)->InferenceModel:
     "The teacher of a benchmark as `train_student` would ask it."
     torch.manual_seed(plan.recipe.seed)   # always the same, as its cache expects
-    model = create_classifier(plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device())
+    model = create_classifier(
+        plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device()
+    )
     return inference_model(model.eval(), plan.recipe.teacher.precision, best_device())[0]
 
 @functools.cache
@@ -143,14 +213,31 @@ def _macs(plan:Plan, teachers:int)->int:
     "Multiply-adds an image: forward and backward of the student (three forwards), forward of the teachers."
     return 3*_forward_macs(plan, 'student') + teachers*_forward_macs(plan, 'teacher')
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #bd27c7a4
 @side_of('step', 'reference')
 def _reference_step(plan:Plan, images:Images)->dict[str, Row]:
     device, recipe, n = best_device(), plan.recipe, len(np.unique(images.labels))
-    nets = [create_classifier(r, n, plan.size, device).body.to(memory_format=torch.contiguous_format) for r in (recipe.teacher, recipe.student)]
-    use, loader = ReferenceStep(*nets, recipe, device), pil_loader(images, recipe.student.augment, plan)
+    nets = [
+        create_classifier(r, n, plan.size, device).body.to(memory_format=torch.contiguous_format)
+        for r in (recipe.teacher, recipe.student)
+    ]
+    use, loader = (
+        ReferenceStep(*nets, recipe, device),
+        pil_loader(images, recipe.student.augment, plan),
+    )
     def turn(): return timed_stretch(loader, use, plan.steps, 2, device)
-    return {'reference pattern': Row(turn, (), macs=_macs(plan, 1), about=dict(precision='fp32, student fp16' if use.half else 'fp32', workers=plan.workers))}
+    return {
+        'reference pattern': Row(
+            turn,
+            (),
+            macs=_macs(plan, 1),
+            about=dict(
+                precision='fp32, student fp16' if use.half else 'fp32', workers=plan.workers
+            ),
+        )
+    }
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #b32a1fe5
 def distilled_rows(
     plan:Plan,       # with `place`
     images:Images,   # decoded
@@ -159,14 +246,25 @@ def distilled_rows(
     "Steps of the Learner: the teacher asked about every batch, its answers kept in a cache, and without a teacher."
     keep_freed_memory()   # as `train_role` does
     recipe, teacher = plan.recipe.distill, _teacher(plan, images)
-    kept = Distill({'teacher': TeacherCache(teacher, 'bench', recipe.teacher_batch)}, recipe.model_copy(update=dict(views=1)))
+    kept = Distill(
+        {'teacher': TeacherCache(teacher, 'bench', recipe.teacher_batch)},
+        recipe.model_copy(update=dict(views=1)),
+    )
     alone = learner_turn(plan, images)
     precision = alone()['precision']   # the same for all three, or noise could set them apart
-    online, cached = (learner_turn(plan, images, [cb], precision) for cb in (Distill({'teacher': teacher}, recipe), kept))
-    return {'kdoct, online': Row(online, against, macs=_macs(plan, 1)),
-            'kdoct, from the cache': Row(cached, (*against, 'kdoct, online', 'kdoct, no teacher'), macs=_macs(plan, 0)),
-            'kdoct, no teacher': Row(alone, against, macs=_macs(plan, 0))}
+    online, cached = (
+        learner_turn(plan, images, [cb], precision)
+        for cb in (Distill({'teacher': teacher}, recipe), kept)
+    )
+    return {
+        'kdoct, online': Row(online, against, macs=_macs(plan, 1)),
+        'kdoct, from the cache': Row(
+            cached, (*against, 'kdoct, online', 'kdoct, no teacher'), macs=_macs(plan, 0)
+        ),
+        'kdoct, no teacher': Row(alone, against, macs=_macs(plan, 0)),
+    }
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #14157943
 @side_of('step', 'kdoct')
 def _kdoct_step(plan:Plan, images:Images)->dict[str, Row]:
     return distilled_rows(plan, images, 'reference pattern')
@@ -182,8 +280,20 @@ def _cache(plan:Plan, images:Images)->dict[str, Row]:
     def build():
         queried, seconds = cache.queried, cache.seconds
         cache.build([len(cache.views)])   # the next view of every image
-        return dict(images=cache.queried - queried, seconds=cache.seconds - seconds, precision=teacher.precision)
-    return {**rows, 'building the cache': Row(build, ('kdoct, online',), macs=_forward_macs(plan, 'teacher'), about=dict(note='images are views here'))}
+        return dict(
+            images=cache.queried - queried,
+            seconds=cache.seconds - seconds,
+            precision=teacher.precision,
+        )
+    return {
+        **rows,
+        'building the cache': Row(
+            build,
+            ('kdoct, online',),
+            macs=_forward_macs(plan, 'teacher'),
+            about=dict(note='images are views here'),
+        ),
+    }
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #b3203420
 def repeated(
@@ -202,6 +312,7 @@ def _passes(f:Callable, x:torch.Tensor, n:int)->dict:
     "Time of at least `n` forward passes."
     return repeated(lambda: [f(x) for _ in range(n)], n*len(x), x.device)
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #bd360317
 def inference_rows(
     plan:Plan,              # sizes
     how:str,                # what the rows are called
@@ -216,45 +327,102 @@ def inference_rows(
         for n in (1, plan.batch):
             x = torch.rand(n, channels, plan.size, plan.size, device=best_device())
             other = (f'{role}, batch {n}, {against}',) if against else ()
-            out[f'{role}, batch {n}, {how}'] = Row(lambda f=f, x=x: _passes(f, x, plan.steps), other, _forward_macs(plan, role), about=about)
+            out[f'{role}, batch {n}, {how}'] = Row(
+                lambda f=f, x=x: _passes(f, x, plan.steps),
+                other,
+                _forward_macs(plan, role),
+                about=about,
+            )
     return out
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #4201acd2
 def _networks(plan:Plan)->dict[str, Classifier]:
-    return {role: create_classifier(getattr(plan.recipe, role), 4, plan.size, best_device()).eval() for role in ('teacher', 'student')}
+    return {
+        role: create_classifier(getattr(plan.recipe, role), 4, plan.size, best_device()).eval()
+        for role in ('teacher', 'student')
+    }
 
 @side_of('infer', 'reference')
 def _reference_inference(plan:Plan, images:Images)->dict[str, Row]:
-    nets = {role: m.body.to(memory_format=torch.contiguous_format) for role, m in _networks(plan).items()}
+    nets = {
+        role: m.body.to(memory_format=torch.contiguous_format)
+        for role, m in _networks(plan).items()
+    }
     return inference_rows(plan, 'float32 eager', nets, 3, precision='fp32')
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #0e8587d6
 @side_of('infer', 'kdoct')
 def _kdoct_inference(plan:Plan, images:Images)->dict[str, Row]:
     nets = _networks(plan)
-    ways = {'kdoct': nets, 'kdoct frozen': {role: inference_model(m, device=best_device())[0] for role, m in nets.items()}}
+    ways = {
+        'kdoct': nets,
+        'kdoct frozen': {
+            role: inference_model(m, device=best_device())[0] for role, m in nets.items()
+        },
+    }
     if plan.compile: ways['kdoct compiled'] = {role: compile_here(m) for role, m in nets.items()}
-    precisions = {how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values())) for how, made in ways.items()}
-    return {k: row for how, made in ways.items() for k, row in inference_rows(plan, how, made, 1, 'float32 eager', precision=precisions[how]).items()}
+    precisions = {
+        how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values()))
+        for how, made in ways.items()
+    }
+    return {
+        k: row
+        for how, made in ways.items()
+        for k, row in inference_rows(
+            plan, how, made, 1, 'float32 eager', precision=precisions[how]
+        ).items()
+    }
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #fa387b3e
-SHIPPED = {'onnx': 'ONNX Runtime', 'openvino': 'OpenVINO', 'openvino-bf16': 'OpenVINO bf16', 'int8': 'OpenVINO INT8'}   # engine -> in the table
+SHIPPED = {
+    'onnx': 'ONNX Runtime',
+    'openvino': 'OpenVINO',
+    'openvino-bf16': 'OpenVINO bf16',
+    'int8': 'OpenVINO INT8',
+}  # engine -> in the table
+
 _CALIBRATION = 16   # pictures
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #3197dd37
 def shipped_graphs(
     plan:Plan,         # with `place`
     role:str,          # teacher or student
     images:Images,     # decoded
 )->tuple[Path, dict]:  # folder with the files of a bundle; what makes engines of them
     "The graphs of a network with random weights."
-    channels, model = 1 if images.decoded.ndim == 3 else 3, create_classifier(getattr(plan.recipe, role), 4, plan.size).eval()
-    stand_in = SimpleNamespace(temperature=1., outlier=fit_outlier(np.random.default_rng(0).normal(size=(64, model.body.num_features)).astype(np.float32)))
+    channels, model = (
+        1 if images.decoded.ndim == 3 else 3,
+        create_classifier(getattr(plan.recipe, role), 4, plan.size).eval(),
+    )
+    stand_in = SimpleNamespace(
+        temperature=1.0,
+        outlier=fit_outlier(
+            np.random.default_rng(0).normal(size=(64, model.body.num_features)).astype(np.float32)
+        ),
+    )
     folder = Path(tempfile.mkdtemp(dir=plan.place))
     net = Deployable(model, stand_in, plan.size, images.decoded.shape[1] - plan.size)
-    failed = write_formats(net, folder, ('onnx', 'openvino', 'int8'), channels, [x[None] for x in images.decoded[:_CALIBRATION]])
+    failed = write_formats(
+        net,
+        folder,
+        ('onnx', 'openvino', 'int8'),
+        channels,
+        [x[None] for x in images.decoded[:_CALIBRATION]],
+    )
     if failed:
         raise KdoctError(f"{getattr(plan, role)}: {next(iter(failed.values()))}.",
                          fix="Name another network.")
-    return folder, dict(about=dict(size=plan.size, margin=net.prepare.stored - plan.size, channels=channels, classes=range(4)), decision=None)
+    return folder, dict(
+        about=dict(
+            size=plan.size,
+            margin=net.prepare.stored - plan.size,
+            channels=channels,
+            classes=range(4),
+        ),
+        decision=None,
+    )
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #bdd1364a
 def file_passes(
     answer:Callable,    # uint8 (1, h, w) or (1, h, w, 3) -> anything
     files:list[Path],   # pictures
@@ -265,30 +433,53 @@ def file_passes(
         for f in files: answer(framed(decode_image(read_image_bytes(f))[0], channels)[None])
     return repeated(work, len(files))
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #b34a28f6
 def shipped_rows(
     plan:Plan,       # with `place`
     role:str,        # teacher or student
     images:Images,   # files
 )->dict[str, Row]:
     "The network alone in each engine that runs here, and of the student the whole path."
-    (folder, made), out, macs, threads = shipped_graphs(plan, role, images), {}, _forward_macs(plan, role), torch.get_num_threads()
+    (folder, made), out, macs, threads = (
+        shipped_graphs(plan, role, images),
+        {},
+        _forward_macs(plan, role),
+        torch.get_num_threads(),
+    )
     for engine, how in SHIPPED.items():
         if runs_here(engine): continue
-        alone, about = network_alone(folder, engine, threads), dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:])
+        alone, about = (
+            network_alone(folder, engine, threads),
+            dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:]),
+        )
         for n in (1, plan.batch):
-            x, other = np.random.default_rng(0).normal(size=(n, 3, plan.size, plan.size)).astype(np.float32), dict.fromkeys((role, 'teacher'))
+            x, other = (
+                np.random.default_rng(0)
+                .normal(size=(n, 3, plan.size, plan.size))
+                .astype(np.float32),
+                dict.fromkeys((role, 'teacher')),
+            )
             def turn(f=alone, x=x):
                 return repeated(lambda: [f(x) for _ in range(plan.steps)], plan.steps*len(x))
-            out[f'{role}, batch {n}, {how}'] = Row(turn, tuple(f'{r}, batch {n}, float32 eager' for r in other), macs, about=about)
+            out[f'{role}, batch {n}, {how}'] = Row(
+                turn, tuple(f'{r}, batch {n}, float32 eager' for r in other), macs, about=about
+            )
         if role == 'teacher': continue
         whole = make_engine(folder, engine, threads=threads, **made)
-        out[f'student, whole path, {how}'] = Row(lambda f=whole: file_passes(f, images.files[:4*plan.steps], f.channels),
-                                                 (f'student, batch 1, {how}',), macs, about=about)
+        out[f'student, whole path, {how}'] = Row(
+            lambda f=whole: file_passes(f, images.files[: 4 * plan.steps], f.channels),
+            (f'student, batch 1, {how}',),
+            macs,
+            about=about,
+        )
     return out
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #64e478ea
 @side_of('infer', 'shipped')
 def _shipped_inference(plan:Plan, images:Images)->dict[str, Row]:
-    if not all(importlib.util.find_spec(p) for p in ('onnxscript', 'onnxruntime', 'openvino', 'nncf')):
+    if not all(
+        importlib.util.find_spec(p) for p in ('onnxscript', 'onnxruntime', 'openvino', 'nncf')
+    ):
         return {}
     return shipped_rows(plan, 'teacher', images) | shipped_rows(plan, 'student', images)
 
@@ -303,7 +494,11 @@ def answering_network(
     "A classifier with statistics and a head that belong to the images."
     from sklearn.linear_model import LogisticRegression
     torch.manual_seed(0)
-    model = create_classifier(TrainRecipe(arch=arch, weights=weights, precision='fp32', drop_rate=0), len(np.unique(y)), size)
+    model = create_classifier(
+        TrainRecipe(arch=arch, weights=weights, precision='fp32', drop_rate=0),
+        len(np.unique(y)),
+        size,
+    )
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     with torch.no_grad():
         if weights == 'none' and norms:
@@ -311,11 +506,18 @@ def answering_network(
             for p in model.prepare(x[torch.randperm(len(x))]).split(8):
                 model.body.forward_features(p)
         body = model.eval().body
-        f = torch.cat([body.forward_head(body.forward_features(p), pre_logits=True) for p in model.prepare(x).split(8)])
+        f = torch.cat(
+            [
+                body.forward_head(body.forward_features(p), pre_logits=True)
+                for p in model.prepare(x).split(8)
+            ]
+        )
         mean, scale, head = f.mean(0), f.std(0).mean(), body.get_classifier()
         fit = LogisticRegression(max_iter=1000).fit((f - mean)/scale, y)
         if len(fit.coef_) == 1:
-            fit.coef_, fit.intercept_ = (np.concatenate([-v, v])/2 for v in (fit.coef_, fit.intercept_))   # two classes
+            fit.coef_, fit.intercept_ = (
+                np.concatenate([-v, v]) / 2 for v in (fit.coef_, fit.intercept_)
+            )  # two classes
         w = torch.from_numpy(fit.coef_).float()/scale
         head.weight.copy_(w.view_as(head.weight))
         head.bias.copy_(torch.from_numpy(fit.intercept_).float() - w @ mean)
@@ -334,6 +536,7 @@ def by_grad_cam(
     with torch.no_grad(), ScoreCAM(model.body, [layer.module], reshape_transform=layer.maps) as cam:
         return torch.from_numpy(cam(model.prepare(x), [ClassifierOutputTarget(number)])[0])
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #91d6e415
 def by_torchcam(
     model:Classifier,  # network
     x:torch.Tensor,    # (1, 1 or 3, h, w) in [0, 1]
@@ -342,13 +545,18 @@ def by_torchcam(
 )->torch.Tensor:       # (h, w) in [0, 1]
     "Score-CAM by torch-cam."
     from torchcam.methods import ScoreCAM
-    with torch.no_grad(), ScoreCAM(model.body, layer.module, batch_size=16, reshape_transform=layer.maps) as cam:
+    with (
+        torch.no_grad(),
+        ScoreCAM(model.body, layer.module, batch_size=16, reshape_transform=layer.maps) as cam,
+    ):
         model.body(model.prepare(x).contiguous())
         small = cam(class_idx=number)[0]
     return stretch(F.interpolate(small[None], x.shape[-2:], mode='bilinear')[0, 0]).cpu()
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #2c170e26
-PUBLISHED = {'pytorch-grad-cam': by_grad_cam} | ({'torchcam': by_torchcam} if importlib.util.find_spec('torchcam') else {})
+PUBLISHED = {'pytorch-grad-cam': by_grad_cam} | (
+    {'torchcam': by_torchcam} if importlib.util.find_spec('torchcam') else {}
+)
 
 def cam_maps(
     model:Classifier,  # network
@@ -367,18 +575,32 @@ def cam_maps(
     return {name: lambda f=f: theirs(f) for name, f in PUBLISHED.items()} | dict(kdoct=ours) | {
         f'kdoct as {name}': lambda name=name: ours(variant=name) for name in PUBLISHED}
 
+# %% ../../nbs/12c_app.bench_rows.ipynb #da0a49f2
 @side_of('score-cam', 'all')
 def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
     rows = np.arange(len(images.labels))
     x = _batches(plan, images, rows, None).batch(rows)[0].cpu()
-    model, x, maps = answering_network(plan.student, 'none', plan.size, x, images.labels).to(best_device()), x[:1].to(best_device()), {}
+    model, x, maps = (
+        answering_network(plan.student, 'none', plan.size, x, images.labels).to(best_device()),
+        x[:1].to(best_device()),
+        {},
+    )
     with torch.no_grad(): number = int(model(x).argmax())
     def turn(name, way):
         wait_for(x.device)
         began = time.perf_counter()
         maps[name], cost = way()
-        took, known = time.perf_counter() - began, [o for o in PUBLISHED if name.startswith('kdoct') and o in maps]
+        took, known = (
+            time.perf_counter() - began,
+            [o for o in PUBLISHED if name.startswith('kdoct') and o in maps],
+        )
         agrees = {o: float(np.corrcoef(maps[o].ravel(), maps[name].ravel())[0, 1]) for o in known}
         return dict(images=1, seconds=took, cost=cost, correlation=agrees)
-    return {name: Row(lambda name=name, way=way: turn(name, way), tuple(PUBLISHED) if name.startswith('kdoct') else (), about=dict(network=plan.student))
-            for name, way in cam_maps(model, x, number).items()}
+    return {
+        name: Row(
+            lambda name=name, way=way: turn(name, way),
+            tuple(PUBLISHED) if name.startswith('kdoct') else (),
+            about=dict(network=plan.student),
+        )
+        for name, way in cam_maps(model, x, number).items()
+    }

@@ -38,10 +38,15 @@ from ..evaluate.tables import protocol_of
 # %% ../../nbs/09a_app.cases.ipynb #a1426b4e
 def runs_there()->list[str]:  # the one worked on last is first
     "Names of the runs in the outputs folder; `KdoctError` if there is none."
-    there = sorted(outputs_root().glob('*/run.json'), key=lambda p: (-p.stat().st_mtime, p.parent.name))
+    there = sorted(
+        outputs_root().glob('*/run.json'), key=lambda p: (-p.stat().st_mtime, p.parent.name)
+    )
     if not there:
-        raise KdoctError(f"There is no run in {outputs_root().absolute()}.",
-                         fix="`kdoct demo` makes a first one in about 5 minutes. Runs elsewhere: KDOCT_OUTPUTS=FOLDER kdoct explore")
+        raise KdoctError(
+            f"There is no run in {outputs_root().absolute()}.",
+            fix="`kdoct demo` makes a first one in about 5 minutes. Runs elsewhere: "
+                "KDOCT_OUTPUTS=FOLDER kdoct explore",
+        )
     return [p.parent.name for p in there]
 
 # %% ../../nbs/09a_app.cases.ipynb #494471eb
@@ -60,8 +65,14 @@ def require_model(
     "`KdoctError` with the command that makes a network which is not there."
     if run.is_finished(role, fold): return
     if not run.is_finished('data'):
-        raise KdoctError(f"The data of run '{run.name}' are not prepared.", fix=f"Prepare them first: {stage_command('data', run)}")
-    raise KdoctError(f"Fold {fold} of run '{run.name}' has no trained {role} yet.", fix=f"Train it: {stage_command(role, run, fold)}")
+        raise KdoctError(
+            f"The data of run '{run.name}' are not prepared.",
+            fix=f"Prepare them first: {stage_command('data', run)}",
+        )
+    raise KdoctError(
+        f"Fold {fold} of run '{run.name}' has no trained {role} yet.",
+        fix=f"Train it: {stage_command(role, run, fold)}",
+    )
 
 # %% ../../nbs/09a_app.cases.ipynb #6b726cf9
 def _decided(folder:Path, predictions:pd.DataFrame)->tuple:
@@ -75,15 +86,23 @@ def _read_role(run:Run, fold:int, role:str)->pd.DataFrame:
     path = run.stage_dir(fold, role)/'predictions.parquet'
     df = read_predictions(path)
     if set(df.fold) == {fold}: return df.reset_index(drop=True)
-    raise KdoctError(f"{path} holds predictions of other folds than {fold}.", fix=_again(run, fold, role))
+    raise KdoctError(
+        f"{path} holds predictions of other folds than {fold}.", fix=_again(run, fold, role)
+    )
 
-def _again(run:Run, fold:int, role:str)->str: return f"Delete its folder and train again: {stage_command(role, run, fold)}"
+def _again(run:Run, fold:int, role:str)->str:
+    return f"Delete its folder and train again: {stage_command(role, run, fold)}"
 
 def _aligned(role:str, predictions:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
     has_same_images = sorted(predictions.path) == sorted(first.path)
-    if has_same_images and classes_of(predictions) == classes_of(first): return predictions.set_index('path').loc[first.path].reset_index()
-    raise KdoctError(f"What the {role} predicted is about other images or classes than those of the network it is compared with.", fix=fix)
+    if has_same_images and classes_of(predictions) == classes_of(first):
+        return predictions.set_index('path').loc[first.path].reset_index()
+    raise KdoctError(
+        f"What the {role} predicted is about other images or classes than those of the network it "
+        f"is compared with.",
+        fix=fix,
+    )
 
 # %% ../../nbs/09a_app.cases.ipynb #4eb04cb1
 @dataclass(frozen=True)
@@ -106,9 +125,16 @@ class Cases:
         from kdoct.evaluate.decisions import fitted_on
         d, t = self.decisions.get(self.role), self.predictions
         how = "as the network gives them, not calibrated"
-        if d: how = f"after calibration (temperature {d.temperature:.2f}, fitted on {counted(fitted_on(d)[0], 'patient')})"
-        return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({self.run.recipe.training(self.role).arch}); "
-                f"test part, {counted(len(t), 'image')} of {counted(t.group.nunique(), 'patient (group)', 'patients (groups)')}; probabilities {how}")
+        if d:
+            how = (f"after calibration (temperature {d.temperature:.2f}, fitted on "
+                   f"{counted(fitted_on(d)[0], 'patient')})")
+        return (
+            f"Run {self.run.name}, fold {self.fold}, {self.role} "
+            f"({self.run.recipe.training(self.role).arch}); "
+            f"test part, {counted(len(t), 'image')} of "
+            f"{counted(t.group.nunique(), 'patient (group)', 'patients (groups)')}; "
+            f"probabilities {how}"
+        )
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)
@@ -122,15 +148,37 @@ def open_cases(
     "Read what the networks of a fold say of its test images; `KdoctError` with a command where that is missing."
     require_model(run, fold, role)
     predictions = {r: _read_role(run, fold, r) for r in models_there(run, fold)}
-    first, found = predictions[role], {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()}
+    first, found = (
+        predictions[role],
+        {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()},
+    )
     decisions = {r: j.decision for r, (j, _) in found.items() if j}
-    z = {r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in predictions.items()}
-    p = {r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v)) for r, v in z.items()}
+    z = {
+        r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in predictions.items()
+    }
+    p = {
+        r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v))
+        for r, v in z.items()
+    }
     beside = 'student' if role == 'teacher' else 'teacher'
     of_decision = '; '.join(decisions[role].notes) if role in decisions else ''
-    notes = (*dict.fromkeys(n for _, n in found.values() if n), *([f'Of the decision: {of_decision}.'] if of_decision else []))
+    notes = (
+        *dict.fromkeys(n for _, n in found.values() if n),
+        *([f'Of the decision: {of_decision}.'] if of_decision else []),
+    )
     distances = found[role][0].distance if role in decisions else None
-    return Cases(run, fold, role, beside if beside in predictions else '', classes_of(first), first, p, decisions, distances, notes)
+    return Cases(
+        run,
+        fold,
+        role,
+        beside if beside in predictions else '',
+        classes_of(first),
+        first,
+        p,
+        decisions,
+        distances,
+        notes,
+    )
 
 # %% ../../nbs/09a_app.cases.ipynb #a7b01c53
 def case_table(
@@ -149,7 +197,14 @@ def case_table(
     return t.assign(**decided)
 
 # %% ../../nbs/09a_app.cases.ipynb #20c68b6c
-ORDERS = ('least sure first', 'surest first', 'farthest apart first', 'farthest from training first', 'as in the table')
+ORDERS = (
+    'least sure first',
+    'surest first',
+    'farthest apart first',
+    'farthest from training first',
+    'as in the table',
+)
+
 NO_DECISION = "No decision is fitted in this fold"
 
 @dataclass(frozen=True)
@@ -165,13 +220,17 @@ class CaseFilter:
     high:float=1.           # largest confidence
     order:str=ORDERS[0]     # one of ORDERS
 
+# %% ../../nbs/09a_app.cases.ipynb #e93f8b3c
 def _kept(t:pd.DataFrame, wanted:str, column:pd.Series, yes:str, no:str, what:str)->pd.Series:
     "Rows where a column is as wanted; `KdoctError` where it is not known."
     if not wanted: return pd.Series(True, t.index)
-    if wanted not in (yes, no): raise KdoctError(f"'{wanted}' is no choice.", fix=f"Choose {yes}, {no}, or '' for all.")
-    if column.isna().any(): raise KdoctError(f"{what}, so no image is {yes} or {no}.", fix="Choose all.")
+    if wanted not in (yes, no):
+        raise KdoctError(f"'{wanted}' is no choice.", fix=f"Choose {yes}, {no}, or '' for all.")
+    if column.isna().any():
+        raise KdoctError(f"{what}, so no image is {yes} or {no}.", fix="Choose all.")
     return column.astype(bool) == (wanted == yes)
 
+# %% ../../nbs/09a_app.cases.ipynb #290c3a19
 def pick(
     table:pd.DataFrame,  # from `case_table`
     choice:CaseFilter,   # which of its rows
@@ -182,13 +241,29 @@ def pick(
     if choice.true: keep &= t.label == choice.true
     if choice.predicted: keep &= t.predicted == choice.predicted
     keep &= _kept(t, choice.result, t.right, 'right', 'wrong', '')
-    keep &= _kept(t, choice.beside, (t.other == t.predicted).where(t.apart.notna()), 'same', 'other', "No other network is trained in this fold")
+    keep &= _kept(
+        t,
+        choice.beside,
+        (t.other == t.predicted).where(t.apart.notna()),
+        'same',
+        'other',
+        "No other network is trained in this fold",
+    )
     keep &= _kept(t, choice.deferred, t.deferred, 'deferred', 'decided', NO_DECISION)
     keep &= _kept(t, choice.outlier, t.outlier, 'outlier', 'usual', NO_DECISION)
-    if choice.order not in ORDERS: raise KdoctError(f"'{choice.order}' is no order.", fix=f"Orders: {', '.join(ORDERS)}.")
-    column, down = {ORDERS[0]: ('confidence', False), ORDERS[1]: ('confidence', True), ORDERS[2]: ('apart', True),
-                    ORDERS[3]: ('distance', True)}.get(choice.order, (None, False))
-    found = t[keep] if column is None else t[keep].sort_values(column, ascending=not down, kind='stable')
+    if choice.order not in ORDERS:
+        raise KdoctError(f"'{choice.order}' is no order.", fix=f"Orders: {', '.join(ORDERS)}.")
+    column, down = {
+        ORDERS[0]: ('confidence', False),
+        ORDERS[1]: ('confidence', True),
+        ORDERS[2]: ('apart', True),
+        ORDERS[3]: ('distance', True),
+    }.get(choice.order, (None, False))
+    found = (
+        t[keep]
+        if column is None
+        else t[keep].sort_values(column, ascending=not down, kind='stable')
+    )
     return found.index.to_numpy()
 
 # %% ../../nbs/09a_app.cases.ipynb #c0c113d0
@@ -199,9 +274,14 @@ def selection_table(
 )->pd.DataFrame:         # the columns of `table`, then the probability of each class by each network
     "The chosen test images with everything that is known of them, one row an image."
     t = table.loc[rows].rename(columns={'other': f'predicted_by_{cases.beside or "other"}'})
-    shares = {f'probability_{role}_{c}': p[rows, k] for role, p in cases.probabilities.items() for k, c in enumerate(cases.classes)}
+    shares = {
+        f'probability_{role}_{c}': p[rows, k]
+        for role, p in cases.probabilities.items()
+        for k, c in enumerate(cases.classes)
+    }
     return t.reset_index(drop=True).assign(**shares)
 
+# %% ../../nbs/09a_app.cases.ipynb #e21d565e
 def selection_files(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
@@ -211,9 +291,19 @@ def selection_files(
     chosen = selection_table(cases, table, pick(table, choice))
     rows = chosen.to_csv(index=False, lineterminator='\n').encode()
     name = f'{cases.run.name}-fold{cases.fold}-{cases.role}-{hashlib.sha256(rows).hexdigest()[:8]}'
-    about = dict(about=cases.about, protocol=cases.protocol, choice=asdict(choice), images=len(chosen), patients=chosen.group.nunique())
-    return {f'{name}.csv': rows, f'{name}.json': json.dumps(about, indent=1, ensure_ascii=False).encode()}
+    about = dict(
+        about=cases.about,
+        protocol=cases.protocol,
+        choice=asdict(choice),
+        images=len(chosen),
+        patients=chosen.group.nunique(),
+    )
+    return {
+        f'{name}.csv': rows,
+        f'{name}.json': json.dumps(about, indent=1, ensure_ascii=False).encode(),
+    }
 
+# %% ../../nbs/09a_app.cases.ipynb #7fa9860e
 def save_selection(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
@@ -224,13 +314,19 @@ def save_selection(
     files = selection_files(cases, table, choice)
     if path:
         path = check_out(Path(path).expanduser())
-        if path.suffix.lower() != '.csv': raise KdoctError(f"A selection is saved as CSV, not as '{path.suffix}'.", fix="End the name with .csv.")
-        if path.with_suffix('.json').exists(): raise KdoctError(f"{path.with_suffix('.json')} exists already.", fix="Give another name.")
+        if path.suffix.lower() != '.csv':
+            raise KdoctError(
+                f"A selection is saved as CSV, not as '{path.suffix}'.",
+                fix="End the name with .csv.",
+            )
+        if path.with_suffix('.json').exists():
+            raise KdoctError(
+                f"{path.with_suffix('.json')} exists already.", fix="Give another name."
+            )
     else: path = cases.run.path/'selections'/next(iter(files))
     for place, data in zip((path, path.with_suffix('.json')), files.values(), strict=True):
         with atomic_path(place) as tmp: tmp.write_bytes(data)
     return path
-
 
 # %% ../../nbs/09a_app.cases.ipynb #b81ef376
 class ThresholdStats(NamedTuple):
@@ -242,6 +338,7 @@ class ThresholdStats(NamedTuple):
     sensitivity:tuple         # estimate, low, high; NaN where there is no image of the class
     specificity:tuple         # estimate, low, high; NaN where there is no other image
 
+# %% ../../nbs/09a_app.cases.ipynb #453ba69d
 class Thresholds:
     "One class against the rest, at any threshold."
     def __init__(self,
@@ -250,13 +347,23 @@ class Thresholds:
         evaluate:EvaluateRecipe,   # resamples and level of the intervals
         seed:int=0,                # of the resampling
     ):
-        if name not in cases.classes: raise KdoctError(f"There is no class '{name}'.", fix=f"Classes: {', '.join(cases.classes)}.")
+        if name not in cases.classes:
+            raise KdoctError(
+                f"There is no class '{name}'.", fix=f"Classes: {', '.join(cases.classes)}."
+            )
         self.name, self.level, self.n_classes = name, evaluate.level, len(cases.classes)
-        self.p, self.y = cases.probabilities[cases.role][:, cases.classes.index(name)], targets_of(cases.predictions)
+        self.p, self.y = (
+            cases.probabilities[cases.role][:, cases.classes.index(name)],
+            targets_of(cases.predictions),
+        )
         self.positive = self.y == cases.classes.index(name)
         names, self.groups = np.unique(cases.predictions.group.astype(str), return_inverse=True)
         self.n_groups = len(names)
-        self.weights = group_weights(len(names), evaluate.n_boot, seed).astype(np.float32) if len(names) > 1 else None
+        self.weights = (
+            group_weights(len(names), evaluate.n_boot, seed).astype(np.float32)
+            if len(names) > 1
+            else None
+        )
 
 # %% ../../nbs/09a_app.cases.ipynb #532acb94
 @patch
@@ -266,24 +373,40 @@ def _share(self:Thresholds, yes:np.ndarray, of:np.ndarray)->tuple[float, float, 
     share = float((yes & of).sum()/of.sum())
     if self.weights is None: return share, np.nan, np.nan
     top, all_ = (self.weights @ np.bincount(self.groups, m, self.n_groups) for m in (yes & of, of))
-    return share, *np.quantile(top[all_ > 0]/all_[all_ > 0], [(1 - self.level)/2, (1 + self.level)/2]).tolist()
+    return share, *np.quantile(
+        top[all_ > 0] / all_[all_ > 0], [(1 - self.level) / 2, (1 + self.level) / 2]
+    ).tolist()
 
+# %% ../../nbs/09a_app.cases.ipynb #a9ce3cf1
 @patch
 def at(self:Thresholds,
     threshold:float,  # 0 to 1
 )->ThresholdStats:
     "What this threshold does."
     predicted = self.p >= threshold
-    counts = [np.bincount(self.y[m], minlength=self.n_classes) for m in (predicted, np.ones(len(predicted), bool))]
-    return ThresholdStats(self.name, float(threshold), *counts, self._share(predicted, self.positive), self._share(~predicted, ~self.positive))
+    counts = [
+        np.bincount(self.y[m], minlength=self.n_classes)
+        for m in (predicted, np.ones(len(predicted), bool))
+    ]
+    return ThresholdStats(
+        self.name,
+        float(threshold),
+        *counts,
+        self._share(predicted, self.positive),
+        self._share(~predicted, ~self.positive),
+    )
 
+# %% ../../nbs/09a_app.cases.ipynb #fe68900d
 @patch
 def curves(self:Thresholds,
     steps:int=101,  # thresholds from 0 to 1
 )->np.ndarray:      # (3, steps): threshold, sensitivity, specificity
     "Both shares at all thresholds."
     t = np.linspace(0, 1, steps)
-    below = [np.searchsorted(np.sort(self.p[m]), t, 'left')/(m.sum() or np.nan) for m in (self.positive, ~self.positive)]
+    below = [
+        np.searchsorted(np.sort(self.p[m]), t, 'left') / (m.sum() or np.nan)
+        for m in (self.positive, ~self.positive)
+    ]
     return np.stack([t, 1 - below[0], below[1]])
 
 # %% ../../nbs/09a_app.cases.ipynb #d3c2658d
@@ -296,8 +419,13 @@ def read_case(
     root = Path(run.stage('data')['root'])
     try: data = read_image_bytes(root/path)
     except KdoctError as e:
-        raise KdoctError(f"{path} is not in {root} as it was when the run was made: {e.detail}.",
-                         fix=f"Bring the folder back, or link its new place there: ln -s NEW_PLACE {root}") from e
+        raise KdoctError(
+            f"{path} is not in {root} as it was when the run was made: {e.detail}.",
+            fix=f"Bring the folder back, or link its new place there: ln -s NEW_PLACE {root}",
+        ) from e
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise KdoctError(f"{root/path} has changed since the audit: it is not the image that was predicted.", fix="Bring the file back, or make a new run.")
+        raise KdoctError(
+            f"{root / path} has changed since the audit: it is not the image that was predicted.",
+            fix="Bring the file back, or make a new run.",
+        )
     return decode_image(data)[0]

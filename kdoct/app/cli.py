@@ -30,45 +30,127 @@ from kdoct.core.recipe import (
 from ..core.runs import create_run, open_run, Run, run_of
 
 # %% ../../nbs/10_app.cli.ipynb #54187f9b
-app = typer.Typer(help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.", no_args_is_help=True,
-                  add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-PresetOption = Annotated[str, typer.Option('--preset', help=f"Recipe to start from: {', '.join(PRESETS)}.")]
-RunOption = Annotated[str, typer.Option('--run', help="Name of the run, a folder in outputs/. Default: the preset's name, with the source's.")]
-SourceOption = Annotated[str, typer.Option('--source', help="Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
-                                                     "Default: the preset's.")]
-RootOption = Annotated[str, typer.Option('--data-root', help="Folder of the images (csv: the table).")]
-PatternOption = Annotated[str, typer.Option('--group-pattern', help="Source folder: regular expression whose first group (in round brackets) is the "
-                                            "patient in the path, e.g. '(P\\d+)_'.")]
-ClassesOption = Annotated[str, typer.Option('--classes', help="Classes in the order of the logits, with commas: NORMAL,DRUSEN,CNV. Default: all, sorted.")]
-SetOption = Annotated[list[str], typer.Option('--set', help="Change a recipe field: --set student.epochs=3. Repeatable. `kdoct recipe` lists all.")]
-TeacherOption = Annotated[list[Path], typer.Option('--teacher', help="Model folder of a trained network that teaches as it is (of a run, of `kdoct "
-                                                   "import`, or a bundle). Repeatable; takes the place of the preset's teachers.")]
-NotebooksOption = Annotated[Path|None, typer.Option('--notebooks', help="Folder of edited stage notebooks, see `kdoct notebooks`.")]
+PresetOption = Annotated[
+    str, typer.Option('--preset', help=f"Recipe to start from: {', '.join(PRESETS)}.")
+]
 
-def _recipe(preset_name:str, source:str, data_root:str, changes:list[str], teachers:list[Path]=(), **data):
+RunOption = Annotated[
+    str,
+    typer.Option(
+        '--run',
+        help="Name of the run, a folder in outputs/. Default: the preset's name, with "
+             "the source's.",
+    ),
+]
+
+# %% ../../nbs/10_app.cli.ipynb #20bd6894
+SourceOption = Annotated[
+    str,
+    typer.Option(
+        '--source',
+        help="Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
+        "Default: the preset's.",
+    ),
+]
+
+RootOption = Annotated[
+    str, typer.Option('--data-root', help="Folder of the images (csv: the table).")
+]
+
+PatternOption = Annotated[
+    str,
+    typer.Option(
+        '--group-pattern',
+        help="Source folder: regular expression whose first group (in round brackets) is the "
+        "patient in the path, e.g. '(P\\d+)_'.",
+    ),
+]
+
+# %% ../../nbs/10_app.cli.ipynb #cf3735f3
+ClassesOption = Annotated[
+    str,
+    typer.Option(
+        '--classes',
+        help="Classes in the order of the logits, with commas: NORMAL,DRUSEN,CNV. Default: "
+             "all, sorted.",
+    ),
+]
+
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        '--set',
+        help="Change a recipe field: --set student.epochs=3. Repeatable. `kdoct recipe` lists all.",
+    ),
+]
+
+TeacherOption = Annotated[
+    list[Path],
+    typer.Option(
+        '--teacher',
+        help="Model folder of a trained network that teaches as it is (of a run, of `kdoct "
+        "import`, or a bundle). Repeatable; takes the place of the preset's teachers.",
+    ),
+]
+
+# %% ../../nbs/10_app.cli.ipynb #98577b0f
+NotebooksOption = Annotated[
+    Path | None,
+    typer.Option('--notebooks', help="Folder of edited stage notebooks, see `kdoct notebooks`."),
+]
+
+def _recipe(
+    preset_name:str,
+    source:str,
+    data_root:str,
+    changes:list[str],
+    teachers:list[Path] = (),
+    **data,
+):
     "The recipe that the options describe."
-    given = {'data.source': source, 'data.root': data_root} | {f'data.{k}': v for k, v in data.items()}
+    given = {'data.source': source, 'data.root': data_root} | {
+        f'data.{k}': v for k, v in data.items()
+    }
     overrides = {k: v for k, v in given.items() if v} | (own_teachers(teachers) if teachers else {})
     for change in changes: overrides |= parse_overrides(change)
     return preset(preset_name, **overrides)
 
 def _name_of(run:str, preset_name:str, recipe)->str:
     "The run's name: the one given, else the preset's, with the source's where the preset has another."
-    names_its_source = recipe.data.source == 'phantom' or preset_name.endswith(f'-{recipe.data.source}')
+    names_its_source = recipe.data.source == 'phantom' or preset_name.endswith(
+        f'-{recipe.data.source}'
+    )
     return run or (preset_name if names_its_source else f'{preset_name}-{recipe.data.source}')
 
-def _run(preset_name:str, run:str, source:str, data_root:str, changes:list[str], folds:str, teachers:list[Path]=(), **data):
+# %% ../../nbs/10_app.cli.ipynb #f75246e0
+def _run(
+    preset_name:str,
+    run:str,
+    source:str,
+    data_root:str,
+    changes:list[str],
+    folds:str,
+    teachers:list[Path] = (),
+    **data,
+):
     "The run that the options describe, and its folds; `KdoctError`, before it is made, if its images, networks, weights or folds are not to be had."
     recipe = _recipe(preset_name, source, data_root, changes, teachers, **data)
     name = _name_of(run, preset_name, recipe)
-    if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)   # at once; `new_run` asks too, after torch is there
+    # at once; `new_run` asks too, after torch is there
+    if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)
     require_archs(recipe)
     for role in recipe.roles: require_weights(recipe.training(role))
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
     numbers = parse_folds(folds, recipe.data.n_folds)
     return new_run(name, recipe), numbers
-
 
 # %% ../../nbs/10_app.cli.ipynb #a147c5f5
 def _all_stages(run, numbers:list[int], notebooks):
@@ -82,13 +164,19 @@ def _all_stages(run, numbers:list[int], notebooks):
     from kdoct.app.report import report_html
     report = report_html(run, numbers, result=evaluate_run(run, numbers))
     typer.echo("\nFiles:")
-    for p in [report, run.json, *sorted(run.path.glob('fold_*/notebooks/*.ipynb')), *sorted(run.path.glob('fold_*/figures/*.png'))]:
+    for p in [
+        report,
+        run.json,
+        *sorted(run.path.glob('fold_*/notebooks/*.ipynb')),
+        *sorted(run.path.glob('fold_*/figures/*.png')),
+    ]:
         typer.echo(f'  {_short(p)}')
 
 def _short(p:Path)->str:
     "A path as seen from here, where it lies below."
     return str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p)
 
+# %% ../../nbs/10_app.cli.ipynb #e33f19ae
 @app.command()
 def demo(
     run:RunOption='', changes:SetOption=[], notebooks:NotebooksOption=None,  # noqa: B006 (typer copies it)
@@ -96,6 +184,7 @@ def demo(
     "Simulate a data set and run every stage of fold 0 on it: about 5 minutes on 2 cores."
     _all_stages(*_run('demo', run, '', '', changes, '0'), notebooks)
 
+# %% ../../nbs/10_app.cli.ipynb #0662f39c
 @app.command()
 def crossval(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', run:RunOption='',
@@ -104,7 +193,20 @@ def crossval(
     teachers:TeacherOption=[], changes:SetOption=[], notebooks:NotebooksOption=None,  # noqa: B006
 ):
     "Data, teacher, student, baseline and evaluation of several folds; the same command continues after an interruption."
-    _all_stages(*_run(preset_name, run, source, data_root, changes, folds, teachers, group_pattern=group_pattern, classes=classes), notebooks)
+    _all_stages(
+        *_run(
+            preset_name,
+            run,
+            source,
+            data_root,
+            changes,
+            folds,
+            teachers,
+            group_pattern=group_pattern,
+            classes=classes,
+        ),
+        notebooks,
+    )
 
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
@@ -120,17 +222,22 @@ def _echo_verdict(run):
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
     else: typer.echo(f"\n{'WARNING: ' if verdict == 'above' else ''}{words}")
 
+# %% ../../nbs/10_app.cli.ipynb #211a867e
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', group_pattern:PatternOption='',
     classes:ClassesOption='', changes:SetOption=[],  # noqa: B006
-    out:Annotated[Path|None, typer.Option(help="Where to write all findings as CSV. Default: a file in outputs/audit.")]=None,
-    probe:Annotated[bool, typer.Option(help="Ask how well the class can be told from what is not retina.")]=True,
+    out:Annotated[Path|None, typer.Option(help="Where to write all findings as CSV. Default: a "
+                                               "file in outputs/audit.")]=None,
+    probe:Annotated[bool, typer.Option(help="Ask how well the class can be told from what is "
+                                            "not retina.")]=True,
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
     from kdoct.data.audit import audit_page
     from kdoct.data.stage import list_and_audit, plan_folds, write_findings
-    recipe = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes)
+    recipe = _recipe(
+        preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
+    )
     listing, result = list_and_audit(recipe.data)
     name = re.sub(r'[^\w.-]+', '-', f'{recipe.data.source}-{listing.root.name}').strip('-')
     out = out or outputs_root()/'audit'/f'{name}.csv'
@@ -139,6 +246,7 @@ def audit(
     if probe: _echo_probe(result.table, listing.root)
     plan_folds(result, recipe, _short(out))
 
+# %% ../../nbs/10_app.cli.ipynb #3824b2d6
 def _look_first(name:str):
     "What `folds` does before it makes a run of that name: the audit, and folds as a trial. What it refuses leaves its findings, and no run."
     from kdoct.data.stage import list_and_audit, plan_folds, write_findings
@@ -152,6 +260,7 @@ def _look_first(name:str):
         return seen
     return look
 
+# %% ../../nbs/10_app.cli.ipynb #3b737d4c
 @app.command()
 def folds(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', run:RunOption='',
@@ -162,15 +271,23 @@ def folds(
 
     from kdoct.data.audit import PART_WORDS
     from kdoct.data.stage import folds_of, prepare_data
-    recipe = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes)
+    recipe = _recipe(
+        preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
+    )
     name = _name_of(run, preset_name, recipe)
     the_run = create_run(name, recipe, _look_first(name))
     prepare_data(the_run)
     _echo_verdict(the_run)
-    rows = folds_of(the_run).merge(pd.read_parquet(the_run.path/'table.parquet')[['path', 'label']], on='path')
+    rows = folds_of(the_run).merge(
+        pd.read_parquet(the_run.path / 'table.parquet')[['path', 'label']], on='path'
+    )
     typer.echo('\nImages of each class:')
     parts = rows.role.map(PART_WORDS)
-    typer.echo(pd.crosstab([rows.fold, parts], rows.label, rownames=['fold', 'part'], colnames=['class']).to_string())
+    typer.echo(
+        pd.crosstab(
+            [rows.fold, parts], rows.label, rownames=['fold', 'part'], colnames=['class']
+        ).to_string()
+    )
     typer.echo(f"\nWritten to {_short(the_run.folds_csv)}")
 
 # %% ../../nbs/10_app.cli.ipynb #d9b2a067
@@ -184,19 +301,23 @@ def report(
 
 @app.command()
 def notebooks(
-    folder:Annotated[Path, typer.Argument(help="Where to write them; must not hold any of them yet.")],
+    folder:Annotated[Path, typer.Argument(help="Where to write them; must not hold any "
+                                               "of them yet.")],
 ):
     "Write the stage notebooks to a folder, to read, run and edit."
     from kdoct.app.crossval import write_notebooks
     for p in write_notebooks(folder): typer.echo(p)
 
+# %% ../../nbs/10_app.cli.ipynb #716425b8
 @app.command()
 def recipe(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', group_pattern:PatternOption='',
     classes:ClassesOption='', changes:SetOption=[],  # noqa: B006
 ):
     "List every recipe field with its value, meaning and unit, as `crossval` with the same options would use it."
-    values = _recipe(preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes)
+    values = _recipe(
+        preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
+    )
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
@@ -209,44 +330,82 @@ def runs():
     for p in sorted(outputs_root().glob('*/run.json')):
         about = read_json(p)
         done = [k for k, v in about['stages'].items() if v.get('status') == 'done']
-        typer.echo(f"{about['name']}: {about['recipe']['data']['source']}, done: {', '.join(done) or 'nothing'}")
+        typer.echo(
+            f"{about['name']}: {about['recipe']['data']['source']}, done: "
+            f"{', '.join(done) or 'nothing'}"
+        )
 
 # %% ../../nbs/10_app.cli.ipynb #48938fd1
 @app.command('import')
 def import_(
-    file:Annotated[Path, typer.Argument(help="State dict of a timm model: .pth, .pt, .bin or .safetensors. Nothing in it is executed.")],
+    file:Annotated[Path, typer.Argument(help="State dict of a timm model: .pth, .pt, .bin or "
+                                             ".safetensors. Nothing in it is executed.")],
     model:Annotated[str, typer.Option(help="timm model name, e.g. efficientnet_b2.")],
-    classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's authors: NORMAL,DRUSEN,CNV (NEH), CNV,DME,DRUSEN,NORMAL (UCSD).")],
+    classes:Annotated[str, typer.Option(help="Classes in the order of the logits. KD-OCT's "
+                                             "authors: NORMAL,DRUSEN,CNV (NEH), "
+                                             "CNV,DME,DRUSEN,NORMAL (UCSD).")],
     size:Annotated[int, typer.Option(min=32, help="Side of the square input [px].")]=384,
     role:Annotated[str, typer.Option(help="teacher, student or baseline.")]='student',
-    out:Annotated[Path|None, typer.Option(help="The model folder. Default: outputs/imported/NAME-OF-THE-FILE.")]=None,
-    mean:Annotated[str, typer.Option(help="Mean that the weights expect, of red, green and blue from 0 to 1: 0.485,0.456,0.406. "
+    out:Annotated[Path|None, typer.Option(help="The model folder. Default: "
+                                               "outputs/imported/NAME-OF-THE-FILE.")]=None,
+    mean:Annotated[str, typer.Option(help="Mean that the weights expect, of red, green and blue "
+                                          "from 0 to 1: 0.485,0.456,0.406. "
                                      "Default: timm's own for the model.")]='',
-    std:Annotated[str, typer.Option(help="Standard deviation, in the same way: 0.229,0.224,0.225. Default: timm's own.")]='',
-    interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's authors) or bicubic. Default: timm's own.")]='',
+    std:Annotated[str, typer.Option(help="Standard deviation, in the same way: 0.229,0.224,0.225. "
+                                         "Default: timm's own.")]='',
+    interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's "
+                                                   "authors) or bicubic. Default: timm's own.")]='',
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models.backbones import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
-    about = import_model_folder(file, model, [c.strip() for c in classes.split(',')], folder, size, role,
-                          _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None)
-    typer.echo(f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes {', '.join(about['classes'])}: {_short(folder)}")
+    about = import_model_folder(
+        file,
+        model,
+        [c.strip() for c in classes.split(',')],
+        folder,
+        size,
+        role,
+        _numbers(mean, '--mean'),
+        _numbers(std, '--std'),
+        interpolation or None,
+    )
+    typer.echo(
+        f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes "
+        f"{', '.join(about['classes'])}: {_short(folder)}"
+    )
     typer.echo(_what_is_taken_for_granted(about, mean, std, interpolation))
     typer.echo(_what_to_do_with(folder, 'teacher' if role == 'teacher' else 'student'))
 
+# %% ../../nbs/10_app.cli.ipynb #d58758ce
 def _numbers(text:str, option:str)->list[float]|None:
     "Numbers with commas between them; None where nothing is given."
     try: return [float(v) for v in text.split(',')] if text else None
-    except ValueError: raise KdoctError(f"{option} {text}: these are no numbers.", fix=f"Three of them, with commas: {option} 0.5,0.5,0.5") from None
+    except ValueError: raise KdoctError(f"{option} {text}: these are "
+                                        f"no numbers.", fix=f"Three of them, with commas: {option} "
+                                                            f"0.5,0.5,0.5") from None
 
 def _what_is_taken_for_granted(about:dict, mean:str, std:str, interpolation:str)->str:
     "Normalisation and resize of an imported network, and where they are from."
     def numbers(name): return ', '.join(f'{v:.4g}' for v in about[name])
-    assumed = [option for option, given in (('--mean', mean), ('--std', std), ('--interpolation', interpolation)) if not given]
-    doubt = f" ({', '.join(assumed)}: timm's own for this model. If it was trained with others, import it again with them.)" if assumed else ''
-    return (f"Pictures are resized {about['interpolation']}, and normalised by mean {numbers('mean')} and standard deviation {numbers('std')}.{doubt}\n"
-            "Which images it was trained on is not known.")
+    assumed = [
+        option
+        for option, given in (('--mean', mean), ('--std', std), ('--interpolation', interpolation))
+        if not given
+    ]
+    doubt = (
+        f" ({', '.join(assumed)}: timm's own for this model. If it was trained with others, import "
+        f"it again with them.)"
+        if assumed
+        else ''
+    )
+    return (
+        f"Pictures are resized {about['interpolation']}, and normalised by mean {numbers('mean')} "
+        f"and standard deviation {numbers('std')}.{doubt}\n"
+        "Which images it was trained on is not known."
+    )
 
+# %% ../../nbs/10_app.cli.ipynb #94c6a00e
 def _what_to_do_with(folder:Path, role:str)->str:
     "Commands that go on with an imported network."
     there = shlex.quote(str(_short(folder)))
@@ -267,14 +426,18 @@ def baseline_svm(
     for k in parse_folds(folds, the_run.recipe.data.n_folds):
         about = run_hog_svm(the_run, k)
         score = about['metrics']['validation']['balanced_accuracy']
-        typer.echo(f"fold {k}: C {about['C']:g}, validation balanced accuracy {score:.3f}: {_short(the_run.stage_dir(k, 'hog_svm'))}")
+        typer.echo(
+            f"fold {k}: C {about['C']:g}, validation balanced accuracy {score:.3f}: "
+            f"{_short(the_run.stage_dir(k, 'hog_svm'))}"
+        )
 
 # %% ../../nbs/10_app.cli.ipynb #6762fc90
 @app.command()
 def explain(
     run:Annotated[str, typer.Argument(help="Name of the run; its networks must be trained.")],
     folds:Annotated[str, typer.Option(help="Folds, counted from 0: 0,1 or 0-4 or all.")]='all',
-    changes:Annotated[list[str], typer.Option('--set', help="Change how it is explained: --set explain.images=100. Repeatable.")]=[],  # noqa: B006
+    changes:Annotated[list[str], typer.Option('--set', help="Change how it is explained: --set "
+                                                            "explain.images=100. Repeatable.")]=[],  # noqa: B006
     notebooks:NotebooksOption=None,
 ):
     "Where teacher, student and baseline look: maps, what they are worth, and who agrees with whom; written into the report."
@@ -283,36 +446,57 @@ def explain(
     from kdoct.app.report import report_html
     overrides = {k: v for change in changes for k, v in parse_overrides(change).items()}
     if wrong := [k for k in overrides if not k.startswith('explain.')]:
-        raise KdoctError(f"{', '.join(wrong)} cannot be changed in a finished run.",
-                         fix="Change fields that begin with explain. only; `kdoct recipe` lists them.")
+        raise KdoctError(
+            f"{', '.join(wrong)} cannot be changed in a finished run.",
+            fix="Change fields that begin with explain. only; `kdoct recipe` lists them.",
+        )
     the_run = new_run(run, open_run(run).recipe.override(**overrides))
     numbers = parse_folds(folds, the_run.recipe.data.n_folds)
-    for k in numbers: typer.echo(f'fold {k}: {_short(run_stage(the_run, "explain", k, notebooks, overrides))}')
-    for s in explanation_sections(the_run, numbers).values(): typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
+    for k in numbers:
+        typer.echo(f'fold {k}: {_short(run_stage(the_run, "explain", k, notebooks, overrides))}')
+    for s in explanation_sections(the_run, numbers).values():
+        typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
     typer.echo(f'\n{_short(report_html(the_run))}')
 
 # %% ../../nbs/10_app.cli.ipynb #149ad38b
 @app.command()
 def bench(
     what:Annotated[str, typer.Argument(help="input, step, cache, infer or score-cam.")],
-    teacher:Annotated[str, typer.Option(help="timm name; weights are random, which changes no time.")]='convnextv2_tiny',
-    student:Annotated[str, typer.Option(help="timm name; score-cam explains this network.")]='efficientnet_b2',
-    size:Annotated[int, typer.Option(help="Side of the pictures [px]. Default: 384 for input, else 224.")]=0,
+    teacher:Annotated[str, typer.Option(help="timm name; weights are random, which "
+                                             "changes no time.")]='convnextv2_tiny',
+    student:Annotated[str, typer.Option(help="timm name; score-cam explains "
+                                             "this network.")]='efficientnet_b2',
+    size:Annotated[int, typer.Option(help="Side of the pictures [px]. Default: 384 for "
+                                          "input, else 224.")]=0,
     batch:Annotated[int, typer.Option(min=1, help="Images a batch; the authors' number is 8.")]=8,
     rounds:Annotated[int, typer.Option(min=1, help="Turns of each row that are counted.")]=5,
     seconds:Annotated[float, typer.Option(help="No new round begins after this time [s].")]=90.,
     steps:Annotated[int, typer.Option(help="Batches a turn. Default: 16 for input, else 8.")]=0,
     images:Annotated[int, typer.Option(min=8, help="Files that are drawn from.")]=64,
     source:SourceOption='', data_root:RootOption='',
-    compile:Annotated[bool, typer.Option('--compile', help="Our student compiled (step, cache), or as further rows (infer); takes minutes.")]=False,
+    compile:Annotated[bool, typer.Option('--compile', help="Our student compiled (step, cache), or "
+                                                           "as further rows (infer); "
+                                                           "takes minutes.")]=False,
     out:Annotated[Path|None, typer.Option(help="Write the record as JSON.")]=None,
 ):
     "Time this library beside the reference's pattern, in turns: ratios within a round, share of what the machine could do."
     from kdoct.app.bench import bench as run_bench
     from kdoct.app.bench import table
     from kdoct.core.files import write_json
-    record = run_bench(what, teacher=teacher, student=student, size=size, batch=batch, rounds=rounds, seconds=seconds, steps=steps, images=images,
-                       source=source, root=data_root, compile=compile)
+    record = run_bench(
+        what,
+        teacher=teacher,
+        student=student,
+        size=size,
+        batch=batch,
+        rounds=rounds,
+        seconds=seconds,
+        steps=steps,
+        images=images,
+        source=source,
+        root=data_root,
+        compile=compile,
+    )
     typer.echo(table(record))
     if out:
         write_json(out, record)
@@ -322,83 +506,147 @@ def bench(
 @app.command()
 def export(
     network:Annotated[str, typer.Argument(metavar='RUN|FOLDER',
-                                              help="Name of a run whose network is trained, or a model folder (of a run, or of `kdoct import`).")],
-    fold:Annotated[int|None, typer.Option(min=0, help="Fold of the run, counted from 0. Default: 0.")]=None,
-    role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME of the run. Default: student.")]='',
-    images:Annotated[Path|None, typer.Option(help="Folder of pictures on which the formats are checked; needed for a model folder without a run.")]=None,
-    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: bundle, in the model folder (outputs/RUN/fold_K/ROLE).")]=None,
-    formats:Annotated[str, typer.Option(help="Beside PyTorch: onnx, openvino, int8, with commas.")]='onnx,openvino,int8',
-    key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct make-keys` makes one.")]=None,
+                                              help="Name of a run whose network is trained, or a "
+                                                   "model folder (of a run, or of "
+                                                   "`kdoct import`).")],
+    fold:Annotated[int|None, typer.Option(min=0, help="Fold of the run, counted from 0. "
+                                                      "Default: 0.")]=None,
+    role:Annotated[str, typer.Option(help="student, baseline, teacher or teacher-NAME of the run. "
+                                          "Default: student.")]='',
+    images:Annotated[Path|None, typer.Option(help="Folder of pictures on which the formats are "
+                                                  "checked; needed for a model folder "
+                                                  "without a run.")]=None,
+    out:Annotated[Path|None, typer.Option(help="Folder of the bundle. Default: bundle, in the "
+                                               "model folder (outputs/RUN/fold_K/ROLE).")]=None,
+    formats:Annotated[str, typer.Option(help="Beside PyTorch: onnx, openvino, int8, "
+                                             "with commas.")]='onnx,openvino,int8',
+    key:Annotated[Path|None, typer.Option(help="Private key to sign the bundle with; `kdoct "
+                                               "make-keys` makes one.")]=None,
 ):
     "Write a bundle: one graph from picture to calibrated probabilities, each format checked against PyTorch and timed, model card, hashes, signature."
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
     from kdoct.deploy.stage import export_fold, export_folder
-    written = export_fold(*place, out, chosen, key) if isinstance(place[0], Run) else export_folder(*place, out, chosen, key)
+    written = (
+        export_fold(*place, out, chosen, key)
+        if isinstance(place[0], Run)
+        else export_folder(*place, out, chosen, key)
+    )
     typer.echo(_short(written))
 
+# %% ../../nbs/10_app.cli.ipynb #97376d7a
 def _network_of(network:str, fold:int|None, role:str, images:Path|None)->tuple:
     "What `kdoct export` is about: (run, fold, role), or (model folder, pictures) where there is no run; `KdoctError` if it is neither, or options do not fit."
     folder = Path(network)
     is_run = (outputs_root()/network/'run.json').is_file()
     if not is_run and not folder.is_dir():
-        raise KdoctError(f"There is neither a run nor a model folder '{network}'.", fix="`kdoct runs` lists the runs, `kdoct import` writes a model folder.")
+        raise KdoctError(
+            f"There is neither a run nor a model folder '{network}'.",
+            fix="`kdoct runs` lists the runs, `kdoct import` writes a model folder.",
+        )
     if is_run: place = open_run(network), fold or 0, role or 'student'
     elif fold is not None or role:
-        raise KdoctError(f"{network} is a folder; --fold and --role are for the name of a run.", fix="Leave them out, or give the name of the run.")
+        raise KdoctError(
+            f"{network} is a folder; --fold and --role are for the name of a run.",
+            fix="Leave them out, or give the name of the run.",
+        )
     else: place = _run_of_model_folder(folder)
-    if place and images: raise KdoctError(f"Run '{place[0].name}' has images of its own to check the formats on.", fix="Leave --images out.")
+    if place and images:
+        raise KdoctError(
+            f"Run '{place[0].name}' has images of its own to check the formats on.",
+            fix="Leave --images out.",
+        )
     if place: return place
     if images is None:
-        raise KdoctError(f"{network} belongs to no run here, so there are no images to check the formats on.",
-                         fix="Give some of the kind that it was trained on: --images DIR")
-    if not images.exists(): raise KdoctError(f"There is no folder {images}.", fix="Give a folder of pictures: --images DIR")
+        raise KdoctError(
+            f"{network} belongs to no run here, so there are no images to check the formats on.",
+            fix="Give some of the kind that it was trained on: --images DIR",
+        )
+    if not images.exists():
+        raise KdoctError(
+            f"There is no folder {images}.", fix="Give a folder of pictures: --images DIR"
+        )
     return folder, images
 
+# %% ../../nbs/10_app.cli.ipynb #f758a503
 def _run_of_model_folder(folder:Path)->tuple|None:
     "The run that a folder belongs to, None where there is none; `KdoctError` if it is no model folder, or a bundle already."
-    if (folder/'bundle.json').exists(): raise KdoctError(f"{folder} is a bundle already.", fix="`kdoct predict` opens it as it is.")
+    if (folder/'bundle.json').exists():
+        raise KdoctError(f"{folder} is a bundle already.", fix="`kdoct predict` opens it as it is.")
     if not (folder/'model.json').is_file():
-        raise KdoctError(f"{folder} is no model folder: it has no model.json.",
-                         fix="Give the name of a run, or a folder with model.safetensors and model.json.")
+        raise KdoctError(
+            f"{folder} is no model folder: it has no model.json.",
+            fix="Give the name of a run, or a folder with model.safetensors and model.json.",
+        )
     return run_of(folder)
 
 @app.command('make-keys')
 def make_keys(
-    path:Annotated[Path, typer.Argument(help="File of the private key; the public one gets .pub behind its name.")],
+    path:Annotated[Path, typer.Argument(help="File of the private key; the public one gets .pub "
+                                             "behind its name.")],
 ):
     "Make a pair of keys: the private one signs bundles and stays with you, the public one goes to those who check them."
     from kdoct.deploy.bundle import new_keys
     private, public = new_keys(path)
-    typer.echo(f"{_short(private)}: signs, kdoct export RUN --key ...\n{_short(public)}: checks, kdoct predict BUNDLE FILES --key ...")
+    typer.echo(
+        f"{_short(private)}: signs, kdoct export RUN --key ...\n{_short(public)}: checks, kdoct "
+        f"predict BUNDLE FILES --key ..."
+    )
 
 # %% ../../nbs/10_app.cli.ipynb #a1095ec1
 @app.command()
 def predict(
     network:Annotated[Path, typer.Argument(metavar='BUNDLE|FOLDER',
-                                               help="A bundle, which `kdoct export` writes, or a model folder (of a run, or of `kdoct import`).")],
-    paths:Annotated[list[Path], typer.Argument(help="Pictures, TIFF, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds, .img, and folders of them.")],
-    out:Annotated[Path|None, typer.Option(help="Rows of the B-scans: .csv, .json, .jsonl or .parquet. Default: CSV to standard output.")]=None,
-    volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the deciding B-scans.")]=None,
-    volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the most severe class that enough B-scans show). "
-                                            "Default: the network's rule, with which it was evaluated.")]='',
-    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for the rule worst. Default: the network's number.")]=None,
-    engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. Default: the fastest that passed its checks; "
+                                               help="A bundle, which `kdoct export` writes, or a "
+                                                    "model folder (of a run, or of "
+                                                    "`kdoct import`).")],
+    paths:Annotated[list[Path], typer.Argument(help="Pictures, TIFF, DICOM, .vol, HEYEX .xml, "
+                                                    ".e2e, .fda, .fds, .img, and "
+                                                    "folders of them.")],
+    out:Annotated[Path|None, typer.Option(help="Rows of the B-scans: .csv, .json, .jsonl or "
+                                               ".parquet. Default: CSV to standard output.")]=None,
+    volumes_out:Annotated[Path|None, typer.Option(help="Rows of the volumes, with the "
+                                                       "deciding B-scans.")]=None,
+    volume_rule:Annotated[str, typer.Option(help="How B-scans decide a volume: mean, or worst (the "
+                                                 "most severe class that enough B-scans show). "
+                                            "Default: the network's rule, with which it "
+                                            "was evaluated.")]='',
+    min_slices:Annotated[int|None, typer.Option(min=1, help="B-scans that must show a class for "
+                                                            "the rule worst. Default: the "
+                                                            "network's number.")]=None,
+    engine:Annotated[str, typer.Option(help="torch, onnx, openvino, openvino-bf16 or int8. "
+                                            "Default: the fastest that passed its checks; "
                                        "a model folder has torch only.")]='',
     threads:Annotated[int, typer.Option(min=0, help="Of the engine; 0: its own choice.")]=0,
-    workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a core, 4 at most.")]=0,
+    workers:Annotated[int, typer.Option(min=0, help="Files read at once; 0: one a "
+                                                    "core, 4 at most.")]=0,
     batch:Annotated[int, typer.Option(min=1, help="Most pictures asked about at once.")]=32,
-    key:Annotated[Path|None, typer.Option(help="Public key that the bundle must be signed with.")]=None,
+    key:Annotated[Path|None, typer.Option(help="Public key that the bundle must be "
+                                               "signed with.")]=None,
 ):
     "What a network says of files: a row a B-scan, a row a volume; a bad file is a row too, and makes the exit status 1."
     from kdoct.deploy.predict import predict_files
-    counts = predict_files(network, paths, out, volumes_out, volume_rule, min_slices, engine=engine, threads=threads, workers=workers, batch=batch, key=key)
+    counts = predict_files(
+        network,
+        paths,
+        out,
+        volumes_out,
+        volume_rule,
+        min_slices,
+        engine=engine,
+        threads=threads,
+        workers=workers,
+        batch=batch,
+        key=key,
+    )
     if counts.get('failed'): raise typer.Exit(1)
 
+# %% ../../nbs/10_app.cli.ipynb #39440e52
 @app.command()
 def explore(
-    run:Annotated[str, typer.Argument(help="Run to open first. Default: the one worked on last.")]='',
+    run:Annotated[str, typer.Argument(help="Run to open first. Default: the one "
+                                           "worked on last.")]='',
     port:Annotated[int, typer.Option(min=1024, help="Port of localhost.")]=8866,
     browser:Annotated[bool, typer.Option(help="Open the page.")]=True,
 ):

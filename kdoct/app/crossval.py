@@ -36,10 +36,16 @@ def parse_folds(
     for part in text.split(','):
         first, _, last = part.partition('-')
         if int(last or first) < int(first):
-            raise KdoctError(f"'{part}' does not name folds.", fix=f"Write the smaller number first: {last}-{first}")
+            raise KdoctError(
+                f"'{part}' does not name folds.",
+                fix=f"Write the smaller number first: {last}-{first}",
+            )
         folds |= set(range(int(first), int(last or first) + 1))
     if bad := sorted(f for f in folds if f >= n_folds):
-        raise KdoctError(f"Fold {bad[0]} does not exist.", fix=f"This run has {n_folds} folds, 0 to {n_folds - 1}.")
+        raise KdoctError(
+            f"Fold {bad[0]} does not exist.",
+            fix=f"This run has {n_folds} folds, 0 to {n_folds - 1}.",
+        )
     return sorted(folds)
 
 # %% ../../nbs/08_app.crossval.ipynb #7cd6a621
@@ -68,6 +74,7 @@ class _LocalKernel(KernelManager):
         files = dict(transport='ipc', ip=f'{tempfile.gettempdir()}/kdoct-{os.getpid()}')
         super().__init__(**(files if os.name != 'nt' else {}) | kwargs)
 
+# %% ../../nbs/08_app.crossval.ipynb #ee110b9a
 def run_stage(
     run:Run,                     # existing run
     stage:str,                   # data, teacher, teacher-NAME, student, baseline, decide, evaluate or explain
@@ -78,16 +85,26 @@ def run_stage(
     "Run one stage of one fold in a process of its own; `KdoctError` naming the notebook if it fails."
     row = stage_of(stage)
     source = Path(notebooks or notebooks_dir())/f'{row.notebook}.ipynb'
-    if not source.exists(): raise KdoctError(f"There is no {source}.", fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.")
+    if not source.exists():
+        raise KdoctError(
+            f"There is no {source}.",
+            fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.",
+        )
     given = dict(run=run.name, fold=fold) | row.parameters(stage)
     if overrides: given['overrides'] = overrides
-    with tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold)) as folder, _environment(f'{stage}-{fold}'):
+    with (
+        tempfile.TemporaryDirectory()
+        if launched()[0]
+        else nullcontext(run.notebooks_dir(fold)) as folder,
+        _environment(f'{stage}-{fold}'),
+    ):
         out = Path(folder)/f'{stage}.ipynb'   # that of process 0 is kept
         with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
         try: papermill.execute_notebook(str(out), str(out), given, kernel_name='python3', progress_bar=False, kernel_manager_class=_LocalKernel)
         except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
     return out
 
+# %% ../../nbs/08_app.crossval.ipynb #d7677f2e
 @contextmanager
 def _environment(stage:str):
     "What the kernel of a stage must know: where the runs are, and whom it meets."
@@ -96,14 +113,21 @@ def _environment(stage:str):
     os.environ.pop('IN_TEST', None)
     try: yield
     finally:
-        for k, v in env.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+        for k, v in env.items():
+            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
 def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
     "What a failed stage says, and where to look; noted in run.json."
     said = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
-    if not launched()[0]: run.record(_key(stage, fold), status='failed', error=said, notebook=out.relative_to(run.path))
+    if not launched()[0]:
+        run.record(
+            _key(stage, fold), status='failed', error=said, notebook=out.relative_to(run.path)
+        )
     where = '' if stage == 'data' else f' of fold {fold}'
-    return KdoctError(f"The {stage} stage{where} failed: {said}", fix=f"Look at {out}; the same command goes on from here.")
+    return KdoctError(
+        f"The {stage} stage{where} failed: {said}",
+        fix=f"Look at {out}; the same command goes on from here.",
+    )
 
 def _key(stage:str, fold:int)->str: return 'data' if stage == 'data' else f'fold_{fold}/{stage}'
 
@@ -124,10 +148,15 @@ def crossval(
             continue
         print(f'{name:<18} ', end='', flush=True)
         began = time.perf_counter()
-        wishes = {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()} if stage == 'decide' else None
+        wishes = (
+            {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()}
+            if stage == 'decide'
+            else None
+        )
         run_stage(run, stage, fold, notebooks, wishes)   # which may be others than those of a finished run
         print(human_time(time.perf_counter() - began), flush=True)
-        if stage == 'data' and (said := run.stage('data').get('mixed_parts')): print(said, flush=True)
+        if stage == 'data' and (said := run.stage('data').get('mixed_parts')):
+            print(said, flush=True)
     return run
 
 # %% ../../nbs/08_app.crossval.ipynb #aab0b3b8
@@ -138,7 +167,11 @@ def write_notebooks(
     folder = Path(folder)
     sources = sorted(notebooks_dir().glob('*.ipynb'))
     there = [p.name for p in sources if (folder/p.name).exists()]
-    if there: raise KdoctError(f"{folder} already has {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}.", fix="Give an empty folder.")
+    if there:
+        raise KdoctError(
+            f"{folder} already has {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}.",
+            fix="Give an empty folder.",
+        )
     for p in sources:
         with atomic_path(folder/p.name) as tmp: tmp.write_bytes(p.read_bytes())
     return [folder/p.name for p in sources]

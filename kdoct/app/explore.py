@@ -42,7 +42,9 @@ def fold_label(
     "A fold, and what it lacks."
     there = models_there(run, fold)
     lacks = [r for r in run.recipe.roles if r not in there]
-    return f'{fold}' + (': nothing is trained' if not there else f": no {', no '.join(lacks)}" if lacks else '')
+    return f'{fold}' + (
+        ': nothing is trained' if not there else f": no {', no '.join(lacks)}" if lacks else ''
+    )
 
 # %% ../../nbs/09_app.explore.ipynb #fb6729ac
 CSS = '''
@@ -88,6 +90,7 @@ line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6e
 .kd-app :is(button,select,input,.noUi-handle,.kd-pane):focus-visible{outline:3px solid #d55e00!important;outline-offset:1px}
 '''
 
+# %% ../../nbs/09_app.explore.ipynb #4c4420c8
 VIEWS = ('Test images', 'A file of your own', 'Threshold')
 
 # %% ../../nbs/09_app.explore.ipynb #2f377eed
@@ -176,23 +179,55 @@ class App(w.VBox):
         role:str='',        # '': the student, or what there is
     ):
         post, self.filling = kernel_post(), False
-        self.state, self.work = Explorer(), Background(lambda f, *a: post(lambda: self.guarded(lambda: f(*a), clear=False)))
-        self.viewer, self.threshold = Viewer(self.state, self.work, self.guarded), ThresholdPanel(self.state, self.guarded)
+        self.state, self.work = (
+            Explorer(),
+            Background(lambda f, *a: post(lambda: self.guarded(lambda: f(*a), clear=False))),
+        )
+        self.viewer, self.threshold = (
+            Viewer(self.state, self.work, self.guarded),
+            ThresholdPanel(self.state, self.guarded),
+        )
         self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
         self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
         self.message, self.about = w.HTML(), w.HTML()
         wide = dict(style=dict(description_width='50px'), layout=w.Layout(width='260px'))
-        self.run, self.fold, self.role = (w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model'))
-        self.view = w.RadioButtons(options=VIEWS, description='What is shown', orientation='horizontal',
-                                   layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'))
+        self.run, self.fold, self.role = (
+            w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model')
+        )
+        self.view = w.RadioButtons(
+            options=VIEWS,
+            description='What is shown',
+            orientation='horizontal',
+            layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'),
+        )
         self.view.add_class('kd-views')
-        top = w.HBox([self.run, self.fold, self.role, self.view], layout=w.Layout(flex_flow='row wrap', align_items='center'))
-        self.case_view = with_css_class(w.Box([self.tests.box, self.uploads.box, self.viewer.box]), 'kd-case-view')
-        run_once = {'output_type': 'display_data', 'data': {'application/javascript': SCRIPT}, 'metadata': {}}
+        top = w.HBox(
+            [self.run, self.fold, self.role, self.view],
+            layout=w.Layout(flex_flow='row wrap', align_items='center'),
+        )
+        self.case_view = with_css_class(
+            w.Box([self.tests.box, self.uploads.box, self.viewer.box]), 'kd-case-view'
+        )
+        run_once = {
+            'output_type': 'display_data',
+            'data': {'application/javascript': SCRIPT},
+            'metadata': {},
+        }
         script = w.Output(outputs=(run_once,))
-        super().__init__([w.HTML(f'<style>{CSS}</style>'), top, self.about, self.message, self.case_view, self.threshold.box, script])
+        super().__init__(
+            [
+                w.HTML(f'<style>{CSS}</style>'),
+                top,
+                self.about,
+                self.message,
+                self.case_view,
+                self.threshold.box,
+                script,
+            ]
+        )
         self.add_class('kd-app')
-        for control in (self.run, self.fold, self.role, self.view): control.observe(self.changed, 'value')
+        for control in (self.run, self.fold, self.role, self.view):
+            control.observe(self.changed, 'value')
         self.arrange()
         self.guarded(lambda: self.start(run, fold, role))
 
@@ -214,6 +249,7 @@ def start(self:App, run:str, fold:int|None, role:str):
     self.run.options, self.filling = there, False
     self.choose(run or there[0], fold, role)
 
+# %% ../../nbs/09_app.explore.ipynb #9a0cf11e
 @patch
 def choose(self:App, run:str, fold:int|None=None, role:str=''):
     "Open a fold, and show on the choosers what is open or was asked for."
@@ -224,7 +260,9 @@ def choose(self:App, run:str, fold:int|None=None, role:str=''):
         r = open_run(run)
         folds = range(r.recipe.data.n_folds)
         self.fold.options = [(fold_label(r, k), k) for k in folds]
-        self.fold.value = next((k for k in folds if models_there(r, k)), 0) if fold is None else fold
+        self.fold.value = (
+            next((k for k in folds if models_there(r, k)), 0) if fold is None else fold
+        )
         there = models_there(r, self.fold.value)
         self.role.options = [(k if k in there else f'{k}: not trained', k) for k in r.recipe.roles]
         self.role.value = role or ('student' if 'student' in there or not there else there[0])
@@ -239,7 +277,9 @@ def choose(self:App, run:str, fold:int|None=None, role:str=''):
 def show_opened(self:App):
     "Show what was opened, and say what it is."
     c = self.state.cases
-    self.about.value = text_html(c.about, 'about', 'status') + text_html(f'For research; not for diagnosis. Protocol. {c.protocol}', 'protocol')
+    self.about.value = text_html(c.about, 'about', 'status') + text_html(
+        f'For research; not for diagnosis. Protocol. {c.protocol}', 'protocol'
+    )
     self.about.value += ''.join(text_html(n, 'busy') for n in c.notes)
     self.viewer.offer()
     self.threshold.offer_classes()
@@ -250,11 +290,17 @@ def show_opened(self:App):
 def arrange(self:App):
     "Show the chosen part of the page; nothing of it while no fold is open."
     here, view = self.state.cases is not None, self.view.value
-    wanted = {self.tests.box: view == VIEWS[0], self.uploads.box: view == VIEWS[1], self.case_view: view != VIEWS[2], self.threshold.box: view == VIEWS[2]}
+    wanted = {
+        self.tests.box: view == VIEWS[0],
+        self.uploads.box: view == VIEWS[1],
+        self.case_view: view != VIEWS[2],
+        self.threshold.box: view == VIEWS[2],
+    }
     for box, yes in wanted.items(): box.layout.display = None if here and yes else 'none'
     if here and view == VIEWS[0]: self.tests.show_case()
     if here and view == VIEWS[1]: self.uploads.show_upload()
 
+# %% ../../nbs/09_app.explore.ipynb #e0f9ca68
 @patch
 def changed(self:App, change):
     "A chooser was used."
@@ -267,8 +313,11 @@ def changed(self:App, change):
 _LATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net/npm', 'data:text/css,none') }}{%- endblock -%}
 '''
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: data: blob:; frame-ancestors 'self'"
 
+_POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: "
+           "wss: data: blob:; frame-ancestors 'self'")
+
+# %% ../../nbs/09_app.explore.ipynb #e73926db
 def write_page(
     folder:str|Path,  # where to write; exists
     cwd:str|Path,     # folder that the user stands in
@@ -280,9 +329,15 @@ def write_page(
     template.mkdir(parents=True)
     (template/'index.html.j2').write_text(_LATE, encoding='utf-8')
     write_json(template/'conf.json', dict(base_template='lab'))
-    code = f'import os\nos.chdir({str(Path(cwd).absolute())!r})\nfrom kdoct.app.explore import App\nApp({run!r})'
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)],
-                                  metadata=dict(title='kdoct explore', kernelspec=dict(display_name='Python 3', language='python', name='python3')))
+    code = (f'import os\nos.chdir({str(Path(cwd).absolute())!r})\nfrom kdoct.app.explore import '
+            f'App\nApp({run!r})')
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code)],
+        metadata=dict(
+            title='kdoct explore',
+            kernelspec=dict(display_name='Python 3', language='python', name='python3'),
+        ),
+    )
     nbformat.write(nb, folder/'explore.ipynb')
     return folder/'explore.ipynb'
 
@@ -293,6 +348,7 @@ def _voila():
     from voila.app import Voila
     return Voila
 
+# %% ../../nbs/09_app.explore.ipynb #cea23fc7
 def serve(
     port:int=8866,        # of localhost; where it is taken, one nearby
     browser:bool=True,    # open the page
@@ -309,11 +365,24 @@ def serve(
     os.environ['KDOCT_OUTPUTS'] = str(outputs_root().absolute())
     with tempfile.TemporaryDirectory(prefix='kdoct-') as folder:
         page = write_page(folder, Path.cwd(), run)
-        os.environ['JUPYTER_PATH'] = os.pathsep.join([folder, *filter(None, [os.environ.get('JUPYTER_PATH')])])
-        Page.launch_instance([str(page), '--port', str(port), '--template', 'kdoct'], token=secrets.token_hex(24), log_level='WARN', connection_dir_root=folder,
-                             tornado_settings=dict(websocket_max_message_size=MAX_BYTES + (1 << 20), headers={'Content-Security-Policy': _POLICY}))
+        os.environ['JUPYTER_PATH'] = os.pathsep.join(
+            [folder, *filter(None, [os.environ.get('JUPYTER_PATH')])]
+        )
+        Page.launch_instance(
+            [str(page), '--port', str(port), '--template', 'kdoct'],
+            token=secrets.token_hex(24),
+            log_level='WARN',
+            connection_dir_root=folder,
+            tornado_settings=dict(
+                websocket_max_message_size=MAX_BYTES + (1 << 20),
+                headers={'Content-Security-Policy': _POLICY},
+            ),
+        )
 
+# %% ../../nbs/09_app.explore.ipynb #e84ce068
 def _open_browser(url:str, folder:Path):
     "Open an address by way of a file, so that its token does not show among the machine's processes."
-    (folder/'open.html').write_text(f'<meta http-equiv="refresh" content="0;url={html.escape(url)}">', encoding='utf-8')
+    (folder / 'open.html').write_text(
+        f'<meta http-equiv="refresh" content="0;url={html.escape(url)}">', encoding='utf-8'
+    )
     webbrowser.open((folder/'open.html').as_uri())

@@ -30,21 +30,34 @@ def text_html(
     role:str='',   # status: a screen reader says it when it changes; alert: at once
 )->str:
     "A paragraph."
-    return f'<p class="kd-{kind or "text"}"{f" role={role}" if role else ""}>{html.escape(text)}</p>' if text else ''
+    return (
+        f'<p class="kd-{kind or "text"}"{f" role={role}" if role else ""}>{html.escape(text)}</p>'
+        if text
+        else ''
+    )
 
 def why_html(
     reasons:dict[str, str],  # name of a control -> why it is grey; '': it is not
 )->str:
     "Why controls cannot be used; the page's script makes each reason the tooltip of its control too."
-    names = {why: ', '.join(n for n, same in reasons.items() if same == why) for why in reasons.values() if why}
-    return ''.join(f'<p class="kd-soft kd-why" data-for="{html.escape(n)}">{html.escape(f"{n}: {why}")}</p>' for why, n in names.items())
+    names = {
+        why: ', '.join(n for n, same in reasons.items() if same == why)
+        for why in reasons.values()
+        if why
+    }
+    return ''.join(
+        f'<p class="kd-soft kd-why" data-for="{html.escape(n)}">{html.escape(f"{n}: {why}")}</p>'
+        for why, n in names.items()
+    )
 
+# %% ../../nbs/09c_app.html.ipynb #9632ca36
 def error_html(
     error:KdoctError,  # what went wrong
 )->str:
     "What is wrong, and what to do next."
     fix = html.escape(error.fix)
-    return f'<div class="kd-bad" role="alert"><b>{html.escape(error.problem)}</b><br><span class="kd-fix">What to do: {fix}</span></div>'
+    return (f'<div class="kd-bad" role="alert"><b>{html.escape(error.problem)}</b><br><span '
+            f'class="kd-fix">What to do: {fix}</span></div>')
 
 def table_html(
     head:list[str],        # of the columns
@@ -53,8 +66,12 @@ def table_html(
 )->str:
     "A table with its caption."
     first = ''.join(f'<th scope="col">{html.escape(h)}</th>' for h in head)
-    body = ''.join(f'<tr><th scope="row">{r[0]}</th>' + ''.join(f'<td>{c}</td>' for c in r[1:]) + '</tr>' for r in rows)
-    return f'<table class="kd-table"><caption>{html.escape(caption)}</caption><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>'
+    body = ''.join(
+        f'<tr><th scope="row">{r[0]}</th>' + ''.join(f'<td>{c}</td>' for c in r[1:]) + '</tr>'
+        for r in rows
+    )
+    return (f'<table '
+            f'class="kd-table"><caption>{html.escape(caption)}</caption><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/09c_app.html.ipynb #6f1a554c
 def _uri(picture:Image.Image, kind:str='png', **how)->str:
@@ -69,6 +86,7 @@ def _fitted(image:Image.Image, width:int=1024, height:int=768)->Image.Image:
     image.thumbnail((width, height))
     return image
 
+# %% ../../nbs/09c_app.html.ipynb #f754d6fe
 def picture_html(
     image:Image.Image,           # what is shown
     name:str,                    # what a screen reader says of it
@@ -83,10 +101,14 @@ def picture_html(
     top = f'<img class="kd-base" draggable="false" alt="{html.escape(name)}" src="{_uri(shown)}">'
     if heatmap is not None:
         from kdoct.explain.figures import overlay
-        painted = (255*overlay(np.asarray(shown), lay_back(heatmap, (shown.height, shown.width), resize))).astype(np.uint8)
-        top += f'<img class="kd-base {layer}" draggable="false" alt="Score-CAM" src="{_uri(Image.fromarray(painted))}">'
+        painted = (
+            255 * overlay(np.asarray(shown), lay_back(heatmap, (shown.height, shown.width), resize))
+        ).astype(np.uint8)
+        top += (f'<img class="kd-base {layer}" draggable="false" alt="Score-CAM" '
+                f'src="{_uri(Image.fromarray(painted))}">')
     return f'<div class="kd-stack" style="{size}">{top}</div>'
 
+# %% ../../nbs/09c_app.html.ipynb #2cae5406
 def size_text(
     image:Image.Image,  # a picture
     whole:bool=False,   # are all of its pixels shown
@@ -100,7 +122,8 @@ def scale_html()->str:
     "The colours of a map, on grey."
     from kdoct.explain.figures import overlay
     strip = overlay(np.full((12, 256), .43, np.float32), np.tile(np.linspace(0, 1, 256), (12, 1)))
-    bar = f'<img alt="from dark and clear to yellow" src="{_uri(Image.fromarray((255*strip).astype(np.uint8)))}">'
+    bar = (f'<img alt="from dark and clear to yellow" '
+           f'src="{_uri(Image.fromarray((255 * strip).astype(np.uint8)))}">')
     return f'<div class="kd-scale"><span>importance 0</span>{bar}<span>1</span></div>'
 
 # %% ../../nbs/09c_app.html.ipynb #aecd8abe
@@ -118,9 +141,13 @@ def thumbnails(self:Explorer,
 # %% ../../nbs/09c_app.html.ipynb #b6888d99
 def _bar(p:float, top:bool)->str:
     "A probability as a bar and a number; the largest of a network is marked."
-    return (f'<span class="kd-bar"><span style="width:{100*p:.1f}%"></span></span><span class="kd-number">{"<b>" if top else ""}{100*p:.1f} %'
-            f'{" ◀</b>" if top else ""}</span>')
+    return (
+        f'<span class="kd-bar"><span style="width:{100 * p:.1f}%"></span></span><span '
+        f'class="kd-number">{"<b>" if top else ""}{100 * p:.1f} %'
+        f'{" ◀</b>" if top else ""}</span>'
+    )
 
+# %% ../../nbs/09c_app.html.ipynb #a7f71a1f
 def probabilities_html(
     cases:Cases,             # of a fold
     subject:Subject,         # what is looked at
@@ -129,11 +156,19 @@ def probabilities_html(
     "Probabilities by class and network, the predicted class of each marked."
     p = subject.probabilities or ({cases.role: output.probabilities} if output else {})
     roles = sorted(p, key=lambda r: r != cases.role)
-    rows = [[html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''), *(_bar(p[r][k], p[r].argmax() == k) for r in roles)]
-            for k, c in enumerate(cases.classes)]
-    def calibrated(d): return f'after calibration (temperature {d.temperature:.2f})' if d else 'not calibrated'
+    rows = [
+        [
+            html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''),
+            *(_bar(p[r][k], p[r].argmax() == k) for r in roles),
+        ]
+        for k, c in enumerate(cases.classes)
+    ]
+    def calibrated(d):
+        return f'after calibration (temperature {d.temperature:.2f})' if d else 'not calibrated'
     how = '; '.join(f'{r} {calibrated(cases.decisions.get(r))}' for r in roles)
-    table = table_html(['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.')
+    table = table_html(
+        ['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.'
+    )
     return f'<div class="kd-roles{min(len(roles), 3)}">{table}</div>' if roles else ''
 
 # %% ../../nbs/09c_app.html.ipynb #c65af393
@@ -147,16 +182,31 @@ def verdict(
     p = subject.probabilities.get(cases.role, output.probabilities if output else None)
     if p is None: return []
     name, top, d = cases.classes[p.argmax()], float(p.max()), cases.decisions.get(cases.role)
-    right = ', which is right' if name == subject.label else f', which is wrong: it is labelled {subject.label}'
+    right = (
+        ', which is right'
+        if name == subject.label
+        else f', which is wrong: it is labelled {subject.label}'
+    )
     if not subject.label: right = ' (a file of your own: its class is not known here)'
     out = [f'The {cases.role} predicts {name} with {100*top:.1f} %{right}.']
     if cases.beside in subject.probabilities:
         q = subject.probabilities[cases.beside]
-        same = 'predicts the same' if q.argmax() == p.argmax() else f'predicts {cases.classes[q.argmax()]}'
-        out.append(f'The {cases.beside} {same}; they are {abs(p - q).sum()/2:.2f} apart (0 the same, 1 opposite).')
+        same = (
+            'predicts the same'
+            if q.argmax() == p.argmax()
+            else f'predicts {cases.classes[q.argmax()]}'
+        )
+        out.append(
+            f'The {cases.beside} {same}; they are {abs(p - q).sum() / 2:.2f} apart (0 the same, '
+            f'1 opposite).'
+        )
     distance = subject.distance if subject.distance is not None else output and output.distance
     if d: return out + explained(d, p, distance)
-    return [*out, 'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: ' + stage_command('decide', cases.run, cases.fold)]
+    return [
+        *out,
+        'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: '
+        + stage_command('decide', cases.run, cases.fold),
+    ]
 
 # %% ../../nbs/09c_app.html.ipynb #2435d1bf
 def _percent(share:tuple, yes:int, of:int, level:float)->str:
@@ -166,6 +216,7 @@ def _percent(share:tuple, yes:int, of:int, level:float)->str:
     interval = f' [{100*low:.1f}, {100*high:.1f}]' if np.isfinite(low) else ' (no interval)'
     return f'<b>{100*value:.1f} %</b>{interval} <span class="kd-count">({yes} of {of})</span>'
 
+# %% ../../nbs/09c_app.html.ipynb #c3c0ceac
 def threshold_html(
     stats:ThresholdStats,  # what a threshold does
     classes:list[str],     # in the order of `stats.total`
@@ -174,17 +225,43 @@ def threshold_html(
 )->str:
     "Confusion, sensitivity and specificity of a threshold, with counts."
     k, name = classes.index(stats.name), html.escape(stats.name)
-    rows = [[html.escape(c) + (' <b>(the class)</b>' if i == k else ''), str(stats.predicted[i]), str(stats.total[i] - stats.predicted[i]), str(stats.total[i])]
-            for i, c in enumerate(classes)]
+    rows = [
+        [
+            html.escape(c) + (' <b>(the class)</b>' if i == k else ''),
+            str(stats.predicted[i]),
+            str(stats.total[i] - stats.predicted[i]),
+            str(stats.total[i]),
+        ]
+        for i, c in enumerate(classes)
+    ]
     rest = stats.total.sum() - stats.total[k], stats.predicted.sum() - stats.predicted[k]
-    rows.append(['all', str(stats.predicted.sum()), str(stats.total.sum() - stats.predicted.sum()), str(stats.total.sum())])
-    table = table_html(['true class', f'predicted {stats.name}', f'not predicted {stats.name}', 'images'], rows,
-                       f'{counted(stats.total.sum(), "test image")} of {counted(n_groups, "group (patient)", "groups (patients)")}; '
-                       f'predicted {stats.name} from a probability of {100*stats.threshold:.1f} % on.')
-    return (f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: {_percent(stats.sensitivity, stats.predicted[k], stats.total[k], level)}</p>'
-            f'<p class="kd-share" id="kd-specificity">Specificity for {name}: {_percent(stats.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
-            + text_html(f'In brackets the {100*level:g} % interval from resampling groups. At 0 or 100 % it is a point and says little: with n patients '
-                        'and no exception, the rate of exceptions may still be up to 300/n %.', 'soft'))
+    rows.append(
+        [
+            'all',
+            str(stats.predicted.sum()),
+            str(stats.total.sum() - stats.predicted.sum()),
+            str(stats.total.sum()),
+        ]
+    )
+    table = table_html(
+        ['true class', f'predicted {stats.name}', f'not predicted {stats.name}', 'images'],
+        rows,
+        f'{counted(stats.total.sum(), "test image")} of '
+        f'{counted(n_groups, "group (patient)", "groups (patients)")}; '
+        f'predicted {stats.name} from a probability of {100 * stats.threshold:.1f} % on.',
+    )
+    return (
+        f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: '
+        f'{_percent(stats.sensitivity, stats.predicted[k], stats.total[k], level)}</p>'
+        f'<p class="kd-share" id="kd-specificity">Specificity for {name}: '
+        f'{_percent(stats.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
+        + text_html(
+            f'In brackets the {100 * level:g} % interval from resampling groups. At 0 or 100 % it '
+            f'is a point and says little: with n patients '
+            'and no exception, the rate of exceptions may still be up to 300/n %.',
+            'soft',
+        )
+    )
 
 # %% ../../nbs/09c_app.html.ipynb #1fc0ac3a
 def curves_svg(
@@ -193,19 +270,39 @@ def curves_svg(
 )->str:
     "Sensitivity and specificity over the threshold, and where it stands; the lines differ in dash as in colour."
     def at(x, y): return f'{46 + 380*x:.1f},{14 + 190*(1 - y):.1f}'
-    def line(y, style): return '' if np.isnan(y).any() else f'<polyline fill="none" {style} points="{" ".join(map(at, curves[0], y))}"/>'
-    ticks = ''.join(f'<text x="{46 + 380*v}" y="220" text-anchor="middle">{100*v:.0f}</text><path d="M46 {14 + 190*(1 - v)}h380" stroke="#e3e6ea"/>'
-                    f'<text x="40" y="{18 + 190*(1 - v)}" text-anchor="end">{100*v:.0f}</text>' for v in (0, .25, .5, .75, 1))
-    styles = f'stroke="{BLUE}" stroke-width="2.2"', f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"'
+    def line(y, style):
+        return (
+            ''
+            if np.isnan(y).any()
+            else f'<polyline fill="none" {style} points="{" ".join(map(at, curves[0], y))}"/>'
+        )
+    ticks = ''.join(
+        f'<text x="{46 + 380 * v}" y="220" text-anchor="middle">{100 * v:.0f}</text><path d="M46 '
+        f'{14 + 190 * (1 - v)}h380" stroke="#e3e6ea"/>'
+        f'<text x="40" y="{18 + 190 * (1 - v)}" text-anchor="end">{100 * v:.0f}</text>'
+        for v in (0, 0.25, 0.5, 0.75, 1)
+    )
+    styles = (
+        f'stroke="{BLUE}" stroke-width="2.2"',
+        f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"',
+    )
     here = 46 + 380*stats.threshold
-    key = ''.join(f'<path d="M{x} 238h26" {style}/><text x="{x + 32}" y="242">{name} %</text>'
-                  for x, style, name in zip((60, 196), styles, ('sensitivity', 'specificity'), strict=True))
-    marks = ''.join(f'<circle cx="{here}" cy="{14 + 190*(1 - v[0])}" r="4.5" fill="{c}"/>' for v, c in ((stats.sensitivity, BLUE), (stats.specificity, ORANGE))
-                    if np.isfinite(v[0]))
-    return (f'<svg class="kd-curves" viewBox="0 0 440 262" role="img" aria-label="Sensitivity and specificity over the threshold">{ticks}'
-            + ''.join(line(y, style) for y, style in zip(curves[1:], styles, strict=True))
-            + f'<path d="M{here} 14v190" stroke="#1c1f23" stroke-width="1.2"/>{marks}{key}'
-            f'<text x="236" y="258" text-anchor="middle">threshold on the probability, %</text></svg>')
+    key = ''.join(
+        f'<path d="M{x} 238h26" {style}/><text x="{x + 32}" y="242">{name} %</text>'
+        for x, style, name in zip((60, 196), styles, ('sensitivity', 'specificity'), strict=True)
+    )
+    marks = ''.join(
+        f'<circle cx="{here}" cy="{14 + 190 * (1 - v[0])}" r="4.5" fill="{c}"/>'
+        for v, c in ((stats.sensitivity, BLUE), (stats.specificity, ORANGE))
+        if np.isfinite(v[0])
+    )
+    return (
+        f'<svg class="kd-curves" viewBox="0 0 440 262" role="img" aria-label="Sensitivity and '
+        f'specificity over the threshold">{ticks}'
+        + ''.join(line(y, style) for y, style in zip(curves[1:], styles, strict=True))
+        + f'<path d="M{here} 14v190" stroke="#1c1f23" stroke-width="1.2"/>{marks}{key}'
+        f'<text x="236" y="258" text-anchor="middle">threshold on the probability, %</text></svg>'
+    )
 
 # %% ../../nbs/09c_app.html.ipynb #a1a8278ab
 def with_css_class(

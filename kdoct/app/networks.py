@@ -43,6 +43,7 @@ class Upload(NamedTuple):
 
 MOST_SCANS = 1000  # of one file
 
+# %% ../../nbs/09b_app.networks.ipynb #7963c00c
 def read_upload_path(
     file:str|Path,   # a picture or a volume
     name:str='',     # how to call it; '': the file's name
@@ -50,12 +51,22 @@ def read_upload_path(
 )->list[Upload]:     # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
     name = name or Path(file).name
-    def which(s): return '' if s.slice is None else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-    with closing(Sandbox(modality=modality)) as sandbox:   # a damaged file gets so much time and memory, and the page goes on
-        uploads = [Upload(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes)) for s in islice(sandbox.scans(file), MOST_SCANS)]
+    def which(s):
+        return (
+            ''
+            if s.slice is None
+            else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
+        )
+    # a damaged file gets so much time and memory, and the page goes on
+    with closing(Sandbox(modality=modality)) as sandbox:
+        uploads = [
+            Upload(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes))
+            for s in islice(sandbox.scans(file), MOST_SCANS)
+        ]
     if not uploads: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return uploads
 
+# %% ../../nbs/09b_app.networks.ipynb #526b82f7
 def read_upload(
     name:str,    # of the file, as the browser gives it; only its ending is used
     data:bytes,  # its content
@@ -76,7 +87,11 @@ def lay_back(
     "Values of the square, on the picture that it was made of."
     h, w = shape
     side = {'squash': None, 'crop': min(h, w), 'pad': max(h, w)}[resize]
-    big = np.asarray(Image.fromarray(np.asarray(values, np.float32)).resize((w, h) if side is None else (side, side), Image.Resampling.BILINEAR))
+    big = np.asarray(
+        Image.fromarray(np.asarray(values, np.float32)).resize(
+            (w, h) if side is None else (side, side), Image.Resampling.BILINEAR
+        )
+    )
     if resize == 'squash': return big
     out, top, left = np.zeros((h, w), np.float32), abs(h - side)//2, abs(w - side)//2
     if resize == 'crop': out[top:top + side, left:left + side] = big
@@ -98,6 +113,7 @@ class Heatmap(NamedTuple):
 class NoHeatmap(KdoctError):
     "This network has no layer that a map could be made of."
 
+# %% ../../nbs/09b_app.networks.ipynb #607aed49
 class Network:
     "A trained network of a run."
     def __init__(self,
@@ -125,9 +141,21 @@ def seen_by(
 
     from kdoct.data.augment import apply_view, to_unit
     d = run.recipe.data
-    x = torch.from_numpy(np.array(to_square(image, d.size + d.margin, run.stage('data')['channels'], **{k: getattr(d, k) for k in FRAMING})))
-    return apply_view(to_unit((x[None] if x.ndim == 2 else x.permute(2, 0, 1))[None]), 'identity', d.size)
+    x = torch.from_numpy(
+        np.array(
+            to_square(
+                image,
+                d.size + d.margin,
+                run.stage('data')['channels'],
+                **{k: getattr(d, k) for k in FRAMING},
+            )
+        )
+    )
+    return apply_view(
+        to_unit((x[None] if x.ndim == 2 else x.permute(2, 0, 1))[None]), 'identity', d.size
+    )
 
+# %% ../../nbs/09b_app.networks.ipynb #eac36ae3
 def seen_picture(
     run:Run,            # its recipe says how pictures become squares
     image:Image.Image,  # mode L or RGB
@@ -148,6 +176,7 @@ def output(self:Network,
     if d is None: return NetworkOutput(np.exp(log_softmax(logits))[0])
     return NetworkOutput(d.probabilities(logits)[0], float(d.outlier.score(features)[0]))
 
+# %% ../../nbs/09b_app.networks.ipynb #b6ebb278
 @patch
 def heatmap(self:Network,
     image:Image.Image,  # mode L or RGB
@@ -162,7 +191,11 @@ def heatmap(self:Network,
         if isinstance(layer, KdoctError): raise NoHeatmap(layer.problem, fix=layer.fix) from failed
         raise
     c = made.cost[0]
-    return Heatmap(made.maps[0].numpy(), f"layer {made.layer}, {c['exact']} exact and {c['cheap']} approximate forward passes", time.perf_counter() - began)
+    return Heatmap(
+        made.maps[0].numpy(),
+        f"layer {made.layer}, {c['exact']} exact and {c['cheap']} approximate forward passes",
+        time.perf_counter() - began,
+    )
 
 # %% ../../nbs/09b_app.networks.ipynb #20d70d0c
 def outcome(
@@ -173,8 +206,12 @@ def outcome(
     except KdoctError as e: return e
     except Exception as e:
         logging.exception("kdoct.app.explore")
-        return KdoctError(f"Something unforeseen went wrong: {type(e).__name__}: {e}", fix="The log of the server or notebook says where. Please report it.")
+        return KdoctError(
+            f"Something unforeseen went wrong: {type(e).__name__}: {e}",
+            fix="The log of the server or notebook says where. Please report it.",
+        )
 
+# %% ../../nbs/09b_app.networks.ipynb #1b7934af
 class Background:
     "One thread that does jobs, and remembers what they made."
     def __init__(self,
@@ -229,6 +266,7 @@ class Subject(NamedTuple):
     probabilities:dict[str, np.ndarray]={} # role -> (K,); empty for a file of one's own
     distance:float|None=None              # from the training images of the network that is looked at; None: not known
 
+# %% ../../nbs/09b_app.networks.ipynb #e99abd7b
 class Explorer:
     "What is chosen, and what follows from it."
     def __init__(self): self.cases, self.table, self._networks = None, None, OrderedDict()
@@ -242,22 +280,34 @@ class Explorer:
         self.cases = self.table = None
         for known in ('hashes', 'cache'): self.__dict__.pop(known, None)
         r = open_run(run or runs_there()[0])
-        if fold is None: fold = next((k for k in range(r.recipe.data.n_folds) if models_there(r, k)), 0)
+        if fold is None:
+            fold = next((k for k in range(r.recipe.data.n_folds) if models_there(r, k)), 0)
         there = models_there(r, fold)
-        self.cases = open_cases(r, fold, role or ('student' if 'student' in there or not there else there[0]))
+        self.cases = open_cases(
+            r, fold, role or ('student' if 'student' in there or not there else there[0])
+        )
         self.table = case_table(self.cases)
         return self.cases
 
     @cached_property
     def hashes(self)->dict[str, str]:
         "What the audit found: path of an image -> hash of its file."
-        return pd.read_parquet(self.cases.run.path/'table.parquet', columns=['path', 'sha256']).set_index('path').sha256.to_dict()
+        return (
+            pd.read_parquet(self.cases.run.path / 'table.parquet', columns=['path', 'sha256'])
+            .set_index('path')
+            .sha256.to_dict()
+        )
 
     @cached_property
     def cache(self):
         "The decoded squares of the run's images (`DecodeCache`); None where they are no longer there."
         d, data = self.cases.run.recipe.data, self.cases.run.stage('data')
-        wanted = cache_facts(self.hashes.values(), d.size + d.margin, data['channels'], **{k: getattr(d, k) for k in FRAMING})
+        wanted = cache_facts(
+            self.hashes.values(),
+            d.size + d.margin,
+            data['channels'],
+            **{k: getattr(d, k) for k in FRAMING},
+        )
         return open_cache(outputs_root()/'cache'/f"{wanted['key']}.npy", wanted)
 
 # %% ../../nbs/09b_app.networks.ipynb #c0f71808
@@ -267,8 +317,13 @@ def known_facts(
     row,             # of `case_table`
 )->dict[str, str]:   # name for people -> value
     "What the table says of an image, without what it leaves open."
-    return {name: str(v) for c, name in _FACTS.items() if not pd.isna(v := row[c]) and str(v) not in ('', '-1')}
+    return {
+        name: str(v)
+        for c, name in _FACTS.items()
+        if not pd.isna(v := row[c]) and str(v) not in ('', '-1')
+    }
 
+# %% ../../nbs/09b_app.networks.ipynb #942d5cf5
 @patch
 def subject(self:Explorer,
     row:int,  # of `table`
@@ -276,31 +331,52 @@ def subject(self:Explorer,
     "A test image with everything that is known of it."
     c, r = self.cases, self.table.loc[row]
     image = outcome(lambda: read_case(c.run, r.path, self.hashes[r.path]))
-    return Subject(('test', r.path), r.path, known_facts(r), image, r.label, {role: p[row] for role, p in c.probabilities.items()},
-                   None if pd.isna(r.distance) else float(r.distance))
+    return Subject(
+        ('test', r.path),
+        r.path,
+        known_facts(r),
+        image,
+        r.label,
+        {role: p[row] for role, p in c.probabilities.items()},
+        None if pd.isna(r.distance) else float(r.distance),
+    )
 
+# %% ../../nbs/09b_app.networks.ipynb #08839643
 @patch
 def upload_subject(self:Explorer,
     upload:Upload,  # from a file of one's own
 )->Subject:
     "A picture of one's own: nothing is known of it but what the file says."
     more = {'B-scan': upload.scan, 'on reading': '; '.join(upload.notes)}
-    facts = dict(file=upload.file, size=f'{upload.image.width} x {upload.image.height} px') | {k: v for k, v in more.items() if v}
-    return Subject(('upload', hashlib.sha256(upload.image.tobytes()).hexdigest()), f'{upload.file} {upload.scan}'.strip(), facts, upload.image)
+    facts = dict(file=upload.file, size=f'{upload.image.width} x {upload.image.height} px') | {
+        k: v for k, v in more.items() if v
+    }
+    return Subject(
+        ('upload', hashlib.sha256(upload.image.tobytes()).hexdigest()),
+        f'{upload.file} {upload.scan}'.strip(),
+        facts,
+        upload.image,
+    )
 
 # %% ../../nbs/09b_app.networks.ipynb #a4d68922
 @patch
 def stamp(self:Explorer)->tuple:  # run, fold, role, and when the network was written
     "Which network is looked at."
     c = self.cases
-    return c.run.name, c.fold, c.role, (c.run.stage_dir(c.fold, c.role)/'model.json').stat().st_mtime_ns
+    return (
+        c.run.name,
+        c.fold,
+        c.role,
+        (c.run.stage_dir(c.fold, c.role) / 'model.json').stat().st_mtime_ns,
+    )
 
 @patch
 def network(self:Explorer,
     stamp:tuple,  # from `stamp`
 )->Network:
     "A network, loaded when it is asked for; two are kept."
-    if stamp not in self._networks: self._networks[stamp] = Network(open_run(stamp[0]), stamp[1], stamp[2])
+    if stamp not in self._networks:
+        self._networks[stamp] = Network(open_run(stamp[0]), stamp[1], stamp[2])
     self._networks.move_to_end(stamp)
     while len(self._networks) > 2: self._networks.popitem(last=False)
     return self._networks[stamp]

@@ -7,13 +7,19 @@ __all__ = ['LAYOUT', 'ZOOMS', 'PAGE', 'Viewer', 'case_line', 'TestPanel', 'Uploa
 
 # %% ../../nbs/09d_app.panels.ipynb #imp-app-panels
 import base64
+
 import html
+
 import uuid
+
 from functools import partial
+
 from pathlib import Path
 
 import ipywidgets as w
+
 import numpy as np
+
 from fastcore.basics import patch
 
 from kdoct.app.cases import (
@@ -26,6 +32,8 @@ from kdoct.app.cases import (
     selection_files,
     Thresholds,
 )
+
+# %% ../../nbs/09d_app.panels.ipynb #1e6f2456
 from kdoct.app.html import (
     probabilities_html,
     curves_svg,
@@ -39,6 +47,7 @@ from kdoct.app.html import (
     why_html,
     with_css_class,
 )
+
 from kdoct.app.networks import (
     Background,
     Explorer,
@@ -51,13 +60,21 @@ from kdoct.app.networks import (
     seen_picture,
     Subject,
 )
+
+# %% ../../nbs/09d_app.panels.ipynb #f4b4c077
 from ..core.files import human_time, KdoctError
+
 from ..core.runs import stage_command
+
 from ..data.sources import modality_of
 
 # %% ../../nbs/09d_app.panels.ipynb #a1a8278a
 LAYOUT = dict(style=dict(description_width='76px'), layout=w.Layout(width='300px'))
-ZOOMS = (('whole picture', 1.), *((f'{z:g} times', z) for z in (1.5, 2., 3., 4., 6., 8.)), ('pixel for pixel', 0.))
+ZOOMS = (
+    ('whole picture', 1.0),
+    *((f'{z:g} times', z) for z in (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)),
+    ('pixel for pixel', 0.0),
+)
 
 # %% ../../nbs/09d_app.panels.ipynb #a1a8278ac
 def _press(name:str, do, *classes:str)->w.Button:
@@ -66,6 +83,7 @@ def _press(name:str, do, *classes:str)->w.Button:
     button.on_click(lambda button: do())
     return button
 
+# %% ../../nbs/09d_app.panels.ipynb #1cfaf991
 class Viewer:
     "The picture that is looked at: map, answers, verdict."
     def __init__(self,
@@ -73,18 +91,48 @@ class Viewer:
         work:Background,  # who computes
         do=lambda f: f(), # how a control does what it does
     ):
-        self.state, self.work, self.subject, self.made, self.wanted, self.no_maps = state, work, None, {}, {}, {}
+        self.state, self.work, self.subject, self.made, self.wanted, self.no_maps = (
+            state,
+            work,
+            None,
+            {},
+            {},
+            {},
+        )
         self.layer = f'kd-{uuid.uuid4().hex[:8]}'
-        self.picture, self.plain, self.size, self.status, self.opaque, self.zoomed, self.words, self.scale, self.why = (w.HTML() for _ in range(9))
-        self.map_on = w.Checkbox(description='Score-CAM', indent=False, layout=w.Layout(width='120px'))
+        (
+            self.picture,
+            self.plain,
+            self.size,
+            self.status,
+            self.opaque,
+            self.zoomed,
+            self.words,
+            self.scale,
+            self.why,
+        ) = (w.HTML() for _ in range(9))
+        self.map_on = w.Checkbox(
+            description='Score-CAM', indent=False, layout=w.Layout(width='120px')
+        )
         narrow = dict(style=dict(description_width='56px'), layout=w.Layout(width='240px'))
         self.which = w.Dropdown(description='of class', **narrow)
-        self.opacity = w.FloatSlider(.6, min=0, max=1, step=.05, description='opacity', readout_format='.0%', **narrow)
-        self.square = w.Checkbox(description='as the network sees it', indent=False, layout=w.Layout(width='180px'))
-        self.zoom = w.Dropdown(description='zoom', options=ZOOMS, value=1., style=dict(description_width='40px'), layout=w.Layout(width='180px'))
+        self.opacity = w.FloatSlider(
+            0.6, min=0, max=1, step=0.05, description='opacity', readout_format='.0%', **narrow
+        )
+        self.square = w.Checkbox(
+            description='as the network sees it', indent=False, layout=w.Layout(width='180px')
+        )
+        self.zoom = w.Dropdown(
+            description='zoom',
+            options=ZOOMS,
+            value=1.0,
+            style=dict(description_width='40px'),
+            layout=w.Layout(width='180px'),
+        )
         self.closer = _press('Zoom in', lambda: self.step(1), 'kd-closer')
         self.farther = _press('Zoom out', lambda: self.step(-1), 'kd-farther')
-        for control in (self.map_on, self.which, self.square): control.observe(lambda change: do(self.request), 'value')
+        for control in (self.map_on, self.which, self.square):
+            control.observe(lambda change: do(self.request), 'value')
         self.opacity.observe(lambda change: self.fade(), 'value')
         self.zoom.observe(lambda change: do(self.enlarge), 'value')
         self.lay_out()
@@ -102,9 +150,26 @@ def lay_out(self:Viewer):
     self.beside = panes[0]
     steps = w.HBox([self.zoom, self.closer, self.farther, self.size], layout=wrapped)
     tools = w.HBox([self.map_on, self.which, self.opacity, self.square], layout=wrapped)
-    middle = w.VBox([self.opaque, self.zoomed, with_css_class(w.Box(panes), 'kd-panes'), steps, tools, self.why, self.scale, self.status])
-    self.box = with_css_class(w.Box([with_css_class(middle, 'kd-middle'), with_css_class(w.VBox([self.words]), 'kd-words')]), 'kd-viewer')
+    middle = w.VBox(
+        [
+            self.opaque,
+            self.zoomed,
+            with_css_class(w.Box(panes), 'kd-panes'),
+            steps,
+            tools,
+            self.why,
+            self.scale,
+            self.status,
+        ]
+    )
+    self.box = with_css_class(
+        w.Box(
+            [with_css_class(middle, 'kd-middle'), with_css_class(w.VBox([self.words]), 'kd-words')]
+        ),
+        'kd-viewer',
+    )
 
+# %% ../../nbs/09d_app.panels.ipynb #5bbf2b98
 @patch
 def step(self:Viewer,
     by:int,  # 1: in, -1: out
@@ -126,11 +191,16 @@ def fade(self:Viewer):
     "Set how much of the map is seen."
     self.opaque.value = f'<style>.{self.layer}{{opacity:{self.opacity.value:.2f}}}</style>'
 
+# %% ../../nbs/09d_app.panels.ipynb #a0281523
 @patch
 def offer(self:Viewer):
     "The classes whose maps can be asked for, of the fold that is open."
     classes = self.state.cases.classes
-    self.which.options = [('the predicted one', -1), ('the true one', -2), *((c, k) for k, c in enumerate(classes))]
+    self.which.options = [
+        ('the predicted one', -1),
+        ('the true one', -2),
+        *((c, k) for k, c in enumerate(classes)),
+    ]
     self.which.value = -1   # new options choose none
     self.grey_maps()
 
@@ -140,8 +210,14 @@ def grey_maps(self:Viewer):
     lacks = self.no_maps.get(self.state.stamp())
     for control in (self.map_on, self.which, self.opacity): control.disabled = lacks is not None
     if lacks and self.map_on.value: self.map_on.value = False
-    self.why.value = why_html({c.description: lacks and f'{lacks.problem} {lacks.fix}' for c in (self.map_on, self.which, self.opacity)})
+    self.why.value = why_html(
+        {
+            c.description: lacks and f'{lacks.problem} {lacks.fix}'
+            for c in (self.map_on, self.which, self.opacity)
+        }
+    )
 
+# %% ../../nbs/09d_app.panels.ipynb #b04e22bc
 @patch
 def show(self:Viewer,
     subject:Subject|None,  # what is looked at; None: nothing
@@ -165,13 +241,19 @@ def jobs(self:Viewer)->dict:  # kind -> (key, function)
     s, stamp = self.subject, self.state.stamp()
     if isinstance(s.image, KdoctError): return {}
     def network(): return self.state.network(stamp)
-    def heatmap(k): return network().heatmap(s.image, k if k >= 0 else int(network().output(s.image).probabilities.argmax()))
+    def heatmap(k):
+        return network().heatmap(
+            s.image, k if k >= 0 else int(network().output(s.image).probabilities.argmax())
+        )
     out, k = {}, self.number()
-    if self.square.value: out['square'] = (*stamp, *s.key), lambda: seen_picture(self.state.cases.run, s.image)
-    if self.map_on.value or not s.probabilities: out['output'] = (*stamp, *s.key), lambda: network().output(s.image)
+    if self.square.value:
+        out['square'] = (*stamp, *s.key), lambda: seen_picture(self.state.cases.run, s.image)
+    if self.map_on.value or not s.probabilities:
+        out['output'] = (*stamp, *s.key), lambda: network().output(s.image)
     if self.map_on.value and k is not None: out['heatmap'] = (*stamp, *s.key, k), lambda: heatmap(k)
     return out
 
+# %% ../../nbs/09d_app.panels.ipynb #930dd93a
 @patch
 def request(self:Viewer):
     "Draw what is known, and ask for what is not."
@@ -180,7 +262,8 @@ def request(self:Viewer):
     self.made = {kind: v for kind, v in self.made.items() if kind in jobs and v[0] == jobs[kind][0]}
     self.draw()
     for kind, (key, work) in jobs.items():
-        if kind not in self.made: self.work.submit(kind, (kind, *key), work, partial(self.got, kind, key))
+        if kind not in self.made:
+            self.work.submit(kind, (kind, *key), work, partial(self.got, kind, key))
 
 @patch
 def got(self:Viewer, kind:str, key:tuple, result):
@@ -199,35 +282,72 @@ def result(self:Viewer, kind:str):  # None: not made, or not wanted
     made = self.made.get(kind, (None, None))[1]
     return None if isinstance(made, KdoctError) else made
 
+# %% ../../nbs/09d_app.panels.ipynb #906bcf1a
 @patch
 def draw(self:Viewer):
     "Show what there is by now."
-    s, c, heatmap, square = self.subject, self.state.cases, self.result('heatmap'), self.result('square')
-    image, resize = (s.image, c.run.recipe.data.resize) if not self.square.value or square is None else (square, 'squash')
+    s, c, heatmap, square = (
+        self.subject,
+        self.state.cases,
+        self.result('heatmap'),
+        self.result('square'),
+    )
+    image, resize = (
+        (s.image, c.run.recipe.data.resize)
+        if not self.square.value or square is None
+        else (square, 'squash')
+    )
     broken, whole = isinstance(image, KdoctError), self.zoom.value != 1
-    self.picture.value = error_html(image) if broken else picture_html(image, s.name, heatmap and heatmap.values, resize, self.layer, whole)
-    self.plain.value = picture_html(image, f'{s.name}, without the map', whole=whole) if heatmap else ''
+    self.picture.value = (
+        error_html(image)
+        if broken
+        else picture_html(image, s.name, heatmap and heatmap.values, resize, self.layer, whole)
+    )
+    self.plain.value = (
+        picture_html(image, f'{s.name}, without the map', whole=whole) if heatmap else ''
+    )
     self.beside.layout.display = None if heatmap else 'none'
     self.size.value = '' if broken else text_html(size_text(image, whole), 'soft')
     self.scale.value = scale_html() if heatmap else ''
-    facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in s.facts.items())
+    facts = ''.join(
+        f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in s.facts.items()
+    )
     sentences = ''.join(text_html(t, 'busy' if t.startswith(('Deferred', 'Outlier:')) else '')
                         for t in verdict(c, s, self.result('output')))   # what a person must look at stands out
-    self.words.value = probabilities_html(c, s, self.result('output')) + sentences + f'<dl class="kd-facts">{facts}</dl>'
+    self.words.value = (
+        probabilities_html(c, s, self.result('output'))
+        + sentences
+        + f'<dl class="kd-facts">{facts}</dl>'
+    )
     self.status.value = self.progress()
 
+# %% ../../nbs/09d_app.panels.ipynb #bbc390d6
 @patch
 def progress(self:Viewer)->str:
     "What is at work, what it made, or why it could not."
-    doing = dict(square='the square that the network sees', output='the answer of the network', heatmap=f'Score-CAM of the {self.state.cases.role}')
+    doing = dict(
+        square='the square that the network sees',
+        output='the answer of the network',
+        heatmap=f'Score-CAM of the {self.state.cases.role}',
+    )
     failed = [error_html(r) for _, r in self.made.values() if isinstance(r, KdoctError)]
     waiting = [doing[k] for k in self.wanted if k not in self.made]
-    if waiting: return text_html(f"Computing {' and '.join(waiting)}. Everything else can be used meanwhile.", 'busy', 'status') + ''.join(failed)
-    if self.map_on.value and isinstance(self.subject.image, KdoctError): return text_html("No map: the picture cannot be read.", 'soft', 'status')
-    if self.map_on.value and self.number() is None: return text_html("The true class is not known: choose another class for the map.", 'soft', 'status')
+    if waiting:
+        return text_html(
+            f"Computing {' and '.join(waiting)}. Everything else can be used meanwhile.",
+            'busy',
+            'status',
+        ) + ''.join(failed)
+    if self.map_on.value and isinstance(self.subject.image, KdoctError):
+        return text_html("No map: the picture cannot be read.", 'soft', 'status')
+    if self.map_on.value and self.number() is None:
+        return text_html(
+            "The true class is not known: choose another class for the map.", 'soft', 'status'
+        )
     heatmap = self.result('heatmap')
     if not heatmap: return ''.join(failed)
-    cost = f'Score-CAM of the {self.state.cases.role}: {heatmap.passes}, {human_time(heatmap.seconds)}.'
+    cost = (f'Score-CAM of the {self.state.cases.role}: {heatmap.passes}, '
+            f'{human_time(heatmap.seconds)}.')
     return ''.join(failed) + text_html(cost, 'soft', 'status')
 
 # %% ../../nbs/09d_app.panels.ipynb #85287b9b
@@ -241,6 +361,7 @@ def case_line(
     classes = row.label if row.right else f'{row.label} → {row.predicted}'
     return f"{'✓' if row.right else '✗'} {classes} {100*row.confidence:.0f} % · {where or row.path}"
 
+# %% ../../nbs/09d_app.panels.ipynb #4ec50259
 class TestPanel:
     "Which test images, and a list of them."
     def __init__(self,
@@ -250,30 +371,85 @@ class TestPanel:
     ):
         self.state, self.show, self.rows, self.filling = state, show, np.array([], int), False
         half = dict(style=dict(description_width='62px'), layout=w.Layout(width='165px'))
-        def choose(what, *options): return w.Dropdown(description=what, options=[('all', ''), *options], **half)
-        self.true, self.predicted, self.result = choose('true'), choose('predicted'), choose('result', ('right', 'right'), ('wrong', 'wrong'))
+        def choose(what, *options):
+            return w.Dropdown(description=what, options=[('all', ''), *options], **half)
+        self.true, self.predicted, self.result = (
+            choose('true'),
+            choose('predicted'),
+            choose('result', ('right', 'right'), ('wrong', 'wrong')),
+        )
         self.beside = choose('beside', ('same class', 'same'), ('other class', 'other'))
         self.deferred = choose('deferral', ('deferred', 'deferred'), ('not deferred', 'decided'))
         self.outlier = choose('outlier', ('outliers', 'outlier'), ('no outliers', 'usual'))
-        self.confidence = w.FloatRangeSlider(value=(0, 1), min=0, max=1, step=.01, description='confidence', readout_format='.0%', **LAYOUT)
+        self.confidence = w.FloatRangeSlider(
+            value=(0, 1),
+            min=0,
+            max=1,
+            step=0.01,
+            description='confidence',
+            readout_format='.0%',
+            **LAYOUT,
+        )
         self.order = w.Dropdown(description='order', options=ORDERS, **LAYOUT)
-        self.page = w.BoundedIntText(1, min=1, max=1, description='page', style=dict(description_width='36px'), layout=w.Layout(width='110px'))
-        self.turns = {name: _press(name, lambda name=name: do(lambda: self.turn(name))) for name in ('First', 'Previous', 'Next', 'Last')}
+        self.page = w.BoundedIntText(
+            1,
+            min=1,
+            max=1,
+            description='page',
+            style=dict(description_width='36px'),
+            layout=w.Layout(width='110px'),
+        )
+        self.turns = {
+            name: _press(name, lambda name=name: do(lambda: self.turn(name)))
+            for name in ('First', 'Previous', 'Next', 'Last')
+        }
         self.download = _press('Download these cases as CSV', lambda: do(self.offer_files))
-        self.path = w.Text(description='or save as', placeholder='a path; empty: in the run', continuous_update=False,
-                           style=LAYOUT['style'], layout=w.Layout(width='270px'))
+        self.path = w.Text(
+            description='or save as',
+            placeholder='a path; empty: in the run',
+            continuous_update=False,
+            style=LAYOUT['style'],
+            layout=w.Layout(width='270px'),
+        )
         self.save = _press('Save', lambda: do(self.write))
         self.count, self.why, self.small, self.saved = (w.HTML() for _ in range(4))
         self.kind = f'kd-{uuid.uuid4().hex[:8]}'
-        self.list = with_css_class(w.RadioButtons(options=[], description='Cases', layout=w.Layout(width='auto')), 'kd-list', self.kind)
-        self.filters = (self.true, self.predicted, self.result, self.beside, self.deferred, self.outlier, self.confidence, self.order)
+        self.list = with_css_class(
+            w.RadioButtons(options=[], description='Cases', layout=w.Layout(width='auto')),
+            'kd-list',
+            self.kind,
+        )
+        self.filters = (
+            self.true,
+            self.predicted,
+            self.result,
+            self.beside,
+            self.deferred,
+            self.outlier,
+            self.confidence,
+            self.order,
+        )
         f, turns = self.filters, self.turns.values()
         pairs = [w.HBox(f[i:i + 2], layout=w.Layout(width='340px')) for i in (0, 2, 4)]
-        pages = with_css_class(w.HBox([*turns, self.page], layout=w.Layout(flex_flow='row wrap', align_items='center')), 'kd-pages')
+        pages = with_css_class(
+            w.HBox(
+                [*turns, self.page], layout=w.Layout(flex_flow='row wrap', align_items='center')
+            ),
+            'kd-pages',
+        )
         choices = with_css_class(w.VBox([*pairs, *f[6:], self.why]), 'kd-choices')
-        files = w.VBox([self.download, w.HBox([self.path, self.save], layout=w.Layout(flex_flow='row wrap')), self.saved])
-        self.box = with_css_class(w.VBox([choices, w.VBox([self.small, self.count, self.list, pages, files])]), 'kd-side')
-        for control in self.filters: control.observe(lambda change: self.filling or do(self.refresh), 'value')
+        files = w.VBox(
+            [
+                self.download,
+                w.HBox([self.path, self.save], layout=w.Layout(flex_flow='row wrap')),
+                self.saved,
+            ]
+        )
+        self.box = with_css_class(
+            w.VBox([choices, w.VBox([self.small, self.count, self.list, pages, files])]), 'kd-side'
+        )
+        for control in self.filters:
+            control.observe(lambda change: self.filling or do(self.refresh), 'value')
         self.page.observe(lambda change: self.filling or do(self.fill), 'value')
         self.list.observe(lambda change: self.filling or do(self.show_case), 'value')
 
@@ -281,9 +457,22 @@ class TestPanel:
 @patch
 def opened(self:TestPanel):
     "A fold was opened: all its test images."
-    c, self.filling, decided = self.state.cases, True, self.state.cases.role in self.state.cases.decisions
-    for control in (self.true, self.predicted): control.options = [('all', ''), *((k, k) for k in c.classes)]
-    for control in (self.true, self.predicted, self.result, self.beside, self.deferred, self.outlier): control.value = ''
+    c, self.filling, decided = (
+        self.state.cases,
+        True,
+        self.state.cases.role in self.state.cases.decisions,
+    )
+    for control in (self.true, self.predicted):
+        control.options = [('all', ''), *((k, k) for k in c.classes)]
+    for control in (
+        self.true,
+        self.predicted,
+        self.result,
+        self.beside,
+        self.deferred,
+        self.outlier,
+    ):
+        control.value = ''
     self.beside.description, self.beside.disabled = c.beside or 'beside', not c.beside
     for control in (self.deferred, self.outlier): control.disabled = not decided
     unfitted = f'{NO_DECISION}. To fit it: {stage_command("decide", c.run, c.fold)}'
@@ -293,12 +482,22 @@ def opened(self:TestPanel):
     self.confidence.value, self.filling = (0, 1), False
     self.refresh()
 
+# %% ../../nbs/09d_app.panels.ipynb #407c63c9
 @patch
 def choice(self:TestPanel)->CaseFilter:
     "What is chosen."
     low, high = self.confidence.value
-    return CaseFilter(self.true.value, self.predicted.value, self.result.value, self.beside.value, self.deferred.value,
-                  self.outlier.value, low, high, self.order.value)
+    return CaseFilter(
+        self.true.value,
+        self.predicted.value,
+        self.result.value,
+        self.beside.value,
+        self.deferred.value,
+        self.outlier.value,
+        low,
+        high,
+        self.order.value,
+    )
 
 @patch
 def refresh(self:TestPanel):
@@ -308,21 +507,34 @@ def refresh(self:TestPanel):
     self.page.value, self.filling = 1, False
     self.fill()
 
+# %% ../../nbs/09d_app.panels.ipynb #42a11031
 @patch
 def fill(self:TestPanel):
     "One page of the list, and its first image."
     t, start, self.filling = self.state.table, PAGE*(self.page.value - 1), True
     some, chosen = t.loc[self.rows[start:start + PAGE]], t.loc[self.rows]
-    self.list.options = [(f'{k}. {case_line(r)}', i) for k, (i, r) in enumerate(some.iterrows(), start + 1)]   # numbers tell equal lines apart
+    self.list.options = [
+        (f'{k}. {case_line(r)}', i) for k, (i, r) in enumerate(some.iterrows(), start + 1)
+    ]  # numbers tell equal lines apart
     self.list.value = some.index[0] if len(some) else None
-    here = f'Page {self.page.value} of {self.page.max}: {start + 1} to {start + len(some)} of {len(chosen)}.' if len(some) else 'No test image is as chosen.'
-    self.count.value = text_html(f"{len(chosen)} of {len(t)} test images, {chosen.group.nunique()} of {t.group.nunique()} patients. "
-                                 "True → predicted class, confidence, patient, eye, slice.", 'soft') + text_html(here, 'page', 'status')
+    here = (
+        f'Page {self.page.value} of {self.page.max}: {start + 1} to {start + len(some)} of '
+        f'{len(chosen)}.'
+        if len(some)
+        else 'No test image is as chosen.'
+    )
+    self.count.value = text_html(
+        f"{len(chosen)} of {len(t)} test images, {chosen.group.nunique()} of "
+        f"{t.group.nunique()} patients. "
+        "True → predicted class, confidence, patient, eye, slice.",
+        'soft',
+    ) + text_html(here, 'page', 'status')
     self.picture(some.index)
     self.ends()
     self.filling, self.saved.value = False, ''
     self.show_case()
 
+# %% ../../nbs/09d_app.panels.ipynb #769afe5e
 @patch
 def show_case(self:TestPanel):
     "Look at the image that is chosen in the list."
@@ -336,18 +548,34 @@ def picture(self:TestPanel,
     "Put a small picture before each line; where there is none, say why."
     small = outcome(lambda: self.state.thumbnails(rows))
     lost = isinstance(small, KdoctError) or len(small) < len(rows)
-    again = f"No small pictures: the decoded images of this run are not there. To make them again: {stage_command('data', self.state.cases.run)}"
-    lines = [] if lost else [f'.{self.kind} label:nth-child({k})::before{{background-image:url({uri})}}' for k, uri in enumerate(small, 1)]
+    again = (f"No small pictures: the decoded images of this run are not there. To make them "
+             f"again: {stage_command('data', self.state.cases.run)}")
+    lines = (
+        []
+        if lost
+        else [
+            f'.{self.kind} label:nth-child({k})::before{{background-image:url({uri})}}'
+            for k, uri in enumerate(small, 1)
+        ]
+    )
     self.small.value = text_html(again, 'soft') if lost else f'<style>{"".join(lines)}</style>'
 
+# %% ../../nbs/09d_app.panels.ipynb #9c42807d
 @patch
 def ends(self:TestPanel):
     "Buttons that lead nowhere are grey, and say why."
     first, last = self.page.value == 1, self.page.value == self.page.max
     for name, end in dict(First=first, Previous=first, Next=last, Last=last).items():
         self.turns[name].disabled = end
-        self.turns[name].tooltip = f"This is the {'first' if first and name in ('First', 'Previous') else 'last'} page" if end else f'{name} page'
-    for button, does in ((self.download, 'The browser saves the table'), (self.save, 'Writes the table on the machine that serves this page')):
+        self.turns[name].tooltip = (
+            f"This is the {'first' if first and name in ('First', 'Previous') else 'last'} page"
+            if end
+            else f'{name} page'
+        )
+    for button, does in (
+        (self.download, 'The browser saves the table'),
+        (self.save, 'Writes the table on the machine that serves this page'),
+    ):
         button.disabled = not len(self.rows)
         button.tooltip = does if len(self.rows) else 'No test image is as chosen'
 
@@ -359,20 +587,30 @@ def turn(self:TestPanel,
     at = self.page.value
     self.page.value = dict(First=1, Previous=at - 1, Next=at + 1, Last=self.page.max)[name]
 
+# %% ../../nbs/09d_app.panels.ipynb #d8248c70
 @patch
 def offer_files(self:TestPanel):
     "Links to the files of what is chosen; the page's script follows the first."
     files = selection_files(self.state.cases, self.state.table, self.choice())
-    links = [f'<a class="kd-file" download="{html.escape(name)}" href="data:application/octet-stream;base64,{base64.b64encode(data).decode()}">'
-             f'{html.escape(name)}</a>' for name, data in files.items()]
-    self.saved.value = f'<p role="status">{len(self.rows)} cases: {links[0]}. What they are of: {links[1]}.</p>'
+    links = [
+        f'<a class="kd-file" download="{html.escape(name)}" '
+        f'href="data:application/octet-stream;base64,{base64.b64encode(data).decode()}">'
+        f'{html.escape(name)}</a>'
+        for name, data in files.items()
+    ]
+    self.saved.value = (
+        f'<p role="status">{len(self.rows)} cases: {links[0]}. What they are of: {links[1]}.</p>'
+    )
 
 @patch
 def write(self:TestPanel):
     "Save what is chosen, and tell where."
-    path = save_selection(self.state.cases, self.state.table, self.choice(), self.path.value.strip())
-    self.saved.value = text_html(f'{len(self.rows)} cases are saved in {path.absolute()}', 'text', 'status')
-
+    path = save_selection(
+        self.state.cases, self.state.table, self.choice(), self.path.value.strip()
+    )
+    self.saved.value = text_html(
+        f'{len(self.rows)} cases are saved in {path.absolute()}', 'text', 'status'
+    )
 
 # %% ../../nbs/09d_app.panels.ipynb #67c21d0b
 class UploadPanel:
@@ -384,13 +622,42 @@ class UploadPanel:
         do=lambda f: f(), # how a control does what it does
     ):
         self.state, self.work, self.show, self.scans = state, work, show, []
-        self.upload = w.FileUpload(description='Choose a file', icon='', multiple=False, tooltip='A picture or a volume', layout=w.Layout(width='324px'))
-        self.path = w.Text(description='or its path', placeholder='on this machine', continuous_update=False, **LAYOUT)
-        self.read = w.Button(description='Read the file at this path', layout=w.Layout(width='324px'))
-        self.status, self.list = w.HTML(), with_css_class(w.Select(rows=10, description='pictures of the file', layout=w.Layout(width='324px')), 'kd-above')
-        about = text_html("A B-scan, or a volume: DICOM, multi-page TIFF, Heidelberg, Topcon, Zeiss. It is read here, kept in memory only, and forgotten "
-                          "with this page. Through the browser JupyterLab takes 10 MB; give larger files by their path.", 'soft')
-        self.box = with_css_class(w.VBox([self.upload, self.path, self.read, w.HTML(about), self.status, self.list]), 'kd-side')
+        self.upload = w.FileUpload(
+            description='Choose a file',
+            icon='',
+            multiple=False,
+            tooltip='A picture or a volume',
+            layout=w.Layout(width='324px'),
+        )
+        self.path = w.Text(
+            description='or its path',
+            placeholder='on this machine',
+            continuous_update=False,
+            **LAYOUT,
+        )
+        self.read = w.Button(
+            description='Read the file at this path', layout=w.Layout(width='324px')
+        )
+        self.status, self.list = (
+            w.HTML(),
+            with_css_class(
+                w.Select(
+                    rows=10, description='pictures of the file', layout=w.Layout(width='324px')
+                ),
+                'kd-above',
+            ),
+        )
+        about = text_html(
+            "A B-scan, or a volume: DICOM, multi-page TIFF, Heidelberg, Topcon, Zeiss. It is read "
+            "here, kept in memory only, and forgotten "
+            "with this page. Through the browser JupyterLab takes 10 MB; give larger files by "
+            "their path.",
+            'soft',
+        )
+        self.box = with_css_class(
+            w.VBox([self.upload, self.path, self.read, w.HTML(about), self.status, self.list]),
+            'kd-side',
+        )
         self.upload.observe(lambda change: do(self.uploaded), 'value')
         self.read.on_click(lambda button: do(self.from_path))
         self.list.observe(lambda change: do(self.show_upload), 'value')
@@ -414,19 +681,33 @@ def uploaded(self:UploadPanel):
 @patch
 def from_path(self:UploadPanel):
     "A path was given."
-    if not self.path.value.strip(): self.status.value = text_html('Type the path of a file on this machine first.', 'busy', 'status')
+    if not self.path.value.strip():
+        self.status.value = text_html(
+            'Type the path of a file on this machine first.', 'busy', 'status'
+        )
     modality = self.modality()
-    self.begin(self.path.value.strip(), lambda path: read_upload_path(Path(path).expanduser(), modality=modality))
+    self.begin(
+        self.path.value.strip(),
+        lambda path: read_upload_path(Path(path).expanduser(), modality=modality),
+    )
 
+# %% ../../nbs/09d_app.panels.ipynb #10961be1
 @patch
 def begin(self:UploadPanel, name:str, read):
     "Read a file in the background."
     if not name: return
     self.requested = key = ('file', uuid.uuid4().hex)
-    self.scans, self.list.options, self.status.value = [], [], text_html(f'Reading {name}.', 'busy', 'status')
+    self.scans, self.list.options, self.status.value = (
+        [],
+        [],
+        text_html(f'Reading {name}.', 'busy', 'status'),
+    )
     self.show(None)
-    self.work.submit('file', key, lambda: read(name), lambda result: self.has_read(key, name, result))
+    self.work.submit(
+        'file', key, lambda: read(name), lambda result: self.has_read(key, name, result)
+    )
 
+# %% ../../nbs/09d_app.panels.ipynb #f4dc5b1d
 @patch
 def has_read(self:UploadPanel, key:tuple, name:str, result):
     "A file was read, or could not be."
@@ -436,14 +717,18 @@ def has_read(self:UploadPanel, key:tuple, name:str, result):
     self.scans = result
     n = len(result)
     more = ', perhaps the first of more' if n == MOST_SCANS else ''
-    self.status.value = text_html(f"{result[0].file}: {n} picture{'s' if n > 1 else ''}{more}.", 'soft', 'status')
+    self.status.value = text_html(
+        f"{result[0].file}: {n} picture{'s' if n > 1 else ''}{more}.", 'soft', 'status'
+    )
     self.list.options = [(upload.scan or upload.file, i) for i, upload in enumerate(result)]
     self.list.value = 0
 
 @patch
 def show_upload(self:UploadPanel):
     "Look at the picture that is chosen in the list."
-    self.show(None if self.list.value is None else self.state.upload_subject(self.scans[self.list.value]))
+    self.show(
+        None if self.list.value is None else self.state.upload_subject(self.scans[self.list.value])
+    )
 
 # %% ../../nbs/09d_app.panels.ipynb #14f30cc9
 def validated_points(
@@ -453,8 +738,17 @@ def validated_points(
     "Thresholds that the decision has chosen on validation patients."
     d = cases.decisions.get(cases.role)
     if d is None: return []
-    t = d.operating_points[(d.operating_points['class'] == name) & d.operating_points.threshold.notna()]
-    return [(f'{r.kind} of at least {100*r.wished:g} %: {r.threshold:.3f} ({r.images} images there)', float(r.threshold)) for r in t.itertuples()]
+    t = d.operating_points[
+        (d.operating_points['class'] == name) & d.operating_points.threshold.notna()
+    ]
+    return [
+        (
+            f'{r.kind} of at least {100 * r.wished:g} %: {r.threshold:.3f} ({r.images} '
+            f'images there)',
+            float(r.threshold),
+        )
+        for r in t.itertuples()
+    ]
 
 # %% ../../nbs/09d_app.panels.ipynb #64e7a93f
 class ThresholdPanel:
@@ -465,19 +759,48 @@ class ThresholdPanel:
     ):
         self.state = state
         self.name = w.Dropdown(description='class', **LAYOUT)
-        self.threshold = w.FloatSlider(.5, min=0, max=1, step=.01, description='threshold', readout_format='.2f',
-                                       style=LAYOUT['style'], layout=w.Layout(width='440px'))
-        self.points = w.Dropdown(description='from validation', style=dict(description_width='100px'), layout=w.Layout(width='460px'))
+        self.threshold = w.FloatSlider(
+            0.5,
+            min=0,
+            max=1,
+            step=0.01,
+            description='threshold',
+            readout_format='.2f',
+            style=LAYOUT['style'],
+            layout=w.Layout(width='440px'),
+        )
+        self.points = w.Dropdown(
+            description='from validation',
+            style=dict(description_width='100px'),
+            layout=w.Layout(width='460px'),
+        )
         self.numbers, self.curves, self.why = w.HTML(), w.HTML(), w.HTML()
-        note = text_html("The threshold is moved over test images, to see what it costs. One that is chosen here is not tested any more: choose it on "
-                         "validation patients, as the decision of the fold does.", 'soft')
-        self.box = w.VBox([w.HBox([self.name, self.points, self.threshold], layout=w.Layout(flex_flow='row wrap')), self.why,
-                           w.HBox([w.VBox([self.numbers, w.HTML(note)], layout=w.Layout(flex='0 1 600px')), self.curves],
-                                  layout=w.Layout(flex_flow='row wrap'))])
+        note = text_html(
+            "The threshold is moved over test images, to see what it costs. One that is chosen "
+            "here is not tested any more: choose it on "
+            "validation patients, as the decision of the fold does.",
+            'soft',
+        )
+        self.box = w.VBox(
+            [
+                w.HBox(
+                    [self.name, self.points, self.threshold], layout=w.Layout(flex_flow='row wrap')
+                ),
+                self.why,
+                w.HBox(
+                    [
+                        w.VBox([self.numbers, w.HTML(note)], layout=w.Layout(flex='0 1 600px')),
+                        self.curves,
+                    ],
+                    layout=w.Layout(flex_flow='row wrap'),
+                ),
+            ]
+        )
         self.name.observe(lambda change: do(self.chosen), 'value')
         self.threshold.observe(lambda change: do(self.draw_threshold), 'value')
         self.points.observe(lambda change: do(self.to_point), 'value')
 
+# %% ../../nbs/09d_app.panels.ipynb #7677538b
 @patch
 def offer_classes(self:ThresholdPanel):
     "A fold was opened: its first class."
@@ -497,22 +820,30 @@ def chosen(self:ThresholdPanel):
     self.grey_points()
     self.draw_threshold()
 
+# %% ../../nbs/09d_app.panels.ipynb #e19931fe
 @patch
 def grey_points(self:ThresholdPanel):
     "Why there is no threshold from validation."
     c = self.state.cases
     fitted = c.role in c.decisions
-    why = f'{NO_DECISION}. To fit it: {stage_command("decide", c.run, c.fold)}' if not fitted else f'The decision of this fold has none for {self.name.value}.'
+    why = (
+        f'{NO_DECISION}. To fit it: {stage_command("decide", c.run, c.fold)}'
+        if not fitted
+        else f'The decision of this fold has none for {self.name.value}.'
+    )
     self.why.value = why_html({self.points.description: why if self.points.disabled else ''})
 
 @patch
 def to_point(self:ThresholdPanel):
     "A threshold of the decision was chosen."
-    if self.points.value is not None and self.points.value >= 0: self.threshold.value = self.points.value
+    if self.points.value is not None and self.points.value >= 0:
+        self.threshold.value = self.points.value
 
 @patch
 def draw_threshold(self:ThresholdPanel):
     "The numbers at the threshold."
     stats = self.thresholds.at(self.threshold.value)
-    self.numbers.value = threshold_html(stats, self.state.cases.classes, self.thresholds.n_groups, self.thresholds.level)
+    self.numbers.value = threshold_html(
+        stats, self.state.cases.classes, self.thresholds.n_groups, self.thresholds.level
+    )
     self.curves.value = curves_svg(self.drawn, stats)

@@ -37,8 +37,13 @@ def _table(
 ):
     "What the template needs to draw a table."
     head = ([first] if first is not None else []) + list(map(str, frame.columns))
-    def text(v): return re.sub(r'\[[^\]]*\]|\bp \d|\d %', lambda m: m[0].replace(' ', '\xa0'), str(v))   # what is not parted at the end of a line
-    rows = [([text(i)] if first is not None else []) + [text(v) for v in r] for i, r in zip(frame.index, frame.to_numpy(), strict=True)]
+    def text(v):
+        # what is not parted at the end of a line
+        return re.sub(r'\[[^\]]*\]|\bp \d|\d %', lambda m: m[0].replace(' ', '\xa0'), str(v))
+    rows = [
+        ([text(i)] if first is not None else []) + [text(v) for v in r]
+        for i, r in zip(frame.index, frame.to_numpy(), strict=True)
+    ]
     return dict(head=head, rows=rows, caption=caption, protocol=protocol)
 
 # %% ../../nbs/08a_app.report.ipynb #7407ce10
@@ -47,37 +52,67 @@ def _flat(d, prefix=''):
     for k, v in d.items():
         if isinstance(v, dict) and v: yield from _flat(v, f'{prefix}{k}.')
         elif isinstance(v, (list, tuple)):
-            yield f'{prefix}{k}', f'{len(v)} entries' if any(isinstance(x, (dict, list)) for x in v) else ', '.join(map(str, v)) or 'none'
+            yield (
+                f'{prefix}{k}',
+                f'{len(v)} entries'
+                if any(isinstance(x, (dict, list)) for x in v)
+                else ', '.join(map(str, v)) or 'none',
+            )
         elif v is None or v == '': yield f'{prefix}{k}', 'not set'
         else: yield f'{prefix}{k}', f'{v:g}' if isinstance(v, float) else 'none' if v == {} else str(v)
 
 # %% ../../nbs/08a_app.report.ipynb #811490c2
 _ALT = {
-    'confusion': 'Confusion matrices of teacher, student and baseline side by side: true classes in rows, predicted in columns',
-    'roc': 'Receiver operating characteristic of each class against the rest, one curve a model, with AUC',
-    'reliability': 'Reliability diagram of each model before calibration: share correct by predicted probability, and images a bin',
-    'calibration': 'Reliability of each model as trained (above) and after calibration (below): share correct by predicted probability, images a bin, '
-                   'expected calibration error (ECE)',
-    'coverage_risk': 'Share of mistakes among the B-scans that are kept, while ever more unsure ones are deferred (line); '
-                     'as deferred by the decision, outliers too (dot)',
+    'confusion': 'Confusion matrices of teacher, student and baseline side by side: true classes '
+                 'in rows, predicted in columns',
+    'roc': 'Receiver operating characteristic of each class against the rest, one curve a '
+           'model, with AUC',
+    'reliability': 'Reliability diagram of each model before calibration: share correct by '
+                   'predicted probability, and images a bin',
+    'calibration': 'Reliability of each model as trained (above) and after calibration (below): '
+                   'share correct by predicted probability, images a bin, '
+    'expected calibration error (ECE)',
+    'coverage_risk': 'Share of mistakes among the B-scans that are kept, while ever more unsure '
+                     'ones are deferred (line); '
+    'as deferred by the decision, outliers too (dot)',
     'training': 'Training and validation loss and validation accuracy by epoch for each model',
-    'mistakes': "The student's surest mistakes as pictures with true class, predicted class, probability and file name",
+    'mistakes': "The student's surest mistakes as pictures with true class, predicted class, "
+                "probability and file name",
     'counts': 'Images and patients of every class in the training, validation and test part',
-    'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and model, with means',
-    'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best epoch and averaged weights; filled marks are the weights kept',
-    'explained': 'Test images with the maps of teacher and student and their difference, mistakes of the student first',
-    'explained_curves': 'Probability of the explained class while the most important pixels are put in, and taken out, one curve a network',
-    'explained_agreement': 'Rank correlation and overlap of the maps of student and teacher, by who was right'}
+    'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and '
+             'model, with means',
+    'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best '
+             'epoch and averaged weights; filled marks are the weights kept',
+    'explained': 'Test images with the maps of teacher and student and their difference, mistakes '
+                 'of the student first',
+    'explained_curves': 'Probability of the explained class while the most important pixels are '
+                        'put in, and taken out, one curve a network',
+    'explained_agreement': 'Rank correlation and overlap of the maps of student and teacher, by '
+                           'who was right',
+}
 
+# %% ../../nbs/08a_app.report.ipynb #2a152563
 def _picture(path, where):
     "A PNG as data for the page, with caption and alternative text."
     name = _ALT.get(path.stem, path.stem.replace('_', ' '))
-    return dict(src='data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode(), alt=f'{name}, {where}.', caption=f'{name}, {where}.')
+    return dict(
+        src='data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode(),
+        alt=f'{name}, {where}.',
+        caption=f'{name}, {where}.',
+    )
 
 def _pictures(folder, where, of_maps=False):
     "Figures of a folder, those of the maps or the others, the known ones first and in their order."
-    order, files = list(_ALT), [p for p in folder.glob('*.png') if p.stem.startswith('explained') == of_maps]
-    return [_picture(p, where) for p in sorted(files, key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem))]
+    order, files = (
+        list(_ALT),
+        [p for p in folder.glob('*.png') if p.stem.startswith('explained') == of_maps],
+    )
+    return [
+        _picture(p, where)
+        for p in sorted(
+            files, key=lambda p: (order.index(p.stem) if p.stem in order else 99, p.stem)
+        )
+    ]
 
 # %% ../../nbs/08a_app.report.ipynb #794b768d
 def _figures(run, folds):
@@ -87,23 +122,50 @@ def _figures(run, folds):
 
 def _explained(run, folds):
     "Tables and figures of the maps, of those folds that have been explained as they are now."
-    if not any((run.fold_dir(k)/'explanation.json').exists() for k in folds): return dict(sections=[], figures=[], broad=False)
-    from kdoct.explain.stage import explained_folds, explanation_sections  # here, so that a report without maps does not wait for torch
+    if not any((run.fold_dir(k)/'explanation.json').exists() for k in folds):
+        return dict(sections=[], figures=[], broad=False)
+    # here, so that a report without maps does not wait for torch
+    from kdoct.explain.stage import explained_folds, explanation_sections
     use = [k for k in explained_folds(run) if k in folds]
-    sections = [_section(s, _short_protocol(run, use)) for s in explanation_sections(run, use).values()]
-    return dict(sections=sections, broad=any(len(t['head']) > 11 for s in sections for t in s['tables']),   # such a table is printed on a page turned round
-                figures=[(f'Fold {k}', _pictures(run.figures_dir(k), f'fold {k}', of_maps=True)) for k in use])
+    sections = [
+        _section(s, _short_protocol(run, use)) for s in explanation_sections(run, use).values()
+    ]
+    return dict(
+        sections=sections,
+        broad=any(
+            len(t['head']) > 11 for s in sections for t in s['tables']
+        ),  # such a table is printed on a page turned round
+        figures=[
+            (f'Fold {k}', _pictures(run.figures_dir(k), f'fold {k}', of_maps=True)) for k in use
+        ],
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #a9a461ac
 def _sentence(table, diff):
     "The main result in words."
-    level, all_teachers = ' (accuracy, with interval)', f'all teachers together {table["accuracy %"][TOGETHER]} %, ' if TOGETHER in table.index else ''
-    s = (f'The distilled student classifies {table["accuracy %"]["student"]} % of the test images correctly{level}, '
-         f'the teacher {table["accuracy %"]["teacher"]} %, {all_teachers}the same student without a teacher {table["accuracy %"]["baseline"]} %.')
+    level, all_teachers = (
+        ' (accuracy, with interval)',
+        f'all teachers together {table["accuracy %"][TOGETHER]} %, '
+        if TOGETHER in table.index
+        else '',
+    )
+    s = (
+        f'The distilled student classifies {table["accuracy %"]["student"]} % of the test images '
+        f'correctly{level}, '
+        f'the teacher {table["accuracy %"]["teacher"]} %, {all_teachers}the same student without a '
+        f'teacher {table["accuracy %"]["baseline"]} %.'
+    )
     for pair, what in (('student - baseline', 'baseline'), ('student - teacher', 'teacher')):
         r = diff.loc[(pair, 'accuracy')]
-        verdict = f'above the {what}' if r.low > 0 else f'below the {what}' if r.high < 0 else f'not distinguishable from the {what} on these patients'
-        s += f' The student is {verdict} ({100*r.difference:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]).'
+        verdict = (
+            f'above the {what}'
+            if r.low > 0
+            else f'below the {what}'
+            if r.high < 0
+            else f'not distinguishable from the {what} on these patients'
+        )
+        s += (f' The student is {verdict} ({100 * r.difference:+.1f} points [{100 * r.low:+.1f}, '
+              f'{100 * r.high:+.1f}]).')
     return s
 
 # %% ../../nbs/08a_app.report.ipynb #bdccb6c2
@@ -111,8 +173,13 @@ def _short_protocol(run, folds):
     "The protocol in a few words, for the column of a table; all of it stands above the tables."
     d = run.recipe.data
     overlap = 'kept' if d.official_overlap == 'keep' else 'removed'
-    split = f'{d.n_folds} folds by patient' if d.protocol != 'official' else f'official test part, overlap {overlap}'
-    return f'{d.source}; {split}; {"fold" if len(folds) == 1 else "folds"} {", ".join(map(str, folds))}; seed {run.recipe.seed}; one view'
+    split = (
+        f'{d.n_folds} folds by patient'
+        if d.protocol != 'official'
+        else f'official test part, overlap {overlap}'
+    )
+    return (f'{d.source}; {split}; {"fold" if len(folds) == 1 else "folds"} '
+            f'{", ".join(map(str, folds))}; seed {run.recipe.seed}; one view')
 
 def _notes(notes):
     "Notes of rows, each said once, with the rows that it is about."
@@ -123,29 +190,92 @@ def _per_fold(per):
     "Every fold and model, for reading."
     out = per[['fold', 'model']].assign(**{'test images': per.n_images})
     for m in ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1'):
-        out[f'{"F1" if m == "f1" else m} %'] = [f'{100*v:.1f}' if v == v else 'undefined' for v in per[m]]
+        out[f'{"F1" if m == "f1" else m} %'] = [
+            f'{100 * v:.1f}' if v == v else 'undefined' for v in per[m]
+        ]
     return out.assign(AUC=[f'{v:.3f}' if v == v else 'undefined' for v in per.auc])
 
 def _section(s, protocol):
     "A section of the results: heading, tables, caption; the notes of its rows become a text below."
     notes = _notes(s.table.note) if 'note' in s.table else []
-    return dict(title=s.title, text=s.caption, notes=notes, tables=[_table(s.texts.drop(columns='note', errors='ignore'), '', s.title, protocol)])
+    return dict(
+        title=s.title,
+        text=s.caption,
+        notes=notes,
+        tables=[_table(s.texts.drop(columns='note', errors='ignore'), '', s.title, protocol)],
+    )
 
-_ELSEWHERE = dict(calibration='decisions', operating='decisions', deferral='decisions', sets='decisions', outliers='decisions', costs='costs')
+_ELSEWHERE = dict(
+    calibration='decisions',
+    operating='decisions',
+    deferral='decisions',
+    sets='decisions',
+    outliers='decisions',
+    costs='costs',
+)
 
+# %% ../../nbs/08a_app.report.ipynb #9bb04762
 def _results(run, result, folds):
     "Sentence, protocol and tables of the complete folds."
-    r, what, by = result, f'Test images of fold {folds[0]}' if len(folds) == 1 else 'All test images of the folds together', _short_protocol(run, folds)
-    tables = [_table(shown(r['table']).drop(columns='note', errors='ignore'), 'model', f'{what}; intervals by resampling patients.', by)]
-    tables.append(_table(shown_differences(r['differences']), 'difference',
-                         'Paired differences on the same resamples of patients: points of percent (AUC: absolute), interval, two-sided bootstrap p.', by))
-    if len(folds) > 1: tables.append(_table(_per_fold(r['per_fold']), None, 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.', by))
+    r, what, by = (
+        result,
+        f'Test images of fold {folds[0]}'
+        if len(folds) == 1
+        else 'All test images of the folds together',
+        _short_protocol(run, folds),
+    )
+    tables = [
+        _table(
+            shown(r['table']).drop(columns='note', errors='ignore'),
+            'model',
+            f'{what}; intervals by resampling patients.',
+            by,
+        )
+    ]
+    tables.append(
+        _table(
+            shown_differences(r['differences']),
+            'difference',
+            'Paired differences on the same resamples of patients: points of percent (AUC: '
+            'absolute), interval, two-sided bootstrap p.',
+            by,
+        )
+    )
+    if len(folds) > 1:
+        tables.append(
+            _table(
+                _per_fold(r['per_fold']),
+                None,
+                'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.',
+                by,
+            )
+        )
     notes = _notes(r['table'].note)
-    if len(folds) == 1: r = r | dict(sections={k: s for k, s in r['sections'].items() if k != 'folds'})   # it would repeat the main table
-    one = f'One fold only (fold {folds[0]}), so there is no mean and no standard deviation over folds.' if len(folds) == 1 else ''
-    sections = {place: [_section(s, '' if k == 'costs' else by.removesuffix('; one view')) for k, s in r['sections'].items()
-                        if _ELSEWHERE.get(k, 'results') == place] for place in ('results', 'decisions', 'costs')}
-    return dict(sentence=_sentence(r['table'], r['differences']), protocol=r['protocol'], one_fold=one, tables=tables, notes=notes, sections=sections)
+    if len(folds) == 1:
+        # it would repeat the main table
+        r = r | dict(sections={k: s for k, s in r['sections'].items() if k != 'folds'})
+    one = (
+        f'One fold only (fold {folds[0]}), so there is no mean and no standard deviation '
+        f'over folds.'
+        if len(folds) == 1
+        else ''
+    )
+    sections = {
+        place: [
+            _section(s, '' if k == 'costs' else by.removesuffix('; one view'))
+            for k, s in r['sections'].items()
+            if _ELSEWHERE.get(k, 'results') == place
+        ]
+        for place in ('results', 'decisions', 'costs')
+    }
+    return dict(
+        sentence=_sentence(r['table'], r['differences']),
+        protocol=r['protocol'],
+        one_fold=one,
+        tables=tables,
+        notes=notes,
+        sections=sections,
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #0d408824
 def _data_tables(run):
@@ -154,7 +284,11 @@ def _data_tables(run):
     if run.folds_csv.is_file():
         f = pd.read_csv(run.folds_csv, dtype={'path': str, 'group': str}, keep_default_na=False)
         n = f.groupby(['fold', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique'))
-        text = (n.images.astype(str) + ' (' + n.groups.astype(str) + ')').unstack('role').reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
+        text = (
+            (n.images.astype(str) + ' (' + n.groups.astype(str) + ')')
+            .unstack('role')
+            .reindex(columns=[r for r in (*ROLE_NAMES, OUT) if r in set(f.role)])
+        )
         out.append(_table(text.fillna('none').rename(columns=PART_NAMES), 'fold',
                           'Images, and in brackets groups (patients), in each part of each fold.'))
     if (path := run.path/'audit.json').is_file():
@@ -162,33 +296,58 @@ def _data_tables(run):
     if (path := run.path/'audit.csv').is_file():
         a = pd.read_csv(path, dtype=str).fillna('')
         if 'problem' in a: a = a.groupby('problem').size().rename('files').to_frame().reset_index()
-        out.append(_table(a.head(50), None, f'Findings of the audit ({"by problem" if "problem" in a else "the first 50"}); the list is audit.csv.'))
+        out.append(
+            _table(
+                a.head(50),
+                None,
+                f'Findings of the audit ({"by problem" if "problem" in a else "the first 50"}); '
+                f'the list is audit.csv.',
+            )
+        )
     if (path := run.path/'probe.json').is_file(): out.append(_probe_table(read_json(path)))
     return out
 
+# %% ../../nbs/08a_app.report.ipynb #afcdbc33
 _AUDIT = {  # name in audit.json -> in words
-    'listed': 'files listed', 'kept': 'images used', 'not_used': 'files not used', 'groups': 'groups (patients)',
-    'images_in_renamed_groups': 'images whose group was joined with another', 'colour_images': 'images in colour',
-    'leave_out': 'problems whose images were left out', 'problems': 'problems found', 'actions': 'what was done',
-    'merged_groups': 'groups joined because they share pixels', 'sizes': 'sizes [px]'}
+    'listed': 'files listed',
+    'kept': 'images used',
+    'not_used': 'files not used',
+    'groups': 'groups (patients)',
+    'images_in_renamed_groups': 'images whose group was joined with another',
+    'colour_images': 'images in colour',
+    'leave_out': 'problems whose images were left out',
+    'problems': 'problems found',
+    'actions': 'what was done',
+    'merged_groups': 'groups joined because they share pixels',
+    'sizes': 'sizes [px]',
+}
 
 def _audit_facts(audit):
     "What the audit counted, in words; nothing that is empty."
     def text(value):
         if isinstance(value, dict): return ', '.join(f'{k}: {v}' for k, v in value.items())
-        if isinstance(value, list): return ', '.join(map(str, value)) if len(value) <= 5 else f'{len(value)} of them'
+        if isinstance(value, list):
+            return ', '.join(map(str, value)) if len(value) <= 5 else f'{len(value)} of them'
         return str(value)
     rows = [(words, text(audit[name])) for name, words in _AUDIT.items() if audit.get(name)]
     return pd.DataFrame(rows, columns=['counted', 'value'])
 
+# %% ../../nbs/08a_app.report.ipynb #c0993a8c
 def _probe_table(probe):
     "The features that tell most of the class without being retina."
     t = probe_table(probe).head(8)
     numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
     alone = {'balanced accuracy alone': (100*t.alone).map('{:.1f} %'.format)}
-    words = t[['meaning']].rename(columns=dict(meaning='what is not retina')).assign(**alone, **numbers)
-    return _table(words, None, f"Shortcut probe. {shortcut_verdict(probe)[1]} "
-                  'Columns: balanced accuracy of each feature alone on held-out patients, and its mean in each class.')
+    words = (
+        t[['meaning']].rename(columns=dict(meaning='what is not retina')).assign(**alone, **numbers)
+    )
+    return _table(
+        words,
+        None,
+        f"Shortcut probe. {shortcut_verdict(probe)[1]} "
+        'Columns: balanced accuracy of each feature alone on held-out patients, and its mean in '
+        'each class.',
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #d79037d3
 def _recipe_rows(run):
@@ -198,79 +357,150 @@ def _recipe_rows(run):
         default, meaning = known.get(name, (None, ''))
         changed = '' if name == 'name' or str(value) == dict(_flat({'x': default}))['x'] else '•'
         part, _, own = name.rpartition('.')
-        rows.append((f'{part.replace(".", ", ")}: {meaning or own}' if part else meaning, value, changed, name))
+        rows.append(
+            (
+                f'{part.replace(".", ", ")}: {meaning or own}' if part else meaning,
+                value,
+                changed,
+                name,
+            )
+        )
     return pd.DataFrame(rows, columns=['setting', 'value', 'changed', 'name for --set'])
 
 def _recipe_tables(run):
     "What was changed in the recipe, and the whole of it."
     rows = _recipe_rows(run)
     changed = rows[rows.changed != ''].drop(columns='changed')
-    return dict(changed=_table(changed, None, 'Settings with a value other than the default.'),
-                recipe=_table(rows, None, 'All settings as run; • marks a value other than the default.'))
+    return dict(
+        changed=_table(changed, None, 'Settings with a value other than the default.'),
+        recipe=_table(rows, None, 'All settings as run; • marks a value other than the default.'),
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #2699bfc6
 _NOTED = {  # what a stage notes -> in words
-    'parameters': 'parameters', 'precision': 'arithmetic', 'kept': 'weights kept', 'images': 'images', 'groups': 'groups',
-    'processes': 'processes', 'training_seconds': 'training [s]', 'seed': 'seed'}
+    'parameters': 'parameters',
+    'precision': 'arithmetic',
+    'kept': 'weights kept',
+    'images': 'images',
+    'groups': 'groups',
+    'processes': 'processes',
+    'training_seconds': 'training [s]',
+    'seed': 'seed',
+}
 
 def _stage_name(key):
     "A stage of run.json in words: 'fold_0/student' is 'fold 0, student'."
     names = {folder: name for name, folder in FURTHER.items()}
     return ', '.join(names.get(part, part.replace('_', ' ')) for part in key.split('/'))
 
+# %% ../../nbs/08a_app.report.ipynb #e6244ab1
 def _stage_table(facts):
     "Stages with status, time and what a reader may want to know of them; run.json has the rest."
     rows = []
     for key, d in facts.get('stages', {}).items():
-        noted = {words: d[name] for name, words in _NOTED.items() if isinstance(d.get(name), (int, float, str))}
-        if d.get('status') == 'failed': noted |= {k: d[k] for k in ('error', 'notebook') if d.get(k)}
-        text = '; '.join(f'{k}: {v:.3g}' if isinstance(v, float) else f'{k}: {v:,}' if isinstance(v, int) else f'{k}: {v}' for k, v in noted.items())
+        noted = {
+            words: d[name]
+            for name, words in _NOTED.items()
+            if isinstance(d.get(name), (int, float, str))
+        }
+        if d.get('status') == 'failed':
+            noted |= {k: d[k] for k in ('error', 'notebook') if d.get(k)}
+        text = '; '.join(
+            f'{k}: {v:.3g}'
+            if isinstance(v, float)
+            else f'{k}: {v:,}'
+            if isinstance(v, int)
+            else f'{k}: {v}'
+            for k, v in noted.items()
+        )
         took = human_time(d['seconds']) if 'seconds' in d else ''
         rows.append((_stage_name(key), d.get('status', ''), took, text))
-    return _table(pd.DataFrame(rows, columns=['stage', 'status', 'time', 'noted']), None,
-                  'Stages in the order in which they first reported; run.json has all that they noted.')
+    return _table(
+        pd.DataFrame(rows, columns=['stage', 'status', 'time', 'noted']),
+        None,
+        'Stages in the order in which they first reported; run.json has all that they noted.',
+    )
 
+# %% ../../nbs/08a_app.report.ipynb #9df992e3
 def _machine_table(facts):
     "Machine and versions, in words."
     machine, rows = facts.get('machine') or {}, [('Python', facts.get('python'))]
     rows += [(words, machine.get(name)) for name, words in MACHINE.items()]
     rows += [(package, version) for package, version in (facts.get('packages') or {}).items()]
-    rows += [('hash of the recipe', facts.get('recipe_key')), ('hash of folds.csv', facts.get('stages', {}).get('data', {}).get('folds_sha256'))]
+    rows += [
+        ('hash of the recipe', facts.get('recipe_key')),
+        ('hash of folds.csv', facts.get('stages', {}).get('data', {}).get('folds_sha256')),
+    ]
     known = [(fact, str(value)) for fact, value in rows if value is not None]
-    return _table(pd.DataFrame(known, columns=['what', 'value']), None, 'Machine and versions, as noted when the run was made.')
+    return _table(
+        pd.DataFrame(known, columns=['what', 'value']),
+        None,
+        'Machine and versions, as noted when the run was made.',
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #717fae54
 def _formats(facts):
     "A table an exported network: its formats with parity, time and size."
     out, stages = [], facts.get('stages', {})
-    for key, role, d in ((k, r, d) for k, s in stages.items() if k.endswith('/deploy') for r, d in s.items() if isinstance(d, dict)):
+    for key, role, d in (
+        (k, r, d)
+        for k, s in stages.items()
+        if k.endswith('/deploy')
+        for r, d in s.items()
+        if isinstance(d, dict)
+    ):
         head, rows, how = formats_table(d.get('formats', {}))
-        name = f"{d.get('name', role)} ({_stage_name(key.removesuffix('/deploy'))}, {role}), exported {d.get('created', 'at an unknown time')}."
+        name = (f"{d.get('name', role)} ({_stage_name(key.removesuffix('/deploy'))}, {role}), "
+                f"exported {d.get('created', 'at an unknown time')}.")
         out.append(_table(pd.DataFrame(rows, columns=head), None, f'{name} {how}'))
     return out
 
 # %% ../../nbs/08a_app.report.ipynb #3abf0203
 def _sentence_case(text): return text[:1].upper() + text[1:]
 
+# %% ../../nbs/08a_app.report.ipynb #5a56090a
 def _troubles(run, facts, folds):
     "Failed stages, and models missing from the folds asked for or begun."
-    out = [f'{_sentence_case(_stage_name(key))}, failed: {d.get("error", "no message was recorded")}' + (f' (see {d["notebook"]})' if d.get('notebook') else '')
-           for key, d in facts.get('stages', {}).items() if d.get('status') == 'failed']
-    out += [f'{_sentence_case(_stage_name(key))}, has not finished: it is still running or was interrupted.' for key, d in facts.get('stages', {}).items()
-            if d.get('status') == 'running']
-    begun = {k for k in range(run.recipe.data.n_folds) if any(run.stage_dir(k, r).is_dir() for r in run.recipe.roles)}
+    out = [
+        f'{_sentence_case(_stage_name(key))}, failed: {d.get("error", "no message was recorded")}'
+        + (f' (see {d["notebook"]})' if d.get('notebook') else '')
+        for key, d in facts.get('stages', {}).items()
+        if d.get('status') == 'failed'
+    ]
+    out += [
+        f'{_sentence_case(_stage_name(key))}, has not finished: it is still running or was '
+        f'interrupted.'
+        for key, d in facts.get('stages', {}).items()
+        if d.get('status') == 'running'
+    ]
+    begun = {
+        k
+        for k in range(run.recipe.data.n_folds)
+        if any(run.stage_dir(k, r).is_dir() for r in run.recipe.roles)
+    }
     for k in sorted(begun | set(folds)):
         for r in run.recipe.roles:
             if not run.is_finished(r, k):
-                out.append(f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}')
+                out.append(
+                    f'Fold {k} has no predictions of the {r}. Command: {stage_command(r, run, k)}'
+                )
     return out
 
+# %% ../../nbs/08a_app.report.ipynb #f8208907
 def _remarks(facts):
     "What stages noted on the way, and what the audit found."
     stages = facts.get('stages', {})
-    out = [f'{_sentence_case(_stage_name(key))}: {n}' for key, d in stages.items() for n in d.get('notes') or []]
+    out = [
+        f'{_sentence_case(_stage_name(key))}: {n}'
+        for key, d in stages.items()
+        for n in d.get('notes') or []
+    ]
     found = stages.get('data', {}).get('problems') or {}
-    return out + ([f'Data: the audit found {", ".join(f"{n} {p}" for p, n in found.items())}.'] if found else [])
+    return out + (
+        [f'Data: the audit found {", ".join(f"{n} {p}" for p, n in found.items())}.']
+        if found
+        else []
+    )
 
 # %% ../../nbs/08a_app.report.ipynb #3d06f994
 _CSS = '''
@@ -324,10 +554,23 @@ _PIECES = '''
 '''
 
 # %% ../../nbs/08a_app.report.ipynb #5a6bbaf3
-_SECTIONS = (('results', 'Results'), ('wrong', 'What went wrong'), ('decisions', 'Decisions'), ('figures', 'Figures'), ('explained', 'Where they look'),
-             ('costs', 'What it costs'), ('formats', 'Formats'), ('data', 'Data'), ('recipe', 'Recipe'), ('machine', 'Stages and machine'))
+_SECTIONS = (
+    ('results', 'Results'),
+    ('wrong', 'What went wrong'),
+    ('decisions', 'Decisions'),
+    ('figures', 'Figures'),
+    ('explained', 'Where they look'),
+    ('costs', 'What it costs'),
+    ('formats', 'Formats'),
+    ('data', 'Data'),
+    ('recipe', 'Recipe'),
+    ('machine', 'Stages and machine'),
+)
 
-_PAGE = _PIECES + '''<!DOCTYPE html>
+# %% ../../nbs/08a_app.report.ipynb #c7b6c79f
+_PAGE = (
+    _PIECES
+    + '''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>kdoct run {{ run }}</title><style>{{ css|safe }}@page{@bottom-left{content:"kdoct, run {{ run }}"}}</style></head><body>
 <header><h1>Knowledge distillation, run {{ run }}</h1>
@@ -368,6 +611,7 @@ failed or {{ "is" if troubles|length == 1 else "are" }} missing: <a href="#wrong
 <details><summary>Machine and versions</summary>{{ table(machine, 'wide') }}</details></section>
 </main></body></html>
 '''
+)
 
 # %% ../../nbs/08a_app.report.ipynb #f8f1054c
 def report_html(
@@ -384,19 +628,38 @@ def report_html(
     for k in use:
         if not is_evaluated(run, k): evaluate_fold(run, k, load_image, verbose=False)
     if result is not None and sorted(set(result['per_fold'].fold)) != use:
-        raise KdoctError(f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
-                         fix='Give the result of `evaluate_run` on the same folds.')
+        raise KdoctError(
+            f"The result is of folds {sorted(set(result['per_fold'].fold))}, the report of {use}.",
+            fix='Give the result of `evaluate_run` on the same folds.',
+        )
     if use: result = result or evaluate_run(run, use, verbose=False)
-    results, warnings = _results(run, result, use) if use else None, warnings_of(run, result['sections'] if use else None)
+    results, warnings = (
+        _results(run, result, use) if use else None,
+        warnings_of(run, result['sections'] if use else None),
+    )
     verdict, words = run_verdict(run)
     facts = run.facts()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters['marked'] = _marked
     page = environment.from_string(_PAGE).render(
-        run=run.name, css=_CSS, sections=_SECTIONS, results=results, figures=_figures(run, use), explained=_explained(run, use),
-        warnings=warnings, troubles=_troubles(run, facts, asked),
-        remarks=[*([words] if verdict == 'not known' else []), *_remarks(facts)], formats=_formats(facts),
-        created=facts.get('created', ''), git=facts.get('git') or '', version=(facts.get('packages') or {}).get('kdoct') or '',
-        data=_data_tables(run), stages=_stage_table(facts), machine=_machine_table(facts), **_recipe_tables(run))
-    with atomic_path(run.path/'report.html') as tmp: tmp.write_text(page.strip() + '\n', encoding='utf-8')
+        run=run.name,
+        css=_CSS,
+        sections=_SECTIONS,
+        results=results,
+        figures=_figures(run, use),
+        explained=_explained(run, use),
+        warnings=warnings,
+        troubles=_troubles(run, facts, asked),
+        remarks=[*([words] if verdict == 'not known' else []), *_remarks(facts)],
+        formats=_formats(facts),
+        created=facts.get('created', ''),
+        git=facts.get('git') or '',
+        version=(facts.get('packages') or {}).get('kdoct') or '',
+        data=_data_tables(run),
+        stages=_stage_table(facts),
+        machine=_machine_table(facts),
+        **_recipe_tables(run),
+    )
+    with atomic_path(run.path/'report.html') as tmp:
+        tmp.write_text(page.strip() + '\n', encoding='utf-8')
     return run.path/'report.html'

@@ -29,8 +29,13 @@ def require_archs(
     recipe:Recipe,  # whose networks are asked for
 ):
     "`KdoctError` for a network that timm does not know, with names that are near."
-    presets = [{'teacher.arch': 'tf_efficientnet_lite2', 'student.arch': 'tf_efficientnet_lite0'}, *PRESETS.values()]
-    known = {v for p in presets for k, v in p.items() if k.endswith('.arch')} | {t['arch'] for p in presets for t in p.get('teachers', {}).values()}
+    presets = [
+        {'teacher.arch': 'tf_efficientnet_lite2', 'student.arch': 'tf_efficientnet_lite0'},
+        *PRESETS.values(),
+    ]
+    known = {v for p in presets for k, v in p.items() if k.endswith('.arch')} | {
+        t['arch'] for p in presets for t in p.get('teachers', {}).values()
+    }
     for arch in dict.fromkeys(recipe.training(role).arch for role in recipe.roles):
         if arch in known: continue
         from kdoct.models.backbones import require_arch  # here, so that the presets do not wait for torch
@@ -57,15 +62,31 @@ def _injected_names()->set[str]:
     "Names assigned by papermill's injected cell in the running kernel; empty outside one."
     from IPython import get_ipython
     shell = get_ipython()
-    cells = [] if shell is None else [c for c in shell.user_ns.get('In', []) if c.startswith('# Parameters\n')]
-    return {t.id for c in cells for node in ast.parse(c).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+    cells = (
+        []
+        if shell is None
+        else [c for c in shell.user_ns.get('In', []) if c.startswith('# Parameters\n')]
+    )
+    return {
+        t.id
+        for c in cells
+        for node in ast.parse(c).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
+    }
 
+# %% ../../nbs/08b_app.stages.ipynb #e63743c2
 def _check_names(injected:set[str], known:set[str]):
     "`KdoctError` for the first injected parameter that the stage does not know."
     for name in sorted(injected - known):
         near = difflib.get_close_matches(name, known, n=1)
-        raise KdoctError(f"This notebook has no parameter '{name}'.",
-                         fix=f"Did you mean '{near[0]}'?" if near else f"It knows: {', '.join(sorted(known))}. Recipe fields go into overrides.")
+        raise KdoctError(
+            f"This notebook has no parameter '{name}'.",
+            fix=f"Did you mean '{near[0]}'?"
+            if near
+            else f"It knows: {', '.join(sorted(known))}. Recipe fields go into overrides.",
+        )
 
 # %% ../../nbs/08b_app.stages.ipynb #ddf59d19
 def _typed_values(name:str)->list[str]:
@@ -74,7 +95,11 @@ def _typed_values(name:str)->list[str]:
     for process in psutil.Process().parents():
         try: words = process.cmdline()
         except psutil.Error: continue
-        found += [words[i + 2] for i, w in enumerate(words[:-2]) if w in ('-p', '--parameters') and words[i + 1] == name]
+        found += [
+            words[i + 2]
+            for i, w in enumerate(words[:-2])
+            if w in ('-p', '--parameters') and words[i + 1] == name
+        ]
     return found
 
 def as_typed(
@@ -86,7 +111,10 @@ def as_typed(
     typed = {t for t in _typed_values(name) if as_papermill_reads(t) == value}
     if len(typed) == 1: return typed.pop()
     if isinstance(value, int) and not isinstance(value, bool): return str(value)
-    raise KdoctError(f"Parameter {name} arrived as {value!r}, not as the text that was typed.", fix=f"Let papermill leave it as it is: -r {name} ...")
+    raise KdoctError(
+        f"Parameter {name} arrived as {value!r}, not as the text that was typed.",
+        fix=f"Let papermill leave it as it is: -r {name} ...",
+    )
 
 # %% ../../nbs/08b_app.stages.ipynb #b7c92bd1
 def open_stage(
@@ -102,29 +130,49 @@ def open_stage(
 )->tuple[Run, int]:              # the run and the fold
     "Make or open the run that a stage notebook's parameters describe; `KdoctError` where they contradict each other."
     injected = _injected_names()
-    _check_names(injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra})
+    _check_names(
+        injected, {'preset', 'run', 'fold', 'data_root', 'overrides', 'teacher', 'student', *extra}
+    )
     if os.environ.get('IN_TEST'): return _test_stage(before or {})
-    name, teacher, student = as_typed('run', run) or preset_name or 'demo', as_typed('teacher', teacher), as_typed('student', student)
+    name, teacher, student = (
+        as_typed('run', run) or preset_name or 'demo',
+        as_typed('teacher', teacher),
+        as_typed('student', student),
+    )
     own = bool(teacher) and (Path(teacher)/'model.json').is_file()
-    named = {'data.root': as_typed('data_root', data_root), 'teacher.arch': '' if own else teacher, 'student.arch': student}
-    changes = parse_overrides(as_typed('overrides', overrides)) | {k: str(v) for k, v in named.items() if v}
+    named = {
+        'data.root': as_typed('data_root', data_root),
+        'teacher.arch': '' if own else teacher,
+        'student.arch': student,
+    }
+    changes = parse_overrides(as_typed('overrides', overrides)) | {
+        k: str(v) for k, v in named.items() if v
+    }
     if own: changes |= own_teachers([teacher])
     is_there = (outputs_root()/name/'run.json').exists()
     base = open_run(name).recipe if is_there and not preset_name else preset(preset_name or 'demo')
     recipe = base.override(**changes)
     if isinstance(fold, bool) or not isinstance(fold, int) or not 0 <= fold < recipe.data.n_folds:
-        raise KdoctError(f"Fold {fold!r} is not one of 0 to {recipe.data.n_folds-1}.", fix="Folds are counted from 0: -p fold 0")
+        raise KdoctError(
+            f"Fold {fold!r} is not one of 0 to {recipe.data.n_folds - 1}.",
+            fix="Folds are counted from 0: -p fold 0",
+        )
     out = new_run(name, recipe) if preset_name or changes or not is_there else open_run(name)
     is_demo_by_hand = out.recipe.name == 'demo' and not injected   # papermill's user gets the command instead
     if is_demo_by_hand: _make_earlier_stages(out, fold, before or {})
-    os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')   # from here on, processes of one launcher meet (`kdoct.training.distributed`)
+    # from here on, processes of one launcher meet (`kdoct.training.distributed`)
+    os.environ.setdefault('KDOCT_STAGE', f'{out.name}-{fold}')
     return out, fold
 
+# %% ../../nbs/08b_app.stages.ipynb #5d620a1c
 def _make_earlier_stages(run:Run, fold:int, before:dict):
     "Make those of the earlier stages that are missing."
     for stage, make in before.items():
         if run.is_finished(stage, fold): continue
-        print(f"The {stage} stage of run '{run.name}', fold {fold}, is missing: it is made first.", flush=True)
+        print(
+            f"The {stage} stage of run '{run.name}', fold {fold}, is missing: it is made first.",
+            flush=True,
+        )
         make(run, fold)
 
 def _test_stage(before:dict)->tuple[Run, int]:

@@ -46,7 +46,9 @@ def atomic_path(
     "Yield a temporary name beside `path`; on success fsync and rename it to `path`, on failure remove it."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f'.{path.name}.', suffix=f'.tmp{path.suffix}', dir=path.parent)
+    fd, name = tempfile.mkstemp(
+        prefix=f'.{path.name}.', suffix=f'.tmp{path.suffix}', dir=path.parent
+    )
     os.close(fd)
     tmp = Path(name)
     try:
@@ -63,6 +65,7 @@ def _umask()->int:
     os.umask(mask)
     return mask
 
+# %% ../../nbs/00a_core.files.ipynb #d9376f6b
 def _fsync_dir(folder:Path):
     "Make the rename itself durable (a no-op where folders cannot be opened, as on Windows)."
     if os.name == 'nt': return
@@ -88,17 +91,25 @@ def write_json(
     obj,            # dict or list; numpy scalars, arrays and paths are turned into plain values
 ):
     "Write `obj` as indented JSON, atomically."
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(to_plain(obj), indent=1, allow_nan=False) + '\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(
+            json.dumps(to_plain(obj), indent=1, allow_nan=False) + '\n', encoding='utf-8'
+        )
 
+# %% ../../nbs/00a_core.files.ipynb #fe7a71bb
 def read_json(
     path:str|Path,  # file to read
 )->dict|list:
     "Read a JSON file; `KdoctError` if it is missing or damaged."
     path = Path(path)
-    if not path.exists(): raise KdoctError(f"{path} does not exist.", fix="Run the stage that writes it first.")
+    if not path.exists():
+        raise KdoctError(f"{path} does not exist.", fix="Run the stage that writes it first.")
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
-        raise KdoctError(f"{path} is not valid JSON ({e}).", fix="Restore it, or delete it and run its stage again.") from e
+        raise KdoctError(
+            f"{path} is not valid JSON ({e}).",
+            fix="Restore it, or delete it and run its stage again.",
+        ) from e
 
 # %% ../../nbs/00a_core.files.ipynb #e76a2829
 def sha256_file(
@@ -152,24 +163,42 @@ def require_extra(
     wanted = packages or EXTRAS[extra]
     missing = [p for p in wanted if importlib.util.find_spec(p) is None]
     if missing:
-        raise KdoctError(f"Not installed: {', '.join(missing)}.", fix=f"pip install 'kdoct[{extra}]'")
+        raise KdoctError(
+            f"Not installed: {', '.join(missing)}.", fix=f"pip install 'kdoct[{extra}]'"
+        )
 
 # %% ../../nbs/00a_core.files.ipynb #eae020bf
 def _checkout()->Path|None:
     "The kdoct checkout that the current folder lies in, if any."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs'/'00c_core.runs.ipynb').exists()), None)
+    return next(
+        (
+            p
+            for p in (here, *here.parents)
+            if (p / 'settings.ini').exists() and (p / 'nbs' / '00c_core.runs.ipynb').exists()
+        ),
+        None,
+    )
 
 def outputs_root()->Path:
     "Folder of all runs and caches."
     if env := os.environ.get('KDOCT_OUTPUTS'): return Path(env)
     return (_checkout() or Path.cwd())/'outputs'
 
+# %% ../../nbs/00a_core.files.ipynb #b373787f
 def notebooks_dir()->Path:
     "Folder of the stage notebooks: the checkout we stand in, else those that came with the installed package."
     package = Path(str(importlib.resources.files('kdoct')))
-    places = [p for p in ((_checkout() or package.parent)/'nbs', package/'_nbs', package.parent/'nbs') if (p/'00c_core.runs.ipynb').exists()]
-    if not places: raise KdoctError("The stage notebooks of kdoct are not here.", fix="Install kdoct from a wheel or a checkout.")
+    places = [
+        p
+        for p in ((_checkout() or package.parent) / 'nbs', package / '_nbs', package.parent / 'nbs')
+        if (p / '00c_core.runs.ipynb').exists()
+    ]
+    if not places:
+        raise KdoctError(
+            "The stage notebooks of kdoct are not here.",
+            fix="Install kdoct from a wheel or a checkout.",
+        )
     return places[0]
 
 # %% ../../nbs/00a_core.files.ipynb #temporary-outputs
@@ -180,7 +209,9 @@ def temporary_outputs()->Path:  # the folder
     return Path(folder)
 
 # %% ../../nbs/00a_core.files.ipynb #b4805321
-_PACKAGES = 'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
+_PACKAGES = (
+    'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
+)
 
 def _version(package:str)->str|None:
     try: return importlib.metadata.version(package)
@@ -190,14 +221,22 @@ def _git_commit()->str|None:
     "Commit of the kdoct checkout, with '+' where files differ from it; None for an installed package."
     root = Path(str(importlib.resources.files('kdoct'))).parent
     if not (root/'.git').exists(): return None
-    def git(*a): return subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
+    def git(*a):
+        return subprocess.run(
+            ['git', '-C', str(root), *a], capture_output=True, text=True
+        ).stdout.strip()
     commit = git('rev-parse', '--verify', 'HEAD')
-    return commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '') if commit else None
+    return (
+        commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+        if commit
+        else None
+    )
 
 def usable_cores()->int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+# %% ../../nbs/00a_core.files.ipynb #44dde7c0
 def _processor()->str:
     "Name of the processor as the system gives it."
     info = Path('/proc/cpuinfo')
@@ -208,9 +247,19 @@ def provenance()->dict:
     "Git commit, package versions and machine of this process."
     import torch
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return dict(git=_git_commit(), python=platform.python_version(), packages={p: _version(p) for p in _PACKAGES},
-                machine=dict(system=f'{platform.system()} {platform.machine()}', processor=_processor(), cores=usable_cores(),
-                             memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpu=gpu, threads=torch.get_num_threads()))
+    return dict(
+        git=_git_commit(),
+        python=platform.python_version(),
+        packages={p: _version(p) for p in _PACKAGES},
+        machine=dict(
+            system=f'{platform.system()} {platform.machine()}',
+            processor=_processor(),
+            cores=usable_cores(),
+            memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
+            gpu=gpu,
+            threads=torch.get_num_threads(),
+        ),
+    )
 
 # %% ../../nbs/00a_core.files.ipynb #39434332
 def human_time(

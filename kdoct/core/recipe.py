@@ -35,114 +35,365 @@ class PhantomRecipe(Part):
 # %% ../../nbs/00b_core.recipe.ipynb #d6e7657a
 class DataRecipe(Part):
     "Where the images come from, what may be left out, and how they are split (`kdoct.data`)."
-    source:str = Field('phantom', description="adapter that makes the image table: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv")
-    root:str|None = Field(None, description="folder of the images (csv: the table, or its folder); phantom: made here if empty")
-    classes:tuple[str, ...]|None = Field(None, description="class names in the order of the logits; empty: sorted labels")
-    group_pattern:str|None = Field(None, description="source folder: regular expression on the relative path; its first group is the patient")
-    columns:dict[str, str] = Field({}, description="source csv: our column name -> the file's column name")
-    modality:Literal['oct', 'radiograph', 'histology', 'other'] = Field('oct', description="sources folder and csv: what the pictures are; predict "
-        "refuses DICOM and volumes that say that they are something else; other: it asks for nothing")
-    near_duplicates:Literal['auto', 'group', 'separate'] = Field('auto', description="copies that were turned, flipped, cropped or compressed again: one "
-        "group, or groups of their own; auto: one group for the sources known to hold such copies (lc25000, covid_qu_ex)")
-    groups:str|None = Field(None, description="CSV file with columns path and group: what must stay together, instead of what the source and "
-                            "near_duplicates say")
-    leave_out:tuple[str, ...] = Field((), description="audit problems whose images are left out instead of stopping the run")
-    size:int = Field(224, ge=32, le=1024, description="side of the square image given to the networks [px]")
-    margin:int = Field(0, ge=0, le=256, description="images are stored this much larger than `size`, so that random crops have real pixels [px]")
-    resize:Literal['squash', 'crop', 'pad'] = Field('squash', description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad")
-    fill_white:bool = Field(False, description="replace white padding at the border (it tells the class) by background")
-    mask_scale_bar:bool = Field(False, description="cover the burned-in scale bar at the bottom left (NEH) with background")
-    worst_case_train:bool = Field(False, description="NEH: train and validate only on slices that show the patient's diagnosis (Class == Label)")
-    worst_case_test:bool = Field(False, description="NEH: test only on such slices; false: on all, and the score on such slices is given too")
-    protocol:Literal['grouped-cv', 'official'] = Field('grouped-cv', description="what is tested: part k by group, or the source's official test images")
-    official_overlap:Literal['remove', 'keep'] = Field('remove', description="official: training images of patients who are in the test part")
-    n_folds:int = Field(5, ge=2, description="parts by group; fold k tests on part k (official: validates on part k)")
-    val_fraction:float = Field(0.2, gt=0, lt=0.5, description="share of the remaining groups used for validation [0-0.5]; official: 1/n_folds instead")
-    calibration_fraction:float = Field(0., ge=0, lt=0.5, description="share of the remaining groups that train and choose nothing, "
-                                       "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted on validation")
-    severity:tuple[str, ...]|None = Field(None, description="classes from harmless to severe, for the volume rule `worst`; empty: no such rule")
+    source: str = Field(
+        'phantom',
+        description="adapter that makes the image table: phantom, ucsd, neh, covid_qu_ex, lc25000, "
+                    "folder, csv",
+    )
+    root: str | None = Field(
+        None,
+        description="folder of the images (csv: the table, or its folder); phantom: made "
+                    "here if empty",
+    )
+    classes: tuple[str, ...] | None = Field(
+        None, description="class names in the order of the logits; empty: sorted labels"
+    )
+    group_pattern: str | None = Field(
+        None,
+        description="source folder: regular expression on the relative path; its first group is "
+                    "the patient",
+    )
+    columns: dict[str, str] = Field(
+        {}, description="source csv: our column name -> the file's column name"
+    )
+    modality: Literal['oct', 'radiograph', 'histology', 'other'] = Field(
+        'oct',
+        description="sources folder and csv: what the pictures are; predict "
+        "refuses DICOM and volumes that say that they are something else; other: it asks "
+        "for nothing",
+    )
+    near_duplicates: Literal['auto', 'group', 'separate'] = Field(
+        'auto',
+        description="copies that were turned, flipped, cropped or compressed again: one "
+        "group, or groups of their own; auto: one group for the sources known to hold such copies "
+        "(lc25000, covid_qu_ex)",
+    )
+    groups: str | None = Field(
+        None,
+        description="CSV file with columns path and group: what must stay together, instead of "
+                    "what the source and "
+        "near_duplicates say",
+    )
+    leave_out: tuple[str, ...] = Field(
+        (), description="audit problems whose images are left out instead of stopping the run"
+    )
+    size: int = Field(
+        224, ge=32, le=1024, description="side of the square image given to the networks [px]"
+    )
+    margin: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="images are stored this much larger than `size`, so that random crops have "
+                    "real pixels [px]",
+    )
+    resize: Literal['squash', 'crop', 'pad'] = Field(
+        'squash',
+        description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad",
+    )
+    fill_white: bool = Field(
+        False, description="replace white padding at the border (it tells the class) by background"
+    )
+    mask_scale_bar: bool = Field(
+        False, description="cover the burned-in scale bar at the bottom left (NEH) with background"
+    )
+    worst_case_train: bool = Field(
+        False,
+        description="NEH: train and validate only on slices that show the patient's diagnosis "
+                    "(Class == Label)",
+    )
+    worst_case_test: bool = Field(
+        False,
+        description="NEH: test only on such slices; false: on all, and the score on such slices "
+                    "is given too",
+    )
+    protocol: Literal['grouped-cv', 'official'] = Field(
+        'grouped-cv',
+        description="what is tested: part k by group, or the source's official test images",
+    )
+    official_overlap: Literal['remove', 'keep'] = Field(
+        'remove', description="official: training images of patients who are in the test part"
+    )
+    n_folds: int = Field(
+        5,
+        ge=2,
+        description="parts by group; fold k tests on part k (official: validates on part k)",
+    )
+    val_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=0.5,
+        description="share of the remaining groups used for validation [0-0.5]; official: "
+                    "1/n_folds instead",
+    )
+    calibration_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of the remaining groups that train and choose nothing, "
+        "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted "
+        "on validation",
+    )
+    severity: tuple[str, ...] | None = Field(
+        None,
+        description="classes from harmless to severe, for the volume rule `worst`; empty: "
+                    "no such rule",
+    )
     phantom:PhantomRecipe = PhantomRecipe()
 
 # %% ../../nbs/00b_core.recipe.ipynb #1a1f788c
 class AugmentRecipe(Part):
     "Random changes of a training image (`kdoct.data.augment`); all zero: none."
-    hflip:float = Field(0.5, ge=0, le=1, description="probability of a left-right flip (right eye <-> left eye)")
+    hflip: float = Field(
+        0.5, ge=0, le=1, description="probability of a left-right flip (right eye <-> left eye)"
+    )
     vflip:float = Field(0., ge=0, le=1, description="probability of an up-down flip")
-    rotate:float = Field(10., ge=0, le=180, description="largest rotation, drawn uniformly in +- [degrees]")
-    scale:float = Field(0.15, ge=0, lt=1, description="largest zoom, factor drawn uniformly in 1 +- this [fraction]")
-    shift:float = Field(0.08, ge=0, lt=1, description="largest shift along each axis, drawn uniformly in +- [fraction of the side]")
-    shear:float = Field(0., ge=0, lt=45, description="largest x-shear, drawn uniformly in +- [degrees]")
-    fill:Literal['reflect', 'black'] = Field('reflect', description="what a warp puts where the image ends")
-    ops:int = Field(0, ge=0, le=6, description="how many of the RandAugment operations are applied, drawn without repetition")
-    ops_factor:float = Field(0.3, ge=0, lt=1, description="RandAugment: largest brightness, contrast, sharpness, saturation change, factor in 1 +- this")
-    ops_rotate:float = Field(9., ge=0, le=180, description="RandAugment: largest rotation, drawn uniformly in +- [degrees]")
-    ops_shift:float = Field(0.09, ge=0, lt=1, description="RandAugment: largest shift along each axis, drawn uniformly in +- [fraction of the side]")
-    ops_names:tuple[Literal['brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift'], ...] = Field(
+    rotate: float = Field(
+        10.0, ge=0, le=180, description="largest rotation, drawn uniformly in +- [degrees]"
+    )
+    scale: float = Field(
+        0.15, ge=0, lt=1, description="largest zoom, factor drawn uniformly in 1 +- this [fraction]"
+    )
+    shift: float = Field(
+        0.08,
+        ge=0,
+        lt=1,
+        description="largest shift along each axis, drawn uniformly in +- [fraction of the side]",
+    )
+    shear: float = Field(
+        0.0, ge=0, lt=45, description="largest x-shear, drawn uniformly in +- [degrees]"
+    )
+    fill: Literal['reflect', 'black'] = Field(
+        'reflect', description="what a warp puts where the image ends"
+    )
+    ops: int = Field(
+        0,
+        ge=0,
+        le=6,
+        description="how many of the RandAugment operations are applied, drawn without repetition",
+    )
+    ops_factor: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="RandAugment: largest brightness, contrast, sharpness, saturation change, "
+                    "factor in 1 +- this",
+    )
+    ops_rotate: float = Field(
+        9.0,
+        ge=0,
+        le=180,
+        description="RandAugment: largest rotation, drawn uniformly in +- [degrees]",
+    )
+    ops_shift: float = Field(
+        0.09,
+        ge=0,
+        lt=1,
+        description="RandAugment: largest shift along each axis, drawn uniformly in +- [fraction "
+                    "of the side]",
+    )
+    ops_names: tuple[
+        Literal['brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift'], ...
+    ] = Field(
         ('brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift'),
-        description="RandAugment: operations to draw from; saturation is left out for grey images")
-    brightness:float = Field(0.15, ge=0, lt=1, description="largest additive change, drawn in +- [fraction of the grey range]")
-    gain:float = Field(0., ge=0, lt=1, description="largest multiplicative change (brightness of ColorJitter), factor drawn in 1 +- this")
-    contrast:float = Field(0.2, ge=0, lt=1, description="largest contrast change, factor drawn in 1 +- this about the image's mean")
-    saturation:float = Field(0., ge=0, lt=1, description="largest saturation change, factor drawn in 1 +- this; colour images only")
-    hue:float = Field(0., ge=0, le=0.5, description="largest hue change, drawn in +- [fraction of the colour circle]; colour images only")
-    blur:float = Field(0., ge=0, le=1, description="probability of a Gaussian blur, 3 x 3, sigma drawn in 0.1 to 2 [px]")
-    posterize:float = Field(0., ge=0, le=1, description="probability that grey values are cut to 4 bits")
+        description="RandAugment: operations to draw from; saturation is left out for grey images",
+    )
+    brightness: float = Field(
+        0.15,
+        ge=0,
+        lt=1,
+        description="largest additive change, drawn in +- [fraction of the grey range]",
+    )
+    gain: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="largest multiplicative change (brightness of ColorJitter), factor drawn "
+                    "in 1 +- this",
+    )
+    contrast: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="largest contrast change, factor drawn in 1 +- this about the image's mean",
+    )
+    saturation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="largest saturation change, factor drawn in 1 +- this; colour images only",
+    )
+    hue: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="largest hue change, drawn in +- [fraction of the colour circle]; colour "
+                    "images only",
+    )
+    blur: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability of a Gaussian blur, 3 x 3, sigma drawn in 0.1 to 2 [px]",
+    )
+    posterize: float = Field(
+        0.0, ge=0, le=1, description="probability that grey values are cut to 4 bits"
+    )
     erase:float = Field(0., ge=0, le=1, description="probability that a random rectangle is erased")
-    erase_area:float = Field(0.1, gt=0.02, lt=1, description="largest rectangle; the smallest is 0.02 [fraction of the area]")
-    erase_fill:Literal['mean', 'black'] = Field('mean', description="what is put into the rectangle")
+    erase_area: float = Field(
+        0.1,
+        gt=0.02,
+        lt=1,
+        description="largest rectangle; the smallest is 0.02 [fraction of the area]",
+    )
+    erase_fill: Literal['mean', 'black'] = Field(
+        'mean', description="what is put into the rectangle"
+    )
 
 # %% ../../nbs/00b_core.recipe.ipynb #d4112e1c
 class TrainRecipe(Part):
     "One network and how it is trained (`kdoct.models`, `kdoct.training`, `kdoct.distill`)."
     arch:str = Field('tf_efficientnet_lite0', description="timm model name")
-    weights:str = Field('package', description="package (installed ImageNet weights, extra `offline`), hub, none, "
-                         "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)")
-    train:bool = Field(True, description="false: a teacher of one's own, the network in the model folder `weights`, which is used as it is")
-    size:int|None = Field(None, ge=32, le=1024, description="side of this network's input [px]; empty: data.size")
-    drop_rate:float = Field(0.2, ge=0, lt=1, description="dropout before the classifier [probability]")
+    weights: str = Field(
+        'package',
+        description="package (installed ImageNet weights, extra `offline`), hub, none, "
+        "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)",
+    )
+    train: bool = Field(
+        True,
+        description="false: a teacher of one's own, the network in the model folder `weights`, "
+                    "which is used as it is",
+    )
+    size: int | None = Field(
+        None, ge=32, le=1024, description="side of this network's input [px]; empty: data.size"
+    )
+    drop_rate: float = Field(
+        0.2, ge=0, lt=1, description="dropout before the classifier [probability]"
+    )
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
     loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
-    class_weights:Literal['none', 'balanced'] = Field('none', description="weights of the hard loss: none, or n / (classes * n_class) of the training part, "
-                                                     "whose mean over its images is 1")
-    label_smoothing:float = Field(0., ge=0, lt=1, description="share of the target spread over all classes")
-    mix_prob:float = Field(0., ge=0, le=1, description="probability that a batch is mixed (mixup or cutmix), with soft targets")
+    class_weights: Literal['none', 'balanced'] = Field(
+        'none',
+        description="weights of the hard loss: none, or n / (classes * n_class) of the "
+                    "training part, "
+        "whose mean over its images is 1",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target spread over all classes"
+    )
+    mix_prob: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a batch is mixed (mixup or cutmix), with soft targets",
+    )
     mixup:float = Field(0.4, ge=0, description="alpha of the Beta distribution of mixup; 0: none")
     cutmix:float = Field(1., ge=0, description="alpha of the Beta distribution of cutmix; 0: none")
-    mix_switch:float = Field(0.5, ge=0, le=1, description="probability that a mixed batch is mixed by cutmix, where both are on")
+    mix_switch: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that a mixed batch is mixed by cutmix, where both are on",
+    )
     epochs:int = Field(8, ge=1, description="passes over the training part")
-    patience:int = Field(0, ge=0, description="epochs without a better validation score before stopping; 0: never")
-    monitor:Literal['loss', 'accuracy', 'balanced_accuracy'] = Field('loss', description="validation score that chooses the checkpoint")
-    batch_size:int = Field(32, ge=1, description="most images a forward pass, in one process: as many as its memory holds")
-    accumulate:int = Field(1, ge=1, description="a step has batch_size * accumulate images, in this many forward passes, or fewer where several "
-                           "processes share them")
+    patience: int = Field(
+        0, ge=0, description="epochs without a better validation score before stopping; 0: never"
+    )
+    monitor: Literal['loss', 'accuracy', 'balanced_accuracy'] = Field(
+        'loss', description="validation score that chooses the checkpoint"
+    )
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="most images a forward pass, in one process: as many as its memory holds",
+    )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="a step has batch_size * accumulate images, in this many forward passes, or "
+                    "fewer where several "
+        "processes share them",
+    )
     lr:float = Field(1e-3, gt=0, description="peak learning rate of the backbone")
-    lr_head:float|None = Field(None, gt=0, description="peak learning rate of the head; empty: the backbone's")
-    weight_decay:float = Field(0.01, ge=0, description="AdamW weight decay; norms, biases, tokens and tables of positions have none")
-    freeze_epochs:int = Field(0, ge=0, description="first epochs in which only the head learns and the backbone is in eval mode")
+    lr_head: float | None = Field(
+        None, gt=0, description="peak learning rate of the head; empty: the backbone's"
+    )
+    weight_decay: float = Field(
+        0.01,
+        ge=0,
+        description="AdamW weight decay; norms, biases, tokens and tables of positions have none",
+    )
+    freeze_epochs: int = Field(
+        0,
+        ge=0,
+        description="first epochs in which only the head learns and the backbone is in eval mode",
+    )
     warmup:float = Field(1., ge=0, description="linear warm-up [epochs]")
-    warmup_from:float = Field(0., ge=0, lt=1, description="where the warm-up begins [fraction of the peak]")
-    lr_floor:float = Field(1e-5, ge=0, description="learning rate at the end of the cosine, of every group")
-    average:Literal['none', 'swa', 'ema'] = Field('none', description="averaged weights as a second candidate beside the best epoch; validation decides")
-    swa_start:int = Field(0, ge=0, description="SWA: first epoch whose weights are averaged; the cosine ends here. 0: not used")
-    swa_lr:float = Field(1e-5, gt=0, description="SWA: learning rate of the classifier while averaging; the backbone's keeps its ratio to it")
-    swa_anneal:int = Field(10, ge=0, description="SWA: epochs of the cosine from the floor to swa_lr")
-    ema_decay:float = Field(0.999, gt=0, lt=1, description="EMA: share of the old average kept at each optimiser step")
+    warmup_from: float = Field(
+        0.0, ge=0, lt=1, description="where the warm-up begins [fraction of the peak]"
+    )
+    lr_floor: float = Field(
+        1e-5, ge=0, description="learning rate at the end of the cosine, of every group"
+    )
+    average: Literal['none', 'swa', 'ema'] = Field(
+        'none',
+        description="averaged weights as a second candidate beside the best epoch; "
+                    "validation decides",
+    )
+    swa_start: int = Field(
+        0,
+        ge=0,
+        description="SWA: first epoch whose weights are averaged; the cosine ends here. "
+                    "0: not used",
+    )
+    swa_lr: float = Field(
+        1e-5,
+        gt=0,
+        description="SWA: learning rate of the classifier while averaging; the backbone's keeps "
+                    "its ratio to it",
+    )
+    swa_anneal: int = Field(
+        10, ge=0, description="SWA: epochs of the cosine from the floor to swa_lr"
+    )
+    ema_decay: float = Field(
+        0.999, gt=0, lt=1, description="EMA: share of the old average kept at each optimiser step"
+    )
     clip:float = Field(1., ge=0, description="largest gradient norm; 0: no clipping")
-    precision:Literal['auto', 'fp32', 'bf16'] = Field('auto', description="arithmetic of the networks; auto: what is faster in training steps "
-                                                      "measured at the start")
-    compile:bool = Field(False, description="let torch.compile make kernels for the training step; where it cannot, training goes on without, and says so")
-    checkpoint_minutes:float = Field(5., gt=0, description="save the resume state within an epoch at this interval [minutes]")
+    precision: Literal['auto', 'fp32', 'bf16'] = Field(
+        'auto',
+        description="arithmetic of the networks; auto: what is faster in training steps "
+        "measured at the start",
+    )
+    compile: bool = Field(
+        False,
+        description="let torch.compile make kernels for the training step; where it cannot, "
+                    "training goes on without, and says so",
+    )
+    checkpoint_minutes: float = Field(
+        5.0, gt=0, description="save the resume state within an epoch at this interval [minutes]"
+    )
     augment:AugmentRecipe = AugmentRecipe()
 
     @model_validator(mode='after')
     def _consistent(self):
         if not self.train and self.weights in ('package', 'hub', 'none'):
-            raise ValueError(f"train is false, and weights is {self.weights}: name the model folder of a trained network")
+            raise ValueError(
+                f"train is false, and weights is {self.weights}: name the model folder of a "
+                f"trained network"
+            )
         if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
-            raise ValueError(f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the last of {self.epochs}")
-        if self.mix_prob > 0 and self.mixup == self.cutmix == 0: raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
-        if self.freeze_epochs >= self.epochs: raise ValueError(f"freeze_epochs is {self.freeze_epochs} of {self.epochs}: the backbone would never learn")
+            raise ValueError(
+                f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the "
+                f"last of {self.epochs}"
+            )
+        if self.mix_prob > 0 and self.mixup == self.cutmix == 0:
+            raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
+        if self.freeze_epochs >= self.epochs:
+            raise ValueError(
+                f"freeze_epochs is {self.freeze_epochs} of {self.epochs}: the backbone would "
+                f"never learn"
+            )
         return self
 
 # %% ../../nbs/00b_core.recipe.ipynb #a60acebb
@@ -151,66 +402,156 @@ class DistillRecipe(Part):
     alpha:float = Field(0.7, ge=0, description="weight of the soft term")
     beta:float = Field(0.3, ge=0, description="weight of the hard term")
     temperature:float = Field(4., gt=0, description="T, softens both distributions")
-    combine:Literal['probabilities', 'logits', 'nll', 'turn'] = Field('probabilities', description="several teachers: mean of the softened probabilities, "
-        "mean of the logits, mean of the probabilities weighted by exp(-validation NLL), or one teacher a batch in turn")
-    views:int = Field(0, ge=0, le=10_000, description="views an image in the teacher cache, epoch e taking view e mod `views`; "
-                      "0: the teachers are asked about every batch")
-    refresh:int = Field(0, ge=0, description="teacher cache: epochs after which `views` new views are made; 0: the first ones stay")
-    teacher_batch:int = Field(32, ge=1, description="images that the teachers are asked about at once; whole batches of the student, at least one")
+    combine: Literal['probabilities', 'logits', 'nll', 'turn'] = Field(
+        'probabilities',
+        description="several teachers: mean of the softened probabilities, "
+        "mean of the logits, mean of the probabilities weighted by exp(-validation NLL), or one "
+        "teacher a batch in turn",
+    )
+    views: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="views an image in the teacher cache, epoch e taking view e mod `views`; "
+        "0: the teachers are asked about every batch",
+    )
+    refresh: int = Field(
+        0,
+        ge=0,
+        description="teacher cache: epochs after which `views` new views are made; 0: the "
+                    "first ones stay",
+    )
+    teacher_batch: int = Field(
+        32,
+        ge=1,
+        description="images that the teachers are asked about at once; whole batches of the "
+                    "student, at least one",
+    )
 
     @model_validator(mode='after')
     def _some_loss(self):
-        if self.alpha + self.beta == 0: raise ValueError("alpha and beta are both 0: there is nothing to learn from")
-        if self.refresh and self.refresh < self.views: raise ValueError(f"refresh is {self.refresh}: not all of {self.views} views would be used")
-        if self.refresh and not self.views: raise ValueError("refresh is set, and there is no cache: views is 0")
+        if self.alpha + self.beta == 0:
+            raise ValueError("alpha and beta are both 0: there is nothing to learn from")
+        if self.refresh and self.refresh < self.views:
+            raise ValueError(
+                f"refresh is {self.refresh}: not all of {self.views} views would be used"
+            )
+        if self.refresh and not self.views:
+            raise ValueError("refresh is set, and there is no cache: views is 0")
         return self
 
+# %% ../../nbs/00b_core.recipe.ipynb #b8e05662
 class ExplainRecipe(Part):
     "Where the networks look, and what that is worth (`kdoct.explain`)."
-    images:int = Field(24, ge=1, description="test images of a fold that are explained, drawn by class and group")
-    methods:tuple[Literal['score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion'], ...] = Field(
-        ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures")
-    layers:dict[str, str] = Field({}, description="role -> name of the layer whose maps are weighed; empty: the last one with a map")
-    score:Literal['logit', 'probability'] = Field('logit', description="Score-CAM: what a masked image is given as its score")
-    tolerance:float = Field(1e-2, ge=0, lt=1, description="Score-CAM: largest expected error of a map in [0, 1]; 0: all masks in full precision")
-    steps:int = Field(24, ge=4, description="insertion and deletion: steps from nothing to all of the image")
+    images: int = Field(
+        24, ge=1, description="test images of a fold that are explained, drawn by class and group"
+    )
+    methods: tuple[
+        Literal[
+            'score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion'
+        ],
+        ...,
+    ] = Field(
+        ('score-cam', 'grad-cam'), description="kinds of maps; the first is the one in the figures"
+    )
+    layers: dict[str, str] = Field(
+        {},
+        description="role -> name of the layer whose maps are weighed; empty: the last "
+                    "one with a map",
+    )
+    score: Literal['logit', 'probability'] = Field(
+        'logit', description="Score-CAM: what a masked image is given as its score"
+    )
+    tolerance: float = Field(
+        1e-2,
+        ge=0,
+        lt=1,
+        description="Score-CAM: largest expected error of a map in [0, 1]; 0: all masks in "
+                    "full precision",
+    )
+    steps: int = Field(
+        24, ge=4, description="insertion and deletion: steps from nothing to all of the image"
+    )
 
+# %% ../../nbs/00b_core.recipe.ipynb #755f872e
 class EvaluateRecipe(Part):
     "Test-time views and intervals (`kdoct.data.augment`, `kdoct.evaluate`)."
-    views:tuple[str, ...] = Field((), description="test-time views, averaged as a second result: identity, hflip, vflip, crop1.1, rotate+5, ...")
+    views: tuple[str, ...] = Field(
+        (),
+        description="test-time views, averaged as a second result: identity, hflip, vflip, "
+                    "crop1.1, rotate+5, ...",
+    )
     n_boot:int = Field(1000, ge=100, description="bootstrap resamples of the groups")
     level:float = Field(0.95, gt=0.5, lt=1, description="coverage of the intervals [fraction]")
 
 # %% ../../nbs/00b_core.recipe.ipynb #dedac489
 class DecideRecipe(Part):
     "What is wished of calibrated probabilities (`kdoct.evaluate.decisions`), and how a volume is decided (`kdoct.evaluate.patients`)."
-    sensitivity:tuple[float, ...] = Field((0.95,), description="operating points: wished sensitivities of each class against the rest [fraction]")
-    specificity:tuple[float, ...] = Field((0.95,), description="operating points: wished specificities of each class against the rest [fraction]")
-    defer:Literal['coverage', 'risk'] = Field('coverage', description="what chooses the confidence under which a B-scan is deferred: the share that is "
-                                              "kept, or the share of mistakes among the kept")
-    defer_target:float = Field(0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]")
-    alpha:tuple[float, ...] = Field((0.05, 0.1), description="prediction sets: wished shares of sets without the true class [fraction]")
-    outliers:float = Field(0.04, gt=0, lt=0.5, description="share of the images of new patients that may be outliers, unlike the training [fraction]")
-    volume_rule:Literal['auto', 'mean', 'worst'] = Field('auto', description="how B-scans decide a volume: the class with the largest mean "
-        "probability, or the most severe class that enough B-scans show; auto: worst where data.severity is set, else mean")
-    min_slices:int = Field(2, ge=1, description="volume rule worst: B-scans that must show the class or a more severe one; all, where there are fewer")
+    sensitivity: tuple[float, ...] = Field(
+        (0.95,),
+        description="operating points: wished sensitivities of each class against the "
+                    "rest [fraction]",
+    )
+    specificity: tuple[float, ...] = Field(
+        (0.95,),
+        description="operating points: wished specificities of each class against the "
+                    "rest [fraction]",
+    )
+    defer: Literal['coverage', 'risk'] = Field(
+        'coverage',
+        description="what chooses the confidence under which a B-scan is deferred: the "
+                    "share that is "
+        "kept, or the share of mistakes among the kept",
+    )
+    defer_target: float = Field(
+        0.9, gt=0, lt=1, description="the wished coverage or risk [fraction]"
+    )
+    alpha: tuple[float, ...] = Field(
+        (0.05, 0.1),
+        description="prediction sets: wished shares of sets without the true class [fraction]",
+    )
+    outliers: float = Field(
+        0.04,
+        gt=0,
+        lt=0.5,
+        description="share of the images of new patients that may be outliers, unlike the "
+                    "training [fraction]",
+    )
+    volume_rule: Literal['auto', 'mean', 'worst'] = Field(
+        'auto',
+        description="how B-scans decide a volume: the class with the largest mean "
+        "probability, or the most severe class that enough B-scans show; auto: worst where "
+        "data.severity is set, else mean",
+    )
+    min_slices: int = Field(
+        2,
+        ge=1,
+        description="volume rule worst: B-scans that must show the class or a more severe one; "
+                    "all, where there are fewer",
+    )
     drop_outliers:bool = Field(True, description="leave outliers out when a volume is decided")
 
     @model_validator(mode='after')
     def _fractions(self):
         for name in ('sensitivity', 'specificity', 'alpha'):
-            if bad := [v for v in getattr(self, name) if not 0 < v < 1]: raise ValueError(f"{name} has {bad[0]}: give fractions between 0 and 1")
+            if bad := [v for v in getattr(self, name) if not 0 < v < 1]:
+                raise ValueError(f"{name} has {bad[0]}: give fractions between 0 and 1")
         return self
 
 # %% ../../nbs/00b_core.recipe.ipynb #a9f339d8
 class Recipe(Part):
     "Everything that decides a run's numbers."
     name:str = Field('custom', description="preset that it started from")
-    seed:int = Field(43, ge=0, lt=2**32, description="seed of folds, initial weights, order and augmentation")
+    seed: int = Field(
+        43, ge=0, lt=2**32, description="seed of folds, initial weights, order and augmentation"
+    )
     data:DataRecipe = DataRecipe()
     teacher:TrainRecipe = TrainRecipe(arch='tf_efficientnet_lite2')
-    teachers:dict[str, dict] = Field({}, description="further teachers: name -> what differs from `teacher`, e.g. "
-                                     '{"visformer": {"arch": "visformer_small"}}')
+    teachers: dict[str, dict] = Field(
+        {},
+        description="further teachers: name -> what differs from `teacher`, e.g. "
+        '{"visformer": {"arch": "visformer_small"}}',
+    )
     student:TrainRecipe = TrainRecipe()
     distill:DistillRecipe = DistillRecipe()
     evaluate:EvaluateRecipe = EvaluateRecipe()
@@ -219,11 +560,18 @@ class Recipe(Part):
 
     @model_validator(mode='after')
     def _known_teachers(self):
-        if not self.student.train: raise ValueError("student.train is false: only a teacher can be used as it is")
+        if not self.student.train:
+            raise ValueError("student.train is false: only a teacher can be used as it is")
         for name in self.teachers:
-            if not re.fullmatch(r'[a-z0-9_]+', name): raise ValueError(f"teachers: '{name}' is no name; use small letters, digits and '_'")
+            if not re.fullmatch(r'[a-z0-9_]+', name):
+                raise ValueError(
+                    f"teachers: '{name}' is no name; use small letters, digits and '_'"
+                )
             if not self.teacher.train and 'weights' not in self.teachers[name]:
-                raise ValueError(f"teachers: '{name}' names no weights, and those of `teacher` are used as they are")
+                raise ValueError(
+                    f"teachers: '{name}' names no weights, and those of `teacher` are used "
+                    f"as they are"
+                )
             self.training(f'teacher-{name}')
         return self
 
@@ -243,10 +591,15 @@ class Recipe(Part):
         if role == 'teacher': return self.teacher
         name = role.removeprefix('teacher-')
         if name not in self.teachers:
-            raise KdoctError(f"The recipe has no role '{role}'.", fix=f"It has: {', '.join((*self.teacher_roles, 'student', 'baseline'))}")
+            raise KdoctError(
+                f"The recipe has no role '{role}'.",
+                fix=f"It has: {', '.join((*self.teacher_roles, 'student', 'baseline'))}",
+            )
         changes = self.teachers[name]
         augment = self.teacher.augment.model_dump() | changes.get('augment', {})
-        return TrainRecipe.model_validate(self.teacher.model_dump() | dict(train=True) | changes | dict(augment=augment))
+        return TrainRecipe.model_validate(
+            self.teacher.model_dump() | dict(train=True) | changes | dict(augment=augment)
+        )
 
     def override(self, **changes)->'Recipe':  # values by dotted name, e.g. **{'student.epochs': 3}
         "A copy with some fields changed; `KdoctError` for an unknown name or a value out of range."
@@ -257,7 +610,11 @@ class Recipe(Part):
     @property
     def key(self)->str:  # 16 hexadecimal digits
         "Hash of all fields but `decide` and `explain`, which change no network: the same recipe has the same key on every machine."
-        return hashlib.sha256(json.dumps(self.model_dump(mode='json', exclude={'decide', 'explain'}), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps(
+                self.model_dump(mode='json', exclude={'decide', 'explain'}), sort_keys=True
+            ).encode()
+        ).hexdigest()[:16]
 
 # %% ../../nbs/00b_core.recipe.ipynb #382f06b3
 def recipe_fields(
@@ -271,22 +628,39 @@ def recipe_fields(
         else: out[prefix + name] = (f.default, f.description)
     return out
 
+# %% ../../nbs/00b_core.recipe.ipynb #222f847d
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
     known = recipe_fields()
-    within = next((f for f in known if name.startswith(f + '.') and _kind(f) in ('named texts', 'dict')), None)   # data.columns.label
+    within = next(
+        (f for f in known if name.startswith(f + '.') and _kind(f) in ('named texts', 'dict')), None
+    )  # data.columns.label
     if name not in known and not within:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [k for k in known if k.endswith('.' + name)]
-        raise KdoctError(f"The recipe has no field '{name}'.",
-                         fix=f"Did you mean {' or '.join(near)}?" if near else "`kdoct recipe` lists all fields.")
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
+            k for k in known if k.endswith('.' + name)
+        ]
+        raise KdoctError(
+            f"The recipe has no field '{name}'.",
+            fix=f"Did you mean {' or '.join(near)}?"
+            if near
+            else "`kdoct recipe` lists all fields.",
+        )
     *parts, last = name.split('.')
     for p in parts: d = d.setdefault(p, {})
     d[last] = _listed(value) if _kind(name) == 'texts' else value
 
+# %% ../../nbs/00b_core.recipe.ipynb #f08b1170
 def _kind(name:str)->str:
     "What a recipe field takes: text, texts, named texts, numbers, dict or other; '' for an unknown name."
-    kinds = {'str': 'text', 'typing.Literal': 'text', 'tuple[str': 'texts', 'tuple[typing.Literal': 'texts', 'tuple[float': 'numbers',
-             'dict[str, str]': 'named texts', 'dict': 'dict'}
+    kinds = {
+        'str': 'text',
+        'typing.Literal': 'text',
+        'tuple[str': 'texts',
+        'tuple[typing.Literal': 'texts',
+        'tuple[float': 'numbers',
+        'dict[str, str]': 'named texts',
+        'dict': 'dict',
+    }
     part = Recipe
     for n in name.split('.'):
         field = getattr(part, 'model_fields', {}).get(n)
@@ -295,9 +669,15 @@ def _kind(name:str)->str:
     text = str(field.annotation).removeprefix("<class '")
     return next((kind for start, kind in kinds.items() if text.startswith(start)), 'other')
 
+# %% ../../nbs/00b_core.recipe.ipynb #34d0f37a
 def _listed(value):
     "Several texts from one with commas, 'NORMAL,CNV' or '[NORMAL,CNV]'; anything else as it is, numbers as text."
-    if isinstance(value, str): value = [v.strip().strip('"\'') for v in value.strip().removeprefix('[').removesuffix(']').split(',') if v.strip()]
+    if isinstance(value, str):
+        value = [
+            v.strip().strip('"\'')
+            for v in value.strip().removeprefix('[').removesuffix(']').split(',')
+            if v.strip()
+        ]
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 def _of_model_folder(
@@ -307,17 +687,26 @@ def _of_model_folder(
     about = read_json(Path(folder)/'model.json')
     return dict(arch=about['arch'], size=about['input_size'])
 
+# %% ../../nbs/00b_core.recipe.ipynb #c403894a
 def _as_model_folders_say(d:dict, given:dict)->dict:
     "A recipe whose unchanged teachers have architecture and size of their folders, but where these are `given`."
-    def is_own(part): return part.get('train') is False and (Path(str(part.get('weights')))/'model.json').is_file()
+    def is_own(part):
+        return (
+            part.get('train') is False and (Path(str(part.get('weights'))) / 'model.json').is_file()
+        )
     if is_own(d['teacher']):
         said = _of_model_folder(d['teacher']['weights'])
         d['teacher'] = d['teacher'] | {k: v for k, v in said.items() if f'teacher.{k}' not in given}
     if isinstance(d['teachers'], dict):
-        d['teachers'] = {name: _of_model_folder(part['weights']) | part if isinstance(part, dict) and is_own(part) else part
-                         for name, part in d['teachers'].items()}
+        d['teachers'] = {
+            name: _of_model_folder(part['weights']) | part
+            if isinstance(part, dict) and is_own(part)
+            else part
+            for name, part in d['teachers'].items()
+        }
     return d
 
+# %% ../../nbs/00b_core.recipe.ipynb #7e3d7531
 def validated_recipe(
     d:dict,  # parts and fields of a recipe, as plain values
 )->Recipe:
@@ -325,7 +714,10 @@ def validated_recipe(
     try: return Recipe.model_validate(d)
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, o['loc']))}: {o['msg']}" for o in e.errors()]
-        raise KdoctError("The recipe is not valid: " + '; '.join(lines), fix="Change these values; `kdoct recipe` lists fields and units.") from e
+        raise KdoctError(
+            "The recipe is not valid: " + '; '.join(lines),
+            fix="Change these values; `kdoct recipe` lists fields and units.",
+        ) from e
 
 # %% ../../nbs/00b_core.recipe.ipynb #74179f1b
 _NEXT_FIELD = re.compile(r'\s+(?=([A-Za-z_]\w*(?:\.\w+)*)=)')
@@ -339,11 +731,15 @@ def parse_overrides(
     while text:
         name, eq, rest = text.partition('=')
         if not eq or not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*', name):
-            raise KdoctError(f"{text!r} is not of the form name=value.", fix="Write, for example, student.epochs=3")
+            raise KdoctError(
+                f"{text!r} is not of the form name=value.",
+                fix="Write, for example, student.epochs=3",
+            )
         raw, text = _cut_value(rest)
         out[name] = _override_value(name, raw)
     return out
 
+# %% ../../nbs/00b_core.recipe.ipynb #673165a3
 def _cut_value(text:str)->tuple[str, str]:
     "The value at the beginning of `text`, with its quotes or brackets, and what follows."
     end = len(text)
@@ -360,6 +756,7 @@ def _cut_value(text:str)->tuple[str, str]:
     else: end = len(text)
     return text[:end].strip(), text[end:].strip()
 
+# %% ../../nbs/00b_core.recipe.ipynb #acd0f2e0
 def _override_value(name:str, raw:str):
     "What a field is given: its text without quotes around it, or the JSON it is."
     kind = _kind(name) or ('text' if _kind(name.rpartition('.')[0]) == 'named texts' else '')
@@ -379,85 +776,311 @@ PRESETS:dict[str, dict] = {}  # name -> overrides of the defaults by dotted name
 
 PRESETS['edge'] = {'data.source': 'ucsd', 'teacher.lr': 5e-4, 'teacher.lr_floor': 5e-6}
 
-PRESETS['demo'] = {'data.size': 128, 'data.phantom.slices': 4, 'teacher.lr': 5e-4, 'teacher.lr_floor': 5e-6}
+PRESETS['demo'] = {
+    'data.size': 128,
+    'data.phantom.slices': 4,
+    'teacher.lr': 5e-4,
+    'teacher.lr_floor': 5e-6,
+}
 
+# %% ../../nbs/00b_core.recipe.ipynb #710c359d
 PRESETS['tiny'] = {
-    'data.size': 64, 'data.n_folds': 3, 'data.phantom.patients': 40, 'data.phantom.slices': 1,
-    'data.phantom.height': 128, 'data.phantom.width': 128, 'evaluate.n_boot': 100,
-    'explain.images': 8, 'explain.steps': 4,
-    **{f'{who}.{k}': v for who in ('teacher', 'student') for k, v in dict(
-        arch='test_efficientnet', weights='none', epochs=2, batch_size=8, warmup=0.5, precision='fp32').items()}}
+    'data.size': 64,
+    'data.n_folds': 3,
+    'data.phantom.patients': 40,
+    'data.phantom.slices': 1,
+    'data.phantom.height': 128,
+    'data.phantom.width': 128,
+    'evaluate.n_boot': 100,
+    'explain.images': 8,
+    'explain.steps': 4,
+    **{
+        f'{who}.{k}': v
+        for who in ('teacher', 'student')
+        for k, v in dict(
+            arch='test_efficientnet',
+            weights='none',
+            epochs=2,
+            batch_size=8,
+            warmup=0.5,
+            precision='fp32',
+        ).items()
+    },
+}
 
 # %% ../../nbs/00b_core.recipe.ipynb #6ed68b48
 def _named(prefix:str, **fields)->dict:
     "Fields of one part under their dotted names."
     return {f'{prefix}.{k}': v for k, v in fields.items()}
 
+# %% ../../nbs/00b_core.recipe.ipynb #739aaee5
 _KD_OCT = {  # arXiv 2512.09069, its README and code
     **_named('data', size=384, margin=32, n_folds=5, val_fraction=0.2),
-    **_named('teacher', arch='convnextv2_large.fcmae_ft_in22k_in1k', weights='hub', drop_rate=0.3, drop_path_rate=0.3,
-             loss='focal', focal_gamma=2., class_weights='balanced', epochs=150, patience=25, monitor='balanced_accuracy',
-             lr=2e-5, lr_head=1e-4, weight_decay=0.05, freeze_epochs=5, warmup=10., warmup_from=0.1, lr_floor=1e-7,
-             average='swa', swa_start=100, swa_lr=1e-5, swa_anneal=10),
-    **_named('teacher.augment', hflip=0.5, vflip=0.3, rotate=20., shear=15., scale=0.15, shift=0., fill='black',
-             ops=2, ops_factor=0.3, ops_rotate=9., ops_shift=0.09, brightness=0., gain=0.3, contrast=0.3, saturation=0.2, hue=0.05,
-             blur=0.2, posterize=0.2, erase=0.25, erase_area=0.15, erase_fill='black'),
-    **_named('student', arch='efficientnet_b2.ra_in1k', weights='hub', drop_rate=0.3, epochs=100, patience=20, monitor='balanced_accuracy',
-             lr=1e-3, weight_decay=0.01, warmup=5., warmup_from=0.2, lr_floor=1e-6),
-    **_named('student.augment', hflip=0.5, rotate=15., scale=0., shift=0., fill='black',
-             ops=2, ops_factor=7/30, ops_rotate=14/3, ops_shift=0.07, ops_names=('brightness', 'contrast', 'rotate', 'shift'),
-             brightness=0., gain=0.2, contrast=0.2, saturation=0.2, erase=0.2, erase_area=0.1, erase_fill='black'),
-    **_named('distill', alpha=0.7, beta=0.3, temperature=4.),
+    **_named(
+        'teacher',
+        arch='convnextv2_large.fcmae_ft_in22k_in1k',
+        weights='hub',
+        drop_rate=0.3,
+        drop_path_rate=0.3,
+        loss='focal',
+        focal_gamma=2.0,
+        class_weights='balanced',
+        epochs=150,
+        patience=25,
+        monitor='balanced_accuracy',
+        lr=2e-5,
+        lr_head=1e-4,
+        weight_decay=0.05,
+        freeze_epochs=5,
+        warmup=10.0,
+        warmup_from=0.1,
+        lr_floor=1e-7,
+        average='swa',
+        swa_start=100,
+        swa_lr=1e-5,
+        swa_anneal=10,
+    ),
+    **_named(
+        'teacher.augment',
+        hflip=0.5,
+        vflip=0.3,
+        rotate=20.0,
+        shear=15.0,
+        scale=0.15,
+        shift=0.0,
+        fill='black',
+        ops=2,
+        ops_factor=0.3,
+        ops_rotate=9.0,
+        ops_shift=0.09,
+        brightness=0.0,
+        gain=0.3,
+        contrast=0.3,
+        saturation=0.2,
+        hue=0.05,
+        blur=0.2,
+        posterize=0.2,
+        erase=0.25,
+        erase_area=0.15,
+        erase_fill='black',
+    ),
+    **_named(
+        'student',
+        arch='efficientnet_b2.ra_in1k',
+        weights='hub',
+        drop_rate=0.3,
+        epochs=100,
+        patience=20,
+        monitor='balanced_accuracy',
+        lr=1e-3,
+        weight_decay=0.01,
+        warmup=5.0,
+        warmup_from=0.2,
+        lr_floor=1e-6,
+    ),
+    **_named(
+        'student.augment',
+        hflip=0.5,
+        rotate=15.0,
+        scale=0.0,
+        shift=0.0,
+        fill='black',
+        ops=2,
+        ops_factor=7 / 30,
+        ops_rotate=14 / 3,
+        ops_shift=0.07,
+        ops_names=('brightness', 'contrast', 'rotate', 'shift'),
+        brightness=0.0,
+        gain=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        erase=0.2,
+        erase_area=0.1,
+        erase_fill='black',
+    ),
+    **_named('distill', alpha=0.7, beta=0.3, temperature=4.0),
     'evaluate.views': ('identity', 'hflip', 'vflip', 'crop1.1', 'rotate+5', 'rotate-5'),
 }
 
+# %% ../../nbs/00b_core.recipe.ipynb #4a6e97c5
 # NEH holds some volumes twice, under two classes: slices whose two labels contradict each other are left out, and counted
-_NEH = _named('data', source='neh', classes=('NORMAL', 'DRUSEN', 'CNV'), severity=('NORMAL', 'DRUSEN', 'CNV'), worst_case_train=True,
-              leave_out=('same-pixels-two-labels',))
-_UCSD = _named('data', source='ucsd', classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'), severity=('NORMAL', 'DRUSEN', 'DME', 'CNV'), protocol='official')
-_SMALL = {'data.size': 224, 'data.margin': 19, 'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k'}
+_NEH = _named(
+    'data',
+    source='neh',
+    classes=('NORMAL', 'DRUSEN', 'CNV'),
+    severity=('NORMAL', 'DRUSEN', 'CNV'),
+    worst_case_train=True,
+    leave_out=('same-pixels-two-labels',),
+)
+
+_UCSD = _named(
+    'data',
+    source='ucsd',
+    classes=('CNV', 'DME', 'DRUSEN', 'NORMAL'),
+    severity=('NORMAL', 'DRUSEN', 'DME', 'CNV'),
+    protocol='official',
+)
+
+_SMALL = {
+    'data.size': 224,
+    'data.margin': 19,
+    'teacher.arch': 'convnextv2_tiny.fcmae_ft_in22k_in1k',
+}
 
 def _batches(teacher:tuple[int, int], student:tuple[int, int])->dict:
     "Images a forward pass and passes a step, of teacher and student; the published steps have 16 images."
     return {f'{who}.{k}': v for who, pair in (('teacher', teacher), ('student', student))
             for k, v in zip(('batch_size', 'accumulate'), pair, strict=True)}
 
-PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))   # the student has BatchNorm: batches of 8, as published
+# the student has BatchNorm: batches of 8, as published
+PRESETS['paper-neh'] = _KD_OCT | _NEH | _batches((16, 1), (8, 2))
+
+# %% ../../nbs/00b_core.recipe.ipynb #762b14c9
 PRESETS['paper-ucsd'] = _KD_OCT | _UCSD | _batches((16, 1), (16, 1))
+
 PRESETS['small-neh'] = PRESETS['paper-neh'] | _SMALL | _batches((16, 1), (16, 1))
+
 PRESETS['small-ucsd'] = PRESETS['paper-ucsd'] | _SMALL
 
-PRESETS['edge-paper'] = _KD_OCT | _UCSD | {  # the same for two cores: small networks and pictures, a tenth of the epochs, the teacher's rates times ten
-    **_named('data', protocol='grouped-cv', size=128, margin=11),
-    **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=15, patience=3, batch_size=16, lr=2e-4, lr_head=1e-3, lr_floor=1e-6,
-             freeze_epochs=1, warmup=1., swa_start=10, swa_anneal=1, swa_lr=1e-4),
-    **_named('student', arch='tf_efficientnet_lite0', weights='package', epochs=10, patience=3, batch_size=16, warmup=0.5, lr_floor=1e-5)}
+# %% ../../nbs/00b_core.recipe.ipynb #e72d4047
+PRESETS['edge-paper'] = (
+    _KD_OCT
+    | _UCSD
+    | {  # the same for two cores: small networks and pictures, a tenth of the epochs, the teacher's rates times ten
+        **_named('data', protocol='grouped-cv', size=128, margin=11),
+        **_named(
+            'teacher',
+            arch='tf_efficientnet_lite2',
+            weights='package',
+            epochs=15,
+            patience=3,
+            batch_size=16,
+            lr=2e-4,
+            lr_head=1e-3,
+            lr_floor=1e-6,
+            freeze_epochs=1,
+            warmup=1.0,
+            swa_start=10,
+            swa_anneal=1,
+            swa_lr=1e-4,
+        ),
+        **_named(
+            'student',
+            arch='tf_efficientnet_lite0',
+            weights='package',
+            epochs=10,
+            patience=3,
+            batch_size=16,
+            warmup=0.5,
+            lr_floor=1e-5,
+        ),
+    }
+)
 
 # %% ../../nbs/00b_core.recipe.ipynb #07ae56d9
 _EXPLAINABLE = {  # arXiv 2508.15251; all numbers are ours, the abstract has none
     **_named('data', size=224, margin=19, n_folds=5),
-    **_named('teacher', arch='vgg19.tv_in1k', weights='hub', drop_rate=0.2, epochs=30, patience=8, monitor='balanced_accuracy', batch_size=32,
-             lr=5e-5, lr_head=5e-4, weight_decay=0.05, warmup=2., lr_floor=1e-7),
-    'teachers': dict(visformer=dict(arch='visformer_small.in1k'), autoformer=dict(arch='autoformerv2_tiny')),
-    **_named('student', arch='ofa595', weights='none', drop_rate=0.2, epochs=100, patience=20, monitor='balanced_accuracy', batch_size=32,
-             lr=1e-3, weight_decay=0.01, warmup=5., lr_floor=1e-6),
-    **_named('distill', alpha=0.7, beta=0.3, temperature=4., combine='probabilities')}
+    **_named(
+        'teacher',
+        arch='vgg19.tv_in1k',
+        weights='hub',
+        drop_rate=0.2,
+        epochs=30,
+        patience=8,
+        monitor='balanced_accuracy',
+        batch_size=32,
+        lr=5e-5,
+        lr_head=5e-4,
+        weight_decay=0.05,
+        warmup=2.0,
+        lr_floor=1e-7,
+    ),
+    'teachers': dict(
+        visformer=dict(arch='visformer_small.in1k'), autoformer=dict(arch='autoformerv2_tiny')
+    ),
+    **_named(
+        'student',
+        arch='ofa595',
+        weights='none',
+        drop_rate=0.2,
+        epochs=100,
+        patience=20,
+        monitor='balanced_accuracy',
+        batch_size=32,
+        lr=1e-3,
+        weight_decay=0.01,
+        warmup=5.0,
+        lr_floor=1e-6,
+    ),
+    **_named('distill', alpha=0.7, beta=0.3, temperature=4.0, combine='probabilities'),
+}
 
+# %% ../../nbs/00b_core.recipe.ipynb #9af13be2
 def _both(**fields)->dict:
     "The same augmentation for teachers and student."
     return _named('teacher.augment', **fields) | _named('student.augment', **fields)
 
 _XRAY = _both(hflip=0.5, rotate=10., scale=0.1, shift=0.05, brightness=0.1, contrast=0.2)
-_HISTOLOGY = _both(hflip=0.5, vflip=0.5, rotate=45., scale=0.1, shift=0.05, brightness=0., gain=0.1, contrast=0.1, saturation=0.1, hue=0.02)
 
-PRESETS['explainable-covid'] = _EXPLAINABLE | _XRAY | _named('data', source='covid_qu_ex', classes=('COVID-19', 'Non-COVID', 'Normal'), protocol='official')
+_HISTOLOGY = _both(
+    hflip=0.5,
+    vflip=0.5,
+    rotate=45.0,
+    scale=0.1,
+    shift=0.05,
+    brightness=0.0,
+    gain=0.1,
+    contrast=0.1,
+    saturation=0.1,
+    hue=0.02,
+)
+
+# %% ../../nbs/00b_core.recipe.ipynb #c0e91e02
+PRESETS['explainable-covid'] = (
+    _EXPLAINABLE
+    | _XRAY
+    | _named(
+        'data',
+        source='covid_qu_ex',
+        classes=('COVID-19', 'Non-COVID', 'Normal'),
+        protocol='official',
+    )
+)
+
 PRESETS['explainable-lc25000'] = _EXPLAINABLE | _HISTOLOGY | _named('data', source='lc25000')
 
-PRESETS['explainable-edge'] = _EXPLAINABLE | _XRAY | {  # the same for two cores: one small teacher, small pictures, two folds
-    **_named('data', source='csv', modality='radiograph', size=96, margin=8, n_folds=2), 'teachers': {},
-    **_named('teacher', arch='tf_efficientnet_lite2', weights='package', epochs=6, patience=0, batch_size=16, lr=3e-4, lr_head=1e-3, weight_decay=0.01,
-             warmup=1., lr_floor=1e-6, precision='fp32'),
-    **_named('student', epochs=24, patience=0, batch_size=16, warmup=1., lr_floor=1e-5, precision='fp32')}
+# %% ../../nbs/00b_core.recipe.ipynb #802af5a8
+PRESETS['explainable-edge'] = (
+    _EXPLAINABLE
+    | _XRAY
+    | {  # the same for two cores: one small teacher, small pictures, two folds
+        **_named('data', source='csv', modality='radiograph', size=96, margin=8, n_folds=2),
+        'teachers': {},
+        **_named(
+            'teacher',
+            arch='tf_efficientnet_lite2',
+            weights='package',
+            epochs=6,
+            patience=0,
+            batch_size=16,
+            lr=3e-4,
+            lr_head=1e-3,
+            weight_decay=0.01,
+            warmup=1.0,
+            lr_floor=1e-6,
+            precision='fp32',
+        ),
+        **_named(
+            'student',
+            epochs=24,
+            patience=0,
+            batch_size=16,
+            warmup=1.0,
+            lr_floor=1e-5,
+            precision='fp32',
+        ),
+    }
+)
 
 # %% ../../nbs/00b_core.recipe.ipynb #08bb153c
 def preset(
@@ -466,7 +1089,10 @@ def preset(
     **overrides,  # changes by dotted name
 )->Recipe:
     "The recipe called `name`, changed by `overrides`."
-    if name not in PRESETS: raise KdoctError(f"There is no preset '{name}'.", fix=f"Known presets: {', '.join(sorted(PRESETS))}")
+    if name not in PRESETS:
+        raise KdoctError(
+            f"There is no preset '{name}'.", fix=f"Known presets: {', '.join(sorted(PRESETS))}"
+        )
     return Recipe(name=name).override(**PRESETS[name]).override(**overrides)
 
 # %% ../../nbs/00b_core.recipe.ipynb #e96cd46d
@@ -475,12 +1101,23 @@ def own_teachers(
 )->dict:           # changes of a recipe, by dotted name
     "Changes that make trained networks the teachers of a run, all of them and as they are; `KdoctError` if one is no model folder."
     if bad := [f for f in folders if not (Path(f)/'model.json').is_file()]:
-        raise KdoctError(f"{bad[0]} is no model folder: it has no model.json.",
-                         fix="Give the folder that a training (outputs/RUN/fold_K/teacher), kdoct import or kdoct export has written.")
-    parts = [dict(weights=Path(f).resolve().as_posix(), train=False) | _of_model_folder(f) for f in folders]
-    names = [re.sub('[^a-z0-9]+', '_', Path(f).resolve().name.lower()).strip('_') or 'own' for f in folders]
+        raise KdoctError(
+            f"{bad[0]} is no model folder: it has no model.json.",
+            fix="Give the folder that a training (outputs/RUN/fold_K/teacher), kdoct import or "
+                "kdoct export has written.",
+        )
+    parts = [
+        dict(weights=Path(f).resolve().as_posix(), train=False) | _of_model_folder(f)
+        for f in folders
+    ]
+    names = [
+        re.sub('[^a-z0-9]+', '_', Path(f).resolve().name.lower()).strip('_') or 'own'
+        for f in folders
+    ]
     unique = [name if names.index(name) == i else f'{name}_{i + 1}' for i, name in enumerate(names)]
-    return {f'teacher.{k}': v for k, v in parts[0].items()} | {'teachers': dict(zip(unique[1:], parts[1:], strict=True))}
+    return {f'teacher.{k}': v for k, v in parts[0].items()} | {
+        'teachers': dict(zip(unique[1:], parts[1:], strict=True))
+    }
 
 # %% ../../nbs/00b_core.recipe.ipynb #902e1cc2
 PACKAGED_WEIGHTS = {  # timm name -> package that carries its ImageNet weights
@@ -506,6 +1143,7 @@ def require_same_arch(
         raise KdoctError(f"The network in {folder} is a {about['arch']}, not a {arch}.",
                          fix=f"Ask for that one ({about['arch']}), or give other weights.")
 
+# %% ../../nbs/00b_core.recipe.ipynb #9d393666
 def require_weights(
     recipe:TrainRecipe,  # architecture and weights
 ):
@@ -517,11 +1155,18 @@ def require_weights(
         about = read_json(path/'model.json')
         require_same_arch(about, recipe.weights, recipe.arch)
         if not recipe.train and recipe.size not in (None, about['input_size']):
-            raise KdoctError(f"The network in {path} takes {about['input_size']} px, not {recipe.size} px, and is used as it is.",
-                             fix="Leave its size out: it is taken from the folder, and pictures are resized to it.")
+            raise KdoctError(
+                f"The network in {path} takes {about['input_size']} px, not {recipe.size} px, and "
+                f"is used as it is.",
+                fix="Leave its size out: it is taken from the folder, and pictures are "
+                    "resized to it.",
+            )
     elif not recipe.train:
-        raise KdoctError(f"{path} is no model folder, so its classes and its size are not known; as a teacher it cannot be used as it is.",
-                         fix="Make one of a weight file: kdoct import FILE --model NAME --classes A,B,C")
+        raise KdoctError(
+            f"{path} is no model folder, so its classes and its size are not known; as a teacher "
+            f"it cannot be used as it is.",
+            fix="Make one of a weight file: kdoct import FILE --model NAME --classes A,B,C",
+        )
     elif not path.is_file():
         raise KdoctError(f"There is no weight file {path}, and no model folder.",
                          fix="Give package, hub, none, an existing file, or a model folder.")
@@ -532,9 +1177,12 @@ def require_data_root(
     layout:str='',    # what the folder must look like, for the message
 ):
     "`KdoctError` if the folder (or table) of the images is not given, or not there."
-    fix = "Give the folder of the images (csv: the table): --data-root DIR (papermill: -p data_root DIR)"
+    fix = ("Give the folder of the images (csv: the table): --data-root DIR (papermill: -p "
+           "data_root DIR)")
     if layout: fix += f". Expected layout: {layout}"
     if data.root and not Path(data.root).expanduser().exists():
         raise KdoctError(f"{data.root} does not exist.", fix=fix)
     if not data.root and data.source != 'phantom':
-        raise KdoctError(f"Source '{data.source}' needs the place of the images; none was given.", fix=fix)
+        raise KdoctError(
+            f"Source '{data.source}' needs the place of the images; none was given.", fix=fix
+        )

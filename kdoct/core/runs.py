@@ -33,7 +33,8 @@ class Run:
     "A folder that holds one recipe, its folds, and what each stage made of them."
     def __init__(self, path:str|Path, recipe:Recipe, seen:tuple|None=None):
         self.path, self.recipe = Path(path), recipe
-        self.seen = seen   # (listing, audit or None) of its images, where making the run has looked at them; the data stage takes it, once
+        # (listing, audit or None) of its images, where making the run has looked at them; the data stage takes it, once
+        self.seen = seen
 
     @property
     def name(self)->str: return self.path.name
@@ -45,20 +46,33 @@ class Run:
     def stage_dir(self, fold:int, role:str)->Path: return self.fold_dir(fold)/role
     def figures_dir(self, fold:int)->Path: return self.fold_dir(fold)/'figures'
     def notebooks_dir(self, fold:int)->Path: return self.fold_dir(fold)/'notebooks'
-    def lock(self, fold:int, role:str): return locked(self.fold_dir(fold)/f'.{role}', what=f"{role} of fold {fold} in run '{self.name}'")
+    def lock(self, fold:int, role:str):
+        return locked(
+            self.fold_dir(fold) / f'.{role}', what=f"{role} of fold {fold} in run '{self.name}'"
+        )
     def facts(self)->dict: return read_json(self.json)
     def stage(self, key:str)->dict: return self.facts()['stages'].get(key, {})
-    def __repr__(self): return f"Run('{self.name}', preset '{self.recipe.name}', {self.recipe.data.source})"
+    def __repr__(self):
+        return f"Run('{self.name}', preset '{self.recipe.name}', {self.recipe.data.source})"
 
 # %% ../../nbs/00c_core.runs.ipynb #a80d512b
 def _differences(a:Recipe, b:Recipe)->list[str]:
     "Fields in which two recipes differ, as 'name: a, not b'."
     def flat(d, prefix=''):
         for k, v in d.items():
-            if isinstance(v, dict) and prefix + k not in ('data.columns', 'teachers', 'explain.layers'): yield from flat(v, f'{prefix}{k}.')
+            if isinstance(v, dict) and prefix + k not in (
+                'data.columns',
+                'teachers',
+                'explain.layers',
+            ):
+                yield from flat(v, f'{prefix}{k}.')
             else: yield prefix + k, v
     fa, fb = dict(flat(a.model_dump(mode='json'))), dict(flat(b.model_dump(mode='json')))
-    return [f"{k}: {fa.get(k)}, not {fb.get(k)}" for k in {**fa, **fb} if k != 'name' and fa.get(k) != fb.get(k)]
+    return [
+        f"{k}: {fa.get(k)}, not {fb.get(k)}"
+        for k in {**fa, **fb}
+        if k != 'name' and fa.get(k) != fb.get(k)
+    ]
 
 _OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
 
@@ -72,25 +86,47 @@ def create_run(
 
     Other decisions and explanations change no network, so they are no other recipe."""
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', name):
-        raise KdoctError(f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only.")
+        raise KdoctError(
+            f"'{name}' cannot be a run's name.", fix="Use letters, digits, '.', '_' and '-' only."
+        )
     if len(name) > 100 or name in _OTHER_FOLDERS:
-        raise KdoctError(f"'{name[:100]}' cannot be a run's name: it is {'too long' if len(name) > 100 else 'a folder of another purpose in outputs/'}.",
-                         fix="Choose another name of at most 100 letters.")
+        raise KdoctError(
+            f"'{name[:100]}' cannot be a run's name: it is "
+            f"{'too long' if len(name) > 100 else 'a folder of another purpose in outputs/'}.",
+            fix="Choose another name of at most 100 letters.",
+        )
     path = outputs_root()/name
-    is_new = not (path/'run.json').exists() or ((there := open_run(name)).recipe != recipe and not there.folds_csv.exists())
+    is_new = not (path / 'run.json').exists() or (
+        (there := open_run(name)).recipe != recipe and not there.folds_csv.exists()
+    )
     seen = look(recipe) if is_new and look else None   # before there is a folder
     with locked(path/'.run', what=f"run '{name}'", wait=30):
-        if (path/'run.json').exists() and ((run := open_run(name)).recipe == recipe or run.folds_csv.exists()):
+        if (path / 'run.json').exists() and (
+            (run := open_run(name)).recipe == recipe or run.folds_csv.exists()
+        ):
             diff = _differences(run.recipe, recipe)
-            if diff and all(d.startswith(('decide.', 'explain.')) for d in diff): return Run(path, recipe)   # nothing that was trained depends on it
+            if diff and all(d.startswith(('decide.', 'explain.')) for d in diff):
+                return Run(path, recipe)   # nothing that was trained depends on it
             if diff:
-                raise KdoctError(f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
-                                 fix=f"Give a new run another name, or delete {path} to start over.")
+                raise KdoctError(
+                    f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
+                    fix=f"Give a new run another name, or delete {path} to start over.",
+                )
             return run
-        write_json(path/'run.json', dict(name=name, created=_now(), recipe=recipe.model_dump(mode='json'), recipe_key=recipe.key,
-                                         **provenance(), stages={}))
+        write_json(
+            path / 'run.json',
+            dict(
+                name=name,
+                created=_now(),
+                recipe=recipe.model_dump(mode='json'),
+                recipe_key=recipe.key,
+                **provenance(),
+                stages={},
+            ),
+        )
     return Run(path, recipe, seen)
 
+# %% ../../nbs/00c_core.runs.ipynb #4f212e03
 def _now()->str: return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 
 # %% ../../nbs/00c_core.runs.ipynb #356099c9
@@ -101,8 +137,10 @@ def open_run(
     path = outputs_root()/name
     if not (path/'run.json').exists():
         there = sorted(p.parent.name for p in outputs_root().glob('*/run.json'))
-        raise KdoctError(f"There is no run '{name}' in {outputs_root()}.",
-                         fix=f"Runs there: {', '.join(there) or 'none yet'}. `kdoct demo` makes a first one.")
+        raise KdoctError(
+            f"There is no run '{name}' in {outputs_root()}.",
+            fix=f"Runs there: {', '.join(there) or 'none yet'}. `kdoct demo` makes a first one.",
+        )
     return Run(path, validated_recipe(read_json(path/'run.json')['recipe']))
 
 def run_of(
@@ -112,8 +150,13 @@ def run_of(
     folder = Path(folder).resolve()
     fold, path = folder.parent, folder.parent.parent
     if not re.fullmatch(r'fold_[0-9]+', fold.name) or not (path/'run.json').is_file(): return None
-    return Run(path, validated_recipe(read_json(path/'run.json')['recipe'])), int(fold.name.removeprefix('fold_')), folder.name
+    return (
+        Run(path, validated_recipe(read_json(path / 'run.json')['recipe'])),
+        int(fold.name.removeprefix('fold_')),
+        folder.name,
+    )
 
+# %% ../../nbs/00c_core.runs.ipynb #6e25faee
 def record(
     run:Run,  # run whose run.json is extended
     key:str,  # stage, e.g. 'data' or 'fold_2/teacher'
@@ -123,7 +166,8 @@ def record(
     with locked(run.path/'.run', what=f"run.json of '{run.name}'", wait=60):
         d = read_json(run.json)
         stage = d['stages'].setdefault(key, {})
-        if facts.get('status', 'failed') != 'failed': stage.pop('error', None)  # a stage that goes on has no error any more
+        # a stage that goes on has no error any more
+        if facts.get('status', 'failed') != 'failed': stage.pop('error', None)
         stage.update(to_plain(facts))
         write_json(run.json, d)
     return d['stages'][key]
@@ -156,17 +200,22 @@ def _has_decision(run:Run, folder:Path)->bool:
     "Whether a network's decision is there, of these predictions and of what the recipe asks for now."
     made, read = folder/'decision.json', folder/'predictions.parquet'
     if not made.exists() or made.stat().st_mtime < read.stat().st_mtime: return False
-    return read_json(made).get('about', {}).get('recipe') == run.recipe.decide.model_dump(mode='json')
+    return read_json(made).get('about', {}).get('recipe') == run.recipe.decide.model_dump(
+        mode='json'
+    )
 
 def _is_decided(run:Run, fold:int, stage:str)->bool:
     trained = [role for role in run.recipe.roles if run.is_finished(role, fold)]
     return bool(trained) and all(_has_decision(run, run.stage_dir(fold, role)) for role in trained)
 
+# %% ../../nbs/00c_core.runs.ipynb #63db5b60
 def _is_evaluated(run:Run, fold:int, stage:str)->bool:
     "An evaluation older than the predictions and decisions it read is not finished."
     result = run.fold_dir(fold)/'evaluation.json'
     if not result.exists(): return False
-    predictions = {role: run.stage_dir(fold, role)/'predictions.parquet' for role in run.recipe.roles}
+    predictions = {
+        role: run.stage_dir(fold, role) / 'predictions.parquet' for role in run.recipe.roles
+    }
     # further teachers are shown where they are
     read = [p for role, p in predictions.items() if role in ROLES or p.exists()]
     decisions = [p.with_name('decision.json') for p in predictions.values()]
@@ -182,23 +231,63 @@ def _teacher_parameters(stage:str)->dict:
     name = stage.partition('-')[2]
     return {'name': name} if name else {}
 
-STAGES = {s.name: s for s in (
-    Stage('data', '01_data', _data_is_prepared, per_fold=False),
-    Stage('teacher', '03_teacher', _is_trained, ('data',), trains=True, parameters=_teacher_parameters),
-    Stage('student', '04_distill', _is_trained, ('data', 'teacher'), trains=True),
-    Stage('baseline', '04_distill', _is_trained, ('data',), trains=True, parameters=lambda stage: {'role': stage}),
-    Stage('decide', '05g_decide', _is_decided, ('data', 'teacher', 'student', 'baseline')),
-    Stage('evaluate', '05_evaluate', _is_evaluated, ('data', 'teacher', 'student', 'baseline', 'decide')),
-    Stage('explain', '06_explain', _is_noted_as_done, ('data', 'teacher', 'student', 'baseline'), in_crossval=False),
-    Stage('deploy', '07_deploy', _is_noted_as_done, ('data', 'teacher', 'student'), in_crossval=False),
-)}
+# %% ../../nbs/00c_core.runs.ipynb #1e1346e3
+STAGES = {
+    s.name: s
+    for s in (
+        Stage('data', '01_data', _data_is_prepared, per_fold=False),
+        Stage(
+            'teacher',
+            '03_teacher',
+            _is_trained,
+            ('data',),
+            trains=True,
+            parameters=_teacher_parameters,
+        ),
+        Stage('student', '04_distill', _is_trained, ('data', 'teacher'), trains=True),
+        Stage(
+            'baseline',
+            '04_distill',
+            _is_trained,
+            ('data',),
+            trains=True,
+            parameters=lambda stage: {'role': stage},
+        ),
+        Stage('decide', '05g_decide', _is_decided, ('data', 'teacher', 'student', 'baseline')),
+        Stage(
+            'evaluate',
+            '05_evaluate',
+            _is_evaluated,
+            ('data', 'teacher', 'student', 'baseline', 'decide'),
+        ),
+        Stage(
+            'explain',
+            '06_explain',
+            _is_noted_as_done,
+            ('data', 'teacher', 'student', 'baseline'),
+            in_crossval=False,
+        ),
+        Stage(
+            'deploy',
+            '07_deploy',
+            _is_noted_as_done,
+            ('data', 'teacher', 'student'),
+            in_crossval=False,
+        ),
+    )
+}
 
+# %% ../../nbs/00c_core.runs.ipynb #cf8cb99b
 def stage_of(
     name:str,  # data, teacher, teacher-NAME, student, ...
 )->Stage:      # what it is
     "The row of `STAGES` for a stage's name; `KdoctError` if there is none."
     kind = name.partition('-')[0]
-    if kind not in STAGES: raise KdoctError(f"There is no stage '{name}'.", fix=f"Stages: {', '.join(STAGES)}; teacher-NAME for a further teacher")
+    if kind not in STAGES:
+        raise KdoctError(
+            f"There is no stage '{name}'.",
+            fix=f"Stages: {', '.join(STAGES)}; teacher-NAME for a further teacher",
+        )
     return STAGES[kind]
 
 def is_finished(
@@ -221,7 +310,9 @@ def planned_stages(
     "What a cross-validation runs, in order: what is done once, then every fold's stages."
     rows = [s for s in STAGES.values() if s.in_crossval]
     once = [(s.name, folds[0]) for s in rows if not s.per_fold]
-    each = [name for s in rows if s.per_fold for name in (_roles_of(run, s) if s.trains else [s.name])]
+    each = [
+        name for s in rows if s.per_fold for name in (_roles_of(run, s) if s.trains else [s.name])
+    ]
     return once + [(name, fold) for fold in folds for name in each]
 
 def _roles_of(run:Run, stage:Stage)->list[str]:

@@ -41,7 +41,15 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
         first, labels = rows.iloc[0], sorted(rows.label.unique())
         for r in rows.itertuples():
             what = f"{'same bytes' if r.sha256 == first.sha256 else 'same pixels'} as {first.path}"
-            if len(labels) > 1: found.append(finding(r.path, 'same-pixels-two-labels', f"{len(rows)} images: {', '.join(labels)}", problems=PROBLEMS))
+            if len(labels) > 1:
+                found.append(
+                    finding(
+                        r.path,
+                        'same-pixels-two-labels',
+                        f"{len(rows)} images: {', '.join(labels)}",
+                        problems=PROBLEMS,
+                    )
+                )
             if r.path == first.path: continue
             kind = 'duplicate' if r.group == first.group else 'duplicate-across-groups'
             action = 'kept' if kind == 'duplicate' else f"groups {first.group} and {r.group} merged"
@@ -51,17 +59,35 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
 # %% ../../nbs/01f_data.audit.ipynb #11067dbe
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
     "Groups merged by near-duplicates, and a note on each image that is one; the first of each set is the original."
-    from kdoct.data.near_duplicates import find_near_duplicates, PROFILES  # here, so that data without near-duplicates do not wait for torch
-    if profile == 'by-colour': profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
-    twins = find_near_duplicates(table[table.pixels != ''].drop_duplicates('pixels'), root, PROFILES[profile])
+    # here, so that data without near-duplicates do not wait for torch
+    from kdoct.data.near_duplicates import find_near_duplicates, PROFILES
+    if profile == 'by-colour':
+        profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
+    twins = find_near_duplicates(
+        table[table.pixels != ''].drop_duplicates('pixels'), root, PROFILES[profile]
+    )
     if not len(twins): return table.group, []
     t, found = table.set_index('path'), []
     for r in twins[twins.path != twins.set].itertuples():
-        torn = f", which is {t.label[r.twin]}, not {t.label[r.path]}" if t.label[r.twin] != t.label[r.path] else ''
+        torn = (
+            f", which is {t.label[r.twin]}, not {t.label[r.path]}"
+            if t.label[r.twin] != t.label[r.path]
+            else ''
+        )
         new = t.group[r.path] != t.group[r.set]
         action = f"groups {t.group[r.set]} and {t.group[r.path]} merged" if new else 'kept'
-        found.append(finding(r.path, 'near-duplicate', f"of {r.twin}{torn}; agreement {r.agreement:.2f}", action, PROBLEMS))
-    return merge_groups(table.group, table.path.map(twins.set_index('path').set).fillna('').astype('str')), found
+        found.append(
+            finding(
+                r.path,
+                'near-duplicate',
+                f"of {r.twin}{torn}; agreement {r.agreement:.2f}",
+                action,
+                PROBLEMS,
+            )
+        )
+    return merge_groups(
+        table.group, table.path.map(twins.set_index('path').set).fillna('').astype('str')
+    ), found
 
 # %% ../../nbs/01f_data.audit.ipynb #8de40c19
 def official_overlap(
@@ -89,25 +115,43 @@ class Audit:
         "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
-            raise KdoctError(f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
-                             f"{counted(self.summary['listed'], 'image')}. {where} names each file.", fix=self._remedy({*stops.index}, new_run))
-        if len(self.table) == 0: raise KdoctError(f"The audit leaves no image. {where} says why.", fix="Mend the files, or leave out less.")
+            raise KdoctError(
+                f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
+                f"{counted(self.summary['listed'], 'image')}. {where} names each file.",
+                fix=self._remedy({*stops.index}, new_run),
+            )
+        if len(self.table) == 0:
+            raise KdoctError(
+                f"The audit leaves no image. {where} says why.",
+                fix="Mend the files, or leave out less.",
+            )
         if lost := self.summary['lost_classes']:
-            raise KdoctError(f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
-                             fix="Mend the files; or, if the class is not meant, name those that are: "
-                                 f"{classes_option(sorted(set(self.table.label)))} (papermill: -p overrides data.classes=...)")
+            raise KdoctError(
+                f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
+                fix="Mend the files; or, if the class is not meant, name those that are: "
+                f"{classes_option(sorted(set(self.table.label)))} (papermill: -p overrides "
+                f"data.classes=...)",
+            )
         return self
 
     def _remedy(self, stops:set[str], new_run:str)->str:
         "What to do about what stops the run; to leave files out is no remedy where nothing, or nothing of a class, would be left."
         lost = self.summary['lost_classes']
         if len(self.table) == 0 and stops == {'missing'}:
-            return f"Paths are looked for in {self.summary['root']}: correct them, or give the table that lies beside its images."
+            return (f"Paths are looked for in {self.summary['root']}: correct them, or give the "
+                    f"table that lies beside its images.")
         if len(self.table) == 0: return "Mend or replace these files: no other image is left."
-        if lost: return f"Mend or replace these files: without them there is no image of class {', '.join(lost)}."
-        run, papermill = (f"in a new run: --run {new_run} ", f"-p run {new_run} ") if new_run else ('', '')
-        return f"Mend or remove these files; or leave them out{':' if not run else ''} {run}--set {self.leave_out_too} " \
-               f"(papermill: {papermill}-p overrides {self.leave_out_too})"
+        if lost:
+            return (f"Mend or replace these files: without them there is no image of class "
+                    f"{', '.join(lost)}.")
+        run, papermill = (
+            (f"in a new run: --run {new_run} ", f"-p run {new_run} ") if new_run else ('', '')
+        )
+        return (
+            f"Mend or remove these files; or leave them out{':' if not run else ''} {run}--set "
+            f"{self.leave_out_too} "
+            f"(papermill: {papermill}-p overrides {self.leave_out_too})"
+        )
 
     @property
     def leave_out_too(self)->str:
@@ -119,7 +163,10 @@ class Audit:
 def _check_leave_out(leave_out:Iterable[str]):
     "`KdoctError` for a problem that does not exist."
     if strange := sorted(set(leave_out) - set(PROBLEMS)):
-        raise KdoctError(f"data.leave_out names {', '.join(strange)}, which the audit does not know.", fix=f"It knows: {', '.join(PROBLEMS)}")
+        raise KdoctError(
+            f"data.leave_out names {', '.join(strange)}, which the audit does not know.",
+            fix=f"It knows: {', '.join(PROBLEMS)}",
+        )
 
 # %% ../../nbs/01f_data.audit.ipynb #c85edaba
 def audit(
@@ -132,12 +179,35 @@ def audit(
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
     table = listing.table.copy()
-    seen = pd.DataFrame(list(map_in_order(inspect_file, (os.path.join(listing.root, p) for p in table.path), workers)), index=table.index)
+    seen = pd.DataFrame(
+        list(
+            map_in_order(inspect_file, (os.path.join(listing.root, p) for p in table.path), workers)
+        ),
+        index=table.index,
+    )
     found = listing.findings.to_dict('records')
-    found += [finding(p, kind, detail, problems=PROBLEMS) for p, ps in zip(table.path, seen.problems, strict=True) for kind, detail in ps]
-    if classes: found += [finding(r.path, 'unknown-label', f"{r.label!r} is not one of {', '.join(classes)}", problems=PROBLEMS)
-                          for r in table[~table.label.isin(classes)].itertuples()]
-    table = table.assign(**{c: seen[c].astype('str') if c in ('sha256', 'pixels') else seen[c] for c in seen if c != 'problems'})
+    found += [
+        finding(p, kind, detail, problems=PROBLEMS)
+        for p, ps in zip(table.path, seen.problems, strict=True)
+        for kind, detail in ps
+    ]
+    if classes:
+        found += [
+            finding(
+                r.path,
+                'unknown-label',
+                f"{r.label!r} is not one of {', '.join(classes)}",
+                problems=PROBLEMS,
+            )
+            for r in table[~table.label.isin(classes)].itertuples()
+        ]
+    table = table.assign(
+        **{
+            c: seen[c].astype('str') if c in ('sha256', 'pixels') else seen[c]
+            for c in seen
+            if c != 'problems'
+        }
+    )
     bad = {f['path'] for f in found if f['problem'] == 'blank'}   # two black images are not the same patient
     table.loc[table.path.isin(bad), 'pixels'] = ''
     found += _duplicates(table)
@@ -146,19 +216,39 @@ def audit(
     merged = _merged(listing.table.group, table.group)
     gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
     shared = table[~table.path.isin(gone)].pipe(lambda t: t[official_overlap(t)])
-    found += [finding(r.path, 'official-overlap', f"group {r.group}", 'see data.official_overlap', PROBLEMS) for r in shared.itertuples()]
+    found += [
+        finding(
+            r.path, 'official-overlap', f"group {r.group}", 'see data.official_overlap', PROBLEMS
+        )
+        for r in shared.itertuples()
+    ]
     findings = _decided(found, leave_out)
     gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
     kept = table[~table.path.isin(gone)].reset_index(drop=True)
-    lost = sorted(set(listing.table.label) - set(kept.label)) if not classes else sorted(set(classes) & set(listing.table.label) - set(kept.label))
-    return Audit(kept, findings, _summary(listing, kept, findings, leave_out) | dict(merged_groups=merged, lost_classes=lost))
+    lost = (
+        sorted(set(listing.table.label) - set(kept.label))
+        if not classes
+        else sorted(set(classes) & set(listing.table.label) - set(kept.label))
+    )
+    return Audit(
+        kept,
+        findings,
+        _summary(listing, kept, findings, leave_out)
+        | dict(merged_groups=merged, lost_classes=lost),
+    )
 
 # %% ../../nbs/01f_data.audit.ipynb #531a0d2b
 def _decided(found:list[dict], leave_out:tuple[str, ...])->pd.DataFrame:
     "The findings with the action that follows from each, sorted."
     df = pd.DataFrame(found, columns=list(FINDING_COLUMNS)).astype('str')
-    action = np.where(df.problem.isin(leave_out), 'left out', np.where(df.severity == 'error', 'stops the run', df.action.where(df.action != '', 'kept')))
-    return df.assign(action=pd.Series(action, index=df.index, dtype='str')).sort_values(['path', 'problem'], ignore_index=True)
+    action = np.where(
+        df.problem.isin(leave_out),
+        'left out',
+        np.where(df.severity == 'error', 'stops the run', df.action.where(df.action != '', 'kept')),
+    )
+    return df.assign(action=pd.Series(action, index=df.index, dtype='str')).sort_values(
+        ['path', 'problem'], ignore_index=True
+    )
 
 def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
     "The groups that several became, with the names of these."
@@ -166,19 +256,47 @@ def _merged(before:pd.Series, after:pd.Series)->dict[str, list[str]]:
     pairs = pairs[pairs.after.duplicated(keep=False)]
     return {k: sorted(v) for k, v in pairs.groupby('after').before}
 
-def _summary(listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...])->dict:
+# %% ../../nbs/01f_data.audit.ipynb #beefda17
+def _summary(
+    listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...]
+)->dict:
     "The audit in numbers."
-    colour, merged = kept.colour >= COLOUR_SHARE, listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy()
-    return dict(root=str(listing.root), listed=len(listing.table), kept=len(kept), not_used=len(set(listing.table.path) - set(kept.path)),
-                groups=kept.group.nunique(), images_in_renamed_groups=int(merged.sum()), colour_images=int(colour.sum()),
-                most_coloured=float(kept.colour.max()) if len(kept) else 0., leave_out=sorted(leave_out),
-                problems=findings.problem.value_counts().sort_index().to_dict(),
-                actions=findings.action.where(~findings.action.str.endswith(' merged'), 'groups merged').value_counts().sort_index().to_dict(),
-                sizes=dict(Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(10)))
+    colour, merged = (
+        kept.colour >= COLOUR_SHARE,
+        listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy(),
+    )
+    return dict(
+        root=str(listing.root),
+        listed=len(listing.table),
+        kept=len(kept),
+        not_used=len(set(listing.table.path) - set(kept.path)),
+        groups=kept.group.nunique(),
+        images_in_renamed_groups=int(merged.sum()),
+        colour_images=int(colour.sum()),
+        most_coloured=float(kept.colour.max()) if len(kept) else 0.0,
+        leave_out=sorted(leave_out),
+        problems=findings.problem.value_counts().sort_index().to_dict(),
+        actions=findings.action.where(~findings.action.str.endswith(' merged'), 'groups merged')
+        .value_counts()
+        .sort_index()
+        .to_dict(),
+        sizes=dict(
+            Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(
+                10
+            )
+        ),
+    )
 
 # %% ../../nbs/01f_data.audit.ipynb #5dd3c2d7
 _SHOWN = 12   # kinds of problems, and classes, on a page
-PART_WORDS = {'train': 'training', 'val': 'validation', 'calib': 'calibration', 'test': 'test', 'out': 'left out'}
+
+PART_WORDS = {
+    'train': 'training',
+    'val': 'validation',
+    'calib': 'calibration',
+    'test': 'test',
+    'out': 'left out',
+}
 
 def _shortened(text:str, width:int)->str:
     "Text cut in its middle to a width."
@@ -188,12 +306,14 @@ def _are_patients(table:pd.DataFrame)->bool:
     "Whether the groups are patients: all are known, and a group has the name of one."
     return bool((table.patient != '').all()) and set(table.group) <= set(table.patient)
 
+# %% ../../nbs/01f_data.audit.ipynb #6009d931
 def _class_lines(result:Audit)->list[str]:
     "Images and patients (or groups, where these are no patients) of each class, and images of each official part."
     t = result.table
     unit = 'patients' if _are_patients(t) else 'groups'
     rows = t.groupby('label').agg(**{'images': ('path', 'size'), unit: ('group', 'nunique')})
-    if (t.split != '').any(): rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
+    if (t.split != '').any():
+        rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
     rows.index = [_shortened(c, 40) for c in rows.index]
@@ -208,6 +328,7 @@ def _example(rows:pd.DataFrame)->str:
     first = f"{paths[0]}: {_shortened(detail, 90)}" if detail else ', '.join(paths)
     return first + (' ...' if len(rows) > (1 if detail else 2) else '')
 
+# %% ../../nbs/01f_data.audit.ipynb #c8121201
 def mixed_parts(
     table:pd.DataFrame,  # split
     protocol:str,        # grouped-cv or official
@@ -215,22 +336,42 @@ def mixed_parts(
     "What to say where the source has parts of its own (train, test) and the folds do not keep to them."
     n = table.split[table.split != ''].value_counts()
     if protocol == 'official' or len(n) < 2: return ''
-    parts = ', '.join(f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items())
-    said = f"WARNING: the images come in parts ({parts}); they are put together, and split anew by patient (data.protocol is grouped-cv)."
+    parts = ', '.join(
+        f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items()
+    )
+    said = (f"WARNING: the images come in parts ({parts}); they are put together, and split anew "
+            f"by patient (data.protocol is grouped-cv).")
     can_keep = 'test' in n and set(table.split) <= {'train', 'val', 'test'}
-    return said + (" To test on the source's own test part: --set data.protocol=official" if can_keep else '')
+    return said + (
+        " To test on the source's own test part: --set data.protocol=official" if can_keep else ''
+    )
 
+# %% ../../nbs/01f_data.audit.ipynb #d8848ed8
 def _problem_lines(found:pd.DataFrame)->list[str]:
     "Two lines a kind of problem: how many, what, what follows; the first examples. What stops the run comes first."
     kinds = []
     for problem, rows in found.groupby('problem'):
-        actions = rows.action.where(~rows.action.str.endswith(' merged'), 'the groups are merged').value_counts()
+        actions = rows.action.where(
+            ~rows.action.str.endswith(' merged'), 'the groups are merged'
+        ).value_counts()
         follows = [a for a in actions.index[:3] if a != 'kept']
         rank = 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
-        kinds.append((rank, -len(rows), f"{len(rows):>7} {problem}: {'; '.join([PROBLEMS[problem][1], *follows])}", f"{'':>7} {_example(rows)}"))
+        kinds.append(
+            (
+                rank,
+                -len(rows),
+                f"{len(rows):>7} {problem}: {'; '.join([PROBLEMS[problem][1], *follows])}",
+                f"{'':>7} {_example(rows)}",
+            )
+        )
     lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
-    return lines + ([f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"] if len(kinds) > _SHOWN else [])
+    return lines + (
+        [f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"]
+        if len(kinds) > _SHOWN
+        else []
+    )
 
+# %% ../../nbs/01f_data.audit.ipynb #19a2a9d7
 def groups_text(
     n:int,  # groups that are patients
 )->str:
@@ -242,8 +383,10 @@ def merged_groups_text(
 )->str:
     "Why groups hold several patients, in a sentence."
     verb = 'holds' if n == 1 else 'hold'
-    return f"{counted(n, 'group')} {verb} several patients (or images) who share pixels or near-duplicates, or whose names differ only by spelling."
+    return (f"{counted(n, 'group')} {verb} several patients (or images) who share pixels or "
+            f"near-duplicates, or whose names differ only by spelling.")
 
+# %% ../../nbs/01f_data.audit.ipynb #c11f5eb4
 def audit_page(
     result:Audit,    # from `audit`
     where:str='',    # file with all findings; '': none was written
@@ -251,12 +394,24 @@ def audit_page(
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
     s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    groups = groups_text(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
-    lines = [f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of {groups}; {colour}.", '', *_class_lines(result), '']
-    if len(result.findings): lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
+    groups = (
+        groups_text(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
+    )
+    lines = [
+        f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of "
+        f"{groups}; {colour}.",
+        '',
+        *_class_lines(result),
+        '',
+    ]
+    if len(result.findings):
+        lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
     if s['merged_groups']: lines.append(merged_groups_text(len(s['merged_groups'])))
     if parts := mixed_parts(result.table, protocol): lines.append(parts)
-    if result.table.label.nunique() == 1: lines.append(f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart.")
+    if result.table.label.nunique() == 1:
+        lines.append(
+            f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart."
+        )
     if where and len(result.findings): lines.append(f"All findings, one a line: {where}")
     return '\n'.join(lines)

@@ -43,7 +43,10 @@ def uniforms(
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over='ignore'):
         base = _mix(np.uint64(seed) * golden + np.uint64(epoch) + golden)
-        z = _mix(np.asarray(ids).astype(np.uint64) ^ base)[:, None] + np.arange(1, k+1, dtype=np.uint64) * golden
+        z = (
+            _mix(np.asarray(ids).astype(np.uint64) ^ base)[:, None]
+            + np.arange(1, k + 1, dtype=np.uint64) * golden
+        )
         return ((_mix(z) >> np.uint64(40)).astype(np.float32)) / np.float32(1 << 24)
 
 # %% ../../nbs/01o_data.augment.ipynb #9cb576fe
@@ -55,10 +58,43 @@ def image_ids(
 
 # %% ../../nbs/01o_data.augment.ipynb #73a6c4ad
 OPS = ('brightness', 'contrast', 'saturation', 'sharpness', 'rotate', 'shift')  # of RandAugment
-DRAWS = ('hflip', 'rotate', 'shear', 'scale', 'shift_x', 'shift_y', 'contrast', 'brightness',
-         'erase', 'erase_area', 'erase_aspect', 'erase_top', 'erase_left', 'order', 'crop_x', 'crop_y', 'vflip',
-         *(f'pick_{name}' for name in OPS), 'ops_brightness', 'ops_contrast', 'ops_saturation', 'ops_sharpness',
-         'ops_rotate', 'ops_shift_x', 'ops_shift_y', 'gain', 'saturation', 'hue', 'blur', 'blur_sigma', 'posterize')
+
+# %% ../../nbs/01o_data.augment.ipynb #ae2c9e10
+DRAWS = (
+    'hflip',
+    'rotate',
+    'shear',
+    'scale',
+    'shift_x',
+    'shift_y',
+    'contrast',
+    'brightness',
+    'erase',
+    'erase_area',
+    'erase_aspect',
+    'erase_top',
+    'erase_left',
+    'order',
+    'crop_x',
+    'crop_y',
+    'vflip',
+    *(f'pick_{name}' for name in OPS),
+    'ops_brightness',
+    'ops_contrast',
+    'ops_saturation',
+    'ops_sharpness',
+    'ops_rotate',
+    'ops_shift_x',
+    'ops_shift_y',
+    'gain',
+    'saturation',
+    'hue',
+    'blur',
+    'blur_sigma',
+    'posterize',
+)
+
+# %% ../../nbs/01o_data.augment.ipynb #97c624b2
 N_DRAWS = len(DRAWS)  # uniform numbers that one view needs
 
 # %% ../../nbs/01o_data.augment.ipynb #54136bba
@@ -70,6 +106,7 @@ def _spread(u:torch.Tensor, name:str, width:float)->torch.Tensor:
     "The uniforms of one name, stretched to [-width, width]."
     return (2*_column(u, name) - 1)*width
 
+# %% ../../nbs/01o_data.augment.ipynb #ceaca222
 def draw_changes(
     u:torch.Tensor,         # (n, N_DRAWS) uniforms
     recipe:AugmentRecipe,   # which changes, how far
@@ -77,15 +114,30 @@ def draw_changes(
 )->dict:                    # operation -> (n,) amounts; an operation that is off is absent
     "What happens to each image of a batch."
     r = recipe
-    factors = dict(scale=r.scale, gain=r.gain, contrast=r.contrast) | (dict(saturation=r.saturation) if channels == 3 else {})
-    terms = dict(rotate=r.rotate, shear=r.shear, shift_x=r.shift, shift_y=r.shift, brightness=r.brightness) | (
-        dict(hue=r.hue) if channels == 3 else {})
-    out = {k: 1 + _spread(u, k, w) for k, w in factors.items() if w} | {k: _spread(u, k, w) for k, w in terms.items() if w}
-    out |= {k: _column(u, k) < p for k in ('hflip', 'vflip', 'posterize', 'erase') if (p := getattr(r, k))}
-    if r.blur: out['blur'] = torch.where(_column(u, 'blur') < r.blur, 0.1 + 1.9*_column(u, 'blur_sigma'), 0.)
+    factors = dict(scale=r.scale, gain=r.gain, contrast=r.contrast) | (
+        dict(saturation=r.saturation) if channels == 3 else {}
+    )
+    terms = dict(
+        rotate=r.rotate, shear=r.shear, shift_x=r.shift, shift_y=r.shift, brightness=r.brightness
+    ) | (dict(hue=r.hue) if channels == 3 else {})
+    out = {k: 1 + _spread(u, k, w) for k, w in factors.items() if w} | {
+        k: _spread(u, k, w) for k, w in terms.items() if w
+    }
+    out |= {
+        k: _column(u, k) < p
+        for k in ('hflip', 'vflip', 'posterize', 'erase')
+        if (p := getattr(r, k))
+    }
+    if r.blur:
+        out['blur'] = torch.where(
+            _column(u, 'blur') < r.blur, 0.1 + 1.9 * _column(u, 'blur_sigma'), 0.0
+        )
     if r.erase:
         out |= {k: _column(u, k) for k in ('erase_top', 'erase_left')}
-        out |= dict(erase_area=0.02 + (r.erase_area - 0.02)*_column(u, 'erase_area'), erase_aspect=2**_spread(u, 'erase_aspect', 1.))
+        out |= dict(
+            erase_area=0.02 + (r.erase_area - 0.02) * _column(u, 'erase_area'),
+            erase_aspect=2 ** _spread(u, 'erase_aspect', 1.0),
+        )
     return out | (draw_ops(u, r, channels) if r.ops else {})
 
 # %% ../../nbs/01o_data.augment.ipynb #1ccb35ad
@@ -94,12 +146,19 @@ def ops_pool(
     channels:int,          # of the images: 1 or 3
 )->list[str]:              # names, in the order in which they are applied
     "RandAugment operations to draw from; `KdoctError` if there are fewer than are to be drawn."
-    pool = [name for name in OPS if name in recipe.ops_names and (channels == 3 or name != 'saturation')]
+    pool = [
+        name for name in OPS if name in recipe.ops_names and (channels == 3 or name != 'saturation')
+    ]
     if recipe.ops > len(pool):
-        raise KdoctError(f"{recipe.ops} RandAugment operations cannot be drawn without repetition from {len(pool)} ({', '.join(pool)}).",
-                         fix="Lower augment.ops or name more in augment.ops_names (saturation does not count for grey images).")
+        raise KdoctError(
+            f"{recipe.ops} RandAugment operations cannot be drawn without repetition from "
+            f"{len(pool)} ({', '.join(pool)}).",
+            fix="Lower augment.ops or name more in augment.ops_names (saturation does not count "
+                "for grey images).",
+        )
     return pool
 
+# %% ../../nbs/01o_data.augment.ipynb #8cc50942
 def draw_ops(
     u:torch.Tensor,        # (n, N_DRAWS) uniforms
     recipe:AugmentRecipe,  # its `ops...`
@@ -107,7 +166,11 @@ def draw_ops(
 )->dict:                   # 'ops_' + operation -> (n,) amounts, neutral (1 or 0) for images that did not draw it
     "Which operations each image draws, and how strong they are."
     pool = ops_pool(recipe, channels)
-    rank = torch.stack([_column(u, f'pick_{name}') for name in pool], 1).argsort(stable=True, dim=1).argsort(1)
+    rank = (
+        torch.stack([_column(u, f'pick_{name}') for name in pool], 1)
+        .argsort(stable=True, dim=1)
+        .argsort(1)
+    )
     out = {}
     for i, name in enumerate(pool):
         hit = rank[:, i] < recipe.ops
@@ -118,13 +181,25 @@ def draw_ops(
     return out
 
 # %% ../../nbs/01o_data.augment.ipynb #6ad379cf
-GEOMETRY = ('hflip', 'vflip', 'rotate', 'shear', 'scale', 'shift_x', 'shift_y', 'ops_rotate', 'ops_shift_x', 'ops_shift_y')
+GEOMETRY = (
+    'hflip',
+    'vflip',
+    'rotate',
+    'shear',
+    'scale',
+    'shift_x',
+    'shift_y',
+    'ops_rotate',
+    'ops_shift_x',
+    'ops_shift_y',
+)
 
 def _turn(degrees:torch.Tensor)->torch.Tensor:
     "(n, 2, 2) matrices that look up a counter-clockwise turn."
     cos, sin = torch.deg2rad(degrees).cos(), torch.deg2rad(degrees).sin()
     return torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
 
+# %% ../../nbs/01o_data.augment.ipynb #7ba5ff74
 def view_matrix(
     a:dict,                # amounts of `draw_changes`
     n:int,                 # images
@@ -133,10 +208,15 @@ def view_matrix(
     "Shift and rotation of RandAugment, shift, flips, rotation, shear and zoom as one matrix an image."
     zero, one = torch.zeros(n), torch.ones(n)
     flip = torch.stack([1 - 2*a[k].float() if k in a else one for k in ('hflip', 'vflip')], 1)
-    shear = torch.stack([one, torch.deg2rad(a.get('shear', zero)).tan(), zero, one], 1).view(-1, 2, 2)
+    shear = torch.stack([one, torch.deg2rad(a.get('shear', zero)).tan(), zero, one], 1).view(
+        -1, 2, 2
+    )
     m = flip[:, :, None]*_turn(a.get('rotate', zero)) @ shear/a.get('scale', one).view(-1, 1, 1)
     sides = torch.tensor(side[::-1])
-    move = torch.stack([a.get(f'shift_{k}', zero) - a.get(f'ops_shift_{k}', zero) for k in 'xy'], 1)*sides
+    move = (
+        torch.stack([a.get(f'shift_{k}', zero) - a.get(f'ops_shift_{k}', zero) for k in 'xy'], 1)
+        * sides
+    )
     return _turn(a.get('ops_rotate', zero)) @ torch.cat([m, move[:, :, None]], 2)
 
 # %% ../../nbs/01o_data.augment.ipynb #9491d84e
@@ -157,6 +237,7 @@ def put(
     "Numbers of the CPU on another device, without waiting for their arrival."
     return v.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else v.to(device)
 
+# %% ../../nbs/01o_data.augment.ipynb #90f2eb33
 def warp(
     x:torch.Tensor,        # (n, c, h, w)
     m:torch.Tensor,        # (n, 2, 3), see `view_matrix`
@@ -164,11 +245,22 @@ def warp(
     fill:str='reflect',    # outside the image: reflect or black
 )->torch.Tensor:           # (n, c, *side)
     "Look every pixel up in the source, bilinearly."
-    m = put(m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1), x.device)  # grid_sample: the image reaches from -1 to 1
+    # grid_sample: the image reaches from -1 to 1
+    m = put(m/torch.tensor([x.shape[-1]/2, x.shape[-2]/2]).view(1, 2, 1), x.device)
     rows, cols = ((torch.arange(s, device=x.device) - (s - 1)/2)[:, None] for s in side)
-    across, down = (torch.view_as_complex(v) for v in (cols*m[:, None, :, 0] + m[:, None, :, 2], rows*m[:, None, :, 1]))
-    grid = torch.view_as_real(across[:, None] + down[:, :, None])  # adding (x, y) as one complex number takes half the time
-    return F.grid_sample(x, grid, mode='bilinear', padding_mode={'reflect': 'reflection', 'black': 'zeros'}[fill], align_corners=False)
+    across, down = (
+        torch.view_as_complex(v)
+        for v in (cols * m[:, None, :, 0] + m[:, None, :, 2], rows * m[:, None, :, 1])
+    )
+    # adding (x, y) as one complex number takes half the time
+    grid = torch.view_as_real(across[:, None] + down[:, :, None])
+    return F.grid_sample(
+        x,
+        grid,
+        mode='bilinear',
+        padding_mode={'reflect': 'reflection', 'black': 'zeros'}[fill],
+        align_corners=False,
+    )
 
 # %% ../../nbs/01o_data.augment.ipynb #bdb7cd68
 def _each(v:torch.Tensor, x:torch.Tensor)->torch.Tensor|float:
@@ -198,6 +290,7 @@ def contrast(
     line = mean*(1 - factor) + add
     return x.mul_(factor).add_(line).clamp_(0, 1)
 
+# %% ../../nbs/01o_data.augment.ipynb #051b1f03
 def saturation(
     x:torch.Tensor,       # (n, 3, h, w) in [0, 1]; changed in place
     factor:torch.Tensor,  # (n,); 0: grey
@@ -214,13 +307,17 @@ def hue(
     "Turn the colour circle; brightest and darkest channel of a pixel keep their values."
     r, g, b = x.split(1, dim=1)
     low = torch.minimum(torch.minimum(r, g), b)
-    span = torch.maximum(torch.maximum(r, g), b).sub_(low).mul_(-6).clamp_max_(-1e-9)  # of a pixel, times -6; grey ones have none
+    # of a pixel, times -6; grey ones have none
+    span = torch.maximum(torch.maximum(r, g), b).sub_(low).mul_(-6).clamp_max_(-1e-9)
     angle = (g + b).sub_(r).sub_(low).div_(span).sub_(1/6).copysign_(g - b)            # from red [circles]
-    angle.add_(_each(turn + 2.5, x))                                                   # 2.5: positive, and half a circle on
+    # 2.5: positive, and half a circle on
+    angle.add_(_each(turn + 2.5, x))
     high = low.sub_(span, alpha=1/3)                                                   # one span above the highest
     for channel, place in ((r, 0), (g, 1/3), (b, 2/3)):
-        away = torch.sub(angle, place, out=channel).frac_().sub_(.5).abs_().clamp_(1/6, 1/3)  # from the channel's place [circles]
-        away.mul_(span).add_(high).clamp_(0, 1)                                        # near: the highest value, far: the lowest
+        # from the channel's place [circles]
+        away = torch.sub(angle, place, out=channel).frac_().sub_(.5).abs_().clamp_(1/6, 1/3)
+        # near: the highest value, far: the lowest
+        away.mul_(span).add_(high).clamp_(0, 1)
     return x
 
 # %% ../../nbs/01o_data.augment.ipynb #02e45bb4
@@ -242,6 +339,7 @@ def sharpness(
     inner.mul_(1 - 9*weight).add_(around.mul_(weight)).clamp_(0, 1)
     return x
 
+# %% ../../nbs/01o_data.augment.ipynb #bac2cc60
 def blur(
     x:torch.Tensor,      # (n, 1 or 3, h, w) in [0, 1]
     sigma:torch.Tensor,  # (n,) > 0 [px]
@@ -252,7 +350,8 @@ def blur(
     for dim in (-2, -1):
         n, beside = x.shape[dim], x*side
         x = x.sub(beside, alpha=2)
-        for here, there, k in ((1, 0, n - 1), (0, 1, n - 1), (0, 1, 1), (n - 1, n - 2, 1)):  # both neighbours; reflected at both ends
+        # both neighbours; reflected at both ends
+        for here, there, k in ((1, 0, n - 1), (0, 1, n - 1), (0, 1, 1), (n - 1, n - 2, 1)):
             x.narrow(dim, here, k).add_(beside.narrow(dim, there, k))
     return x.clamp_(0, 1)
 
@@ -271,7 +370,10 @@ def erase(
     "Erase a rectangle of the images that are hit."
     if not a['erase'].any(): return x
     h, w = x.shape[-2:]
-    eh, ew = ((a['erase_area']*a['erase_aspect']).sqrt()*h).clamp(max=h), ((a['erase_area']/a['erase_aspect']).sqrt()*w).clamp(max=w)
+    eh, ew = (
+        ((a['erase_area'] * a['erase_aspect']).sqrt() * h).clamp(max=h),
+        ((a['erase_area'] / a['erase_aspect']).sqrt() * w).clamp(max=w),
+    )
     top, left = a['erase_top']*(h - eh), a['erase_left']*(w - ew)
     corners = torch.stack([top, top + eh, left, left + ew], 1).ceil().int().tolist()
     for i in a['erase'].nonzero()[:, 0].tolist():
@@ -289,16 +391,23 @@ def _some(x:torch.Tensor, hit:torch.Tensor, change, *amounts:torch.Tensor)->torc
         x[there] = change(x[there], *(v[rows] for v in amounts))
     return x
 
+# %% ../../nbs/01o_data.augment.ipynb #ff463748
 def change_values(
     x:torch.Tensor,        # (n, 1 or 3, h, w) float in [0, 1]; may be changed in place
     a:dict,                # amounts of `draw_changes`
     erase_fill:str='mean', # what is put into an erased rectangle: mean or black
 )->torch.Tensor:           # same shape, in [0, 1]
     "All operations on grey values and colours, in their order."
-    for name, change in (('brightness', gain), ('contrast', contrast), ('saturation', saturation), ('sharpness', sharpness)):
+    for name, change in (
+        ('brightness', gain),
+        ('contrast', contrast),
+        ('saturation', saturation),
+        ('sharpness', sharpness),
+    ):
         if (k := f'ops_{name}') in a: x = _some(x, a[k] != 1, change, a[k])
     if 'gain' in a: x = gain(x, a['gain'])
-    if 'contrast' in a or 'brightness' in a: x = contrast(x, a.get('contrast', torch.ones(len(x))), a.get('brightness', 0.))
+    if 'contrast' in a or 'brightness' in a:
+        x = contrast(x, a.get('contrast', torch.ones(len(x))), a.get('brightness', 0.))
     if 'saturation' in a: x = saturation(x, a['saturation'])
     if 'hue' in a: x = hue(x, a['hue'])
     if 'blur' in a: x = _some(x, a['blur'] > 0, blur, a['blur'])
@@ -320,7 +429,11 @@ def images_at_once(
     x:torch.Tensor,  # (n, c, h, w) float32
 )->int:              # number of images
     "How many images are worked on at once: on a CPU about 600 kB a thread, at least one; elsewhere all."
-    return len(x) if x.device.type != 'cpu' else max(1, 150_000//x[0].numel())*torch.get_num_threads()
+    return (
+        len(x)
+        if x.device.type != 'cpu'
+        else max(1, 150_000 // x[0].numel()) * torch.get_num_threads()
+    )
 
 # %% ../../nbs/01o_data.augment.ipynb #903f4376
 def to_unit(
@@ -343,7 +456,10 @@ def augment(
     if m is not None: m[:, :, 2] += crop_offset(u, stored, side)
     out = torch.empty((len(x), x.shape[1], *side), device=x.device)
     n = images_at_once(out)
-    for images, view, matrix, *amounts in zip(*(v.split(n) for v in (x, out, torch.empty(len(x)) if m is None else m, *a.values())), strict=True):
+    for images, view, matrix, *amounts in zip(
+        *(v.split(n) for v in (x, out, torch.empty(len(x)) if m is None else m, *a.values())),
+        strict=True,
+    ):
         y = to_unit(images)
         y = y.clone() if m is None else warp(y, matrix, side, recipe.fill)
         view.copy_(change_values(y, dict(zip(a, amounts, strict=True)), recipe.erase_fill))
@@ -358,21 +474,29 @@ def parse_view(
     if m := re.fullmatch(r'(crop|rotate(?=[+-]))([+-]?\d+(?:\.\d+)?)', name):
         what, value = m[1], float(m[2])
         if (1 < value <= 2) if what == 'crop' else (0 < abs(value) <= 180): return what, value
-    raise KdoctError(f"There is no test-time view '{name}'.",
-                     fix="Views are identity, hflip, vflip, crop1.1 (a factor above 1, at most 2), rotate+5, rotate-5 (degrees).")
+    raise KdoctError(
+        f"There is no test-time view '{name}'.",
+        fix="Views are identity, hflip, vflip, crop1.1 (a factor above 1, at most 2), rotate+5, "
+            "rotate-5 (degrees).",
+    )
 
 def check_views(
     names,  # names of views, each once
 ):
     "`KdoctError` if a name is no view, or stands twice (it would count twice in the mean)."
     for name in names: parse_view(name)
-    if len(set(names)) < len(names): raise KdoctError(f"A test-time view stands twice in {tuple(names)}.", fix="Name each view once.")
+    if len(set(names)) < len(names):
+        raise KdoctError(
+            f"A test-time view stands twice in {tuple(names)}.", fix="Name each view once."
+        )
 
 # %% ../../nbs/01o_data.augment.ipynb #e7a52987
 def _resize(x:torch.Tensor, side:int)->torch.Tensor:
     "Bicubic with antialiasing, as images are decoded; unchanged if the side is right."
     if x.shape[-2:] == (side, side): return x
-    return F.interpolate(x, (side, side), mode='bicubic', align_corners=False, antialias=True).clamp(0, 1)
+    return F.interpolate(
+        x, (side, side), mode='bicubic', align_corners=False, antialias=True
+    ).clamp(0, 1)
 
 def apply_view(
     x:torch.Tensor,  # (n, c, h, w) float in [0, 1], as stored
@@ -392,13 +516,22 @@ def apply_view(
 # %% ../../nbs/01o_data.augment.ipynb #ed644d50
 def _check_batches(images:np.ndarray, rows, recipe:AugmentRecipe|None, size:int, view:str):
     "`KdoctError` unless the views that are asked for can be made of these images."
-    if len(rows) == 0: raise KdoctError("A part of the fold holds no image.", fix="Use fewer folds or another val_fraction.")
+    if len(rows) == 0:
+        raise KdoctError(
+            "A part of the fold holds no image.", fix="Use fewer folds or another val_fraction."
+        )
     if size > min(images.shape[1:3]):
-        raise KdoctError(f"Images stored with side {min(images.shape[1:3])} cannot give views of side {size}.",
-                         fix="Decode them larger: data.size, data.margin.")
+        raise KdoctError(
+            f"Images stored with side {min(images.shape[1:3])} cannot give views of side {size}.",
+            fix="Decode them larger: data.size, data.margin.",
+        )
     check_views([view])
     if recipe is None: return
-    if view != 'identity': raise KdoctError(f"Random training views and the test-time view '{view}' exclude each other.", fix="Give a recipe or a view.")
+    if view != 'identity':
+        raise KdoctError(
+            f"Random training views and the test-time view '{view}' exclude each other.",
+            fix="Give a recipe or a view.",
+        )
     ops_pool(recipe, 1 if images.ndim == 3 else 3)
 
 # %% ../../nbs/01o_data.augment.ipynb #23045e34
@@ -428,8 +561,11 @@ def whole_batches(
 )->tuple[Planned, ...]:
     "Full batches, the last of which takes what is left."
     bounds = [(first, min(first + batch, n)) for first in range(0, n, batch)]
-    return tuple(Planned(i, last - first, True, first, last) for i, (first, last) in enumerate(bounds))
+    return tuple(
+        Planned(i, last - first, True, first, last) for i, (first, last) in enumerate(bounds)
+    )
 
+# %% ../../nbs/01o_data.augment.ipynb #fe96b444
 @functools.lru_cache
 def even_batches(
     n:int,      # images
@@ -440,7 +576,9 @@ def even_batches(
     out = []
     for i, places in enumerate(np.array_split(np.arange(n), math.ceil(n/step))):
         parts = np.array_split(places, math.ceil(len(places)/batch))
-        out += [Planned(i, len(places), p[-1] == places[-1], int(p[0]), int(p[-1]) + 1) for p in parts]
+        out += [
+            Planned(i, len(places), p[-1] == places[-1], int(p[0]), int(p[-1]) + 1) for p in parts
+        ]
     return tuple(out)
 
 # %% ../../nbs/01o_data.augment.ipynb #e56b3c40
@@ -464,15 +602,30 @@ class Batches:
         size = size or images.shape[1]
         _check_batches(images, rows, recipe, size, view)
         self.images, self.labels, self.ids, self.rows = images, labels, ids, np.asarray(rows)
-        self.batch_size, self.recipe, self.seed, self.device = batch_size, recipe, seed, torch.device(device)
-        self.size, self.view, self.views, self.refresh, self.share = size, view, views, refresh, share
+        self.batch_size, self.recipe, self.seed, self.device = (
+            batch_size,
+            recipe,
+            seed,
+            torch.device(device),
+        )
+        self.size, self.view, self.views, self.refresh, self.share = (
+            size,
+            view,
+            views,
+            refresh,
+            share,
+        )
         self.accumulate = 1   # batches a step of the optimiser, in one process; a training sets it
         self.epoch, self.start, self.block, self.teach, self.taught = 0, 0, 1, None, None
 
     def plan(self)->tuple[Planned, ...]:
         "Which places of the epoch's order each batch of all processes has; `batch_size*accumulate` images make a step, however many processes."
         n, batch = len(self.rows), self.batch_size*self.share[1]
-        return whole_batches(n, batch) if self.recipe is None else even_batches(n, self.batch_size*self.accumulate, batch)
+        return (
+            whole_batches(n, batch)
+            if self.recipe is None
+            else even_batches(n, self.batch_size * self.accumulate, batch)
+        )
 
     def __len__(self)->int: return len(self.plan()) - self.start
 
@@ -490,7 +643,10 @@ class Batches:
     def parts(self)->list[np.ndarray]:
         "Rows of each batch of this epoch, from batch number `start` on."
         order, (number, processes) = self.order(), self.share
-        return [np.array_split(order[p.first:p.last], processes)[number] for p in self.plan()[self.start:]]
+        return [
+            np.array_split(order[p.first : p.last], processes)[number]
+            for p in self.plan()[self.start :]
+        ]
 
 # %% ../../nbs/01o_data.augment.ipynb #1b2faa7c
 def _read(self:Batches,
@@ -514,7 +670,12 @@ def _make(self:Batches,
     x, y = put(x, self.device), put(torch.from_numpy(self.labels[rows]), self.device)
     if self.recipe is None: return apply_view(to_unit(x), self.view, self.size), y
     number = view_number(self.epoch, self.views, self.refresh) if number is None else number
-    return augment(x, torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)), self.recipe, self.size), y
+    return augment(
+        x,
+        torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number)),
+        self.recipe,
+        self.size,
+    ), y
 
 Batches.make = _make
 
@@ -568,7 +729,9 @@ def stream_ahead(
 # %% ../../nbs/01o_data.augment.ipynb #94a58978
 def _iter(self:Batches):
     "Batches of this epoch; made, and `teach(x, rows)` asked about them, `block` at a time; `taught` is what it said of the batch handed out."
-    blocks = self.blocks() if self.device.type != 'cuda' else stream_ahead(self.blocks(), self.device)
+    blocks = (
+        self.blocks() if self.device.type != 'cuda' else stream_ahead(self.blocks(), self.device)
+    )
     with closing(blocks):
         for parts, x, y, said in blocks:
             at = 0

@@ -38,7 +38,9 @@ class DecodeCache:
     )->np.ndarray:             # int64, their rows in `images`
         "Rows of these files; `KdoctError` if one is not in the cache."
         try: return np.array([self.index[s] for s in sha256], dtype=np.int64)
-        except KeyError as e: raise KdoctError(f"The cache {self.path.name} does not hold image {e}.", fix="Run notebook 01_data again.") from e
+        except KeyError as e: raise KdoctError(f"The cache {self.path.name} does not "
+                                               f"hold image {e}.", fix="Run notebook "
+                                                                       "01_data again.") from e
 
 # %% ../../nbs/01i_data.cache.ipynb #925f8e97
 def cache_facts(
@@ -49,7 +51,12 @@ def cache_facts(
 )->dict:                   # what the cache's .json says; `key` is the hash of the rest
     "What a cache of these files holds; rows are in the order of the hashes."
     shas = sorted(set(sha256))
-    facts = dict(decoder=DECODER, framing=FRAMING | framing, shape=[len(shas), size, size] + ([channels] if channels > 1 else []), sha256=shas)
+    facts = dict(
+        decoder=DECODER,
+        framing=FRAMING | framing,
+        shape=[len(shas), size, size] + ([channels] if channels > 1 else []),
+        sha256=shas,
+    )
     return dict(key=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24], **facts)
 
 # %% ../../nbs/01i_data.cache.ipynb #0dd2ea0e
@@ -69,7 +76,9 @@ def _square_of(file:Path, sha256:str, size:int, channels:int, framing:dict)->np.
     "One row of the cache; `KdoctError` if the file is not the one that was audited."
     data = read_image_bytes(file)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise KdoctError(f"{file} has changed since the audit.", fix="Run notebook 01_data again, in a new run.")
+        raise KdoctError(
+            f"{file} has changed since the audit.", fix="Run notebook 01_data again, in a new run."
+        )
     try: return to_square(decode_image(data)[0], size, channels, **framing)
     except KdoctError as e: raise KdoctError(f"{file}: {e.problem}", fix=e.fix) from e
 
@@ -80,12 +89,22 @@ def _write_cache(path:Path, facts:dict, files:dict[str, Path], workers:int):
     for left in path.parent.glob(f'.{path.name}.*.tmp.npy'): left.unlink()  # of a killed writer: we hold the lock
     try:
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=tuple(facts['shape'])))
-            for row in map_in_order(lambda s: _square_of(files[s], s, size, channels, facts['framing']), facts['sha256'], workers): f.write(row.tobytes())
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr='|u1', fortran_order=False, shape=tuple(facts['shape']))
+            )
+            for row in map_in_order(
+                lambda s: _square_of(files[s], s, size, channels, facts['framing']),
+                facts['sha256'],
+                workers,
+            ):
+                f.write(row.tobytes())
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise KdoctError(f"No space for the decode cache in {path.parent} ({np.prod(facts['shape'])/2**20:.0f} MiB needed).",
-                         fix="Free space, or set KDOCT_OUTPUTS to another disk.") from e
+        raise KdoctError(
+            f"No space for the decode cache in {path.parent} "
+            f"({np.prod(facts['shape']) / 2**20:.0f} MiB needed).",
+            fix="Free space, or set KDOCT_OUTPUTS to another disk.",
+        ) from e
     write_json(path.with_suffix('.json'), facts)
 
 # %% ../../nbs/01i_data.cache.ipynb #ddad063e
@@ -104,7 +123,15 @@ def decode_cache(
     if (cache := open_cache(path, facts)) is not None: return cache
     with locked(path, what=f"the decode cache {path.name}", wait=wait):
         if (cache := open_cache(path, facts)) is None:
-            _write_cache(path, facts, {s: Path(root)/p for p, s in zip(table.path, table.sha256, strict=True)}, workers)
+            _write_cache(
+                path,
+                facts,
+                {s: Path(root) / p for p, s in zip(table.path, table.sha256, strict=True)},
+                workers,
+            )
             cache = open_cache(path, facts)
-    if cache is None: raise KdoctError(f"The decode cache {path} is damaged.", fix="Delete it and run notebook 01_data again.")
+    if cache is None:
+        raise KdoctError(
+            f"The decode cache {path} is damaged.", fix="Delete it and run notebook 01_data again."
+        )
     return cache

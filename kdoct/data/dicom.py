@@ -17,7 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import counted
-from .dicom_pixels import check_bits, dicom_pictures, import_pydicom, is_jpeg_12, OVERLAY_BITS
+from kdoct.data.dicom_pixels import (
+    check_bits,
+    dicom_pictures,
+    import_pydicom,
+    is_jpeg_12,
+    OVERLAY_BITS,
+)
 from .images import BadImage, DECODE_ERRORS
 from kdoct.data.scans import (
     ByteReader,
@@ -30,67 +36,151 @@ from kdoct.data.scans import (
 
 # %% ../../nbs/01l_data.dicom.ipynb #4a4818a6
 _DICOM_ELEMENTS = (
-    'SOPClassUID', 'Modality', 'ImageType', 'Manufacturer', 'SeriesDescription', 'ProtocolName', 'PatientID', 'Laterality',
-    'ImageLaterality', 'SeriesInstanceUID', 'InstanceNumber', 'NumberOfFrames', 'Rows', 'Columns', 'SamplesPerPixel',
-    'PhotometricInterpretation', 'PlanarConfiguration', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
-    'PixelPaddingValue', 'PixelPaddingRangeLimit', 'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence',
-    'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'VOILUTSequence', 'SharedFunctionalGroupsSequence',
-    'PerFrameFunctionalGroupsSequence', *(f'{segmented}{colour}PaletteColorLookupTable{part}' for colour in ('Red', 'Green', 'Blue')
-    for segmented, part in (('', 'Descriptor'), ('', 'Data'), ('Segmented', 'Data'))))
-_DICOM_NEEDED = ('Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'PixelRepresentation')
+    'SOPClassUID',
+    'Modality',
+    'ImageType',
+    'Manufacturer',
+    'SeriesDescription',
+    'ProtocolName',
+    'PatientID',
+    'Laterality',
+    'ImageLaterality',
+    'SeriesInstanceUID',
+    'InstanceNumber',
+    'NumberOfFrames',
+    'Rows',
+    'Columns',
+    'SamplesPerPixel',
+    'PhotometricInterpretation',
+    'PlanarConfiguration',
+    'BitsAllocated',
+    'BitsStored',
+    'HighBit',
+    'PixelRepresentation',
+    'PixelPaddingValue',
+    'PixelPaddingRangeLimit',
+    'RescaleSlope',
+    'RescaleIntercept',
+    'ModalityLUTSequence',
+    'WindowCenter',
+    'WindowWidth',
+    'VOILUTFunction',
+    'VOILUTSequence',
+    'SharedFunctionalGroupsSequence',
+    'PerFrameFunctionalGroupsSequence',
+    *(
+        f'{segmented}{colour}PaletteColorLookupTable{part}'
+        for colour in ('Red', 'Green', 'Blue')
+        for segmented, part in (('', 'Descriptor'), ('', 'Data'), ('Segmented', 'Data'))
+    ),
+)
+
+# %% ../../nbs/01l_data.dicom.ipynb #f0fee259
+_DICOM_NEEDED = (
+    'Rows',
+    'Columns',
+    'SamplesPerPixel',
+    'PhotometricInterpretation',
+    'BitsAllocated',
+    'BitsStored',
+    'PixelRepresentation',
+)
+
 _DECODERS = "pip install 'kdoct[volumes]', or decompress the file: gdcmconv --raw IN OUT"
-_ANEW = "export it again from the program that wrote it, uncompressed, a B-scan a frame (not as a video)"
+
+_ANEW = ("export it again from the program that wrote it, uncompressed, a B-scan a frame (not "
+         "as a video)")
+
 _VIDEO = re.compile(r'1\.2\.840\.10008\.1\.2\.(4\.10[0-8](\.1)?|7\.[1-3])$')   # MPEG-2, MPEG-4, HEVC, SMPTE ST 2110
-_DEFLATED = '1.2.840.10008.1.2.1.99'             # the whole file behind zlib: how large it is shows only when it is in memory
+
+# the whole file behind zlib: how large it is shows only when it is in memory
+_DEFLATED = '1.2.840.10008.1.2.1.99'
 
 def _first(groups, *names):
     "The first element that is found on the way down from one of the groups; None: nowhere."
     for g in groups:
         for name in names[:-1]: g = (getattr(g, name, None) or [None])[0]
-        if g is not None and getattr(g, names[-1], None) not in (None, ''): return getattr(g, names[-1])
+        if g is not None and getattr(g, names[-1], None) not in (None, ''):
+            return getattr(g, names[-1])
     return None
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a001
 _STORAGE = '1.2.840.10008.5.1.4.1.1.'     # how the SOP classes of what can be stored begin
+
 _OPHTHALMIC = _STORAGE + '77.1.5.'        # those of pictures of the eye
+
 _OCT = _OPHTHALMIC + '4'                  # Ophthalmic Tomography Image Storage
+
 _CAPTURE = _STORAGE + '7'                 # Secondary Capture: anything may be in it
+
 MODALITIES = dict(oct="an OCT", radiograph="a radiograph", histology="a microscope picture")   # of `data.modality`
 
 _PHOTOGRAPH, _SEGMENTATION = "a photograph", "a segmentation"
+
 _ANALYSIS = "OCT angiography or another analysis of a volume"
+
 _OF_CLASS = {  # SOP class behind `_STORAGE` -> what it holds; the others that are known go by their names
-    '77.1.5.4': MODALITIES['oct'], '77.1.5.7': "an en face picture", '77.1.5.8': _ANALYSIS, '81.1': "a thickness map",
+    '77.1.5.4': MODALITIES['oct'],
+    '77.1.5.7': "an en face picture",
+    '77.1.5.8': _ANALYSIS,
+    '81.1': "a thickness map",
     **dict.fromkeys(('77.1.5.1', '77.1.5.2', '77.1.5.5', '77.1.5.6', '77.1.4'), _PHOTOGRAPH),
     **dict.fromkeys(('66.4', '66.7'), _SEGMENTATION),
     **dict.fromkeys(('1', '1.1', '1.1.1'), MODALITIES['radiograph']),
-    **dict.fromkeys(('77.1.2', '77.1.3', '77.1.6'), MODALITIES['histology'])}
+    **dict.fromkeys(('77.1.2', '77.1.3', '77.1.6'), MODALITIES['histology']),
+}
+
+# %% ../../nbs/01l_data.dicom.ipynb #972e5544
 _OF_MODALITY = {
     **dict.fromkeys(('OPT', 'OCT'), MODALITIES['oct']),
     **dict.fromkeys(('CR', 'DX', 'RG'), MODALITIES['radiograph']),
     **dict.fromkeys(('SM', 'GM'), MODALITIES['histology']),
     **dict.fromkeys(('OP', 'XC'), _PHOTOGRAPH),
-    'OPTENF': "an en face picture", 'OPTBSV': _ANALYSIS, 'OPM': "a map", 'SEG': _SEGMENTATION,
-    'KER': "keratometry", 'OPV': "a visual field", 'CT': "computed tomography", 'MR': "magnetic resonance",
-    'US': "ultrasound", 'MG': "a mammogram", 'PT': "a PET picture", 'NM': "nuclear medicine",
-    'XA': "X-ray angiography", 'RF': "fluoroscopy", 'ES': "endoscopy", 'IVUS': "ultrasound of a vessel",
-    'IVOCT': "OCT of a vessel", 'DOC': "a document", 'SR': "a report"}
+    'OPTENF': "an en face picture",
+    'OPTBSV': _ANALYSIS,
+    'OPM': "a map",
+    'SEG': _SEGMENTATION,
+    'KER': "keratometry",
+    'OPV': "a visual field",
+    'CT': "computed tomography",
+    'MR': "magnetic resonance",
+    'US': "ultrasound",
+    'MG': "a mammogram",
+    'PT': "a PET picture",
+    'NM': "nuclear medicine",
+    'XA': "X-ray angiography",
+    'RF': "fluoroscopy",
+    'ES': "endoscopy",
+    'IVUS': "ultrasound of a vessel",
+    'IVOCT': "OCT of a vessel",
+    'DOC': "a document",
+    'SR': "a report",
+}
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a007
 _SCREEN = r'report|screen ?(save|shot|capture)?|print ?out'
+
 _PREVIEW, _MASK = r'preview|thumbnail', r'segmentation|label ?map'
+
 _MAP = r'(thickness|deviation|topograph\w*|elevation|significance) map'
+
 _CAMERA = r'photo(graph)?s?|fundus (image|picture|camera)|colou?r fundus|retinography'
+
 _SLO = r'c?slo|ir|infra ?red|reflectance'
+
 _DYE = r'f?fa|icga?|ffag?|fluorescein|indocyanine'
+
 _OWN_LIGHT = r'[bf]af|auto ?fluorescence'
+
 _LOCATOR = r'locali[sz]er|scout|reference image'
+
 _NEVER = r'$^'
 
 _ANY_KINDS = (  # what it is, its words in ImageType, in a text, short forms in a text
     ("a report or a picture of a screen", _SCREEN, _SCREEN, _NEVER),
     ("a preview", rf'{_PREVIEW}|icon', _PREVIEW, _NEVER),
     (_SEGMENTATION, rf'{_MASK}|mask', _MASK, _NEVER))
+
 _KINDS = (*_ANY_KINDS,
     ("a map", r'map|thickness|deviation|topography', _MAP, r'thickness'),
     ("an en face picture", r'en ?face|projection|mip|slab', r'en ?face', _NEVER),
@@ -99,9 +189,12 @@ _KINDS = (*_ANY_KINDS,
     ("angiography with a dye", _DYE, _NEVER, _DYE),
     ("autofluorescence", rf'{_OWN_LIGHT}|af', _NEVER, _OWN_LIGHT),
     ("a locator picture", rf'{_LOCATOR}|locator|reference', _LOCATOR, _NEVER))
+
 _BSCANS = r'oct|b ?scans?|volume|cube|raster|lines?|radial|star|circle|3 ?d|tomogra\w*|struct\w*'
+
 _CHANNELS = ('RED', 'GREEN', 'BLUE', 'COLOR')   # ImageType of a fundus camera's picture
 
+# %% ../../nbs/01l_data.dicom.ipynb #fe7739cf
 def _named(pattern:str, text:str)->str:
     "The words of a text that a pattern names; '': none."
     found = re.search(rf'\b(?:{pattern})\b', re.sub(r'[^a-z0-9]+', ' ', text.lower()))
@@ -116,7 +209,8 @@ def _values(d, keyword)->list[str]:
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a008
 def _by_class(sop)->str:
     "What a SOP class says that a file holds; '': nothing."
-    if not sop or sop.type != 'SOP Class' or sop == _CAPTURE or sop.startswith(_CAPTURE + '.'): return ''
+    if not sop or sop.type != 'SOP Class' or sop == _CAPTURE or sop.startswith(_CAPTURE + '.'):
+        return ''
     return _OF_CLASS.get(sop.removeprefix(_STORAGE)) or sop.name.removesuffix(' Storage')
 
 def _by_image_type(value:str, of_eye:bool, kinds)->str:
@@ -128,7 +222,10 @@ def _by_image_type(value:str, of_eye:bool, kinds)->str:
 def _said(d, kinds)->Iterator[tuple[str, str, str]]:
     "Element, value, and what it says that the file holds, for each that says it."
     sop = d.get('SOPClassUID')
-    classes = {'SOP class': sop, 'MediaStorageSOPClassUID': d.file_meta.get('MediaStorageSOPClassUID')}
+    classes = {
+        'SOP class': sop,
+        'MediaStorageSOPClassUID': d.file_meta.get('MediaStorageSOPClassUID'),
+    }
     for name, uid in classes.items():
         if what := _by_class(uid): yield name, uid.name, what
     code = str(d.get('Modality') or '').upper()
@@ -138,6 +235,7 @@ def _said(d, kinds)->Iterator[tuple[str, str, str]]:
     for value in values:
         if what := _by_image_type(value, of_eye, kinds): yield 'ImageType', value, what
 
+# %% ../../nbs/01l_data.dicom.ipynb #7b73e78d
 def _described(d, kinds, certain:bool)->Iterator[tuple[str, str, str, bool]]:
     "Element, words, what they name, and whether to refuse the file; `certain`: class or modality say what is wanted."
     texts = {k: ' '.join(_values(d, k)) for k in ('SeriesDescription', 'ProtocolName')}
@@ -162,7 +260,9 @@ def _dicom_kind(d, modality:str)->tuple[str, ...]:
     for element, value, what in said:
         if what == wanted: continue
         if what in MODALITIES.values(): fix = _AS_PNG
-        raise BadImage('not-a-bscan', f"{what} by its {element}, {value}, where {wanted} is expected: {fix}")
+        raise BadImage(
+            'not-a-bscan', f"{what} by its {element}, {value}, where {wanted} is expected: {fix}"
+        )
     notes = []
     if not any(element == 'SOP class' for element, *_ in said):
         name = getattr(d.get('SOPClassUID'), 'name', '') or 'unknown kind of DICOM file'
@@ -180,40 +280,74 @@ def _dicom_syntax(d):
     uid = import_pydicom().uid
     if (said := d.file_meta.get('TransferSyntaxUID')): return said
     implicit, little = d.original_encoding
-    return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+    return (
+        uid.ImplicitVRLittleEndian
+        if implicit
+        else uid.ExplicitVRLittleEndian
+        if little
+        else uid.ExplicitVRBigEndian
+    )
 
+# %% ../../nbs/01l_data.dicom.ipynb #a2cb9352
 def _dicom_head(path:Path):
     "The elements that are needed, the number of frames, and notes; `BadImage` unless the pixels can be decoded here."
     pydicom = import_pydicom()
     with ByteReader(path) as f:
         whole = f.size >= 132 and f.read(128, 4) == b'DICM'
         f.file.seek(0)
-        if whole and (syntax := pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID')) == _DEFLATED:
-            raise BadImage('unreadable', "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT")
+        if (
+            whole
+            and (syntax := pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID'))
+            == _DEFLATED
+        ):
+            raise BadImage(
+                'unreadable',
+                "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT",
+            )
         f.file.seek(0)
         wanted = [*_DICOM_ELEMENTS, *OVERLAY_BITS]
-        d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=wanted)   # leaves the file at the pixels
-        if not whole and not ('SOPClassUID' in d or 'Rows' in d): raise BadImage('corrupt', "it does not begin like a DICOM file")
+        # leaves the file at the pixels
+        d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=wanted)
+        if not whole and not ('SOPClassUID' in d or 'Rows' in d):
+            raise BadImage('corrupt', "it does not begin like a DICOM file")
         syntax = d.file_meta.TransferSyntaxUID = _dicom_syntax(d)
-        if not syntax.is_transfer_syntax: raise BadImage('unreadable', f"its pixels are stored in a way that is not known, {syntax}; {_ANEW}")
-        if syntax == _DEFLATED: raise BadImage('unreadable', "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT")
+        if not syntax.is_transfer_syntax:
+            raise BadImage(
+                'unreadable', f"its pixels are stored in a way that is not known, {syntax}; {_ANEW}"
+            )
+        if syntax == _DEFLATED:
+            raise BadImage(
+                'unreadable',
+                "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT",
+            )
         n, extra = _dicom_pixels(f, d, syntax)
     _check_decoder(d, syntax)
     notes = () if whole else ("a DICOM file without preamble",)
     return d, n, (*notes, *extra)
 
+# %% ../../nbs/01l_data.dicom.ipynb #625c0ec9
 def _check_decoder(d, syntax):
     "`BadImage` where nothing that is installed decodes the pixels."
     if not syntax.is_compressed: return
-    if _VIDEO.match(syntax): raise BadImage('unreadable', f"a video, {syntax.name}, which is not read; {_ANEW}")
+    if _VIDEO.match(syntax):
+        raise BadImage('unreadable', f"a video, {syntax.name}, which is not read; {_ANEW}")
     try: available = import_pydicom().pixels.get_decoder(syntax).is_available
     except NotImplementedError as e:
-        raise BadImage('unreadable', f"it is compressed as {syntax.name}, which no decoder is known for; {_ANEW}") from e
+        raise BadImage(
+            'unreadable',
+            f"it is compressed as {syntax.name}, which no decoder is known for; {_ANEW}",
+        ) from e
     if is_jpeg_12(d, syntax): available = find_spec('gdcm') is not None
-    if not available: raise BadImage('unreadable', f"it is compressed as {syntax.name}, which nothing that is installed decodes; {_DECODERS}")
+    if not available:
+        raise BadImage(
+            'unreadable',
+            f"it is compressed as {syntax.name}, which nothing that is installed decodes; "
+            f"{_DECODERS}",
+        )
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a002
 _FLOATS, _PIXELS = (0x7fe00008, 0x7fe00009), 0x7fe00010
+
 _UNDEFINED = 0xffffffff   # the length of pixels that are compressed
 
 def _pixel_element(f:ByteReader, syntax)->tuple[int, int, int]:
@@ -224,37 +358,67 @@ def _pixel_element(f:ByteReader, syntax)->tuple[int, int, int]:
     tag = int.from_bytes(begin[:2], order) << 16 | int.from_bytes(begin[2:4], order)
     return tag, int.from_bytes(begin[skip - 4:skip], order), at + skip
 
+# %% ../../nbs/01l_data.dicom.ipynb #823949ac
 def _dicom_pixels(f:ByteReader, d, syntax)->tuple[int, tuple[str, ...]]:
     "The number of frames, and notes; `BadImage` unless header and length of the pixels agree."
     tag, length, at = _pixel_element(f, syntax)
-    if tag in _FLOATS: raise BadImage('wrong-mode', "float pixels: which values are black and white would be a guess; export it with whole numbers")
+    if tag in _FLOATS:
+        raise BadImage(
+            'wrong-mode',
+            "float pixels: which values are black and white would be a guess; export it with "
+            "whole numbers",
+        )
     if tag != _PIXELS or 'Rows' not in d:
         index = d.file_meta.get('MediaStorageSOPClassUID') == '1.2.840.10008.1.3.10'   # DICOMDIR
-        what = "an index of DICOM files (DICOMDIR); give the folder" if index else getattr(d.get('SOPClassUID'), 'name', 'unknown kind')
+        what = (
+            "an index of DICOM files (DICOMDIR); give the folder"
+            if index
+            else getattr(d.get('SOPClassUID'), 'name', 'unknown kind')
+        )
         raise BadImage('not-an-image', f"a DICOM file without a picture: {what}")
-    if lacking := [k for k in _DICOM_NEEDED if d.get(k) in (None, '')]: raise BadImage('corrupt', f"its header lacks {', '.join(lacking)}")
+    if lacking := [k for k in _DICOM_NEEDED if d.get(k) in (None, '')]:
+        raise BadImage('corrupt', f"its header lacks {', '.join(lacking)}")
     n = int(d.get('NumberOfFrames') or 1)
     check_shape(d.Rows, d.Columns, n)
     if syntax.is_compressed: return n, ()
-    samples = 2 if d.PhotometricInterpretation == 'YBR_FULL_422' else int(d.SamplesPerPixel)   # 422: colour at every second pixel
+    # 422: colour at every second pixel
+    samples = 2 if d.PhotometricInterpretation == 'YBR_FULL_422' else int(d.SamplesPerPixel)
     frame = int(d.Rows)*int(d.Columns)*samples*int(d.BitsAllocated)/8
     want = int(np.ceil(n*frame))
-    if length == _UNDEFINED: raise BadImage('corrupt', "its pixels are compressed, and its header says that they are not")
-    if length < want: raise BadImage('truncated', f"pixels of {counted(n, 'frame')} need {want} bytes; it has {length}")
+    if length == _UNDEFINED:
+        raise BadImage(
+            'corrupt', "its pixels are compressed, and its header says that they are not"
+        )
+    if length < want:
+        raise BadImage(
+            'truncated', f"pixels of {counted(n, 'frame')} need {want} bytes; it has {length}"
+        )
     f.need(at + length)
-    if length >= want + frame: raise BadImage('corrupt', f"NumberOfFrames is {n}, and there are pixels for {int(length/frame)}")
-    return n, (f"{length - want} bytes behind the pixels are ignored",) if length > want + want%2 else ()
+    if length >= want + frame:
+        raise BadImage(
+            'corrupt', f"NumberOfFrames is {n}, and there are pixels for {int(length / frame)}"
+        )
+    return n, (
+        f"{length - want} bytes behind the pixels are ignored",
+    ) if length > want + want % 2 else ()
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a006
 MAX_COMPARED = 2048   # files of a folder whose DICOM headers are compared
 
-DICOM_WITHOUT_PREAMBLE = re.compile(rb'\x02\0[\0-\x20]\0(?:UL|OB|UI)|\x08\0[\0-\x70]\0(?:UL|CS|UI|DA|TM|SH|LO)|\0\x08\0[\0-\x70](?:UL|CS|UI|DA|TM|SH|LO)|'
-                          rb'\x08\0\x05\0[\2-\x20]\0\0\0ISO|\x08\0[\x08\x16]\0[\2-\x40]\0\0\0[A-Z1]')   # the first element, with its type or without
+DICOM_WITHOUT_PREAMBLE = re.compile(
+    rb'\x02\0[\0-\x20]\0(?:UL|OB|UI)|\x08\0[\0-\x70]\0(?:UL|CS|UI|DA|TM|SH|LO)|\0\x08\0[\0-\x70](?:UL|CS|UI|DA|TM|SH|LO)|'
+    rb'\x08\0\x05\0[\2-\x20]\0\0\0ISO|\x08\0[\x08\x16]\0[\2-\x40]\0\0\0[A-Z1]'
+)  # the first element, with its type or without
 
 def _natural(name:str)->list:
     "A key that puts name 2 before name 10."
-    return [(0, int(part), '') if part.isdecimal() else (1, 0, part) for part in re.split(r'(\d+)', name) if part]
+    return [
+        (0, int(part), '') if part.isdecimal() else (1, 0, part)
+        for part in re.split(r'(\d+)', name)
+        if part
+    ]
 
+# %% ../../nbs/01l_data.dicom.ipynb #caeb1a74
 @lru_cache(maxsize=8)
 def _dicom_folder(folder:str, changed:int)->dict[tuple, list[tuple]]|None:
     "Name, InstanceNumber and position of a folder's DICOM files by series and patient; None: too many. `changed`: when the folder was."
@@ -266,21 +430,35 @@ def _dicom_folder(folder:str, changed:int)->dict[tuple, list[tuple]]|None:
         try:
             with open(os.path.join(folder, name), 'rb') as f:
                 begin = f.read(1024)
-                if begin[128:132] != b'DICM' and not DICOM_WITHOUT_PREAMBLE.match(begin) or _DEFLATED.encode() in begin: continue
+                if (
+                    begin[128:132] != b'DICM'
+                    and not DICOM_WITHOUT_PREAMBLE.match(begin)
+                    or _DEFLATED.encode() in begin
+                ):
+                    continue
                 f.seek(0)
-                d = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=list(wanted), force=True)
+                d = pydicom.dcmread(
+                    f, stop_before_pixels=True, specific_tags=list(wanted), force=True
+                )
                 number, position = (d.get(k) for k in wanted[2:])
                 position = tuple(map(float, position)) if position and len(position) == 3 else None
                 key = str(d.get(wanted[0]) or ''), str(d.get(wanted[1]) or '')
-                found.setdefault(key, []).append((name, None if number is None else int(number), position))
+                found.setdefault(key, []).append(
+                    (name, None if number is None else int(number), position)
+                )
         except (*DECODE_ERRORS, AttributeError): continue   # it will be named when it is read itself
     return found
 
+# %% ../../nbs/01l_data.dicom.ipynb #77a30f14
 def _in_series(path:Path, d)->tuple[int, tuple[str, ...]]:
     "Number of a file's B-scan in its series, and a note where InstanceNumber does not give it."
     number = max(int(d.get('InstanceNumber') or 0) - 1, 0)
     folder = _dicom_folder(str(path.parent), os.stat(path.parent).st_mtime_ns)
-    if folder is None: return number, (f"more than {MAX_COMPARED} files in the folder: not compared with the others of its series",)
+    if folder is None:
+        return number, (
+            f"more than {MAX_COMPARED} files in the folder: not compared with the others "
+            f"of its series",
+        )
     files = folder.get((str(d.get('SeriesInstanceUID') or ''), str(d.get('PatientID') or '')), [])
     if path.name not in [f[0] for f in files]: return number, ()
     numbers, positions = [f[1] for f in files], [f[2] for f in files]
@@ -290,7 +468,9 @@ def _in_series(path:Path, d)->tuple[int, tuple[str, ...]]:
         axis = int(np.ptp(np.array(positions), axis=0).argmax())
         files, order = sorted(files, key=lambda f: f[2][axis]), "ImagePositionPatient"
     else: order = "file name"
-    return [f[0] for f in files].index(path.name), (f"{why} in its series: slices are in the order of {order}",)
+    return [f[0] for f in files].index(path.name), (
+        f"{why} in its series: slices are in the order of {order}",
+    )
 
 # %% ../../nbs/01l_data.dicom.ipynb #cdfd2797
 def _dicom_eye(groups)->tuple[str, tuple[str, ...]]:
@@ -302,11 +482,14 @@ def _dicom_eye(groups)->tuple[str, tuple[str, ...]]:
     said = ', '.join(f'{k} says {v}' for k, v in found.items())
     return eye, (f"which eye is not clear: {said}; {eye} is taken",)
 
-def _dicom_place(path:Path, d, n:int, withheld:tuple)->tuple[int|None, int|None, str, tuple[str, ...]]:
+def _dicom_place(
+    path:Path, d, n:int, withheld:tuple
+)->tuple[int|None, int|None, str, tuple[str, ...]]:
     "Slice of the first frame, number of slices, volume, and notes."
     if n > 1: return 0, n, path.stem, ()
     if d.get('SOPClassUID') != _OCT: return None, None, '', ()
-    if not d.get('SeriesInstanceUID'): return 0, None, path.stem, ("no SeriesInstanceUID: a volume of its own",)
+    if not d.get('SeriesInstanceUID'):
+        return 0, None, path.stem, ("no SeriesInstanceUID: a volume of its own",)
     slice, notes = _in_series(path, d)   # one B-scan of a series of files
     where = f' in {path.parent.name}' if withheld else ''   # two patients whose ids are withheld are not one
     return slice, None, f'{d.SeriesInstanceUID}{where}', notes
@@ -314,11 +497,20 @@ def _dicom_place(path:Path, d, n:int, withheld:tuple)->tuple[int|None, int|None,
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a012
 def _check_stacks(frames):
     "`BadImage` where a file's frames are of several volumes; a stack for each frame, as of a radial scan, is one volume."
-    stacks = Counter(str(stack) for frame in frames if (stack := _first([frame], 'FrameContentSequence', 'StackID')))
+    stacks = Counter(
+        str(stack)
+        for frame in frames
+        if (stack := _first([frame], 'FrameContentSequence', 'StackID'))
+    )
     if len(stacks) < 2 or max(stacks.values()) == 1: return
     each = ', '.join(f"{n} of StackID {stack}" for stack, n in stacks.most_common(8))
-    raise BadImage('mixed-pages', f"frames of {len(stacks)} volumes in one file: {each}; save each volume as a file of its own")
+    raise BadImage(
+        'mixed-pages',
+        f"frames of {len(stacks)} volumes in one file: {each}; save each volume as a "
+        f"file of its own",
+    )
 
+# %% ../../nbs/01l_data.dicom.ipynb #8e155904
 def read_dicom(
     path:Path,           # a DICOM file, with preamble or without
     modality:str='oct',  # what it must hold: a key of `MODALITIES`; another word: anything
@@ -326,7 +518,10 @@ def read_dicom(
     "A DICOM file of that modality, or a picture of which none is said, with a note."
     d, n, read = _dicom_head(path)
     what, bits = _dicom_kind(d, modality), check_bits(d)
-    shared, frames = list(d.get('SharedFunctionalGroupsSequence') or [])[:1], d.get('PerFrameFunctionalGroupsSequence') or []
+    shared, frames = (
+        list(d.get('SharedFunctionalGroupsSequence') or [])[:1],
+        d.get('PerFrameFunctionalGroupsSequence') or [],
+    )
     _check_stacks(frames[:n])
     def groups_of(i): return [*frames[i:i + 1], *shared, d]
     patient, withheld = patient_identifier(str(d.get('PatientID') or ''))
@@ -336,4 +531,13 @@ def read_dicom(
     for i, (image, notes) in enumerate(dicom_pictures(path, d, n, groups_of)):
         eye, doubt = _dicom_eye(groups_of(i))
         about = (*what, *read, *bits, *notes, *doubt, *both, *order, *withheld)
-        yield Scan(image, str(path), None if slice is None else slice + i, total, volume, eye, patient, about)
+        yield Scan(
+            image,
+            str(path),
+            None if slice is None else slice + i,
+            total,
+            volume,
+            eye,
+            patient,
+            about,
+        )

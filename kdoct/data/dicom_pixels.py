@@ -21,7 +21,9 @@ from .images import BadImage, check_depth, check_jpeg
 def import_pydicom():
     "pydicom; `KdoctError` where the extra lacks."
     try: import pydicom
-    except ImportError as e: raise KdoctError("pydicom, which reads DICOM, is not installed.", fix="pip install 'kdoct[volumes]'") from e
+    except ImportError as e: raise KdoctError("pydicom, which reads DICOM, is "
+                                              "not installed.", fix="pip install "
+                                                                    "'kdoct[volumes]'") from e
     return pydicom
 
 def is_jpeg_12(
@@ -37,8 +39,11 @@ def _coded_frames(path:Path, d, n:int)->Iterator[bytes]:
     pydicom, table = import_pydicom(), ('ExtendedOffsetTable', 'ExtendedOffsetTableLengths')
     whole = pydicom.dcmread(path, force=True, specific_tags=['PixelData', *table])
     places = tuple(whole[k].value for k in table) if all(k in whole for k in table) else None
-    return pydicom.encaps.generate_frames(whole.PixelData, number_of_frames=n, extended_offsets=places)
+    return pydicom.encaps.generate_frames(
+        whole.PixelData, number_of_frames=n, extended_offsets=places
+    )
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #b1cf76c0
 def _jpeg_12_frames(path:Path, d, syntax)->Iterator[np.ndarray]:
     "The frames of a file of 12-bit JPEG, by gdcm."
     import gdcm
@@ -58,20 +63,30 @@ def _jpeg_12_frames(path:Path, d, syntax)->Iterator[np.ndarray]:
         image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
         image.SetPixelFormat(gdcm.PixelFormat(1, 16, bits, bits - 1, signed))
         decoded = image.GetBuffer().encode('utf-8', 'surrogateescape')   # gdcm gives bytes as a text
-        yield np.frombuffer(decoded, '<i2' if signed else '<u2').reshape(int(d.Rows), int(d.Columns))
+        yield np.frombuffer(decoded, '<i2' if signed else '<u2').reshape(
+            int(d.Rows), int(d.Columns)
+        )
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d1c0a003
 def _scrambled(d)->str:
     "Why the pixels of this file may be undecodable."
     if 'zeiss' in str(d.get('Manufacturer') or '').lower():
-        return ("a Zeiss file whose pixels cannot be decoded: CIRRUS and FORUM scramble what they export, and another decoder will not help; "
-                "export it uncompressed, for other programs, or as .img")
-    return (f"its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is installed does not decode; "
-            "decompress the file: gdcmconv --raw IN OUT, or dcmdjpeg IN OUT")
+        return (
+            "a Zeiss file whose pixels cannot be decoded: CIRRUS and FORUM scramble what they "
+            "export, and another decoder will not help; "
+            "export it uncompressed, for other programs, or as .img"
+        )
+    return (
+        f"its {d.file_meta.TransferSyntaxUID.name} pixels are damaged, or of a kind that what is "
+        f"installed does not decode; "
+        "decompress the file: gdcmconv --raw IN OUT, or dcmdjpeg IN OUT"
+    )
 
 _DECODER_ERRORS = (RuntimeError, ValueError, AttributeError)
+
 _JPEG_CHANNELS = {'Gray': 1, 'RGB': 3, 'YCbCr': 3, 'CMYK': 4, 'YCCK': 4}   # as simplejpeg names the colours
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #0da9e9a1
 def _check_jpeg_header(frame:bytes, d):
     "`BadImage` where a JPEG says other things of its size and channels than the file around it."
     try: h, w, colours, _ = simplejpeg.decode_jpeg_header(frame, strict=False)
@@ -79,8 +94,15 @@ def _check_jpeg_header(frame:bytes, d):
     claimed = (int(d.Columns), int(d.Rows), int(d.SamplesPerPixel))
     found = (w, h, _JPEG_CHANNELS.get(colours, claimed[2]))
     if found == claimed: return
-    says, holds = ("{} x {} pixels, {} a pixel".format(*size[:2], counted(size[2], 'sample')) for size in (claimed, found))
-    raise BadImage('corrupt', f"the header says {says}, and the JPEG in it has {holds}: which is right is not known; export it again")
+    says, holds = (
+        "{} x {} pixels, {} a pixel".format(*size[:2], counted(size[2], 'sample'))
+        for size in (claimed, found)
+    )
+    raise BadImage(
+        'corrupt',
+        f"the header says {says}, and the JPEG in it has {holds}: which is right is not known; "
+        f"export it again",
+    )
 
 def _check_jpeg_frame(frame:bytes, d, where:str)->list[str]:
     "As `check_jpeg`, of a frame, and the header around it; `where`: which frame it is."
@@ -89,23 +111,29 @@ def _check_jpeg_frame(frame:bytes, d, where:str)->list[str]:
         return check_jpeg(frame)
     except BadImage as e: raise BadImage(e.kind, where + e.detail) from e
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #8f53856c
 def _check_jpegs(path:Path, d, n:int)->tuple[str, ...]:
     "A note, or none, on the frames of a file that are JPEGs; `BadImage` where one is damaged or contradicts the header."
     uid, notes = import_pydicom().uid, set()
     jpegs = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
     if d.file_meta.TransferSyntaxUID not in jpegs: return ()
     try:
-        for i, frame in enumerate(_coded_frames(path, d, n), 1): notes.update(_check_jpeg_frame(frame, d, f"frame {i}: "*(n > 1)))
+        for i, frame in enumerate(_coded_frames(path, d, n), 1):
+            notes.update(_check_jpeg_frame(frame, d, f"frame {i}: "*(n > 1)))
     except _DECODER_ERRORS as e: raise BadImage('corrupt', _scrambled(d)) from e
     return tuple(notes)
 
 def _decoded_frames(path:Path, d, syntax)->Iterator[np.ndarray]:
     "The frames of a file as they are decoded."
     if is_jpeg_12(d, syntax): return _jpeg_12_frames(path, d, syntax)
-    ours = syntax.is_compressed and 'pylibjpeg' in import_pydicom().pixels.get_decoder(syntax).available_plugins   # mends the sign of JPEG 2000
+    ours = (
+        syntax.is_compressed
+        and 'pylibjpeg' in import_pydicom().pixels.get_decoder(syntax).available_plugins
+    )  # mends the sign of JPEG 2000
     how = dict(decoding_plugin='pylibjpeg' if ours else '', correct_unused_bits=False)   # `_stored_bits` looks at them
     return import_pydicom().pixels.iter_pixels(path, transfer_syntax_uid=syntax, **how)
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #2779c815
 def _dicom_frames(path:Path, d, n:int)->Iterator[np.ndarray]:
     "The frames, one at a time; `BadImage` unless there are `n`."
     syntax, i = d.file_meta.TransferSyntaxUID, 0
@@ -128,16 +156,25 @@ def check_bits(
     "`BadImage` unless grey values have 8 to 16 bits; a note where HighBit is not possible."
     bits, allocated, high = int(d.BitsStored), int(d.BitsAllocated), int(d.get('HighBit') or 0)
     if not bits <= allocated <= 16:
-        raise BadImage('wrong-mode', f"{bits} of {allocated} bits a pixel: no grey values of 8 to 16 bits")
+        raise BadImage(
+            'wrong-mode', f"{bits} of {allocated} bits a pixel: no grey values of 8 to 16 bits"
+        )
     check_depth(bits, most=16)
     if (sign := int(d.PixelRepresentation)) not in (0, 1):
-        raise BadImage('corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible")
+        raise BadImage(
+            'corrupt', f"PixelRepresentation is {sign}: 0 (unsigned) and 1 (signed) are possible"
+        )
     if 'HighBit' not in d or bits - 1 <= high < allocated: return ()
     return (f"HighBit is {high}, which cannot be: {bits - 1} is taken",)
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #8e68f97f
 def _padding(a:np.ndarray, d)->np.ndarray|None:
     "Where there are padding pixels, which no detector measured; None: the file has no value for them."
-    ends = [int(d[k].value) for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit') if d.get(k) not in (None, '')]
+    ends = [
+        int(d[k].value)
+        for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit')
+        if d.get(k) not in (None, '')
+    ]
     if 'PixelPaddingValue' not in d or not ends: return None
     if int(d.PixelRepresentation): ends = [v - (1 << 16) if v > 32767 else v for v in ends]
     return (a >= min(ends)) & (a <= max(ends))
@@ -146,7 +183,9 @@ def _padding(a:np.ndarray, d)->np.ndarray|None:
 def _high_bit(d)->int:
     "The highest bit of a pixel; HighBit counts where it is possible."
     bits, high = int(d.BitsStored), int(d.get('HighBit') or 0)
-    possible = not d.file_meta.TransferSyntaxUID.is_compressed and bits - 1 <= high < int(d.BitsAllocated)
+    possible = not d.file_meta.TransferSyntaxUID.is_compressed and bits - 1 <= high < int(
+        d.BitsAllocated
+    )
     return high if possible else bits - 1
 
 def _stored_bits(a:np.ndarray, d)->np.ndarray:
@@ -158,6 +197,7 @@ def _stored_bits(a:np.ndarray, d)->np.ndarray:
     if a.dtype.kind == 'i': _check_sign(a, d, bits)
     return a
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #76502464
 def _without_other_bits(a:np.ndarray, d, bits:int, width:int)->np.ndarray:
     "Pixels without overlays in them; `BadImage` where they have other bits than those that are named."
     high, padding = _high_bit(d), _padding(a, d)
@@ -168,48 +208,77 @@ def _without_other_bits(a:np.ndarray, d, bits:int, width:int)->np.ndarray:
     if padding is not None: other &= ~padding; stored[padding] = a[padding]
     if other.any():
         claim = f"its header says that pixels have {bits} bits (BitsStored {bits}, HighBit {high})"
-        raise BadImage('corrupt', f"{claim}, and they reach from {a.min()} to {a.max()}: which values are right is not known; "
-                       "correct these elements and PixelRepresentation, or export it again")
+        raise BadImage(
+            'corrupt',
+            f"{claim}, and they reach from {a.min()} to {a.max()}: which values are right is "
+            f"not known; "
+            "correct these elements and PixelRepresentation, or export it again",
+        )
     return stored
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #e958fb3c
 def _check_sign(a:np.ndarray, d, bits:int):
     "`BadImage` where signed values jump from the highest to the lowest, as unsigned ones do that are taken for signed."
     padding = _padding(a, d)
     signed = a.astype(np.int32) if padding is None else np.where(padding, 0, a.astype(np.int32))
-    def jumps(x): return sum(int((np.abs(np.diff(x, axis=k)) >= 1 << (bits - 1)).sum()) for k in (0, 1))
+    def jumps(x):
+        return sum(int((np.abs(np.diff(x, axis=k)) >= 1 << (bits - 1)).sum()) for k in (0, 1))
     if jumps(signed) > 2*jumps(signed % (1 << bits)):
-        raise BadImage('corrupt', "PixelRepresentation says that its values are signed, and they jump from the highest to the "
-                       "lowest, as unsigned ones would; set it to 0, or export the file again")
+        raise BadImage(
+            'corrupt',
+            "PixelRepresentation says that its values are signed, and they jump from the "
+            "highest to the "
+            "lowest, as unsigned ones would; set it to 0, or export the file again",
+        )
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d230bb13
 def _place(groups, sequence:str, *keywords):
     "The first place, from the frame to the file, that has one of the elements; None: nowhere."
     places = [*((getattr(g, sequence, None) or [None])[0] for g in groups), groups[-1]]
-    return next((p for p in places if p is not None and any(p.get(k) not in (None, '') for k in keywords)), None)
+    return next(
+        (p for p in places if p is not None and any(p.get(k) not in (None, '') for k in keywords)),
+        None,
+    )
 
 def _lut_of_16_bits(item, order:str):
     "A look-up table as pydicom can apply it: it takes the depth of the entries for that of the index; `order`: < or >."
     entries, first, depth = (int(v) for v in item.LUTDescriptor)
     entries, data = entries or 1 << 16, item.LUTData
-    if isinstance(data, bytes): data = np.frombuffer(data, 'u1' if depth == 8 and len(data) < 2*entries else f'{order}u2')
-    if len(np.atleast_1d(data)) < entries: raise BadImage('corrupt', f"a look-up table of {entries} entries has fewer")
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, 'u1' if depth == 8 and len(data) < 2*entries else f'{order}u2')
+    if len(np.atleast_1d(data)) < entries:
+        raise BadImage('corrupt', f"a look-up table of {entries} entries has fewer")
     out = import_pydicom().Dataset()
     out.LUTDescriptor = [entries % (1 << 16), first, 16]
     out.add_new('LUTData', 'US', [int(v) for v in np.atleast_1d(data)[:entries]])
     return out
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #b6430bb4
 def _taken(place, d, table:str, *keywords):
     "The elements by which pydicom maps values, in a data set of their own."
     out = import_pydicom().Dataset()
     out.file_meta = d.file_meta
     for k in keywords:
         if place.get(k) not in (None, ''): out[k] = place[k]
-    if place.get(table): setattr(out, table, [_lut_of_16_bits(place.get(table)[0], '<' if d.file_meta.TransferSyntaxUID.is_little_endian else '>')])
+    if place.get(table):
+        setattr(
+            out,
+            table,
+            [
+                _lut_of_16_bits(
+                    place.get(table)[0],
+                    '<' if d.file_meta.TransferSyntaxUID.is_little_endian else '>',
+                )
+            ],
+        )
     return out
 
 def _window(voi)->tuple[float, float, str]:
     "Centre, width and function of a window; several: the first."
-    centre, width = (float(voi[k].value if voi[k].VM == 1 else voi[k].value[0]) for k in ('WindowCenter', 'WindowWidth'))
+    centre, width = (
+        float(voi[k].value if voi[k].VM == 1 else voi[k].value[0])
+        for k in ('WindowCenter', 'WindowWidth')
+    )
     return centre, width, str(voi.get('VOILUTFunction') or 'LINEAR').upper()
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d1c0a004
@@ -218,30 +287,41 @@ def _check_rescale(place):
     slope = 1 if place.get('RescaleSlope') in (None, '') else float(place.RescaleSlope)
     shift = float(place.get('RescaleIntercept') or 0)
     if not (np.isfinite([slope, shift]).all() and slope):
-        raise BadImage('corrupt', f"RescaleSlope is {slope:g} and RescaleIntercept {shift:g}: no pixel would keep its value")
+        raise BadImage(
+            'corrupt',
+            f"RescaleSlope is {slope:g} and RescaleIntercept {shift:g}: no pixel would "
+            f"keep its value",
+        )
 
 def _modality_values(a:np.ndarray, d, groups)->np.ndarray:
     "What the numbers stand for: after the rescale or look-up table of the modality."
-    place = _place(groups, 'PixelValueTransformationSequence', 'RescaleSlope', 'ModalityLUTSequence')
+    place = _place(
+        groups, 'PixelValueTransformationSequence', 'RescaleSlope', 'ModalityLUTSequence'
+    )
     if place is None: return a
     scale = _taken(place, d, 'ModalityLUTSequence', 'RescaleSlope', 'RescaleIntercept')
     if 'RescaleSlope' in scale and 'RescaleIntercept' not in scale: scale.RescaleIntercept = 0
     if 'ModalityLUTSequence' not in scale: _check_rescale(scale)
     return import_pydicom().pixels.apply_modality_lut(a.astype(np.int64), scale)
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #053c30fe
 def _voi(d, groups):
     "The window or look-up table for display, and a note; None where the file gives none that can be applied."
     place = _place(groups, 'FrameVOILUTSequence', 'VOILUTSequence', 'WindowWidth')
     if place is None: return None, "no window in the file"
     voi = _taken(place, d, 'VOILUTSequence', 'WindowCenter', 'WindowWidth', 'VOILUTFunction')
-    if 'VOILUTSequence' in voi: return voi, f"by its look-up table, {int(place.VOILUTSequence[0].LUTDescriptor[2])} bit"
+    if 'VOILUTSequence' in voi:
+        return voi, f"by its look-up table, {int(place.VOILUTSequence[0].LUTDescriptor[2])} bit"
     if 'WindowCenter' not in voi: return None, "a window without centre in the file"
     centre, width, function = _window(voi)
     if not np.isfinite([centre, width]).all() or width <= (function == 'LINEAR'):
         return None, f"a window in the file that cannot be applied (width {width:g}, {function})"
-    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'): raise BadImage('wrong-mode', f"a window of kind {function}")
-    voi.PhotometricInterpretation, voi.BitsStored, voi.PixelRepresentation = 'MONOCHROME2', 16, 0   # pydicom's output is 0 to 65535
-    if function == 'SIGMOID': return voi, f"by the sigmoid window of centre {centre:g}, width {width:g}"
+    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
+        raise BadImage('wrong-mode', f"a window of kind {function}")
+    # pydicom's output is 0 to 65535
+    voi.PhotometricInterpretation, voi.BitsStored, voi.PixelRepresentation = 'MONOCHROME2', 16, 0
+    if function == 'SIGMOID':
+        return voi, f"by the sigmoid window of centre {centre:g}, width {width:g}"
     if function == 'LINEAR': centre, width = centre - .5, width - 1
     which = f", the first of {place['WindowWidth'].VM}" if place['WindowWidth'].VM > 1 else ''
     return voi, f"by the window {centre - width/2:g} to {centre + width/2:g}{which}"
@@ -255,14 +335,20 @@ def _displayed(values:np.ndarray, voi, depth:int)->np.ndarray:
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d1c0a005
 KEPT_BYTES = 1 << 27   # frames of a file are decoded twice where they need more than this
+
 SAMPLED = 1 << 22      # pixels of a volume whose percentiles are taken
+
 VISIBLE = 32           # grey levels of 256 that the middle 80 % of pixels span at least
+
 PADDED = .1            # share of pixels from which on one value far from the others is no measurement
+
 FAR = .75              # how far it is from the others, as a share of the whole range
 
 def _plain_8_bits(d, groups)->bool:
     "Whether a picture without window is shown as it is stored."
-    place = _place(groups, 'PixelValueTransformationSequence', 'RescaleSlope', 'ModalityLUTSequence')
+    place = _place(
+        groups, 'PixelValueTransformationSequence', 'RescaleSlope', 'ModalityLUTSequence'
+    )
     if place is not None and 'ModalityLUTSequence' not in place: _check_rescale(place)
     rising = place is None or ('ModalityLUTSequence' not in place and float(place.RescaleSlope) > 0)
     return int(d.BitsStored) == 8 and not int(d.PixelRepresentation) and rising
@@ -271,6 +357,7 @@ def _needs_spread(d, groups)->bool:
     "Whether a frame is shown by the values that are there: it has no window, and is not shown as it is stored."
     return _voi(d, groups)[0] is None and not _plain_8_bits(d, groups)
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #dc363965
 def _check_padding(sample:np.ndarray, low:float, high:float):
     "`BadImage` where many pixels have one value that is far from all the others, as padding is, and the header does not say what it is."
     for extreme in (low, high):
@@ -279,23 +366,37 @@ def _check_padding(sample:np.ndarray, low:float, high:float):
         if not others.size or share <= PADDED: continue
         nearest = float(others.max() if extreme == high else others.min())
         if abs(extreme - nearest) >= FAR*(high - low):
-            far = f"{share:.0%} of its values are {extreme:g}, and the others reach from {others.min():g} to {others.max():g}"
-            raise BadImage('wrong-mode', f"{far}: if it is padding, add PixelPaddingValue, else WindowCenter and WindowWidth (dcmodify)")
+            far = (f"{share:.0%} of its values are {extreme:g}, and the others reach from "
+                   f"{others.min():g} to {others.max():g}")
+            raise BadImage(
+                'wrong-mode',
+                f"{far}: if it is padding, add PixelPaddingValue, else WindowCenter and "
+                f"WindowWidth (dcmodify)",
+            )
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #a7cb52f3
 def _ends(sample:np.ndarray, low:float, high:float)->tuple[float, float, int]:
     "The values that become black and white, and the percentage of pixels that is left out at each end for it."
     middle = np.ptp(np.percentile(sample, (10, 90)))
     for share in (0, 1, 5, 10):
-        within = [np.percentile(sample, p, method=m) for p, m in ((share, 'higher'), (100 - share, 'lower'))]
+        within = [
+            np.percentile(sample, p, method=m)
+            for p, m in ((share, 'higher'), (100 - share, 'lower'))
+        ]
         ends = np.array(within if share else [low, high])
         if middle*255 >= VISIBLE*np.ptp(ends) > 0: return float(ends[0]), float(ends[1]), share
     ends = np.percentile(sample, (1, 99))   # most pixels have one value
     if not np.ptp(ends):
         rest = f"the others reach from {low:g} to {high:g}"
-        raise BadImage('blank', f"98 % of its values are {ends[0]:g}, and {rest}: there is nothing to see")
+        raise BadImage(
+            'blank', f"98 % of its values are {ends[0]:g}, and {rest}: there is nothing to see"
+        )
     return float(ends[0]), float(ends[1]), 1
 
-def _spread(frames:Iterable[np.ndarray], d, groups_of:Callable, pixels:int)->tuple[float, float, str]|None:
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #6e22aac9
+def _spread(
+    frames:Iterable[np.ndarray], d, groups_of:Callable, pixels:int
+)->tuple[float, float, str]|None:
     "What becomes black and white in the frames that have no window, and how that is said; None: there is nothing but padding."
     low, high, sample, step = np.inf, -np.inf, [], max(1, pixels//SAMPLED) | 1
     for i, a in enumerate(frames):
@@ -313,37 +414,68 @@ def _spread(frames:Iterable[np.ndarray], d, groups_of:Callable, pixels:int)->tup
     black, white, share = _ends(whole, low, high)
     _check_padding(whole, low, high)
     rest = f", all but the darkest and brightest {share} % of {low:g} to {high:g}," if share else ''
-    return black, white, f"grey values {black:g} to {white:g} of this volume{rest} are spread over 0-255"
+    return (
+        black,
+        white,
+        f"grey values {black:g} to {white:g} of this volume{rest} are spread over 0-255",
+    )
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #0d0a1fa0
 def _dicom_colours(a:np.ndarray, d)->Image.Image:
     "A frame of a palette, or of three channels, as picture."
     kind = str(d.PhotometricInterpretation)
     if kind == 'PALETTE COLOR' and a.ndim == 2:
-        if 'RedPaletteColorLookupTableDescriptor' not in d: raise BadImage('corrupt', "palette colour without a palette")
+        if 'RedPaletteColorLookupTableDescriptor' not in d:
+            raise BadImage('corrupt', "palette colour without a palette")
         entries, first, depth = (int(v) for v in d.RedPaletteColorLookupTableDescriptor)
         entries = entries or 1 << 16
-        if depth == 8 and entries > 256: raise BadImage('wrong-mode', f"a palette of {entries} colours of 8 bits")
-        a = import_pydicom().pixels.apply_color_lut(np.clip(a.astype(np.int64), first, first + entries - 1), d)[..., :3]
+        if depth == 8 and entries > 256:
+            raise BadImage('wrong-mode', f"a palette of {entries} colours of 8 bits")
+        a = import_pydicom().pixels.apply_color_lut(
+            np.clip(a.astype(np.int64), first, first + entries - 1), d
+        )[..., :3]
         a = (a >> 8).astype(np.uint8) if depth > 8 else a.astype(np.uint8)
         return Image.fromarray(a[..., 0] if (a[..., :1] == a).all() else a)
-    if a.ndim != 3 or a.shape[2] != 3 or a.dtype != np.uint8 or not kind.startswith(('RGB', 'YBR_')):
-        raise BadImage('wrong-mode', f"{kind}, {a.shape[2] if a.ndim == 3 else 1} channels of {a.dtype}; convert it: dcmj2pnm or gdcm2pnm")
+    if (
+        a.ndim != 3
+        or a.shape[2] != 3
+        or a.dtype != np.uint8
+        or not kind.startswith(('RGB', 'YBR_'))
+    ):
+        raise BadImage(
+            'wrong-mode',
+            f"{kind}, {a.shape[2] if a.ndim == 3 else 1} channels of {a.dtype}; convert it: "
+            f"dcmj2pnm or gdcm2pnm",
+        )
     return Image.fromarray(np.ascontiguousarray(a))
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #b73f3fc0
 def _dicom_picture(a:np.ndarray, d, groups, spread)->tuple[Image.Image, list[str]]:
     "A frame as 8-bit picture, and notes on how it became that."
     kind, bits = str(d.PhotometricInterpretation), int(d.BitsStored)
-    if kind not in ('MONOCHROME1', 'MONOCHROME2'): return _dicom_colours(a, d), ["palette colour: converted"]*kind.startswith('PALETTE')
+    if kind not in ('MONOCHROME1', 'MONOCHROME2'):
+        return _dicom_colours(a, d), ["palette colour: converted"]*kind.startswith('PALETTE')
     voi, how = _voi(d, groups)
-    if voi is None and _plain_8_bits(d, groups): grey, notes = a.astype(np.uint8), [how]*(how != "no window in the file")
+    if voi is None and _plain_8_bits(d, groups):
+        grey, notes = a.astype(np.uint8), [how]*(how != "no window in the file")
     elif voi is None:
         low, high, said = spread or (0., 1., "nothing but padding pixels")
         grey = np.clip((_modality_values(a, d, groups) - low)*(255/(high - low)), 0, 255)
         notes = [f"{how}: {said}"]
     else:
-        depth = int(_place(groups, 'FrameVOILUTSequence', 'VOILUTSequence').VOILUTSequence[0].LUTDescriptor[2]) if 'VOILUTSequence' in voi else 16
-        grey, notes = _displayed(_modality_values(a, d, groups), voi, depth), [f"{bits} bit to 8 bit {how}"]
+        depth = (
+            int(
+                _place(groups, 'FrameVOILUTSequence', 'VOILUTSequence')
+                .VOILUTSequence[0]
+                .LUTDescriptor[2]
+            )
+            if 'VOILUTSequence' in voi
+            else 16
+        )
+        grey, notes = (
+            _displayed(_modality_values(a, d, groups), voi, depth),
+            [f"{bits} bit to 8 bit {how}"],
+        )
     grey = np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
     if bits == 8 and voi is not None and np.array_equal(grey, a): notes = []
     if kind == 'MONOCHROME1': grey, notes = 255 - grey, [*notes, "MONOCHROME1: inverted"]
@@ -357,9 +489,14 @@ def _frame_windows(d, groups_of:Callable, n:int)->tuple[bool, tuple[str, ...]]:
     if not str(d.PhotometricInterpretation).startswith('MONOCHROME'): return False, ()
     alike = 1 if not d.get('PerFrameFunctionalGroupsSequence') else n
     windows = {_voi(d, groups_of(i))[1] for i in range(alike)}
-    note = (f"its B-scans have {len(windows)} different windows; each is shown by its own",) if len(windows) > 1 else ()
+    note = (
+        (f"its B-scans have {len(windows)} different windows; each is shown by its own",)
+        if len(windows) > 1
+        else ()
+    )
     return any(_needs_spread(d, groups_of(i)) for i in range(alike)), note
 
+# %% ../../nbs/01t_data.dicom_pixels.ipynb #8865ad98
 def dicom_pictures(
     path:Path,           # a DICOM file
     d,                   # its elements without the pixels, as pydicom read them

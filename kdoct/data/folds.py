@@ -29,8 +29,12 @@ def shows_diagnosis(
 )->np.ndarray:           # bool (N,)
     "Images whose label is their patient's diagnosis (NEH: Class == Label); `KdoctError` if no diagnosis is known."
     if 'patient_label' not in table:
-        raise KdoctError("The worst-case rule needs each patient's diagnosis, the column patient_label; this source has none.",
-                         fix="Set data.worst_case_train and data.worst_case_test to false, or give the column (source csv).")
+        raise KdoctError(
+            "The worst-case rule needs each patient's diagnosis, the column patient_label; this "
+            "source has none.",
+            fix="Set data.worst_case_train and data.worst_case_test to false, or give the column "
+                "(source csv).",
+        )
     return (table.label == table.patient_label).to_numpy()
 
 # %% ../../nbs/01g_data.folds.ipynb #bc81edc5
@@ -38,27 +42,47 @@ def _check_enough(table:pd.DataFrame, n_folds:int, besides:str=''):
     "`KdoctError` if some class has too few groups for all parts of all folds; `besides` is said with it."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
     groups = table.groupby('label').group.nunique()
-    if len(groups) < 2: raise KdoctError(f"All images are of class {groups.index[0]}.", fix="Give images of two classes at least.")
+    if len(groups) < 2:
+        raise KdoctError(
+            f"All images are of class {groups.index[0]}.",
+            fix="Give images of two classes at least.",
+        )
     if few := {k: int(n) for k, n in groups.items() if n <= n_folds}:
-        raise KdoctError(f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
-                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.{besides}", fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.")
+        raise KdoctError(
+            f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
+            f"{', '.join(f'{n} of {k}' for k, n in few.items())}.{besides}",
+            fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.",
+        )
 
 def _or_fewer(n_folds:int)->str:
     "The other remedy, where as many folds are still folds."
     return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
 
+# %% ../../nbs/01g_data.folds.ipynb #dea9da74
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
     if (n := table.group.nunique()) < parts:
-        raise KdoctError(f"{groups_text(n)} cannot be split into {parts} parts.",
-                         fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).")
+        raise KdoctError(
+            f"{groups_text(n)} cannot be split into {parts} parts.",
+            fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).",
+        )
     if (most := table.stratum.value_counts()).iloc[0] < parts:
-        raise KdoctError(f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they cannot be split into {parts} parts.",
-                         fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make fewer folds (data.n_folds), at least 2.")
+        raise KdoctError(
+            f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they "
+            f"cannot be split into {parts} parts.",
+            fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make "
+                "fewer folds (data.n_folds), at least 2.",
+        )
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'The least populated class in y')  # a small stratum; small classes were refused
-        return [test for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(rows, table.stratum, table.group)]
+        # a small stratum; small classes were refused
+        warnings.filterwarnings('ignore', 'The least populated class in y')
+        return [
+            test
+            for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(
+                rows, table.stratum, table.group
+            )
+        ]
 
 # %% ../../nbs/01g_data.folds.ipynb #dfd646b5
 def _check_official(table:pd.DataFrame, overlap:str='remove'):
@@ -66,19 +90,39 @@ def _check_official(table:pd.DataFrame, overlap:str='remove'):
     parts = table.split.value_counts()
     if strange := set(parts.index) - set(NEEDED):
         n = int(parts[list(strange)].sum())
-        raise KdoctError(f"data.protocol is official, but {n} of {len(table)} images are in none of the source's parts train, val and test.",
-                         fix="Take data.protocol=grouped-cv, or give the official folders (UCSD: DIR/train/CLASS and DIR/test/CLASS; csv: column split).")
+        raise KdoctError(
+            f"data.protocol is official, but {n} of {len(table)} images are in none of the "
+            f"source's parts train, val and test.",
+            fix="Take data.protocol=grouped-cv, or give the official folders (UCSD: "
+                "DIR/train/CLASS and DIR/test/CLASS; csv: column split).",
+        )
     if 'test' not in parts or len(parts) < 2:
         raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
                          fix="Give both official parts, or take data.protocol=grouped-cv.")
     if overlap == 'remove' and (official_overlap(table) | (table.split == 'test')).all():
-        raise KdoctError("data.protocol is official, but every group (patient) has images in the test part: nobody is left to train on.",
-                         fix="Split anew by patient: --set data.protocol=grouped-cv. (data.official_overlap=keep trains on the tested patients, and says so.)")
+        raise KdoctError(
+            "data.protocol is official, but every group (patient) has images in the test part: "
+            "nobody is left to train on.",
+            fix="Split anew by patient: --set data.protocol=grouped-cv. "
+                "(data.official_overlap=keep trains on the tested patients, and says so.)",
+        )
 
-def _roles(t:pd.DataFrame, n_folds:int, val_fraction:float, seed:int, protocol:str, overlap:str, calibration:float=0.)->Iterator[np.ndarray]:
+# %% ../../nbs/01g_data.folds.ipynb #93da6998
+def _roles(
+    t:pd.DataFrame,
+    n_folds:int,
+    val_fraction:float,
+    seed:int,
+    protocol:str,
+    overlap:str,
+    calibration:float=0.0,
+)->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
     official = protocol == 'official'
-    test, out = (t.split == 'test').to_numpy() & official, official_overlap(t) & (official and overlap == 'remove')
+    test, out = (
+        (t.split == 'test').to_numpy() & official,
+        official_overlap(t) & (official and overlap == 'remove'),
+    )
     rest = np.flatnonzero(~test & ~out)
     for part in [rest[p] for p in _split(t.iloc[rest], n_folds, seed)]:
         role = np.full(len(t), 'train', object)
@@ -109,12 +153,24 @@ def make_folds(
     t['stratum'] = t.label.where(worst, t.label + ', not the diagnosis')
     if protocol == 'official': _check_official(t, overlap)
     gone = official_overlap(t) & (protocol == 'official' and overlap == 'remove')
-    besides = f" Left out are {counted(gone.sum(), 'image')} of patients who are in the test part." if gone.any() else ''
+    besides = (
+        f" Left out are {counted(gone.sum(), 'image')} of patients who are in the test part."
+        if gone.any()
+        else ''
+    )
     tested = (t.split == 'test').to_numpy() & (protocol == 'official')
     _check_enough(t[worst & ~tested & ~gone], n_folds, besides)
     folds = []
-    rules = dict(zip(('train', 'val', 'test', CALIB), (worst_case[0], *worst_case, all(worst_case)), strict=True))   # calib is as the test part
-    for k, role in enumerate(_roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)):
+    rules = dict(
+        zip(
+            ('train', 'val', 'test', CALIB),
+            (worst_case[0], *worst_case, all(worst_case)),
+            strict=True,
+        )
+    )  # calib is as the test part
+    for k, role in enumerate(
+        _roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)
+    ):
         role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
         _check_classes(t.label, role, k, n_folds)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
@@ -134,7 +190,11 @@ def _times(folds:pd.DataFrame)->pd.DataFrame:
     "How often each image has each role, one column a role."
     roles, (rows, paths) = [*ROLE_NAMES, OUT], pd.factorize(folds.path)
     at = rows*len(roles) + pd.Categorical(folds.role, roles).codes
-    return pd.DataFrame(np.bincount(at, minlength=len(paths)*len(roles)).reshape(-1, len(roles)), index=paths, columns=roles)
+    return pd.DataFrame(
+        np.bincount(at, minlength=len(paths) * len(roles)).reshape(-1, len(roles)),
+        index=paths,
+        columns=roles,
+    )
 
 def protocol_of(
     folds:pd.DataFrame,  # path, group, fold, role
@@ -143,25 +203,48 @@ def protocol_of(
     n = _times(folds).test
     return 'official' if (n[n > 0] == folds.fold.nunique()).all() else 'grouped-cv'
 
+# %% ../../nbs/01g_data.folds.ipynb #24011302
 def _official_fault(times:pd.DataFrame, n:int)->str:
     "What contradicts the official protocol; '' if nothing does."
     learns = (times.val == 1) & (times.train + times[CALIB] == n - 1)
-    calibrates = (times[CALIB] > 0) & (times[CALIB] + times.out == n)   # an image that does not show the diagnosis, out elsewhere
+    # an image that does not show the diagnosis, out elsewhere
+    calibrates = (times[CALIB] > 0) & (times[CALIB] + times.out == n)
     right = (times.test == n) | (times.out == n) | learns | calibrates
-    return '' if right.all() else f"image {right.idxmin()} is not always tested, always out, or validated on once and else trained or calibrated on"
+    return (
+        ''
+        if right.all()
+        else f"image {right.idxmin()} is not always tested, always out, or validated on once and "
+             f"else trained or calibrated on"
+    )
 
+# %% ../../nbs/01g_data.folds.ipynb #f952c1b7
 def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
     "What contradicts grouped cross-validation; '' if nothing does."
     group = folds.drop_duplicates('path').set_index('path').group.reindex(times.index)
-    in_folds = folds[folds.role == 'test'].groupby('group').fold.nunique().reindex(group).fillna(0).to_numpy()
-    if (in_folds > 1).any(): return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
-    out_there = (times.test == 0) & (times.out > 0)  # in the fold that tests the group, or would if not all of it were out
-    if (once := times.test + out_there).ne(1).any(): return f"image {once.ne(1).idxmax()} is not tested on exactly once"
+    in_folds = (
+        folds[folds.role == 'test']
+        .groupby('group')
+        .fold.nunique()
+        .reindex(group)
+        .fillna(0)
+        .to_numpy()
+    )
+    if (in_folds > 1).any():
+        return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
+    # in the fold that tests the group, or would if not all of it were out
+    out_there = (times.test == 0) & (times.out > 0)
+    if (once := times.test + out_there).ne(1).any():
+        return f"image {once.ne(1).idxmax()} is not tested on exactly once"
     out = times.out - out_there
-    odd = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))   # an image that does not show the diagnosis may calibrate, and is out elsewhere
+    # an image that does not show the diagnosis may calibrate, and is out elsewhere
+    odd = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))
     if odd.any(): return f"image {odd.idxmax()} is out in some folds only"
-    out = folds[(folds.role == OUT) & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])]
-    if (out.groupby('group').fold.nunique() > 1).any(): return "a group is never tested, and not out in one fold as a whole"
+    out = folds[
+        (folds.role == OUT)
+        & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])
+    ]
+    if (out.groupby('group').fold.nunique() > 1).any():
+        return "a group is never tested, and not out in one fold as a whole"
     return ''
 
 # %% ../../nbs/01g_data.folds.ipynb #c6b4b4d3
@@ -171,23 +254,42 @@ def check_folds(
     leak:bool=False,     # official: tested groups may be trained on, as the recipe declares (official_overlap=keep)
 )->pd.DataFrame:         # the same
     "Prove that no group has two roles in a fold and that the test parts are what the protocol says; `KdoctError` otherwise."
-    def refuse(what): raise KdoctError(f"These folds are not valid: {what}.", fix="Delete folds.csv and make it again with notebook 01_data.")
-    if tuple(folds.columns) != FOLD_COLUMNS: refuse(f"the columns are {', '.join(map(str, folds.columns))}")
-    if len(folds) == 0 or folds.isna().any(axis=None) or (folds[['path', 'group']] == '').any(axis=None): refuse("there are gaps")
+    def refuse(what):
+        raise KdoctError(
+            f"These folds are not valid: {what}.",
+            fix="Delete folds.csv and make it again with notebook 01_data.",
+        )
+    if tuple(folds.columns) != FOLD_COLUMNS:
+        refuse(f"the columns are {', '.join(map(str, folds.columns))}")
+    if (
+        len(folds) == 0
+        or folds.isna().any(axis=None)
+        or (folds[['path', 'group']] == '').any(axis=None)
+    ):
+        refuse("there are gaps")
     if strange := set(folds.role) - {*ROLE_NAMES, OUT}: refuse(f"role {strange.pop()!r}")
     n = int(folds.fold.max()) + 1
-    if n < 2 or set(folds.fold) != set(range(n)): refuse(f"folds are {sorted(set(folds.fold))}, not 0 to {max(n, 2) - 1}")
-    if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique(): refuse("an image is missing from a fold, or in it twice")
-    if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique(): refuse("an image is in two groups")
+    if n < 2 or set(folds.fold) != set(range(n)):
+        refuse(f"folds are {sorted(set(folds.fold))}, not 0 to {max(n, 2) - 1}")
+    if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique():
+        refuse("an image is missing from a fold, or in it twice")
+    if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique():
+        refuse("an image is in two groups")
     used = folds[folds.role != OUT]
     parts = used[used.role != CALIB].groupby('fold').role.nunique().reindex(range(n), fill_value=0)
     if parts.min() < len(NEEDED): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(NEEDED)}")
-    if (some := used.fold[used.role == CALIB].nunique()) not in (0, n): refuse(f"{some} of {n} folds have a part {CALIB}")
+    if (some := used.fold[used.role == CALIB].nunique()) not in (0, n):
+        refuse(f"{some} of {n} folds have a part {CALIB}")
     official = (protocol or protocol_of(folds)) == 'official'
-    roles = (used[used.role != 'test'] if leak and official else used).groupby(['fold', 'group']).role.nunique()
+    roles = (
+        (used[used.role != 'test'] if leak and official else used)
+        .groupby(['fold', 'group'])
+        .role.nunique()
+    )
     if (roles > 1).any(): refuse("group {1} has two roles in fold {0}".format(*roles.idxmax()))
     times = _times(folds)
-    if fault := _official_fault(times, n) if official else _grouped_fault(folds, times, n): refuse(fault)
+    if fault := _official_fault(times, n) if official else _grouped_fault(folds, times, n):
+        refuse(fault)
     return folds
 
 # %% ../../nbs/01g_data.folds.ipynb #7596074c
@@ -198,17 +300,26 @@ def write_folds(
     leak:bool=False,     # as for `check_folds`
 ):
     "Check folds and write them as CSV, the same bytes on every machine."
-    with atomic_path(path) as tmp: check_folds(folds, protocol, leak).to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8')
+    with atomic_path(path) as tmp:
+        check_folds(folds, protocol, leak).to_csv(
+            tmp, index=False, lineterminator='\n', encoding='utf-8'
+        )
 
+# %% ../../nbs/01g_data.folds.ipynb #22687da3
 def read_folds(
     path:str|Path,     # folds.csv
     protocol:str='',   # as for `check_folds`
     leak:bool=False,   # as for `check_folds`
 )->pd.DataFrame:       # path, group, fold, role
     "Read folds and prove them; `KdoctError` if they are missing or leak."
-    if not Path(path).exists(): raise KdoctError(f"{path} does not exist.", fix="Make it with notebook 01_data.")
+    if not Path(path).exists():
+        raise KdoctError(f"{path} does not exist.", fix="Make it with notebook 01_data.")
     try: folds = read_table(path)
-    except KdoctError as e: raise KdoctError(e.problem, fix="Delete it and make it again with notebook 01_data.") from e
+    except KdoctError as e: raise KdoctError(e.problem, fix="Delete it and make it again with "
+                                                            "notebook 01_data.") from e
     if 'fold' not in folds or not folds.fold.str.fullmatch(r'\d+').all():
-        raise KdoctError(f"{path} has no whole number of a fold in every row.", fix="Delete it and make it again with notebook 01_data.")
+        raise KdoctError(
+            f"{path} has no whole number of a fold in every row.",
+            fix="Delete it and make it again with notebook 01_data.",
+        )
     return check_folds(folds.astype({'fold': 'int64'}), protocol, leak)

@@ -18,7 +18,8 @@ from scipy.spatial import cKDTree
 from ..core.files import KdoctError
 
 # %% ../../nbs/01h_data.framing.ipynb #c4bf883f
-WHITE, CONTACT, REACH, FRINGE = 230, 31, 12, 4  # grey value; border pixels; specks this near belong to it [px]; width of the fringe [px]
+# grey value; border pixels; specks this near belong to it [px]; width of the fringe [px]
+WHITE, CONTACT, REACH, FRINGE = 230, 31, 12, 4
 
 def white_padding(
     grey:np.ndarray,  # uint8 (H, W)
@@ -48,27 +49,59 @@ TILE, NEAR = 16, 48  # side of a piece of background [px]; how many of the neare
 def _dark_tiles(a:np.ndarray, hidden:np.ndarray, side:int)->np.ndarray:
     "Upper left corners of squares without a hidden pixel, the darkest third, as (n, 2)."
     step = max(1, side//2)
-    def means(x): return ndimage.uniform_filter(x.astype(np.float32), side, origin=-(side//2))[:len(x) - side + 1:step, :x.shape[1] - side + 1:step]
+    def means(x):
+        return ndimage.uniform_filter(x.astype(np.float32), side, origin=-(side // 2))[
+            : len(x) - side + 1 : step, : x.shape[1] - side + 1 : step
+        ]
     free = sliding_window_view(hidden, (side, side))[::step, ::step].any(axis=(2, 3))
     mean = np.where(free, np.inf, means(a if a.ndim == 2 else a.mean(axis=2)))
     n = int(np.isfinite(mean).sum())
-    return np.stack(np.unravel_index(np.argsort(mean, axis=None, kind='stable')[:-(-n//3)], mean.shape), axis=1)*step
+    return (
+        np.stack(
+            np.unravel_index(np.argsort(mean, axis=None, kind='stable')[: -(-n // 3)], mean.shape),
+            axis=1,
+        )
+        * step
+    )
 
+# %% ../../nbs/01h_data.framing.ipynb #0bb2814b
 def cover(
     a:np.ndarray,       # uint8 (H, W) or (H, W, 3)
     hidden:np.ndarray,  # bool (H, W), what is to be covered
 )->np.ndarray:          # uint8, as `a`
     "Cover part of an image with pieces of its own dark background; `KdoctError` if all of it is hidden."
     if not hidden.any(): return a
-    tiles, side = next(((t, s) for s in (TILE, TILE//2, TILE//4, 1) if len(t := _dark_tiles(a, hidden, s)) >= (32 if s > 1 else 1)), (None, 0))
-    if tiles is None: raise KdoctError("All of the image is white padding or scale bar.", fix="Leave it out, or set data.fill_white to false.")
-    cells = np.argwhere(np.logical_or.reduceat(np.logical_or.reduceat(hidden, range(0, len(a), side), 0), range(0, a.shape[1], side), 1))*side
+    tiles, side = next(
+        (
+            (t, s)
+            for s in (TILE, TILE // 2, TILE // 4, 1)
+            if len(t := _dark_tiles(a, hidden, s)) >= (32 if s > 1 else 1)
+        ),
+        (None, 0),
+    )
+    if tiles is None:
+        raise KdoctError(
+            "All of the image is white padding or scale bar.",
+            fix="Leave it out, or set data.fill_white to false.",
+        )
+    cells = (
+        np.argwhere(
+            np.logical_or.reduceat(
+                np.logical_or.reduceat(hidden, range(0, len(a), side), 0),
+                range(0, a.shape[1], side),
+                1,
+            )
+        )
+        * side
+    )
     near = cKDTree(tiles).query(cells, min(NEAR, len(tiles)))[1].reshape(len(cells), -1)
     drawn = np.random.default_rng(zlib.crc32(a.tobytes())).integers(near.shape[1], size=len(cells))
     out = a.copy()
     for (y, x), (i, j) in zip(cells, tiles[near[np.arange(len(cells)), drawn]], strict=True):
         where = hidden[y:y + side, x:x + side]
-        out[y:y + side, x:x + side][where] = a[i:i + side, j:j + side][:where.shape[0], :where.shape[1]][where]
+        out[y : y + side, x : x + side][where] = a[i : i + side, j : j + side][
+            : where.shape[0], : where.shape[1]
+        ][where]
     return out
 
 # %% ../../nbs/01h_data.framing.ipynb #6c8375b8
@@ -88,7 +121,9 @@ def framed(
 )->np.ndarray:                  # uint8, (H, W) or (H, W, 3)
     "What of an image becomes the square, before it is resized."
     a = np.asarray(im.convert('L' if channels == 1 else 'RGB'))
-    hidden = white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
+    hidden = (
+        white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
+    )
     if mask_scale_bar: hidden |= scale_bar(a.shape)
     if resize == 'pad': a, hidden = _pad(a, hidden)
     a = cover(a, hidden)
@@ -96,6 +131,7 @@ def framed(
     side, (h, w) = min(a.shape[:2]), a.shape[:2]
     return a[(h - side)//2:, (w - side)//2:][:side, :side]
 
+# %% ../../nbs/01h_data.framing.ipynb #91964778
 def resized(
     a:np.ndarray,  # uint8 (h, w) or (h, w, 3)
     size:int,      # side [px]

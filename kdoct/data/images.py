@@ -39,29 +39,63 @@ PROBLEMS = LISTING_PROBLEMS | {  # problem -> (severity, meaning)
     'not-a-file': ('error', "a folder or a device, not a file"),
     'empty': ('error', "0 bytes"),
     'too-large': ('error', "the file is larger than any B-scan"),
-    'not-an-image': ('error', "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says"),
+    'not-an-image': (
+        'error',
+        "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says",
+    ),
     'corrupt': ('error', "begins like an image; its header or its data are damaged"),
     'truncated': ('error', "the end is missing"),
-    'decompression-bomb': ('error', "its header claims more pixels than any B-scan has; it was not decoded"),
-    'several-frames': ('error', "an animation or a file of several pages: which one is meant is not known"),
-    'mixed-pages': ('error', "pages of several volumes, sizes or kinds in one file: they are not one volume"),
-    'not-a-bscan': ('error', "a picture of another kind: OCT angiography, fundus, en face, a preview or a mask"),
-    'wrong-mode': ('error', "not 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess"),
+    'decompression-bomb': (
+        'error',
+        "its header claims more pixels than any B-scan has; it was not decoded",
+    ),
+    'several-frames': (
+        'error',
+        "an animation or a file of several pages: which one is meant is not known",
+    ),
+    'mixed-pages': (
+        'error',
+        "pages of several volumes, sizes or kinds in one file: they are not one volume",
+    ),
+    'not-a-bscan': (
+        'error',
+        "a picture of another kind: OCT angiography, fundus, en face, a preview or a mask",
+    ),
+    'wrong-mode': (
+        'error',
+        "not 8 bits a channel, signed or float: how to scale it to 8 bits would be a guess",
+    ),
     'transparent': ('error', "partly transparent: what lies behind would be a guess"),
     'suspicious-size': ('error', "a side below 32 px, or more than 8 times as long as the other"),
-    'blank': ('error', "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is nothing to see"),
+    'blank': (
+        'error',
+        "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is "
+        "nothing to see",
+    ),
     'same-pixels-two-labels': ('error', "the same pixels occur under another label"),
     'converted': ('note', "palette, CMYK or opaque alpha: converted without loss of meaning"),
     'exif-rotated': ('note', "turned upright as its orientation (EXIF or TIFF) says"),
-    'invalid-orientation': ('note', "its orientation (EXIF or TIFF) is not one of 1 to 8, so it is invalid: not turned"),
+    'invalid-orientation': (
+        'note',
+        "its orientation (EXIF or TIFF) is not one of 1 to 8, so it is invalid: not turned",
+    ),
     'not-checked': ('note', "a JPEG of a kind whose data are not checked for damage"),
-    'extra-channels': ('note', "the TIFF has further channels, and does not say what they are: left out"),
-    'several-pictures': ('note', "a preview, a gain map, a mask or a smaller copy in the same file is left out"),
+    'extra-channels': (
+        'note',
+        "the TIFF has further channels, and does not say what they are: left out",
+    ),
+    'several-pictures': (
+        'note',
+        "a preview, a gain map, a mask or a smaller copy in the same file is left out",
+    ),
     'trailing-data': ('note', "bytes after the end of the JPEG image, ignored"),
     'duplicate': ('note', "the same pixels occur in the same group"),
     'duplicate-across-groups': ('note', "the same pixels occur in another group"),
     'near-duplicate': ('note', "a turned, flipped, cropped or compressed copy of another image"),
-    'official-overlap': ('note', "not in the official test part, but of a group that has images there"),
+    'official-overlap': (
+        'note',
+        "not in the official test part, but of a group that has images there",
+    ),
 }
 
 # %% ../../nbs/01e_data.images.ipynb #491db5ff
@@ -88,23 +122,60 @@ def read_image_bytes(
         if info.st_size > MAX_BYTES: raise BadImage('too-large', f"{info.st_size/2**30:.1f} GiB")
         with open(path, 'rb') as f: return f.read()
     except (FileNotFoundError, NotADirectoryError, ValueError) as e:  # ValueError: a name with a zero byte
-        raise BadImage('missing', "the link leads nowhere" if isinstance(e, OSError) and os.path.islink(path) else "no such file") from e
+        raise BadImage(
+            'missing',
+            "the link leads nowhere"
+            if isinstance(e, OSError) and os.path.islink(path)
+            else "no such file",
+        ) from e
     except OSError as e:
         if e.errno == errno.ELOOP: raise BadImage('symlink-loop') from e
         raise BadImage('unreadable', e.strerror or str(e)) from e
 
 # %% ../../nbs/01e_data.images.ipynb #36a38575
 FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG2000')
-MAX_PIXELS = 89_478_485                 # PIL's own limit: a quarter of a gigabyte in RGB
-MIN_SIDE, MAX_ASPECT = 32, 8            # OCT B-scans in use: 496 x 512 to 496 x 1536
-_JPEG_2000 = (b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')   # a file, or nothing but the code
-_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*', b'II+\0', b'MM\0+', b'RIFF',
-               *_JPEG_2000)
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
-                  struct.error, zlib.error)  # what PIL's decoders are known to raise on damaged files
-_TIFF_ERRORS = (*DECODE_ERRORS, ArithmeticError, AssertionError, AttributeError, MemoryError)   # and what tifffile raises
 
-_DAMAGED = "its header or its data are damaged and no decoder reads them; copy or export the file again"
+MAX_PIXELS = 89_478_485                 # PIL's own limit: a quarter of a gigabyte in RGB
+
+MIN_SIDE, MAX_ASPECT = 32, 8            # OCT B-scans in use: 496 x 512 to 496 x 1536
+
+_JPEG_2000 = (b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')   # a file, or nothing but the code
+
+_SIGNATURES = (
+    b'\xff\xd8\xff',
+    b'\x89PNG',
+    b'GIF8',
+    b'BM',
+    b'II*\0',
+    b'MM\0*',
+    b'II+\0',
+    b'MM\0+',
+    b'RIFF',
+    *_JPEG_2000,
+)
+
+# %% ../../nbs/01e_data.images.ipynb #b6fae828
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)  # what PIL's decoders are known to raise on damaged files
+
+# and what tifffile raises
+_TIFF_ERRORS = (*DECODE_ERRORS, ArithmeticError, AssertionError, AttributeError, MemoryError)
+
+_DAMAGED = (
+    "its header or its data are damaged and no decoder reads them; copy or export the file again"
+)
+
 _CUT = "its data end before the picture is complete; copy or export the file again"
 
 def broken_file(
@@ -116,19 +187,40 @@ def broken_file(
 
 # %% ../../nbs/01e_data.images.ipynb #74dd1bce
 _OTHER_FILES = (  # first byte of the mark, mark, what the file is
-    (0, b'version https://git-lfs', "a Git LFS pointer, not the file: fetch it with 'git lfs pull'"),
+    (
+        0,
+        b'version https://git-lfs',
+        "a Git LFS pointer, not the file: fetch it with 'git lfs pull'",
+    ),
     (0, b'\x93NUMPY', "a NumPy array: save each picture as PNG or TIFF"),
-    (0, b'PK\3\4', "a ZIP archive: unpack it first"), (0, b'\x1f\x8b', "a gzip archive: unpack it first"),
+    (0, b'PK\3\4', "a ZIP archive: unpack it first"),
+    (0, b'\x1f\x8b', "a gzip archive: unpack it first"),
     (0, b'\x89HDF', "an HDF5 file: save each picture as PNG or TIFF"),
-    (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"), (0, b'%PDF', "a PDF"),
+    (0, b'MATLAB 5.0', "a MATLAB file: save each picture as PNG or TIFF"),
+    (0, b'%PDF', "a PDF"),
     (0, b'<!DOCTYPE html', "a web page: the download has failed"),
     (0, b'<html', "a web page: the download has failed"),
     (0, b'\0\5\x16\7', "what macOS keeps beside a file (AppleDouble), not the file"),
-    *((0, mark, f"a volume of B-scans ({kind}), whatever its name says: 'kdoct predict' reads it; "
-       "for training save its B-scans as PNG") for mark, kind in ((b'HSF-OCT-', "HEYEX .vol"), (b'CMDb', "HEYEX .e2e"),
-       (b'E2EMultipleVolumeFile', "HEYEX .e2e"), (b'FOCT', "Topcon .fda or .fds"))),
-    (4, b'ftypheic', "HEIC: export it as JPEG or PNG"), (4, b'ftypavif', "AVIF: export it as JPEG or PNG"), (128, b'DICM', "a DICOM file"))
+    *(
+        (
+            0,
+            mark,
+            f"a volume of B-scans ({kind}), whatever its name says: 'kdoct predict' reads it; "
+            "for training save its B-scans as PNG",
+        )
+        for mark, kind in (
+            (b'HSF-OCT-', "HEYEX .vol"),
+            (b'CMDb', "HEYEX .e2e"),
+            (b'E2EMultipleVolumeFile', "HEYEX .e2e"),
+            (b'FOCT', "Topcon .fda or .fds"),
+        )
+    ),
+    (4, b'ftypheic', "HEIC: export it as JPEG or PNG"),
+    (4, b'ftypavif', "AVIF: export it as JPEG or PNG"),
+    (128, b'DICM', "a DICOM file"),
+)
 
+# %% ../../nbs/01e_data.images.ipynb #a55ba8ec
 def is_picture(
     begin:bytes,  # the first bytes of a file; 12 are enough
 )->bool:
@@ -140,13 +232,17 @@ def other_file(
 )->str:           # '': nothing that is known
     "What a file is that is no picture."
     if begin.startswith(b'PK\3\4') and b'.npy' in begin:
-        return ("a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them with their labels "
-                "in a table")
+        return (
+            "a NumPy archive (.npz) of arrays: save each picture as PNG or TIFF, and list them "
+            "with their labels "
+            "in a table"
+        )
     found = (what for at, mark, what in _OTHER_FILES if begin[at:].lower().startswith(mark.lower()))
     return next(found, '')
 
 # %% ../../nbs/01e_data.images.ipynb #5b1e90a1
-_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')   # how libjpeg's warnings of damage begin
+# how libjpeg's warnings of damage begin
+_JPEG_DAMAGE = ('Corrupt JPEG data', 'Premature end', 'Inconsistent progression')
 
 def check_jpeg(
     data:bytes,  # that begins with a JPEG picture
@@ -160,20 +256,28 @@ def check_jpeg(
     try: simplejpeg.decode_jpeg(data, 'GRAY', strict=True)
     except (ValueError, RuntimeError) as e:
         if not str(e).startswith(_JPEG_DAMAGE): return ['not-checked']
-        what = "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
+        what = (
+            "a part of the JPEG's data is damaged or lost, which a viewer fills up without a word"
+        )
         raise BadImage('corrupt', f"{what}; copy or export the file again") from e
     return []
 
+# %% ../../nbs/01e_data.images.ipynb #26bab44b
 def _check_tiff_jpegs(data:bytes, t:TiffFile):
     "As `check_jpeg`, of each strip or tile of a TIFF that is a JPEG; their tables may stand in a tag."
     for page in t.pages:
         if page.tags.valueof(259) != 7: continue
         tables = page.tags.valueof(347) or b'\xff\xd8\xff\xd9'
-        for at, n in zip(page.tags.valueof(273) or page.tags.valueof(324), page.tags.valueof(279) or page.tags.valueof(325), strict=True):
+        for at, n in zip(
+            page.tags.valueof(273) or page.tags.valueof(324),
+            page.tags.valueof(279) or page.tags.valueof(325),
+            strict=True,
+        ):
             check_jpeg(tables[:-2] + data[at + 2:at + n])
 
 # %% ../../nbs/01e_data.images.ipynb #tiff-parts
 _OLD_JPEG = 6   # a compression whose data other tags point to
+
 _YCBCR = 6      # colours that may be stored with fewer bytes than pixels and channels tell
 
 def _expected_parts(page:TiffPage)->tuple[int, int, int, int]:
@@ -188,6 +292,7 @@ def _expected_parts(page:TiffPage)->tuple[int, int, int, int]:
     strips = -(-page.imagelength//rows)
     return planes, strips, row*rows, row*(page.imagelength - rows*(strips - 1))
 
+# %% ../../nbs/01e_data.images.ipynb #9aacc9fc
 def _check_parts(data:bytes, page:TiffPage):
     "`BadImage` unless each strip or tile of a page is in the file."
     if page.compression == _OLD_JPEG: return
@@ -197,11 +302,22 @@ def _check_parts(data:bytes, page:TiffPage):
     counts = page.tags.valueof(325) or page.tags.valueof(279) or (size,)*len(offsets)   # a few files do not tell them
     there = [(at, count) for at, count in zip(offsets[:n], counts, strict=False) if at and count]
     if len(there) < n:
-        raise BadImage('truncated', f"{n - len(there)} of the {n} {name} of its pixels are missing; copy or export the file again")
+        raise BadImage(
+            'truncated',
+            f"{n - len(there)} of the {n} {name} of its pixels are missing; copy or export "
+            f"the file again",
+        )
     if page.compression != 1 or page.photometric == _YCBCR: return
     expected = [*[size]*(a_plane - 1), last]*planes
-    short = sum(count < least or at + least > len(data) for (at, count), least in zip(there, expected, strict=True))
-    if short: raise BadImage('truncated', f"{short} of the {n} {name} of its pixels lack bytes; copy or export the file again")
+    short = sum(
+        count < least or at + least > len(data)
+        for (at, count), least in zip(there, expected, strict=True)
+    )
+    if short:
+        raise BadImage(
+            'truncated',
+            f"{short} of the {n} {name} of its pixels lack bytes; copy or export the file again",
+        )
 
 # %% ../../nbs/01e_data.images.ipynb #83621e37
 def has_copies(
@@ -243,6 +359,7 @@ def _shaped_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
         at += 1 if said.get('truncated') else claimed
     return stacks, channels
 
+# %% ../../nbs/01e_data.images.ipynb #838d9cad
 def _stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
     "Numbers of pictures along each axis of each stack that a TIFF's description claims (none: it says nothing), and channels, a page each."
     page = t.pages.first
@@ -261,14 +378,20 @@ def _stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
         return stacks, max(each.get('C', 1) for each in sizes)
     return [], 1
 
+# %% ../../nbs/01e_data.images.ipynb #45ee3dfc
 def _check_one_volume(stacks:list[tuple[int, ...]]):
     "`BadImage` where a description claims several stacks, or pictures along two axes."
     shapes = [tuple(n for n in stack if n > 1) for stack in stacks]
     if len(shapes) > 1 and any(shapes):
         counts = ', '.join(f"{math.prod(shape)}" for shape in shapes[:8])
-        raise BadImage('mixed-pages', f"{len(shapes)} stacks of {counts} pictures in one TIFF; save each volume as a file of its own")
+        raise BadImage(
+            'mixed-pages',
+            f"{len(shapes)} stacks of {counts} pictures in one TIFF; save each volume as a "
+            f"file of its own",
+        )
     if several := next((shape for shape in shapes if len(shape) > 1), None):
-        what = f"{' x '.join(map(str, several))} pictures in one TIFF, and not said which of them are one volume"
+        what = (f"{' x '.join(map(str, several))} pictures in one TIFF, and not said which of them "
+                f"are one volume")
         raise BadImage('mixed-pages', f"{what}; save each volume as a file of its own")
 
 # %% ../../nbs/01e_data.images.ipynb #2fa20f5a
@@ -293,19 +416,25 @@ def _hidden_pictures(data:bytes, page, n:int)->np.ndarray:
 def _one_directory(data:bytes, t:TiffFile)->TiffStack:
     "As `tiff_stack`, of an opened file."
     (stacks, channels), page, there = _stacks(t), t.pages.first, len(t.pages)
-    n = 0 if t.is_ome and not t.is_imagej else sum(map(math.prod, stacks))   # the pages of an OME-TIFF may lie in other files
-    if page.imagedepth > 1: raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
+    # the pages of an OME-TIFF may lie in other files
+    n = 0 if t.is_ome and not t.is_imagej else sum(map(math.prod, stacks))
+    if page.imagedepth > 1:
+        raise BadImage('wrong-mode', "a page of the TIFF is a volume of its own")
     if page.shaped_description and page.planarconfig == 2 and (planes := page.shaped[0]) > 1:
         what = f"its colours, or {planes} B-scans? Save it as PNG"
         raise BadImage('wrong-mode', f"tifffile wrote {planes} planes as one picture: {what}")
     if 1 < channels < max(n, there):
-        raise BadImage('wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known")
-    if 1 < there < n: raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
+        raise BadImage(
+            'wrong-mode', f"{channels} channels a slice, each a page: which is meant is not known"
+        )
+    if 1 < there < n:
+        raise BadImage('truncated', f"its description claims {n} pictures; {there} can be found")
     _check_one_volume(stacks)
     doubt = f"its description says {channels} channels, not slices: are they B-scans?"
     notes = (doubt,) if channels > 1 else ()
     return TiffStack(_hidden_pictures(data, page, n) if n > there else None, notes)
 
+# %% ../../nbs/01e_data.images.ipynb #bf645bce
 def tiff_stack(
     data:bytes,   # a TIFF file
 )->TiffStack:
@@ -342,14 +471,18 @@ def _open(data:bytes)->Image.Image:
         kind = 'corrupt' if data.startswith(_SIGNATURES) else 'not-an-image'
         raise BadImage(kind, other_file(data[:160]) or _DAMAGED*(kind == 'corrupt')) from e
     except DECODE_ERRORS as e: raise broken_file(e) from e
-    if not pages: raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
+    if not pages:
+        raise BadImage('not-a-bscan', "nothing but a preview or a mask of another picture")
     check_pages(im, data, pages)
-    if stack is not None: raise BadImage('several-frames', f"{len(stack)} pictures in one directory")
+    if stack is not None:
+        raise BadImage('several-frames', f"{len(stack)} pictures in one directory")
     if len(pages) > 1: raise BadImage('several-frames', f"{len(pages)} frames")
     return im
 
 # %% ../../nbs/01e_data.images.ipynb #e004a9b4
-_SAVE_8_BIT = "save it with 8 bits a channel (ImageJ: Image > Type > 8-bit, then File > Save As > PNG)"
+_SAVE_8_BIT = (
+    "save it with 8 bits a channel (ImageJ: Image > Type > 8-bit, then File > Save As > PNG)"
+)
 
 def check_depth(
     bits:int,    # of a grey value or of a channel, as the file has them
@@ -357,9 +490,15 @@ def check_depth(
 ):
     "`BadImage` where a B-scan cannot have so few bits, or so many cannot be shown without a guess."
     if bits == 1: raise BadImage('wrong-mode', "1 bit a pixel: a mask or a drawing, no B-scan")
-    if bits < 8: raise BadImage('wrong-mode', f"{bits} bits a pixel: fewer grey values than a B-scan has")
-    if bits > most: raise BadImage('wrong-mode', f"{bits} bits a channel, and not said which values are black and white; {_SAVE_8_BIT}")
+    if bits < 8:
+        raise BadImage('wrong-mode', f"{bits} bits a pixel: fewer grey values than a B-scan has")
+    if bits > most:
+        raise BadImage(
+            'wrong-mode',
+            f"{bits} bits a channel, and not said which values are black and white; {_SAVE_8_BIT}",
+        )
 
+# %% ../../nbs/01e_data.images.ipynb #d78e57da
 def check_values(
     im:Image.Image,  # opened, not decoded
     data:bytes,      # the file
@@ -367,7 +506,10 @@ def check_values(
     "`BadImage` unless its channels have 8 bits without a sign."
     check_depth(_bits(im, data))
     if _signed(im, data):
-        raise BadImage('wrong-mode', f"signed values: which grey value 0 stands for would be a guess; {_SAVE_8_BIT}")
+        raise BadImage(
+            'wrong-mode',
+            f"signed values: which grey value 0 stands for would be a guess; {_SAVE_8_BIT}",
+        )
     if im.format == 'JPEG2000' and not features.check('jpg_2000'):
         raise BadImage('not-an-image', "JPEG 2000, which this build of Pillow does not decode")
 
@@ -381,14 +523,17 @@ def _bits(im:Image.Image, data:bytes)->int:
     if im.format == 'JPEG2000': return max((b & 127) + 1 for b in _jpeg_2000_depths(data))
     return 8
 
+# %% ../../nbs/01e_data.images.ipynb #502de9f3
 def check_size(
     im:Image.Image,  # opened, not decoded
 ):
     "`BadImage` unless a B-scan can have this size."
     w, h = im.size
     if w*h > MAX_PIXELS: raise BadImage('decompression-bomb', f"{w} x {h} pixels")
-    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h): raise BadImage('suspicious-size', f"{w} x {h} pixels")
+    if min(w, h) < MIN_SIDE or max(w, h) > MAX_ASPECT*min(w, h):
+        raise BadImage('suspicious-size', f"{w} x {h} pixels")
 
+# %% ../../nbs/01e_data.images.ipynb #92522307
 def check_pages(
     im:Image.Image,   # opened, not decoded; left at the first of the pages
     data:bytes,       # the file
@@ -399,13 +544,19 @@ def check_pages(
     for at in pages if im.format == 'TIFF' else pages[:1]:   # the frames of the other formats are alike
         im.seek(at)
         try: check_size(im); check_values(im, data)
-        except BadImage as e: raise BadImage(e.kind, f"page {at + 1}: {e.detail}" if len(pages) > 1 else e.detail) from e
+        except BadImage as e: raise BadImage(e.kind, f"page "
+                                                     f"{at + 1}: {e.detail}" if len(pages) > 1 else e.detail) from e
         seen[f"{im.width} x {im.height} pixels, mode {im.mode}"] += 1
     im.seek(pages[0])
     if len(seen) > 1:
         there = '; '.join(f"{n} of {what}" for what, n in seen.most_common(4))
-        raise BadImage('mixed-pages', f"its pages are not alike: {there}; save the B-scans alone, all of one size and 8-bit grey")
+        raise BadImage(
+            'mixed-pages',
+            f"its pages are not alike: {there}; save the B-scans alone, all of one size "
+            f"and 8-bit grey",
+        )
 
+# %% ../../nbs/01e_data.images.ipynb #8c25c1e1
 def _signed(im:Image.Image, data:bytes)->bool:
     "Whether numbers below 0 occur; PIL takes them for large ones."
     unsigned = (1, 4)   # 4: not said
@@ -429,12 +580,15 @@ def _plain(im:Image.Image)->tuple[Image.Image, list[str]]:
     said = _orientation_note(im.getexif().get(0x0112, 1))
     if said == ['exif-rotated']: im = ImageOps.exif_transpose(im)
     notes += said
-    if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema() != (255, 255): raise BadImage('transparent', f"mode {mode}")
+    if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema() != (255, 255):
+        raise BadImage('transparent', f"mode {mode}")
     if mode not in ('L', 'RGB'): notes.append('converted')
     if mode in ('L', 'LA', 'La'): return im.convert('L'), notes
-    if mode in ('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV'): return im.convert('RGB'), notes
+    if mode in ('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV'):
+        return im.convert('RGB'), notes
     raise BadImage('wrong-mode', f"mode {mode}")
 
+# %% ../../nbs/01e_data.images.ipynb #1ea739b7
 def decoded(
     im:Image.Image,                 # an opened file, at one of its pages
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
@@ -452,6 +606,7 @@ def decoded(
 
 # %% ../../nbs/01e_data.images.ipynb #d181ddc8
 _ENDS = {'PNG': b'IEND\xaeB`\x82', 'JPEG2000': b'\xff\xd9'}
+
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\x01\xd0-\xd7\xff])')   # those with a length, and the end
 
 def _behind_jpeg(data:bytes)->list[str]:
@@ -463,12 +618,16 @@ def _behind_jpeg(data:bytes)->list[str]:
     rest = data[m.end():].rstrip(b'\0')
     return ['several-pictures' if b'\xff\xd8\xff' in rest else 'trailing-data'] if rest else []
 
+# %% ../../nbs/01e_data.images.ipynb #1326f0de
 def decode_image(
     data:bytes,                     # content of a file
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "Decode an image completely; `BadImage` if it cannot be, or not without a guess."
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise KdoctError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: torn files would be filled with grey.", fix="Set it to False.")
+        raise KdoctError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: torn files would be filled with grey.",
+            fix="Set it to False.",
+        )
     im = _open(data)
     if _ENDS.get(im.format, b'') not in data:
         raise BadImage('truncated', "the end marker is missing")
@@ -509,6 +668,7 @@ def is_blank(
     counts = np.array(im.convert('L').histogram())
     return bool(np.convolve(counts, np.ones(5)).max() >= .999*counts.sum())
 
+# %% ../../nbs/01e_data.images.ipynb #a68ff733
 def inspect_file(
     path:str|Path,  # the file
 )->dict:            # sha256, pixels (hash), width, height [px], colour, main_colour [0-1], problems: list of (kind, detail)
@@ -522,5 +682,11 @@ def inspect_file(
     grey = im.convert('L')
     if is_blank(im): notes = ['blank', *notes]
     pixels = hashlib.sha256(f'{im.width}x{im.height} '.encode() + grey.tobytes()).hexdigest()
-    return out | dict(pixels=pixels, width=im.width, height=im.height, colour=_colour_share(im), main_colour=main_colour(im),
-                      problems=[(n, '') for n in notes])
+    return out | dict(
+        pixels=pixels,
+        width=im.width,
+        height=im.height,
+        colour=_colour_share(im),
+        main_colour=main_colour(im),
+        problems=[(n, '') for n in notes],
+    )

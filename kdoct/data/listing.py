@@ -25,20 +25,40 @@ from ..core.recipe import preset
 from .spreadsheet import same_name_key, same_patient_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91
-TABLE_COLUMNS = ('path', 'label', 'patient', 'group', 'eye', 'volume', 'slice', 'source', 'split', 'sha256')
+TABLE_COLUMNS = (
+    'path',
+    'label',
+    'patient',
+    'group',
+    'eye',
+    'volume',
+    'slice',
+    'source',
+    'split',
+    'sha256',
+)
 
+# %% ../../nbs/01b_data.listing.ipynb #8c11285b
 def check_table(
     table:pd.DataFrame,  # an image table
 )->pd.DataFrame:         # the same table
     "`KdoctError` unless the table keeps the contract: its columns, unique paths, no empty label or group, text and whole numbers."
-    def refuse(what): raise KdoctError(f"This is not an image table: {what}.", fix="Make it with kdoct.data.listing.image_table.")
-    if tuple(table.columns[:len(TABLE_COLUMNS)]) != TABLE_COLUMNS: refuse(f"its columns are {', '.join(map(str, table.columns))}")
+    def refuse(what):
+        raise KdoctError(
+            f"This is not an image table: {what}.",
+            fix="Make it with kdoct.data.listing.image_table.",
+        )
+    if tuple(table.columns[:len(TABLE_COLUMNS)]) != TABLE_COLUMNS:
+        refuse(f"its columns are {', '.join(map(str, table.columns))}")
     for c in TABLE_COLUMNS:
         if c == 'slice':
             if table[c].dtype != 'Int64': refuse(f"column slice is {table[c].dtype}, not Int64")
-        elif not pd.api.types.is_string_dtype(table[c]) or table[c].isna().any(): refuse(f"column {c} is not text, or has gaps")
-        elif c in ('path', 'label', 'group') and (table[c] == '').any(): refuse(f"column {c} is empty in row {(table[c] == '').argmax()}")
-    if table.path.duplicated().any(): refuse(f"path {table.path[table.path.duplicated()].iloc[0]} occurs twice")
+        elif not pd.api.types.is_string_dtype(table[c]) or table[c].isna().any():
+            refuse(f"column {c} is not text, or has gaps")
+        elif c in ('path', 'label', 'group') and (table[c] == '').any():
+            refuse(f"column {c} is empty in row {(table[c] == '').argmax()}")
+    if table.path.duplicated().any():
+        refuse(f"path {table.path[table.path.duplicated()].iloc[0]} occurs twice")
     return table
 
 # %% ../../nbs/01b_data.listing.ipynb #cdd97a6f
@@ -48,7 +68,12 @@ def image_table(
 )->pd.DataFrame:      # an image table, sorted by path
     "Bring rows into the contract's columns, types and order; keys that the contract does not know follow as columns."
     extra = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in TABLE_COLUMNS]
-    full = [dict.fromkeys(TABLE_COLUMNS, '') | dict(source=source, slice=None, group=r.get('patient', '')) | r for r in rows]
+    full = [
+        dict.fromkeys(TABLE_COLUMNS, '')
+        | dict(source=source, slice=None, group=r.get('patient', ''))
+        | r
+        for r in rows
+    ]
     table = pd.DataFrame(full, columns=[*TABLE_COLUMNS, *extra])
     table = table.astype({c: 'Int64' if c == 'slice' else 'str' for c in TABLE_COLUMNS})
     return check_table(table.sort_values('path', kind='stable', ignore_index=True))
@@ -56,38 +81,71 @@ def image_table(
 # %% ../../nbs/01b_data.listing.ipynb #13933c0a
 FINDING_COLUMNS = ('path', 'problem', 'severity', 'detail', 'action')
 
+# %% ../../nbs/01b_data.listing.ipynb #f0139d0b
 LISTING_PROBLEMS = {  # problem -> (severity, meaning)
-    'unparsable-name': ('error', "the name does not tell class, patient and slice as the source's pattern wants"),
+    'unparsable-name': (
+        'error',
+        "the name does not tell class, patient and slice as the source's pattern wants",
+    ),
     'no-class-folder': ('error', "the image lies beside the class folders, not in one"),
-    'no-label': ('error', "the table gives no label, or a sign or word for none (-, ?, nan, #N/A, unknown)"),
+    'no-label': (
+        'error',
+        "the table gives no label, or a sign or word for none (-, ?, nan, #N/A, unknown)",
+    ),
     'empty-class': ('error', "a class folder without a usable image"),
     'mask-folder': ('error', "the image lies in a folder of masks below its class"),
     'mask-file': ('error', "named like the mask of another image in its folder"),
-    'picture-by-content': ('error', "a picture (or DICOM file) by its content, but not by its name: it would be passed over"),
-    'contradictory-rows': ('error', "the table lists this file more than once, with different facts"),
-    'contradicts-path': ('error', "the table says another class, patient or label than folder and file name"),
+    'picture-by-content': (
+        'error',
+        "a picture (or DICOM file) by its content, but not by its name: it would be passed over",
+    ),
+    'contradictory-rows': (
+        'error',
+        "the table lists this file more than once, with different facts",
+    ),
+    'contradicts-path': (
+        'error',
+        "the table says another class, patient or label than folder and file name",
+    ),
     'unknown-label': ('error', "a label that the data set, or data.classes, does not have"),
     'missing': ('error', "the file is not there, or its link leads nowhere"),
-    'ambiguous-path': ('error', "several files have this name but for case or the form of accents, and none has it exactly"),
+    'ambiguous-path': (
+        'error',
+        "several files have this name but for case or the form of accents, and none has it exactly",
+    ),
     'folder-unreadable': ('error', "the folder cannot be listed"),
     'no-mask': ('note', "the image has no mask file of its name"),
     'mask-without-image': ('note', "a mask file without an image of its name"),
     'repeated-row': ('note', "the table lists this file more than once, with the same facts"),
     'no-patient': ('note', "patient unknown"),
-    'path-by-case': ('note', "the table writes this path with other upper and lower case, or its accents in another form (NFC, NFD)"),
+    'path-by-case': (
+        'note',
+        "the table writes this path with other upper and lower case, or its accents in another "
+        "form (NFC, NFD)",
+    ),
     'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
     'path-by-name': ('note', "the table gives this file's name without its folder"),
     'patient-spelling': ('note', "the patient (or group) has another spelling too"),
-    'patient-in-two-groups': ('note', "the groups that were given part this patient, who must be in one"),
+    'patient-in-two-groups': (
+        'note',
+        "the groups that were given part this patient, who must be in one",
+    ),
     'annotation-folder': ('note', "masks or other marks beside the folders of the classes"),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
-    'eye-unclear': ('note', "the table's eye is neither right nor left, not the folder's, or given in two ways"),
+    'eye-unclear': (
+        'note',
+        "the table's eye is neither right nor left, not the folder's, or given in two ways",
+    ),
     'linked-folder': ('note', "a link to a folder"),
-    'hidden': ('note', "a name that begins with a dot, a folder of the system (__MACOSX), or our own outputs"),
+    'hidden': (
+        'note',
+        "a name that begins with a dot, a folder of the system (__MACOSX), or our own outputs",
+    ),
     'other-file': ('note', "not named like an image"),
 }
 
+# %% ../../nbs/01b_data.listing.ipynb #30561774
 def finding(
     path:str,                        # file, relative to the root
     problem:str,                     # a key of `problems`
@@ -96,7 +154,13 @@ def finding(
     problems:dict=LISTING_PROBLEMS,  # known problems
 )->dict:                             # a row with `FINDING_COLUMNS`
     "One line of the audit."
-    return dict(path=path, problem=problem, severity=problems[problem][0], detail=detail or problems[problem][1], action=action)
+    return dict(
+        path=path,
+        problem=problem,
+        severity=problems[problem][0],
+        detail=detail or problems[problem][1],
+        action=action,
+    )
 
 # %% ../../nbs/01b_data.listing.ipynb #22413036
 @dataclass(frozen=True)
@@ -114,7 +178,11 @@ def make_listing(
 )->Listing:
     "Table and findings in their fixed order."
     found = pd.DataFrame(findings, columns=list(FINDING_COLUMNS)).astype('str')
-    return Listing(Path(root).resolve(), image_table(rows, source), found.sort_values(['path', 'problem'], ignore_index=True))
+    return Listing(
+        Path(root).resolve(),
+        image_table(rows, source),
+        found.sort_values(['path', 'problem'], ignore_index=True),
+    )
 
 # %% ../../nbs/01b_data.listing.ipynb #ef50b0d9
 IMAGE_EXTENSIONS = (  # of pictures, in lower case; the one list in the project
@@ -136,8 +204,18 @@ def path_stem(
     return path[:len(path) - len(ending)]
 
 _SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
-_PICTURE_STARTS = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'II*\0', b'MM\0*', b'\0\0\0\x0cjP  ', b'\xff\x4f\xff\x51')
 
+_PICTURE_STARTS = (
+    b'\xff\xd8\xff',
+    b'\x89PNG',
+    b'GIF8',
+    b'II*\0',
+    b'MM\0*',
+    b'\0\0\0\x0cjP  ',
+    b'\xff\x4f\xff\x51',
+)
+
+# %% ../../nbs/01b_data.listing.ipynb #a883598c
 def walk_images(
     root:str|Path,                                # folder
     extensions:tuple[str, ...]=IMAGE_EXTENSIONS,  # lower case; names are compared without regard to case
@@ -148,7 +226,11 @@ def walk_images(
         try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except PermissionError as e: return found.append(finding(prefix or '.', 'folder-unreadable', e.strerror))
         for e in entries:
-            path, is_image, is_link = prefix + e.name, e.name.lower().endswith(extensions), _links_to_folder(e)
+            path, is_image, is_link = (
+                prefix + e.name,
+                e.name.lower().endswith(extensions),
+                _links_to_folder(e),
+            )
             if is_no_data(e): found.append(finding(path, 'hidden', action='not used'))
             elif is_image and not is_link: paths.append(path)
             elif e.is_dir(follow_symlinks=False): visit(e.path, path + '/')
@@ -156,7 +238,12 @@ def walk_images(
                 seen.append(target)
                 found.append(finding(path, 'linked-folder', f"leads to {target}", 'followed'))
                 visit(e.path, path + '/')
-            elif is_link: found.append(finding(path, 'linked-folder', "leads to a folder that is read already", 'not used'))
+            elif is_link:
+                found.append(
+                    finding(
+                        path, 'linked-folder', "leads to a folder that is read already", 'not used'
+                    )
+                )
             elif _is_picture(e): found.append(finding(path, 'picture-by-content'))
             else: found.append(finding(path, 'other-file', action='not used'))
     visit(root, '')
@@ -168,7 +255,9 @@ def is_no_data(
 )->bool:
     "Whether an entry is hidden, a folder that the system made, or the folder of our own results."
     if entry.name.startswith('.') or entry.name.lower() in _SYSTEM_FOLDERS: return True
-    return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(outputs_root())
+    return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(
+        outputs_root()
+    )
 
 def _links_to_folder(entry:os.DirEntry)->bool:
     "Is this a symbolic link to a folder? A link in a circle, or to nothing, is not."
@@ -199,9 +288,14 @@ def check_labels(
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
     for several in spellings(table.label):
-        said = ', '.join(f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})" for c in several)
-        raise KdoctError(f"One class in several spellings: {said}.",
-                         fix=f"Write it in one way. If they are different classes, name all of them: {classes_option(sorted(n.index))}")
+        said = ', '.join(
+            f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})" for c in several
+        )
+        raise KdoctError(
+            f"One class in several spellings: {said}.",
+            fix=f"Write it in one way. If they are different classes, name all of them: "
+                f"{classes_option(sorted(n.index))}",
+        )
 
 def classes_option(
     names:Iterable[str],  # classes, in the order of the logits
@@ -209,9 +303,11 @@ def classes_option(
     "The option that names these classes."
     names = list(names)
     text = ','.join(names)
-    if preset('demo', **{'data.classes': text}).data.classes == tuple(names): return f"--classes {shlex.quote(text)}"
+    if preset('demo', **{'data.classes': text}).data.classes == tuple(names):
+        return f"--classes {shlex.quote(text)}"
     return '--set ' + shlex.quote('data.classes=' + json.dumps(names, ensure_ascii=False))
 
+# %% ../../nbs/01b_data.listing.ipynb #6bb9d58a
 def merge_groups(
     group:pd.Series,   # group of every image
     shared:pd.Series,  # what images that belong together have in common (hash of the pixels, patient); '' where nothing
@@ -238,31 +334,57 @@ def join_spellings(
     for main, *others in spellings(named.group, same_patient_key):
         for other in others:
             join[other] = main
-            both = ' and '.join(f"{say_name(name)} ({counted(n[name], 'image')})" for name in (other, main))
-            notes.append(finding(first[other], 'patient-spelling', f"{both} are taken for one", f"groups {main} and {other} merged"))
+            both = ' and '.join(
+                f"{say_name(name)} ({counted(n[name], 'image')})" for name in (other, main)
+            )
+            notes.append(
+                finding(
+                    first[other],
+                    'patient-spelling',
+                    f"{both} are taken for one",
+                    f"groups {main} and {other} merged",
+                )
+            )
     group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
-    patient = table.patient.map({p: same_patient_key(p) if p else '' for p in table.patient.unique()})
+    patient = table.patient.map(
+        {p: same_patient_key(p) if p else '' for p in table.patient.unique()}
+    )
     notes += _parted_patients(table.assign(group=group), patient)
     group = merge_groups(group, patient)
     if not notes: return listing
-    found = pd.concat([listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')])
-    return replace(listing, table=table.assign(group=group), findings=found.sort_values(['path', 'problem'], ignore_index=True))
+    found = pd.concat(
+        [listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')]
+    )
+    return replace(
+        listing,
+        table=table.assign(group=group),
+        findings=found.sort_values(['path', 'problem'], ignore_index=True),
+    )
 
+# %% ../../nbs/01b_data.listing.ipynb #c20f274b
 def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
     "A note on each patient (a key of the name) whose images are in several groups."
     parted = table[(patient != '') & (table.groupby(patient).group.transform('nunique') > 1)]
     def say(rows):
         groups = ', '.join(sorted(rows.group.unique())[:5])
         names = ' / '.join(sorted(rows.patient.unique())[:3])
-        return finding(rows.path.iloc[0], 'patient-in-two-groups', f"patient {names}: groups {groups}", f"groups {groups} merged")
+        return finding(
+            rows.path.iloc[0],
+            'patient-in-two-groups',
+            f"patient {names}: groups {groups}",
+            f"groups {groups} merged",
+        )
     return [say(rows) for _, rows in parted.groupby(patient[parted.index])]
 
 # %% ../../nbs/01b_data.listing.ipynb #4c6615e0
 _PARTS = {  # part -> what it is called in English, German, French, Spanish, Italian and Portuguese
     'train': 'train|trainings?|lernen|entra[iî]nement|apprentissage|entrenamiento|addestramento|treino|treinamento',
     'val': 'val|valid|validation|dev|validierungs?|validaci[oó]n|validazione|valida[cç][aã]o',
-    'test': 'test|tests|testing|pr(?:ü|ue)f(?:ungs?)?|prueba|prova|teste|hold ?out'}
+    'test': 'test|tests|testing|pr(?:ü|ue)f(?:ungs?)?|prueba|prova|teste|hold ?out',
+}
+
 _THINGS = '(?:set|data|dataset|image|part|split|daten|datensatz|menge|bild|bilder|teil)s?'
+
 _PART = {part: re.compile(f'(?:{words})(?: ?{_THINGS})?') for part, words in _PARTS.items()}
 
 def part_name(
@@ -272,37 +394,70 @@ def part_name(
     key = same_name_key(text)
     return next((part for part, pattern in _PART.items() if pattern.fullmatch(key)), '')
 
+# %% ../../nbs/01b_data.listing.ipynb #cf3bb6b9
 def _class_folders(root:Path)->list[str]:
     "Folders of classes, relative to the root: those in it, or in its folders of parts; links that lead nowhere too."
     def below(folder, prefix=''):
         try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
         except OSError: return []
         entries = [e for e in entries if not is_no_data(e)]
-        return [prefix + e.name for e in entries if os.path.isdir(e.path) or e.is_symlink() and not os.path.exists(e.path) and '.' not in e.name]
-    return [d for top in below(root) for d in (below(root/top, f'{top}/') if part_name(top) else [top])]
+        return [
+            prefix + e.name
+            for e in entries
+            if os.path.isdir(e.path)
+            or e.is_symlink()
+            and not os.path.exists(e.path)
+            and '.' not in e.name
+        ]
+    return [
+        d
+        for top in below(root)
+        for d in (below(root / top, f'{top}/') if part_name(top) else [top])
+    ]
 
+# %% ../../nbs/01b_data.listing.ipynb #3f039837
 def with_empty_classes(
     listing:Listing,               # what a source found
     classes:tuple[str, ...]|None,  # `data.classes`; None: every folder of the level is one
 )->Listing:
     "The listing with a finding for each class folder that gives no image and has no other error."
-    named = listing.findings.path[(listing.findings.severity == 'error') | (listing.findings.problem == 'annotation-folder')]
+    named = listing.findings.path[
+        (listing.findings.severity == 'error') | (listing.findings.problem == 'annotation-folder')
+    ]
     used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *named] for n in (1, 2)}
     found = []
     for d in _class_folders(listing.root):
         if d in used: continue
         wanted = not classes or d.rpartition('/')[2] in classes
-        found.append(finding(d, 'empty-class' if wanted else 'folder-without-image', _what_is_in(listing, d), '' if wanted else 'not used'))
+        found.append(
+            finding(
+                d,
+                'empty-class' if wanted else 'folder-without-image',
+                _what_is_in(listing, d),
+                '' if wanted else 'not used',
+            )
+        )
     if not found: return listing
     rows = pd.DataFrame(found, columns=list(FINDING_COLUMNS)).astype('str')
     others = listing.findings[~listing.findings.path.isin(rows.path)]
-    return replace(listing, findings=pd.concat([others, rows]).sort_values(['path', 'problem'], ignore_index=True))
+    return replace(
+        listing,
+        findings=pd.concat([others, rows]).sort_values(['path', 'problem'], ignore_index=True),
+    )
 
+# %% ../../nbs/01b_data.listing.ipynb #3b8eaba4
 def _what_is_in(listing:Listing, folder:str)->str:
     "Why a folder gives no image, in words."
     path, f = listing.root/folder, listing.findings
     if not path.exists(): return f"a link that leads nowhere ({os.readlink(path)})"
-    if len(link := f[(f.path == folder) & (f.problem == 'linked-folder') & (f.action == 'not used')]): return f"a link that {link.detail.iloc[0]}"
+    if len(
+        link := f[(f.path == folder) & (f.problem == 'linked-folder') & (f.action == 'not used')]
+    ):
+        return f"a link that {link.detail.iloc[0]}"
     inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
     kinds = inside.map(lambda p: Path(p).suffix or 'without ending').value_counts()
-    return f"no picture in it, but {', '.join(f'{n} {k}' for k, n in kinds.items())}" if len(kinds) else "no file in it"
+    return (
+        f"no picture in it, but {', '.join(f'{n} {k}' for k, n in kinds.items())}"
+        if len(kinds)
+        else "no file in it"
+    )

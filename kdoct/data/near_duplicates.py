@@ -40,7 +40,10 @@ def polar_map(
     "Grey values on rings around the middle."
     a = np.asarray(im.convert('L').resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     (y, fy), (x, fx) = ((np.floor(p).astype(int), p%1) for p in _sampling())
-    top, low = ((1 - fx)*a[k, x] + fx*a[k, np.minimum(x + 1, SIDE - 1)] for k in (y, np.minimum(y + 1, SIDE - 1)))
+    top, low = (
+        (1 - fx) * a[k, x] + fx * a[k, np.minimum(x + 1, SIDE - 1)]
+        for k in (y, np.minimum(y + 1, SIDE - 1))
+    )
     return np.rint((1 - fy)*top + fy*low).astype(np.uint8)
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #7dab338f
@@ -69,6 +72,7 @@ def _spectra(maps:np.ndarray, lowest:int)->tuple[np.ndarray, np.ndarray]:
     twice[[0, -1]] = 1
     return f, (f.real**2 + f.imag**2)@twice
 
+# %% ../../nbs/01s_data.near_duplicates.ipynb #e97696d9
 def agreement(
     a:np.ndarray,      # uint8 (n, RINGS, ANGLES), from `polar_map`
     b:np.ndarray,      # uint8 (n, RINGS, ANGLES)
@@ -79,17 +83,25 @@ def agreement(
     most, best = round(math.log(profile.zoom)/_STEP), np.full(len(a), -1, np.float32)
     bins = np.arange(ANGLES)
     upright = np.minimum(bins, ANGLES - bins)*360/ANGLES <= profile.turn
-    upside = upright | np.roll(upright, ANGLES//2)   # both flips: upright and left to right are mirror images, 180 degrees apart
+    # both flips: upright and left to right are mirror images, 180 degrees apart
+    upside = upright | np.roll(upright, ANGLES//2)
     for shift in range(-most, most + 1):
-        i, j = (slice(shift, None), slice(0, RINGS - shift)) if shift >= 0 else (slice(0, RINGS + shift), slice(-shift, None))
+        i, j = (
+            (slice(shift, None), slice(0, RINGS - shift))
+            if shift >= 0
+            else (slice(0, RINGS + shift), slice(-shift, None))
+        )
         norm = np.sqrt(ea[:, i].sum(1)*eb[:, j].sum(1)) + 1e-6
-        for other, allowed in ((fb.conj(), upside if profile.flips else upright), (fb, upside))[:1 + profile.flips]:
+        for other, allowed in ((fb.conj(), upside if profile.flips else upright), (fb, upside))[
+            : 1 + profile.flips
+        ]:
             c = np.fft.irfft((fa[:, i]*other[:, j]).sum(1), ANGLES, axis=1)*ANGLES
             best = np.maximum(best, c[:, allowed].max(1)/norm)
     return best
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #a25c78f0
-ARCH, LOOK, NEAREST, VERSION = 'tf_efficientnet_lite0', 128, 24, 2   # backbone; side it sees [px]; proposals an image; of the method
+# backbone; side it sees [px]; proposals an image; of the method
+ARCH, LOOK, NEAREST, VERSION = 'tf_efficientnet_lite0', 128, 24, 2
 
 def _backbone():
     "The packaged backbone; `KdoctError` names the package where it is missing."
@@ -97,8 +109,13 @@ def _backbone():
     import torch
 
     from kdoct.data.packaged_weights import load_packaged_weights
-    return load_packaged_weights(timm.create_model(ARCH), ARCH).eval().to(memory_format=torch.channels_last)
+    return (
+        load_packaged_weights(timm.create_model(ARCH), ARCH)
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
 
+# %% ../../nbs/01s_data.near_duplicates.ipynb #7df630c7
 def embed(
     pixels:np.ndarray,  # uint8 (n, LOOK, LOOK, 3)
     body,               # from `_backbone`
@@ -109,7 +126,12 @@ def embed(
     total = 0
     with torch.inference_mode():
         for dims in ([], [3], [2], [2, 3]):
-            h, out = body.bn1(body.conv_stem(x.flip(dims).contiguous(memory_format=torch.channels_last))), []
+            h, out = (
+                body.bn1(
+                    body.conv_stem(x.flip(dims).contiguous(memory_format=torch.channels_last))
+                ),
+                [],
+            )
             for stage in body.blocks:
                 h = stage(h)
                 out.append(h.mean((2, 3)))
@@ -155,8 +177,13 @@ def _progress(done:int, total:int, start:float, every:int):
     if total > every and done//every > (done - 1)//every or done == total > every:
         took = time.time() - start
         left = took/done*(total - done)
-        print(f"near-duplicates: {done} of {total} images seen, {human_time(took)}, about {human_time(left)} to go", flush=True)
+        print(
+            f"near-duplicates: {done} of {total} images seen, {human_time(took)}, about "
+            f"{human_time(left)} to go",
+            flush=True,
+        )
 
+# %% ../../nbs/01s_data.near_duplicates.ipynb #dd4edae4
 def _all_looks(paths:list[Path], batch:int=32)->tuple[np.ndarray, np.ndarray]:
     "Rings (n, RINGS, ANGLES) and features (n, features) of all files."
     body, maps, features, start, seen = _backbone(), [], [], time.time(), 0
@@ -165,15 +192,21 @@ def _all_looks(paths:list[Path], batch:int=32)->tuple[np.ndarray, np.ndarray]:
             looks = list(pool.map(_look, paths[k:k + batch]))
             maps += [m for m, _ in looks]
             features.append(embed(np.stack([p for _, p in looks]), body).astype(np.float16))
-            if (seen := k + len(looks))%1024 < batch or seen == len(paths): _progress(seen, len(paths), start, 1024)
+            if (seen := k + len(looks))%1024 < batch or seen == len(paths):
+                _progress(seen, len(paths), start, 1024)
     return np.stack(maps), np.concatenate(features)
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #45fa8978
 def _cache_path(sha256:list[str], profile:Profile)->Path:
     "Where the scores of these images are kept."
-    said = f'{VERSION} {ARCH} {LOOK} {NEAREST} {profile.turn} {profile.zoom} {profile.flips} {profile.lowest} ' + ' '.join(sha256)
+    said = (
+        f'{VERSION} {ARCH} {LOOK} {NEAREST} {profile.turn} {profile.zoom} {profile.flips} '
+        f'{profile.lowest} '
+        + ' '.join(sha256)
+    )
     return outputs_root()/'cache'/f'twins-{hashlib.sha256(said.encode()).hexdigest()[:24]}.npz'
 
+# %% ../../nbs/01s_data.near_duplicates.ipynb #d75d7d26
 def proposals(
     paths:list[Path],    # image files
     sha256:list[str],    # their hashes
@@ -184,8 +217,13 @@ def proposals(
     if file.exists():
         with np.load(file, allow_pickle=False) as z: return z['pairs'], z['scores']
     maps, features = _all_looks(paths)
-    pairs = np.unique(np.concatenate([neighbours(features), neighbours(ring_spectra(maps))]), axis=0)
-    scores = [agreement(maps[p[:, 0]], maps[p[:, 1]], profile) for p in np.array_split(pairs, max(1, len(pairs)//1024))]
+    pairs = np.unique(
+        np.concatenate([neighbours(features), neighbours(ring_spectra(maps))]), axis=0
+    )
+    scores = [
+        agreement(maps[p[:, 0]], maps[p[:, 1]], profile)
+        for p in np.array_split(pairs, max(1, len(pairs) // 1024))
+    ]
     scores = np.concatenate(scores).astype(np.float32)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as tmp, open(tmp, 'wb') as f: np.savez(f, pairs=pairs, scores=scores)
@@ -240,10 +278,27 @@ def find_near_duplicates(
     "Which images are near-duplicates of which; `KdoctError` if the backbone's package is missing."
     t = table.sort_values('path', ignore_index=True)
     if len(t) < 2: return pd.DataFrame(columns=['path', 'twin', 'agreement', 'set'])
-    pairs, scores = proposals([Path(os.path.join(root, p)) for p in t.path], list(t.sha256), profile)
-    group = joined(linked_groups(len(t), pairs[scores >= profile.threshold]), pairs, scores, profile.join)
-    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & (scores >= min(profile.threshold, profile.join))
-    both = pd.DataFrame(np.vstack([pairs[inside], pairs[inside][:, ::-1]]), columns=['image', 'twin']).assign(agreement=np.tile(scores[inside], 2))
-    best = both.sort_values(['image', 'agreement'], ascending=[True, False], kind='stable').drop_duplicates('image')
+    pairs, scores = proposals(
+        [Path(os.path.join(root, p)) for p in t.path], list(t.sha256), profile
+    )
+    group = joined(
+        linked_groups(len(t), pairs[scores >= profile.threshold]), pairs, scores, profile.join
+    )
+    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & (
+        scores >= min(profile.threshold, profile.join)
+    )
+    both = pd.DataFrame(
+        np.vstack([pairs[inside], pairs[inside][:, ::-1]]), columns=['image', 'twin']
+    ).assign(agreement=np.tile(scores[inside], 2))
+    best = both.sort_values(
+        ['image', 'agreement'], ascending=[True, False], kind='stable'
+    ).drop_duplicates('image')
     path = t.path.to_numpy()
-    return pd.DataFrame(dict(path=path[best.image], twin=path[best.twin], agreement=best.agreement.to_numpy(), set=path[group[best.image]]))
+    return pd.DataFrame(
+        dict(
+            path=path[best.image],
+            twin=path[best.twin],
+            agreement=best.agreement.to_numpy(),
+            set=path[group[best.image]],
+        )
+    )

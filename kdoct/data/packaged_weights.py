@@ -16,7 +16,13 @@ from ..core.files import KdoctError
 from ..core.recipe import PACKAGED_WEIGHTS, require_packaged_weights
 
 # %% ../../nbs/01q_data.packaged_weights.ipynb #cc8e31cf
-_OUTER = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
+_OUTER = {
+    '_conv_stem': 'conv_stem',
+    '_bn0': 'bn1',
+    '_conv_head': 'conv_head',
+    '_bn1': 'bn2',
+    '_fc': 'classifier',
+}
 _FIRST = {'_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
 _INNER = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2',
           '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
@@ -43,7 +49,9 @@ def probe_picture(
 )->torch.Tensor:     # (1, 3, size, size), in [-1, 1]
     "A fixed picture without symmetry, for comparing networks."
     y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing='ij')
-    return torch.stack([torch.sin(7*x + 3*y*y), torch.cos(5*y - 4*x*x), torch.sin(11*x*y + 1)])[None]
+    return torch.stack(
+        [torch.sin(7 * x + 3 * y * y), torch.cos(5 * y - 4 * x * x), torch.sin(11 * x * y + 1)]
+    )[None]
 
 # First five logits of `probe_picture`, from the plain re-implementation in tests/test_models.py.
 _EXPECTED = {
@@ -60,8 +68,10 @@ def check_numbers(
     with torch.inference_mode(): got = body.eval()(probe_picture())[0, :5].float()
     want = torch.tensor(_EXPECTED[arch])
     if not torch.allclose(got, want, atol=2e-3):
-        raise KdoctError(f"{arch} with the installed weights gives {got.tolist()}, not {want.tolist()}.",
-                         fix="timm or the weight package has changed; install the versions that kdoct asks for.")
+        raise KdoctError(
+            f"{arch} with the installed weights gives {got.tolist()}, not {want.tolist()}.",
+            fix="timm or the weight package has changed; install the versions that kdoct asks for.",
+        )
 
 # %% ../../nbs/01q_data.packaged_weights.ipynb #43d50830
 def load_packaged_weights(

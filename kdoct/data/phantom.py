@@ -27,7 +27,19 @@ PHANTOM_VERSION = 1 # raised whenever the same seed no longer gives the same pix
 CLASSES = ('NORMAL', 'DRUSEN', 'CNV', 'DME')
 EYES = ('OD', 'OS') # right, left
 LAYERS = ('NFL', 'GCL+IPL', 'INL', 'OPL', 'ONL', 'EZ', 'SRF', 'RPE', 'sub-RPE', 'choroid')
-BOUNDARIES = ('ILM', 'NFL/GCL', 'IPL/INL', 'INL/OPL', 'OPL/ONL', 'ONL/EZ', 'EZ end', 'RPE top', 'RPE end', 'BM', 'CSI')
+BOUNDARIES = (
+    'ILM',
+    'NFL/GCL',
+    'IPL/INL',
+    'INL/OPL',
+    'OPL/ONL',
+    'ONL/EZ',
+    'EZ end',
+    'RPE top',
+    'RPE end',
+    'BM',
+    'CSI',
+)
 FIELD_MM = 6.    # width of a B-scan
 DEPTH_UM = 1920. # height of a B-scan
 _I = {name: i for i, name in enumerate(LAYERS)}
@@ -44,14 +56,42 @@ class Device:
     lateral_um:float # lateral resolution, FWHM [µm]
     rolloff:float    # sensitivity lost from 30 % of the depth to the bottom [fraction]
 
+# %% ../../nbs/01d_data.phantom.ipynb #0c743ca2
 DEVICES = {
-    'A': Device(contrast=1.25, noise=.055, black=.060, frames=6, axial_um=8., lateral_um=22., rolloff=.3),
-    'B': Device(contrast=1.00, noise=.085, black=.055, frames=3, axial_um=11., lateral_um=30., rolloff=.2),
-    'C': Device(contrast=1.10, noise=.070, black=.080, frames=2, axial_um=14., lateral_um=24., rolloff=.1),
+    'A': Device(
+        contrast=1.25,
+        noise=0.055,
+        black=0.060,
+        frames=6,
+        axial_um=8.0,
+        lateral_um=22.0,
+        rolloff=0.3,
+    ),
+    'B': Device(
+        contrast=1.00,
+        noise=0.085,
+        black=0.055,
+        frames=3,
+        axial_um=11.0,
+        lateral_um=30.0,
+        rolloff=0.2,
+    ),
+    'C': Device(
+        contrast=1.10,
+        noise=0.070,
+        black=0.080,
+        frames=2,
+        axial_um=14.0,
+        lateral_um=24.0,
+        rolloff=0.1,
+    ),
 }
 
 # %% ../../nbs/01d_data.phantom.ipynb #e770e53b
-_STREAMS = {name: i for i, name in enumerate(('diagnosis', 'device', 'anatomy', 'lesion', 'scan', 'speckle'))}
+_STREAMS = {
+    name: i
+    for i, name in enumerate(('diagnosis', 'device', 'anatomy', 'lesion', 'scan', 'speckle'))
+}
 
 def _rng(stream, seed, patient=-1, eye=-1, slice=-1):
     "The generator of one question about one patient, eye or slice (-1: the level is not meant)."
@@ -113,17 +153,43 @@ class _Anatomy(NamedTuple):
     nasal: int         # 1: the nose is to the right (OD)
     vessels: np.ndarray # a column each: position, half width [mm], shadow [0-1], drift across slices
 
+# %% ../../nbs/01d_data.phantom.ipynb #62de2c7b
 def _eye_anatomy(seed, patient, eye):
     "What stays the same in all slices of an eye."
     p, e = _rng('anatomy', seed, patient), _rng('anatomy', seed, patient, eye)
-    scale, pit, choroid, curve = p.uniform(.88, 1.12), p.uniform(.28, .42), p.uniform(160, 330), p.normal(8, 7)
+    scale, pit, choroid, curve = (
+        p.uniform(0.88, 1.12),
+        p.uniform(0.28, 0.42),
+        p.uniform(160, 330),
+        p.normal(8, 7),
+    )
     n = int(e.integers(2, 6))
-    vessels = np.stack([e.uniform(-3, 3, n), e.uniform(.03, .1, n), e.uniform(.15, .5, n), e.normal(0, .5, n)])
-    return _Anatomy(scale, pit, e.uniform(-.55, .55), choroid * e.uniform(.93, 1.07), curve, 1 - 2 * eye, vessels)
+    vessels = np.stack(
+        [e.uniform(-3, 3, n), e.uniform(0.03, 0.1, n), e.uniform(0.15, 0.5, n), e.normal(0, 0.5, n)]
+    )
+    return _Anatomy(
+        scale,
+        pit,
+        e.uniform(-0.55, 0.55),
+        choroid * e.uniform(0.93, 1.07),
+        curve,
+        1 - 2 * eye,
+        vessels,
+    )
 
 # %% ../../nbs/01d_data.phantom.ipynb #c9eeb478
-_THICKNESS = np.array([ # µm at 1 mm from the fovea, in its centre, and at 3 mm: NFL ... sub-RPE
-    (26, 3, 34), (88, 9, 58), (40, 7, 34), (27, 15, 25), (72, 104, 60), (42, 46, 40), (0, 0, 0), (24, 25, 23)])
+_THICKNESS = np.array(
+    [  # µm at 1 mm from the fovea, in its centre, and at 3 mm: NFL ... sub-RPE
+        (26, 3, 34),
+        (88, 9, 58),
+        (40, 7, 34),
+        (27, 15, 25),
+        (72, 104, 60),
+        (42, 46, 40),
+        (0, 0, 0),
+        (24, 25, 23),
+    ]
+)
 
 def _healthy_thickness(anatomy, x, z):
     "Thickness [µm] of the layers from NFL to RPE (8, len(x)) at `x` mm along the slice that lies `z` mm off the fovea."
@@ -173,7 +239,14 @@ def _cnv(rng, x, s, x0):
     fluid = _mounds(x, x0 + rng.choice([-1, 1]) * rng.uniform(.1, .6), rng.uniform(.35, .8), wet, 3)
     solid = (kind > .6) * (35 + 100 * s * rng.random())
     material = _mounds(x, x0 + rng.uniform(-.25, .25), rng.uniform(.15, .4), solid)
-    return _Lesion(sub, fluid + material, material / (fluid + material + 8), 0 * x, np.zeros((0, 4)), np.zeros((0, 4)))
+    return _Lesion(
+        sub,
+        fluid + material,
+        material / (fluid + material + 8),
+        0 * x,
+        np.zeros((0, 4)),
+        np.zeros((0, 4)),
+    )
 
 # %% ../../nbs/01d_data.phantom.ipynb #c6f67b95
 def _dme(rng, x, s, x0):
@@ -186,7 +259,9 @@ def _dme(rng, x, s, x0):
     thick = _mounds(x, x0, rng.uniform(.6, 1.3), 25 + 210 * s * rng.uniform(.4, 1), 2)
     foci = np.stack([x0 + rng.normal(0, .6, k), rng.uniform(1.5, 4.6, k), rng.uniform(.012, .03, k),
                      rng.uniform(8, 16, k)], 1)
-    fluid = _mounds(x, x0 + rng.normal(0, .2), rng.uniform(.3, .7), (rng.random() < .2) * (30 + 70 * s), 3)
+    fluid = _mounds(
+        x, x0 + rng.normal(0, 0.2), rng.uniform(0.3, 0.7), (rng.random() < 0.2) * (30 + 70 * s), 3
+    )
     return _Lesion(0 * x, fluid, 0 * x, thick, np.stack([centre, depth, wide, tall], 1), foci)
 
 # %% ../../nbs/01d_data.phantom.ipynb #640ce6d9
@@ -195,7 +270,10 @@ _LESIONS = dict(DRUSEN=_drusen, CNV=_cnv, DME=_dme)
 def _slice_lesion(seed, patient, eye, slice, diagnosis, severity, x):
     "The lesion of one slice; all zero at severity 0."
     if severity <= 0: return _Lesion(0 * x, 0 * x, 0 * x, 0 * x, np.zeros((0, 4)), np.zeros((0, 4)))
-    place, r = _rng('lesion', seed, patient, eye, 0).normal(0, 1), _rng('lesion', seed, patient, eye, slice + 1)
+    place, r = (
+        _rng('lesion', seed, patient, eye, 0).normal(0, 1),
+        _rng('lesion', seed, patient, eye, slice + 1),
+    )
     return _LESIONS[diagnosis](r, x, severity, float(np.clip(place + r.normal(0, .15), -2.3, 2.3)))
 
 # %% ../../nbs/01d_data.phantom.ipynb #94effa4d
@@ -208,16 +286,26 @@ def _boundary_rows(anatomy, lesion, x, z, rng, height):
     t[6] = lesion.fluid
     sub = np.maximum(lesion.sub_rpe, np.clip(4 * _wave(rng, x, 70), 0, 7)) # no RPE is perfectly smooth
     tilt, bend = np.clip(rng.normal(0, 32), -80, 80), anatomy.curve_um + rng.normal(0, 3)
-    bm = rng.uniform(.42, .68) * DEPTH_UM + tilt * x - bend * (x - rng.uniform(-.5, .5))**2 + 4 * _wave(rng, x, 9)
+    bm = (
+        rng.uniform(0.42, 0.68) * DEPTH_UM
+        + tilt * x
+        - bend * (x - rng.uniform(-0.5, 0.5)) ** 2
+        + 4 * _wave(rng, x, 9)
+    )
     above = np.cumsum(np.concatenate([sub[None], t[::-1]]), 0)
     csi = bm + anatomy.choroid_um * (1 + .08 * _wave(rng, x, 12))
-    return (np.concatenate([(bm - above)[::-1], bm[None], csi[None]]) * (height / DEPTH_UM)).astype(np.float32)
+    return (np.concatenate([(bm - above)[::-1], bm[None], csi[None]]) * (height / DEPTH_UM)).astype(
+        np.float32
+    )
 
 # %% ../../nbs/01d_data.phantom.ipynb #f37df6e2
 def _layer_coordinate(rows, height):
     "Layer coordinate (height, width) for boundary rows; 0 above the ILM, up to 11 deep in the sclera."
     rows = np.concatenate([rows, rows[-1:] + .55 * height])
-    u, r = np.zeros((height, rows.shape[1]), np.float32), np.arange(height, dtype=np.float32)[:, None]
+    u, r = (
+        np.zeros((height, rows.shape[1]), np.float32),
+        np.arange(height, dtype=np.float32)[:, None],
+    )
     for top, end in zip(rows[:-1], rows[1:], strict=True):
         a, b = (int(np.clip(v, 0, height)) for v in (top.min(), end.max() + 2)) # rows this layer touches
         part = r[a:b] - top
@@ -230,9 +318,19 @@ def _layer_coordinate(rows, height):
 
 # %% ../../nbs/01d_data.phantom.ipynb #b9479c23
 _STEPS = 32 # samples a layer
-_REFLECT = ([.72, .8, .72], [.5, .46, .48, .54], [.37, .34, .36], [.5, .56, .48], [.34, .3, .28, .28, .29, .45, .28],
-            [.88, .98, .6, .42, .5], [.06, .05, .06], [.95, 1.15, 1.1, .75], [.42, .46, .42, .55],
-            [.5, .44, .37, .31, .26], [.22, .13, .08, .05, .035, .025])
+_REFLECT = (
+    [0.72, 0.8, 0.72],
+    [0.5, 0.46, 0.48, 0.54],
+    [0.37, 0.34, 0.36],
+    [0.5, 0.56, 0.48],
+    [0.34, 0.3, 0.28, 0.28, 0.29, 0.45, 0.28],
+    [0.88, 0.98, 0.6, 0.42, 0.5],
+    [0.06, 0.05, 0.06],
+    [0.95, 1.15, 1.1, 0.75],
+    [0.42, 0.46, 0.42, 0.55],
+    [0.5, 0.44, 0.37, 0.31, 0.26],
+    [0.22, 0.13, 0.08, 0.05, 0.035, 0.025],
+)
 _TEXTURE = (.12, .1, .08, .1, .08, .12, .1, .1, .3, .42, .3) # relative strength of the tissue's own texture
 
 @lru_cache(maxsize=8)
@@ -335,7 +433,9 @@ def _paint_vitreous(img, rows, x, rng):
     h = len(img)
     y = np.minimum(rows[9] - (350 + line) * h / DEPTH_UM, rows[0] - 2) # by BM, which no lesion moves
     a, b = (int(np.clip(v, 0, h)) for v in (y.min() - 4, y.max() + 4))
-    img[a:b] += light * np.exp(-.5 * (np.arange(a, b, dtype=np.float32)[:, None] - y.astype(np.float32))**2)
+    img[a:b] += light * np.exp(
+        -0.5 * (np.arange(a, b, dtype=np.float32)[:, None] - y.astype(np.float32)) ** 2
+    )
 
 def _light(img, u, anatomy, device, x, z, rng):
     "Shadows, vignetting, brightness and roll-off, applied to `img` in place."
@@ -381,13 +481,21 @@ def _check_size(seed, patients, slices, height, width):
     for name, value, least in (('seed', seed, 0), ('patients', patients, 1), ('slices', slices, 1),
                                ('height', height, 64), ('width', width, 64)):
         if int(value) != value or value < least:
-            raise KdoctError(f"{name}={value!r} is not possible for a phantom.", fix=f"Give a whole number >= {least}.")
+            raise KdoctError(
+                f"{name}={value!r} is not possible for a phantom.",
+                fix=f"Give a whole number >= {least}.",
+            )
 
+# %% ../../nbs/01d_data.phantom.ipynb #5b188dfb
 def _check_slice(eye, diagnosis):
     "`KdoctError` for an eye or diagnosis that does not exist."
-    if eye not in (0, 1): raise KdoctError(f"eye={eye!r} does not exist.", fix="Give 0 for OD or 1 for OS.")
+    if eye not in (0, 1):
+        raise KdoctError(f"eye={eye!r} does not exist.", fix="Give 0 for OD or 1 for OS.")
     if diagnosis is not None and diagnosis not in CLASSES:
-        raise KdoctError(f"diagnosis={diagnosis!r} is unknown.", fix=f"Give one of {', '.join(CLASSES)}, or None.")
+        raise KdoctError(
+            f"diagnosis={diagnosis!r} is unknown.",
+            fix=f"Give one of {', '.join(CLASSES)}, or None.",
+        )
 
 # %% ../../nbs/01d_data.phantom.ipynb #7ab2e48f
 def simulate_bscan(
@@ -405,7 +513,10 @@ def simulate_bscan(
     _check_slice(eye, diagnosis)
     diagnosis, name = diagnosis or patient_diagnosis(seed, patient), patient_device(seed, patient)
     anatomy, z, device = _eye_anatomy(seed, patient, eye), slice_offset(slice), DEVICES[name]
-    x, scan = ((np.arange(width) + .5) / width - .5) * FIELD_MM, _rng('scan', seed, patient, eye, slice)
+    x, scan = (
+        ((np.arange(width) + 0.5) / width - 0.5) * FIELD_MM,
+        _rng('scan', seed, patient, eye, slice),
+    )
     severity = slice_severity(seed, patient, eye, slice, diagnosis)
     lesion = _slice_lesion(seed, patient, eye, slice, diagnosis, severity, x)
     rows = _boundary_rows(anatomy, lesion, x, z, scan, height)
@@ -413,13 +524,18 @@ def simulate_bscan(
     image = _detect(img, device, _rng('speckle', seed, patient, eye, slice))
     return BScan(image, mask, diagnosis if severity > 0 else 'NORMAL', diagnosis, rows, name)
 
+# %% ../../nbs/01d_data.phantom.ipynb #09daf653
 def _reflect(rows, lesion, severity, anatomy, device, x, z, rng, height):
     "Light that comes back from the tissue, and the lesion's mask, both (height, len(x))."
     u = _layer_coordinate(rows, height)
     index = (u * _STEPS).astype(np.int16).astype(np.intp)
     reflect, strength = _tables(device.contrast)
     img, grain = reflect.take(index), strength.take(index)
-    mask = _paint_lesion(img, u, rows, lesion, device.contrast) if severity > 0 else np.zeros(img.shape, bool)
+    mask = (
+        _paint_lesion(img, u, rows, lesion, device.contrast)
+        if severity > 0
+        else np.zeros(img.shape, bool)
+    )
     grain *= _texture(rng, *img.shape)
     grain += 1
     img *= np.maximum(grain, 0, out=grain)
@@ -441,8 +557,19 @@ def phantom_table(
         for (e, eye), k in ((i, k) for i in enumerate(EYES) for k in range(slices)):
             label = diagnosis if slice_severity(seed, p, e, k, diagnosis) > 0 else 'NORMAL'
             tail = f'{name}/{eye}/{k:03d}.png'
-            rows.append(dict(path=f'images/{tail}', label=label, diagnosis=diagnosis, patient=name, eye=eye,
-                             volume=f'{name}-{eye}', slice=k, device=device, mask=f'masks/{tail}'))
+            rows.append(
+                dict(
+                    path=f'images/{tail}',
+                    label=label,
+                    diagnosis=diagnosis,
+                    patient=name,
+                    eye=eye,
+                    volume=f'{name}-{eye}',
+                    slice=k,
+                    device=device,
+                    mask=f'masks/{tail}',
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/01d_data.phantom.ipynb #02eda078
@@ -475,11 +602,16 @@ def _claim(root, wanted):
         found = read_json(file)
         if found == wanted: return
         differ = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-        raise KdoctError(f"{root} holds a phantom made with other parameters (there, wanted): {differ}.",
-                         fix="Give another folder or the parameters it was made with, or delete it.")
+        raise KdoctError(
+            f"{root} holds a phantom made with other parameters (there, wanted): {differ}.",
+            fix="Give another folder or the parameters it was made with, or delete it.",
+        )
     other = [n for n in ('images', 'masks', 'table.csv') if (root / n).exists()]
-    if other: raise KdoctError(f"{root} holds {', '.join(other)} but no phantom.json: it is not a phantom.",
-                               fix="Give an empty or new folder.")
+    if other:
+        raise KdoctError(
+            f"{root} holds {', '.join(other)} but no phantom.json: it is not a phantom.",
+            fix="Give an empty or new folder.",
+        )
     write_json(file, wanted)
 
 # %% ../../nbs/01d_data.phantom.ipynb #c2583e74
@@ -494,15 +626,31 @@ def write_phantom(
 )->pd.DataFrame:     # the table, see `phantom_table`
     "Write a phantom, or finish one; `KdoctError` if `root` holds another one or something else."
     _check_size(seed, patients, slices, height, width)
-    if processes < 1: raise KdoctError(f"processes={processes!r} cannot work.", fix="Give a whole number >= 1.")
+    if processes < 1:
+        raise KdoctError(f"processes={processes!r} cannot work.", fix="Give a whole number >= 1.")
     root, table = Path(root), phantom_table(seed, patients, slices)
-    jobs = [(str(root), seed, p, e, k, height, width) for p in range(patients) for e in (0, 1) for k in range(slices)]
+    jobs = [
+        (str(root), seed, p, e, k, height, width)
+        for p in range(patients)
+        for e in (0, 1)
+        for k in range(slices)
+    ]
     with locked(root / 'phantom', what=f'the phantom in {root}', wait=600):
-        _claim(root, dict(simulator=PHANTOM_VERSION, seed=seed, patients=patients, slices=slices, height=height,
-                          width=width))
+        _claim(
+            root,
+            dict(
+                simulator=PHANTOM_VERSION,
+                seed=seed,
+                patients=patients,
+                slices=slices,
+                height=height,
+                width=width,
+            ),
+        )
         if processes == 1: wrote = [_write_slice(j) for j in jobs]
         else:
-            with ProcessPoolExecutor(processes) as pool: wrote = list(pool.map(_write_slice, jobs, chunksize=8))
+            with ProcessPoolExecutor(processes) as pool:
+                wrote = list(pool.map(_write_slice, jobs, chunksize=8))
         if any(wrote) or not (root / 'table.csv').exists():
             with atomic_path(root / 'table.csv') as tmp: table.to_csv(tmp, index=False)
     return table

@@ -28,12 +28,17 @@ def source(
 # %% ../../nbs/01u_data.registry.ipynb #266017cb
 LAYOUTS = {  # source -> what its root must look like
     'ucsd': "DIR/CLASS/CLASS-NUMBER-INDEX.jpeg, or DIR/train/CLASS/... and DIR/test/CLASS/...",
-    'neh': "DIR/data_information.csv and DIR/CLASS/NUMBER/[OD|OS/]INDEX_LABEL.jpg (.tif); the class folders may lie one folder deeper",
-    'folder': "DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched), or DIR/train|val|test/CLASS/*.png",
-    'covid_qu_ex': "DIR/Train|Val|Test/COVID-19|Non-COVID|Normal/images/*.png beside 'lung masks' (or 'infection masks'); DIR may be one or two folders higher",
-    'lc25000': "DIR/lung_colon_image_set/lung_image_sets|colon_image_sets/CLASS/*.jpeg, or DIR/CLASS/*.jpeg; CLASS one of colon_aca, colon_n, "
-               "lung_aca, lung_n, lung_scc",
-    'csv': "a CSV file (or text with ; tab |) with one row an image, or a folder with table.csv; columns path, label, and patient or group",
+    'neh': "DIR/data_information.csv and DIR/CLASS/NUMBER/[OD|OS/]INDEX_LABEL.jpg (.tif); the "
+           "class folders may lie one folder deeper",
+    'folder': "DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched), or "
+              "DIR/train|val|test/CLASS/*.png",
+    'covid_qu_ex': "DIR/Train|Val|Test/COVID-19|Non-COVID|Normal/images/*.png beside 'lung masks' "
+                   "(or 'infection masks'); DIR may be one or two folders higher",
+    'lc25000': "DIR/lung_colon_image_set/lung_image_sets|colon_image_sets/CLASS/*.jpeg, or "
+               "DIR/CLASS/*.jpeg; CLASS one of colon_aca, colon_n, "
+    "lung_aca, lung_n, lung_scc",
+    'csv': "a CSV file (or text with ; tab |) with one row an image, or a folder with table.csv; "
+           "columns path, label, and patient or group",
     'phantom': "a folder written by kdoct.data.phantom.write_phantom, or none: it is made",
 }
 

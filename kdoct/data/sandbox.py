@@ -42,7 +42,8 @@ def bad_image(
     e:Exception,  # raised while a file was read
 )->BadImage:      # the same with a kind and a detail that quotes no header
     "What an exception of a reader means."
-    if isinstance(e, MemoryError) or isinstance(e.__cause__, MemoryError): return BadImage('too-much-memory', READ_PROBLEMS['too-much-memory'])
+    if isinstance(e, MemoryError) or isinstance(e.__cause__, MemoryError):
+        return BadImage('too-much-memory', READ_PROBLEMS['too-much-memory'])
     if isinstance(e, BadImage): return e
     if isinstance(e, KdoctError): return BadImage('refused', e.problem)
     return BadImage('reader-failed', f"{READ_PROBLEMS['reader-failed']} ({type(e).__name__})")
@@ -50,7 +51,8 @@ def bad_image(
 # %% ../../nbs/01n_data.sandbox.ipynb #04ff9d86
 PLAIN_BYTES, PLAIN_PIXELS = 1 << 24, 1 << 24
 
-_OTHERS = (b'II', b'MM', b'GIF8', b'RIFF', b'\0\0\0\x0c', b'\xff\x4f\xff\x51')   # how TIFF, GIF, WebP and JPEG 2000 begin
+# how TIFF, GIF, WebP and JPEG 2000 begin
+_OTHERS = (b'II', b'MM', b'GIF8', b'RIFF', b'\0\0\0\x0c', b'\xff\x4f\xff\x51')
 
 def is_plain(
     path:str|Path,  # a file
@@ -63,8 +65,13 @@ def is_plain(
     if begin.startswith(_OTHERS): return False
     try:
         with Image.open(path, formats=('JPEG', 'PNG', 'BMP')) as im:
-            return im.format in ('JPEG', 'PNG', 'BMP') and im.width*im.height <= PLAIN_PIXELS and not im.info.get('progressive')
-    except (*DECODE_ERRORS, Image.DecompressionBombError): return True   # its header cannot be read; `decode_image` will stop there too, and name it
+            return (
+                im.format in ('JPEG', 'PNG', 'BMP')
+                and im.width * im.height <= PLAIN_PIXELS
+                and not im.info.get('progressive')
+            )
+    # its header cannot be read; `decode_image` will stop there too, and name it
+    except (*DECODE_ERRORS, Image.DecompressionBombError): return True
 
 # %% ../../nbs/01n_data.sandbox.ipynb #da088947
 def _limit_memory(gigabytes:float):
@@ -81,12 +88,18 @@ def _told(path:str, modality:str)->Iterator[tuple[dict, bytes]]:
     "What the process says about a file: head and pixels of each scan, and how it ended."
     try:
         for s in read_scans(path, modality):
-            yield dict(s._asdict(), image=None, path=str(s.path), mode=s.image.mode, size=s.image.size), s.image.tobytes()
+            yield (
+                dict(
+                    s._asdict(), image=None, path=str(s.path), mode=s.image.mode, size=s.image.size
+                ),
+                s.image.tobytes(),
+            )
     except Exception as e:  # noqa: BLE001 (named by `bad_image`)
         bad = bad_image(e)
         yield dict(kind=bad.kind, detail=bad.detail), b''
     else: yield dict(kind=''), b''
 
+# %% ../../nbs/01n_data.sandbox.ipynb #5e833cc6
 def serve(
     memory:float,  # address space that this process may have [GiB]
 ):
@@ -109,8 +122,10 @@ def _packed(head:dict)->bytes:
 
 # %% ../../nbs/01n_data.sandbox.ipynb #24d3bb06
 BYTES_PER_SECOND, PATIENCE = 20e6, 6
+
 _START = 120.   # the process imports the readers first; on a busy machine that takes a while [s]
 
+# %% ../../nbs/01n_data.sandbox.ipynb #b874156c
 class Reader:
     "A process that reads one file after the other; started when it is needed, ended when a file takes too long."
     code = "from kdoct.data.sandbox import serve; serve(float(sys.argv[2]))"   # what the process runs
@@ -137,7 +152,8 @@ class Reader:
                 if 'kind' in head: break
                 yield _scan(head)
         finally:
-            if head.get('kind', 'none') in ('none', 'too-much-memory'): self.close()   # too slow, crashed, or nobody wants the rest; or it has no memory left
+            # too slow, crashed, or nobody wants the rest; or it has no memory left
+            if head.get('kind', 'none') in ('none', 'too-much-memory'): self.close()
         if head['kind']: raise BadImage(head['kind'], head['detail'])
 
     def close(self):
@@ -147,6 +163,7 @@ class Reader:
         with self.process as p: p.wait()
         self.process = None
 
+# %% ../../nbs/01n_data.sandbox.ipynb #3db3de89
 def _bytes_of(path)->int:
     try: return os.path.getsize(path)
     except (OSError, ValueError): return 0
@@ -162,10 +179,17 @@ def _start(self:Reader):
     "Start the process, if there is none that works."
     if self.process is not None and self.process.poll() is None: return
     self.close()
-    code, root = "import sys; sys.path.append(sys.argv[1])\n" + self.code, str(Path(str(importlib.resources.files('kdoct'))).parent)
+    code, root = (
+        "import sys; sys.path.append(sys.argv[1])\n" + self.code,
+        str(Path(str(importlib.resources.files('kdoct'))).parent),
+    )
     few = {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'OPENBLAS', 'MKL')}   # each thread has address space of its own
-    self.process = subprocess.Popen([sys.executable, '-c', code, root, str(self.memory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    env={**os.environ, **few, 'PYTHONSAFEPATH': '1'})
+    self.process = subprocess.Popen(
+        [sys.executable, '-c', code, root, str(self.memory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **few, 'PYTHONSAFEPATH': '1'},
+    )
     self._hear(_START)
 
 @patch
@@ -176,6 +200,7 @@ def _ask(self:Reader, path:str, limit:float):
         self.process.stdin.flush()
     except OSError as e: raise self._ended() from e
 
+# %% ../../nbs/01n_data.sandbox.ipynb #1e907780
 @patch
 def _hear(self:Reader, seconds:float)->dict:
     "The next head, with the pixels that follow it; the process is killed when it takes longer."
@@ -186,7 +211,10 @@ def _hear(self:Reader, seconds:float)->dict:
     try:
         size = process.stdout.read(4)
         head = json.loads(process.stdout.read(*struct.unpack('>I', size)))
-        if 'mode' in head: head['pixels'] = _exactly(process.stdout, len(head['mode'])*head['size'][0]*head['size'][1])
+        if 'mode' in head:
+            head['pixels'] = _exactly(
+                process.stdout, len(head['mode']) * head['size'][0] * head['size'][1]
+            )
         return head
     except (struct.error, ValueError, EOFError) as e:   # the end of what it says
         raise self._ended(late.is_set()) from e
@@ -196,12 +224,18 @@ def _exactly(stream, n:int)->bytes:
     if len(out := stream.read(n)) < n: raise EOFError
     return out
 
+# %% ../../nbs/01n_data.sandbox.ipynb #9ff914d0
 @patch
 def _ended(self:Reader, late:bool=False)->BadImage:
     "What to say when the process is there no more."
     code = self.process.wait()
-    if late or code == -getattr(signal, 'SIGPROF', 0): return BadImage('too-slow', f"more than {self.seconds:g} s, and a second for each 20 MB")
-    return BadImage('reader-crashed', f"{READ_PROBLEMS['reader-crashed']} ({f'signal {-code}' if code < 0 else f'status {code}'})")
+    if late or code == -getattr(signal, 'SIGPROF', 0):
+        return BadImage('too-slow', f"more than {self.seconds:g} s, and a second for each 20 MB")
+    return BadImage(
+        'reader-crashed',
+        f"{READ_PROBLEMS['reader-crashed']} "
+        f"({f'signal {-code}' if code < 0 else f'status {code}'})",
+    )
 
 # %% ../../nbs/01n_data.sandbox.ipynb #e97581ad
 @contextmanager
@@ -211,13 +245,21 @@ def _named():
     except Exception as e:  # noqa: BLE001 (named by `bad_image`)
         raise bad_image(e) from e
 
+# %% ../../nbs/01n_data.sandbox.ipynb #a5a8bda4
 class Sandbox:
     "Reads files within limits, here or in reader processes."
     def __init__(self,
         seconds:float=5.,  # processor time that a file may take [s], and a second more for each 20 MB
         memory:float=4.,   # address space that a reader process may have [GiB]
         modality:str='oct',  # what DICOM and volumes must hold, as `read_scans` takes it
-    ): self.seconds, self.memory, self.modality, self.idle, self.all = seconds, memory, modality, deque(), []
+    ):
+        self.seconds, self.memory, self.modality, self.idle, self.all = (
+            seconds,
+            memory,
+            modality,
+            deque(),
+            [],
+        )
 
     def scans(self,
         path:str|Path,  # the file

@@ -44,13 +44,23 @@ def patient_identifier(
     "A patient identifier as text, and a note where it is withheld."
     text = raw.split(b'\0')[0].decode('latin-1') if isinstance(raw, bytes) else raw
     text = ''.join(c for c in text if c.isprintable()).strip()[:64]
-    return ('', ("patient id withheld: it looks like a name",)) if '^' in text or ',' in text else (text, ())
+    return (
+        ('', ("patient id withheld: it looks like a name",))
+        if '^' in text or ',' in text
+        else (text, ())
+    )
 
 # %% ../../nbs/01j_data.scans.ipynb #76fab2d6
-ANGIOGRAPHY_NAME = re.compile(r'(?<![a-z])(?:flow(?:cube)?(?![a-z])|oct[-_]?a(?![a-z]))', re.IGNORECASE)
+ANGIOGRAPHY_NAME = re.compile(
+    r'(?<![a-z])(?:flow(?:cube)?(?![a-z])|oct[-_]?a(?![a-z]))', re.IGNORECASE
+)
 _OTHER_KINDS = (  # pattern, what it is
-    (re.compile(rf'{ANGIOGRAPHY_NAME.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio', re.IGNORECASE), "OCT angiography"),
-    (re.compile(r'(?<![a-z])en[-_ ]?face', re.IGNORECASE), "an en face picture"))
+    (
+        re.compile(rf'{ANGIOGRAPHY_NAME.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio', re.IGNORECASE),
+        "OCT angiography",
+    ),
+    (re.compile(r'(?<![a-z])en[-_ ]?face', re.IGNORECASE), "an en face picture"),
+)
 
 def other_kind_of_image(
     *texts:str|None,  # names and types of one file
@@ -69,8 +79,10 @@ def check_shape(
 ):
     "`BadImage` unless a volume can have this shape."
     height, width, slices = int(height), int(width), int(slices)
-    if not 0 < slices <= MAX_SLICES: raise BadImage('corrupt', f"its header claims {slices} B-scans")
-    if height*width > MAX_PIXELS: raise BadImage('decompression-bomb', f"its header claims {width} x {height} pixels")
+    if not 0 < slices <= MAX_SLICES:
+        raise BadImage('corrupt', f"its header claims {slices} B-scans")
+    if height*width > MAX_PIXELS:
+        raise BadImage('decompression-bomb', f"its header claims {width} x {height} pixels")
     if min(height, width) < MIN_SIDE or max(height, width) > MAX_ASPECT*min(height, width):
         raise BadImage('suspicious-size', f"{width} x {height} pixels")
 
@@ -89,13 +101,15 @@ class ByteReader:
 
     def need(self, end:int):
         "`BadImage` unless the file has `end` bytes."
-        if end > self.size: raise BadImage('truncated', f"its header asks for {end} bytes, it has {self.size}")
+        if end > self.size:
+            raise BadImage('truncated', f"its header asks for {end} bytes, it has {self.size}")
 
     def read(self, at:int, n:int)->bytes:
         "`n` bytes from byte `at` on."
         self.need(int(at) + int(n))
         self.file.seek(int(at))
-        if len(data := self.file.read(int(n))) < n: raise BadImage('truncated', "it became shorter while it was read")
+        if len(data := self.file.read(int(n))) < n:
+            raise BadImage('truncated', "it became shorter while it was read")
         return data
 
     def record(self, at:int, kind:np.dtype)->np.void:

@@ -45,7 +45,12 @@ def _border_line(
 )->np.ndarray:       # (H, W) bool
     "Bright lines in the two outermost columns of each side."
     line, side = np.zeros(grey.shape, bool), grey[:, [0, 1, 2, -3, -2, -1]].astype(np.float32)
-    higher = ndimage.uniform_filter1d(side[:, [0, 1, 4, 5]] - side[:, [2, 2, 3, 3]], len(grey) // 3, axis=0) > _STEP
+    higher = (
+        ndimage.uniform_filter1d(
+            side[:, [0, 1, 4, 5]] - side[:, [2, 2, 3, 3]], len(grey) // 3, axis=0
+        )
+        > _STEP
+    )
     line[:, [0, 1, -2, -1]] = higher
     return line
 
@@ -67,6 +72,7 @@ def _reduce(grey, ok):
     cell = grey.size / n.size
     return total(grey * ok.astype(np.float32)) / np.maximum(n, 1), n > .5 * cell, starts
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #3e7661a8
 def _tissue(cells, ok):
     "Tissue at a strict and at a lax threshold, on the reduced image; None where nothing stands out."
     weight = ndimage.gaussian_filter(ok.astype(np.float32), (1.2, 2.))
@@ -83,7 +89,8 @@ def _tissue(cells, ok):
 
 def _heavy(mask, light):
     "The connected areas of `mask` with at least 15 % of the `light` of the one that has most."
-    areas, n = ndimage.label(ndimage.binary_dilation(mask, np.ones((7, 1))), np.ones((3, 3))) # layers that a dark one parts are one
+    # layers that a dark one parts are one
+    areas, n = ndimage.label(ndimage.binary_dilation(mask, np.ones((7, 1))), np.ones((3, 3)))
     areas *= mask
     sums = ndimage.sum(light, areas, np.arange(1, n + 1))
     return _chosen(areas, n, 1 + np.flatnonzero(sums >= .15 * sums.max())) if n else mask
@@ -102,7 +109,9 @@ def _edges(strict, lax):
     bottom = np.interp(x, x[has], end[has])
     flat = lambda a, f: f(ndimage.median_filter(a, 5, mode='nearest'), wide // 2, mode='nearest')
     top = np.minimum(flat(top, ndimage.minimum_filter1d), ndimage.minimum_filter1d(top, 3))
-    bottom = ndimage.maximum_filter1d(ndimage.median_filter(bottom, wide, mode='nearest'), wide, mode='nearest')
+    bottom = ndimage.maximum_filter1d(
+        ndimage.median_filter(bottom, wide, mode='nearest'), wide, mode='nearest'
+    )
     soft = lambda a: ndimage.uniform_filter1d(a, wide // 2, mode='nearest')
     return np.minimum(soft(top), top) - 1.5, np.maximum(soft(bottom), last + 1) + _BEYOND * rows
 
@@ -112,7 +121,9 @@ def _band(grey, pad):
     (h, w), keep = grey.shape, _border_line(grey)
     if pad.any(): # resizing blurs its edge
         wide = 2 * max(1, round(h / 112)) + 1
-        keep |= ndimage.maximum_filter1d(ndimage.maximum_filter1d(pad.view(np.uint8), wide, 0), wide, 1).view(bool)
+        keep |= ndimage.maximum_filter1d(
+            ndimage.maximum_filter1d(pad.view(np.uint8), wide, 0), wide, 1
+        ).view(bool)
     cells, ok, (rows, cols) = _reduce(grey, ~keep)
     found = _tissue(cells, ok)
     if found is None or not found[0].any(): return np.zeros_like(keep), keep
@@ -126,18 +137,31 @@ def _grey(image):
     if image.ndim == 2: return image
     return (image.astype(np.uint16).sum(-1) // 3).astype(np.uint8)
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #4fa79c28
 def _check_images(images):
     "`KdoctError` unless these are images."
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3) or min(images.shape[1:3]) < 32:
-        raise KdoctError(f"Images of shape {images.shape} and type {images.dtype} cannot be searched for the retina.",
-                         fix="Give uint8 images, (n, H, W) or (n, H, W, 3), with sides of 32 pixels at least.")
+    if (
+        images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or (images.ndim == 4 and images.shape[-1] != 3)
+        or min(images.shape[1:3]) < 32
+    ):
+        raise KdoctError(
+            f"Images of shape {images.shape} and type {images.dtype} cannot be searched for "
+            f"the retina.",
+            fix="Give uint8 images, (n, H, W) or (n, H, W, 3), with sides of 32 pixels at least.",
+        )
 
 def retina_mask(
     images:np.ndarray, # (n, H, W) or (n, H, W, 3) uint8, sides >= 32
 )->np.ndarray:         # (n, H, W) bool
     "The band that holds retina and choroid, with a margin; all false where an image shows none."
     _check_images(images)
-    return np.stack([_band(g, _padding(g))[0] for g in map(_grey, images)]) if len(images) else np.zeros(images.shape[:3], bool)
+    return (
+        np.stack([_band(g, _padding(g))[0] for g in map(_grey, images)])
+        if len(images)
+        else np.zeros(images.shape[:3], bool)
+    )
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #3aa0daa5
 def _window_means(grey, free, q):
@@ -147,6 +171,7 @@ def _window_means(grey, free, q):
     means = (s[q:, q:] - s[:-q, q:] - s[q:, :-q] + s[:-q, :-q]) / np.float32(q * q)
     return means, means < 256
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #e8489068
 def _sources(grey, band, keep):
     "Side of the free squares, as large as the image has; their places by rising mean, the means, and those next to the band."
     q, free = int(np.clip(len(grey) // 28, 6, 40)), ~(band | keep)
@@ -156,30 +181,47 @@ def _sources(grey, band, keep):
     if full.sum() > 4096: full[1::2], full[:, 1::2] = False, False # enough to choose from
     place = np.flatnonzero(full)
     row, col = np.divmod(place, full.shape[1])
-    value, first, last = means.ravel()[place], band.argmax(0)[col], len(grey) - band[::-1].argmax(0)[col]
+    value, first, last = (
+        means.ravel()[place],
+        band.argmax(0)[col],
+        len(grey) - band[::-1].argmax(0)[col],
+    )
     order = np.argsort(value, kind='stable')
     near = lambda d: (d >= 0) & (d < 2 * q)
-    parts = [value[m] for m in (near(first - row - q), near(row - last)) if m.sum() > len(value) // 20]
+    parts = [
+        value[m] for m in (near(first - row - q), near(row - last)) if m.sum() > len(value) // 20
+    ]
     level = [np.median(p) for p in parts or [value] if len(p)]
     return q, place[order], value[order], level
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #5d9aa03f
 def _blank_one(image):
     "One image with its retina covered."
     grey = _grey(image)
     band, keep = _band(grey, _padding(grey))
     if not band.any(): return image.copy()
     q, place, value, level = _sources(grey, band, keep)
-    if not (n := len(place)): return _where(band, np.percentile(grey, 5).astype(np.uint8), image) # there is no background to copy
-    rng, shape = np.random.default_rng(zlib.crc32(image.tobytes())), [-(-s // q) for s in grey.shape]
-    depth = ((np.arange(shape[0])[:, None] + .5) * q - band.argmax(0)[::q]) / np.maximum(band.sum(0)[::q], 1)
+    # there is no background to copy
+    if not (n := len(place)): return _where(band, np.percentile(grey, 5).astype(np.uint8), image)
+    rng, shape = (
+        np.random.default_rng(zlib.crc32(image.tobytes())),
+        [-(-s // q) for s in grey.shape],
+    )
+    depth = ((np.arange(shape[0])[:, None] + 0.5) * q - band.argmax(0)[::q]) / np.maximum(
+        band.sum(0)[::q], 1
+    )
     want, k = level[0] + np.clip(depth, 0, 1) * (level[-1] - level[0]), max(n // 20, 48)
     pick = place[np.clip(np.searchsorted(value, want) + rng.integers(-k, k + 1, shape), 0, n - 1)]
-    squares = sliding_window_view(image, (q, q), (0, 1))[np.divmod(pick, grey.shape[1] - q + 1)] # rows, columns, [channels], q, q
-    squares = np.moveaxis(squares, (-2, -1), (1, 3)).reshape(shape[0] * q, shape[1] * q, *image.shape[2:])
+    # rows, columns, [channels], q, q
+    squares = sliding_window_view(image, (q, q), (0, 1))[np.divmod(pick, grey.shape[1] - q + 1)]
+    squares = np.moveaxis(squares, (-2, -1), (1, 3)).reshape(
+        shape[0] * q, shape[1] * q, *image.shape[2:]
+    )
     return _where(band, squares[:len(grey), :grey.shape[1]], image)
 
 def _where(mask, new, old): return np.where(mask if old.ndim == 2 else mask[..., None], new, old)
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #a4a27353
 def blank_retina(
     images:np.ndarray, # (n, H, W) or (n, H, W, 3) uint8, sides >= 32
 )->np.ndarray:         # the same shape and type
@@ -234,10 +276,17 @@ def _layout(image, grey, pad):
     depth = lambda p: float((~p).argmax(0).mean() / len(p)) # a line that is all padding counts at the other sides
     dark, bar = grey <= 16, scale_bar(grey.shape)
     spot = image[bar].reshape(bar.sum(), -1)
-    return dict(white=float(pad.mean()), white_top=depth(pad), white_bottom=depth(pad[::-1]), white_left=depth(pad.T),
-                white_right=depth(pad.T[::-1]), black_rows=float(dark.all(1).mean()), black_columns=float(dark.all(0).mean()),
-                bar_colour=float((spot.max(-1).astype(int) - spot.min(-1) > 16).mean()),
-                bar_bright=float((grey[bar & ~pad] >= 200).sum() / bar.sum()))
+    return dict(
+        white=float(pad.mean()),
+        white_top=depth(pad),
+        white_bottom=depth(pad[::-1]),
+        white_left=depth(pad.T),
+        white_right=depth(pad.T[::-1]),
+        black_rows=float(dark.all(1).mean()),
+        black_columns=float(dark.all(0).mean()),
+        bar_colour=float((spot.max(-1).astype(int) - spot.min(-1) > 16).mean()),
+        bar_bright=float((grey[bar & ~pad] >= 200).sum() / bar.sum()),
+    )
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #430ff7f9
 def _noise(grey, above):
@@ -247,12 +296,23 @@ def _noise(grey, above):
     m = max(1, round(.02 * min(grey.shape)))
     border[:m], border[:, :m], border[:, -m:] = True, True, True
     edge = grey[above & border]
-    spread = lambda a: float(np.subtract(*np.percentile(a, [84.13, 15.87])) / 2) if len(a) >= 64 else np.nan
+    spread = lambda a: (
+        float(np.subtract(*np.percentile(a, [84.13, 15.87])) / 2) if len(a) >= 64 else np.nan
+    )
     mean = lambda a: float(a.mean()) if len(a) >= 64 else np.nan
-    return dict(border_grey=mean(edge), border_noise=spread(edge), vitreous_grey=mean(v), vitreous_noise=spread(v),
-                vitreous_black=mean(v == 0), vitreous_bright=mean(v >= 250), grain_x=_grain(g, above), grain_y=_grain(g.T, above.T),
-                blocks=_blocks(g, above))
+    return dict(
+        border_grey=mean(edge),
+        border_noise=spread(edge),
+        vitreous_grey=mean(v),
+        vitreous_noise=spread(v),
+        vitreous_black=mean(v == 0),
+        vitreous_bright=mean(v >= 250),
+        grain_x=_grain(g, above),
+        grain_y=_grain(g.T, above.T),
+        blocks=_blocks(g, above),
+    )
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #ede590d2
 def _grain(g, where):
     "Correlation of horizontal neighbours that both lie in `where`."
     both = where[:, 1:] & where[:, :-1]
@@ -277,9 +337,16 @@ def pixel_features(
     band, keep = _band(grey, pad)
     above = (np.arange(len(grey))[:, None] < band.argmax(0)) & ~keep # no column without a retina: 0 < 0
     same = image.ndim == 3 and bool((image[..., :1] == image).all())
-    return dict(width=image.shape[1], height=image.shape[0], channels=1 if image.ndim == 2 else 3, grey_as_colour=int(same),
-                **_layout(image, grey, pad), **_noise(grey, above))
+    return dict(
+        width=image.shape[1],
+        height=image.shape[0],
+        channels=1 if image.ndim == 2 else 3,
+        grey_as_colour=int(same),
+        **_layout(image, grey, pad),
+        **_noise(grey, above),
+    )
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #7ea36204
 def shortcut_features(
     file:str|Path|bytes, # an image file, or its content
 )->dict:                 # a number for each of `FEATURES`; NaN where it cannot be told
@@ -287,8 +354,12 @@ def shortcut_features(
     data = file if isinstance(file, bytes) else read_image_bytes(file)
     image, raw = np.asarray(decode_image(data)[0]), Image.open(io.BytesIO(data))
     kb = len(data) / 1000
-    out = pixel_features(image) | dict(format=FORMATS.index(raw.format.replace('MPO', 'JPEG')), file_kb=kb, jpeg_quality=jpeg_quality(raw),
-                                       bytes_a_pixel=1000 * kb / image[..., 0].size if image.ndim == 3 else 1000 * kb / image.size)
+    out = pixel_features(image) | dict(
+        format=FORMATS.index(raw.format.replace('MPO', 'JPEG')),
+        file_kb=kb,
+        jpeg_quality=jpeg_quality(raw),
+        bytes_a_pixel=1000 * kb / image[..., 0].size if image.ndim == 3 else 1000 * kb / image.size,
+    )
     return {k: float(out[k]) for k in FEATURES}
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #8d50f8d8
@@ -301,8 +372,10 @@ def features_table(
         try: return shortcut_features(file)
         except BadImage as e:
             name = 'an image' if isinstance(file, bytes) else file
-            raise KdoctError(f"The shortcut probe cannot use {name}: {e.kind}, {e.detail}.",
-                             fix="Mend it, or leave it out; kdoct audit names all such files.") from e
+            raise KdoctError(
+                f"The shortcut probe cannot use {name}: {e.kind}, {e.detail}.",
+                fix="Mend it, or leave it out; kdoct audit names all such files.",
+            ) from e
     files = list(files)
     with ThreadPoolExecutor(workers or min(8, usable_cores())) as pool:
         return pd.DataFrame(list(pool.map(look, files)), columns=list(FEATURES), dtype=float)
@@ -319,18 +392,31 @@ def _sample(table, limit, seed):
 def _check_probe(table, n_folds):
     "`KdoctError` unless every class has enough groups."
     groups = table.groupby('label').group.nunique()
-    if len(groups) < 2: raise KdoctError(f"The shortcut probe needs two classes; there is {', '.join(groups.index) or 'no image'}.",
-                                         fix="Give images of two classes at least.")
+    if len(groups) < 2:
+        raise KdoctError(
+            f"The shortcut probe needs two classes; there is "
+            f"{', '.join(groups.index) or 'no image'}.",
+            fix="Give images of two classes at least.",
+        )
     if few := {k: int(n) for k, n in groups.items() if n < n_folds}:
-        raise KdoctError(f"The shortcut probe in {n_folds} parts needs {n_folds} groups (patients) of every class; there are "
-                         f"{', '.join(f'{n} of {k}' for k, n in few.items())}.", fix="Add patients of that class, or take it out.")
+        raise KdoctError(
+            f"The shortcut probe in {n_folds} parts needs {n_folds} groups (patients) of every "
+            f"class; there are "
+            f"{', '.join(f'{n} of {k}' for k, n in few.items())}.",
+            fix="Add patients of that class, or take it out.",
+        )
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #b7450c75
 def _out_of_fold(model, x, y, splits):
     "Predictions for every image by a model that has not seen its group."
     out = np.full(len(y), -1)
     for train, test in splits:
         known = np.isfinite(x[train]).any(0) # sklearn takes gaps, but no column of gaps alone
-        out[test] = clone(model).fit(x[train][:, known], y[train]).predict(x[test][:, known]) if known.any() else y[train].max()
+        out[test] = (
+            clone(model).fit(x[train][:, known], y[train]).predict(x[test][:, known])
+            if known.any()
+            else y[train].max()
+        )
     return out
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #95ac8890
@@ -338,7 +424,9 @@ def _interval(hit, y, groups, seed, draws=1000):
     "95 % intervals of accuracy and balanced accuracy over groups drawn anew."
     _, g = np.unique(groups, return_inverse=True)
     k, n = y.max() + 1, g.max() + 1
-    count, right = (np.bincount(g * k + y, w, n * k).reshape(n, k) for w in (None, hit.astype(float)))
+    count, right = (
+        np.bincount(g * k + y, w, n * k).reshape(n, k) for w in (None, hit.astype(float))
+    )
     weight = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
     c, r = weight @ count, weight @ right
     with np.errstate(invalid='ignore'): recall = np.nanmean(r / c, 1)
@@ -346,27 +434,61 @@ def _interval(hit, y, groups, seed, draws=1000):
 
 def _balanced(hit, y): return float(np.mean([hit[y == k].mean() for k in range(y.max() + 1)]))
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #4f9577df
 def _alone(f, y, splits, classes, seed):
     "What a small tree makes of each feature by itself, best first; features that never differ are left out."
-    tree, out = DecisionTreeClassifier(max_leaf_nodes=8, min_samples_leaf=10, class_weight='balanced', random_state=seed), []
+    tree, out = (
+        DecisionTreeClassifier(
+            max_leaf_nodes=8, min_samples_leaf=10, class_weight='balanced', random_state=seed
+        ),
+        [],
+    )
     for name, x in f.items():
         if x.nunique(dropna=False) < 2: continue
         hit = _out_of_fold(tree, x.to_numpy()[:, None], y, splits) == y
-        mean = {c: None if np.isnan(m) else float(m) for c, m in zip(classes, x.groupby(y).mean(), strict=True)}
-        out.append(dict(name=name, meaning=FEATURES.get(name, name), balanced_accuracy=_balanced(hit, y), mean=mean))
+        mean = {
+            c: None if np.isnan(m) else float(m)
+            for c, m in zip(classes, x.groupby(y).mean(), strict=True)
+        }
+        out.append(
+            dict(
+                name=name,
+                meaning=FEATURES.get(name, name),
+                balanced_accuracy=_balanced(hit, y),
+                mean=mean,
+            )
+        )
     return sorted(out, key=lambda a: -a['balanced_accuracy'])
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #d89145f1
 def _scores(f, y, groups, n_folds, classes, seed):
     "The probe's scores from features (n, columns), class numbers and groups."
-    splits = list(StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(f, y, groups))
-    trees = HistGradientBoostingClassifier(max_iter=30, max_leaf_nodes=8, min_samples_leaf=10, class_weight='balanced', random_state=seed)
+    splits = list(
+        StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(f, y, groups)
+    )
+    trees = HistGradientBoostingClassifier(
+        max_iter=30,
+        max_leaf_nodes=8,
+        min_samples_leaf=10,
+        class_weight='balanced',
+        random_state=seed,
+    )
     hit = _out_of_fold(trees, f.to_numpy(), y, splits) == y
     plain, balanced = _interval(hit, y, groups, seed)
     alone, chance = _alone(f, y, splits, classes, seed), 1 / len(classes)
-    return dict(balanced_accuracy=_balanced(hit, y), interval=balanced, chance=chance, above_chance=bool(balanced[0] > chance),
-                accuracy=float(hit.mean()), accuracy_interval=plain, largest_class=float(np.bincount(y).max() / len(y)),
-                recall={c: float(hit[y == k].mean()) for k, c in enumerate(classes)},
-                worst=alone[0] if alone else None, features=alone, equal=sorted(set(f) - {a['name'] for a in alone}))
+    return dict(
+        balanced_accuracy=_balanced(hit, y),
+        interval=balanced,
+        chance=chance,
+        above_chance=bool(balanced[0] > chance),
+        accuracy=float(hit.mean()),
+        accuracy_interval=plain,
+        largest_class=float(np.bincount(y).max() / len(y)),
+        recall={c: float(hit[y == k].mean()) for k, c in enumerate(classes)},
+        worst=alone[0] if alone else None,
+        features=alone,
+        equal=sorted(set(f) - {a['name'] for a in alone}),
+    )
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #6fd222e7
 def probe_shortcuts(
@@ -382,39 +504,75 @@ def probe_shortcuts(
     start, (rows, each) = time.time(), _sample(table.reset_index(drop=True), limit, seed)
     n_folds = n_folds or int(np.clip(rows.groupby('label').group.nunique().min(), 2, 5))
     _check_probe(rows, n_folds)
-    f = features_table((Path(root)/p for p in rows.path), workers) if features is None else features.iloc[rows.index].reset_index(drop=True)
+    f = (
+        features_table((Path(root) / p for p in rows.path), workers)
+        if features is None
+        else features.iloc[rows.index].reset_index(drop=True)
+    )
     classes, y = np.unique(rows.label.to_numpy(str), return_inverse=True)
-    out = dict(images=len(rows), of=len(table), images_a_group=each, groups=int(rows.group.nunique()), classes=classes.tolist(), n_folds=n_folds,
-               seed=seed, **_scores(f, y, rows.group.to_numpy(str), n_folds, classes.tolist(), seed))
+    out = dict(
+        images=len(rows),
+        of=len(table),
+        images_a_group=each,
+        groups=int(rows.group.nunique()),
+        classes=classes.tolist(),
+        n_folds=n_folds,
+        seed=seed,
+        **_scores(f, y, rows.group.to_numpy(str), n_folds, classes.tolist(), seed),
+    )
     return out | dict(sentence=_sentence(out), seconds=round(time.time() - start, 2))
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #54ff2430
 _BLIND = 'A classifier that never sees the retina (only file, padding, border and noise)'
-_BLIND_SQUARE = 'In the squares that the network gets, a classifier that never sees the retina (only padding, border and noise)'
+
+_BLIND_SQUARE = ('In the squares that the network gets, a classifier that never sees the retina '
+                 '(only padding, border and noise)')
 
 def _sentence(r, who_tells=_BLIND):
     "The result in words."
     low, high = (f"{100*v:.1f}" for v in r['interval'])
-    score = f"{100*r['balanced_accuracy']:.1f} % balanced accuracy [{low}, {high}] where chance is {100*r['chance']:.1f} %"
-    chosen = f", {r['images_a_group']} a group at most of {r['of']}" if r['images'] < r['of'] else ''
+    score = (f"{100 * r['balanced_accuracy']:.1f} % balanced accuracy [{low}, {high}] where chance "
+             f"is {100 * r['chance']:.1f} %")
+    chosen = (
+        f", {r['images_a_group']} a group at most of {r['of']}" if r['images'] < r['of'] else ''
+    )
     who = f"{counted(r['images'], 'image')} of {counted(r['groups'], 'group')}{chosen}"
-    verdict = "above chance, the images hold a shortcut" if r['above_chance'] else "not above chance"
-    worst = r['worst'] and f" The best feature alone: {r['worst']['name']} ({r['worst']['meaning']}), {100*r['worst']['balanced_accuracy']:.1f} %."
-    return f"{who_tells} predicts the class with {score}: {verdict} ({who}).{worst if r['above_chance'] and worst else ''}"
+    verdict = (
+        "above chance, the images hold a shortcut" if r['above_chance'] else "not above chance"
+    )
+    worst = (
+        r['worst']
+        and f" The best feature alone: {r['worst']['name']} ({r['worst']['meaning']}), "
+            f"{100 * r['worst']['balanced_accuracy']:.1f} %."
+    )
+    return (f"{who_tells} predicts the class with {score}: {verdict} "
+            f"({who}).{worst if r['above_chance'] and worst else ''}")
 
-_NEXT = ("What to do: look at the best features in 'Data' of the report, or in probe.json; make the pictures alike in them (data.fill_white, "
-         "data.mask_scale_bar, data.resize; the same export and compression for all classes); then run the data stage and the probe again under a new name. "
-         "Until then a part of every score may come from there and not from the eye.")
+# %% ../../nbs/01r_data.shortcuts.ipynb #8a1dbad1
+_NEXT = (
+    "What to do: look at the best features in 'Data' of the report, or in probe.json; make the "
+    "pictures alike in them (data.fill_white, "
+    "data.mask_scale_bar, data.resize; the same export and compression for all classes); then run "
+    "the data stage and the probe again under a new name. "
+    "Until then a part of every score may come from there and not from the eye."
+)
 
 def shortcut_verdict(
     result:dict|None, # from `probe_shortcuts` or `probe_run`; None: the images were not probed
 )->tuple[str, str]:   # 'above', 'not above' or 'not known'; the verdict in words
     "What the shortcut probe found, from its numbers; where it is above chance, with what to do next."
-    if not result: return 'not known', "The shortcut probe has not been run, or could not be: whether the class shows outside the retina is not known."
+    if not result:
+        return (
+            'not known',
+            "The shortcut probe has not been run, or could not be: whether the class shows outside "
+            "the retina is not known.",
+        )
     seen, words = result.get('seen'), [_sentence(result)]
     if seen: words.append(_sentence(seen, _BLIND_SQUARE))
     above = result['above_chance'] or bool(seen and seen['above_chance'])
     return ('above', ' '.join([*words, _NEXT])) if above else ('not above', ' '.join(words))
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #59154b18
 def run_verdict(
     run:Run,        # the run
 )->tuple[str, str]: # as `shortcut_verdict`
@@ -430,13 +588,20 @@ def _seen(run, workers, **how):
     from kdoct.data.stage import open_fold  # here: the data stage calls this module when its own files are written
     d = open_fold(run, 0)
     used = np.flatnonzero(d.labels >= 0)
-    table = pd.DataFrame(dict(label=[d.classes[k] for k in d.labels[used]], group=d.groups[used].astype(str)))
+    table = pd.DataFrame(
+        dict(label=[d.classes[k] for k in d.labels[used]], group=d.groups[used].astype(str))
+    )
     rows, _ = _sample(table, how['limit'], how['seed'])
     with ThreadPoolExecutor(workers or min(8, usable_cores())) as pool:
-        f = pd.DataFrame(list(pool.map(lambda i: pixel_features(d.images[used[i]]), rows.index)), index=rows.index, dtype=float)
+        f = pd.DataFrame(
+            list(pool.map(lambda i: pixel_features(d.images[used[i]]), rows.index)),
+            index=rows.index,
+            dtype=float,
+        )
     out = probe_shortcuts(table, features=f.reindex(table.index), **how)
     return out | dict(sentence=_sentence(out, _BLIND_SQUARE))
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #93c91257
 def probe_run(
     run:Run,        # a run whose data stage is done
     workers:int=0,  # threads; 0: one a core, 8 at most
@@ -444,29 +609,45 @@ def probe_run(
 )->dict:            # as `probe_shortcuts` about the files; 'seen': the same about the decoded images
     "Probe a run's images and write probe.json beside run.json; a result about the same images is read, not made anew."
     facts, file = run.stage('data'), run.path/'probe.json'
-    if 'cache' not in facts: raise KdoctError(f"The data of run '{run.name}' are not prepared.", fix=f"Run it first: {stage_command('data', run)}")
-    key = dict(version=_VERSION, table_sha256=facts['table_sha256'], cache=facts['cache'], limit=limit)
+    if 'cache' not in facts:
+        raise KdoctError(
+            f"The data of run '{run.name}' are not prepared.",
+            fix=f"Run it first: {stage_command('data', run)}",
+        )
+    key = dict(
+        version=_VERSION, table_sha256=facts['table_sha256'], cache=facts['cache'], limit=limit
+    )
     if file.exists() and (old := read_json(file)).get('key') == key: return old
     table = pd.read_parquet(run.path/'table.parquet')
     how = dict(seed=run.recipe.seed, limit=limit)
-    out = probe_shortcuts(table, facts['root'], workers=workers, **how) | dict(seen=_seen(run, workers, **how), key=key)
+    out = probe_shortcuts(table, facts['root'], workers=workers, **how) | dict(
+        seen=_seen(run, workers, **how), key=key
+    )
     write_json(file, out)
     return read_json(file)
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #3029b215
 def probe_table(
     result:dict, # from `probe_shortcuts` or `probe_run`
 )->pd.DataFrame: # a row a feature, best first: feature, meaning, balanced accuracy alone, mean in each class
     "What each feature tells by itself."
-    rows = [dict(feature=a['name'], meaning=a['meaning'], alone=a['balanced_accuracy'], **a['mean']) for a in result['features']]
+    rows = [
+        dict(feature=a['name'], meaning=a['meaning'], alone=a['balanced_accuracy'], **a['mean'])
+        for a in result['features']
+    ]
     return pd.DataFrame(rows, columns=['feature', 'meaning', 'alone', *result['classes']])
 
+# %% ../../nbs/01r_data.shortcuts.ipynb #1aa72200
 def probe_figure(
     result:dict,  # from `probe_shortcuts` or `probe_run`
     n:int=12,     # features shown, best first
 )->plt.Figure:
     "Bars: what all features together, and each by itself, tell; a line at chance."
     best = result['features'][:n]
-    names, values = ['all together', *(a['name'] for a in best)], [result['balanced_accuracy'], *(a['balanced_accuracy'] for a in best)]
+    names, values = (
+        ['all together', *(a['name'] for a in best)],
+        [result['balanced_accuracy'], *(a['balanced_accuracy'] for a in best)],
+    )
     fig, ax = plt.subplots(figsize=(5, .6 + .22 * len(names)), layout='constrained')
     ax.barh(names, values, color=['C0', *['C7'] * len(best)])
     ax.plot(result['interval'], [0, 0], 'k-', lw=2)

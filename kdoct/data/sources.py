@@ -33,33 +33,58 @@ from .spreadsheet import same_name_key
 from .table_sources import regroup, resolve_paths
 
 # %% ../../nbs/01c_data.sources.ipynb #load-table
-_INSTEAD_OF_PATTERN = {'csv': "Give the table a column patient (or group), or say which is it: --set data.columns.patient=..."}
+_INSTEAD_OF_PATTERN = {
+    'csv': "Give the table a column patient (or group), or say which is it: --set "
+           "data.columns.patient=..."
+}
 
+# %% ../../nbs/01c_data.sources.ipynb #b2d2ced3
 def load_table(
     data:DataRecipe,  # `source`, `root` and what that source reads
 )->Listing:
     "The image table of the recipe's source; `KdoctError` if there is no such source, folder or image, or a class has two spellings."
     if data.source not in SOURCES:
-        raise KdoctError(f"There is no source '{data.source}'.", fix=f"Known sources: {', '.join(sorted(SOURCES))}")
+        raise KdoctError(
+            f"There is no source '{data.source}'.",
+            fix=f"Known sources: {', '.join(sorted(SOURCES))}",
+        )
     if data.group_pattern and data.source != 'folder':
-        raise KdoctError(f"Source '{data.source}' does not read --group-pattern (data.group_pattern): {data.group_pattern}.",
-                         fix=_INSTEAD_OF_PATTERN.get(data.source, "Leave it out; other groups are given in a table: --set data.groups=FILE"))
+        raise KdoctError(
+            f"Source '{data.source}' does not read --group-pattern (data.group_pattern): "
+            f"{data.group_pattern}.",
+            fix=_INSTEAD_OF_PATTERN.get(
+                data.source,
+                "Leave it out; other groups are given in a table: --set data.groups=FILE",
+            ),
+        )
     listing = SOURCES[data.source](data)
     if len(listing.table) == 0:
-        seen = ', '.join(f'{n} {kind}' for kind, n in listing.findings.problem.value_counts().items())
-        raise KdoctError(f"Source '{data.source}' finds no usable image in {listing.root} (it finds: {seen or 'nothing'}).",
-                         fix=f"{_meant_folder(data)}Expected layout: {LAYOUTS.get(data.source, 'see the source')}")
+        seen = ', '.join(
+            f'{n} {kind}' for kind, n in listing.findings.problem.value_counts().items()
+        )
+        raise KdoctError(
+            f"Source '{data.source}' finds no usable image in {listing.root} (it finds: "
+            f"{seen or 'nothing'}).",
+            fix=f"{_meant_folder(data)}Expected layout: "
+                f"{LAYOUTS.get(data.source, 'see the source')}",
+        )
     if data.source in ('ucsd', 'folder'): listing = with_empty_classes(listing, data.classes)
     if data.groups: listing = regroup(listing, data.groups)
     check_labels(listing.table, data.classes)
     check_classes(listing, data.classes)
     return join_spellings(listing)
 
+# %% ../../nbs/01c_data.sources.ipynb #d7b7f763
 def _meant_folder(data:DataRecipe)->str:
     "The folder one or two levels below the root in which the source would find images, as a hint; '' if there is none."
     if data.source not in ('ucsd', 'lc25000'): return ''
     root = Path(data.root).expanduser()
-    below = [d for level in ('*', '*/*') for d in sorted(root.glob(level)) if d.is_dir() and not d.name.startswith(('.', '__'))]
+    below = [
+        d
+        for level in ('*', '*/*')
+        for d in sorted(root.glob(level))
+        if d.is_dir() and not d.name.startswith(('.', '__'))
+    ]
     for d in below[:50]:
         try: n = len(SOURCES[data.source](data.model_copy(update=dict(root=str(d)))).table)
         except KdoctError: continue
@@ -73,16 +98,26 @@ def check_classes(
 ):
     "`KdoctError` if a class that is named has no image, and there are images of classes that are not named: a slip of the pen."
     there = set(listing.table.label)
-    empty = {p.rpartition('/')[2] for p in listing.findings.path[listing.findings.problem == 'empty-class']}
-    lost, others = [c for c in classes or () if c not in there | empty], sorted(there - set(classes or ()))
+    empty = {
+        p.rpartition('/')[2]
+        for p in listing.findings.path[listing.findings.problem == 'empty-class']
+    }
+    lost, others = (
+        [c for c in classes or () if c not in there | empty],
+        sorted(there - set(classes or ())),
+    )
     if not lost or not others: return
     meant = [c if c in there else _nearest(c, others) for c in classes]
     parted = [c for text in classes for c in re.split(r'\s*[;|/]\s*|\s+', text) if c]
     if set(parted) <= there: fix = "Put commas between the classes"
     elif all(meant) and len(set(meant)) == len(meant): parted, fix = meant, "Did you mean"
     else: parted, fix = sorted(there), "The images are of these classes"
-    raise KdoctError(f"There is no image of class {', '.join(map(repr, lost))}.", fix=f"{fix}: {classes_option(parted)}")
+    raise KdoctError(
+        f"There is no image of class {', '.join(map(repr, lost))}.",
+        fix=f"{fix}: {classes_option(parted)}",
+    )
 
+# %% ../../nbs/01c_data.sources.ipynb #cf67ecce
 def _nearest(name:str, names:list[str])->str:
     "The name that was probably meant; '' if none is near."
     keys = {same_name_key(n): n for n in names}
@@ -90,7 +125,10 @@ def _nearest(name:str, names:list[str])->str:
     return keys[near[0]] if near else ''
 
 # %% ../../nbs/01c_data.sources.ipynb #0fee678d
-_UCSD = re.compile(r'(?:(?P<split>train|val|test)/)?(?P<folder>[^/]+)/(?P<label>[^/-]+)-(?P<patient>\d+)-(?P<slice>\d+)\.\w+', re.I)
+_UCSD = re.compile(
+    r'(?:(?P<split>train|val|test)/)?(?P<folder>[^/]+)/(?P<label>[^/-]+)-(?P<patient>\d+)-(?P<slice>\d+)\.\w+',
+    re.I,
+)
 
 @source('ucsd')
 def ucsd(
@@ -101,9 +139,14 @@ def ucsd(
     paths, found = walk_images(root)
     for path in paths:
         m = _UCSD.fullmatch(path)
-        if not m: found.append(finding(path, 'unparsable-name', "not CLASS/CLASS-NUMBER-INDEX.jpeg"))
+        if not m:
+            found.append(finding(path, 'unparsable-name', "not CLASS/CLASS-NUMBER-INDEX.jpeg"))
         elif m['folder'] != m['label']:
-            found.append(finding(path, 'unparsable-name', f"the folder says {m['folder']}, the name {m['label']}"))
+            found.append(
+                finding(
+                    path, 'unparsable-name', f"the folder says {m['folder']}, the name {m['label']}"
+                )
+            )
         else: rows.append(dict(path=path, label=m['label'], patient=m['patient'], slice=int(m['slice']), split=(m['split'] or '').lower()))
     return make_listing(root, rows, found, 'ucsd')
 
@@ -112,21 +155,61 @@ def _group_pattern(text:str)->re.Pattern:
     "Compile the user's pattern; `KdoctError` if it is no regular expression or has no group."
     try: p = re.compile(text)
     except re.error as e:
-        raise KdoctError(f"data.group_pattern {text!r} is not a regular expression: {e}.", fix=r"For CLASS/12/OD/3.png write ^([^/]+/\d+)/") from e
-    if p.groups == 0: raise KdoctError(f"data.group_pattern {text!r} has no group.", fix="Put what names the patient into round brackets.")
+        raise KdoctError(
+            f"data.group_pattern {text!r} is not a regular expression: {e}.",
+            fix=r"For CLASS/12/OD/3.png write ^([^/]+/\d+)/",
+        ) from e
+    if p.groups == 0:
+        raise KdoctError(
+            f"data.group_pattern {text!r} has no group.",
+            fix="Put what names the patient into round brackets.",
+        )
     return p
 
+# %% ../../nbs/01c_data.sources.ipynb #696da5e3
 def _named_facts(m:re.Match)->dict:
     "Patient, eye, volume and slice from a match; an empty dict where there is no patient, or a slice that is no number."
     named = {k: v for k, v in m.groupdict().items() if v}
-    patient, slice = named.get('patient', m[1] if 'patient' not in m.re.groupindex else ''), named.get('slice')
+    patient, slice = (
+        named.get('patient', m[1] if 'patient' not in m.re.groupindex else ''),
+        named.get('slice'),
+    )
     if not patient or (slice and not slice.isdecimal()): return {}
-    return dict(patient=patient, eye=named.get('eye', ''), volume=named.get('volume', ''), slice=int(slice) if slice else None)
+    return dict(
+        patient=patient,
+        eye=named.get('eye', ''),
+        volume=named.get('volume', ''),
+        slice=int(slice) if slice else None,
+    )
 
 # %% ../../nbs/01c_data.sources.ipynb #folders-of-marks
-_MASKS = {'mask', 'masks', 'segmentation', 'segmentations', 'seg', 'annotation', 'annotations', 'label', 'labels',
-          'ground truth', 'groundtruth', 'gt', 'contour', 'contours', 'overlay', 'overlays', 'heatmap', 'heatmaps',
-          'thumbnail', 'thumbnails', 'masken', 'segmentierung', 'annotationen'}
+_MASKS = {
+    'mask',
+    'masks',
+    'segmentation',
+    'segmentations',
+    'seg',
+    'annotation',
+    'annotations',
+    'label',
+    'labels',
+    'ground truth',
+    'groundtruth',
+    'gt',
+    'contour',
+    'contours',
+    'overlay',
+    'overlays',
+    'heatmap',
+    'heatmaps',
+    'thumbnail',
+    'thumbnails',
+    'masken',
+    'segmentierung',
+    'annotationen',
+}
+
+# %% ../../nbs/01c_data.sources.ipynb #35e9385b
 _IMAGES = {'image', 'images', 'img', 'imgs', 'scans', 'pictures', 'bilder'}
 
 def _is_annotation(name:str)->bool:
@@ -135,27 +218,41 @@ def _is_annotation(name:str)->bool:
     return bool({key, key.split(' ')[0], key.split(' ')[-1]} & _MASKS)
 
 # %% ../../nbs/01c_data.sources.ipynb #c720c21f
-_SITE = ('site|centre|center|hospital|clinic|klinik|krankenhaus|zentrum|institut|institute|institution|'
-         'scanner|device|camera|vendor|cohort|domain')
+_SITE = (
+    'site|centre|center|hospital|clinic|klinik|krankenhaus|zentrum|institut|institute|institution|'
+    'scanner|device|camera|vendor|cohort|domain'
+)
+
 _PERSON = 'patient|pat|pt|subject|subj|sub|case|person|participant|volume|vol|visit|session|scan|series|study|exam|eye'
+
 _PIECE = 'part|set|batch|folder|dataset|archive|disk|chunk|shard|teil|ordner'
+
 _MAKERS = 'cirrus|spectralis|topcon|zeiss|heidelberg|optovue|nidek|triton|maestro|bioptigen'
+
 _EYES = 'od|os|ou|r|l|re|le|(?:right|left|both|rechts|links|rechtes|linkes)(?: (?:eyes?|auge))?'
-_NO_CLASSES = {kind: re.compile(names) for kind, names in {   # what folders may be instead, and how they are named
-    "eyes": _EYES,
-    "folds of a cross-validation": r'(?:cv|k)? ?(?:fold|split|round|cv) ?\d+',
-    "sites or devices": rf'(?:{_SITE}) ?(?:\d+|[a-z])|{_MAKERS}|'
-                        '(?:.* )?(?:hospital|clinic|klinik|klinikum|krankenhaus|university|universität)(?: .*)?',
-    "patients, eyes or volumes": rf'(?:{_PERSON})(?: (?:id|no|nr))? ?\d+|p ?\d\d+',
-    "dates": r'(?:19|20)\d\d(?: ?\d\d){0,2}',
-    "pieces of a data set": rf'(?:{_PIECE}) ?(?:\d+|[a-z])'}.items()}
+
+_NO_CLASSES = {
+    kind: re.compile(names)
+    for kind, names in {  # what folders may be instead, and how they are named
+        "eyes": _EYES,
+        "folds of a cross-validation": r'(?:cv|k)? ?(?:fold|split|round|cv) ?\d+',
+        "sites or devices": rf'(?:{_SITE}) ?(?:\d+|[a-z])|{_MAKERS}|'
+        '(?:.* )?(?:hospital|clinic|klinik|klinikum|krankenhaus|university|universität)(?: .*)?',
+        "patients, eyes or volumes": rf'(?:{_PERSON})(?: (?:id|no|nr))? ?\d+|p ?\d\d+',
+        "dates": r'(?:19|20)\d\d(?: ?\d\d){0,2}',
+        "pieces of a data set": rf'(?:{_PIECE}) ?(?:\d+|[a-z])',
+    }.items()
+}
+
 _KNOWN = 'normal|healthy|control|cnv|dme|drusen|amd|csr|erm|rvo|glaucoma|benign|malignant|pneumonia|covid'
+
 _DIAGNOSIS = re.compile(rf'(?:.* )?(?:{_KNOWN})(?: ?\d+)?(?: .*)?')
 
 def _words_of(name:str)->str:
     "A folder's name in small letters, with single blanks between its words."
     return re.sub(r'[\s_.–—-]+', ' ', unicodedata.normalize('NFKC', name).casefold()).strip()
 
+# %% ../../nbs/01c_data.sources.ipynb #1078a0f1
 def _split_parts(name:str)->set[str]:
     "The parts that the words of a name mean: 'train1' and 'oct_train' mean train."
     return {part_name(word) for word in re.findall(r'[^\W\d_]+', _words_of(name))} - {''}
@@ -178,14 +275,20 @@ def _what_instead(
     unknown = [n for n in sorted(shared) if not _is_below_class(n)]
     return f"perhaps not the classes: each has folders {_some(unknown)}" if len(unknown) > 1 else ''
 
+# %% ../../nbs/01c_data.sources.ipynb #e30a687f
 def _is_below_class(name:str)->bool:
     "Whether a folder is one that classes have in them: of eyes, parts, patients (numbers too), magnifications, images or masks."
     words = _words_of(name)
-    if part_name(name) or _is_annotation(name) or words in _IMAGES or re.fullmatch(r'\d[\d ]*x?', words): return True
+    if (
+        part_name(name)
+        or _is_annotation(name)
+        or words in _IMAGES
+        or re.fullmatch(r'\d[\d ]*x?', words)
+    ):
+        return True
     return any(pattern.fullmatch(words) for pattern in _NO_CLASSES.values())
 
 def _some(names:list[str])->str: return ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
-
 
 # %% ../../nbs/01c_data.sources.ipynb #6d1f0a32
 def _names(folders:list[list[str]], level:int)->list[str]:
@@ -194,7 +297,8 @@ def _names(folders:list[list[str]], level:int)->list[str]:
 
 def _remedy(folders:list[list[str]], level:int)->str:
     "What to do where the folders of a level are not the classes: name those below that may be, or write a table."
-    table = "ist the images in a table with columns path, label and patient (or group): --source csv --data-root TABLE.csv."
+    table = ("ist the images in a table with columns path, label and patient (or group): --source "
+             "csv --data-root TABLE.csv.")
     for k in range(level + 1, level + 4):
         names = [n for n in _names(folders, k) if not _is_annotation(n)]
         are_classes = not all(map(part_name, names)) and not _what_instead(names, [set()])
@@ -202,6 +306,7 @@ def _remedy(folders:list[list[str]], level:int)->str:
             return f"If the classes are the folders in them: {classes_option(names)}. Else l{table}"
     return f"L{table}"
 
+# %% ../../nbs/01c_data.sources.ipynb #dcf7a6ac
 def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
     "`KdoctError` where folders at the level of the classes are none; it says what they are and what can be done."
     names = _names(folders, level)
@@ -210,22 +315,38 @@ def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
     others = [n for n in names if n not in masks]
     if images and images == others: _refuse_images_and_masks(folders, level, root, images[0], masks)
     if masks and others:
-        name_them = f"Name the classes, and the other folders are not used: {classes_option(others)}"
+        name_them = (
+            f"Name the classes, and the other folders are not used: {classes_option(others)}"
+        )
         rest = [f for f in folders if f[level:] and f[level] in others]
-        raise KdoctError(f"{root} has folders of masks or other marks ({_some(masks)}) beside other folders ({_some(others)}).",
-                         fix=_remedy(rest, level) if _what_instead(others, [set()]) else name_them)
-    inner = [set(_names([f for f in folders if f[level:level + 1] == [n]], level + 1)) for n in names]
+        raise KdoctError(
+            f"{root} has folders of masks or other marks ({_some(masks)}) beside other folders "
+            f"({_some(others)}).",
+            fix=_remedy(rest, level) if _what_instead(others, [set()]) else name_them,
+        )
+    inner = [
+        set(_names([f for f in folders if f[level : level + 1] == [n]], level + 1)) for n in names
+    ]
     if what := _what_instead(names, inner):
-        raise KdoctError(f"The folders {_some(names)} in {root} are {what}.",
-                         fix=f"{_remedy(folders, level)} If they are the classes all the same: {classes_option(names)}")
+        raise KdoctError(
+            f"The folders {_some(names)} in {root} are {what}.",
+            fix=f"{_remedy(folders, level)} If they are the classes all the same: "
+                f"{classes_option(names)}",
+        )
     if level == 0 and len(names) == 1: _refuse_one_folder(folders, root)
 
-def _refuse_images_and_masks(folders:list[list[str]], level:int, root:Path, images:str, masks:list[str]):
+# %% ../../nbs/01c_data.sources.ipynb #6764c7f1
+def _refuse_images_and_masks(
+    folders:list[list[str]], level:int, root:Path, images:str, masks:list[str]
+):
     "`KdoctError`: what is there are images, and perhaps masks, and no classes."
     has_folders = level == 0 and any(f[0] == images and len(f) > 1 for f in folders)
     there = f"Give the images: --data-root {shlex.quote(str(root/images))}"
-    raise KdoctError(f"{root} has folders of images{' and of masks' if masks else ''} ({', '.join([images, *masks])}), not of classes.",
-                     fix=there if has_folders else _remedy(folders, level))
+    raise KdoctError(
+        f"{root} has folders of images{' and of masks' if masks else ''} "
+        f"({', '.join([images, *masks])}), not of classes.",
+        fix=there if has_folders else _remedy(folders, level),
+    )
 
 def _refuse_one_folder(folders:list[list[str]], root:Path):
     "`KdoctError` that names the folder to give, where the only folder has several in it."
@@ -233,8 +354,10 @@ def _refuse_one_folder(folders:list[list[str]], root:Path):
     if below := _names(folders, depth) if depth else []:
         place = max((f for f in folders if len(f) > depth), key=len)[:depth]
         inside = 'it' if depth == 1 else '/'.join(place)
-        raise KdoctError(f"{root} has one class folder, {place[0]}, with folders {_some(below)} in {inside}.",
-                         fix=f"If those are the classes: --data-root {shlex.quote(str(root.joinpath(*place)))}")
+        raise KdoctError(
+            f"{root} has one class folder, {place[0]}, with folders {_some(below)} in {inside}.",
+            fix=f"If those are the classes: --data-root {shlex.quote(str(root.joinpath(*place)))}",
+        )
 
 # %% ../../nbs/01c_data.sources.ipynb #6d1f0a33
 def _level_of_classes(folders:list[list[str]], root:Path, classes:tuple[str, ...]|None)->int:
@@ -246,9 +369,11 @@ def _level_of_classes(folders:list[list[str]], root:Path, classes:tuple[str, ...
     if parts and parts != tops:
         others = [t for t in tops if t not in parts]
         in_parts = [f for f in folders if f[0] in parts]
-        raise KdoctError(f"{root} has parts ({', '.join(parts)}) beside other folders ({_some(others)}).",
-                         fix=f"Give a folder that holds either parts or classes. {_remedy(in_parts, 0)} "
-                             f"If all of them are classes: {classes_option(tops)}")
+        raise KdoctError(
+            f"{root} has parts ({', '.join(parts)}) beside other folders ({_some(others)}).",
+            fix=f"Give a folder that holds either parts or classes. {_remedy(in_parts, 0)} "
+            f"If all of them are classes: {classes_option(tops)}",
+        )
     level = 1 if parts else 0
     _refuse_other_folders(folders, level, root)
     return level
@@ -256,24 +381,44 @@ def _level_of_classes(folders:list[list[str]], root:Path, classes:tuple[str, ...
 def _mark_folder(folders:list[str], classes:tuple[str, ...]|None)->str:
     "The first folder of a path, up to the classes, that holds masks or other marks, where the classes are named; '' if none does."
     named = classes or folders
-    at = next((i for i, name in enumerate(folders, 1) if name not in named and _is_annotation(name)), 0)
+    at = next(
+        (i for i, name in enumerate(folders, 1) if name not in named and _is_annotation(name)), 0
+    )
     return '/'.join(folders[:at])
 
-def _parts_and_labels(folders:dict[str, list[str]], level:int, classes:tuple[str, ...]|None)->dict[str, tuple[str, str]]:
+# %% ../../nbs/01c_data.sources.ipynb #35d5013f
+def _parts_and_labels(
+    folders:dict[str, list[str]], level:int, classes:tuple[str, ...]|None
+)->dict[str, tuple[str, str]]:
     "Part and class of each path that lies in a class folder; the parts are on a level above, or just below."
     within = {p: f for p, f in folders.items() if len(f) > level}
-    mine = [f for f in within.values() if not classes or f[level] in classes and not _mark_folder(f[:level], classes)]
-    def are_parts(k): return k != level and bool(mine) and all(len(f) > k and part_name(f[k]) for f in mine)
+    mine = [
+        f
+        for f in within.values()
+        if not classes or f[level] in classes and not _mark_folder(f[:level], classes)
+    ]
+    def are_parts(k):
+        return k != level and bool(mine) and all(len(f) > k and part_name(f[k]) for f in mine)
     at = next((k for k in range(level + 2) if are_parts(k)), None)
-    return {p: (part_name(f[at]) if at is not None and len(f) > at else '', f[level]) for p, f in within.items()}
+    return {
+        p: (part_name(f[at]) if at is not None and len(f) > at else '', f[level])
+        for p, f in within.items()
+    }
 
-_MASK_NAME = re.compile(r'(.+?)[ _.-]+(?:masks?|seg|segmentation|gt|annotation|labels?)(?:[ _-]?\d+)?', re.I)
+_MASK_NAME = re.compile(
+    r'(.+?)[ _.-]+(?:masks?|seg|segmentation|gt|annotation|labels?)(?:[ _-]?\d+)?', re.I
+)
 
+# %% ../../nbs/01c_data.sources.ipynb #215517c4
 def _masks_of_others(paths:list[str])->set[str]:
     "Paths that are named like the mask of another one: `1_mask.png` beside `1.png`."
     stems = {p: path_stem(p) for p in paths}
     there = {name_key(stem) for stem in stems.values()}
-    return {p for p, stem in stems.items() if (m := _MASK_NAME.fullmatch(stem)) and name_key(m[1]) in there}
+    return {
+        p
+        for p, stem in stems.items()
+        if (m := _MASK_NAME.fullmatch(stem)) and name_key(m[1]) in there
+    }
 
 # %% ../../nbs/01c_data.sources.ipynb #6d1f0a34
 @source('folder')
@@ -281,34 +426,60 @@ def folder(
     data:DataRecipe,  # reads `root`, `group_pattern` and `classes`
 )->Listing:
     "[train|val|test/]CLASS/**/*.ext; the group comes out of the relative path, or every image is its own group."
-    root, rows, pattern = source_root(data), [], _group_pattern(data.group_pattern) if data.group_pattern else None
+    root, rows, pattern = (
+        source_root(data),
+        [],
+        _group_pattern(data.group_pattern) if data.group_pattern else None,
+    )
     paths, found = walk_images(root)
     folders = {p: f for p in paths if (f := p.split('/')[:-1])}
     level = _level_of_classes([*folders.values()], root, data.classes)
     of, masks, marks = _parts_and_labels(folders, level, data.classes), _masks_of_others(paths), {}
     for path in paths:
         split, label = of.get(path, ('', ''))
-        row, mark = dict(path=path, label=label, split=split), _mark_folder(folders.get(path, [])[:level + 1], data.classes)
+        row, mark = (
+            dict(path=path, label=label, split=split),
+            _mark_folder(folders.get(path, [])[: level + 1], data.classes),
+        )
         if mark: marks[mark] = marks.get(mark, 0) + 1
         elif not label: found.append(finding(path, 'no-class-folder'))
-        elif any(map(_is_annotation, folders[path][level + 1:])): found.append(finding(path, 'mask-folder'))
+        elif any(map(_is_annotation, folders[path][level + 1:])):
+            found.append(finding(path, 'mask-folder'))
         elif path in masks: found.append(finding(path, 'mask-file'))
         elif pattern is None: rows.append(row | dict(group=path))
         elif (m := pattern.search(path)) and (facts := _named_facts(m)): rows.append(row | facts)
-        else: found.append(finding(path, 'unparsable-name', f"data.group_pattern {data.group_pattern!r} does not match"))
+        else: found.append(finding(path, 'unparsable-name', f"data.group_pattern "
+                                                            f"{data.group_pattern!r} "
+                                                            f"does not match"))
     if pattern is None:
-        print("WARNING: no --group-pattern (data.group_pattern) is given, so every image counts as a patient of its own. If a patient has\n"
-              "several images, they will be spread over training and test, and the results will be too good.")
+        print(
+            "WARNING: no --group-pattern (data.group_pattern) is given, so every image counts as a "
+            "patient of its own. If a patient has\n"
+            "several images, they will be spread over training and test, and the results will "
+            "be too good."
+        )
     elif of and not rows:
-        raise KdoctError(f"The pattern {data.group_pattern} finds a patient in none of {counted(len(of), 'path')}, such as {', '.join(list(of)[:3])}.",
-                         fix="Change --group-pattern: a regular expression whose first group (in round brackets) is the patient in the path.")
-    found += [finding(d, 'annotation-folder', counted(k, 'file'), 'not used') for d, k in marks.items()]
+        raise KdoctError(
+            f"The pattern {data.group_pattern} finds a patient in none of "
+            f"{counted(len(of), 'path')}, such as {', '.join(list(of)[:3])}.",
+            fix="Change --group-pattern: a regular expression whose first group (in round "
+                "brackets) is the patient in the path.",
+        )
+    found += [
+        finding(d, 'annotation-folder', counted(k, 'file'), 'not used') for d, k in marks.items()
+    ]
     return make_listing(root, rows, found, 'folder')
 
 # %% ../../nbs/01c_data.sources.ipynb #ccecca2a
 COVID_LABELS = ('COVID-19', 'Non-COVID', 'Normal')
-_COVID = re.compile(r'(?P<split>train|val|test)/(?P<label>[^/]+)/(?P<what>images|lung[ _]masks|infection[ _]masks)/[^/]+', re.I)
 
+_COVID = re.compile(
+    r'(?P<split>train|val|test)/(?P<label>[^/]+)/(?P<what>images|lung[ _]masks|infection[ '
+    r'_]masks)/[^/]+',
+    re.I,
+)
+
+# %% ../../nbs/01c_data.sources.ipynb #0b15ea6e
 def _covid_base(data:DataRecipe)->Path:
     "The folder that holds Train, Val and Test, at the root or up to two levels below; `KdoctError` if there is none, or several."
     root = source_root(data)
@@ -320,9 +491,15 @@ def _covid_base(data:DataRecipe)->Path:
         level = [p for d in level if not has_parts(d) for p in below(d)]
     if len(bases) == 1: return bases[0]
     if not bases:
-        raise KdoctError(f"Neither {root} nor a folder in it has the parts Train and Test.", fix=f"Expected layout: {LAYOUTS['covid_qu_ex']}")
-    raise KdoctError(f"Several folders in {root} have the parts Train and Test: {' and '.join(str(b.relative_to(root)) for b in bases)}.",
-                     fix=f"Give the one that is meant: --data-root {shlex.quote(str(bases[0]))}")
+        raise KdoctError(
+            f"Neither {root} nor a folder in it has the parts Train and Test.",
+            fix=f"Expected layout: {LAYOUTS['covid_qu_ex']}",
+        )
+    raise KdoctError(
+        f"Several folders in {root} have the parts Train and Test: "
+        f"{' and '.join(str(b.relative_to(root)) for b in bases)}.",
+        fix=f"Give the one that is meant: --data-root {shlex.quote(str(bases[0]))}",
+    )
 
 # %% ../../nbs/01c_data.sources.ipynb #d9d07a4d
 @source('covid_qu_ex')
@@ -333,21 +510,51 @@ def covid_qu_ex(
     base, labels = _covid_base(data), {same_name_key(c): c for c in COVID_LABELS}
     paths, found = walk_images(base)
     by = {p: m for p in paths if (m := _COVID.fullmatch(p)) and same_name_key(m['label']) in labels}
-    for p in sorted(set(paths) - set(by)): found.append(finding(p, 'unparsable-name', "not PART/CLASS/images/NAME or PART/CLASS/lung masks/NAME"))
+    for p in sorted(set(paths) - set(by)):
+        found.append(
+            finding(
+                p, 'unparsable-name', "not PART/CLASS/images/NAME or PART/CLASS/lung masks/NAME"
+            )
+        )
     folders = {w.lower().replace('_', ' '): w for m in by.values() if (w := m['what'])}
     kind = 'infection masks' if 'infection masks' in folders else 'lung masks'
     images = [p for p, m in by.items() if m['what'].lower() == 'images']
     masks = [p for p, m in by.items() if m['what'].lower().replace('_', ' ') == kind]
-    own, _ = resolve_paths([f"{p[:by[p].start('what')]}{folders.get(kind, kind)}/{p.rpartition('/')[2]}" for p in images], masks)
-    found += [finding(p, 'no-mask', f"no {kind[:-1]} of this name") for p, m in zip(images, own, strict=True) if not m]
-    found += [finding(p, 'mask-without-image', action='not used') for p in sorted(set(masks) - set(own))]
-    rows = [dict(path=p, label=labels[same_name_key(by[p]['label'])], group=p, split=by[p]['split'].lower(), mask=m) for p, m in zip(images, own, strict=True)]
+    own, _ = resolve_paths(
+        [
+            f"{p[: by[p].start('what')]}{folders.get(kind, kind)}/{p.rpartition('/')[2]}"
+            for p in images
+        ],
+        masks,
+    )
+    found += [
+        finding(p, 'no-mask', f"no {kind[:-1]} of this name")
+        for p, m in zip(images, own, strict=True)
+        if not m
+    ]
+    found += [
+        finding(p, 'mask-without-image', action='not used') for p in sorted(set(masks) - set(own))
+    ]
+    rows = [
+        dict(
+            path=p,
+            label=labels[same_name_key(by[p]['label'])],
+            group=p,
+            split=by[p]['split'].lower(),
+            mask=m,
+        )
+        for p, m in zip(images, own, strict=True)
+    ]
     return make_listing(base, rows, found, 'covid_qu_ex')
 
 # %% ../../nbs/01c_data.sources.ipynb #0aeee58b
 LC25000_LABELS = ('colon_aca', 'colon_n', 'lung_aca', 'lung_n', 'lung_scc')
-_LC25000 = re.compile(rf"(?P<folder>(?:[^/]+/){{0,3}}(?P<label>{'|'.join(LC25000_LABELS)}))/[^/]+", re.I)
 
+_LC25000 = re.compile(
+    rf"(?P<folder>(?:[^/]+/){{0,3}}(?P<label>{'|'.join(LC25000_LABELS)}))/[^/]+", re.I
+)
+
+# %% ../../nbs/01c_data.sources.ipynb #0818f803
 @source('lc25000')
 def lc25000(
     data:DataRecipe,  # reads `root`
@@ -359,18 +566,27 @@ def lc25000(
         m = _LC25000.fullmatch(path)
         if not m:
             folder = path.rpartition('/')[0].rpartition('/')[2] or 'the root'
-            found.append(finding(path, 'no-class-folder', f"in {folder}, not in a folder {', '.join(LC25000_LABELS)}"))
+            found.append(
+                finding(
+                    path,
+                    'no-class-folder',
+                    f"in {folder}, not in a folder {', '.join(LC25000_LABELS)}",
+                )
+            )
             continue
         label = m['label'].lower()
         if folders.setdefault(label, m['folder']) != m['folder']:
             first = shlex.quote(str((root/folders[label]).parent))
-            raise KdoctError(f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.",
-                             fix=f"Give the folder around the one that is meant, such as --data-root {first}")
+            raise KdoctError(
+                f"{root} has class {label} in two folders: {folders[label]} and {m['folder']}.",
+                fix=f"Give the folder around the one that is meant, such as --data-root {first}",
+            )
         rows.append(dict(path=path, label=label, group=path))
     return make_listing(root, rows, found, 'lc25000')
 
 # %% ../../nbs/01c_data.sources.ipynb #4bf050a5
-NEAR_DUPLICATES = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}  # source -> profile of kdoct.data.near_duplicates
+# source -> profile of kdoct.data.near_duplicates
+NEAR_DUPLICATES = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}
 
 def wants_near_duplicates(
     data:DataRecipe,  # reads `source`, `near_duplicates` and `groups`

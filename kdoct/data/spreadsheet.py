@@ -52,6 +52,7 @@ def _number_key(text:str)->str|None:
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #f33250b6
 _LETTER = r'[^\W\d_]'
+
 _LOOK_ALIKES = dict(zip('АВЕКМНОРСТУХІЈЅаеорсухіјѕΑΒΕΖΗΙΚΜΝΟΡΤΥΧο',   # Cyrillic, Greek
                         'ABEKMHOPCTYXIJSaeopcyxijsABEZHIKMNOPTYXo', strict=True))
 
@@ -66,13 +67,18 @@ def say_name(
     name:str,  # of a class, patient or group
 )->str:        # in quotes
     "A name as a message gives it, with the letters that only look Latin."
-    odd = [f"{c} ({unicodedata.name(c).split()[0].capitalize()})" for c in dict.fromkeys(look_alikes(name))]
+    odd = [
+        f"{c} ({unicodedata.name(c).split()[0].capitalize()})"
+        for c in dict.fromkeys(look_alikes(name))
+    ]
     return repr(name) + (f", whose {', '.join(odd)} only looks Latin," if odd else '')
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #0f5f9f7d
 def _plain_part(text:str)->str:
     "One part of a name without blanks at its ends, invisible characters, case and the marks that keep a number text."
     text = unicodedata.normalize('NFKC', text)
-    if not text.isascii() and look_alikes(text): text = ''.join(_LOOK_ALIKES.get(c, c) for c in text)
+    if not text.isascii() and look_alikes(text):
+        text = ''.join(_LOOK_ALIKES.get(c, c) for c in text)
     text = ''.join(c for c in text if unicodedata.category(c) != 'Cf')
     text = ''.join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     return unicodedata.normalize('NFKC', text.casefold()).strip().strip('="\'').strip()
@@ -95,12 +101,25 @@ def same_name_key(
     return '/'.join(_part_key(part) for part in name.split('/'))
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #a1da7e01
-_MONTHS = {name: i for names in ('jan feb mar apr may jun jul aug sep oct nov dec', '- - mrz - mai - - - - okt - dez')
-           for i, name in enumerate(names.split(), 1) if name != '-'}
+_MONTHS = {
+    name: i
+    for names in (
+        'jan feb mar apr may jun jul aug sep oct nov dec',
+        '- - mrz - mai - - - - okt - dez',
+    )
+    for i, name in enumerate(names.split(), 1)
+    if name != '-'
+}
+
 _DAY = re.compile(r'(\d{1,4})([-/.])(\d\d?)\2(\d{1,4})\.?')
-_DAY_IN_WORDS = re.compile(r'(?:(\d\d?)[-. /]*)?([^\W\d_]{3,9})[-. /]*(?:(\d\d?),? +)?[-. /]*(\d{4}|\d\d)')
+
+_DAY_IN_WORDS = re.compile(
+    r'(?:(\d\d?)[-. /]*)?([^\W\d_]{3,9})[-. /]*(?:(\d\d?),? +)?[-. /]*(\d{4}|\d\d)'
+)
+
 _MIDNIGHT = re.compile(r'[ t]0?0:00(:00(\.0+)?)?')
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #6a537f9e
 def dates_meant(
     text:str,     # a name, in lower case
 )->set[str]:      # days as YYYYMMDD; none: it is no date
@@ -111,7 +130,11 @@ def dates_meant(
         if len(a) == 4: orders = [(a, b, c)] if len(c) < 3 else []
         elif len(a) > 2 or len(c) not in (2, 4): orders = []
         else: orders = [(c, b, a)] if sign == '.' else [(c, b, a), (c, a, b)]
-    elif (m := _DAY_IN_WORDS.fullmatch(text)) and m[2][:3] in _MONTHS and (m[1] is None) != (m[3] is None):
+    elif (
+        (m := _DAY_IN_WORDS.fullmatch(text))
+        and m[2][:3] in _MONTHS
+        and (m[1] is None) != (m[3] is None)
+    ):
         orders = [(m[4], _MONTHS[m[2][:3]], m[1] or m[3])]
     else: return set()
     return {day for y, *rest in orders for century in ([''] if len(y) == 4 else ['19', '20'])
@@ -124,15 +147,57 @@ def _day(year:int, month:int, day:int)->str:
     return f'{year:04}{month:02}{day:02}'
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #4511ed14
-_TITLE_WORDS = 'patient|pat|pt|p|subject|subj|sub|participant|proband|case|fall|mrn|id|number|no|nr|#'
+_TITLE_WORDS = (
+    'patient|pat|pt|p|subject|subj|sub|participant|proband|case|fall|mrn|id|number|no|nr|#'
+)
+
 _TITLE = re.compile(rf'(?:(?:{_TITLE_WORDS})[ :]*)+(?=\d)')
-EYE_WORDS = {   # eye -> how tables write it, in the spelling of `same_name_key`
-    'OD': ('od', 'r', 're', 'right', 'right eye', 'dexter', 'oculus dexter', 'rechts', 'rechtes auge', 'droit', 'droite', 'derecho'),
-    'OS': ('os', 'l', 'le', 'left', 'left eye', 'sinister', 'oculus sinister', 'links', 'linkes auge', 'gauche', 'izquierdo', 'og', 'oi')}
+
+# %% ../../nbs/01a_data.spreadsheet.ipynb #5aa5408f
+EYE_WORDS = {  # eye -> how tables write it, in the spelling of `same_name_key`
+    'OD': (
+        'od',
+        'r',
+        're',
+        'right',
+        'right eye',
+        'dexter',
+        'oculus dexter',
+        'rechts',
+        'rechtes auge',
+        'droit',
+        'droite',
+        'derecho',
+    ),
+    'OS': (
+        'os',
+        'l',
+        'le',
+        'left',
+        'left eye',
+        'sinister',
+        'oculus sinister',
+        'links',
+        'linkes auge',
+        'gauche',
+        'izquierdo',
+        'og',
+        'oi',
+    ),
+}
+
+# %% ../../nbs/01a_data.spreadsheet.ipynb #f395f318
 _EYE_WORDS = sorted((word for words in EYE_WORDS.values() for word in words), key=len, reverse=True)
+
 _LONG_EYES = '|'.join(word for word in _EYE_WORDS if len(word) > 2 or word in ('od', 'os'))
-_SHORT_EYES = '|'.join(word for word in _EYE_WORDS if len(word) < 3)   # initials of a name, but for a number beside them
-_EYE_IN_NAME = re.compile(rf' ?[(\[]?(?:(?<!{_LETTER})(?:{_LONG_EYES})(?!{_LETTER})|(?<=\d)(?:{_SHORT_EYES})$|^(?:{_SHORT_EYES})(?=\d))[)\]]?')
+
+# initials of a name, but for a number beside them
+_SHORT_EYES = '|'.join(word for word in _EYE_WORDS if len(word) < 3)
+
+_EYE_IN_NAME = re.compile(
+    rf' ?[(\[]?(?:(?<!{_LETTER})(?:{_LONG_EYES})(?!{_LETTER})|(?<=\d)(?:{_SHORT_EYES})$|^(?:{_SHORT_EYES})(?=\d))[)\]]?'
+)
+
 _SLASH_DATE = re.compile(r'(?:(.*)/)?(\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/(?:\d{4}|\d\d))')
 
 def _patient_parts(name:str)->list[str]:
@@ -156,6 +221,7 @@ def _without_eye(key:str)->str:
     rest = _EYE_IN_NAME.sub(' ', key).strip(' :,;')
     return _part_key(rest) if rest and rest != key else key
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #2e81263e
 def same_patient_key(
     name:str,  # of a patient or group
 )->str:        # equal for all spellings of one patient
@@ -174,14 +240,23 @@ def spellings(
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #a1da7e04
 _KEPT = 15   # digits that a spreadsheet keeps of a number
+
 _ROUNDED = re.compile(r'(\d)(?:[.,](\d+))?e\+(\d\d?)')   # as Excel and pandas write it
-_AS_TEXT = "Format the column as text before the table is saved, and save it from the original again"
-_FIXES = {   # why two names may be one -> what helps
-    'a spreadsheet turns 7.10 into 7.1': _AS_TEXT + "; if they are two patients, write 7-1 and 7-10.",
+
+_AS_TEXT = (
+    "Format the column as text before the table is saved, and save it from the original again"
+)
+
+_FIXES = {  # why two names may be one -> what helps
+    'a spreadsheet turns 7.10 into 7.1': _AS_TEXT
+    + "; if they are two patients, write 7-1 and 7-10.",
     'a point or comma marks decimals or thousands': "Write these numbers without it.",
     'a date may have been written in another form': "Write all dates as 2021-03-04.",
     'a spreadsheet turns 1-2 into a date': _AS_TEXT + '.',
-    'a spreadsheet rounds long numbers': _AS_TEXT + "; if the numbers are right, write a letter before each: P1234."}
+    'a spreadsheet rounds long numbers': _AS_TEXT
+    + "; if the numbers are right, write a letter before each: P1234.",
+}
+
 _DECIMALS, _MARK, _DATE, _MONTH, _LONG = _FIXES
 
 def _as_thousands(part:str)->list[str]:
@@ -189,24 +264,44 @@ def _as_thousands(part:str)->list[str]:
     if not re.fullmatch(r'[1-9]\d{0,2}[.,]\d{3}', part): return []
     return [_number_key(part.replace('.', ''))]   # a point that marks thousands, or a comma that marks decimals
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #119852e5
 def _as_date(part:str)->list[str]:
     "The days that an uncertain date may be, and the numbers of days in Excel's two calendars."
     days, starts = dates_meant(part), (date(1899, 12, 30).toordinal(), date(1904, 1, 1).toordinal())
-    counts = [date(int(d[:4]), int(d[4:6]), int(d[6:])).toordinal() - start for d in days for start in starts]
-    return [_number_key(t) for t in [*(days if len(days) > 1 else ()), *(str(c) for c in counts if c > 0)]]
+    counts = [
+        date(int(d[:4]), int(d[4:6]), int(d[6:])).toordinal() - start
+        for d in days
+        for start in starts
+    ]
+    return [
+        _number_key(t)
+        for t in [*(days if len(days) > 1 else ()), *(str(c) for c in counts if c > 0)]
+    ]
 
 def _as_month(part:str)->list[str]:
     "The dates that a spreadsheet makes of 1-2 and of 2021-03."
-    if m := re.fullmatch(r'\d\d(\d\d)[-/.](\d\d?)', part): return [f'{name}{m[1]}' for name, i in _MONTHS.items() if i == int(m[2])]
+    if m := re.fullmatch(r'\d\d(\d\d)[-/.](\d\d?)', part):
+        return [f'{name}{m[1]}' for name, i in _MONTHS.items() if i == int(m[2])]
     m = re.fullmatch(r'(\d\d?)[-/.](\d\d?)', part)
     pairs = [(int(m[1]), int(m[2])), (int(m[2]), int(m[1]))] if m else []
-    return [key for day, month in pairs for name, i in _MONTHS.items() if i == month for key in (f'{day}{name}', f'{name}{day}')]
+    return [
+        key
+        for day, month in pairs
+        for name, i in _MONTHS.items()
+        if i == month
+        for key in (f'{day}{name}', f'{name}{day}')
+    ]
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #0ef4cb99
 def _as_rounded(part:str, kept:Iterable[int])->list[str]:
     "What is left of a long number where a spreadsheet keeps so many digits: the others cut off, or rounded."
     if not re.fullmatch(r'[1-9]\d{2,}', part): return []
     shorter = [n for n in kept if n < len(part)]
-    return [_number_key(t) for n in shorter for t in (part[:n] + '0'*(len(part) - n), f'{Decimal(part):.{n - 1}e}')]
+    return [
+        _number_key(t)
+        for n in shorter
+        for t in (part[:n] + '0' * (len(part) - n), f'{Decimal(part):.{n - 1}e}')
+    ]
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #a1da7e05
 def doubtful_spellings(
@@ -223,20 +318,38 @@ def doubtful_spellings(
             if others and name not in others: found.append((sorted([name, others[0]]), why))
     return [(several, why, _FIXES[why]) for several, why in found]
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #548d2290
 def _other_keys(parts:list[str], kept:set[int])->list[tuple[str, str]]:
     "Keys that a name of these parts may have besides its own, and why."
     keys = [_patient_part_key(p) for p in parts]
     def within(i, other): return '/'.join([*keys[:i], other, *keys[i + 1:]])
     def readings(part):
-        return {_MARK: _as_thousands(part), _DATE: _as_date(part), _MONTH: _as_month(part), _LONG: _as_rounded(part, kept)}
-    return [(within(i, other), why) for i, part in enumerate(parts) for why, others in readings(part).items() for other in others]
+        return {
+            _MARK: _as_thousands(part),
+            _DATE: _as_date(part),
+            _MONTH: _as_month(part),
+            _LONG: _as_rounded(part, kept),
+        }
+    return [
+        (within(i, other), why)
+        for i, part in enumerate(parts)
+        for why, others in readings(part).items()
+        for other in others
+    ]
 
-def _lost_zeros(parts:dict[str, list[str]], by_key:dict[str, list[str]])->list[tuple[list[str], str]]:
+# %% ../../nbs/01a_data.spreadsheet.ipynb #e776e4f1
+def _lost_zeros(
+    parts:dict[str, list[str]], by_key:dict[str, list[str]]
+)->list[tuple[list[str], str]]:
     "Names that differ only in zeros behind decimals: 7.1 and 7.10."
     def decimals(part):
         m = _NUMBER.fullmatch(_bare_number(part))
         return m[3] if m and m[3].strip('0') and not m[4] else ''
-    return [(several, _DECIMALS) for several in by_key.values() if len({tuple(map(decimals, parts[name])) for name in several}) > 1]
+    return [
+        (several, _DECIMALS)
+        for several in by_key.values()
+        if len({tuple(map(decimals, parts[name])) for name in several}) > 1
+    ]
 
 def _lost_digits(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
     "Names such as 1.23E+11, which Excel makes of numbers of 12 digits and more."
@@ -252,6 +365,7 @@ def _kept_digits(parts:list[str])->set[int]:
     shown = {1 + len(m[2] or '') for p in parts if (m := _ROUNDED.fullmatch(p))}
     return shown | {_KEPT} if cut > len(long)/5 else shown
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #7efbacae
 def _uncertain_dates(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
     "Uncertain dates of two forms that may be one day: 3/4/2021 and 3-4-2021."
     first, found = {}, []
@@ -263,11 +377,51 @@ def _uncertain_dates(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
     return found
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #ea97a051
-_EMPTY_WORDS = {'', 'nan', '-nan', 'nat', '<na>', '#n/a', '#na', '#nv', '#value!', '#ref!', '#div/0!', '#name?', '#null!', '#num!', 'n/a',
-                'null', '(null)', '(blank)'}
-_NOBODY = {'unknown', 'unk', 'none', 'nil', 'missing', 'undefined', 'anonymous', 'anonymised', 'anonymized', 'anon', 'not available', 'not known',
-           'no id', 'n.a.', 'tbd', 'xxx', 'unbekannt', 'inconnu', 'desconocido'}
+_EMPTY_WORDS = {
+    '',
+    'nan',
+    '-nan',
+    'nat',
+    '<na>',
+    '#n/a',
+    '#na',
+    '#nv',
+    '#value!',
+    '#ref!',
+    '#div/0!',
+    '#name?',
+    '#null!',
+    '#num!',
+    'n/a',
+    'null',
+    '(null)',
+    '(blank)',
+}
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #8d92fb81
+_NOBODY = {
+    'unknown',
+    'unk',
+    'none',
+    'nil',
+    'missing',
+    'undefined',
+    'anonymous',
+    'anonymised',
+    'anonymized',
+    'anon',
+    'not available',
+    'not known',
+    'no id',
+    'n.a.',
+    'tbd',
+    'xxx',
+    'unbekannt',
+    'inconnu',
+    'desconocido',
+}
+
+# %% ../../nbs/01a_data.spreadsheet.ipynb #0076babe
 def is_empty_cell(
     text:str,  # a cell
 )->bool:
@@ -280,9 +434,24 @@ def is_only_signs(
     "Whether a cell holds neither a letter nor a digit: '-', '?', '..'."
     return not any(c.isalnum() for c in text)
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #65bd8ca5
 _NO_LABEL = _NOBODY - {'anonymous', 'anonymised', 'anonymized', 'anon', 'no id'} | {
-    'na', 'x', 'not applicable', 'no label', 'unlabeled', 'unlabelled', 'not labeled', 'not labelled', 'todo', 'to do', 'pending',
-    'ungradable', 'ungradeable', 'not gradable', 'not gradeable'}
+    'na',
+    'x',
+    'not applicable',
+    'no label',
+    'unlabeled',
+    'unlabelled',
+    'not labeled',
+    'not labelled',
+    'todo',
+    'to do',
+    'pending',
+    'ungradable',
+    'ungradeable',
+    'not gradable',
+    'not gradeable',
+}
 
 def is_no_label(
     text:str,  # a label that is not empty
@@ -292,6 +461,7 @@ def is_no_label(
     words = re.sub(r'[\s_-]+', ' ', text.strip('()<>[]'))
     return is_only_signs(text) or words in _NO_LABEL or _is_minus_one(text)
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #b867bf3f
 def is_nobody(
     text:str,  # a patient or group that is not empty
 )->bool:
@@ -304,16 +474,35 @@ def _is_minus_one(text:str)->bool:
     return bool(re.fullmatch(r'-(1|9+)(\.0*)?', text))
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #1cebf29f
-_OTHER_FILES = {b'PAR1': "a Parquet file", b'\xd0\xcf\x11\xe0': "an old Excel workbook", b'SQLite': "a database", b'%PDF': "a PDF file",
-                b'\x93NUMPY': "a NumPy array", b'\x89HDF': "an HDF5 file", b'{\n': "JSON", b'{"': "JSON", b'[{': "JSON", b'[\n': "JSON",
-                b'<!DOC': "a web page", b'<html': "a web page", b'<table': "a web page", b'<?xml': "XML", b'{\\rtf': "a text document (RTF)",
-                b'7z\xbc\xaf': "a 7z archive", b'Rar!': "a RAR archive", b'version https://git-lfs': "a Git LFS pointer (run git lfs pull)"}
+_OTHER_FILES = {
+    b'PAR1': "a Parquet file",
+    b'\xd0\xcf\x11\xe0': "an old Excel workbook",
+    b'SQLite': "a database",
+    b'%PDF': "a PDF file",
+    b'\x93NUMPY': "a NumPy array",
+    b'\x89HDF': "an HDF5 file",
+    b'{\n': "JSON",
+    b'{"': "JSON",
+    b'[{': "JSON",
+    b'[\n': "JSON",
+    b'<!DOC': "a web page",
+    b'<html': "a web page",
+    b'<table': "a web page",
+    b'<?xml': "XML",
+    b'{\\rtf': "a text document (RTF)",
+    b'7z\xbc\xaf': "a 7z archive",
+    b'Rar!': "a RAR archive",
+    b'version https://git-lfs': "a Git LFS pointer (run git lfs pull)",
+}
+
 _AS_CSV = "Save it as CSV UTF-8 (comma-separated) with a header line, one row an image."
+
 _AGAIN = "Copy or download it again, or give the table unpacked."
 
 def _refuse(file:Path, why:str, fix:str=_AS_CSV):
     raise KdoctError(f"{file} cannot be read as a table: {why}.", fix=fix)
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #eedd9a0f
 def _table_bytes(file:Path)->bytes:
     "The file's content, unpacked; `KdoctError` that names the kind of file where it is no text."
     try: data = file.read_bytes()
@@ -321,12 +510,14 @@ def _table_bytes(file:Path)->bytes:
     try:
         if data.startswith(b'\x1f\x8b'): data = gzip.decompress(data)
         if data.startswith(b'PK\x03\x04'): data = _zipped(data, file)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as e:   # the last: a password is needed
+    # the last: a password is needed
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as e:
         _refuse(file, f"it is packed, and damaged or locked ({e})", _AGAIN)
     for start, kind in _OTHER_FILES.items():
         if data.startswith(start): _refuse(file, f"it is {kind}")
     return data
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #8928ea2d
 def _zipped(data:bytes, file:Path)->bytes:
     "The one table in a zip archive; `KdoctError` for a workbook or arrays."
     with zipfile.ZipFile(io.BytesIO(data)) as z:
@@ -334,27 +525,53 @@ def _zipped(data:bytes, file:Path)->bytes:
         if any(n.startswith('xl/') for n in names): _refuse(file, "it is an Excel workbook")
         if 'content.xml' in names: _refuse(file, "it is a LibreOffice workbook")
         if any(n.endswith('.npy') for n in names):
-            _refuse(file, f"it holds NumPy arrays ({', '.join(names[:3])}), as MedMNIST's do",
-                    "Write the pictures as PNG files, and a CSV table with columns path, label and patient.")
-        if len(names) != 1: _refuse(file, f"it is an archive of {counted(len(names), 'file')}", "Unpack it, and give the table in it.")
+            _refuse(
+                file,
+                f"it holds NumPy arrays ({', '.join(names[:3])}), as MedMNIST's do",
+                "Write the pictures as PNG files, and a CSV table with columns path, label "
+                "and patient.",
+            )
+        if len(names) != 1:
+            _refuse(
+                file,
+                f"it is an archive of {counted(len(names), 'file')}",
+                "Unpack it, and give the table in it.",
+            )
         return z.read(names[0])
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #4f83cfdb
-_MARKS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
+_MARKS = {
+    b'\xff\xfe\0\0': 'utf-32',
+    b'\0\0\xfe\xff': 'utf-32',
+    b'\xff\xfe': 'utf-16',
+    b'\xfe\xff': 'utf-16',
+}
+
 _BINARY = re.compile(rb'[\x01-\x08\x0e-\x19\x1b-\x1f]')   # no signs of a text
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #5f9c527a
 def _table_text(file:Path)->str:
     "The file's text; `KdoctError` with the line where it is not UTF-8 (or UTF-16 with its mark)."
     data = _table_bytes(file)
     encoding = next((e for mark, e in _MARKS.items() if data.startswith(mark)), 'utf-8-sig')
     if encoding == 'utf-8-sig':
-        if b'\0' in data[:4096]: _refuse(file, "it holds zero bytes: no text, or UTF-16 without its mark", "Save it as CSV UTF-8.")
+        if b'\0' in data[:4096]:
+            _refuse(
+                file,
+                "it holds zero bytes: no text, or UTF-16 without its mark",
+                "Save it as CSV UTF-8.",
+            )
         if _BINARY.search(data[:4096]): _refuse(file, "it holds binary data and no text")
     try: text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        if encoding != 'utf-8-sig': _refuse(file, f"its {encoding.upper()} is damaged at byte {e.start}", _AGAIN)
+        if encoding != 'utf-8-sig':
+            _refuse(file, f"its {encoding.upper()} is damaged at byte {e.start}", _AGAIN)
         line = data[:e.start].count(b'\n') + 1
-        seen = data[e.start - 12 if e.start > 12 else 0:e.start + 12].decode('cp1252', 'replace').split('\n')
+        seen = (
+            data[e.start - 12 if e.start > 12 else 0 : e.start + 12]
+            .decode('cp1252', 'replace')
+            .split('\n')
+        )
         near = next((s for s in seen if not s.isascii()), '').strip()
         _refuse(file, f"line {line} is not UTF-8; it may be Windows-1252 ({near!r})",
                 "Save it as CSV UTF-8, or: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv")
@@ -362,17 +579,27 @@ def _table_text(file:Path)->str:
     if not text.strip(): _refuse(file, "it is empty")
     if '\ufffd' in text:
         line = text[:text.index('\ufffd')].count('\n') + 1
-        _refuse(file, f"line {line} has \ufffd, the sign for a letter that was lost when the file was converted",
-                "Save it from the original again, as CSV UTF-8.")
+        _refuse(
+            file,
+            f"line {line} has \ufffd, the sign for a letter that was lost when the file "
+            f"was converted",
+            "Save it from the original again, as CSV UTF-8.",
+        )
     return text
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #aa6a2d7b
 _SEPARATORS = {',': 'comma', ';': 'semicolon', '\t': 'tab', '|': 'vertical bar'}
+
 _RARE_SEPARATORS = (' ', ':')   # names hold them too
 
 def _rows(text:str, separator:str)->list[tuple[int, list[str]]]:
     "Line and cells of each row that is not blank; `csv.Error` for quotes that do not match."
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator, strict=True, skipinitialspace=separator == ' ')
+    reader = csv.reader(
+        io.StringIO(text, newline=''),
+        delimiter=separator,
+        strict=True,
+        skipinitialspace=separator == ' ',
+    )
     out, line = [], 1
     try:
         for cells in reader:
@@ -381,6 +608,7 @@ def _rows(text:str, separator:str)->list[tuple[int, list[str]]]:
     except csv.Error as e: raise csv.Error(f"line {line}: {e}; a quote that is not closed?") from e
     return out
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #c2414f3c
 def _separated(text:str, file:Path)->tuple[str, list[tuple[int, list[str]]]]:
     "The separator, and the rows with the header first; `KdoctError` where two separators are possible."
     if m := re.match(r'sep=(.)\r?\n', text, re.I):    # Excel's own line
@@ -397,21 +625,36 @@ def _separated(text:str, file:Path)->tuple[str, list[tuple[int, list[str]]]]:
         found = whole
     return next(iter(found.items()))
 
-def _rarely_separated(text:str, lines:list[str], file:Path)->tuple[str, list[tuple[int, list[str]]]]:
+# %% ../../nbs/01a_data.spreadsheet.ipynb #e0496639
+def _rarely_separated(
+    text:str, lines:list[str], file:Path
+)->tuple[str, list[tuple[int, list[str]]]]:
     "As `_separated`, for a first line without a usual separator: a title, or a table with blanks or colons between its cells."
     if any(s in line for line in lines[1:20] for s in _SEPARATORS):
         n = 1 + next(i for i, line in enumerate(lines) if any(s in line for s in _SEPARATORS))
-        _refuse(file, f"line 1 is no header: {lines[0][:80]!r}", f"Delete what stands above the header, which may be {lines[n - 1][:80]!r}.")
+        _refuse(
+            file,
+            f"line 1 is no header: {lines[0][:80]!r}",
+            f"Delete what stands above the header, which may be {lines[n - 1][:80]!r}.",
+        )
     tight = '\n'.join(line.strip() for line in text.splitlines())
     for s in _RARE_SEPARATORS:
         rows = _rows(tight, s)
         widths = {len(cells) for _, cells in rows}
         if len(rows) > 1 and len(widths) == 1 and min(widths) > 1: return s, rows
         if len(rows[0][1]) > 2:
-            line, cells = next((line, cells) for line, cells in rows if len(cells) != len(rows[0][1])) if len(rows) > 1 else rows[0]
+            line, cells = (
+                next((line, cells) for line, cells in rows if len(cells) != len(rows[0][1]))
+                if len(rows) > 1
+                else rows[0]
+            )
             between = 'blanks' if s == ' ' else 'colons'
-            _refuse(file, f"it has no comma, semicolon, tab or |; with {between} between the cells, line {line} has {len(cells)} "
-                          f"and the header {len(rows[0][1])}")
+            _refuse(
+                file,
+                f"it has no comma, semicolon, tab or |; with {between} between the cells, line "
+                f"{line} has {len(cells)} "
+                f"and the header {len(rows[0][1])}",
+            )
     return ',', _rows(text, ',')
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #6f912ada
@@ -420,18 +663,28 @@ def _check_widths(rows:list[tuple[int, list[str]]], separator:str, file:Path)->l
     (at, header), body = rows[0], rows[1:]
     n, widths = len(header), {len(cells) for _, cells in body}
     wider = len(widths) == 1 and min(widths) > n
-    if wider and not any(c.strip() for _, cells in body for c in cells[n:]): return [cells[:n] for _, cells in body]
+    if wider and not any(c.strip() for _, cells in body for c in cells[n:]):
+        return [cells[:n] for _, cells in body]
     misfit = next(((line, cells) for line, cells in body if len(cells) != n), None)
     if misfit is None: return [cells for _, cells in body]
     line, cells = misfit
-    fix = 'Put a cell that holds the separator into quotes "..."; write a cell without content as an empty one.'
-    if wider: fix += " Or, as every row is longer than the header: give the first column (row numbers?) a name in the header."
+    fix = ('Put a cell that holds the separator into quotes "..."; write a cell without content as '
+           'an empty one.')
+    if wider:
+        fix += (" Or, as every row is longer than the header: give the first column (row numbers?) "
+                "a name in the header.")
     if header[0].startswith('#') or line == body[0][0] and len(widths) == 1:
         fix = f"If line {at} is a comment or a title, delete what stands above the header. {fix}"
-    _refuse(file, f"line {line} has {counted(len(cells), 'cell')}, the header {n}: {separator.join(cells)[:80]!r}", fix)
+    _refuse(
+        file,
+        f"line {line} has {counted(len(cells), 'cell')}, the header {n}: "
+        f"{separator.join(cells)[:80]!r}",
+        fix,
+    )
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #a1da7e07
-def _is_picture(name:str)->bool: return (mimetypes.guess_type(name, strict=False)[0] or '').startswith('image/')
+def _is_picture(name:str)->bool:
+    return (mimetypes.guess_type(name, strict=False)[0] or '').startswith('image/')
 
 def data_in_header(
     table:pd.DataFrame,  # from `read_table`
@@ -441,6 +694,7 @@ def data_in_header(
     again = [c for i, c in enumerate(table) if c in set(table.iloc[:, i].str.strip())]
     return next(iter([*pictures, *again]), '')
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #a22ed82b
 def refuse_header(
     table:pd.DataFrame,  # from `read_table`, with lines
     cell:str,            # of the header, that looks like data
@@ -449,12 +703,19 @@ def refuse_header(
     "`KdoctError` for a header that comes twice, or for a table without one, with the line to add."
     header, rows = [c.strip() for c in table], table.apply(lambda c: c.str.strip())
     again = [line for line, *cells in rows.itertuples(name=None) if cells == header]
-    if again: raise KdoctError(f"{file}, line {again[0]}, is the header once more.", fix=f"Delete line {again[0]}.")
+    if again:
+        raise KdoctError(
+            f"{file}, line {again[0]}, is the header once more.", fix=f"Delete line {again[0]}."
+        )
     names = ['path' if _is_picture(c) else f'NAME{i}' for i, c in enumerate(header, 1)]
-    raise KdoctError(f"{file} has no header: its first line is data, {','.join(header)[:80]!r}.",
-                     fix="Add a line above it that names the columns (path, label, patient, ...), as here, so that no row is lost: "
-                         + ','.join(names))
+    raise KdoctError(
+        f"{file} has no header: its first line is data, {','.join(header)[:80]!r}.",
+        fix="Add a line above it that names the columns (path, label, patient, ...), as here, so "
+            "that no row is lost: "
+        + ','.join(names),
+    )
 
+# %% ../../nbs/01a_data.spreadsheet.ipynb #8971e95b
 def _check_header(table:pd.DataFrame, file:Path)->list[int]:
     "The columns that are kept: a second one of the same name must hold the same cells, else `KdoctError`."
     first, kept, cell = {}, [], data_in_header(table)
@@ -464,8 +725,11 @@ def _check_header(table:pd.DataFrame, file:Path)->list[int]:
         if i == j: kept.append(i)
         elif not table.iloc[:, i].equals(table.iloc[:, j]):
             if cell or _number_key(name): refuse_header(table, cell or name, file)
-            raise KdoctError(f"{file} has two columns named {name!r}, the {j + 1}. and the {i + 1}., with different cells.",
-                             fix="Rename the one that is not meant.")
+            raise KdoctError(
+                f"{file} has two columns named {name!r}, the {j + 1}. and the {i + 1}., with "
+                f"different cells.",
+                fix="Rename the one that is not meant.",
+            )
     return kept
 
 # %% ../../nbs/01a_data.spreadsheet.ipynb #30e2b21e
@@ -476,9 +740,13 @@ def read_table(
     "Read a table; `KdoctError` with the line where it is malformed. A column without a name is called 'column 1' by its place."
     file = Path(file)
     try: separator, rows = _separated(_table_text(file), file)
-    except csv.Error as e: _refuse(file, str(e), f'Close the quote; write a quote within a cell as two, "3"" scan". Or: {_AS_CSV}')
+    except csv.Error as e: _refuse(file, str(e), f'Close the quote; write a quote within a cell as '
+                                                 f'two, "3"" scan". Or: {_AS_CSV}')
     cells = _check_widths(rows, separator, file)
-    header = [name.strip().strip('\ufeff\u200b').strip() or f'column {i + 1}' for i, name in enumerate(rows[0][1])]
+    header = [
+        name.strip().strip('\ufeff\u200b').strip() or f'column {i + 1}'
+        for i, name in enumerate(rows[0][1])
+    ]
     table = pd.DataFrame(cells, columns=header, index=[line for line, _ in rows[1:]], dtype='str')
     table = table.iloc[:, _check_header(table, file)]
     return table if lines else table.reset_index(drop=True)
@@ -491,10 +759,16 @@ def table_column(
 )->pd.Series|None:       # None: there is none
     "A column of a table by its name or another spelling of it; `KdoctError` where two columns could be meant."
     if chosen and name in table: return table[name]
-    def is_it(c): return same_name_key(c) == same_name_key(name) or re.fullmatch(re.escape(name) + r'\.[1-9]\d*', c)
+    def is_it(c):
+        return same_name_key(c) == same_name_key(name) or re.fullmatch(
+            re.escape(name) + r'\.[1-9]\d*', c
+        )
     near = sorted((c for c in table if is_it(c)), key=lambda c: c != name)
     if not near: return None
     if rivals := [c for c in near[1:] if not table[c].equals(table[near[0]])]:
-        raise KdoctError(f"Two columns could be {name!r}, and their cells differ: {near[0]!r} and {rivals[0]!r}.",
-                         fix=f"Say which is meant, as --set data.columns.{name}={near[0]}, or rename the other.")
+        raise KdoctError(
+            f"Two columns could be {name!r}, and their cells differ: {near[0]!r} and "
+            f"{rivals[0]!r}.",
+            fix=f"Say which is meant, as --set data.columns.{name}={near[0]}, or rename the other.",
+        )
     return table[near[0]]

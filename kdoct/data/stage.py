@@ -8,16 +8,23 @@ __all__ = ['class_names', 'table_hash', 'folds_of', 'plan_folds', 'leak_of', 'wr
 
 # %% ../../nbs/01_data.ipynb #imp-data-stage
 import hashlib
+
 import time
+
 from dataclasses import dataclass
+
 from pathlib import Path
 
 import numpy as np
+
 import pandas as pd
 
 from ..core.files import atomic_path, counted, KdoctError, locked, sha256_file, write_json
+
 from ..core.recipe import DataRecipe, Recipe
+
 from ..core.runs import Run, stage_command
+
 from kdoct.data.audit import (
     audit,
     Audit,
@@ -27,7 +34,10 @@ from kdoct.data.audit import (
     official_overlap,
     PART_WORDS,
 )
+
 from .cache import decode_cache, DecodeCache, FRAMING
+
+# %% ../../nbs/01_data.ipynb #44f1029a
 from kdoct.data.folds import (
     CALIB,
     make_folds,
@@ -38,8 +48,11 @@ from kdoct.data.folds import (
     shows_diagnosis,
     write_folds,
 )
+
 from .images import COLOURED
+
 from .listing import check_table, classes_option, Listing, TABLE_COLUMNS
+
 from .sources import load_table, NEAR_DUPLICATES, wants_near_duplicates
 
 # %% ../../nbs/01_data.ipynb #e651b387
@@ -49,17 +62,28 @@ def class_names(
 )->list[str]:                           # in the order of the logits
     "The classes; `KdoctError` if a wanted one has no image."
     if not classes: return sorted(table.label.unique())
-    if len(set(classes)) < len(classes): raise KdoctError(f"data.classes names a class twice: {', '.join(classes)}.", fix="Name each once.")
+    if len(set(classes)) < len(classes):
+        raise KdoctError(
+            f"data.classes names a class twice: {', '.join(classes)}.", fix="Name each once."
+        )
     if lost := [c for c in classes if c not in set(table.label)]:
-        raise KdoctError(f"There is no image of class {', '.join(lost)}.",
-                         fix=f"The images are of these classes: {classes_option(sorted(table.label.unique()))}")
+        raise KdoctError(
+            f"There is no image of class {', '.join(lost)}.",
+            fix=f"The images are of these classes: {classes_option(sorted(table.label.unique()))}",
+        )
     return list(classes)
 
+# %% ../../nbs/01_data.ipynb #9b41587b
 def table_hash(
     table:pd.DataFrame,  # image table after the audit
 )->str:                  # hexadecimal SHA-256
     "Hash of the contract's columns: the same data set has the same hash on every machine."
-    return hashlib.sha256(table[list(TABLE_COLUMNS)].sort_values('path').to_csv(index=False, lineterminator='\n').encode()).hexdigest()
+    return hashlib.sha256(
+        table[list(TABLE_COLUMNS)]
+        .sort_values('path')
+        .to_csv(index=False, lineterminator='\n')
+        .encode()
+    ).hexdigest()
 
 def _table_path(run:Run)->Path: return run.path/'table.parquet'
 
@@ -67,13 +91,18 @@ def _same_or_first(run:Run, name:str, now:str):
     "`KdoctError` if the run has noted another hash for `name`."
     before = run.stage('data').get(name)
     if before and before != now:
-        raise KdoctError(f"Run '{run.name}' was made with other data: {name} was {before[:12]}, now it is {now[:12]}.",
-                         fix="Restore the files, or start a new run with another name: -p run NEW")
+        raise KdoctError(
+            f"Run '{run.name}' was made with other data: {name} was {before[:12]}, now it is "
+            f"{now[:12]}.",
+            fix="Restore the files, or start a new run with another name: -p run NEW",
+        )
 
 # %% ../../nbs/01_data.ipynb #1dcc7a2f
 def _rules(data:DataRecipe)->dict:
     "What `check_folds` is to prove for this recipe."
-    return dict(protocol=data.protocol, leak=data.protocol == 'official' and data.official_overlap == 'keep')
+    return dict(
+        protocol=data.protocol, leak=data.protocol == 'official' and data.official_overlap == 'keep'
+    )
 
 def folds_of(
     run:Run,  # a run whose data stage is done
@@ -81,19 +110,46 @@ def folds_of(
     "A run's folds, proved to be what its recipe says."
     return read_folds(run.folds_csv, **_rules(run.recipe.data))
 
+# %% ../../nbs/01_data.ipynb #2352690e
 def _fits(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     "Are these folds of these images, and in each role only those that the recipe allows there?"
     have, want = folds[folds.fold == 0].set_index('path').group, table.set_index('path').group
-    if not have.sort_index().equals(want.sort_index().astype(have.dtype)) or folds.fold.max() + 1 != data.n_folds: return False
+    if (
+        not have.sort_index().equals(want.sort_index().astype(have.dtype))
+        or folds.fold.max() + 1 != data.n_folds
+    ):
+        return False
     rules = (data.worst_case_train, data.worst_case_test)
     worst = shows_diagnosis(table) if any(rules) else np.ones(len(table), bool)
-    official, shared = (table.split == 'test').to_numpy(), official_overlap(table) & (data.protocol == 'official' and data.official_overlap == 'remove')
-    facts = pd.DataFrame(dict(learn=worst | (not rules[0]), test=worst | (not rules[1]), official=official, shared=shared), index=table.path).loc[folds.path]
-    f, learns, calib = facts.set_axis(folds.index), folds.role.isin(['train', 'val']), folds.role == CALIB
-    right = (folds.role == OUT) & (~f.learn | ~f.test | f.shared) | learns & f.learn & ~f.shared | (folds.role == 'test') & f.test
+    official, shared = (
+        (table.split == 'test').to_numpy(),
+        official_overlap(table)
+        & (data.protocol == 'official' and data.official_overlap == 'remove'),
+    )
+    facts = pd.DataFrame(
+        dict(
+            learn=worst | (not rules[0]),
+            test=worst | (not rules[1]),
+            official=official,
+            shared=shared,
+        ),
+        index=table.path,
+    ).loc[folds.path]
+    f, learns, calib = (
+        facts.set_axis(folds.index),
+        folds.role.isin(['train', 'val']),
+        folds.role == CALIB,
+    )
+    right = (
+        (folds.role == OUT) & (~f.learn | ~f.test | f.shared)
+        | learns & f.learn & ~f.shared
+        | (folds.role == 'test') & f.test
+    )
     right |= calib & ~f.shared & (f.test | f.learn)
     if not right.all() or calib.any() != (data.calibration_fraction > 0): return False
-    return data.protocol != 'official' or bool((f.official[folds.role == 'test']).all() and not f.official[learns | calib].any())
+    return data.protocol != 'official' or bool(
+        (f.official[folds.role == 'test']).all() and not f.official[learns | calib].any()
+    )
 
 # %% ../../nbs/01_data.ipynb #7a783a85
 def plan_folds(
@@ -105,18 +161,30 @@ def plan_folds(
     "New folds of audited images; `KdoctError` where a run would stop."
     table, data = result.check(where, new_run).table, recipe.data
     class_names(table, data.classes)
-    return make_folds(table, data.n_folds, data.val_fraction, recipe.seed, data.protocol, data.official_overlap,
-                      (data.worst_case_train, data.worst_case_test), data.calibration_fraction)
+    return make_folds(
+        table,
+        data.n_folds,
+        data.val_fraction,
+        recipe.seed,
+        data.protocol,
+        data.official_overlap,
+        (data.worst_case_train, data.worst_case_test),
+        data.calibration_fraction,
+    )
 
+# %% ../../nbs/01_data.ipynb #31ee260b
 def _folds_for(run:Run, result:Audit)->pd.DataFrame:
     "The run's folds: those it has, if they fit the table and the recipe, else new ones."
     data = run.recipe.data
-    if not run.folds_csv.exists(): write_folds(plan_folds(result, run.recipe), run.folds_csv, **_rules(data))
+    if not run.folds_csv.exists():
+        write_folds(plan_folds(result, run.recipe), run.folds_csv, **_rules(data))
     folds = folds_of(run)
     _same_or_first(run, 'folds_sha256', sha256_file(run.folds_csv))
     if not _fits(folds, result.table, data):
-        raise KdoctError(f"{run.folds_csv} does not fit the images or the recipe of run '{run.name}'.",
-                         fix="Delete it, or start a new run with another name: -p run NEW")
+        raise KdoctError(
+            f"{run.folds_csv} does not fit the images or the recipe of run '{run.name}'.",
+            fix="Delete it, or start a new run with another name: -p run NEW",
+        )
     return folds
 
 def leak_of(
@@ -127,9 +195,19 @@ def leak_of(
     shared = f[f.role.isin(['train', 'val', CALIB]) & f.group.isin(f.group[f.role == 'test'])]
     return dict(groups=shared.group.nunique(), images=len(shared)) if len(shared) else None
 
-def _cache(data:DataRecipe, table:pd.DataFrame, root:str|Path, channels:int, workers:int=0)->DecodeCache:
+# %% ../../nbs/01_data.ipynb #7fb15719
+def _cache(
+    data:DataRecipe, table:pd.DataFrame, root:str|Path, channels:int, workers:int=0
+)->DecodeCache:
     "The decode cache that a recipe wants."
-    return decode_cache(table, root, data.size + data.margin, channels, workers, **{k: getattr(data, k) for k in FRAMING})
+    return decode_cache(
+        table,
+        root,
+        data.size + data.margin,
+        channels,
+        workers,
+        **{k: getattr(data, k) for k in FRAMING},
+    )
 
 def _counts(folds:pd.DataFrame)->dict:
     "Images and groups a role, by fold."
@@ -143,6 +221,7 @@ def write_findings(
     "Write all findings, one a line."
     with atomic_path(path) as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
 
+# %% ../../nbs/01_data.ipynb #7ce4ae1a
 def list_and_audit(
     data:DataRecipe,            # which images
     workers:int=0,              # threads; 0: one a core, 8 at most
@@ -152,8 +231,11 @@ def list_and_audit(
     listing = listing or load_table(data)
     result = audit(listing, data.classes, data.leave_out, workers, wants_near_duplicates(data))
     if data.source in NEAR_DUPLICATES and data.near_duplicates == 'separate' and not data.groups:
-        print(f"WARNING: {data.source} holds copies of images that were turned or flipped, and data.near_duplicates is separate: copies will be\n"
-              "spread over training and test, and the results will be too good.")
+        print(
+            f"WARNING: {data.source} holds copies of images that were turned or flipped, and "
+            f"data.near_duplicates is separate: copies will be\n"
+            "spread over training and test, and the results will be too good."
+        )
     return listing, result
 
 def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
@@ -162,8 +244,9 @@ def _audited(run:Run, workers:int)->tuple[Listing, Audit]:
     if result is None: listing, result = list_and_audit(run.recipe.data, workers, listing)
     write_findings(result, run.path/'audit.csv')
     write_json(run.path/'audit.json', result.summary)
-    return listing, result.check(run.path/'audit.csv', new_run=f'{run.name}-2' if run.folds_csv.exists() else '')
-
+    return listing, result.check(
+        run.path / 'audit.csv', new_run=f'{run.name}-2' if run.folds_csv.exists() else ''
+    )
 
 # %% ../../nbs/01_data.ipynb #6c8e2b1a
 def prepare_data(
@@ -181,46 +264,87 @@ def prepare_data(
         with atomic_path(_table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = _cache(data, table, listing.root, result.channels, workers)
         val_lacks, calib_lacks = (_lacks_by_fold(folds, table, role) for role in ('val', CALIB))
-        facts = run.record('data', status='done', source=data.source, root=listing.root, images=len(table), groups=table.group.nunique(), classes=classes,
-                           per_class=table.label.value_counts().reindex(classes).to_dict(), per_fold=_counts(folds), size=data.size,
-                           coloured=int((table.main_colour > COLOURED).sum()),
-                           channels=result.channels, table_sha256=digest, folds_sha256=sha256_file(run.folds_csv), cache=cache.path.name,
-                           val_lacks=val_lacks, calib_lacks=calib_lacks, protocol=data.protocol, leak=leak_of(folds),
-                           overlap=int(official_overlap(table).sum()), merged_groups=len(result.summary['merged_groups']),
-                           mixed_parts=mixed_parts(table, data.protocol),
-                           not_used=result.summary['not_used'], problems=result.summary['problems'], seconds=round(time.time() - start, 2))
+        facts = run.record(
+            'data',
+            status='done',
+            source=data.source,
+            root=listing.root,
+            images=len(table),
+            groups=table.group.nunique(),
+            classes=classes,
+            per_class=table.label.value_counts().reindex(classes).to_dict(),
+            per_fold=_counts(folds),
+            size=data.size,
+            coloured=int((table.main_colour > COLOURED).sum()),
+            channels=result.channels,
+            table_sha256=digest,
+            folds_sha256=sha256_file(run.folds_csv),
+            cache=cache.path.name,
+            val_lacks=val_lacks,
+            calib_lacks=calib_lacks,
+            protocol=data.protocol,
+            leak=leak_of(folds),
+            overlap=int(official_overlap(table).sum()),
+            merged_groups=len(result.summary['merged_groups']),
+            mixed_parts=mixed_parts(table, data.protocol),
+            not_used=result.summary['not_used'],
+            problems=result.summary['problems'],
+            seconds=round(time.time() - start, 2),
+        )
     _print_summary(facts)
     return facts
 
 # %% ../../nbs/01_data.ipynb #3042dc03
 def _lacks(folds:pd.DataFrame, table:pd.DataFrame, role:str='val')->list[str]:
     "Classes that the validation (or calibration) part of one fold lacks: allowed, but worth knowing."
-    return sorted(set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == role])]))
+    return sorted(
+        set(table.label) - set(table.label[table.path.isin(folds.path[folds.role == role])])
+    )
 
 def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, list[str]]:
     "The folds whose part lacks classes, with these; folds without such a part lack none."
     each = {str(k): _lacks(f, table, role) for k, f in folds.groupby('fold') if role in set(f.role)}
     return {k: lost for k, lost in each.items() if lost}
 
+# %% ../../nbs/01_data.ipynb #355bd600
 def _print_summary(facts:dict):
     "A few lines on what the data are."
     classes = ', '.join(f'{k} {n}' for k, n in facts['per_class'].items())
     print(f"{counted(facts['images'], 'image')} of {groups_text(facts['groups'])}: {classes}")
-    print(f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; {counted(facts['not_used'], 'listed image')} not used")
-    print(f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}")
-    if facts['merged_groups']: print(f"{merged_groups_text(facts['merged_groups'])} audit.json names them.")
+    print(
+        f"{'grey' if facts['channels'] == 1 else 'colour'}, {facts['size']} x {facts['size']} px; "
+        f"{counted(facts['not_used'], 'listed image')} not used"
+    )
+    print(
+        f"audit: {', '.join(f'{n} {k}' for k, n in facts['problems'].items()) or 'nothing to note'}"
+    )
+    if facts['merged_groups']:
+        print(f"{merged_groups_text(facts['merged_groups'])} audit.json names them.")
     if facts['mixed_parts']: print(facts['mixed_parts'])
     elif facts['overlap']:
-        print(f"{counted(facts['overlap'], 'image')} {'is' if facts['overlap'] == 1 else 'are'} outside the official test part, and of patients in it")
+        print(
+            f"{counted(facts['overlap'], 'image')} {'is' if facts['overlap'] == 1 else 'are'} "
+            f"outside the official test part, and of patients in it"
+        )
     for k, roles in facts['per_fold'].items():
-        sizes = {PART_WORDS[r]: f"{counted(roles[r]['images'], 'image')} / {counted(roles[r]['groups'], 'group')}" for r in (*ROLE_NAMES, OUT) if r in roles}
+        sizes = {
+            PART_WORDS[
+                r
+            ]: f"{counted(roles[r]['images'], 'image')} / {counted(roles[r]['groups'], 'group')}"
+            for r in (*ROLE_NAMES, OUT)
+            if r in roles
+        }
         print(f"fold {k}: " + ', '.join(f'{part} {size}' for part, size in sizes.items()))
     if leak := facts['leak']:
-        print(f"WARNING: the published leak is kept: {counted(leak['groups'], 'patient')} of the official test part "
-              f"{'is' if leak['groups'] == 1 else 'are'} trained on too, "
-              f"with {counted(leak['images'], 'image')}; the scores will be too good")
+        print(
+            f"WARNING: the published leak is kept: {counted(leak['groups'], 'patient')} of the "
+            f"official test part "
+            f"{'is' if leak['groups'] == 1 else 'are'} trained on too, "
+            f"with {counted(leak['images'], 'image')}; the scores will be too good"
+        )
     for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
-        for k, lost in lacks.items(): print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
+        for k, lost in lacks.items():
+            print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 
 # %% ../../nbs/01_data.ipynb #82c1e1a8
 @dataclass(frozen=True)
@@ -241,13 +365,17 @@ class FoldData:
         "The image table of a role, row i being image `idx[role][i]`."
         return self.table[self.table.role == role].reset_index(drop=True)
 
+# %% ../../nbs/01_data.ipynb #d4b7ab95
 def _data_facts(run:Run)->dict:
     "What run.json says about the data, after proof that the files still are what it says; `KdoctError` names the command."
     facts, fix = run.stage('data'), f"Run it first: {stage_command('data', run)}"
     if not (facts and run.folds_csv.exists() and _table_path(run).exists()):
         raise KdoctError(f"The data of run '{run.name}' are not prepared.", fix=fix)
     if sha256_file(run.folds_csv) != facts['folds_sha256']:
-        raise KdoctError(f"{run.folds_csv} was changed after run '{run.name}' had begun.", fix="Restore it, or start a new run with another name.")
+        raise KdoctError(
+            f"{run.folds_csv} was changed after run '{run.name}' had begun.",
+            fix="Restore it, or start a new run with another name.",
+        )
     return facts
 
 # %% ../../nbs/01_data.ipynb #45be8778
@@ -257,14 +385,32 @@ def open_fold(
 )->FoldData:
     "Images, labels and roles of one fold; `KdoctError` if the data stage has not run or its files were changed."
     facts, folds = _data_facts(run), folds_of(run)
-    if fold not in set(folds.fold): raise KdoctError(f"There is no fold {fold!r}.", fix=f"Folds are 0 to {folds.fold.max()}.")
-    table = check_table(pd.read_parquet(_table_path(run)).astype({c: 'str' for c in TABLE_COLUMNS if c != 'slice'}))
+    if fold not in set(folds.fold):
+        raise KdoctError(f"There is no fold {fold!r}.", fix=f"Folds are 0 to {folds.fold.max()}.")
+    table = check_table(
+        pd.read_parquet(_table_path(run)).astype({c: 'str' for c in TABLE_COLUMNS if c != 'slice'})
+    )
     if table_hash(table) != facts['table_sha256']:
-        raise KdoctError(f"{_table_path(run)} was changed after run '{run.name}' had begun.", fix=f"Make it again: {stage_command('data', run)}")
+        raise KdoctError(
+            f"{_table_path(run)} was changed after run '{run.name}' had begun.",
+            fix=f"Make it again: {stage_command('data', run)}",
+        )
     table['role'] = table.path.map(folds[folds.fold == fold].set_index('path').role)
     cache = _cache(run.recipe.data, table, facts['root'], facts['channels'])
     row = cache.rows(table.sha256)
-    labels, groups = np.full(len(cache.images), -1, np.int64), np.full(len(cache.images), '', object)
-    labels[row], groups[row] = table.label.map({c: i for i, c in enumerate(facts['classes'])}), table.group
-    idx = {r: row[(table.role == r).to_numpy()] for r in ROLE_NAMES if r in NEEDED or r in set(table.role)}
-    return FoldData(cache.images, labels, groups, facts['classes'], idx, table, fold, facts['folds_sha256'])
+    labels, groups = (
+        np.full(len(cache.images), -1, np.int64),
+        np.full(len(cache.images), '', object),
+    )
+    labels[row], groups[row] = (
+        table.label.map({c: i for i, c in enumerate(facts['classes'])}),
+        table.group,
+    )
+    idx = {
+        r: row[(table.role == r).to_numpy()]
+        for r in ROLE_NAMES
+        if r in NEEDED or r in set(table.role)
+    }
+    return FoldData(
+        cache.images, labels, groups, facts['classes'], idx, table, fold, facts['folds_sha256']
+    )

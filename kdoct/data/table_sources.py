@@ -7,16 +7,23 @@ __all__ = ['NEH_LABELS', 'eye_name', 'resolve_paths', 'csv', 'neh', 'regroup']
 
 # %% ../../nbs/01v_data.table_sources.ipynb #imp-data-table-sources
 import os
+
 import re
+
 import shlex
+
 from collections.abc import Callable, Iterable
+
 from dataclasses import replace
+
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
 from ..core.files import counted, KdoctError
+
 from ..core.recipe import DataRecipe
+
 from kdoct.data.listing import (
     classes_option,
     finding,
@@ -29,7 +36,10 @@ from kdoct.data.listing import (
     TABLE_COLUMNS,
     walk_images,
 )
+
 from .registry import LAYOUTS, source, source_root
+
+# %% ../../nbs/01v_data.table_sources.ipynb #bb4d7cae
 from kdoct.data.spreadsheet import (
     data_in_header,
     doubtful_spellings,
@@ -45,45 +55,104 @@ from kdoct.data.spreadsheet import (
 
 # %% ../../nbs/01v_data.table_sources.ipynb #2f43b36c
 _LIKELY = {  # our column -> names that tables give it, in the spelling of `same_name_key`
-    'path': ('file name', 'filename', 'file', 'image', 'image path', 'filepath', 'file path', 'directory', 'image id', 'img', 'image name'),
-    'label': ('disease', 'diagnosis', 'class', 'category', 'target', 'finding', 'labels', 'pathology'),
-    'patient': ('patient id', 'patientid', 'subject', 'subject id', 'pid', 'patient number', 'id patient')}
+    'path': (
+        'file name',
+        'filename',
+        'file',
+        'image',
+        'image path',
+        'filepath',
+        'file path',
+        'directory',
+        'image id',
+        'img',
+        'image name',
+    ),
+    'label': (
+        'disease',
+        'diagnosis',
+        'class',
+        'category',
+        'target',
+        'finding',
+        'labels',
+        'pathology',
+    ),
+    'patient': (
+        'patient id',
+        'patientid',
+        'subject',
+        'subject id',
+        'pid',
+        'patient number',
+        'id patient',
+    ),
+}
 
+# %% ../../nbs/01v_data.table_sources.ipynb #c4821224
 def _column(df:pd.DataFrame, theirs:str, chosen:bool)->pd.Series|None:
     "The file's column `theirs`, or several joined by '/'; None where one is missing. A blank part makes the whole blank."
     whole = table_column(df, theirs, chosen)
-    parts = [whole] if whole is not None else [table_column(df, n.strip(), chosen) for n in theirs.split('+')]
+    parts = (
+        [whole]
+        if whole is not None
+        else [table_column(df, n.strip(), chosen) for n in theirs.split('+')]
+    )
     if any(p is None for p in parts): return None
     parts = [p.str.strip() for p in parts]
     blank = pd.concat([p.map(is_empty_cell) for p in parts], axis=1).any(axis=1)
     return parts[0].str.cat(parts[1:], sep='/').where(~blank, '')
 
+# %% ../../nbs/01v_data.table_sources.ipynb #8da031d5
 def _our_columns(df:pd.DataFrame, columns:dict[str, str], file:Path)->pd.DataFrame:
     "The file's columns under our names."
     ours = [*(c for c in TABLE_COLUMNS if c not in ('source', 'sha256')), 'patient_label']
     if strange := [c for c in columns if c not in ours]:
-        raise KdoctError(f"data.columns names {', '.join(strange)}, which an image table does not have.", fix=f"It has: {', '.join(ours)}")
+        raise KdoctError(
+            f"data.columns names {', '.join(strange)}, which an image table does not have.",
+            fix=f"It has: {', '.join(ours)}",
+        )
     out = {c: _column(df, columns.get(c, c), c in columns) for c in ours}
-    lost = [c for c in columns if out[c] is None] + [c for c in ('path', 'label') if out[c] is None and c not in columns]
+    lost = [c for c in columns if out[c] is None] + [
+        c for c in ('path', 'label') if out[c] is None and c not in columns
+    ]
     if out['patient'] is None and out['group'] is None: lost += ['patient (or group)']
     if lost:
-        near = {ours: next((c for c in df if same_name_key(c) in likely), '...') for ours, likely in _LIKELY.items()}
+        near = {
+            ours: next((c for c in df if same_name_key(c) in likely), '...')
+            for ours, likely in _LIKELY.items()
+        }
         wanted = [c.partition(' ')[0] for c in lost]
         say = ' '.join(f"--set data.columns.{c}={shlex.quote(near.get(c, '...'))}" for c in wanted)
         _refuse_other_header(df, file)
-        raise KdoctError(f"{file} does not give {', '.join(lost)}.", fix=f"The columns of {file.name} are: {', '.join(df)}. Say which is which: {say}")
-    used = [s.name for c in ('path', 'label', 'patient') if (s := table_column(df, columns.get(c, c), c in columns)) is not None]
+        raise KdoctError(
+            f"{file} does not give {', '.join(lost)}.",
+            fix=f"The columns of {file.name} are: {', '.join(df)}. Say which is which: {say}",
+        )
+    used = [
+        s.name
+        for c in ('path', 'label', 'patient')
+        if (s := table_column(df, columns.get(c, c), c in columns)) is not None
+    ]
     if cell := data_in_header(df[used]): refuse_header(df, cell, file)
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})
 
+# %% ../../nbs/01v_data.table_sources.ipynb #cc5fa412
 def _refuse_other_header(df:pd.DataFrame, file:Path):
     "`KdoctError` where the first line names no columns: a later line does, or the table has none that does."
     kinds = [{ours, *likely} for ours, likely in _LIKELY.items()]
     for line, *cells in df.head(20).itertuples(name=None):
         names = {same_name_key(c) for c in cells}
         if sum(bool(names & kind) for kind in kinds) > 1:
-            raise KdoctError(f"{file}, line {line}, seems to be the header: {', '.join(cells)[:80]!r}.", fix="Delete what stands above it.")
-    files = [c for c in df if ('.' in c or '/' in c) and (file.parent/PureWindowsPath(c).as_posix()).is_file()]
+            raise KdoctError(
+                f"{file}, line {line}, seems to be the header: {', '.join(cells)[:80]!r}.",
+                fix="Delete what stands above it.",
+            )
+    files = [
+        c
+        for c in df
+        if ('.' in c or '/' in c) and (file.parent / PureWindowsPath(c).as_posix()).is_file()
+    ]
     if cell := next(iter(files), data_in_header(df)): refuse_header(df, cell, file)
 
 # %% ../../nbs/01v_data.table_sources.ipynb #a1db7e01
@@ -102,42 +171,85 @@ def _say_lines(lines:Iterable[int])->str:
 
 _FILES = (*IMAGE_EXTENSIONS, '.dcm', '.vol', '.e2e', '.fda', '.fds', '.img', '.npy')
 
+# %% ../../nbs/01v_data.table_sources.ipynb #628a640d
 def _check_cells(df:pd.DataFrame, file:Path):
     "`KdoctError` with the line where a cell seems to stand in another column than it should."
     def refuse(bad, what, fix):
-        if bad.any(): raise KdoctError(f"{file}, {_say_lines(df.index[bad])}: {what(df[bad].iloc[0])}.", fix=fix)
-    shifted = f"Compare the line with the header, cell by cell ({', '.join(df)}): write a cell without content as an empty one."
+        if bad.any():
+            raise KdoctError(
+                f"{file}, {_say_lines(df.index[bad])}: {what(df[bad].iloc[0])}.", fix=fix
+            )
+    shifted = (f"Compare the line with the header, cell by cell ({', '.join(df)}): write a cell "
+               f"without content as an empty one.")
     for c in df.columns.intersection(['path', 'label', 'patient', 'group']):
-        refuse(df[c].str.contains('[\r\n]'), lambda r, c=c: f"{c} {r[c][:40]!r} goes over several lines",
-               "Look for a quote that is not closed, there or before.")
+        refuse(
+            df[c].str.contains('[\r\n]'),
+            lambda r, c=c: f"{c} {r[c][:40]!r} goes over several lines",
+            "Look for a quote that is not closed, there or before.",
+        )
     paths = df.path.map(lambda p: PureWindowsPath(p).as_posix())
     bare = paths.str.rpartition('/')[2]
     for c in df.columns.intersection(['label', 'patient_label']):
-        words = [t for t in df[c].unique() if t and _whole_number(t) is None]   # numbers may be names of files and of classes
-        refuse(df[c].isin([t for t in words if t.lower().endswith(_FILES)]), lambda r, c=c: f"the {c} {r[c]!r} is the name of a file", shifted)
+        # numbers may be names of files and of classes
+        words = [t for t in df[c].unique() if t and _whole_number(t) is None]
+        refuse(
+            df[c].isin([t for t in words if t.lower().endswith(_FILES)]),
+            lambda r, c=c: f"the {c} {r[c]!r} is the name of a file",
+            shifted,
+        )
         for t in words:
             listed = df.index[(paths == t) | (bare == t)]
-            if len(listed): refuse(df[c] == t, lambda r, c=c, at=listed[0]: f"the {c} {r[c]!r} is the path in line {at}", shifted)   # noqa: B023
+            if len(listed):
+                refuse(
+                    df[c] == t,
+                    lambda r, c=c, at=listed[0]: f"the {c} {r[c]!r} is the path in line {at}",
+                    shifted,
+                )  # noqa: B023
     classes = [c for c in df.label.unique() if c and _whole_number(c) is None]
-    if 'patient' in df: refuse(df.patient.isin(classes), lambda r: f"the patient {r.patient!r} is the name of a class", shifted)
-    if 'group' in df: refuse(df.group.isin(classes) & (df.group != df.label), lambda r: f"the group {r.group!r} is the name of another class", shifted)
+    if 'patient' in df:
+        refuse(
+            df.patient.isin(classes),
+            lambda r: f"the patient {r.patient!r} is the name of a class",
+            shifted,
+        )
+    if 'group' in df:
+        refuse(
+            df.group.isin(classes) & (df.group != df.label),
+            lambda r: f"the group {r.group!r} is the name of another class",
+            shifted,
+        )
     for c in df.columns.intersection(['patient', 'group']):
         swapped = _eyes_as_people(df, c)
-        refuse(swapped, lambda r, c=c: f"the {c} {r[c]!r} is the word for an eye" + (f", and the eye is {r.eye!r}" if r.get('eye') else ''), shifted)
+        refuse(
+            swapped,
+            lambda r, c=c: (
+                f"the {c} {r[c]!r} is the word for an eye"
+                + (f", and the eye is {r.eye!r}" if r.get('eye') else '')
+            ),
+            shifted,
+        )
     if {'patient', 'eye'} <= {*df}:
         people = {p for p in df.patient if p and _whole_number(p) is None and not eye_name(p)}
         refuse(df.eye.isin(people), lambda r: f"the eye {r.eye!r} is a patient", shifted)
 
+# %% ../../nbs/01v_data.table_sources.ipynb #72c75cf1
 def _eyes_as_people(df:pd.DataFrame, column:str)->pd.Series:
     "The rows whose patient or group is the word for an eye. Letters may be names, but not beside an eye that is none, or all of a column."
     eyes = df[column].map(eye_name)
     if not (eyes != '').any(): return eyes != ''
-    if 'eye' in df and (swapped := (eyes != '') & (df.eye != '') & (df.eye.map(eye_name) == '')).any(): return swapped
+    if (
+        'eye' in df
+        and (swapped := (eyes != '') & (df.eye != '') & (df.eye.map(eye_name) == '')).any()
+    ):
+        return swapped
     named, both = df[column] != '', {'OD', 'OS'} <= {*eyes}
     if both and (eyes[named] != '').all(): return eyes != ''
     keys = df[column].map(same_name_key)
-    return (eyes != '') & (keys.str.len() > 2) | keys.isin(['od', 'os'] if {'od', 'os'} <= {*keys} else [])
+    return (eyes != '') & (keys.str.len() > 2) | keys.isin(
+        ['od', 'os'] if {'od', 'os'} <= {*keys} else []
+    )
 
+# %% ../../nbs/01v_data.table_sources.ipynb #dc154f7e
 def _check_parts(df:pd.DataFrame, data:DataRecipe, file:Path):
     "`KdoctError` where labels are the parts of a split, or all of them eyes, unless they are named as classes."
     classes = sorted({*df.label} - {''})
@@ -147,29 +259,43 @@ def _check_parts(df:pd.DataFrame, data:DataRecipe, file:Path):
     if not set(strange) - {*(data.classes or ())}: return
     what = "eyes" if eyes else "parts of a split"
     ours = 'eye' if eyes else 'split'
-    raise KdoctError(f"{file}, {_say_lines(df.index[df.label.isin(strange)])}: the {'label is' if len(strange) == 1 else 'labels are'} "
-                     f"named like {what} ({', '.join(strange)}).",
-                     fix=f"If column {column} gives the {ours}, name the column of the class too: "
-                         f"--set {shlex.quote(f'data.columns.{ours}={column}')} --set data.columns.label=... "
-                         f"If all of them are classes: {classes_option(classes)}")
+    raise KdoctError(
+        f"{file}, {_say_lines(df.index[df.label.isin(strange)])}: the "
+        f"{'label is' if len(strange) == 1 else 'labels are'} "
+        f"named like {what} ({', '.join(strange)}).",
+        fix=f"If column {column} gives the {ours}, name the column of the class too: "
+        f"--set {shlex.quote(f'data.columns.{ours}={column}')} --set data.columns.label=... "
+        f"If all of them are classes: {classes_option(classes)}",
+    )
 
 # %% ../../nbs/01v_data.table_sources.ipynb #a1db7e04
-_NOT_KNOWN = ("Write the {} there. Where nobody knows, leave the cell empty: the image then is a group of its own, "
-              "which is right only if its patient has no other.")
+_NOT_KNOWN = (
+    "Write the {} there. Where nobody knows, leave the cell empty: the image then is a group "
+    "of its own, "
+    "which is right only if its patient has no other."
+)
 
 def _check_people(df:pd.DataFrame, file:Path, fix:str=_NOT_KNOWN):
     "`KdoctError` where a patient or group is a word for nobody, or a spreadsheet may have made it of another; `fix` for the former."
     for c in df.columns.intersection(['patient', 'group']):
         cells = df[c][(df[c] != '') & (df[c] != df.path)]
         if nobody := _nobody(cells, set(df.label)):
-            raise KdoctError(f"{file}, {_say_lines(cells.index[cells.isin(nobody)])}: {c} {nobody[0]!r} seems to mean that it is not known. "
-                             f"All these images would count as one {c}.",
-                             fix=fix.format(c))
+            raise KdoctError(
+                f"{file}, {_say_lines(cells.index[cells.isin(nobody)])}: {c} {nobody[0]!r} seems "
+                f"to mean that it is not known. "
+                f"All these images would count as one {c}.",
+                fix=fix.format(c),
+            )
         for names, why, help in doubtful_spellings(cells.unique()):
             said = ' and '.join(map(repr, names))
             open_is = "Whether these are one" if len(names) > 1 else "Whether this is one"
-            raise KdoctError(f"{file}, {_say_lines(cells.index[cells.isin(names)])}: {c} {said}. {open_is} {c} cannot be known: {why}.", fix=help)
+            raise KdoctError(
+                f"{file}, {_say_lines(cells.index[cells.isin(names)])}: {c} {said}. {open_is} {c} "
+                f"cannot be known: {why}.",
+                fix=help,
+            )
 
+# %% ../../nbs/01v_data.table_sources.ipynb #2bf37757
 def _nobody(cells:pd.Series, classes:set[str])->list[str]:
     "The names that say that there is none. 0 and NA may be names: 0 where numbers begin with it, NA for one image."
     n = cells.value_counts()
@@ -183,8 +309,10 @@ def _nobody(cells:pd.Series, classes:set[str])->list[str]:
     return [cell for cell in n.index if is_none(cell)]
 
 # %% ../../nbs/01v_data.table_sources.ipynb #617178fa
-_HOW_FOUND = {'path-by-case': name_key, 'path-by-ending': lambda p: name_key(path_stem(p))}   # problem -> what must be equal
+# problem -> what must be equal
+_HOW_FOUND = {'path-by-case': name_key, 'path-by-ending': lambda p: name_key(path_stem(p))}
 
+# %% ../../nbs/01v_data.table_sources.ipynb #1a7b1fbe
 def resolve_paths(
     wanted:list[str],  # paths as a table writes them
     real:list[str],    # paths of the files that are there
@@ -192,19 +320,30 @@ def resolve_paths(
     "Look up each path: as it is written, else the only one that differs in case or the form of accents, in its ending, or by the folder."
     exact, out, found = set(real), [], []
     index = {how: _by_key(real, key) for how, key in _HOW_FOUND.items()}
-    bare = {how: _by_key(real, lambda p, key=key: key(p.rpartition('/')[2])) for how, key in _HOW_FOUND.items()} if any('/' not in w for w in wanted) else {}
+    bare = (
+        {
+            how: _by_key(real, lambda p, key=key: key(p.rpartition('/')[2]))
+            for how, key in _HOW_FOUND.items()
+        }
+        if any('/' not in w for w in wanted)
+        else {}
+    )
     for w in wanted:
         near, how = [w] if w in exact else [], ''
         for how, key in () if near else _HOW_FOUND.items():
             if near := index[how].get(key(w), []): break
-        for key, files in () if near or '/' in w else zip(_HOW_FOUND.values(), bare.values(), strict=True):
+        for key, files in (
+            () if near or '/' in w else zip(_HOW_FOUND.values(), bare.values(), strict=True)
+        ):
             if near := files.get(key(w), []): how = 'path-by-name'; break
         out.append(near[0] if len(near) == 1 else '')
         if not near: found.append(finding(w, 'missing'))
-        elif len(near) > 1: found.append(finding(w, 'ambiguous-path', f"could be {' or '.join(near[:5])}"))
+        elif len(near) > 1:
+            found.append(finding(w, 'ambiguous-path', f"could be {' or '.join(near[:5])}"))
         elif near[0] != w: found.append(finding(near[0], how, f"the table says {w}"))
     return out, found
 
+# %% ../../nbs/01v_data.table_sources.ipynb #acc8c179
 def _by_key(paths:list[str], key:Callable[[str], str])->dict[str, list[str]]:
     "The paths under their keys."
     out = {}
@@ -225,7 +364,9 @@ def _real_paths(paths:list[str], root:Path)->tuple[list[str], list[dict]]:
     real = walk_images(root)[0]
     there, found = resolve_paths([p.lstrip('/') for p in lost], real)
     unclear = {f['path'] for f in found if f['problem'] == 'ambiguous-path'}
-    now = {p: t or ('' if p.lstrip('/') in unclear else p) for p, t in zip(lost, there, strict=True)}
+    now = {
+        p: t or ('' if p.lstrip('/') in unclear else p) for p, t in zip(lost, there, strict=True)
+    }
     return [now.get(p, p) for p in paths], [f for f in found if f['problem'] != 'missing']   # that is the audit's
 
 def _whole_number(text:str)->int|None:
@@ -233,24 +374,40 @@ def _whole_number(text:str)->int|None:
     m = re.fullmatch(r'(\d+)(?:[.,]0*)?', text)
     return int(m[1]) if m else None
 
+# %% ../../nbs/01v_data.table_sources.ipynb #cd01ac1d
 def _csv_row(r:dict, line:int, classes:set[str], option:str)->tuple[dict|None, list[dict]]:
     "One row of the file, and what there is to say about it; `classes` may be signs or words for no label, `option` names all labels."
-    if not r['path']: return None, [finding('', 'unparsable-name', f"line {line}: a row without a path")]
+    if not r['path']:
+        return None, [finding('', 'unparsable-name', f"line {line}: a row without a path")]
     if not r['label'] or is_no_label(r['label']) and r['label'] not in classes:
         its_class = f"; if it is a class, name all of them: {option}" if r['label'] else ''
-        return None, [finding(r['path'], 'no-label', f"line {line}: label {r['label']!r}{its_class}")]
+        return None, [
+            finding(r['path'], 'no-label', f"line {line}: label {r['label']!r}{its_class}")
+        ]
     slice = r.pop('slice', '')
-    if slice and _whole_number(slice) is None: return None, [finding(r['path'], 'unparsable-name', f"line {line}: slice {slice!r} is not a whole number")]
+    if slice and _whole_number(slice) is None:
+        return None, [
+            finding(
+                r['path'], 'unparsable-name', f"line {line}: slice {slice!r} is not a whole number"
+            )
+        ]
     group, split = r.get('group') or r.get('patient'), r.get('split', '')
     note = [] if group else [finding(r['path'], 'no-patient', action="a group of its own")]
-    if r.get('eye') and not eye_name(r['eye']): note.append(finding(r['path'], 'eye-unclear', f"the table says {r['eye']}", 'kept as it is'))
-    return r | dict(slice=_whole_number(slice), group=group or r['path'], split=part_name(split) or split), note
+    if r.get('eye') and not eye_name(r['eye']):
+        note.append(
+            finding(r['path'], 'eye-unclear', f"the table says {r['eye']}", 'kept as it is')
+        )
+    return r | dict(
+        slice=_whole_number(slice), group=group or r['path'], split=part_name(split) or split
+    ), note
 
+# %% ../../nbs/01v_data.table_sources.ipynb #5c1e3da4
 def _drop_repeats(df:pd.DataFrame)->tuple[pd.DataFrame, list[dict]]:
     "Rows whose path occurs once; equal repeats are reduced to one, contradicting ones are taken out."
     once, found = df.drop_duplicates(), []
     torn = once.path.duplicated(keep=False) & (once.path != '')
-    for path in df.path[df.duplicated() & ~df.path.isin(once.path[torn])].unique(): found.append(finding(path, 'repeated-row', action='one row kept'))
+    for path in df.path[df.duplicated() & ~df.path.isin(once.path[torn])].unique():
+        found.append(finding(path, 'repeated-row', action='one row kept'))
     for path, rows in once[torn].groupby('path'):
         differ = [f"{c}: {' / '.join(rows[c])}" for c in rows if rows[c].nunique() > 1]
         found.append(finding(path, 'contradictory-rows', '; '.join(differ)))
@@ -264,8 +421,12 @@ def _csv_file(data:DataRecipe)->Path:
     if (file/'table.csv').is_file(): return file/'table.csv'
     others = sorted(p.name for p in file.iterdir() if p.suffix.lower() in ('.csv', '.tsv', '.txt'))
     there = f" Tables there: {', '.join(others)}." if others else ''
-    raise KdoctError(f"{file/'table.csv'} does not exist.{there}", fix=f"Give the table itself. Expected layout: {LAYOUTS['csv']}")
+    raise KdoctError(
+        f"{file / 'table.csv'} does not exist.{there}",
+        fix=f"Give the table itself. Expected layout: {LAYOUTS['csv']}",
+    )
 
+# %% ../../nbs/01v_data.table_sources.ipynb #031b495c
 @source('csv')
 def csv(
     data:DataRecipe,  # reads `root` (the file, or a folder with table.csv) and `columns`
@@ -273,7 +434,10 @@ def csv(
     "Images listed in a table, with paths relative to its folder."
     file = _csv_file(data)
     df = _our_columns(table := read_table(file, lines=True), data.columns, file)
-    if not len(table): raise KdoctError(f"{file} has a header and no row.", fix=f"Expected layout: {LAYOUTS['csv']}")
+    if not len(table):
+        raise KdoctError(
+            f"{file} has a header and no row.", fix=f"Expected layout: {LAYOUTS['csv']}"
+        )
     _check_cells(df, file)
     _check_people(df, file)
     _check_parts(df, data, file)
@@ -292,30 +456,56 @@ def csv(
 
 # %% ../../nbs/01v_data.table_sources.ipynb #d4869e08
 NEH_LABELS = ('NORMAL', 'DRUSEN', 'CNV')
-_NEH_COLUMNS = dict(path='Directory', label='Label', patient_label='Class', number='Patient ID', eye='Eye')
-_NEH_PATH = re.compile(r'(?P<folder>[^/]+)/(?P<number>[^/]+)/(?:(?P<eye>OD|OS)/)?(?P<slice>\d+)_(?P<label>[a-z]+)\.[a-z]+', re.I)
 
+_NEH_COLUMNS = dict(
+    path='Directory', label='Label', patient_label='Class', number='Patient ID', eye='Eye'
+)
+
+_NEH_PATH = re.compile(
+    r'(?P<folder>[^/]+)/(?P<number>[^/]+)/(?:(?P<eye>OD|OS)/)?(?P<slice>\d+)_(?P<label>[a-z]+)\.[a-z]+',
+    re.I,
+)
+
+# %% ../../nbs/01v_data.table_sources.ipynb #cd1d3f13
 def _neh_places(data:DataRecipe)->tuple[Path, Path]:
     "The folder that holds the class folders, and data_information.csv in it or beside it; `KdoctError` without the two."
     root = source_root(data)
     def has_classes(d): return any(c.is_dir() and c.name.upper() in NEH_LABELS for c in d.iterdir())
-    bases = [root] if has_classes(root) else [d for d in sorted(root.iterdir()) if d.is_dir() and has_classes(d)]
-    if len(bases) != 1: raise KdoctError(f"{root} has {len(bases)} folders with class folders in them.", fix=f"Expected layout: {LAYOUTS['neh']}")
+    bases = (
+        [root]
+        if has_classes(root)
+        else [d for d in sorted(root.iterdir()) if d.is_dir() and has_classes(d)]
+    )
+    if len(bases) != 1:
+        raise KdoctError(
+            f"{root} has {len(bases)} folders with class folders in them.",
+            fix=f"Expected layout: {LAYOUTS['neh']}",
+        )
     files = [f for d in (bases[0], bases[0].parent) if (f := d/'data_information.csv').is_file()]
-    if not files: raise KdoctError(f"There is no data_information.csv in {bases[0]} or {bases[0].parent}.",
-                                   fix="Copy it there; the data set's page offers it beside the archive of images.")
+    if not files:
+        raise KdoctError(
+            f"There is no data_information.csv in {bases[0]} or {bases[0].parent}.",
+            fix="Copy it there; the data set's page offers it beside the archive of images.",
+        )
     return bases[0], files[0]
 
+# %% ../../nbs/01v_data.table_sources.ipynb #d2689b4c
 def _neh_rows(file:Path)->pd.DataFrame:
     "The table's rows under our names; labels and eyes in upper case, numbers without leading zeros."
     df = read_table(file, lines=True)
     found = {ours: table_column(df, theirs) for ours, theirs in _NEH_COLUMNS.items()}
     if lost := [theirs for ours, theirs in _NEH_COLUMNS.items() if found[ours] is None]:
-        raise KdoctError(f"{file} has no column {', '.join(lost)}.", fix=f"Its columns are: {', '.join(df)}. Use the file as it was published.")
+        raise KdoctError(
+            f"{file} has no column {', '.join(lost)}.",
+            fix=f"Its columns are: {', '.join(df)}. Use the file as it was published.",
+        )
     df = pd.DataFrame({ours: cells.str.strip() for ours, cells in found.items()})
     _check_cells(df, file)
     for c in ('label', 'patient_label'): df[c] = df[c].str.upper()
-    return df.assign(path=[PureWindowsPath(p).as_posix().lstrip('/') for p in df.path], number=df.number.map(_number))
+    return df.assign(
+        path=[PureWindowsPath(p).as_posix().lstrip('/') for p in df.path],
+        number=df.number.map(_number),
+    )
 
 def _number(text:str)->str: return text if (n := _whole_number(text)) is None else str(n)
 
@@ -323,18 +513,53 @@ def _number(text:str)->str: return text if (n := _whole_number(text)) is None el
 def _neh_row(r:dict)->tuple[dict|None, list[dict]]:
     "One row of the table, its path resolved, as a row of the image table, and what there is to say about it."
     m, path = _NEH_PATH.fullmatch(r['path']), r['path']
-    if not m: return None, [finding(path, 'unparsable-name', "not CLASS/NUMBER/INDEX_LABEL.ext or CLASS/NUMBER/EYE/INDEX_LABEL.ext")]
+    if not m:
+        return None, [
+            finding(
+                path,
+                'unparsable-name',
+                "not CLASS/NUMBER/INDEX_LABEL.ext or CLASS/NUMBER/EYE/INDEX_LABEL.ext",
+            )
+        ]
     if not (r['label'] and r['patient_label']): return None, [finding(path, 'no-label')]
     if strange := {r['label'], r['patient_label']} - set(NEH_LABELS):
-        return None, [finding(path, 'unknown-label', f"{' and '.join(sorted(strange))}; known are {', '.join(NEH_LABELS)}")]
-    pairs = dict(Class=(r['patient_label'], m['folder'].upper()), number=(r['number'], _number(m['number'])), Label=(r['label'], m['label'].upper()))
+        return None, [
+            finding(
+                path,
+                'unknown-label',
+                f"{' and '.join(sorted(strange))}; known are {', '.join(NEH_LABELS)}",
+            )
+        ]
+    pairs = dict(
+        Class=(r['patient_label'], m['folder'].upper()),
+        number=(r['number'], _number(m['number'])),
+        Label=(r['label'], m['label'].upper()),
+    )
     if differ := [f"{k} is {a}, the path says {b}" for k, (a, b) in pairs.items() if a != b]:
         return None, [finding(path, 'contradicts-path', '; '.join(differ))]
     eye, patient = eye_name(r['eye']), f"{r['patient_label']}/{r['number']}"
     unclear = not eye or (m['eye'] and m['eye'].upper() != eye)
-    note = [finding(path, 'eye-unclear', f"the table says {r['eye'] or 'nothing'}", action='the table counts')] if unclear else []
-    return dict(path=path, label=r['label'], patient=patient, eye=eye, volume=f'{patient}/{eye}'.rstrip('/'), slice=int(m['slice']),
-                patient_label=r['patient_label']), note
+    note = (
+        [
+            finding(
+                path,
+                'eye-unclear',
+                f"the table says {r['eye'] or 'nothing'}",
+                action='the table counts',
+            )
+        ]
+        if unclear
+        else []
+    )
+    return dict(
+        path=path,
+        label=r['label'],
+        patient=patient,
+        eye=eye,
+        volume=f'{patient}/{eye}'.rstrip('/'),
+        slice=int(m['slice']),
+        patient_label=r['patient_label'],
+    ), note
 
 # %% ../../nbs/01v_data.table_sources.ipynb #e5bb722c
 @source('neh')
@@ -352,7 +577,12 @@ def neh(
     df['eye'] = df.eye.where(df.groupby('path').eye.transform('nunique') == 1, 'in two ways')
     df, repeats = _drop_repeats(df)
     made = [_neh_row(r) for r in df.to_dict('records')]
-    return make_listing(base, [row for row, _ in made if row], [*found, *notes, *repeats, *(f for _, fs in made for f in fs)], 'neh')
+    return make_listing(
+        base,
+        [row for row, _ in made if row],
+        [*found, *notes, *repeats, *(f for _, fs in made for f in fs)],
+        'neh',
+    )
 
 # %% ../../nbs/01v_data.table_sources.ipynb #7e106657
 def regroup(
@@ -361,22 +591,51 @@ def regroup(
 )->Listing:           # the same with other groups
     "Take the groups from a file; `KdoctError` if it leaves out an image, names a strange one, or contradicts itself."
     file = Path(file).expanduser()
-    if not file.is_file(): raise KdoctError(f"The table of groups {file} does not exist.", fix="Give a CSV file with columns path and group: data.groups=FILE")
+    if not file.is_file():
+        raise KdoctError(
+            f"The table of groups {file} does not exist.",
+            fix="Give a CSV file with columns path and group: data.groups=FILE",
+        )
     df = read_table(file, lines=True)
     path, group = (table_column(df, c) for c in ('path', 'group'))
     if lost := [c for c, there in dict(path=path, group=group).items() if there is None]:
-        raise KdoctError(f"{file} has no column {' and '.join(lost)}.", fix=f"Name its columns path and group. They are: {', '.join(df)}")
+        raise KdoctError(
+            f"{file} has no column {' and '.join(lost)}.",
+            fix=f"Name its columns path and group. They are: {', '.join(df)}",
+        )
     alone = "Give every image a group; one that belongs to no other has its own path as group."
-    _check_people(pd.DataFrame(dict(path=path.str.strip(), group=group.str.strip(), label='')), file, alone)
+    _check_people(
+        pd.DataFrame(dict(path=path.str.strip(), group=group.str.strip(), label='')), file, alone
+    )
     wanted = [_relative(p.strip(), listing.root) for p in path]
     real, _ = resolve_paths(wanted, [*dict.fromkeys([*listing.table.path, *listing.findings.path])])
-    df = pd.DataFrame(dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())).drop_duplicates()
+    df = pd.DataFrame(
+        dict(path=[r or w for r, w in zip(real, wanted, strict=True)], group=group.str.strip())
+    ).drop_duplicates()
     def refuse(paths, what, fix):
-        if len(paths): raise KdoctError(f"{file}: {counted(len(paths), *what)}, first {sorted(paths)[0]}.", fix=fix)
+        if len(paths):
+            raise KdoctError(
+                f"{file}: {counted(len(paths), *what)}, first {sorted(paths)[0]}.", fix=fix
+            )
     refuse(set(df.path[df.group == '']), ("row has no group", "rows have no group"), alone)
-    refuse(set(df.path[df.path.duplicated()]), ("image is in two groups", "images are in two groups"), "Keep one row an image, or name both groups alike.")
-    refuse(set(df.path) - set(listing.table.path) - set(listing.findings.path), ("row names no image of the source", "rows name no image of the source"),
-           f"Paths are relative to {listing.root}.")
-    refuse(set(listing.table.path) - set(df.path), ("image of the source is in no row", "images of the source are in no row"),
-           "Add a row for each, with a group of its own if it has no other.")
-    return replace(listing, table=listing.table.assign(group=listing.table.path.map(df.set_index('path').group).astype('str')))
+    refuse(
+        set(df.path[df.path.duplicated()]),
+        ("image is in two groups", "images are in two groups"),
+        "Keep one row an image, or name both groups alike.",
+    )
+    refuse(
+        set(df.path) - set(listing.table.path) - set(listing.findings.path),
+        ("row names no image of the source", "rows name no image of the source"),
+        f"Paths are relative to {listing.root}.",
+    )
+    refuse(
+        set(listing.table.path) - set(df.path),
+        ("image of the source is in no row", "images of the source are in no row"),
+        "Add a row for each, with a group of its own if it has no other.",
+    )
+    return replace(
+        listing,
+        table=listing.table.assign(
+            group=listing.table.path.map(df.set_index('path').group).astype('str')
+        ),
+    )

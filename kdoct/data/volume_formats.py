@@ -40,18 +40,41 @@ def binary_layout(
     **fields,     # name=(offset in bytes, numpy type)
 )->np.dtype:
     "A record of `size` bytes of which only the named fields (offset, type) are read."
-    return np.dtype(dict(names=list(fields), offsets=[o for o, _ in fields.values()], formats=[t for _, t in fields.values()], itemsize=size))
+    return np.dtype(
+        dict(
+            names=list(fields),
+            offsets=[o for o, _ in fields.values()],
+            formats=[t for _, t in fields.values()],
+            itemsize=size,
+        )
+    )
 
-_VOL = binary_layout(2048, version=(0, 'S12'), width=(12, '<u4'), slices=(16, '<u4'), height=(20, '<u4'), slo_width=(48, '<u4'), slo_height=(52, '<u4'),
-               eye=(84, 'S4'), pattern=(96, '<i4'), header=(100, '<u4'), number=(136, '<u4'), patient=(140, 'V24'))
+# %% ../../nbs/01k_data.volume_formats.ipynb #f5c47374
+_VOL = binary_layout(
+    2048,
+    version=(0, 'S12'),
+    width=(12, '<u4'),
+    slices=(16, '<u4'),
+    height=(20, '<u4'),
+    slo_width=(48, '<u4'),
+    slo_height=(52, '<u4'),
+    eye=(84, 'S4'),
+    pattern=(96, '<i4'),
+    header=(100, '<u4'),
+    number=(136, '<u4'),
+    patient=(140, 'V24'),
+)
+
 _VOL_BSCAN = binary_layout(256, header=(12, '<u4'))
+
 _PATTERNS = {2: "circle scan", 5: "radial scan"}
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #996cf197
 def _heyex_patient(given:bytes|str, number)->tuple[str, tuple[str, ...]]:
     "The clinic's identifier of the patient, else HEYEX's own number, and a note where the identifier is withheld."
     patient, withheld = patient_identifier(given)
-    if not patient and not withheld and str(number).isdecimal() and int(number): patient = f"HEYEX-{int(number)}"
+    if not patient and not withheld and str(number).isdecimal() and int(number):
+        patient = f"HEYEX-{int(number)}"
     return patient, withheld
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #bdf2b47b
@@ -71,13 +94,16 @@ def _vol_heads(folder:str, changed:int)->dict[bytes, list[str]]:
         names = sorted(e.name for e in it if e.name.lower().endswith('.vol') and e.is_file())
     for name in names:
         try:
-            with ByteReader(Path(folder, name)) as f: heads.setdefault(f.read(0, 2048), []).append(name)
+            with ByteReader(Path(folder, name)) as f:
+                heads.setdefault(f.read(0, 2048), []).append(name)
         except BadImage: continue   # it will be named when it is read itself
     return heads
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #587b9c63
 def _vol_kind(path:Path, f:ByteReader)->tuple[str, ...]:
     "A note where another file has the same header; `BadImage` if name or neighbour show OCT angiography."
-    if what := other_kind_of_image(path.stem): raise BadImage('not-a-bscan', f"{what}, as its name says")
+    if what := other_kind_of_image(path.stem):
+        raise BadImage('not-a-bscan', f"{what}, as its name says")
     head, values = _first_values(f)
     for name in _vol_heads(str(path.parent), os.stat(path.parent).st_mtime_ns).get(head, ()):
         if name == path.name or other_kind_of_image(name): continue
@@ -86,7 +112,9 @@ def _vol_kind(path:Path, f:ByteReader)->tuple[str, ...]:
         stem = name[:-4]
         if re.match(re.escape(stem) + r'[-_. ]', path.stem):
             what = "OCT angiography of that scan, or another map of it"
-            raise BadImage('not-a-bscan', f"the same header as {name} beside it and other values: {what}")
+            raise BadImage(
+                'not-a-bscan', f"the same header as {name} beside it and other values: {what}"
+            )
         if not re.match(re.escape(path.stem) + r'[-_. ]', stem):
             doubt = "one of the two may be OCT angiography"
             return (f"{name} has the same header and other values: {doubt}",)
@@ -101,58 +129,116 @@ def _check_vol_values(a:np.ndarray, which:str)->tuple[str, ...]:
     if (number & ~negative).any():
         doubt = "black here; OCT angiography has such values, and other maps"
         return (f"{_INVALID}: {doubt}",) if negative.any() or not number.all() else ()
-    what = "below 0" if number.all() else "not a number (NaN or infinite)" if not negative.any() else "below 0 or not a number"
-    raise BadImage('wrong-mode', f"{which}: all its values are {what}, and reflectivity is 0 to 1; export the volume again as HEYEX RAW")
+    what = (
+        "below 0"
+        if number.all()
+        else "not a number (NaN or infinite)"
+        if not negative.any()
+        else "below 0 or not a number"
+    )
+    raise BadImage(
+        'wrong-mode',
+        f"{which}: all its values are {what}, and reflectivity is 0 to 1; export the volume again "
+        f"as HEYEX RAW",
+    )
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #f2c600f3
 def read_vol(
     path:Path,       # a .vol file
 )->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A HEYEX RAW export."
     with ByteReader(path) as f:
         head = f.record(0, _VOL)
-        if not head['version'].startswith((b'HSF-OCT-', b'ep-v')): raise BadImage('corrupt', "it does not begin like a HEYEX .vol file")
+        if not head['version'].startswith((b'HSF-OCT-', b'ep-v')):
+            raise BadImage('corrupt', "it does not begin like a HEYEX .vol file")
         h, w, n = (int(head[k]) for k in ('height', 'width', 'slices'))
         check_shape(h, w, n)
         at = 2048 + int(head['slo_width'])*int(head['slo_height'])
         f.need(at + n*(256 + 4*h*w))
         patient, withheld = _heyex_patient(bytes(head['patient']), head['number'])
         twin = _vol_kind(path, f)
-        eye, pattern = eye_side(head['eye'].decode('latin-1')), (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
+        eye, pattern = (
+            eye_side(head['eye'].decode('latin-1')),
+            (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else (),
+        )
         for i in range(n):
             size = int(f.record(at, _VOL_BSCAN)['header'])
-            if size < 256: raise BadImage('corrupt', f"the header of B-scan {i + 1} claims {size} bytes")
+            if size < 256:
+                raise BadImage('corrupt', f"the header of B-scan {i + 1} claims {size} bytes")
             a = np.frombuffer(f.read(at + size, 4*h*w), '<f4').reshape(h, w)
-            lie = (f"the file header says {head['header']} bytes for a B-scan's header; its own says {size}",) if size != head['header'] else ()
-            odd = ("intensities far above 1, the format's limit, are white",) if ((a > 2) & (a < 1e30)).any() else ()
+            lie = (
+                (
+                    f"the file header says {head['header']} bytes for a B-scan's header; its own "
+                    f"says {size}",
+                )
+                if size != head['header']
+                else ()
+            )
+            odd = (
+                ("intensities far above 1, the format's limit, are white",)
+                if ((a > 2) & (a < 1e30)).any()
+                else ()
+            )
             odd += _check_vol_values(a, f"B-scan {i + 1}")
-            yield Scan(Image.fromarray(display_grey(a)), str(path), i, n, path.stem, eye, patient, (*pattern, *lie, *odd, *twin, *withheld))
+            yield Scan(
+                Image.fromarray(display_grey(a)),
+                str(path),
+                i,
+                n,
+                path.stem,
+                eye,
+                patient,
+                (*pattern, *lie, *odd, *twin, *withheld),
+            )
             at += size + 4*h*w
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #3156f099
 MAX_XML_ELEMENTS = 2_000_000   # 100 to 300 for a B-scan with all its layers
-_XML_FIELDS = {'Patient/ID', 'Patient/PatientID', 'Series/ID', 'Series/Laterality', 'Series/Type', 'Series/Modality',
-               'Series/ModalityProcedure', 'Image/Laterality', 'ImageType/Type',
-               'OphthalmicAcquisitionContext/Width', 'OphthalmicAcquisitionContext/Height', 'ImageData/ExamURL'}
 
+_XML_FIELDS = {
+    'Patient/ID',
+    'Patient/PatientID',
+    'Series/ID',
+    'Series/Laterality',
+    'Series/Type',
+    'Series/Modality',
+    'Series/ModalityProcedure',
+    'Image/Laterality',
+    'ImageType/Type',
+    'OphthalmicAcquisitionContext/Width',
+    'OphthalmicAcquisitionContext/Height',
+    'ImageData/ExamURL',
+}
+
+# %% ../../nbs/01k_data.volume_formats.ipynb #512d5bb5
 class _Heyex:
     "Target of the XML parser: one dict a picture in `images`."
-    def __init__(self): self.stack, self.text, self.about, self.images, self.seen = [], None, {}, [], 0
-    def doctype(self, *_): raise BadImage('corrupt', "its XML has a DOCTYPE, which HEYEX does not write")
+    def __init__(self):
+        self.stack, self.text, self.about, self.images, self.seen = [], None, {}, [], 0
+    def doctype(self, *_):
+        raise BadImage('corrupt', "its XML has a DOCTYPE, which HEYEX does not write")
     def data(self, text):
         if self.text is not None and len(self.text) < 1024: self.text += text
     def close(self): return self.images
 
     def start(self, tag, _):
-        if not self.stack and tag != 'HEDX': raise BadImage('not-an-image', "an XML file, but not one that HEYEX wrote")
+        if not self.stack and tag != 'HEDX':
+            raise BadImage('not-an-image', "an XML file, but not one that HEYEX wrote")
         self.seen += 1
         self.stack.append(tag)
-        if self.seen > MAX_XML_ELEMENTS or len(self.images) > 2*MAX_SLICES: raise BadImage('too-large', "more XML elements than an export has")
-        if tag == 'Series': self.about = {k: v for k, v in self.about.items() if k.startswith('Patient/')}   # what an earlier series said is no longer true
+        if self.seen > MAX_XML_ELEMENTS or len(self.images) > 2*MAX_SLICES:
+            raise BadImage('too-large', "more XML elements than an export has")
+        if tag == 'Series':
+            # what an earlier series said is no longer true
+            self.about = {k: v for k, v in self.about.items() if k.startswith('Patient/')}
         if tag == 'Image': self.images.append(dict(self.about))
         self.text = '' if '/'.join(self.stack[-2:]) in _XML_FIELDS else None
 
     def end(self, tag):
-        if self.text is not None: (self.images[-1] if 'Image' in self.stack else self.about)['/'.join(self.stack[-2:])] = self.text.strip()
+        if self.text is not None:
+            (self.images[-1] if 'Image' in self.stack else self.about)[
+                '/'.join(self.stack[-2:])
+            ] = self.text.strip()
         self.text = None
         self.stack.pop()
 
@@ -162,11 +248,15 @@ def heyex_images(
 )->list[dict]:   # one a picture: 'Element/Field' -> text, of those in `_XML_FIELDS`
     "What a HEYEX XML says about each of its pictures."
     with ByteReader(path) as f:   # HEYEX declares no encoding and writes Latin-1 where a name has an umlaut
-        parser, text = ET.XMLParser(target=_Heyex()), io.TextIOWrapper(f.file, 'utf-8', errors='replace')
+        parser, text = (
+            ET.XMLParser(target=_Heyex()),
+            io.TextIOWrapper(f.file, 'utf-8', errors='replace'),
+        )
         try:
             while piece := text.read(1 << 20): parser.feed(piece)
             return parser.close()
-        except ET.ParseError as e: raise BadImage('corrupt', f"its XML breaks off or is damaged in line {e.position[0]}") from e
+        except ET.ParseError as e: raise BadImage('corrupt', f"its XML breaks off or is damaged in "
+                                                             f"line {e.position[0]}") from e
 
 def named_file(
     image:dict,  # one of `heyex_images`
@@ -180,7 +270,12 @@ def _heyex_files(path:Path, images:list[dict])->list[Path]:
     there = {name_key(name): name for name in os.listdir(path.parent)}
     names = [name_key(named_file(i)) for i in images]
     lost = [i for i, name in enumerate(names) if name not in there]
-    if lost: raise BadImage('missing', f"{len(lost)} of the {len(names)} B-scans that it names are not beside it, the first is number {lost[0]}")
+    if lost:
+        raise BadImage(
+            'missing',
+            f"{len(lost)} of the {len(names)} B-scans that it names are not beside it, the first "
+            f"is number {lost[0]}",
+        )
     return [path.parent/there[name] for name in names]
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #11ff29e8
@@ -191,11 +286,15 @@ def _heyex_bscans(path:Path)->tuple[list[dict], tuple[str, ...]]:
     "The pictures that are B-scans, and a note on those that are left out, but for the infrared picture of every export."
     images, others = [], Counter()
     for i in heyex_images(path):
-        kind, what = i.get('ImageType/Type', ''), other_kind_of_image(*(i.get(k) for k in _HEYEX_TYPES))
+        kind, what = (
+            i.get('ImageType/Type', ''),
+            other_kind_of_image(*(i.get(k) for k in _HEYEX_TYPES)),
+        )
         if kind == 'OCT' and not what: images.append(i)
         else: others[what or (_INFRARED if kind == 'LOCALIZER' else "of another type")] += 1
     there = ', '.join(f"{n} {what}" for what, n in others.items())
-    if not images and others: raise BadImage('not-a-bscan', f"a HEYEX export without a B-scan: {there}")
+    if not images and others:
+        raise BadImage('not-a-bscan', f"a HEYEX export without a B-scan: {there}")
     if not images: raise BadImage('not-an-image', "a HEYEX export without a B-scan")
     left = ', '.join(f"{n} {what}" for what, n in others.items() if what != _INFRARED)
     return images, (f"pictures that are no B-scans are left out: {left}",) if left else ()
@@ -211,23 +310,52 @@ def read_heyex_xml(
         try: image, notes = decode_image(read_image_bytes(file))
         except BadImage as e: raise BadImage(e.kind, f"{file.name}: {e.detail}") from e
         says = tuple(about.get(f'OphthalmicAcquisitionContext/{k}') for k in ('Width', 'Height'))
-        if all(says) and says != tuple(map(str, image.size)): notes.append(f"the XML says {says[0]} x {says[1]} pixels")
+        if all(says) and says != tuple(map(str, image.size)):
+            notes.append(f"the XML says {says[0]} x {says[1]} pixels")
         series = about.get('Series/ID')
-        patient, withheld = _heyex_patient(about.get('Patient/PatientID', ''), about.get('Patient/ID', ''))
-        yield Scan(image, str(path), seen[series], total[series], path.stem if len(total) == 1 else f'{path.stem}/{series}',
-                   eye_side(about.get('Image/Laterality') or about.get('Series/Laterality')), patient, (*notes, *left_out, *withheld))
+        patient, withheld = _heyex_patient(
+            about.get('Patient/PatientID', ''), about.get('Patient/ID', '')
+        )
+        yield Scan(
+            image,
+            str(path),
+            seen[series],
+            total[series],
+            path.stem if len(total) == 1 else f'{path.stem}/{series}',
+            eye_side(about.get('Image/Laterality') or about.get('Series/Laterality')),
+            patient,
+            (*notes, *left_out, *withheld),
+        )
         seen[series] += 1
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #1ac808e5
 MAX_ENTRIES = 1_000_000   # of a directory; a volume of 97 B-scans has about 2,000
+
 _E2E_DIR = binary_layout(52, entries=(36, '<u4'), current=(40, '<u4'), prev=(44, '<u4'))
-_E2E_ENTRY = binary_layout(44, pos=(0, '<u4'), start=(4, '<u4'), size=(8, '<u4'), patient=(16, '<i4'), study=(20, '<i4'), series=(24, '<i4'),
-                     slice=(28, '<i4'), kind=(36, '<u4'))
+
+_E2E_ENTRY = binary_layout(
+    44,
+    pos=(0, '<u4'),
+    start=(4, '<u4'),
+    size=(8, '<u4'),
+    patient=(16, '<i4'),
+    study=(20, '<i4'),
+    series=(24, '<i4'),
+    slice=(28, '<i4'),
+    kind=(36, '<u4'),
+)
+
 _E2E_IMAGE = binary_layout(20, type=(4, '<u4'), height=(12, '<u4'), width=(16, '<u4'))
-_E2E_HEADER, _E2E_PATIENT, _E2E_PICTURE, _E2E_OCTA = 60, 9, 1073741824, 1073751901   # bytes before a record's data; kinds of records
-_E2E_EYES = {3: 4, 11: 14}                                                  # kinds that name the eye, and after how many bytes; 11 has the last word
+
+# bytes before a record's data; kinds of records
+_E2E_HEADER, _E2E_PATIENT, _E2E_PICTURE, _E2E_OCTA = 60, 9, 1073741824, 1073751901
+
+# kinds that name the eye, and after how many bytes; 11 has the last word
+_E2E_EYES = {3: 4, 11: 14}
+
 _E2E_BSCAN, _E2E_INFRARED = 35652097, 33620481                              # types of pictures
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #98f72227
 def _e2e_entries(f:ByteReader, skip:int)->np.ndarray:
     "All entries of all directories, in the order of the file."
     at, seen, parts, total = int(f.record(skip + 36, _E2E_DIR)['current']), set(), [], 0
@@ -254,29 +382,44 @@ def _e2e_facts(f:ByteReader, entries:np.ndarray, skip:int)->tuple[dict, dict]:
     "Identifier of each patient number, eye of each series."
     patients, eyes = {}, {}
     for number, start in entries[entries['kind'] == _E2E_PATIENT][['patient', 'start']].tolist():
-        if number not in patients: patients[number] = patient_identifier(f.read(start + skip + _E2E_HEADER + 102, 25))
+        if number not in patients:
+            patients[number] = patient_identifier(f.read(start + skip + _E2E_HEADER + 102, 25))
     for kind, after in _E2E_EYES.items():
-        for *key, start in entries[entries['kind'] == kind][['patient', 'study', 'series', 'start']].tolist():
-            if eye := eye_side(f.read(start + skip + _E2E_HEADER + after, 1).decode('latin-1')): eyes[tuple(key)] = eye
+        for *key, start in entries[entries['kind'] == kind][
+            ['patient', 'study', 'series', 'start']
+        ].tolist():
+            if eye := eye_side(f.read(start + skip + _E2E_HEADER + after, 1).decode('latin-1')):
+                eyes[tuple(key)] = eye
     return patients, eyes
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #5b832599
 def _e2e_bscans(f:ByteReader, entries:np.ndarray, skip:int)->tuple[np.ndarray, tuple[str, ...]]:
     "The entries of B-scans, sorted by volume and slice, and notes on what is left out."
     e = entries[entries['kind'] == _E2E_PICTURE]
-    e = np.sort(e[np.unique(e['start'], return_index=True)[1]], order=['patient', 'study', 'series', 'slice', 'start'])
-    types = np.array([f.record(start + skip + _E2E_HEADER, _E2E_IMAGE)['type'] for start in e['start'].tolist()], np.uint32)
+    e = np.sort(
+        e[np.unique(e['start'], return_index=True)[1]],
+        order=['patient', 'study', 'series', 'slice', 'start'],
+    )
+    types = np.array(
+        [f.record(start + skip + _E2E_HEADER, _E2E_IMAGE)['type'] for start in e['start'].tolist()],
+        np.uint32,
+    )
     infrared = int((types == _E2E_INFRARED).sum())
     unknown = int(np.isin(types, (_E2E_BSCAN, _E2E_INFRARED), invert=True).sum())
     octa = len(np.unique(entries['start'][entries['kind'] == _E2E_OCTA]))
     others = {"of unknown kinds": unknown, "of OCT angiography": octa}
     if not (types == _E2E_BSCAN).any():
-        there = ', '.join(f"{n} {what}" for what, n in {"infrared": infrared, **others}.items() if n)
+        there = ', '.join(
+            f"{n} {what}" for what, n in {"infrared": infrared, **others}.items() if n
+        )
         if not there: raise BadImage('not-an-image', "an .e2e file without a B-scan")
         raise BadImage('not-a-bscan', f"an .e2e file without a B-scan: its pictures are {there}")
-    notes = tuple(f"left out: {counted(n, 'picture')} {what} in the file" for what, n in others.items() if n)
+    notes = tuple(
+        f"left out: {counted(n, 'picture')} {what} in the file" for what, n in others.items() if n
+    )
     return e[types == _E2E_BSCAN], notes
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #8b8cc8cf
 def _e2e_pixels(f:ByteReader, start:int)->np.ndarray:
     "Codes (height, width) of the B-scan at `start`."
     head = f.record(start, _E2E_IMAGE)
@@ -291,24 +434,36 @@ def read_e2e(
     "A HEYEX database export: every B-scan of every series."
     with ByteReader(path) as f:
         skip = 64 if f.read(0, 21) == b'E2EMultipleVolumeFile' else 0
-        if f.read(skip, 4) != b'CMDb': raise BadImage('corrupt', "it does not begin like an .e2e file")
+        if f.read(skip, 4) != b'CMDb':
+            raise BadImage('corrupt', "it does not begin like an .e2e file")
         entries = _e2e_entries(f, skip)
         (patients, eyes), (e, notes) = _e2e_facts(f, entries, skip), _e2e_bscans(f, entries, skip)
         keys, left = [tuple(k) for k in e[['patient', 'study', 'series']].tolist()], f.size
         total, seen = Counter(keys), Counter()
-        if max(total.values()) > MAX_SLICES: raise BadImage('corrupt', f"one volume claims {max(total.values())} B-scans")
+        if max(total.values()) > MAX_SLICES:
+            raise BadImage('corrupt', f"one volume claims {max(total.values())} B-scans")
         for key, start in zip(keys, e['start'].tolist(), strict=True):
             codes = _e2e_pixels(f, start + skip + _E2E_HEADER)
             if (left := left - codes.nbytes) < 0: raise BadImage('corrupt', "its B-scans overlap")
             patient, withheld = patients.get(key[0], ('', ()))
-            yield Scan(Image.fromarray(_e2e_grey()[codes]), str(path), seen[key], total[key], '{}/{}-{}-{}'.format(path.stem, *key),
-                       eyes.get(key, ''), patient, (*notes, *withheld))
+            yield Scan(
+                Image.fromarray(_e2e_grey()[codes]),
+                str(path),
+                seen[key],
+                total[key],
+                '{}/{}-{}-{}'.format(path.stem, *key),
+                eyes.get(key, ''),
+                patient,
+                (*notes, *withheld),
+            )
             seen[key] += 1
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #aba020f3
 MAX_PARTS = 4096   # a file has 20 to 60
 _TOPCON_JPEG = binary_layout(25, width=(9, '<u4'), height=(13, '<u4'), slices=(17, '<u4'))
-_TOPCON_RAW = binary_layout(22, width=(1, '<u4'), height=(5, '<u4'), bits=(9, '<u4'), slices=(13, '<u4'))
+_TOPCON_RAW = binary_layout(
+    22, width=(1, '<u4'), height=(5, '<u4'), bits=(9, '<u4'), slices=(13, '<u4')
+)
 
 def _topcon_parts(f:ByteReader)->dict[bytes, list[tuple[int, int]]]:
     "Where the data of the parts of each name begin, and how long they are."
@@ -331,7 +486,11 @@ def _topcon_jpeg(f:ByteReader, at:int, length:int)->Iterator[tuple]:
         size = int.from_bytes(f.read(at, 4), 'little')
         coded = f.read(at + 4, size)
         im = Image.open(io.BytesIO(coded), formats=('JPEG2000', 'JPEG'))
-        if im.size != (w, h): raise BadImage('corrupt', f"a B-scan of {im.width} x {im.height} pixels where the header says {w} x {h}")
+        if im.size != (w, h):
+            raise BadImage(
+                'corrupt',
+                f"a B-scan of {im.width} x {im.height} pixels where the header says {w} x {h}",
+            )
         if im.mode not in ('L', 'RGB'): raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
         notes = tuple(check_jpeg(coded)) if im.format == 'JPEG' else ()
         if im.mode == 'RGB' and _same_channels(im): im = im.getchannel(0)
@@ -342,6 +501,7 @@ def _same_channels(im:Image.Image)->bool:
     "Is a colour picture grey throughout?"
     return len({c.tobytes() for c in im.split()}) == 1
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #d2b464e3
 def _topcon_raw(f:ByteReader, at:int, length:int)->Iterator[tuple]:
     "Number of B-scans, and one after the other."
     head = f.record(at, _TOPCON_RAW)
@@ -353,23 +513,38 @@ def _topcon_raw(f:ByteReader, at:int, length:int)->Iterator[tuple]:
         raise BadImage('corrupt', f"a part of {length} bytes, whose header asks for {22 + 2*h*w*n}")
     def frame(i): return np.frombuffer(f.read(at + 22 + 2*h*w*i, 2*h*w), '<u2').reshape(h, w)
     top = max(max(int(frame(i).max()) for i in range(n)), 1)
-    for i in range(n): yield Image.fromarray(np.rint(frame(i)*(255/top)).astype(np.uint8)), n, (f"16 bit: {top}, the largest value, is white",)
+    for i in range(n):
+        yield (
+            Image.fromarray(np.rint(frame(i) * (255 / top)).astype(np.uint8)),
+            n,
+            (f"16 bit: {top}, the largest value, is white",),
+        )
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #71c468f8
 _TOPCON_READERS = {  # the first that is there
-    b'@IMG_JPEG': _topcon_jpeg, b'@IMG_SCAN_03': _topcon_raw, b'@IMG_SCAN_02': _topcon_raw, b'@IMG_SCAN': _topcon_raw,
-    b'@IMG_MOT_COMP_03': _topcon_raw, b'@IMG_MOT_COMP_02': _topcon_raw, b'@IMG_MOT_COMP': _topcon_raw}
+    b'@IMG_JPEG': _topcon_jpeg,
+    b'@IMG_SCAN_03': _topcon_raw,
+    b'@IMG_SCAN_02': _topcon_raw,
+    b'@IMG_SCAN': _topcon_raw,
+    b'@IMG_MOT_COMP_03': _topcon_raw,
+    b'@IMG_MOT_COMP_02': _topcon_raw,
+    b'@IMG_MOT_COMP': _topcon_raw,
+}
 
 def _topcon_patient(f:ByteReader, parts:dict)->tuple[str, tuple[str, ...]]:
     "The patient's identifier, and a note where it is withheld."
-    if b'@PATIENT_INFO_02' in parts: return patient_identifier(f.read(parts[b'@PATIENT_INFO_02'][0][0], 32))
+    if b'@PATIENT_INFO_02' in parts:
+        return patient_identifier(f.read(parts[b'@PATIENT_INFO_02'][0][0], 32))
     other = next((k for k in (b'@PATIENT_INFO_03', b'@PATIENT_INFO') if k in parts), None)
     if other is None: return '', ()
     at, length = parts[other][0]
     raw = f.read(at, min(32, length)).rstrip(b'\0')   # it may be encrypted, or a name could come first
     if re.fullmatch(rb'[!-~]*[0-9][!-~]*', raw): return patient_identifier(raw)
-    return '', (f"patient id withheld: {other.decode()} begins with none that can be told from a name",)
+    return '', (
+        f"patient id withheld: {other.decode()} begins with none that can be told from a name",
+    )
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #f180b828
 def _topcon_kind(parts:dict)->bytes:
     "Name of the part with the B-scans; `BadImage` names what is there instead."
     if (kind := next((k for k in _TOPCON_READERS if k in parts), None)) is not None: return kind
@@ -384,33 +559,60 @@ def read_topcon(
 )->Iterator[Scan]:   # its B-scans, each read when it is asked for
     "A Topcon .fda or .fds file."
     with ByteReader(path) as f:
-        if f.read(0, 4) != b'FOCT': raise BadImage('corrupt', "it does not begin like a Topcon .fda or .fds file")
+        if f.read(0, 4) != b'FOCT':
+            raise BadImage('corrupt', "it does not begin like a Topcon .fda or .fds file")
         parts = _topcon_parts(f)
         kind = _topcon_kind(parts)
         capture = parts.get(b'@CAPTURE_INFO_02') or parts.get(b'@CAPTURE_INFO')
         eye = {0: 'OD', 1: 'OS'}.get(f.read(capture[0][0], 1)[0], '') if capture else ''
         patient, withheld = _topcon_patient(f, parts)
-        some = ("motion-corrected B-scans, perhaps not the whole volume",) if b'MOT_COMP' in kind else ()
-        if len(parts[kind]) > 1: some += (f"the first of {len(parts[kind])} volumes in the file; the others are left out",)
+        some = (
+            ("motion-corrected B-scans, perhaps not the whole volume",)
+            if b'MOT_COMP' in kind
+            else ()
+        )
+        if len(parts[kind]) > 1:
+            some += (
+                f"the first of {len(parts[kind])} volumes in the file; the others are left out",
+            )
         for i, (image, n, notes) in enumerate(_TOPCON_READERS[kind](f, *parts[kind][0])):
             yield Scan(image, str(path), i, n, path.stem, eye, patient, (*some, *notes, *withheld))
 
 # %% ../../nbs/01k_data.volume_formats.ipynb #75d1d976
 CIRRUS_SAMPLES = 1024   # samples of an A-scan of a Cirrus HD-OCT
-_CIRRUS_NAME = re.compile(r'(?:(P[^_]*\d[^_]*)_)?.+_\d{1,2}-\d{1,2}-\d{4}_\d{1,2}-\d{1,2}-\d{1,2}_(O[DS])_sn\d+_', re.ASCII)
-_CIRRUS_SIZE = re.compile(r'(?<![\d.x])(\d{2,4})x(\d{1,4})(?:x(\d{1,4}))?(?![\dx]|\.\d|mm)', re.ASCII | re.IGNORECASE)
 
+_CIRRUS_NAME = re.compile(
+    r'(?:(P[^_]*\d[^_]*)_)?.+_\d{1,2}-\d{1,2}-\d{4}_\d{1,2}-\d{1,2}-\d{1,2}_(O[DS])_sn\d+_',
+    re.ASCII,
+)
+
+_CIRRUS_SIZE = re.compile(
+    r'(?<![\d.x])(\d{2,4})x(\d{1,4})(?:x(\d{1,4}))?(?![\dx]|\.\d|mm)', re.ASCII | re.IGNORECASE
+)
+
+# %% ../../nbs/01k_data.volume_formats.ipynb #9410be40
 def _cirrus_shape(name:str, size:int)->tuple[int, int, int]:
     "Height, width and number of B-scans; `KdoctError` where name and length do not say it together."
     fix = "Name it WIDTHxHEIGHTxB-SCANS.img, e.g. 200x1024x200.img, as the device's protocol says."
     found = set(_CIRRUS_SIZE.findall(name))
-    if len(found) != 1: raise KdoctError(f"{name}: a .img file has no header, and its name gives {'no size' if not found else 'several sizes'}.", fix=fix)
+    if len(found) != 1:
+        raise KdoctError(
+            f"{name}: a .img file has no header, and its name gives "
+            f"{'no size' if not found else 'several sizes'}.",
+            fix=fix,
+        )
     a, b, c = (int(v) if v else 0 for v in found.pop())
     w, h, n = (a, b, c) if c else (a, CIRRUS_SAMPLES, b)
-    if h*w*n != size: raise KdoctError(f"{name}: {counted(n, 'B-scan')} of {w} x {h} pixels would be {h*w*n} bytes; the file has {size}.", fix=fix)
+    if h*w*n != size:
+        raise KdoctError(
+            f"{name}: {counted(n, 'B-scan')} of {w} x {h} pixels would be {h * w * n} bytes; the "
+            f"file has {size}.",
+            fix=fix,
+        )
     check_shape(h, w, n)
     return h, w, n
 
+# %% ../../nbs/01k_data.volume_formats.ipynb #6e9617a6
 def read_cirrus_img(
     path:Path,       # an .img file; its name gives size and eye
 )->Iterator[Scan]:   # its B-scans, each read when it is asked for
@@ -423,4 +625,13 @@ def read_cirrus_img(
         patient, withheld = patient_identifier(said[1] or '' if said else '')
         for i in range(n):
             grey = np.frombuffer(f.read(h*w*i, h*w), np.uint8).reshape(h, w)[::-1, ::-1]
-            yield Scan(Image.fromarray(np.ascontiguousarray(grey)), str(path), i, n, path.stem, said[2] if said else '', patient, withheld)
+            yield Scan(
+                Image.fromarray(np.ascontiguousarray(grey)),
+                str(path),
+                i,
+                n,
+                path.stem,
+                said[2] if said else '',
+                patient,
+                withheld,
+            )

@@ -7,14 +7,19 @@ __all__ = ['SYSTEM_FILES', 'SIDE_FILES', 'read_picture', 'reader_of', 'read_scan
 
 # %% ../../nbs/01m_data.volumes.ipynb #imp-data-volumes
 import io
+
 import os
+
 from collections.abc import Callable, Iterable, Iterator
+
 from pathlib import Path
 
 from PIL import Image
 
 from ..core.files import KdoctError
+
 from .dicom import DICOM_WITHOUT_PREAMBLE, MODALITIES, read_dicom
+
 from kdoct.data.images import (
     BadImage,
     broken_file,
@@ -31,8 +36,12 @@ from kdoct.data.images import (
     tiff_stack,
     TiffStack,
 )
+
 from .listing import IMAGE_EXTENSIONS, name_key
+
 from .scans import ByteReader, check_shape, MAX_SLICES, Scan
+
+# %% ../../nbs/01m_data.volumes.ipynb #e5fa07f2
 from kdoct.data.volume_formats import (
     heyex_images,
     named_file,
@@ -57,7 +66,9 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         for i, at in enumerate(pages):
             im.seek(at)
             page, notes = decoded(im)
-            yield Scan(page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes))
+            yield Scan(
+                page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes)
+            )
     except DECODE_ERRORS as e: raise broken_file(e) from e
 
 def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
@@ -68,6 +79,7 @@ def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
         notes = (*stack.notes, f"{n} pictures in one TIFF directory")
         yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=notes)
 
+# %% ../../nbs/01m_data.volumes.ipynb #c49c9ce7
 def read_picture(
     path:Path,       # a file of a format that `decode_image` reads
 )->Iterator[Scan]:   # one B-scan, or one a page
@@ -80,22 +92,45 @@ def read_picture(
     else: yield Scan(image, str(path), notes=tuple(notes))
 
 # %% ../../nbs/01m_data.volumes.ipynb #046ba607
-_MAGIC = ((0, b'HSF-OCT-', read_vol), (0, b'CMDb', read_e2e), (0, b'E2EMultipleVolumeFile', read_e2e), (0, b'FOCT', read_topcon),
-          (0, b'ep-v', read_vol), (128, b'DICM', read_dicom))
-_SUFFIXES = {'.vol': read_vol, '.xml': read_heyex_xml, '.e2e': read_e2e, '.fda': read_topcon, '.fds': read_topcon, '.img': read_cirrus_img, '.dcm': read_dicom}
+_MAGIC = (
+    (0, b'HSF-OCT-', read_vol),
+    (0, b'CMDb', read_e2e),
+    (0, b'E2EMultipleVolumeFile', read_e2e),
+    (0, b'FOCT', read_topcon),
+    (0, b'ep-v', read_vol),
+    (128, b'DICM', read_dicom),
+)
 
+_SUFFIXES = {
+    '.vol': read_vol,
+    '.xml': read_heyex_xml,
+    '.e2e': read_e2e,
+    '.fda': read_topcon,
+    '.fds': read_topcon,
+    '.img': read_cirrus_img,
+    '.dcm': read_dicom,
+}
+
+# %% ../../nbs/01m_data.volumes.ipynb #9269577e
 def reader_of(
     path:Path,  # a file of any kind
 )->Callable[[Path], Iterator[Scan]]:  # one of the readers
     "What reads this file; `KdoctError` or `BadImage` where it is a folder, cannot be opened, or is known to be no image."
     if path.is_dir():
-        raise KdoctError(f"{path} is a folder, or a link to one, which is not followed.", fix="Name the folder itself, and see that it can be listed.")
+        raise KdoctError(
+            f"{path} is a folder, or a link to one, which is not followed.",
+            fix="Name the folder itself, and see that it can be listed.",
+        )
     with ByteReader(path) as f: begin = f.read(0, min(f.size, 160))
-    if (reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)) is not None: return reader
+    if (
+        reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)
+    ) is not None:
+        return reader
     if DICOM_WITHOUT_PREAMBLE.match(begin): return read_dicom
     if what := other_file(begin): raise BadImage('not-an-image', what)
     return read_picture if is_picture(begin) else _SUFFIXES.get(path.suffix.lower(), read_picture)
 
+# %% ../../nbs/01m_data.volumes.ipynb #5ca6a580
 def read_scans(
     path:str|Path,    # one file: picture, TIFF of several pages, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds or .img
     modality:str='oct',  # what DICOM and volumes must hold, as `data.modality` names it: oct, radiograph, histology, or other (anything)
@@ -106,13 +141,16 @@ def read_scans(
         reader = reader_of(path)
         if reader is read_dicom: yield from reader(path, modality)
         elif reader is read_picture or modality in ('oct', 'other'): yield from reader(path)
-        else: raise BadImage('not-a-bscan', f"a file of an OCT device, where {MODALITIES[modality]} is expected")
+        else: raise BadImage('not-a-bscan', f"a file of an OCT device, where "
+                                            f"{MODALITIES[modality]} is expected")
     except BadImage as e: raise BadImage(e.kind, f"{path.name}: {e.detail}") from e
     except KdoctError: raise
-    except Exception as e: raise BadImage('corrupt', f"{path.name}: {type(e).__name__} while it was read") from e
+    except Exception as e: raise BadImage('corrupt', f"{path.name}: {type(e).__name__} while "
+                                                     f"it was read") from e
 
 # %% ../../nbs/01m_data.volumes.ipynb #209f0546
 SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini')     # compared in lower case
+
 SIDE_FILES = ('.csv', '.tsv', '.json', '.txt', '.md')       # what lies beside images: lists, results, explanations
 
 def _claimed(xml:Path)->set[str]:
@@ -120,13 +158,29 @@ def _claimed(xml:Path)->set[str]:
     try: return {name_key(name) for i in heyex_images(xml) if (name := named_file(i)).lower().endswith(IMAGE_EXTENSIONS)}
     except KdoctError: return set()
 
+# %% ../../nbs/01m_data.volumes.ipynb #e22378b8
 def _entries(folder:str)->list[tuple[str, bool]]:
     "Names in a folder that are not passed over, sorted, and whether each is a folder itself."
     with os.scandir(folder) as it:
-        found = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in it
-                       if not (e.name.startswith('.') or e.name.lower() in SYSTEM_FILES or e.name.lower().endswith(SIDE_FILES)))
-    claimed = set().union(*(_claimed(Path(folder, name)) for name, is_folder in found if not is_folder and name.lower().endswith('.xml')))
-    return [(name, is_folder) for name, is_folder in found if is_folder or name_key(name) not in claimed]
+        found = sorted(
+            (e.name, e.is_dir(follow_symlinks=False))
+            for e in it
+            if not (
+                e.name.startswith('.')
+                or e.name.lower() in SYSTEM_FILES
+                or e.name.lower().endswith(SIDE_FILES)
+            )
+        )
+    claimed = set().union(
+        *(
+            _claimed(Path(folder, name))
+            for name, is_folder in found
+            if not is_folder and name.lower().endswith('.xml')
+        )
+    )
+    return [
+        (name, is_folder) for name, is_folder in found if is_folder or name_key(name) not in claimed
+    ]
 
 # %% ../../nbs/01m_data.volumes.ipynb #d6e0a7e9
 def _walk(folder:str, named:set[str])->Iterator[Path]:
@@ -152,9 +206,20 @@ def find_files(
     paths:str|Path|Iterable[str|Path],  # files and folders
 )->Iterator[Path]:                      # files, each once, in the order of `paths` and by name within a folder
     "The files to read, as they are found; what is missing or of no known kind comes too, and `read_scans` says what is wrong."
-    given = {os.path.abspath(p): Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)}
+    given = {
+        os.path.abspath(p): Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)
+    }
     named = set(given)
-    claimed = {os.path.join(os.path.dirname(a), name) for a, p in given.items() if p.suffix.lower() == '.xml' for name in _claimed(p)}
+    claimed = {
+        os.path.join(os.path.dirname(a), name)
+        for a, p in given.items()
+        if p.suffix.lower() == '.xml'
+        for name in _claimed(p)
+    }
     for absolute, path in given.items():
         if os.path.isdir(path): yield from _walk(str(path), named)
-        elif os.path.join(os.path.dirname(absolute), name_key(os.path.basename(absolute))) not in claimed: yield path
+        elif (
+            os.path.join(os.path.dirname(absolute), name_key(os.path.basename(absolute)))
+            not in claimed
+        ):
+            yield path

@@ -23,7 +23,9 @@ def _refuse(
     what,  # the file or bundle
     why,   # what is wrong with it
 ):
-    raise KdoctError(f"{what}: {why}", fix="Do not use this bundle. Get it again from whoever made it.")
+    raise KdoctError(
+        f"{what}: {why}", fix="Do not use this bundle. Get it again from whoever made it."
+    )
 
 def _once(pairs):
     "A JSON object in which no key comes twice."
@@ -35,10 +37,17 @@ def _finite(text):
     if not math.isfinite(x := float(text)): raise ValueError(f'{text[:20]} is no finite number')
     return x
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #35975e44
 def _depth(obj):
     "How deep lists and dicts are nested, counted without recursion."
     level, n = [obj], 0
-    while level := [v for o in level if isinstance(o, (dict, list)) for v in (o.values() if isinstance(o, dict) else o)]: n += 1
+    while level := [
+        v
+        for o in level
+        if isinstance(o, (dict, list))
+        for v in (o.values() if isinstance(o, dict) else o)
+    ]:
+        n += 1
     return n
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #c55db1dd
@@ -50,9 +59,15 @@ def strict_json(
     limit:int=_TEXT_BYTES, # largest number of bytes that is read
 )->dict|list:             # plain values, all numbers finite
     "What a JSON file says; `KdoctError` where it is none, is huge or deep, repeats a key, or holds what cannot be written again."
-    if len(data) > limit: _refuse(what, f"{len(data)} bytes are too many for this file (at most {limit})")
+    if len(data) > limit:
+        _refuse(what, f"{len(data)} bytes are too many for this file (at most {limit})")
     try:
-        obj = json.loads(data.decode('utf-8'), object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
+        obj = json.loads(
+            data.decode('utf-8'),
+            object_pairs_hook=_once,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
         if _depth(obj) > _DEPTH: raise ValueError(f'nested deeper than {_DEPTH}')
         json.dumps(obj, ensure_ascii=False).encode('utf-8')
     except RecursionError: _refuse(what, f"not JSON that can be read (nested deeper than {_DEPTH})")
@@ -68,8 +83,13 @@ def check_name(
 )->str:        # the same name
     "`KdoctError` unless a name stays inside the bundle on every system."
     parts = name.split('/') if isinstance(name, str) and len(name) <= 200 else ['']
-    if not all(_PLAIN.fullmatch(p) and not _DEVICES.fullmatch(p) and not p.endswith('.') for p in parts):
-        _refuse('bundle.json', f"it lists the file {ascii(name)[:80]}, which is no plain name inside the bundle")
+    if not all(
+        _PLAIN.fullmatch(p) and not _DEVICES.fullmatch(p) and not p.endswith('.') for p in parts
+    ):
+        _refuse(
+            'bundle.json',
+            f"it lists the file {ascii(name)[:80]}, which is no plain name inside the bundle",
+        )
     return name
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #9442f23f
@@ -85,7 +105,8 @@ def _walk(
             for e in entries:
                 name, seen = Path(e.path).relative_to(folder).as_posix(), seen + 1
                 if seen > _MOST: _refuse(folder.name, f"more than {_MOST} files and folders")
-                if e.is_symlink() or getattr(e, 'is_junction', bool)(): _refuse(folder.name, f"{ascii(name)} is a link")
+                if e.is_symlink() or getattr(e, 'is_junction', bool)():
+                    _refuse(folder.name, f"{ascii(name)} is a link")
                 if e.is_dir(follow_symlinks=False): todo.append(Path(e.path))
                 elif e.is_file(follow_symlinks=False): found.append(name)
                 else: _refuse(folder.name, f"{ascii(name)} is no plain file")
@@ -96,28 +117,60 @@ def _read_small(path, limit):
     try: s = os.lstat(path)
     except FileNotFoundError: return None
     if not stat.S_ISREG(s.st_mode): _refuse(path.name, "a link, or no plain file")
-    if s.st_size > limit: _refuse(path.name, f"{s.st_size} bytes are too many for this file (at most {limit})")
+    if s.st_size > limit:
+        _refuse(path.name, f"{s.st_size} bytes are too many for this file (at most {limit})")
     return path.read_bytes()
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #a7a34c5e
-_ITEM = dict(BOOL=1, U8=1, I8=1, F8_E4M3=1, F8_E5M2=1, U16=2, I16=2, F16=2, BF16=2, U32=4, I32=4, F32=4, U64=8, I64=8, F64=8)  # bytes
+_ITEM = dict(
+    BOOL=1,
+    U8=1,
+    I8=1,
+    F8_E4M3=1,
+    F8_E5M2=1,
+    U16=2,
+    I16=2,
+    F16=2,
+    BF16=2,
+    U32=4,
+    I32=4,
+    F32=4,
+    U64=8,
+    I64=8,
+    F64=8,
+)  # bytes
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #f2383eb6
 def _looks_like(head):
     "What a file is by its first bytes, where it is something that can hold code."
-    kinds = {b'PK\x03\x04': 'a zip archive, such as torch.save writes around a pickle', b'\x7fELF': 'a program', b'MZ': 'a program', b'#!': 'a script'}
+    kinds = {
+        b'PK\x03\x04': 'a zip archive, such as torch.save writes around a pickle',
+        b'\x7fELF': 'a program',
+        b'MZ': 'a program',
+        b'#!': 'a script',
+    }
     if head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'): return 'a pickle'
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), '')
 
 def _whole(v): return type(v) is int and 0 <= v < 1 << 48
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #ddaaf2d4
 def _extent(name, t):
     "Where a tensor lies, (first, end) in bytes of the data; ValueError where its entry contradicts itself."
     name = ascii(name)[:60]
-    if not isinstance(t, dict) or set(t) != {'dtype', 'shape', 'data_offsets'} or t['dtype'] not in list(_ITEM): raise ValueError(f'{name} is no such tensor')
+    if (
+        not isinstance(t, dict)
+        or set(t) != {'dtype', 'shape', 'data_offsets'}
+        or t['dtype'] not in list(_ITEM)
+    ):
+        raise ValueError(f'{name} is no such tensor')
     shape, place = t['shape'], t['data_offsets']
-    if not (isinstance(shape, list) and len(shape) <= 8 and all(map(_whole, shape))): raise ValueError(f'the shape of {name}')
-    if not (isinstance(place, list) and len(place) == 2 and all(map(_whole, place))): raise ValueError(f'the place of {name}')
-    if (need := math.prod(shape)*_ITEM[t['dtype']]) != place[1] - place[0]: raise ValueError(f'{name} declares {need} bytes and has {place[1] - place[0]}')
+    if not (isinstance(shape, list) and len(shape) <= 8 and all(map(_whole, shape))):
+        raise ValueError(f'the shape of {name}')
+    if not (isinstance(place, list) and len(place) == 2 and all(map(_whole, place))):
+        raise ValueError(f'the place of {name}')
+    if (need := math.prod(shape)*_ITEM[t['dtype']]) != place[1] - place[0]:
+        raise ValueError(f'{name} declares {need} bytes and has {place[1] - place[0]}')
     return tuple(place)
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #77a67103
@@ -131,15 +184,22 @@ def tensor_table(
         head = f.read(8)
         if (kind := _looks_like(head)): _refuse(path.name, f"{kind}, not safetensors")
         n = int.from_bytes(head, 'little') if len(head) == 8 else size
-        if n > min(size - 8, _TEXT_BYTES): _refuse(path.name, f"not safetensors, or cut off: a table of {n} bytes is declared in a file of {size}")
+        if n > min(size - 8, _TEXT_BYTES):
+            _refuse(
+                path.name,
+                f"not safetensors, or cut off: a table of {n} bytes is declared in a "
+                f"file of {size}",
+            )
         table = strict_json(f.read(n), path.name)
     if not isinstance(table, dict): _refuse(path.name, "its table is no table")
     table.pop('__metadata__', None)
     try: places = sorted(_extent(k, t) for k, t in table.items())
     except ValueError as e: _refuse(path.name, f"its table is not of this file ({e})")
     ends = [0, *(end for _, end in places)]
-    if any(start != end for (start, _), end in zip(places, ends, strict=False)): _refuse(path.name, "its tensors overlap, or leave holes")
-    if ends[-1] != size - 8 - n: _refuse(path.name, f"its tensors end at byte {ends[-1]} of {size - 8 - n}")
+    if any(start != end for (start, _), end in zip(places, ends, strict=False)):
+        _refuse(path.name, "its tensors overlap, or leave holes")
+    if ends[-1] != size - 8 - n:
+        _refuse(path.name, f"its tensors end at byte {ends[-1]} of {size - 8 - n}")
     return table
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #26603efa
@@ -184,9 +244,14 @@ def _fields(view, budget):
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #4a8269b2
 _HOLDS = dict(  # message -> field -> message in it, of those that lead to tensors (onnx.proto3)
-    model={7: 'graph', 20: 'training', 25: 'function'}, training={1: 'graph', 2: 'graph'}, graph={1: 'node', 5: 'tensor', 15: 'sparse'},
-    function={7: 'node', 11: 'attribute'}, node={5: 'attribute'}, sparse={1: 'tensor', 2: 'tensor'},
-    attribute={5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'})
+    model={7: 'graph', 20: 'training', 25: 'function'},
+    training={1: 'graph', 2: 'graph'},
+    graph={1: 'node', 5: 'tensor', 15: 'sparse'},
+    function={7: 'node', 11: 'attribute'},
+    node={5: 'attribute'},
+    sparse={1: 'tensor', 2: 'tensor'},
+    attribute={5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'},
+)
 
 def _onnx_tensors(view, budget):
     "All tensors in an ONNX model, as views of their messages; ValueError where it is no such model."
@@ -195,7 +260,8 @@ def _onnx_tensors(view, budget):
         kind, message = todo.pop()
         for number, value in _fields(message, budget):
             if (inner := _HOLDS[kind].get(number)) is None: continue
-            if not isinstance(value, memoryview): raise ValueError('a number where a message belongs')
+            if not isinstance(value, memoryview):
+                raise ValueError('a number where a message belongs')
             graphs += inner == 'graph'
             if inner == 'tensor': yield value
             else: todo.append((inner, value))
@@ -218,39 +284,55 @@ def _tensor_facts(view, budget):
     for number, value in _fields(view, budget):
         if number == 1: count = min(count*math.prod(_sizes(value)), 1 << 64)
         if number == 13:
-            if not isinstance(value, memoryview): raise ValueError('a number where a message belongs')
+            if not isinstance(value, memoryview):
+                raise ValueError('a number where a message belongs')
             entry = {n: bytes(v) for n, v in _fields(value, budget) if isinstance(v, memoryview)}
-            if entry.get(1) == b'location': files.append(entry.get(2, b'').decode('utf-8', 'replace'))
+            if entry.get(1) == b'location':
+                files.append(entry.get(2, b'').decode('utf-8', 'replace'))
         if number == 14: external = value == 1
     return count, files, external or bool(files)
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #eeb1de2c
 def _check_onnx(path, name, files):
     "`KdoctError` where an ONNX file is damaged, declares more than it has, or points to a file that is not of the bundle."
-    with open(path, 'rb') as f: view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))   # let go of when the last view of it is
+    # let go of when the last view of it is
+    with open(path, 'rb') as f: view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     budget = iter(range(_FIELDS))
     try: facts = [(len(t), *_tensor_facts(t, budget)) for t in _onnx_tensors(view, budget)]
     except (ValueError, IndexError) as e: _refuse(name, f"not an ONNX model, or damaged ({e})")
     near = name.rpartition('/')[0]
     for size, count, others, external in facts:
-        if external and (not others or any((f'{near}/{o}' if near else o) not in files for o in others)):
-            _refuse(name, f"its numbers lie in a file that is not of the bundle: {ascii(others)[:80]}")
-        if not external and count > 2*size: _refuse(name, f"it declares a tensor of {count} numbers in {size} bytes")
+        if external and (
+            not others or any((f'{near}/{o}' if near else o) not in files for o in others)
+        ):
+            _refuse(
+                name, f"its numbers lie in a file that is not of the bundle: {ascii(others)[:80]}"
+            )
+        if not external and count > 2*size:
+            _refuse(name, f"it declares a tensor of {count} numbers in {size} bytes")
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #062c6bd1
 def _check_xml(path, name, files):
     "`KdoctError` where an OpenVINO text is no XML, has a document type, or points behind the end of its numbers."
     have = files.get(name.removesuffix('.xml') + '.bin', {}).get('bytes', 0)
-    if files[name]['bytes'] > _TEXT_BYTES: _refuse(name, f"{files[name]['bytes']} bytes are too many for this file (at most {_TEXT_BYTES})")
+    if files[name]['bytes'] > _TEXT_BYTES:
+        _refuse(
+            name, f"{files[name]['bytes']} bytes are too many for this file (at most {_TEXT_BYTES})"
+        )
     def start(tag, at):
         if tag != 'data' or not {'offset', 'size'} <= set(at): return
         first, n = int(at['offset']), int(at['size'])
-        if min(first, n) < 0 or first + n > have: _refuse(name, f"it points to byte {first + n} of {have} in its file of numbers")
+        if min(first, n) < 0 or first + n > have:
+            _refuse(name, f"it points to byte {first + n} of {have} in its file of numbers")
     parser = expat.ParserCreate()
-    parser.StartElementHandler, parser.StartDoctypeDeclHandler = start, lambda *_: _refuse(name, "it has a document type")
+    parser.StartElementHandler, parser.StartDoctypeDeclHandler = (
+        start,
+        lambda *_: _refuse(name, "it has a document type"),
+    )
     try:
         with open(path, 'rb') as f: parser.ParseFile(f)
-    except (expat.ExpatError, ValueError) as e: _refuse(name, f"not XML that can be read ({str(e)[:80]})")
+    except (expat.ExpatError, ValueError) as e: _refuse(name, f"not XML that can be read "
+                                                              f"({str(e)[:80]})")
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #84e23786
 def _check_json(path, name, files): strict_json(_read_small(path, _TEXT_BYTES), name)
@@ -266,10 +348,19 @@ def _check_numbers(path, name, files):
     with open(path, 'rb') as f:
         head, end = f.read(8), f.seek(-1, os.SEEK_END) and f.read(1)
     kind = _looks_like(head)
-    if kind and (kind != 'a pickle' or end == b'.') and head[:2] not in (b'MZ', b'#!'): _refuse(name, f"{kind}, not numbers")
+    if kind and (kind != 'a pickle' or end == b'.') and head[:2] not in (b'MZ', b'#!'):
+        _refuse(name, f"{kind}, not numbers")
 
-_CHECKS = {'.json': _check_json, '.md': _check_text, '.txt': _check_text, '.safetensors': _check_tensors, '.onnx': _check_onnx, '.xml': _check_xml,
-           '.bin': _check_numbers, '.data': _check_numbers}
+_CHECKS = {
+    '.json': _check_json,
+    '.md': _check_text,
+    '.txt': _check_text,
+    '.safetensors': _check_tensors,
+    '.onnx': _check_onnx,
+    '.xml': _check_xml,
+    '.bin': _check_numbers,
+    '.data': _check_numbers,
+}
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #5f06df2c
 def _crypto():
@@ -280,6 +371,7 @@ def _crypto():
     from cryptography.hazmat.primitives.asymmetric import ed25519
     return serialization, ed25519, (InvalidSignature, UnsupportedAlgorithm)
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #d755075d
 def new_keys(
     path:str|Path,      # file of the private key; the public one gets the same name with '.pub' behind it
 )->tuple[Path, Path]:   # private, public
@@ -287,26 +379,43 @@ def new_keys(
     s, ed25519, _ = _crypto()
     private, public = Path(path), Path(f'{path}.pub')
     if there := [p.name for p in (private, public) if p.exists()]:
-        raise KdoctError(f"There is a key already: {', '.join(there)}.", fix="Give another name; a key that was used is not replaced.")
+        raise KdoctError(
+            f"There is a key already: {', '.join(there)}.",
+            fix="Give another name; a key that was used is not replaced.",
+        )
     key = ed25519.Ed25519PrivateKey.generate()
     fd = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, 'wb') as f: f.write(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
-    with atomic_path(public) as tmp: tmp.write_bytes(key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo))
+    with os.fdopen(fd, 'wb') as f:
+        f.write(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    with atomic_path(public) as tmp:
+        tmp.write_bytes(
+            key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+        )
     return private, public
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #206e1610
 def _load_key(path, private):
     "The key in a PEM file; `KdoctError` where it is none of this kind."
     s, ed25519, (_, unsupported) = _crypto()
-    what, kind = ('private', ed25519.Ed25519PrivateKey) if private else ('public', ed25519.Ed25519PublicKey)
-    if not Path(path).is_file(): raise KdoctError(f"There is no {what} key {path}.", fix="Give the file that `new_keys` made.")
+    what, kind = (
+        ('private', ed25519.Ed25519PrivateKey) if private else ('public', ed25519.Ed25519PublicKey)
+    )
+    if not Path(path).is_file():
+        raise KdoctError(
+            f"There is no {what} key {path}.", fix="Give the file that `new_keys` made."
+        )
     data = Path(path).read_bytes()[:1 << 16]
     try: key = s.load_pem_private_key(data, None) if private else s.load_pem_public_key(data)
     except (ValueError, TypeError, unsupported) as e:
-        raise KdoctError(f"{Path(path).name} is no {what} key in PEM form without a passphrase.", fix="Give the file that `new_keys` made.") from e
-    if not isinstance(key, kind): raise KdoctError(f"{Path(path).name} is no Ed25519 key.", fix="Make one with `new_keys`.")
+        raise KdoctError(
+            f"{Path(path).name} is no {what} key in PEM form without a passphrase.",
+            fix="Give the file that `new_keys` made.",
+        ) from e
+    if not isinstance(key, kind):
+        raise KdoctError(f"{Path(path).name} is no Ed25519 key.", fix="Make one with `new_keys`.")
     return key
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #55f86833
 def key_name(
     key,    # private or public key of `cryptography`
 )->str:     # 16 hexadecimal digits
@@ -319,8 +428,12 @@ def _sign(folder, key):
     "signature.json over the bytes of bundle.json."
     key = _load_key(key, private=True)
     signature = key.sign((folder/'bundle.json').read_bytes())
-    write_json(folder/'signature.json', dict(algorithm='Ed25519', of='bundle.json', key=key_name(key), signature=signature.hex()))
+    write_json(
+        folder / 'signature.json',
+        dict(algorithm='Ed25519', of='bundle.json', key=key_name(key), signature=signature.hex()),
+    )
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #5092c3ac
 def _check_signature(
     folder,  # the bundle
     text,    # bytes of its bundle.json
@@ -329,49 +442,81 @@ def _check_signature(
     "(signed and checked, what to say of it); a key and no valid signature by it: `KdoctError`."
     raw = _read_small(folder/'signature.json', 1 << 14)
     if raw is None:
-        if public is not None: _refuse(folder.name, "it is not signed, and a public key was given to check it with")
+        if public is not None:
+            _refuse(folder.name, "it is not signed, and a public key was given to check it with")
         return False, 'not signed'
     said = strict_json(raw, 'signature.json')
-    if not (isinstance(said, dict) and said.get('algorithm') == 'Ed25519' and all(re.fullmatch('[0-9a-f]+', str(said.get(k))) for k in ('key', 'signature'))):
+    if not (
+        isinstance(said, dict)
+        and said.get('algorithm') == 'Ed25519'
+        and all(re.fullmatch('[0-9a-f]+', str(said.get(k))) for k in ('key', 'signature'))
+    ):
         _refuse('signature.json', "no Ed25519 signature")
-    if public is None: return False, f"says that it is signed by the key {said['key'][:16]}; not checked, because no public key was given"
-    if said['key'] != key_name(public): _refuse(folder.name, f"it is signed by another key ({said['key'][:16]}, not {key_name(public)})")
+    if public is None:
+        return (
+            False,
+            f"says that it is signed by the key {said['key'][:16]}; not checked, because no public "
+            f"key was given",
+        )
+    if said['key'] != key_name(public):
+        _refuse(
+            folder.name, f"it is signed by another key ({said['key'][:16]}, not {key_name(public)})"
+        )
     try: public.verify(bytes.fromhex(said['signature']), text)
-    except (_crypto()[2][0], ValueError): _refuse(folder.name, "the signature is not of this bundle.json")
+    except (_crypto()[2][0], ValueError): _refuse(folder.name, "the signature is not of this "
+                                                               "bundle.json")
     return True, f"signed by the key {key_name(public)}"
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #c5a08a37
 _OWN = ('bundle.json', 'signature.json')
+
 _LARGEST = 16 << 30  # bytes of a bundle
 
 def _check_listed(files):
     "`KdoctError` unless bundle.json's list of files is one, with plain names, sizes and hashes."
-    if not isinstance(files, dict) or not files or len(files) > _MOST: _refuse('bundle.json', "it does not list its files")
+    if not isinstance(files, dict) or not files or len(files) > _MOST:
+        _refuse('bundle.json', "it does not list its files")
     for name, f in files.items():
         check_name(name)
-        if name in _OWN or Path(name).suffix not in _CHECKS: _refuse('bundle.json', f"{name} is no file of a bundle (of those: {' '.join(_CHECKS)})")
-        if not (isinstance(f, dict) and _whole(f.get('bytes')) and re.fullmatch('[0-9a-f]{64}', str(f.get('sha256')))):
+        if name in _OWN or Path(name).suffix not in _CHECKS:
+            _refuse('bundle.json', f"{name} is no file of a bundle (of those: {' '.join(_CHECKS)})")
+        if not (
+            isinstance(f, dict)
+            and _whole(f.get('bytes'))
+            and re.fullmatch('[0-9a-f]{64}', str(f.get('sha256')))
+        ):
             _refuse('bundle.json', f"no size and SHA-256 of {name}")
-    if len({n.lower() for n in files}) < len(files): _refuse('bundle.json', "two names differ only in capitals")
-    if (total := sum(f['bytes'] for f in files.values())) > _LARGEST: _refuse('bundle.json', f"it lists {total} bytes (at most {_LARGEST})")
+    if len({n.lower() for n in files}) < len(files):
+        _refuse('bundle.json', "two names differ only in capitals")
+    if (total := sum(f['bytes'] for f in files.values())) > _LARGEST:
+        _refuse('bundle.json', f"it lists {total} bytes (at most {_LARGEST})")
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #720c0ab8
 def _check_files(folder, files):
     "`KdoctError` unless exactly the listed files are there, with their sizes, hashes and forms."
     found = [n for n in _walk(folder) if n not in _OWN]
-    if lost := sorted(set(files) - set(found)): _refuse(folder.name, f"missing: {', '.join(lost[:5])}")
-    if alien := sorted(set(found) - set(files)): _refuse(folder.name, f"not listed in bundle.json: {ascii(alien[:5])[1:-1]}")
+    if lost := sorted(set(files) - set(found)):
+        _refuse(folder.name, f"missing: {', '.join(lost[:5])}")
+    if alien := sorted(set(found) - set(files)):
+        _refuse(folder.name, f"not listed in bundle.json: {ascii(alien[:5])[1:-1]}")
     for name, f in files.items():
-        if (size := os.lstat(folder/name).st_size) != f['bytes']: _refuse(name, f"{size} bytes, not {f['bytes']}")
+        if (size := os.lstat(folder/name).st_size) != f['bytes']:
+            _refuse(name, f"{size} bytes, not {f['bytes']}")
         if not size: _refuse(name, "empty")
     for name, f in files.items():
-        if sha256_file(folder/name) != f['sha256']: _refuse(name, "changed: its SHA-256 is not the one in bundle.json")
+        if sha256_file(folder/name) != f['sha256']:
+            _refuse(name, "changed: its SHA-256 is not the one in bundle.json")
         _CHECKS[Path(name).suffix](folder/name, name, files)
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #2c0e17fa
 def _open(folder, public):
     "What `open_sealed` does, with a key that is read already."
     text = _read_small(folder/'bundle.json', _TEXT_BYTES)
-    if text is None: raise KdoctError(f"{folder} is no bundle: it has no bundle.json.", fix="`kdoct export RUN` makes a bundle of a run's student.")
+    if text is None:
+        raise KdoctError(
+            f"{folder} is no bundle: it has no bundle.json.",
+            fix="`kdoct export RUN` makes a bundle of a run's student.",
+        )
     signed, words = _check_signature(folder, text, public)
     about = strict_json(text, 'bundle.json')
     kind = about.get('bundle') if isinstance(about, dict) else None
@@ -380,25 +525,36 @@ def _open(folder, public):
     _check_files(folder, about['files'])
     return about | dict(signed=signed, signature=words)
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #8152f5b3
 def open_sealed(
     folder:str|Path,                # the bundle
     public_key:str|Path|None=None,  # file of the public key (.pub); None: a signature is mentioned, not checked
 )->dict:                            # bundle.json, with `signed` (bool: checked with the key given) and `signature` (in words)
     "Check a bundle without running anything in it; `KdoctError` with the reason where it is not what was sealed."
     folder = Path(folder)
-    if not folder.is_dir(): raise KdoctError(f"There is no bundle {folder}.", fix="`kdoct export RUN` makes one.")
+    if not folder.is_dir():
+        raise KdoctError(f"There is no bundle {folder}.", fix="`kdoct export RUN` makes one.")
     public = None if public_key is None else _load_key(public_key, private=False)
     try: return _open(folder, public)
-    except OSError as e: raise KdoctError(f"{folder} cannot be read ({e}).", fix="Mend the rights of its files, or get it again.") from e
+    except OSError as e: raise KdoctError(f"{folder} cannot be "
+                                          f"read ({e}).", fix="Mend the rights of its files, or "
+                                                              "get it again.") from e
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #bf4675de
 def _list(folder):
     "All files with size and hash; `KdoctError` where one cannot be in a bundle."
-    files = {n: dict(bytes=os.lstat(folder/n).st_size, sha256=sha256_file(folder/n)) for n in _walk(folder) if n not in _OWN}
+    files = {
+        n: dict(bytes=os.lstat(folder / n).st_size, sha256=sha256_file(folder / n))
+        for n in _walk(folder)
+        if n not in _OWN
+    }
     try: _check_listed(files)
-    except KdoctError as e: raise KdoctError(e.problem, fix=f"Take it out of {folder}, or give it a plain name; then seal again.") from e
+    except KdoctError as e: raise KdoctError(e.problem, fix=f"Take it out of {folder}, or give it "
+                                                            f"a plain name; then "
+                                                            f"seal again.") from e
     return files
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #8e89440f
 def seal(
     folder:str|Path,           # with all files of the bundle, and nothing else
     about:dict,                # what bundle.json shall say, plain values
@@ -407,7 +563,10 @@ def seal(
     "Check all files, list them with size and SHA-256 in bundle.json, and sign it where a key is given."
     folder = Path(folder)
     if taken := sorted({'bundle', 'files', 'signed', 'signature'} & set(about)):
-        raise KdoctError(f"`about` has the name(s) {', '.join(taken)}, which the seal uses.", fix="Give them other names.")
+        raise KdoctError(
+            f"`about` has the name(s) {', '.join(taken)}, which the seal uses.",
+            fix="Give them other names.",
+        )
     private = None if key is None else _load_key(key, private=True)  # before anything is written
     files = _list(folder)
     _check_files(folder, files)
@@ -415,6 +574,14 @@ def seal(
     write_json(folder/'bundle.json', dict(bundle=1, **about, files=files))
     text = (folder/'bundle.json').read_bytes()
     if private is not None:
-        write_json(folder/'signature.json', dict(algorithm='Ed25519', of='bundle.json', key=key_name(private), signature=private.sign(text).hex()))
+        write_json(
+            folder / 'signature.json',
+            dict(
+                algorithm='Ed25519',
+                of='bundle.json',
+                key=key_name(private),
+                signature=private.sign(text).hex(),
+            ),
+        )
     signed, words = _check_signature(folder, text, private and private.public_key())
     return strict_json(text, 'bundle.json') | dict(signed=signed, signature=words)

@@ -36,9 +36,15 @@ from ..models.backbones import Classifier, load_model_folder
 from ..training.inference import inference_model
 
 # %% ../../nbs/07d_deploy.engines.ipynb #f46a934d
-ENGINES = {'torch': ('model.safetensors', ('torch',)), 'onnx': ('model.onnx', ('onnxruntime',)), 'openvino': ('openvino.xml', ('openvino',)),
-           'openvino-bf16': ('openvino.xml', ('openvino',)), 'int8': ('int8.xml', ('openvino',))}   # engine -> file, packages that run it
+ENGINES = {
+    'torch': ('model.safetensors', ('torch',)),
+    'onnx': ('model.onnx', ('onnxruntime',)),
+    'openvino': ('openvino.xml', ('openvino',)),
+    'openvino-bf16': ('openvino.xml', ('openvino',)),
+    'int8': ('int8.xml', ('openvino',)),
+}  # engine -> file, packages that run it
 
+# %% ../../nbs/07d_deploy.engines.ipynb #b85a457c
 class Engine:
     "Answers pictures."
     def __init__(self,
@@ -55,11 +61,18 @@ class Engine:
         "What the network says of pictures; `KdoctError` if they are not such pictures, or what it says is no number."
         x, last = np.require(images, requirements=['C', 'W']), () if self.channels == 1 else (3,)
         if x.dtype != np.uint8 or x.ndim != 3 + len(last) or x.shape[3:] != last or 0 in x.shape:
-            raise KdoctError(f"Pictures of shape {x.shape} and type {x.dtype}: the engine takes uint8 (n, h, w{', 3' if last else ''}).",
-                             fix="Take them from `kdoct.data.framing.framed`, with the bundle's framing.")
+            raise KdoctError(
+                f"Pictures of shape {x.shape} and type {x.dtype}: the engine takes uint8 (n, h, "
+                f"w{', 3' if last else ''}).",
+                fix="Take them from `kdoct.data.framing.framed`, with the bundle's framing.",
+            )
         out = dict(zip(OUTPUTS, (np.asarray(v, np.float32) for v in self.answer(x)), strict=True))
-        if all(np.isfinite(out[k]).all() for k in (OUTPUTS if self.measures else OUTPUTS[:1])): return out
-        raise KdoctError(f"The engine '{self.name}' gives numbers that are not finite.", fix="Ask each picture alone to find the one; try the engine 'torch'.")
+        if all(np.isfinite(out[k]).all() for k in (OUTPUTS if self.measures else OUTPUTS[:1])):
+            return out
+        raise KdoctError(
+            f"The engine '{self.name}' gives numbers that are not finite.",
+            fix="Ask each picture alone to find the one; try the engine 'torch'.",
+        )
 
 # %% ../../nbs/07d_deploy.engines.ipynb #719d40f9
 def torch_engine(
@@ -75,7 +88,9 @@ def torch_engine(
     if threads: torch.set_num_threads(threads)
     def answer(x):
         with torch.inference_mode():
-            prepared = net.prepare(torch.from_numpy(x)).contiguous(memory_format=torch.channels_last)
+            prepared = net.prepare(torch.from_numpy(x)).contiguous(
+                memory_format=torch.channels_last
+            )
             return [v.numpy() for v in net.finish(*net.network(prepared))]
     return answer
 
@@ -86,7 +101,9 @@ def _session(file, threads:int):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
-    return onnxruntime.InferenceSession(Path(file).read_bytes(), options, providers=['CPUExecutionProvider'])
+    return onnxruntime.InferenceSession(
+        Path(file).read_bytes(), options, providers=['CPUExecutionProvider']
+    )
 
 def onnx_engine(
     file:str|Path,   # of `write_onnx`
@@ -95,7 +112,10 @@ def onnx_engine(
     "ONNX Runtime."
     session = _session(file, threads)
     types = {'tensor(uint8)': 'uint8', 'tensor(float)': 'float32'}
-    facts = {v.name: (types.get(v.type, v.type), [k if isinstance(k, int) else None for k in v.shape]) for v in (*session.get_inputs(), *session.get_outputs())}
+    facts = {
+        v.name: (types.get(v.type, v.type), [k if isinstance(k, int) else None for k in v.shape])
+        for v in (*session.get_inputs(), *session.get_outputs())
+    }
     return lambda x: session.run(list(OUTPUTS), dict(images=x)), facts
 
 # %% ../../nbs/07d_deploy.engines.ipynb #a2699308
@@ -109,7 +129,9 @@ def cut_graph(
     ends = [joint_output(model, name) for name in results]
     for name in at:
         place = joint_output(model, name)
-        params.append(ov.opset13.parameter(place.get_partial_shape(), place.get_element_type(), name))
+        params.append(
+            ov.opset13.parameter(place.get_partial_shape(), place.get_element_type(), name)
+        )
         for there in place.get_target_inputs(): there.replace_source_output(params[-1].output(0))
     return ov.Model(ends, params or model.get_parameters())
 
@@ -121,7 +143,12 @@ class Compiled:
         precision:str,   # of layers that are in floats: f32 or bf16
         threads:int=0,   # 0: all usable cores
     ):
-        self.options = dict(INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads or usable_cores(), PERFORMANCE_HINT='LATENCY', NUM_STREAMS=1)
+        self.options = dict(
+            INFERENCE_PRECISION_HINT=precision,
+            INFERENCE_NUM_THREADS=threads or usable_cores(),
+            PERFORMANCE_HINT='LATENCY',
+            NUM_STREAMS=1,
+        )
         self.model, self.made, self.lock = model, {}, threading.Lock()
         self._graph(True)   # what cannot be compiled says so here
 
@@ -130,15 +157,25 @@ class Compiled:
         with self.lock:
             if single not in self.made:
                 model = self.model.clone()
-                if single: model.reshape({i: import_openvino().PartialShape([1, *list(v.get_partial_shape())[1:]]) for i, v in enumerate(model.inputs)})
-                self.made[single] = openvino_core().compile_model(model, 'CPU', self.options), threading.local()
+                if single:
+                    model.reshape(
+                        {
+                            i: import_openvino().PartialShape([1, *list(v.get_partial_shape())[1:]])
+                            for i, v in enumerate(model.inputs)
+                        }
+                    )
+                self.made[single] = (
+                    openvino_core().compile_model(model, 'CPU', self.options),
+                    threading.local(),
+                )
             return self.made[single]
 
     def __call__(self, *inputs)->list[np.ndarray]:
         "Outputs, in memory that the next call in this thread uses again."
         compiled, own = self._graph(len(inputs[0]) == 1)
         if not hasattr(own, 'request'): own.request = compiled.create_infer_request()
-        for i, x in enumerate(inputs): own.request.set_input_tensor(i, import_openvino().Tensor(x, shared_memory=True))
+        for i, x in enumerate(inputs):
+            own.request.set_input_tensor(i, import_openvino().Tensor(x, shared_memory=True))
         own.request.infer()
         return [own.request.get_output_tensor(i).data for i in range(len(compiled.outputs))]
 
@@ -157,8 +194,13 @@ def openvino_engine(
             model.reshape(import_openvino().PartialShape([shape[0], side, side, *list(shape)[3:]]))
         return model
     model, types = read(), {'u8': 'uint8', 'f32': 'float32'}
-    facts = {v.get_any_name(): (types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
-                                [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()]) for v in (*model.inputs, *model.outputs)}
+    facts = {
+        v.get_any_name(): (
+            types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
+            [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()],
+        )
+        for v in (*model.inputs, *model.outputs)
+    }
     order = [[o.get_any_name() for o in model.outputs].index(k) for k in OUTPUTS]
     if precision == 'f32':
         whole = Compiled(sized(model), 'f32', threads)
@@ -167,10 +209,13 @@ def openvino_engine(
             return [said[i].copy() for i in order]
         return answer, facts
     places = [], list(JOINTS[:1]), list(JOINTS[1:]), list(OUTPUTS)
-    first, network, last = (Compiled(cut_graph(sized(read()), *ends), how, threads)
-                            for ends, how in zip(pairwise(places), ('f32', precision, 'f32'), strict=True))
+    first, network, last = (
+        Compiled(cut_graph(sized(read()), *ends), how, threads)
+        for ends, how in zip(pairwise(places), ('f32', precision, 'f32'), strict=True)
+    )
     return lambda x: [v.copy() for v in last(*network(*first(x)))], facts
 
+# %% ../../nbs/07d_deploy.engines.ipynb #9a3caefc
 def network_alone(
     folder:str|Path,  # with the files of a bundle
     name:str,         # onnx, openvino, openvino-bf16 or int8
@@ -180,7 +225,11 @@ def network_alone(
     file = Path(folder)/ENGINES[name][0]
     if name != 'onnx':
         graph = openvino_core().read_model(str(file))
-        part = Compiled(cut_graph(graph, ['prepared'], list(JOINTS[1:])), 'bf16' if name == 'openvino-bf16' else 'f32', threads)
+        part = Compiled(
+            cut_graph(graph, ['prepared'], list(JOINTS[1:])),
+            'bf16' if name == 'openvino-bf16' else 'f32',
+            threads,
+        )
         return lambda x: [v.copy() for v in part(x)]
     import onnx
     with tempfile.TemporaryDirectory() as d:
@@ -189,8 +238,11 @@ def network_alone(
     return lambda x: session.run(list(JOINTS[1:]), dict(prepared=x))
 
 # %% ../../nbs/07d_deploy.engines.ipynb #e182baeb
-LIMITS = dict(probability=1e-3, distance=1e-2, labels=.995, flags=.995, near=.05, speed=1.3, points=.5)
+LIMITS = dict(
+    probability=1e-3, distance=1e-2, labels=0.995, flags=0.995, near=0.05, speed=1.3, points=0.5
+)
 
+# %% ../../nbs/07d_deploy.engines.ipynb #88858f47
 def compare(
     got:dict,            # answers of an engine: probabilities (n, classes), outlier (n,)
     want:dict,           # answers of PyTorch
@@ -200,27 +252,52 @@ def compare(
 )->dict:                 # how far the two are apart; what cannot be compared is left out
     "Parity of an engine with PyTorch on the same pictures."
     predicted, wanted = got['probabilities'].argmax(1), want['probabilities'].argmax(1)
-    out = dict(images=len(wanted), probability=float(np.abs(got['probabilities'] - want['probabilities']).max()),
-               labels=float((predicted == wanted).mean()))
+    out = dict(
+        images=len(wanted),
+        probability=float(np.abs(got['probabilities'] - want['probabilities']).max()),
+        labels=float((predicted == wanted).mean()),
+    )
     if threshold is not None:
-        same, near = (got['outlier'] > threshold) == (want['outlier'] > threshold), np.abs(want['outlier']/threshold - 1) < LIMITS['near']
-        out |= dict(distance=float(np.abs(got['outlier']/want['outlier'] - 1).max()), flags=float((same | near).mean()),
-                    near_threshold=int(near.sum()))
+        same, near = (
+            (got['outlier'] > threshold) == (want['outlier'] > threshold),
+            np.abs(want['outlier'] / threshold - 1) < LIMITS['near'],
+        )
+        out |= dict(
+            distance=float(np.abs(got['outlier'] / want['outlier'] - 1).max()),
+            flags=float((same | near).mean()),
+            near_threshold=int(near.sum()),
+        )
     if labels is not None:
         right, expected = ((p == labels)[val].mean() for p in (predicted, wanted))
         out |= dict(accuracy=float(right), lost_points=float(100*(expected - right)))
     return out
 
+# %% ../../nbs/07d_deploy.engines.ipynb #5db5f745
 def refused(
     parity:dict,    # of `compare`
     exact:bool,     # whether the engine calculates in float32
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
-    off = {k: told_apart(parity[k], LIMITS[k], 4) for k in ('probability', 'distance') if exact and parity.get(k, 0) > LIMITS[k]}
+    off = {
+        k: told_apart(parity[k], LIMITS[k], 4)
+        for k in ('probability', 'distance')
+        if exact and parity.get(k, 0) > LIMITS[k]
+    }
     words = dict(labels='predicted classes', flags='outliers')
-    few = {k: told_apart(100*parity[k], 100*LIMITS[k]) for k in words if parity.get(k, 1) < LIMITS[k]}
-    return '; '.join([*(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
-                      *(f'{got} % of the {words[k]} agree (at least {limit} %)' for k, (got, limit) in few.items())])
+    few = {
+        k: told_apart(100 * parity[k], 100 * LIMITS[k])
+        for k in words
+        if parity.get(k, 1) < LIMITS[k]
+    }
+    return '; '.join(
+        [
+            *(f'a {k} is off by {got} (at most {limit})' for k, (got, limit) in off.items()),
+            *(
+                f'{got} % of the {words[k]} agree (at least {limit} %)'
+                for k, (got, limit) in few.items()
+            ),
+        ]
+    )
 
 # %% ../../nbs/07d_deploy.engines.ipynb #7a54c14b
 def ask_all(
@@ -231,8 +308,12 @@ def ask_all(
     said = {name: [] for name in engines}
     for x in pictures:
         for name, engine in engines.items(): said[name].append(engine(x[None]))
-    return {name: {k: np.concatenate([a[k] for a in all_]) for k in OUTPUTS} for name, all_ in said.items()}
+    return {
+        name: {k: np.concatenate([a[k] for a in all_]) for k in OUTPUTS}
+        for name, all_ in said.items()
+    }
 
+# %% ../../nbs/07d_deploy.engines.ipynb #9ad04a98
 def time_engines(
     engines:dict[str, Engine],  # by name
     picture:np.ndarray,         # uint8 (h, w) or (h, w, 3)
@@ -241,7 +322,11 @@ def time_engines(
     seconds:float=60.,          # no new round begins after this time, once there is one [s]
 )->dict[str, dict]:             # name -> latency_ms (one picture), images_a_second (in batches), batch, rounds; medians
     "Time engines in turn."
-    few, times, began = [picture[None], np.stack([picture]*batch)], {name: ([], []) for name in engines}, time.perf_counter()
+    few, times, began = (
+        [picture[None], np.stack([picture] * batch)],
+        {name: ([], []) for name in engines},
+        time.perf_counter(),
+    )
     for number in range(-1, rounds):
         if number > 0 and time.perf_counter() - began > seconds: break
         for name, engine in engines.items():
@@ -250,8 +335,15 @@ def time_engines(
                 start = time.perf_counter()
                 for _ in range(repeats): engine(x)
                 if number >= 0: each.append((time.perf_counter() - start)/repeats/len(x))
-    return {name: dict(latency_ms=1e3*float(np.median(one)), images_a_second=1/float(np.median(many)), batch=batch, rounds=len(one))
-            for name, (one, many) in times.items()}
+    return {
+        name: dict(
+            latency_ms=1e3 * float(np.median(one)),
+            images_a_second=1 / float(np.median(many)),
+            batch=batch,
+            rounds=len(one),
+        )
+        for name, (one, many) in times.items()
+    }
 
 # %% ../../nbs/07d_deploy.engines.ipynb #f5211eff
 def worth_it(
@@ -259,20 +351,36 @@ def worth_it(
     parity:dict,        # of `compare`, for int8
 )->tuple[dict, str]:    # what was found; why INT8 is not kept, '' if it is
     "Whether INT8 is faster enough than OpenVINO in float32, and loses little enough."
-    times, many = timed['openvino']['latency_ms']/timed['int8']['latency_ms'], timed['int8']['images_a_second']/timed['openvino']['images_a_second']
+    times, many = (
+        timed['openvino']['latency_ms'] / timed['int8']['latency_ms'],
+        timed['int8']['images_a_second'] / timed['openvino']['images_a_second'],
+    )
     facts = dict(times_as_fast=times, times_as_fast_in_batches=many)
-    (fast, wished), (lost, most) = told_apart(times, LIMITS['speed'], 2), told_apart(parity['lost_points'], LIMITS['points'], 2)
-    why = [] if times >= LIMITS['speed'] else [f'{fast} times as fast as OpenVINO in float32 (at least {wished})']
-    if parity['lost_points'] > LIMITS['points']: why.append(f'loses {lost} points of accuracy (at most {most})')
+    (fast, wished), (lost, most) = (
+        told_apart(times, LIMITS['speed'], 2),
+        told_apart(parity['lost_points'], LIMITS['points'], 2),
+    )
+    why = (
+        []
+        if times >= LIMITS['speed']
+        else [f'{fast} times as fast as OpenVINO in float32 (at least {wished})']
+    )
+    if parity['lost_points'] > LIMITS['points']:
+        why.append(f'loses {lost} points of accuracy (at most {most})')
     return facts, '; '.join(why)
 
+# %% ../../nbs/07d_deploy.engines.ipynb #8b27490d
 def calibration_rows(
     data:FoldData,    # the fold
     images:int=300,   # no further patient is taken once there are so many
 )->np.ndarray:        # rows of `data.images`, all of the training part
     "All images of some training patients, the classes in turn, in an order that only their names decide."
     rows = data.rows('train').assign(row=data.idx['train'])
-    groups = rows.groupby('group', sort=True).agg(label=('label', 'first'), n=('row', 'size')).reset_index()
+    groups = (
+        rows.groupby('group', sort=True)
+        .agg(label=('label', 'first'), n=('row', 'size'))
+        .reset_index()
+    )
     groups['key'] = [hashlib.sha256(f'calibration {g}'.encode()).hexdigest() for g in groups.group]
     groups = groups.sort_values(['label', 'key'])
     groups['turn'] = groups.groupby('label').cumcount()
@@ -286,16 +394,25 @@ def graph_signature(
     classes:int,   # of the network
 )->dict[str, tuple]:  # name of an input or output -> (type, shape)
     "Type and shape of the graph's input and outputs; an axis without a fixed size is None."
-    return dict(images=('uint8', [None]*3 + [3]*(channels == 3)), probabilities=('float32', [None, classes]), outlier=('float32', [None]))
+    return dict(
+        images=('uint8', [None] * 3 + [3] * (channels == 3)),
+        probabilities=('float32', [None, classes]),
+        outlier=('float32', [None]),
+    )
 
 def runs_here(
     name:str,  # of an engine
 )->str:        # why it does not run on this machine; '' if it does
     "Whether an engine's packages are installed and the processor has what it needs."
-    if lost := [p for p in ENGINES[name][1] if importlib.util.find_spec(p) is None]: return f"{', '.join(lost)} is not installed"
-    if name != 'openvino-bf16' or 'BF16' in openvino_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES'): return ''
+    if lost := [p for p in ENGINES[name][1] if importlib.util.find_spec(p) is None]:
+        return f"{', '.join(lost)} is not installed"
+    if name != 'openvino-bf16' or 'BF16' in openvino_core().get_property(
+        'CPU', 'OPTIMIZATION_CAPABILITIES'
+    ):
+        return ''
     return 'this processor has no bfloat16'
 
+# %% ../../nbs/07d_deploy.engines.ipynb #e8a43bbe
 def make_engine(
     folder:str|Path,     # with the files of a bundle
     name:str,            # one of `ENGINES`
@@ -304,12 +421,28 @@ def make_engine(
     threads:int=0,       # 0: all usable cores
 )->Engine:
     "An engine for the files of a folder; `KdoctError` if it cannot run here, or its graph is not what it should be."
-    if (why := runs_here(name)): raise KdoctError(f"The engine '{name}' does not run here: {why}.", fix="pip install 'kdoct[deploy]', or use another engine.")
-    file, want, stored = Path(folder)/ENGINES[name][0], graph_signature(about['channels'], len(about['classes'])), about['size'] + about['margin']
+    if (why := runs_here(name)):
+        raise KdoctError(
+            f"The engine '{name}' does not run here: {why}.",
+            fix="pip install 'kdoct[deploy]', or use another engine.",
+        )
+    file, want, stored = (
+        Path(folder) / ENGINES[name][0],
+        graph_signature(about['channels'], len(about['classes'])),
+        about['size'] + about['margin'],
+    )
     match name:
         case 'torch': answer, facts = torch_engine(load_model_folder(folder)[0], decision, about['size'], about['margin'], threads), want
         case 'onnx': answer, facts = onnx_engine(file, threads)
         case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
     if facts != want:
-        raise KdoctError(f"The graph {file.name} takes and gives {facts}, not {want}.", fix="Do not use this bundle. Get it again from whoever made it.")
-    return Engine(name, lambda x: answer(squared(x, stored)), about['channels'], about.get('temperature', 1.) is not None)
+        raise KdoctError(
+            f"The graph {file.name} takes and gives {facts}, not {want}.",
+            fix="Do not use this bundle. Get it again from whoever made it.",
+        )
+    return Engine(
+        name,
+        lambda x: answer(squared(x, stored)),
+        about['channels'],
+        about.get('temperature', 1.0) is not None,
+    )

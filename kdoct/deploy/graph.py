@@ -35,8 +35,13 @@ def resize_weights(
     "PIL's antialiased bicubic filter (a = -0.5) as a matrix, in its fixed-point steps of 2**-22."
     wide = torch.full((), n, dtype=torch.float32)
     there, wanted = (2*torch.arange(k, dtype=torch.float32) + 1 for k in (n, side))
-    x = (there*side - wanted[:, None]*wide).abs()/(2*wide.clamp(min=side))   # whole numbers below 2**24, then one rounding
-    k = torch.where(x < 1, (1.5*x - 2.5)*x*x + 1, torch.where(x < 2, -0.5*(x - 1)*(x - 2)*(x - 2), 0.))
+    # whole numbers below 2**24, then one rounding
+    x = (there*side - wanted[:, None]*wide).abs()/(2*wide.clamp(min=side))
+    k = torch.where(
+        x < 1,
+        (1.5 * x - 2.5) * x * x + 1,
+        torch.where(x < 2, -0.5 * (x - 1) * (x - 2) * (x - 2), 0.0),
+    )
     return (k/k.sum(1, keepdim=True)*2**22).round()/2**22
 
 def pil_resize(
@@ -48,6 +53,7 @@ def pil_resize(
     x = level(x @ resize_weights(x.shape[-1], side).T)
     return level(resize_weights(x.shape[-2], side) @ x)
 
+# %% ../../nbs/07c_deploy.graph.ipynb #fb3ae34f
 def squared(
     images:np.ndarray,  # uint8 (n, h, w) or (n, h, w, 3)
     side:int,           # side of the squares that the graph makes first [px]
@@ -63,7 +69,9 @@ def fixed_resize(
     how:str='bicubic',  # bilinear or bicubic
 )->torch.Tensor:        # (side, n) float32
     "The matrix of torch's antialiased resize along one axis."
-    return F.interpolate(torch.eye(n)[None, None], (side, n), mode=how, align_corners=False, antialias=True)[0, 0]
+    return F.interpolate(
+        torch.eye(n)[None, None], (side, n), mode=how, align_corners=False, antialias=True
+    )[0, 0]
 
 # %% ../../nbs/07c_deploy.graph.ipynb #b150bbab
 class Prepare(nn.Module):
@@ -77,7 +85,12 @@ class Prepare(nn.Module):
         steps = [fixed_resize(size + margin, size)] if margin else []
         if model.size != size: steps.append(fixed_resize(size, model.size, model.interpolation))
         self.stored, self.steps = size + margin, [f'step{i}' for i in range(len(steps))]
-        for name, m in zip((*self.steps, 'mean', 'std'), (*steps, model.mean.clone(), model.std.clone()), strict=True): self.register_buffer(name, m)
+        for name, m in zip(
+            (*self.steps, 'mean', 'std'),
+            (*steps, model.mean.clone(), model.std.clone()),
+            strict=True,
+        ):
+            self.register_buffer(name, m)
 
     def forward(self, images:torch.Tensor)->torch.Tensor:  # uint8 (n, h, w) or (n, h, w, 3) -> (n, 3, side, side), normalised
         x = images.float()
@@ -99,9 +112,12 @@ class Finish(nn.Module):
     "Features and logits -> probabilities and distance; without a decision probabilities as trained, and NaN: no distance is measured."
     def __init__(self, decision:Decision|None):
         super().__init__()
-        self.temperature, self.measures = (1., False) if decision is None else (decision.temperature, True)
+        self.temperature, self.measures = (
+            (1.0, False) if decision is None else (decision.temperature, True)
+        )
         statistics = decision.outlier.arrays() if self.measures else {}
-        for name, v in statistics.items(): self.register_buffer(name, torch.from_numpy(np.array(v, np.float32)))
+        for name, v in statistics.items():
+            self.register_buffer(name, torch.from_numpy(np.array(v, np.float32)))
 
     def forward(self, features:torch.Tensor, logits:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # -> (n, classes), (n,)
         probabilities = (logits/self.temperature).softmax(1)
@@ -118,7 +134,11 @@ class Deployable(nn.Module):
         margin:int=0,        # `data.margin` [px]
     ):
         super().__init__()
-        self.prepare, self.network, self.finish = Prepare(model, size, margin), Network(private_copy(model)), Finish(decision)
+        self.prepare, self.network, self.finish = (
+            Prepare(model, size, margin),
+            Network(private_copy(model)),
+            Finish(decision),
+        )
         self.eval().requires_grad_(False)
 
     def forward(self, images:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # uint8 (n, h, w) or (n, h, w, 3) -> (n, classes), (n,)
@@ -126,6 +146,7 @@ class Deployable(nn.Module):
 
 # %% ../../nbs/07c_deploy.graph.ipynb #d921ca41
 OUTPUTS = ('probabilities', 'outlier')
+
 OPSET = 20
 
 @contextmanager
@@ -142,12 +163,21 @@ def _quietly():
         logging.disable(before)
         for k, v in told.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
+# %% ../../nbs/07c_deploy.graph.ipynb #2bf1cfb7
 def _onnx_part(module:nn.Module, inputs:dict, outputs:tuple, free:tuple, prefix:str):
     "One part as an ONNX model whose inner names begin with `prefix`; `free` names the axes of its inputs that have no fixed size."
     import onnx
     with _quietly(), torch.no_grad():
-        proto = torch.onnx.export(module, tuple(inputs.values()), input_names=list(inputs), output_names=list(outputs), opset_version=OPSET, dynamo=True,
-                                  dynamic_shapes=free, verbose=False).model_proto
+        proto = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            dynamic_shapes=free,
+            verbose=False,
+        ).model_proto
     g = proto.graph
     for holder in (proto, g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer):
         holder.ClearField('metadata_props'); holder.ClearField('doc_string')
@@ -156,6 +186,7 @@ def _onnx_part(module:nn.Module, inputs:dict, outputs:tuple, free:tuple, prefix:
 # %% ../../nbs/07c_deploy.graph.ipynb #9dc9cc2b
 JOINTS = ('prepared', 'features', 'logits')   # names of what the parts hand on
 
+# %% ../../nbs/07c_deploy.graph.ipynb #0c4199e0
 def write_onnx(
     net:Deployable,     # what is written
     channels:int,       # of the pictures: 1 or 3
@@ -166,9 +197,19 @@ def write_onnx(
     import onnx
     x = torch.zeros(2, 40, 48, *(() if channels == 1 else (3,)), dtype=torch.uint8)
     with torch.no_grad(): prepared, (features, logits) = (made := net.prepare(x)), net.network(made)
-    parts = [_onnx_part(net.prepare, dict(images=x), JOINTS[:1], ({0: 'n', 1: 'h', 2: 'w'},), 'prepare/'),
-             _onnx_part(net.network, dict(prepared=prepared), JOINTS[1:], ({0: 'n'},), 'network/'),
-             _onnx_part(net.finish, dict(features=features, logits=logits), OUTPUTS, ({0: 'n'}, {0: 'n'}), 'finish/')]
+    parts = [
+        _onnx_part(
+            net.prepare, dict(images=x), JOINTS[:1], ({0: 'n', 1: 'h', 2: 'w'},), 'prepare/'
+        ),
+        _onnx_part(net.network, dict(prepared=prepared), JOINTS[1:], ({0: 'n'},), 'network/'),
+        _onnx_part(
+            net.finish,
+            dict(features=features, logits=logits),
+            OUTPUTS,
+            ({0: 'n'}, {0: 'n'}),
+            'finish/',
+        ),
+    ]
     whole = onnx.compose.merge_models(parts[0], parts[1], [('prepared',)*2])
     whole = onnx.compose.merge_models(whole, parts[2], [('features',)*2, ('logits',)*2])
     whole.graph.name, whole.producer_name = 'kdoct', 'kdoct'
@@ -187,6 +228,7 @@ def openvino_core():
     "OpenVINO's one core of this process, which is never freed: a freed one may leave its signal stack behind, and the next signal ends the process."
     return import_openvino().Core()
 
+# %% ../../nbs/07c_deploy.graph.ipynb #b61de732
 def write_openvino(
     onnx_file:str|Path,  # of `write_onnx`
     path:str|Path,       # the .xml file; the numbers go to a .bin file beside it
@@ -198,16 +240,23 @@ def write_openvino(
         def part(inputs, outputs):
             onnx.utils.extract_model(str(onnx_file), f'{d}/part.onnx', list(inputs), list(outputs))
             return ov.convert_model(f'{d}/part.onnx')
-        model, *others = part(['images'], JOINTS[:1]), part(JOINTS[:1], JOINTS[1:]), part(JOINTS[1:], OUTPUTS)
+        model, *others = (
+            part(['images'], JOINTS[:1]),
+            part(JOINTS[:1], JOINTS[1:]),
+            part(JOINTS[1:], OUTPUTS),
+        )
     for other in others:
         for p in other.get_parameters():
             name = p.output(0).get_any_name()
             place = joint_output(model, name)
             p.output(0).replace(place)
             place.add_names({name})
-        model = ov.Model([o.get_node().input_value(0) for o in other.outputs], model.get_parameters(), 'kdoct')
+        model = ov.Model(
+            [o.get_node().input_value(0) for o in other.outputs], model.get_parameters(), 'kdoct'
+        )
     ov.save_model(model, str(path), compress_to_fp16=False)
 
+# %% ../../nbs/07c_deploy.graph.ipynb #70eb776a
 def joint_output(
     model,     # an OpenVINO model
     name:str,  # of the tensor that the first part gives
@@ -238,9 +287,18 @@ def write_int8(
     with _quietly(): import nncf
     model = openvino_core().read_model(str(openvino_file))
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}
-    first, network = _before([joint_output(model, 'prepared')]), _before([joint_output(model, n) for n in JOINTS[1:]])
+    first, network = (
+        _before([joint_output(model, 'prepared')]),
+        _before([joint_output(model, n) for n in JOINTS[1:]]),
+    )
     with _quietly():
-        small = nncf.quantize(model, nncf.Dataset(calibration), preset=nncf.QuantizationPreset.MIXED, subset_size=len(calibration),
-                              fast_bias_correction=False, model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                              ignored_scope=nncf.IgnoredScope(names=sorted(first | names - network), validate=False))
+        small = nncf.quantize(
+            model,
+            nncf.Dataset(calibration),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(calibration),
+            fast_bias_correction=False,
+            model_type=nncf.ModelType.TRANSFORMER if attention else None,
+            ignored_scope=nncf.IgnoredScope(names=sorted(first | names - network), validate=False),
+        )
     ov.save_model(small, str(path), compress_to_fp16=False)

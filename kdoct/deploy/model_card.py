@@ -21,8 +21,11 @@ from ..evaluate.tables import blanked_warning, interval_text, PART_NAMES
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'
-_FREE = {'apache-2.0', 'mit', 'bsd-3-clause', 'bsd-2-clause', 'cc-by-4.0', 'cc0-1.0'}  # commercial use allowed, notices kept
 
+# commercial use allowed, notices kept
+_FREE = {'apache-2.0', 'mit', 'bsd-3-clause', 'bsd-2-clause', 'cc-by-4.0', 'cc0-1.0'}
+
+# %% ../../nbs/07b_deploy.model_card.ipynb #37f93d5f
 def start_licence(
     arch:str,     # timm name
     origin:dict,  # `weights_from` of its model.json
@@ -30,18 +33,37 @@ def start_licence(
     "The licences of the weights that a network started from."
     import timm  # here, so that reading a card does not wait for it
     match origin.get('kind'):
-        case 'none': return [dict(of=f'{arch}, random start', licence='none', said_by='nothing was taken over')]
-        case 'package': return [dict(of=f'{arch}, ImageNet weights', licence='apache-2.0', said_by='the package that carries them')]
+        case 'none': return [dict(of=f'{arch}, '
+                                     f'random start', licence='none', said_by='nothing '
+                                                                              'was taken over')]
+        case 'package': return [dict(of=f'{arch}, '
+                                        f'ImageNet weights', licence='apache-2.0', said_by='the '
+                                                                                           'package that carries them')]
         case 'hub':
             cfg = timm.models.get_pretrained_cfg(arch)
-            return [dict(of=f'{arch}, weights of the hub', licence=(cfg and cfg.license) or NOT, said_by='timm')]
-        case 'file': return [dict(of=f"{arch}, file {origin.get('file')}", licence=NOT, said_by=f"SHA-256 {origin.get('sha256')}")]
+            return [
+                dict(
+                    of=f'{arch}, weights of the hub',
+                    licence=(cfg and cfg.license) or NOT,
+                    said_by='timm',
+                )
+            ]
+        case 'file': return [dict(of=f"{arch}, file "
+                                     f"{origin.get('file')}", licence=NOT, said_by=f"SHA-256 "
+                                                                                   f"{origin.get('sha256')}")]
         case 'model folder':
-            what = f"{origin.get('arch')}, network of run {origin.get('run') or NOT}, trained on {(origin.get('data') or NOT).split(' ')[0]}"  # no folder names
-            own = dict(of=what, licence=INHERITED, said_by=f"SHA-256 {origin.get('weights_sha256')}")
-            return [own, *start_licence(origin.get('arch') or arch, origin.get('weights_from') or {})]
+            what = (f"{origin.get('arch')}, network of run {origin.get('run') or NOT}, trained on "
+                    f"{(origin.get('data') or NOT).split(' ')[0]}")  # no folder names
+            own = dict(
+                of=what, licence=INHERITED, said_by=f"SHA-256 {origin.get('weights_sha256')}"
+            )
+            return [
+                own,
+                *start_licence(origin.get('arch') or arch, origin.get('weights_from') or {}),
+            ]
     return [dict(of=arch, licence=NOT, said_by='model.json does not say what it started from')]
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #bf758ffd
 def is_non_commercial(
     licence:str,  # SPDX name, such as cc-by-nc-4.0
 )->bool:
@@ -49,24 +71,55 @@ def is_non_commercial(
     return 'nc' in re.split(r'[^a-z0-9]+', licence.lower())
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #db39ef92
-_UNSETTLED = ('The student holds no weights of its teacher; it was trained on the teacher\'s answers. Whether a network made so is bound by the licence of the '
-              'teacher\'s weights is not settled, and may differ between countries. Until someone who may decide it for you has done so, treat the student as '
-              'bound too; a teacher under a free licence avoids the question.')
+_UNSETTLED = (
+    'The student holds no weights of its teacher; it was trained on the teacher\'s answers. '
+    'Whether a network made so is bound by the licence of the '
+    'teacher\'s weights is not settled, and may differ between countries. Until someone who may '
+    'decide it for you has done so, treat the student as '
+    'bound too; a teacher under a free licence avoids the question.'
+)
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #2453c0e0
 def _consequences(own, taught):
     "What the licences of the own start, and of the teachers' starts, mean for the shipped weights."
-    out = [f"{s['of']}: {s['licence']}, not for commercial use. The shipped weights are made from these and stay under their terms." for s in own
-           if is_non_commercial(s['licence'])]
+    out = [
+        f"{s['of']}: {s['licence']}, not for commercial use. The shipped weights are made from "
+        f"these and stay under their terms."
+        for s in own
+        if is_non_commercial(s['licence'])
+    ]
     if bound := [s for s in taught if is_non_commercial(s['licence'])]:
-        out.append(f"A teacher started from weights that are not for commercial use ({'; '.join(s['of'] + ': ' + s['licence'] for s in bound)}). {_UNSETTLED}")
+        out.append(
+            f"A teacher started from weights that are not for commercial use "
+            f"({'; '.join(s['of'] + ': ' + s['licence'] for s in bound)}). {_UNSETTLED}"
+        )
     for s in (*own, *taught):
-        if s['licence'] == NOT: out.append(f"{s['of']}: the licence is not recorded ({s['said_by']}). Find it out before you pass the weights on.")
-        elif s['licence'] not in {*_FREE, 'none', INHERITED} and not is_non_commercial(s['licence']):
-            out.append(f"{s['of']}: {s['licence']} has terms of its own. Read them before you pass the weights on.")
-    if not out: out.append('All weights that were started from are under licences that allow commercial use if their notices are kept.')
-    return [*out, 'Pictures of ImageNet, on which most published weights were trained, have terms of their own; the licences here are those that the '
-            'publishers of the weights give. kdoct itself is under Apache-2.0, which says nothing about weights made with it.']
+        if s['licence'] == NOT:
+            out.append(
+                f"{s['of']}: the licence is not recorded ({s['said_by']}). Find it out before you "
+                f"pass the weights on."
+            )
+        elif s['licence'] not in {*_FREE, 'none', INHERITED} and not is_non_commercial(
+            s['licence']
+        ):
+            out.append(
+                f"{s['of']}: {s['licence']} has terms of its own. Read them before you pass the "
+                f"weights on."
+            )
+    if not out:
+        out.append(
+            'All weights that were started from are under licences that allow commercial use if '
+            'their notices are kept.'
+        )
+    return [
+        *out,
+        'Pictures of ImageNet, on which most published weights were trained, have terms of their '
+        'own; the licences here are those that the '
+        'publishers of the weights give. kdoct itself is under Apache-2.0, which says nothing '
+        'about weights made with it.',
+    ]
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #cc2a5050
 def licences_of(
     run:Run,   # the run
     fold:int,  # counted from 0
@@ -79,40 +132,101 @@ def licences_of(
         path = run.stage_dir(fold, teacher)/'model.json'
         theirs = read_json(path) if path.exists() else {}
         same = theirs.get('weights_sha256') == facts.get('weights_sha256')
-        taught += start_licence(facts.get('arch') or theirs.get('arch') or teacher, (theirs.get('weights_from') or {}) if same else {})
+        taught += start_licence(
+            facts.get('arch') or theirs.get('arch') or teacher,
+            (theirs.get('weights_from') or {}) if same else {},
+        )
     return dict(own=own, teachers=taught, what_follows=_consequences(own, taught))
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #131af7a5
 _SOURCES = {  # source -> what it is, its licence as far as it is known, the kind of picture
-    'phantom': ('simulated OCT B-scans of kdoct.data.phantom; no patient was imaged', 'none needed: simulated', 'OCT B-scan (simulated)'),
-    'ucsd': ('retinal OCT B-scans of UCSD (Kermany et al. 2018, Mendeley Data rscbjbr9sj)', 'CC BY 4.0 (as MedMNIST states for OCTMNIST, made from it)',
-             'retinal OCT B-scan'),
-    'neh': ('retinal OCT B-scans of Noor Eye Hospital, Tehran (Mendeley Data 8kt969dhx6)', NOT, 'retinal OCT B-scan'),
+    'phantom': (
+        'simulated OCT B-scans of kdoct.data.phantom; no patient was imaged',
+        'none needed: simulated',
+        'OCT B-scan (simulated)',
+    ),
+    'ucsd': (
+        'retinal OCT B-scans of UCSD (Kermany et al. 2018, Mendeley Data rscbjbr9sj)',
+        'CC BY 4.0 (as MedMNIST states for OCTMNIST, made from it)',
+        'retinal OCT B-scan',
+    ),
+    'neh': (
+        'retinal OCT B-scans of Noor Eye Hospital, Tehran (Mendeley Data 8kt969dhx6)',
+        NOT,
+        'retinal OCT B-scan',
+    ),
     'covid_qu_ex': ('chest radiographs of COVID-QU-Ex', NOT, 'chest radiograph'),
-    'lc25000': ('LC25000 lung and colon histology', 'free to use in any way, by its authors', 'histology tile')}
+    'lc25000': (
+        'LC25000 lung and colon histology',
+        'free to use in any way, by its authors',
+        'histology tile',
+    ),
+}
 
 _SQUARE = dict(squash='changing the aspect ratio', crop='cropping', pad='padding')
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #a5b2baba
 def _data_facts(run, fold):
     "What the network was trained, chosen and tested on."
     recipe, stage = run.recipe.data, run.stage('data')
-    what, licence, kind = _SOURCES.get(recipe.source, (f'own pictures (source {recipe.source})', NOT, 'picture of the same kind as its training data'))
+    what, licence, kind = _SOURCES.get(
+        recipe.source,
+        (
+            f'own pictures (source {recipe.source})',
+            NOT,
+            'picture of the same kind as its training data',
+        ),
+    )
     done = dict(fill_white='white padding replaced', mask_scale_bar='scale bar covered')
-    framing = [f'made square by {_SQUARE[recipe.resize]}', f'{recipe.size} px', *(text for field, text in done.items() if getattr(recipe, field))]
+    framing = [
+        f'made square by {_SQUARE[recipe.resize]}',
+        f'{recipe.size} px',
+        *(text for field, text in done.items() if getattr(recipe, field)),
+    ]
     parts = (stage.get('per_fold') or {}).get(str(fold)) or NOT
-    return dict(source=recipe.source, what=what, licence=licence, kind=kind, images=stage.get('images', NOT), groups=stage.get('groups', NOT),
-                per_class=stage.get('per_class', NOT), parts=parts, framing=', '.join(framing), protocol=recipe.protocol, folds=recipe.n_folds,
-                grouping='patients (groups) are never split between training, validation and test part', leak=stage.get('leak'),
-                problems=stage.get('problems') or {}, folds_sha256=stage.get('folds_sha256', NOT))
+    return dict(
+        source=recipe.source,
+        what=what,
+        licence=licence,
+        kind=kind,
+        images=stage.get('images', NOT),
+        groups=stage.get('groups', NOT),
+        per_class=stage.get('per_class', NOT),
+        parts=parts,
+        framing=', '.join(framing),
+        protocol=recipe.protocol,
+        folds=recipe.n_folds,
+        grouping='patients (groups) are never split between training, validation and test part',
+        leak=stage.get('leak'),
+        problems=stage.get('problems') or {},
+        folds_sha256=stage.get('folds_sha256', NOT),
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #92fea03f
-_SCORES = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'specificity': 'macro specificity %', 'precision': 'macro precision %',
-           'f1': 'macro F1 %', 'auc': 'AUC', 'nll': 'NLL', 'ece': 'ECE %', 'brier': 'Brier'}
+_SCORES = {
+    'accuracy': 'accuracy %',
+    'sensitivity': 'macro sensitivity %',
+    'specificity': 'macro specificity %',
+    'precision': 'macro precision %',
+    'f1': 'macro F1 %',
+    'auc': 'AUC',
+    'nll': 'NLL',
+    'ece': 'ECE %',
+    'brier': 'Brier',
+}
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #3a623eb8
 def _evaluation(run, fold, role):
     "evaluation.json of the fold where it is of the role's predictions, else None and why."
-    path, predictions = run.fold_dir(fold)/'evaluation.json', run.stage_dir(fold, role)/'predictions.parquet'
-    if not path.exists(): return None, f'{NOT}: the fold was not evaluated before this was written (stage 05_evaluate)'
+    path, predictions = (
+        run.fold_dir(fold) / 'evaluation.json',
+        run.stage_dir(fold, role) / 'predictions.parquet',
+    )
+    if not path.exists():
+        return (
+            None,
+            f'{NOT}: the fold was not evaluated before this was written (stage 05_evaluate)',
+        )
     e = read_json(path)
     if any('texts' not in s for s in e.get('sections', {}).values()):
         return None, f'{NOT}: the evaluation is of an earlier version of kdoct (stage 05_evaluate)'
@@ -128,6 +242,7 @@ def _three(row, m):
 # sections of evaluation about a decision (`kdoct.evaluate.decision_tables`)
 _DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outliers')
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #f6244d96
 def _of_role(sections, role):
     "Sections about decisions with the rows of one model; the operating points of another model are left out."
     out = {}
@@ -135,19 +250,37 @@ def _of_role(sections, role):
         s = sections[key]
         is_all_about_it = key == 'operating' and s['title'].endswith(f'the {role}')
         rows = [n for n in s['table'] if is_all_about_it or n == role or n.startswith(f'{role}, ')]
-        if rows: out[key] = dict(title=s['title'], caption=s['caption'], **{what: {n: s[what][n] for n in rows} for what in ('table', 'texts')})
+        if rows:
+            out[key] = dict(
+                title=s['title'],
+                caption=s['caption'],
+                **{what: {n: s[what][n] for n in rows} for what in ('table', 'texts')},
+            )
     return out
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #192ff853
 def _measured(run, fold, role):
     "Scores with intervals of this role and those beside it, per class, protocol."
     e, why = _evaluation(run, fold, role)
     if e is None: return dict(why=why, protocol=NOT, models={}, per_class={}, decisions={})
-    models = {m: {s: _three(row, s) for s in _SCORES} | dict(n_images=row.get('n_images'), n_groups=row.get('n_groups'), note=row.get('note', ''))
-              for m, row in e['table'].items()}
+    models = {
+        m: {s: _three(row, s) for s in _SCORES}
+        | dict(n_images=row.get('n_images'), n_groups=row.get('n_groups'), note=row.get('note', ''))
+        for m, row in e['table'].items()
+    }
     sections, prefix = e.get('sections', {}), f'{role}, '
-    each = {n.removeprefix(prefix): {s: _three(row, s) for s in EACH_CLASS} | dict(n=row['n_images'])
-            for n, row in sections.get('classes', dict(table={}))['table'].items() if n.startswith(prefix)}
-    return dict(why='', protocol=e['protocol'], models=models, per_class=each, decisions=_of_role(sections, role))
+    each = {
+        n.removeprefix(prefix): {s: _three(row, s) for s in EACH_CLASS} | dict(n=row['n_images'])
+        for n, row in sections.get('classes', dict(table={}))['table'].items()
+        if n.startswith(prefix)
+    }
+    return dict(
+        why='',
+        protocol=e['protocol'],
+        models=models,
+        per_class=each,
+        decisions=_of_role(sections, role),
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #355124db
 def _warnings(run, fold, role):
@@ -155,48 +288,98 @@ def _warnings(run, fold, role):
     verdict, words = run_verdict(run)
     e, _ = _evaluation(run, fold, role)
     row = (e or {}).get('sections', {}).get('blanked', {}).get('table', {}).get(role)
-    own = blanked_warning({role: {k: np.nan if v is None else v for k, v in row.items()}}) if row else ''
+    own = (
+        blanked_warning({role: {k: np.nan if v is None else v for k, v in row.items()}})
+        if row
+        else ''
+    )
     return [*([] if verdict == 'not above' else [words]), *([own] if own else [])]
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #17f609dd
 def _use(data, classes):
     "Intended use, and what is outside it."
-    intended = [f'Research on classifying a single {data["kind"]} as one of: {", ".join(classes)}.',
-                'As a part of a study or a prototype in which a person who can read such pictures sees every result.']
-    outside = ['Diagnosis, triage or treatment of patients. It is no medical device and has no clearance of any authority.',
-               'Findings other than these classes: one of them is predicted for each picture, and one for several findings in a picture.',
-               'Pictures of other kinds or other devices than those it was tested on. Finding outliers is no guarantee: what was found, where counted, '
-               'stands below.',
-               'Replacing the reading of a whole volume by that of one slice.']
+    intended = [
+        f'Research on classifying a single {data["kind"]} as one of: {", ".join(classes)}.',
+        'As a part of a study or a prototype in which a person who can read such pictures sees '
+        'every result.',
+    ]
+    outside = [
+        'Diagnosis, triage or treatment of patients. It is no medical device and has no clearance '
+        'of any authority.',
+        'Findings other than these classes: one of them is predicted for each picture, and one for '
+        'several findings in a picture.',
+        'Pictures of other kinds or other devices than those it was tested on. Finding outliers is '
+        'no guarantee: what was found, where counted, '
+        'stands below.',
+        'Replacing the reading of a whole volume by that of one slice.',
+    ]
     return dict(intended=intended, not_intended=outside)
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #3a6d46f0
 def _limits(data, measured, role):
     "What the numbers of the card do not show."
     row = measured['models'].get(role, {})
-    out = ['No clinical validation: no prospective study, no comparison with readers, no measurement of what follows for patients.',
-           f'One data set ({data["source"]}): all numbers are of pictures from the same source as the training. How it does on another device, hospital or '
-           'population was not measured.', 'All scores are of the network in PyTorch on the pictures of the run; other formats were compared with it as the '
-           'section on formats says.', 'Age, sex, ethnicity and device of the patients are not in the records of the run; whether it serves all of them '
-           'alike is not known.']
+    out = [
+        'No clinical validation: no prospective study, no comparison with readers, no measurement '
+        'of what follows for patients.',
+        f'One data set ({data["source"]}): all numbers are of pictures from the same source as the '
+        f'training. How it does on another device, hospital or '
+        'population was not measured.',
+        'All scores are of the network in PyTorch on the pictures of the run; other formats were '
+        'compared with it as the '
+        'section on formats says.',
+        'Age, sex, ethnicity and device of the patients are not in the records of the run; whether '
+        'it serves all of them '
+        'alike is not known.',
+    ]
     if row:
         groups = counted(row["n_groups"], "group (patient)", "groups (patients)")
-        out.append(f'{counted(row["n_images"], "test image")} of {groups}: the intervals are as wide as that makes them'
-                   + (f'. Note: {row["note"]}.' if row['note'] else '.'))
-    if data['source'] == 'phantom': out.insert(0, 'Trained on simulated pictures: it knows nothing about eyes.')
-    if data['leak']: out.insert(0, f'The published leak was kept: {data["leak"]["groups"]} of the tested groups were trained on too. The scores are too good.')
-    if data['problems']: out.append('The audit found: ' + ', '.join(f'{n} {p}' for p, n in data['problems'].items()) + '.')
+        out.append(
+            f'{counted(row["n_images"], "test image")} of {groups}: the intervals are as wide as '
+            f'that makes them'
+            + (f'. Note: {row["note"]}.' if row['note'] else '.')
+        )
+    if data['source'] == 'phantom':
+        out.insert(0, 'Trained on simulated pictures: it knows nothing about eyes.')
+    if data['leak']:
+        out.insert(
+            0,
+            f'The published leak was kept: {data["leak"]["groups"]} of the tested groups were '
+            f'trained on too. The scores are too good.',
+        )
+    if data['problems']:
+        out.append(
+            'The audit found: ' + ', '.join(f'{n} {p}' for p, n in data['problems'].items()) + '.'
+        )
     return out
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #eb72d9c5
 def _decision_facts(decision):
     "Calibration, deferral, sets, outlier threshold and operating points, as plain values."
     if decision is None: return None
-    points = decision.operating_points.astype(object).where(decision.operating_points.notna(), None).to_dict('records')
-    known = {k: v for k, v in decision.about.items() if not isinstance(v, (dict, list)) and not k.endswith('sha256')}
+    points = (
+        decision.operating_points.astype(object)
+        .where(decision.operating_points.notna(), None)
+        .to_dict('records')
+    )
+    known = {
+        k: v
+        for k, v in decision.about.items()
+        if not isinstance(v, (dict, list)) and not k.endswith('sha256')
+    }
     part, bias = fitted_on(decision)
-    return dict(temperature=decision.temperature, defer_below=decision.defer_below,
-                prediction_sets={f'{a:g}': m for a, m in decision.set_minimum.items()}, outlier_threshold=float(decision.outlier.threshold),
-                operating_points=points, notes=list(decision.notes), fitted_on=known, part=part, bias=bias,
-                volume=asdict(decision.volume) | dict(text=decision.volume.text))
+    return dict(
+        temperature=decision.temperature,
+        defer_below=decision.defer_below,
+        prediction_sets={f'{a:g}': m for a, m in decision.set_minimum.items()},
+        outlier_threshold=float(decision.outlier.threshold),
+        operating_points=points,
+        notes=list(decision.notes),
+        fitted_on=known,
+        part=part,
+        bias=bias,
+        volume=asdict(decision.volume) | dict(text=decision.volume.text),
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #a8dac359
 def _cost(run, fold, role):
@@ -204,8 +387,12 @@ def _cost(run, fold, role):
     about = read_json(run.stage_dir(fold, role)/'model.json')
     stages = {s: run.stage(f'fold_{fold}/{s}') for s in (*about.get('taught_by', {}), role)}
     facts, kwh = run.facts(), [d.get('energy_kwh') for d in stages.values()]
-    return dict(seconds={s: d.get('seconds', NOT) for s, d in stages.items()}, machine=facts.get('machine') or NOT,
-                energy_kwh=NOT if None in kwh else sum(kwh), carbon=NOT)
+    return dict(
+        seconds={s: d.get('seconds', NOT) for s, d in stages.items()},
+        machine=facts.get('machine') or NOT,
+        energy_kwh=NOT if None in kwh else sum(kwh),
+        carbon=NOT,
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #c1946c8e
 def card_facts(
@@ -217,22 +404,63 @@ def card_facts(
 )->dict:             # plain values
     "All that a card says, from the run's records."
     path = run.stage_dir(fold, role)/'model.json'
-    if not path.exists(): raise KdoctError(f"There is no {role} of fold {fold} in run '{run.name}'.", fix=f'Train it: {stage_command(role, run, fold)}')
-    model, facts, data, measured = read_json(path), run.facts(), _data_facts(run, fold), _measured(run, fold, role)
+    if not path.exists():
+        raise KdoctError(
+            f"There is no {role} of fold {fold} in run '{run.name}'.",
+            fix=f'Train it: {stage_command(role, run, fold)}',
+        )
+    model, facts, data, measured = (
+        read_json(path),
+        run.facts(),
+        _data_facts(run, fold),
+        _measured(run, fold, role),
+    )
     classes = model.get('classes') or about.get('classes') or []
     summary = read_json(run.path/'summary.json') if (run.path/'summary.json').exists() else {}
-    spread = {k.split(' | ')[1]: v for k, v in summary.get('mean_sd', {}).items() if k.startswith(f'{role} | ')}
-    taught = [dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')}) for r, t in model.get('taught_by', {}).items()]
+    spread = {
+        k.split(' | ')[1]: v
+        for k, v in summary.get('mean_sd', {}).items()
+        if k.startswith(f'{role} | ')
+    }
+    taught = [
+        dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')})
+        for r, t in model.get('taught_by', {}).items()
+    ]
     return dict(
-        card=1, warnings=_warnings(run, fold, role), name=about.get('name', f'{run.name}, fold {fold}, {role}'), created=about.get('created', NOT),
-        model=dict(role=role, arch=model['arch'], parameters=model.get('parameters', NOT), classes=classes or NOT, input=about.get('input', NOT),
-                   outputs=about.get('outputs', NOT), taught_by=taught, kept=model.get('metrics', {}).get('kept', NOT)),
-        use=_use(data, classes), data=data, measured=measured,
+        card=1,
+        warnings=_warnings(run, fold, role),
+        name=about.get('name', f'{run.name}, fold {fold}, {role}'),
+        created=about.get('created', NOT),
+        model=dict(
+            role=role,
+            arch=model['arch'],
+            parameters=model.get('parameters', NOT),
+            classes=classes or NOT,
+            input=about.get('input', NOT),
+            outputs=about.get('outputs', NOT),
+            taught_by=taught,
+            kept=model.get('metrics', {}).get('kept', NOT),
+        ),
+        use=_use(data, classes),
+        data=data,
+        measured=measured,
         all_folds=dict(folds=summary.get('folds', []), mean_sd=spread),
-        decision=_decision_facts(decision), formats=about.get('formats', NOT), limits=_limits(data, measured, role),
-        licences=licences_of(run, fold, role), cost=_cost(run, fold, role),
-        source=dict(run=run.name, fold=fold, recipe_key=facts.get('recipe_key', NOT), seed=run.recipe.seed, git=facts.get('git') or NOT,
-                    weights_sha256=model.get('weights_sha256', NOT), folds_sha256=model.get('folds_sha256', NOT), packages=model.get('versions', NOT)))
+        decision=_decision_facts(decision),
+        formats=about.get('formats', NOT),
+        limits=_limits(data, measured, role),
+        licences=licences_of(run, fold, role),
+        cost=_cost(run, fold, role),
+        source=dict(
+            run=run.name,
+            fold=fold,
+            recipe_key=facts.get('recipe_key', NOT),
+            seed=run.recipe.seed,
+            git=facts.get('git') or NOT,
+            weights_sha256=model.get('weights_sha256', NOT),
+            folds_sha256=model.get('folds_sha256', NOT),
+            packages=model.get('versions', NOT),
+        ),
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #b7d20c12
 _UNKNOWN = 'not known'
@@ -240,22 +468,44 @@ _UNKNOWN = 'not known'
 def _unknown_data(model:dict)->dict:
     "What model.json says of training pictures."
     source = (model.get('data') or '').split(' ')[0]
-    what, licence, kind = _SOURCES.get(source, ('', NOT, 'picture of the same kind as its training data'))
-    said = f'{_UNKNOWN}: which pictures and patients it was trained, chosen and tested on is not recorded in its model folder'
-    return dict(source=source or None, what=f'{what}; {said}' if what else said, licence=licence, kind=kind)
+    what, licence, kind = _SOURCES.get(
+        source, ('', NOT, 'picture of the same kind as its training data')
+    )
+    said = (f'{_UNKNOWN}: which pictures and patients it was trained, chosen and tested on is not '
+            f'recorded in its model folder')
+    return dict(
+        source=source or None, what=f'{what}; {said}' if what else said, licence=licence, kind=kind
+    )
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #2c0290be
 def _unknown_limits(about:dict, decision)->list[str]:
     "What must be said of a network that nobody here has evaluated."
     n = next((f['parity']['images'] for f in about.get('formats', {}).values() if 'parity' in f), 0)
-    uncalibrated = ('Its probabilities are as trained: their calibration is not known. Nothing is deferred, no outlier is found, and there is no '
-                    'prediction set; the second output of the graphs is NaN.')
-    return ['Evaluation: not known. No score on pictures of any patient is recorded.',
-            'Training pictures: not known. A score on pictures that it has learned from says nothing, and here nobody can tell which those are.',
-            *([uncalibrated] if decision is None else []),
-            f'Formats were compared with PyTorch on {counted(n, "picture")} given at the export: this shows that they agree, not that they are right.',
-            *([] if about.get('channels_known') else ['Whether it was trained on grey or coloured pictures is not known; coloured ones are not refused.']),
-            'No clinical validation: no prospective study, no comparison with readers, no measurement of what follows for patients.']
+    uncalibrated = (
+        'Its probabilities are as trained: their calibration is not known. Nothing is deferred, no '
+        'outlier is found, and there is no '
+        'prediction set; the second output of the graphs is NaN.'
+    )
+    return [
+        'Evaluation: not known. No score on pictures of any patient is recorded.',
+        'Training pictures: not known. A score on pictures that it has learned from says nothing, '
+        'and here nobody can tell which those are.',
+        *([uncalibrated] if decision is None else []),
+        f'Formats were compared with PyTorch on {counted(n, "picture")} given at the export: this '
+        f'shows that they agree, not that they are right.',
+        *(
+            []
+            if about.get('channels_known')
+            else [
+                'Whether it was trained on grey or coloured pictures is not known; coloured ones '
+                'are not refused.'
+            ]
+        ),
+        'No clinical validation: no prospective study, no comparison with readers, no measurement '
+        'of what follows for patients.',
+    ]
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #624b45b5
 def folder_facts(
     about:dict,      # what bundle.json says: name, created, classes, input, outputs, formats, ...
     model:dict,      # model.json of the model folder
@@ -265,23 +515,61 @@ def folder_facts(
     data, imported = _unknown_data(model), model.get('imported')
     start = dict(kind='file', **imported) if imported else model.get('weights_from') or {}
     own, taught = start_licence(model['arch'], start), []
-    for role, facts in model.get('taught_by', {}).items(): taught += start_licence(facts.get('arch') or role, {})
-    origin = f"imported from the file {imported['file']}" if imported else 'whose run is not at hand'
+    for role, facts in model.get('taught_by', {}).items():
+        taught += start_licence(facts.get('arch') or role, {})
+    origin = (
+        f"imported from the file {imported['file']}" if imported else 'whose run is not at hand'
+    )
     use = _use(data, model['classes'])
-    use['not_intended'][2:3] = ['Pictures of other kinds or other devices than its training pictures, and which those were is not known.']
+    use['not_intended'][2:3] = [
+        'Pictures of other kinds or other devices than its training pictures, and which those were '
+        'is not known.'
+    ]
     return dict(
-        card=1, warnings=['Training data, calibration and evaluation of this network are not known.' if decision is None else
-                          'Training data and evaluation of this network are not known.'],
-        name=about.get('name', NOT), created=about.get('created', NOT),
-        model=dict(role=model.get('role') or NOT, arch=model['arch'], parameters=model.get('parameters', NOT), classes=model['classes'], origin=origin,
-                   input=about.get('input', NOT), outputs=about.get('outputs', NOT), kept=NOT,
-                   taught_by=[dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')}) for r, t in model.get('taught_by', {}).items()]),
-        use=use, data=data, measured=dict(why=f'{_UNKNOWN}: no evaluation is recorded', protocol=NOT, models={}, per_class={}, decisions={}),
-        all_folds=dict(folds=[], mean_sd={}), decision=_decision_facts(decision), formats=about.get('formats', NOT), limits=_unknown_limits(about, decision),
+        card=1,
+        warnings=[
+            'Training data, calibration and evaluation of this network are not known.'
+            if decision is None
+            else 'Training data and evaluation of this network are not known.'
+        ],
+        name=about.get('name', NOT),
+        created=about.get('created', NOT),
+        model=dict(
+            role=model.get('role') or NOT,
+            arch=model['arch'],
+            parameters=model.get('parameters', NOT),
+            classes=model['classes'],
+            origin=origin,
+            input=about.get('input', NOT),
+            outputs=about.get('outputs', NOT),
+            kept=NOT,
+            taught_by=[
+                dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')})
+                for r, t in model.get('taught_by', {}).items()
+            ],
+        ),
+        use=use,
+        data=data,
+        measured=dict(
+            why=f'{_UNKNOWN}: no evaluation is recorded',
+            protocol=NOT,
+            models={},
+            per_class={},
+            decisions={},
+        ),
+        all_folds=dict(folds=[], mean_sd={}),
+        decision=_decision_facts(decision),
+        formats=about.get('formats', NOT),
+        limits=_unknown_limits(about, decision),
         licences=dict(own=own, teachers=taught, what_follows=_consequences(own, taught)),
         cost=dict(seconds=NOT, machine=NOT, energy_kwh=NOT, carbon=NOT),
-        source=dict(file=(imported or {}).get('file'), file_sha256=(imported or {}).get('sha256'), weights_sha256=model.get('weights_sha256', NOT),
-                    packages=model.get('versions', NOT)))
+        source=dict(
+            file=(imported or {}).get('file'),
+            file_sha256=(imported or {}).get('sha256'),
+            weights_sha256=model.get('weights_sha256', NOT),
+            packages=model.get('versions', NOT),
+        ),
+    )
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #f5f5da14
 def _cell(v):
@@ -295,77 +583,192 @@ def _cell(v):
 def _grid(head, rows):
     "A Markdown table; none without rows."
     lines = [map(_cell, head), ['---']*len(head), *([_cell(v) or '–' for v in r] for r in rows)]
-    return ['', *('| ' + ' | '.join(r) + ' |' for r in lines), ''] if rows else ['', f'{NOT[0].upper()}{NOT[1:]}.', '']
+    return (
+        ['', *('| ' + ' | '.join(r) + ' |' for r in lines), '']
+        if rows
+        else ['', f'{NOT[0].upper()}{NOT[1:]}.', '']
+    )
 
 def _list(items): return ['', *(f'* {_cell(i)}' for i in items), '']
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #5e04cf5e
 def _percent(v): return '–' if v is None else f'{100*v:.1f}'
 
-def _score(name, v): return _percent(v) if '%' in _SCORES[name] else '–' if v is None else f'{v:.3f}'
+def _score(name, v):
+    return _percent(v) if '%' in _SCORES[name] else '–' if v is None else f'{v:.3f}'
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #f84b6ccd
 def _results_text(card):
     "Section of the measured numbers."
     m, role = card['measured'], card['model']['role']
     if m['why']: return ['', f'{m["why"][0].upper()}{m["why"][1:]}.', '']
-    def text(row, s): return '–' if row[s] is None else interval_text(*(np.nan if v is None else v for v in row[s]), percent='%' in _SCORES[s])
-    rows = [[f'**{n}** (this one)' if n == role else n, *(text(r, s) for s in _SCORES)] for n, r in m['models'].items()]
-    out = [f'Protocol. {m["protocol"]}', *_grid(['model', *_SCORES.values()], rows),
-           'NLL, ECE and Brier score are of the probabilities as trained, before the temperature.', '', 'Each class against the rest, on the same test images:',
-           *_grid(['class', 'images', *(_SCORES[s].removeprefix('macro ') for s in EACH_CLASS)],
-                  [[c, v['n'], *(text(v, s) for s in EACH_CLASS)] for c, v in m['per_class'].items()])]
+    def text(row, s):
+        return (
+            '–'
+            if row[s] is None
+            else interval_text(
+                *(np.nan if v is None else v for v in row[s]), percent='%' in _SCORES[s]
+            )
+        )
+    rows = [
+        [f'**{n}** (this one)' if n == role else n, *(text(r, s) for s in _SCORES)]
+        for n, r in m['models'].items()
+    ]
+    out = [
+        f'Protocol. {m["protocol"]}',
+        *_grid(['model', *_SCORES.values()], rows),
+        'NLL, ECE and Brier score are of the probabilities as trained, before the temperature.',
+        '',
+        'Each class against the rest, on the same test images:',
+        *_grid(
+            ['class', 'images', *(_SCORES[s].removeprefix('macro ') for s in EACH_CLASS)],
+            [[c, v['n'], *(text(v, s) for s in EACH_CLASS)] for c, v in m['per_class'].items()],
+        ),
+    ]
     folds = card['all_folds']
     if len(folds['folds']) > 1 and folds['mean_sd']:
-        out += [f'This bundle is of one fold. Mean and standard deviation of the same kind of network over the folds {_cell(folds["folds"])}:',
-                *_grid(['score', 'mean', 'standard deviation'], [[_SCORES[s], *(_score(s, v.get(k)) for k in ('mean', 'sd'))]
-                                                                 for s, v in folds['mean_sd'].items() if s in _SCORES])]
+        out += [
+            f'This bundle is of one fold. Mean and standard deviation of the same kind of network '
+            f'over the folds {_cell(folds["folds"])}:',
+            *_grid(
+                ['score', 'mean', 'standard deviation'],
+                [
+                    [_SCORES[s], *(_score(s, v.get(k)) for k in ('mean', 'sd'))]
+                    for s, v in folds['mean_sd'].items()
+                    if s in _SCORES
+                ],
+            ),
+        ]
     return out
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #95854cf9
 def _decision_text(card):
     "Section of calibration and thresholds."
     d = card['decision']
-    if d is None: return ['', 'Not recorded: this network has no decision (notebook 05g_decide).', '']
-    defer = (f'a B-scan whose predicted class has a probability under {d["defer_below"]:.4g} is deferred to a person, '
-             'and so is an outlier') if d['defer_below'] <= 1 else 'every B-scan is deferred'
-    def members(least): return f'all classes with a probability of at least {least:.4g}' if least > 0 else 'every class is in every set'
+    if d is None:
+        return ['', 'Not recorded: this network has no decision (notebook 05g_decide).', '']
+    defer = (
+        (
+            f'a B-scan whose predicted class has a probability under {d["defer_below"]:.4g} is '
+            f'deferred to a person, '
+            'and so is an outlier'
+        )
+        if d['defer_below'] <= 1
+        else 'every B-scan is deferred'
+    )
+    def members(least):
+        return (
+            f'all classes with a probability of at least {least:.4g}'
+            if least > 0
+            else 'every class is in every set'
+        )
     n, where = d['fitted_on'], ''
     if 'run' in n: where = f' of fold {n["fold"]} of run {n["run"]}'
-    known = f'{n["images"]} images of {n["patients"]} {d["part"]} patients{where}; distances are from {n["train_images"]} training images'
-    out = [' '.join(filter(None, [f'All of this was chosen on {known}.', n.get('caveat', ''), d['bias']])),
-           *_list([f'Temperature {d["temperature"]:.4g}: logits are divided by it before they become probabilities.', f'Deferral: {defer}.',
-                   f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike the training pictures, '
-                   'and its predicted class means nothing.',
-                   f'Volume: {d["volume"]["text"]}. `kdoct predict` decides so, and so it was evaluated.',
-                   *(f'Prediction sets with a wished error of {100*float(a):g} %: {members(p)}.' for a, p in d['prediction_sets'].items()), *d['notes']])]
+    known = (f'{n["images"]} images of {n["patients"]} {d["part"]} patients{where}; distances are '
+             f'from {n["train_images"]} training images')
+    out = [
+        ' '.join(
+            filter(None, [f'All of this was chosen on {known}.', n.get('caveat', ''), d['bias']])
+        ),
+        *_list(
+            [
+                f'Temperature {d["temperature"]:.4g}: logits are divided by it before they become '
+                f'probabilities.',
+                f'Deferral: {defer}.',
+                f'Outlier: a picture with a distance above {d["outlier_threshold"]:.4g} is unlike '
+                f'the training pictures, '
+                'and its predicted class means nothing.',
+                f'Volume: {d["volume"]["text"]}. `kdoct predict` decides so, and so it '
+                f'was evaluated.',
+                *(
+                    f'Prediction sets with a wished error of {100 * float(a):g} %: {members(p)}.'
+                    for a, p in d['prediction_sets'].items()
+                ),
+                *d['notes'],
+            ]
+        ),
+    ]
     if 'operating' not in card['measured']['decisions']:
         points = d['operating_points']
-        out += ['Operating points of each class against the rest, chosen and counted on these patients; what they do on test is not recorded:',
-                *_grid(['class', 'wished', 'threshold', 'sensitivity %', 'specificity %', 'images', 'note'],
-                       [[p['class'], f'{p["kind"]} {100*p["wished"]:g} %', p['threshold'], *(_percent(p[k]) for k in ('sensitivity', 'specificity')),
-                         p['images'], p['note']] for p in points])]
+        out += [
+            'Operating points of each class against the rest, chosen and counted on these '
+            'patients; what they do on test is not recorded:',
+            *_grid(
+                [
+                    'class',
+                    'wished',
+                    'threshold',
+                    'sensitivity %',
+                    'specificity %',
+                    'images',
+                    'note',
+                ],
+                [
+                    [
+                        p['class'],
+                        f'{p["kind"]} {100 * p["wished"]:g} %',
+                        p['threshold'],
+                        *(_percent(p[k]) for k in ('sensitivity', 'specificity')),
+                        p['images'],
+                        p['note'],
+                    ]
+                    for p in points
+                ],
+            ),
+        ]
     for section in card['measured']['decisions'].values():
-        notes = [f'{name}: {row["note"]}' for name, row in section['table'].items() if row.get('note')]
-        texts = {name: {h: t for h, t in row.items() if h != 'note'} for name, row in section['texts'].items()}
+        notes = [
+            f'{name}: {row["note"]}' for name, row in section['table'].items() if row.get('note')
+        ]
+        texts = {
+            name: {h: t for h, t in row.items() if h != 'note'}
+            for name, row in section['texts'].items()
+        }
         heads = list(dict.fromkeys(h for row in texts.values() for h in row if row[h] != ''))
         rows = [[name, *(row.get(h, '') for h in heads)] for name, row in texts.items()]
-        out += [f'### {section["title"]}, on test patients', '', section['caption'], *_grid(['', *heads], rows), *_list(notes)]
+        out += [
+            f'### {section["title"]}, on test patients',
+            '',
+            section['caption'],
+            *_grid(['', *heads], rows),
+            *_list(notes),
+        ]
     return out
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #024f57fa
 _FORMAT = {  # what an export notes of a format -> heading, text
-    'kept': ('kept', lambda v: 'yes' if v else 'no'), 'bytes': ('MB', lambda v: f'{v/1e6:.1f}'),
-    'parity.probability': ('largest difference of a probability', '{:.1e}'.format), 'parity.labels': ('same predicted class %', lambda v: f'{100*v:.1f}'),
-    'parity.lost_points': ('accuracy lost [points]', '{:.2f}'.format), 'latency_ms': ('one picture [ms]', '{:.1f}'.format),
+    'kept': ('kept', lambda v: 'yes' if v else 'no'),
+    'bytes': ('MB', lambda v: f'{v / 1e6:.1f}'),
+    'parity.probability': ('largest difference of a probability', '{:.1e}'.format),
+    'parity.labels': ('same predicted class %', lambda v: f'{100 * v:.1f}'),
+    'parity.lost_points': ('accuracy lost [points]', '{:.2f}'.format),
+    'latency_ms': ('one picture [ms]', '{:.1f}'.format),
     'images_a_second': ('pictures a second', '{:.0f}'.format),
-    'times_as_fast': ('times as fast as in float32', '{:.2f}'.format), 'times_as_fast_in_batches': ('in batches', '{:.2f}'.format), 'reason': ('reason', str)}
-_HOW = {'files', 'batch', 'rounds', 'picture', 'parity.images', 'parity.distance', 'parity.flags', 'parity.near_threshold', 'parity.accuracy'}
+    'times_as_fast': ('times as fast as in float32', '{:.2f}'.format),
+    'times_as_fast_in_batches': ('in batches', '{:.2f}'.format),
+    'reason': ('reason', str),
+}
 
+_HOW = {
+    'files',
+    'batch',
+    'rounds',
+    'picture',
+    'parity.images',
+    'parity.distance',
+    'parity.flags',
+    'parity.near_threshold',
+    'parity.accuracy',
+}
+
+# %% ../../nbs/07b_deploy.model_card.ipynb #3ed4d27d
 def _leaves(d, prefix=''):
     "Values of nested dicts under dotted names."
     for k, v in d.items():
         if isinstance(v, dict): yield from _leaves(v, f'{prefix}{k}.')
         else: yield f'{prefix}{k}', v
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #101122bf
 def formats_table(
     formats:dict,  # name -> what was measured of it, as in bundle.json
 )->tuple[list, list, str]:  # headings; rows of texts; how it was measured, as far as that was noted
@@ -376,11 +779,24 @@ def formats_table(
     def text(c, v): return '–' if v is None else _FORMAT[c][1](v) if c in _FORMAT else _cell(v)
     rows = [[n, *(text(c, f.get(c)) for c in columns)] for n, f in flat.items()]
     how = next(iter(flat.values()), {})
-    said = {'parity.images': 'Compared with PyTorch as trained on {} images', 'picture': 'time for pictures of {} px', 'rounds': 'median of {} rounds',
-            'batch': 'pictures a second in batches of {}'}
-    note = '; '.join(t.format(' x '.join(map(str, how[k])) if k == 'picture' else how[k]) for k, t in said.items() if k in how)
-    return ['format', *(_FORMAT[c][0] if c in _FORMAT else c for c in columns)], rows, f'{note}.' if note else ''
+    said = {
+        'parity.images': 'Compared with PyTorch as trained on {} images',
+        'picture': 'time for pictures of {} px',
+        'rounds': 'median of {} rounds',
+        'batch': 'pictures a second in batches of {}',
+    }
+    note = '; '.join(
+        t.format(' x '.join(map(str, how[k])) if k == 'picture' else how[k])
+        for k, t in said.items()
+        if k in how
+    )
+    return (
+        ['format', *(_FORMAT[c][0] if c in _FORMAT else c for c in columns)],
+        rows,
+        f'{note}.' if note else '',
+    )
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #c61c8a4f
 def _formats_text(formats):
     "Section of the formats."
     if not isinstance(formats, dict): return ['', 'Not recorded.', '']
@@ -392,29 +808,76 @@ _PROTOCOL = {'grouped-cv': 'cross-validation by patient', 'official': 'the offic
 
 def _data_text(d):
     "Section of the data."
-    if 'images' not in d: return _list([f'{d["what"][0].upper()}{d["what"][1:]}.', f'Licence: {d["licence"]}.'])
+    if 'images' not in d:
+        return _list([f'{d["what"][0].upper()}{d["what"][1:]}.', f'Licence: {d["licence"]}.'])
     known = d['parts'] if isinstance(d['parts'], dict) else {}
     parts = {name: known[p] for p, name in PART_NAMES.items() if p in known}
-    return [*_list([f'What: {d["what"]}. Licence: {d["licence"]}.',
-                    f'{counted(d["images"], "image")} of {counted(d["groups"], "group (patient)", "groups (patients)")}; by class: {_cell(d["per_class"])}.',
-                    f'Grouping: {d["grouping"]}; {_PROTOCOL.get(d["protocol"], d["protocol"])}, {d["folds"]} folds.', f'Pictures: {d["framing"]}.']),
-            *_grid(['part', 'images', 'groups'], [[p, v['images'], v['groups']] for p, v in parts.items()])]
+    return [
+        *_list(
+            [
+                f'What: {d["what"]}. Licence: {d["licence"]}.',
+                f'{counted(d["images"], "image")} of '
+                f'{counted(d["groups"], "group (patient)", "groups (patients)")}; by class: '
+                f'{_cell(d["per_class"])}.',
+                f'Grouping: {d["grouping"]}; {_PROTOCOL.get(d["protocol"], d["protocol"])}, '
+                f'{d["folds"]} folds.',
+                f'Pictures: {d["framing"]}.',
+            ]
+        ),
+        *_grid(
+            ['part', 'images', 'groups'], [[p, v['images'], v['groups']] for p, v in parts.items()]
+        ),
+    ]
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #7674b512
 def _licences_text(known, data):
     "Section of the licences."
-    rows = [[who, s['of'], s['licence'], s['said_by']] for who, some in (('own start', known['own']), ('teacher', known['teachers'])) for s in some]
-    return [*_grid(['what', 'of', 'licence', 'said by'], [*rows, ['training data', data['what'], data['licence'], 'notes of kdoct on its sources']]),
-            *_list(known['what_follows'])]
+    rows = [
+        [who, s['of'], s['licence'], s['said_by']]
+        for who, some in (('own start', known['own']), ('teacher', known['teachers']))
+        for s in some
+    ]
+    return [
+        *_grid(
+            ['what', 'of', 'licence', 'said by'],
+            [
+                *rows,
+                ['training data', data['what'], data['licence'], 'notes of kdoct on its sources'],
+            ],
+        ),
+        *_list(known['what_follows']),
+    ]
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #35dd9f3d
-MACHINE = {'system': 'system', 'processor': 'processor', 'cores': 'cores', 'memory_gb': 'memory [GiB]', 'gpu': 'GPU', 'threads': 'threads of PyTorch'}
-_SOURCE = {'run': 'run', 'fold': 'fold', 'seed': 'seed', 'git': 'commit of kdoct', 'file': 'imported file', 'file_sha256': 'SHA-256 of that file',
-           'weights_sha256': 'SHA-256 of the weights', 'folds_sha256': 'SHA-256 of folds.csv', 'recipe_key': 'hash of the recipe', 'packages': 'packages'}
+MACHINE = {
+    'system': 'system',
+    'processor': 'processor',
+    'cores': 'cores',
+    'memory_gb': 'memory [GiB]',
+    'gpu': 'GPU',
+    'threads': 'threads of PyTorch',
+}
 
+_SOURCE = {
+    'run': 'run',
+    'fold': 'fold',
+    'seed': 'seed',
+    'git': 'commit of kdoct',
+    'file': 'imported file',
+    'file_sha256': 'SHA-256 of that file',
+    'weights_sha256': 'SHA-256 of the weights',
+    'folds_sha256': 'SHA-256 of folds.csv',
+    'recipe_key': 'hash of the recipe',
+    'packages': 'packages',
+}
+
+# %% ../../nbs/07b_deploy.model_card.ipynb #f5da08f4
 def _machine_text(machine):
     "What it was trained on, in words."
     if not isinstance(machine, dict): return _cell(machine)
-    return ', '.join(f'{words} {_cell(machine[k])}' for k, words in MACHINE.items() if machine.get(k) is not None)
+    return ', '.join(
+        f'{words} {_cell(machine[k])}' for k, words in MACHINE.items() if machine.get(k) is not None
+    )
 
 def _array_text(name, a):
     "An input or output of the graphs, in words."
@@ -431,6 +894,7 @@ def _millions(n):
     "A number of parameters, as in the report."
     return f'{n/1e6:.2f} M' if isinstance(n, (int, float)) else _cell(n)
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #37bf9421
 def card_text(
     card:dict,  # from `card_facts` or `folder_facts`
 )->str:         # Markdown
@@ -439,9 +903,16 @@ def card_text(
     def section(title, *lines): out.extend([f'## {title}', '', *lines, ''])
     taught = '; '.join(f"{t['role']} ({t['arch'] or NOT})" for t in m['taught_by'])
     origin = m.get('origin') or f"{m['role']} of fold {s['fold']} of run {s['run']}"
-    section('Network', f"{m['arch']}, {_millions(m['parameters'])} parameters, {origin}"
-            + (f', distilled from {taught}' if taught else '') + f". Classes, in this order: {_cell(m['classes'])}.", '', f"Input: {_arrays_text(m['input'])}.",
-            '', f"Output: {_arrays_text(m['outputs'])}.")
+    section(
+        'Network',
+        f"{m['arch']}, {_millions(m['parameters'])} parameters, {origin}"
+        + (f', distilled from {taught}' if taught else '')
+        + f". Classes, in this order: {_cell(m['classes'])}.",
+        '',
+        f"Input: {_arrays_text(m['input'])}.",
+        '',
+        f"Output: {_arrays_text(m['outputs'])}.",
+    )
     section('Intended use', *_list(card['use']['intended']))
     section('Not for', *_list(card['use']['not_intended']))
     section('Limits', *_list(card['limits']))
@@ -450,13 +921,36 @@ def card_text(
     section('Calibration, operating points, deferral, outliers', *_decision_text(card))
     section('Formats', *_formats_text(card['formats']))
     section('Licences', *_licences_text(card['licences'], card['data']))
-    section('What it cost', *_list([f'Training [s]: {_cell(c["seconds"])}.', f'Machine: {_machine_text(c["machine"])}.',
-                                    f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.']))
-    section('Where it comes from', *_grid(['what', 'value'], [[words, s[k]] for k, words in _SOURCE.items() if s.get(k) not in (None, '', NOT)]))
-    text = '\n'.join([f'# {_cell(card["name"])}', '', f'Made: {card["created"]}. For research; not for diagnosis.', '',
-                      *(f'**Warning.** {w}\n' for w in card['warnings']), *out])
+    section(
+        'What it cost',
+        *_list(
+            [
+                f'Training [s]: {_cell(c["seconds"])}.',
+                f'Machine: {_machine_text(c["machine"])}.',
+                f'Energy [kWh]: {_cell(c["energy_kwh"])}. Carbon: {_cell(c["carbon"])}.',
+            ]
+        ),
+    )
+    section(
+        'Where it comes from',
+        *_grid(
+            ['what', 'value'],
+            [[words, s[k]] for k, words in _SOURCE.items() if s.get(k) not in (None, '', NOT)],
+        ),
+    )
+    text = '\n'.join(
+        [
+            f'# {_cell(card["name"])}',
+            '',
+            f'Made: {card["created"]}. For research; not for diagnosis.',
+            '',
+            *(f'**Warning.** {w}\n' for w in card['warnings']),
+            *out,
+        ]
+    )
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
+# %% ../../nbs/07b_deploy.model_card.ipynb #274efde6
 def model_card(
     about:dict,      # what bundle.json says: name, created, classes, input, outputs, formats, ...
     run:Run,         # the run

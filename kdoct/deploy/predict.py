@@ -40,9 +40,27 @@ def record_fields(
     classes:list[str],  # in the order of the logits
 )->dict[str, type]:     # name -> str, int, float, bool or list (of str)
     "The columns of a row about a B-scan."
-    return dict(path=str, slice=int, n_slices=int, volume=str, eye=str, patient=str, **{f'probability_{c}': float for c in classes}, predicted=str,
-                confidence=float, deferred=bool, why=str, distance=float, outlier=bool, prediction_set=list, notes=list, error=str, detail=str)
+    return dict(
+        path=str,
+        slice=int,
+        n_slices=int,
+        volume=str,
+        eye=str,
+        patient=str,
+        **{f'probability_{c}': float for c in classes},
+        predicted=str,
+        confidence=float,
+        deferred=bool,
+        why=str,
+        distance=float,
+        outlier=bool,
+        prediction_set=list,
+        notes=list,
+        error=str,
+        detail=str,
+    )
 
+# %% ../../nbs/07e_deploy.predict.ipynb #d29205a7
 def _text(s)->str:
     "A text that can be written as UTF-8; what cannot (a file name of other bytes) is shown as \\x.. ."
     return str(s).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
@@ -55,13 +73,27 @@ def judged(
     alpha:float,               # wished share of sets without the true class, one of the decision's [0-1]
 )->list[dict]:                 # the part of each row that follows from them
     "What `Decision.judge` says of B-scans, with their prediction sets."
-    said, sets, names = decision.judge(probabilities, distance), decision.sets(probabilities, alpha), np.array(decision.classes)
+    said, sets, names = (
+        decision.judge(probabilities, distance),
+        decision.sets(probabilities, alpha),
+        np.array(decision.classes),
+    )
     rows = said.astype(dict(confidence=float, distance=float)).to_dict('records')
-    return [{**{f'probability_{c}': float(v) for c, v in zip(names, p, strict=True)}, **row, 'prediction_set': names[s].tolist()}
-            for p, s, row in zip(probabilities, sets, rows, strict=True)]
+    return [
+        {
+            **{f'probability_{c}': float(v) for c, v in zip(names, p, strict=True)},
+            **row,
+            'prediction_set': names[s].tolist(),
+        }
+        for p, s, row in zip(probabilities, sets, rows, strict=True)
+    ]
 
-UNJUDGED = ('No decision is known for this network: its probabilities are as trained, without calibration; nothing is deferred, no outlier is found, '
-            'and there is no prediction set: these columns are empty.')
+# %% ../../nbs/07e_deploy.predict.ipynb #899ee1a5
+UNJUDGED = (
+    'No decision is known for this network: its probabilities are as trained, without calibration; '
+    'nothing is deferred, no outlier is found, '
+    'and there is no prediction set: these columns are empty.'
+)
 
 def unjudged(
     classes:list[str],         # in the order of the probabilities
@@ -69,8 +101,15 @@ def unjudged(
 )->list[dict]:                 # the part of each row that follows from them; None where nothing is known
     "What a network without a decision says of B-scans."
     nothing = dict.fromkeys(('deferred', 'distance', 'outlier', 'prediction_set'))
-    return [{**{f'probability_{c}': float(v) for c, v in zip(classes, p, strict=True)},
-             'predicted': classes[p.argmax()], 'confidence': float(p.max()), **nothing} for p in probabilities]
+    return [
+        {
+            **{f'probability_{c}': float(v) for c, v in zip(classes, p, strict=True)},
+            'predicted': classes[p.argmax()],
+            'confidence': float(p.max()),
+            **nothing,
+        }
+        for p in probabilities
+    ]
 
 # %% ../../nbs/07e_deploy.predict.ipynb #6959a7f4
 def _row(classes:list[str], about:dict, **given)->dict:
@@ -79,7 +118,9 @@ def _row(classes:list[str], about:dict, **given)->dict:
     return {k: given.get(k, about.get(k, empty[t])) for k, t in record_fields(classes).items()}
 
 def _failed_row(classes:list[str], about:dict, bad:BadImage)->dict:
-    return _row(classes, about, deferred=True, why='not read', error=bad.kind, detail=_text(bad.detail))
+    return _row(
+        classes, about, deferred=True, why='not read', error=bad.kind, detail=_text(bad.detail)
+    )
 
 def _about(path, scan:Scan|None=None)->dict:
     "What identifies a B-scan; without one, what is known of the file."
@@ -91,12 +132,25 @@ def _about(path, scan:Scan|None=None)->dict:
 class _Room:
     "Where what is read ahead waits: a queue for each file, bounded in length, and all together in bytes."
     def __init__(self, scans:int, bytes_:int):
-        self.scans, self.bytes, self.held, self.turn, self.over, self.changed = scans, bytes_, 0, None, False, threading.Condition()
+        self.scans, self.bytes, self.held, self.turn, self.over, self.changed = (
+            scans,
+            bytes_,
+            0,
+            None,
+            False,
+            threading.Condition(),
+        )
 
     def put(self, queue:deque, item, n:int):
         "Add to a file's queue when there is room; `InterruptedError` when nobody wants it any more."
         with self.changed:
-            self.changed.wait_for(lambda: self.over or len(queue) < self.scans and (queue is self.turn or self.held + n <= self.bytes))
+            self.changed.wait_for(
+                lambda: (
+                    self.over
+                    or len(queue) < self.scans
+                    and (queue is self.turn or self.held + n <= self.bytes)
+                )
+            )
             if self.over: raise InterruptedError
             queue.append((item, n))
             self.held += n
@@ -128,6 +182,7 @@ def _fill(room:_Room, queue:deque, path, guard:Sandbox, prepare:Callable, weigh:
     except Exception as e: end = bad_image(e)  # noqa: BLE001 (named by `bad_image`)
     with suppress(InterruptedError): room.put(queue, end, 0)
 
+# %% ../../nbs/07e_deploy.predict.ipynb #c5dff224
 def read_ahead(
     paths:Iterable,       # files, in the order wanted
     guard:Sandbox,          # what reads them
@@ -157,8 +212,10 @@ def read_ahead(
 class _Slot:
     "A row in the making: what is known, the picture until it is asked about, and the answer."
     __slots__ = ('about', 'picture', 'answer')
-    def __init__(self, about, picture=None, answer=None): self.about, self.picture, self.answer = about, picture, answer
+    def __init__(self, about, picture=None, answer=None):
+        self.about, self.picture, self.answer = about, picture, answer
 
+# %% ../../nbs/07e_deploy.predict.ipynb #c1e8bda2
 def answered(
     slots:Iterable,         # `_Slot`s with a picture (uint8 array), or with an answer already
     ask:Callable,           # list of pictures of one size -> list of answers
@@ -193,14 +250,40 @@ def volume_fields(
     classes:list[str],  # in the order of the logits
 )->dict[str, type]:     # name -> type, as `record_fields`
     "The columns of a row about a volume; probabilities are means over the B-scans that are used, `unsure` are deferred ones among them."
-    return dict(volume=str, path=str, eye=str, patient=str, rule=str, predicted=str, confidence=float, **{f'probability_{c}': float for c in classes},
-                deferred=bool, why=str, slices=int, used=int, unsure=int, outliers=int, failed=int, deciding=list)
+    return dict(
+        volume=str,
+        path=str,
+        eye=str,
+        patient=str,
+        rule=str,
+        predicted=str,
+        confidence=float,
+        **{f'probability_{c}': float for c in classes},
+        deferred=bool,
+        why=str,
+        slices=int,
+        used=int,
+        unsure=int,
+        outliers=int,
+        failed=int,
+        deciding=list,
+    )
 
+# %% ../../nbs/07e_deploy.predict.ipynb #21e4b1ac
 class _Volume:
     "What is kept of a volume: a few numbers a B-scan."
     def __init__(self, row):
-        self.head, self.expected = {k: row[k] for k in ('volume', 'path', 'eye', 'patient')}, row['n_slices']
-        self.slices, self.deferred, self.outlier, self.p, self.failed = array('q'), array('b'), array('b'), array('f'), 0
+        self.head, self.expected = (
+            {k: row[k] for k in ('volume', 'path', 'eye', 'patient')},
+            row['n_slices'],
+        )
+        self.slices, self.deferred, self.outlier, self.p, self.failed = (
+            array('q'),
+            array('b'),
+            array('b'),
+            array('f'),
+            0,
+        )
     def add(self, row:dict, names:list[str]):
         if row['error']: self.failed += 1
         else:
@@ -224,7 +307,12 @@ class Volumes:
     )->dict:       # the same row
         "Take note of a B-scan that belongs to a volume."
         if row['volume']:
-            key = (row['volume'], row['eye'], row['patient'], '' if row['n_slices'] is None else row['path'])
+            key = (
+                row['volume'],
+                row['eye'],
+                row['patient'],
+                '' if row['n_slices'] is None else row['path'],
+            )
             if key not in self.volumes: self.volumes[key] = _Volume(row)
             self.volumes[key].add(row, [f'probability_{c}' for c in self.classes])
         return row
@@ -238,18 +326,33 @@ class Volumes:
 def _decided(self:Volumes, v:_Volume)->dict:
     "The row of one volume."
     n = len(v.slices)
-    failed = v.failed + max(0, (v.expected or 0) - n - v.failed)   # slices that a broken file never gave have failed too
+    # slices that a broken file never gave have failed too
+    failed = v.failed + max(0, (v.expected or 0) - n - v.failed)
     p = np.frombuffer(v.p, np.float32).reshape(n, len(self.classes)).astype(float)
     deferred, outlier = (np.array(a, bool) for a in (v.deferred, v.outlier))
     d = decide_volume(p, self.classes, self.rule, outlier, deferred, failed)
     mean = p[d.used].mean(0).tolist() if d.used.any() else [None]*len(self.classes)
-    judged = dict(deferred=d.deferred, unsure=int((deferred & d.used).sum()), outliers=int(outlier.sum()))
-    if not self.judges: judged = dict(deferred=d.deferred or None, unsure=None, outliers=None)   # deferred all the same where B-scans are lost
-    row = dict(v.head, rule=self.rule.text, predicted=d.predicted, confidence=d.confidence, **judged, why=d.why, slices=n + failed,
-               used=int(d.used.sum()), failed=failed,
-               deciding=[v.slices[i] for i in d.deciding], **{f'probability_{c}': m for c, m in zip(self.classes, mean, strict=True)})
+    judged = dict(
+        deferred=d.deferred, unsure=int((deferred & d.used).sum()), outliers=int(outlier.sum())
+    )
+    # deferred all the same where B-scans are lost
+    if not self.judges: judged = dict(deferred=d.deferred or None, unsure=None, outliers=None)
+    row = dict(
+        v.head,
+        rule=self.rule.text,
+        predicted=d.predicted,
+        confidence=d.confidence,
+        **judged,
+        why=d.why,
+        slices=n + failed,
+        used=int(d.used.sum()),
+        failed=failed,
+        deciding=[v.slices[i] for i in d.deciding],
+        **{f'probability_{c}': m for c, m in zip(self.classes, mean, strict=True)},
+    )
     return {k: row[k] for k in volume_fields(self.classes)}
 
+# %% ../../nbs/07e_deploy.predict.ipynb #f4afb60c
 def asked_rule(
     shipped:VolumeRule|None,  # that of the network's decision; None: there is none
     rule:str='',         # mean or worst instead; '': the shipped one, without one mean
@@ -258,14 +361,25 @@ def asked_rule(
     "The rule of the decision, or what is asked for instead, which nobody has evaluated."
     if shipped is None:
         used = asked_rule(VolumeRule(drop_outliers=False), rule, min_slices)[0]
-        return used, f"Volumes are decided by the {used.text}; no rule was evaluated for this network."
+        return (
+            used,
+            f"Volumes are decided by the {used.text}; no rule was evaluated for this network.",
+        )
     name = rule or shipped.rule
     if name == 'mean' and min_slices is not None:
-        raise KdoctError(f"The volume rule is mean, which has no use for a number of B-scans ({min_slices}).",
-                         fix="Leave --min-slices out, or ask for --volume-rule worst.")
-    used = replace(shipped, rule=name, min_slices=shipped.min_slices if min_slices is None else min_slices)
+        raise KdoctError(
+            f"The volume rule is mean, which has no use for a number of B-scans ({min_slices}).",
+            fix="Leave --min-slices out, or ask for --volume-rule worst.",
+        )
+    used = replace(
+        shipped, rule=name, min_slices=shipped.min_slices if min_slices is None else min_slices
+    )
     if used == shipped: return shipped, ''
-    return used, f"Volumes are decided as asked for: {used.text}. The network was evaluated with its own rule: {shipped.text}."
+    return (
+        used,
+        f"Volumes are decided as asked for: {used.text}. The network was evaluated with its own "
+        f"rule: {shipped.text}.",
+    )
 
 # %% ../../nbs/07e_deploy.predict.ipynb #86ab1bfc
 def _cell(v):
@@ -287,15 +401,19 @@ def _csv(path, fields):
 
 @contextmanager
 def _jsonl(path, fields):
-    with open(path, 'w', encoding='utf-8') as f: yield lambda row: f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
+    with open(path, 'w', encoding='utf-8') as f:
+        yield lambda row: f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
 
+# %% ../../nbs/07e_deploy.predict.ipynb #11bd5f67
 @contextmanager
 def _json(path, fields):
     first = True
     with open(path, 'w', encoding='utf-8') as f:
         def write(row):
             nonlocal first
-            f.write(('[\n' if first else ',\n') + json.dumps(row, ensure_ascii=False, allow_nan=False))
+            f.write(
+                ('[\n' if first else ',\n') + json.dumps(row, ensure_ascii=False, allow_nan=False)
+            )
             first = False
         yield write
         f.write('[]\n' if first else '\n]\n')
@@ -327,11 +445,19 @@ def check_out(
     "The path, if a file of results can be written there; `KdoctError` if its ending is none of ours, or it exists."
     path = Path(path)
     if path.suffix.lower() not in _WRITERS:
-        raise KdoctError(f"Results cannot be written as '{path.suffix or path.name}'.", fix=f"End the name with one of {', '.join(_WRITERS)}.")
-    if path.exists(): raise KdoctError(f"{path} exists already.", fix="Give another name, or delete it.")
-    if not path.parent.is_dir(): raise KdoctError(f"There is no folder {path.parent}.", fix="Make it first, or give another one.")
+        raise KdoctError(
+            f"Results cannot be written as '{path.suffix or path.name}'.",
+            fix=f"End the name with one of {', '.join(_WRITERS)}.",
+        )
+    if path.exists():
+        raise KdoctError(f"{path} exists already.", fix="Give another name, or delete it.")
+    if not path.parent.is_dir():
+        raise KdoctError(
+            f"There is no folder {path.parent}.", fix="Make it first, or give another one."
+        )
     return path
 
+# %% ../../nbs/07e_deploy.predict.ipynb #a037b269
 @contextmanager
 def results_file(
     path:str|Path,         # .csv, .json, .jsonl or .parquet
@@ -348,7 +474,10 @@ def results_file(
 def _bytes_of_picture(picture)->bytes:
     "A PIL image or uint8 array as a file in memory, without loss."
     if not isinstance(picture, (Image.Image, np.ndarray)):
-        raise KdoctError(f"A {type(picture).__name__} is no picture.", fix="Give a PIL image or a uint8 array; `predict` takes paths of files.")
+        raise KdoctError(
+            f"A {type(picture).__name__} is no picture.",
+            fix="Give a PIL image or a uint8 array; `predict` takes paths of files.",
+        )
     try:
         im = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         im.load()                                          # turns a TIFF, and takes its orientation away
@@ -356,7 +485,10 @@ def _bytes_of_picture(picture)->bytes:
         exif[0x0112] = im.getexif().get(0x0112, 1)         # alone: a description may be that of a stack
         im.save(out, 'TIFF', exif=exif)
     except TypeError as e:
-        raise KdoctError(f"An array of {picture.dtype} {picture.shape} is no picture.", fix="Give uint8 (h, w) or (h, w, 3).") from e
+        raise KdoctError(
+            f"An array of {picture.dtype} {picture.shape} is no picture.",
+            fix="Give uint8 (h, w) or (h, w, 3).",
+        ) from e
     return out.getvalue()
 
 # %% ../../nbs/07e_deploy.predict.ipynb #b8f80cb9
@@ -374,10 +506,17 @@ class Predictor:
         memory:float=4.,       # memory that reading a file may take [GiB]
     ):
         self.bundle = _opened(bundle, key) if isinstance(bundle, (str, os.PathLike)) else bundle
-        self.decision, self.classes, self.batch = self.bundle.decision, list(self.bundle.classes), batch
+        self.decision, self.classes, self.batch = (
+            self.bundle.decision,
+            list(self.bundle.classes),
+            batch,
+        )
         self.alpha = _known_alpha(self.decision, alpha)
         self.workers = workers or min(4, usable_cores())
-        if self.workers < 1 or batch < 1: raise KdoctError(f"workers={workers} and batch={batch} must be positive.", fix="Leave them out.")
+        if self.workers < 1 or batch < 1:
+            raise KdoctError(
+                f"workers={workers} and batch={batch} must be positive.", fix="Leave them out."
+            )
         self.guard = Sandbox(seconds, memory, self.bundle.about.get('modality', 'oct'))
         self.engine = _started(self.bundle, engine, threads)
         self.channels = self.engine.channels
@@ -388,6 +527,7 @@ class Predictor:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+# %% ../../nbs/07e_deploy.predict.ipynb #072fc91a
 def _opened(folder, key):
     from kdoct.deploy.stage import open_network  # here, so that reader processes do not wait for torch
     return open_network(folder, key)
@@ -397,24 +537,31 @@ def _started(bundle, engine:str, threads:int):
     try: return bundle.engine(engine, threads)
     except KdoctError: raise
     except Exception as e:  # noqa: BLE001 (engines have exceptions of their own)
-        raise KdoctError(f"The engine {engine or 'of the network'} does not start: its graph is damaged, or not of this version ({type(e).__name__}).",
-                         fix="Export the bundle again, or use another engine.") from e
+        raise KdoctError(
+            f"The engine {engine or 'of the network'} does not start: its graph is damaged, or not "
+            f"of this version ({type(e).__name__}).",
+            fix="Export the bundle again, or use another engine.",
+        ) from e
 
 def _known_alpha(decision, alpha:float|None)->float|None:
     known = [] if decision is None else sorted(decision.set_minimum)
     if alpha is None: return known[0] if known else None
     if alpha in known: return alpha
     there = ', '.join(map(str, known)) or 'none, because it has no decision'
-    raise KdoctError(f"The network has no prediction sets for alpha {alpha}.", fix=f"It has: {there}.")
+    raise KdoctError(
+        f"The network has no prediction sets for alpha {alpha}.", fix=f"It has: {there}."
+    )
 
 # %% ../../nbs/07e_deploy.predict.ipynb #52cb139b
 @patch
 def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
-    if scan.image.mode != 'L' and self.channels == 1: scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
+    if scan.image.mode != 'L' and self.channels == 1:
+        scan = scan._replace(notes=(*scan.notes, 'colour-to-grey'))
     if self.decision is None: scan = scan._replace(notes=(*scan.notes, 'no-decision'))
     trained_on = 0 if self.channels == 1 else self.bundle.about.get('coloured')   # coloured pictures; None: not known
-    if trained_on is None and main_colour(scan.image) > COLOURED: scan = scan._replace(notes=(*scan.notes, 'coloured'))
+    if trained_on is None and main_colour(scan.image) > COLOURED:
+        scan = scan._replace(notes=(*scan.notes, 'coloured'))
     try:
         _check_content(scan.image, trained_on)
         picture = framed(scan.image, self.channels, **self.bundle.framing)
@@ -432,13 +579,22 @@ def _weight(item:tuple)->int:
     "Bytes of what `_prepare` gives."
     return getattr(item[1], 'nbytes', 0)
 
+# %% ../../nbs/07e_deploy.predict.ipynb #39e4b11e
 @patch
 def _ask(self:Predictor, pictures:list)->list:
     "What follows from the engine's answer, or a `BadImage`, for each of some pictures of one size."
     try: out = self.engine(np.stack(pictures))
-    except Exception as e:  # noqa: BLE001 (engines have exceptions of their own; each picture is asked about alone, and its row names it)
+    # Engines have exceptions of their own; each picture is asked about alone, and its row names it
+    except Exception as e:  # noqa: BLE001
         if len(pictures) > 1: return [a for p in pictures for a in self._ask([p])]
-        return [BadImage('engine-failed', e.problem if isinstance(e, KdoctError) else f"the engine gave no answer ({type(e).__name__})")]
+        return [
+            BadImage(
+                'engine-failed',
+                e.problem
+                if isinstance(e, KdoctError)
+                else f"the engine gave no answer ({type(e).__name__})",
+            )
+        ]
     if self.decision is None: return unjudged(self.classes, out['probabilities'])
     return judged(self.decision, out['probabilities'], out['outlier'], self.alpha)
 
@@ -456,7 +612,9 @@ def _slot(about:dict, picture)->_Slot:
 def _slots(self:Predictor, paths:Iterable)->Iterator[_Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last = None
-    for path, item in read_ahead(paths, self.guard, self._prepare, self.workers, 2*self.workers + self.batch, weigh=_weight):
+    for path, item in read_ahead(
+        paths, self.guard, self._prepare, self.workers, 2 * self.workers + self.batch, weigh=_weight
+    ):
         if isinstance(item, BadImage):
             before = last if last and last['path'] == _text(path) else _about(path)
             yield _Slot(before | dict(slice=None, notes=()), answer=item)
@@ -473,6 +631,7 @@ def predict(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     return map(self._finished, answered(self._slots(find_files(paths)), self._ask, self.batch))
 
+# %% ../../nbs/07e_deploy.predict.ipynb #88c46e26
 @patch
 def image(
     self:Predictor,
@@ -497,13 +656,22 @@ def _with_bar(rows:Iterable, paths)->Iterator[dict]:
             yield row
         bar.update(last is not None)
 
+# %% ../../nbs/07e_deploy.predict.ipynb #dad43b5f
 class _Counts(Counter):
     @property
     def rows(self)->int: return sum(self[k] for k in ('predicted', 'unsure', 'outliers', 'failed'))
 
     def add(self, row:dict)->dict:
         "Count a row."
-        kind = 'failed' if row['error'] else 'outliers' if row['outlier'] else 'unsure' if row['deferred'] else 'predicted'
+        kind = (
+            'failed'
+            if row['error']
+            else 'outliers'
+            if row['outlier']
+            else 'unsure'
+            if row['deferred']
+            else 'predicted'
+        )
         self.update([kind] + ([f'failed: {row["error"]}'] if row['error'] else []))
         return row
 
@@ -513,22 +681,38 @@ def _interruptible(counts:_Counts, out):
     "Say what is there when somebody interrupts."
     try: yield
     except KeyboardInterrupt as e:
-        raise KdoctError(f"Interrupted after {counted(counts.rows, 'row')}{f'; {out}.partial has them' if out else ''}.",
-                         fix="The same command begins anew.") from e
+        raise KdoctError(
+            f"Interrupted after "
+            f"{counted(counts.rows, 'row')}{f'; {out}.partial has them' if out else ''}.",
+            fix="The same command begins anew.",
+        ) from e
 
 def _standard_output():
     "Where a name that the terminal cannot show stops nothing."
-    with suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')   # a notebook's has no such thing, and needs none
+    # a notebook's has no such thing, and needs none
+    with suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')
     return sys.stdout
 
+# %% ../../nbs/07e_deploy.predict.ipynb #59f8f588
 def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool=True)->str:
     "What was done, in numbers."
-    deferred = f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, " if judges else ''
-    kinds = ', '.join(f"{v} {k.removeprefix('failed: ')}" for k, v in sorted(counts.items()) if k.startswith('failed: '))
+    deferred = (
+        f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, "
+        if judges
+        else ''
+    )
+    kinds = ', '.join(
+        f"{v} {k.removeprefix('failed: ')}"
+        for k, v in sorted(counts.items())
+        if k.startswith('failed: ')
+    )
     done = counted(counts.rows, 'row') + (' and ' + counted(volumes, 'volume') if volumes else '')
-    return (f"{done} in {human_time(seconds)} by the engine {engine}: {counts['predicted']} predicted, "
-            f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}")
+    return (
+        f"{done} in {human_time(seconds)} by the engine {engine}: {counts['predicted']} predicted, "
+        f"{deferred}{counts['failed']} failed{f' ({kinds})' if kinds else ''}"
+    )
 
+# %% ../../nbs/07e_deploy.predict.ipynb #cb6de71a
 def predict_files(
     bundle,                 # a bundle, or a model folder
     paths:list,             # files and folders
@@ -539,19 +723,36 @@ def predict_files(
     **how,                  # engine, threads, workers, batch, alpha, key, seconds, memory, as `Predictor`
 )->dict[str, int]:          # rows by outcome: predicted, unsure, outliers, failed; and the failed ones by kind
     "Predict files, write rows as they come, and say in numbers what was done."
-    start, counts, paths = time.monotonic(), _Counts(), [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    start, counts, paths = (
+        time.monotonic(),
+        _Counts(),
+        [paths] if isinstance(paths, (str, os.PathLike)) else list(paths),
+    )
     outs = [check_out(p).resolve() for p in (out, volumes_out) if p]
-    if len(set(outs)) < len(outs): raise KdoctError("B-scans and volumes cannot go into one file.", fix="Give them two names.")
-    if next(iter(find_files(paths)), None) is None: raise KdoctError("There is no file to read.", fix="Give a file, or a folder that has some.")
+    if len(set(outs)) < len(outs):
+        raise KdoctError("B-scans and volumes cannot go into one file.", fix="Give them two names.")
+    if next(iter(find_files(paths)), None) is None:
+        raise KdoctError("There is no file to read.", fix="Give a file, or a folder that has some.")
     with _interruptible(counts, out), Predictor(bundle, **how) as p, ExitStack() as files:
         judges = p.decision is not None
         used, said = asked_rule(p.decision.volume if judges else None, volume_rule, min_slices)
         if not judges: print(UNJUDGED, file=sys.stderr)
         if said and (judges or volumes_out): print(said, file=sys.stderr)
         fields, volumes = record_fields(p.classes), Volumes(p.classes, used, judges)
-        write = files.enter_context(results_file(out, fields)) if out else _csv_rows(_standard_output(), fields)
-        write_volume = files.enter_context(results_file(volumes_out, volume_fields(p.classes))) if volumes_out else lambda row: None
+        write = (
+            files.enter_context(results_file(out, fields))
+            if out
+            else _csv_rows(_standard_output(), fields)
+        )
+        write_volume = (
+            files.enter_context(results_file(volumes_out, volume_fields(p.classes)))
+            if volumes_out
+            else lambda row: None
+        )
         for row in _with_bar(p.predict(paths), paths): write(volumes.add(counts.add(row)))
         for row in volumes.rows(): write_volume(row)
-    print(_summary(counts, len(volumes.volumes), time.monotonic() - start, p.engine.name, judges), file=sys.stderr)
+    print(
+        _summary(counts, len(volumes.volumes), time.monotonic() - start, p.engine.name, judges),
+        file=sys.stderr,
+    )
     return dict(counts)

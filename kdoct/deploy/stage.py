@@ -8,31 +8,54 @@ __all__ = ['FORMATS', 'write_formats', 'CheckPictures', 'pictures_of_run', 'pict
 
 # %% ../../nbs/07_deploy.ipynb #imp-deploy-stage
 import copy
+
 import os
+
 import shutil
+
 import tempfile
+
 import time
+
 from collections.abc import Callable, Iterable, Iterator
+
 from contextlib import closing
+
 from dataclasses import dataclass
+
 from itertools import islice
+
 from pathlib import Path
 
 import numpy as np
+
 import pandas as pd
+
 import torch
 
 from ..core.files import KdoctError, provenance, read_json, require_extra, write_json
+
 from ..core.runs import Run, run_of
+
 from ..data.augment import Batches
+
 from ..data.cache import FRAMING
+
 from ..data.framing import framed, resized
+
 from ..data.images import decode_image, read_image_bytes
+
 from ..data.sandbox import Sandbox
+
 from ..data.sources import modality_of
+
 from ..data.stage import FoldData, open_fold
+
 from ..data.volumes import find_files
+
 from .bundle import open_sealed, seal
+
+# %% ../../nbs/07_deploy.ipynb #a4fdadc4
 from kdoct.deploy.engines import (
     ask_all,
     calibration_rows,
@@ -46,20 +69,33 @@ from kdoct.deploy.engines import (
     time_engines,
     worth_it,
 )
+
 from .graph import Deployable, write_int8, write_onnx, write_openvino
+
 from ..evaluate.decisions import decide_fold, Decision, features_and_logits, load_decision
+
 from ..models.backbones import load_model_folder, read_model_folder
 
 # %% ../../nbs/07_deploy.ipynb #45134e73
-FORMATS = {'onnx': ('onnx', 'onnxscript'), 'openvino': ('onnx', 'onnxscript', 'openvino'), 'int8': ('onnx', 'onnxscript', 'openvino', 'nncf')}   # -> packages
+FORMATS = {
+    'onnx': ('onnx', 'onnxscript'),
+    'openvino': ('onnx', 'onnxscript', 'openvino'),
+    'int8': ('onnx', 'onnxscript', 'openvino', 'nncf'),
+}  # -> packages
+
 _ENGINES_OF = dict(onnx=('onnx',), openvino=('openvino', 'openvino-bf16'), int8=('int8',))
 
 def _checked_formats(formats)->tuple[str, ...]:
     "The formats in the order in which they are made; `KdoctError` for an unknown one, or a package that is not installed."
-    if odd := sorted(set(formats) - set(FORMATS)): raise KdoctError(f"There is no format '{odd[0]}'.", fix=f"Formats are: {', '.join(FORMATS)}.")
-    for f in formats: require_extra('deploy', *FORMATS[f], *(p for e in _ENGINES_OF[f] for p in ENGINES[e][1]))
+    if odd := sorted(set(formats) - set(FORMATS)):
+        raise KdoctError(
+            f"There is no format '{odd[0]}'.", fix=f"Formats are: {', '.join(FORMATS)}."
+        )
+    for f in formats:
+        require_extra('deploy', *FORMATS[f], *(p for e in _ENGINES_OF[f] for p in ENGINES[e][1]))
     return tuple(f for f in FORMATS if f in formats)
 
+# %% ../../nbs/07_deploy.ipynb #5af9f5bf
 def write_formats(
     net:Deployable,                # what is written
     folder:Path,                   # where to
@@ -69,15 +105,21 @@ def write_formats(
 )->dict[str, str]:                 # format -> why it could not be written
     "Write model.onnx, openvino.xml and int8.xml, each made from the one before, as far as they are needed."
     attention = any('attn' in name for name, _ in net.network.named_modules())
-    steps = dict(onnx=lambda: write_onnx(net, channels, folder/'model.onnx'),
-                 openvino=lambda: write_openvino(folder/'model.onnx', folder/'openvino.xml'),
-                 int8=lambda: write_int8(folder/'openvino.xml', calibration, folder/'int8.xml', attention))
+    steps = dict(
+        onnx=lambda: write_onnx(net, channels, folder / 'model.onnx'),
+        openvino=lambda: write_openvino(folder / 'model.onnx', folder / 'openvino.xml'),
+        int8=lambda: write_int8(
+            folder / 'openvino.xml', calibration, folder / 'int8.xml', attention
+        ),
+    )
     todo = list(FORMATS)[:1 + max((list(FORMATS).index(f) for f in formats), default=-1)]
     for i, f in enumerate(todo):
         try: steps[f]()
         except KdoctError: raise
-        except Exception as e:  # noqa: BLE001 (three packages with exceptions of their own; the record says which and why)
-            why = f"{f} could not be written ({type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''})"
+        # Three packages with exceptions of their own; the record says which and why
+        except Exception as e:  # noqa: BLE001
+            why = (f"{f} could not be written ({type(e).__name__}: "
+                   f"{str(e).strip().splitlines()[0][:200] if str(e).strip() else ''})")
             return {later: why for later in todo[i:] if later in formats}
     return {}
 
@@ -87,9 +129,16 @@ def _shareable(about:dict)->dict:
     about, names = copy.deepcopy(about), ('none', 'hub', 'package')
     about['data'] = (about.get('data') or '').split(' ')[0] or None
     recipe = about.get('recipe') or dict(data={})
-    recipe['data'] |= {k: Path(v).name for k, v in recipe['data'].items() if k in ('root', 'groups') and v}
-    for part in (recipe.get('teacher'), recipe.get('student'), *recipe.get('teachers', {}).values()):
-        if part and part.get('weights', 'none') not in names: part['weights'] = Path(part['weights']).name
+    recipe['data'] |= {
+        k: Path(v).name for k, v in recipe['data'].items() if k in ('root', 'groups') and v
+    }
+    for part in (
+        recipe.get('teacher'),
+        recipe.get('student'),
+        *recipe.get('teachers', {}).values(),
+    ):
+        if part and part.get('weights', 'none') not in names:
+            part['weights'] = Path(part['weights']).name
     return about
 
 def _pictures(run:Run, data:FoldData, rows:pd.DataFrame)->Iterator[np.ndarray]:
@@ -97,9 +146,14 @@ def _pictures(run:Run, data:FoldData, rows:pd.DataFrame)->Iterator[np.ndarray]:
     facts, framing = run.stage('data'), {k: getattr(run.recipe.data, k) for k in FRAMING}
     for path in rows.path:
         try: yield framed(decode_image(read_image_bytes(Path(facts['root'])/path))[0], facts['channels'], **framing)
-        except KdoctError as e: raise KdoctError(f"{path}: {e.problem}", fix=f"The checks read the files of the run from {facts['root']}. {e.fix}") from e
+        except KdoctError as e: raise KdoctError(f"{path}: "
+                                                 f"{e.problem}", fix=f"The checks read the files "
+                                                                     f"of the run from "
+                                                                     f"{facts['root']}. {e.fix}") from e
 
-def _spread(n:int, most:int)->np.ndarray: return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+# %% ../../nbs/07_deploy.ipynb #1ca908a4
+def _spread(n:int, most:int)->np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 # %% ../../nbs/07_deploy.ipynb #b7e88523
 @dataclass(frozen=True)
@@ -111,18 +165,28 @@ class CheckPictures:
     labels:np.ndarray|None=None  # (n,) true classes, as numbers; None: not known
     val:np.ndarray|None=None     # (n,) bool: those of the validation part, on which accuracy is counted
 
+# %% ../../nbs/07_deploy.ipynb #d78ccfe0
 def pictures_of_run(
     run:Run,         # the run
     data:FoldData,   # its fold
     images:int=400,  # most images
 )->CheckPictures:
     "Images of validation and test."
-    rows, table = (join([f(part) for part in ('val', 'test')]) for join, f in ((np.concatenate, data.idx.get), (pd.concat, data.rows)))
+    rows, table = (
+        join([f(part) for part in ('val', 'test')])
+        for join, f in ((np.concatenate, data.idx.get), (pd.concat, data.rows))
+    )
     at = _spread(len(rows), images)
     rows, table = rows[at], table.iloc[at]
-    return CheckPictures(np.asarray(data.images[rows]), lambda: _pictures(run, data, table), next(_pictures(run, data, table.iloc[len(table)//2:])),
-                         data.labels[rows], (table.role == 'val').to_numpy())
+    return CheckPictures(
+        np.asarray(data.images[rows]),
+        lambda: _pictures(run, data, table),
+        next(_pictures(run, data, table.iloc[len(table) // 2 :])),
+        data.labels[rows],
+        (table.role == 'val').to_numpy(),
+    )
 
+# %% ../../nbs/07_deploy.ipynb #ff973c13
 def pictures_of_files(
     paths,           # files and folders, or one of either
     about:dict,      # size, margin, channels, framing, as in bundle.json
@@ -130,23 +194,38 @@ def pictures_of_files(
 )->CheckPictures:
     "Pictures of one's own, whose classes are not known; `KdoctError` naming the first that cannot be read."
     files = list(find_files(paths))
-    if not files: raise KdoctError("There is no picture to compare the formats on.", fix="Give a folder that has some: --images DIR")
+    if not files:
+        raise KdoctError(
+            "There is no picture to compare the formats on.",
+            fix="Give a folder that has some: --images DIR",
+        )
     files = [files[i] for i in _spread(len(files), images)]
     def each():
         with closing(Sandbox(modality=about.get('modality', 'oct'))) as guard:
             for f in files:
                 try: yield from (framed(scan.image, about['channels'], **about['framing']) for scan in guard.scans(f))
                 except KdoctError as e:
-                    raise KdoctError(f"{f}: {e.problem}", fix="Every file of --images is read: leave out those that are no pictures.") from e
+                    raise KdoctError(
+                        f"{f}: {e.problem}",
+                        fix="Every file of --images is read: leave out those that are no pictures.",
+                    ) from e
     def read(): return islice(each(), images)
     first, side = next(read()), about['size'] + about['margin']
     return CheckPictures(np.stack([resized(x, side) for x in read()]), read, first)
 
+# %% ../../nbs/07_deploy.ipynb #8eebdb2c
 def _wanted(decision:Decision|None, features:np.ndarray, logits:np.ndarray)->dict:
     "What engines should say, from what the network says."
-    if decision is None: return dict(probabilities=torch.from_numpy(logits).softmax(1).numpy(), outlier=np.full(len(logits), np.nan, np.float32))
-    return dict(probabilities=decision.probabilities(logits), outlier=decision.outlier.score(features))
+    if decision is None:
+        return dict(
+            probabilities=torch.from_numpy(logits).softmax(1).numpy(),
+            outlier=np.full(len(logits), np.nan, np.float32),
+        )
+    return dict(
+        probabilities=decision.probabilities(logits), outlier=decision.outlier.score(features)
+    )
 
+# %% ../../nbs/07_deploy.ipynb #b248df1a
 def check_engines(
     pictures:CheckPictures,  # what they are compared on
     folder:Path,             # with the files of a bundle
@@ -155,11 +234,18 @@ def check_engines(
     names:list[str],         # of engines, torch first
 )->dict[str, dict]:          # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
     "Compare engines with the network itself on pictures, and time them."
-    none, threshold = np.zeros(len(pictures.squares), np.int64), None if decision is None else decision.outlier.threshold
-    batches = Batches(pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size'])
+    none, threshold = (
+        np.zeros(len(pictures.squares), np.int64),
+        None if decision is None else decision.outlier.threshold,
+    )
+    batches = Batches(
+        pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size']
+    )
     want = _wanted(decision, *features_and_logits(load_model_folder(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
-    engines = {name: make_engine(folder, name, about, decision) for name in names if name not in out}
+    engines = {
+        name: make_engine(folder, name, about, decision) for name in names if name not in out
+    }
     said = ask_all(engines, pictures.read())
     for name in engines:
         parity = compare(said[name], want, pictures.labels, threshold, pictures.val)
@@ -169,6 +255,7 @@ def check_engines(
     for name, t in timed.items(): out[name] |= t | dict(picture=list(pictures.middle.shape))
     return {name: out[name] for name in names}
 
+# %% ../../nbs/07_deploy.ipynb #0e9701e9
 def _size(folder:Path, name:str)->dict:
     "Files of an engine, and their bytes."
     first = ENGINES[name][0]
@@ -189,10 +276,17 @@ def summary(
     "What was checked and measured of each engine."
     def row(f):
         p, nan = f.get('parity', {}), float('nan')
-        return {'kept': 'yes' if f['kept'] else 'no', 'MB': f.get('bytes', nan)/2**20, 'ms': f.get('latency_ms', nan),
-                'images a second': f.get('images_a_second', nan), 'largest difference': p.get('probability', nan),
-                'same class %': 100*p.get('labels', nan), 'same outliers %': 100*p.get('flags', nan),
-                'accuracy lost [points]': p.get('lost_points', nan), 'reason': f['reason']}
+        return {
+            'kept': 'yes' if f['kept'] else 'no',
+            'MB': f.get('bytes', nan) / 2**20,
+            'ms': f.get('latency_ms', nan),
+            'images a second': f.get('images_a_second', nan),
+            'largest difference': p.get('probability', nan),
+            'same class %': 100 * p.get('labels', nan),
+            'same outliers %': 100 * p.get('flags', nan),
+            'accuracy lost [points]': p.get('lost_points', nan),
+            'reason': f['reason'],
+        }
     rows = {name: row(f) for name, f in formats.items()}
     return pd.DataFrame(rows).T.infer_objects().rename_axis('engine')
 
@@ -200,19 +294,44 @@ def summary(
 def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, source:dict)->dict:
     "What bundle.json says of the network, before anything is checked; `taken` is of `_taken`."
     signature = graph_signature(taken['channels'], len(model['classes']))
-    shapes = {k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)]) for k, (t, s) in signature.items()}
-    meaning = (f"decoded pictures, 0 black to 255 white, of any size; made square ({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
-               'what was checked; the graph resizes others as PIL does, but for one grey level in a few pixels, and for pictures higher than wide')
-    if decision is None: shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
-    return dict(name=name, created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), role=role, arch=model['arch'],
-                classes=list(model['classes']), **taken, temperature=None if decision is None else decision.temperature,
-                input=dict(name='images', **shapes.pop('images'), meaning=meaning), outputs=shapes, source=source, **provenance())
+    shapes = {
+        k: dict(dtype=t, shape=[n or 'nhw'[i] for i, n in enumerate(s)])
+        for k, (t, s) in signature.items()
+    }
+    meaning = (
+        f"decoded pictures, 0 black to 255 white, of any size; made square "
+        f"({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
+        'what was checked; the graph resizes others as PIL does, but for one grey level in a few '
+        'pixels, and for pictures higher than wide'
+    )
+    if decision is None:
+        shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
+    return dict(
+        name=name,
+        created=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+        role=role,
+        arch=model['arch'],
+        classes=list(model['classes']),
+        **taken,
+        temperature=None if decision is None else decision.temperature,
+        input=dict(name='images', **shapes.pop('images'), meaning=meaning),
+        outputs=shapes,
+        source=source,
+        **provenance(),
+    )
 
+# %% ../../nbs/07_deploy.ipynb #be13624d
 def _taken(model:dict, data:dict, channels:int|None, coloured:int|None=None)->dict:
     "How pictures are brought to the network, from model.json and the data part of its recipe (empty: an imported one, which says nothing of it)."
-    return dict(channels=channels or 3, channels_known=channels is not None, coloured=coloured, modality=modality_of(data),
-                size=data.get('size', model['input_size']), margin=data.get('margin', 0),
-                framing={k: data.get(k, v) for k, v in FRAMING.items()})
+    return dict(
+        channels=channels or 3,
+        channels_known=channels is not None,
+        coloured=coloured,
+        modality=modality_of(data),
+        size=data.get('size', model['input_size']),
+        margin=data.get('margin', 0),
+        framing={k: data.get(k, v) for k, v in FRAMING.items()},
+    )
 
 def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision]:
     "Network and decision, in the folder of the bundle."
@@ -220,11 +339,19 @@ def _network_files(run:Run, fold:int, role:str, work:Path)->tuple[dict, Decision
     model = load_model_folder(folder)[1]
     if not (folder/'decision.json').exists(): decide_fold(run, fold, role)
     write_json(work/'model.json', _shareable(model))
-    for name in ('model.safetensors', 'decision.json', 'decision.safetensors'): shutil.copyfile(folder/name, work/name)
+    for name in ('model.safetensors', 'decision.json', 'decision.safetensors'):
+        shutil.copyfile(folder/name, work/name)
     return model, load_decision(work)
 
 # %% ../../nbs/07_deploy.ipynb #623fab8e
-def _write_and_check(work:Path, about:dict, decision:Decision|None, formats:tuple, calibration:list, pictures:CheckPictures):
+def _write_and_check(
+    work:Path,
+    about:dict,
+    decision:Decision|None,
+    formats:tuple,
+    calibration:list,
+    pictures:CheckPictures,
+):
     "Write formats beside the network, and keep the files of engines that pass; `about` is told."
     net = Deployable(load_model_folder(work)[0], decision, about['size'], about['margin'])
     failed = write_formats(net, work, formats, about['channels'], calibration)
@@ -233,35 +360,67 @@ def _write_and_check(work:Path, about:dict, decision:Decision|None, formats:tupl
     found = check_engines(pictures, work, about, decision, engines + beside)
     _judge_int8(found)
     about['formats'] = {k: v for k, v in found.items() if k not in beside}
-    about['formats'] |= {e: dict(kept=False, reason=why) for f, why in failed.items() for e in _ENGINES_OF[f]}
+    about['formats'] |= {
+        e: dict(kept=False, reason=why) for f, why in failed.items() for e in _ENGINES_OF[f]
+    }
     keep = {f for v in about['formats'].values() if v['kept'] for f in v['files']}
-    for f in {f for v in found.values() for f in v.get('files', ())} | {'model.onnx', 'openvino.xml', 'openvino.bin'}:
+    for f in {f for v in found.values() for f in v.get('files', ())} | {
+        'model.onnx',
+        'openvino.xml',
+        'openvino.bin',
+    }:
         if f not in keep | {'model.safetensors'}: (work/f).unlink(missing_ok=True)
 
+# %% ../../nbs/07_deploy.ipynb #2f56012f
 def _write_card(work:Path, text:str, card:dict):
     (work/'CARD.md').write_text(text, encoding='utf-8')
     write_json(work/'card.json', card)
 
+# %% ../../nbs/07_deploy.ipynb #5355e1b5
 def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->dict:
     "Everything but the seal; returns what bundle.json says."
-    from kdoct.deploy.model_card import model_card  # the card reads records of evaluation, which this notebook does not need
+    # the card reads records of evaluation, which this notebook does not need
+    from kdoct.deploy.model_card import model_card
     model, decision = _network_files(run, fold, role, work)
     data, d = open_fold(run, fold), run.recipe.data.model_dump()
-    if model['folds_sha256'] != data.folds_sha256: raise KdoctError(f"The {role} was trained on other folds.", fix="Train it again, in a new run.")
-    source = dict(run=run.name, fold=fold, role=role, folds_sha256=model['folds_sha256'], weights_sha256=model['weights_sha256'], recipe_key=run.recipe.key)
+    if model['folds_sha256'] != data.folds_sha256:
+        raise KdoctError(
+            f"The {role} was trained on other folds.", fix="Train it again, in a new run."
+        )
+    source = dict(
+        run=run.name,
+        fold=fold,
+        role=role,
+        folds_sha256=model['folds_sha256'],
+        weights_sha256=model['weights_sha256'],
+        recipe_key=run.recipe.key,
+    )
     facts = run.stage('data')
     taken = _taken(model, d, facts['channels'], facts.get('coloured'))
     about = _about(f'{run.name}-fold{fold}-{role}', role, model, taken, decision, source)
     rows = calibration_rows(data) if 'int8' in formats else np.array([], np.int64)
-    _write_and_check(work, about, decision, formats, [data.images[i][None] for i in rows], pictures_of_run(run, data, images))
+    _write_and_check(
+        work,
+        about,
+        decision,
+        formats,
+        [data.images[i][None] for i in rows],
+        pictures_of_run(run, data, images),
+    )
     if 'int8' in formats: about['calibration'] = _calibration_facts(data, rows)
     _write_card(work, *model_card(about, run, fold, role, decision))
     return about
 
+# %% ../../nbs/07_deploy.ipynb #74eb9fae
 def _calibration_facts(data:FoldData, rows:np.ndarray)->dict:
     "What INT8 was calibrated on: whole patients of the training part, listed by the hashes of their files."
     table = data.rows('train')[np.isin(data.idx['train'], rows)]
-    return dict(part='train', patients=int(table.group.nunique()), images=len(table), sha256=sorted(table.sha256))
+    return dict(
+        part='train',
+        patients=int(table.group.nunique()),
+        images=len(table),
+        sha256=sorted(table.sha256),
+    )
 
 # %% ../../nbs/07_deploy.ipynb #ffc18afe
 def export_fold(
@@ -275,14 +434,27 @@ def export_fold(
 )->Path:                           # the bundle
     "Write the bundle of one network: every format checked against PyTorch on real images and timed, those that pass kept."
     formats, out = _checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
-    if not run.is_finished(role, fold): raise KdoctError(f"Fold {fold} of run '{run.name}' has no finished {role}.", fix="Train it first.")
+    if not run.is_finished(role, fold):
+        raise KdoctError(
+            f"Fold {fold} of run '{run.name}' has no finished {role}.", fix="Train it first."
+        )
     about = _sealed(out, key, lambda work: _fill(run, fold, role, work, formats, images))
-    run.record(f'fold_{fold}/deploy', status='done', **{role: {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}})
+    run.record(
+        f'fold_{fold}/deploy',
+        status='done',
+        **{
+            role: {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}
+        },
+    )
     return out
 
+# %% ../../nbs/07_deploy.ipynb #b8fa1f40
 def _sealed(out:Path, key, fill:Callable)->dict:
     "Fill a new folder, seal it, give it its name, and print what was found; returns what bundle.json says."
-    if out.exists(): raise KdoctError(f"{out} exists already.", fix="Delete it, or name another folder: --out DIR")
+    if out.exists():
+        raise KdoctError(
+            f"{out} exists already.", fix="Delete it, or name another folder: --out DIR"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.bundle-', dir=out.parent) as d:
         work = Path(d)/out.name
@@ -290,10 +462,14 @@ def _sealed(out:Path, key, fill:Callable)->dict:
         about = fill(work)
         if not about['formats']['torch']['kept']:
             why = about['formats']['torch']['reason']
-            raise KdoctError(f"PyTorch does not say of the files what the network itself says: {why}.", fix="Report this network.")
+            raise KdoctError(
+                f"PyTorch does not say of the files what the network itself says: {why}.",
+                fix="Report this network.",
+            )
         seal(work, about, key)
         os.replace(work, out)
-    with pd.option_context('display.max_colwidth', None, 'display.width', 200): print(summary(about['formats']).to_string(float_format='{:.4g}'.format))
+    with pd.option_context('display.max_colwidth', None, 'display.width', 200):
+        print(summary(about['formats']).to_string(float_format='{:.4g}'.format))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #13fef3e0
@@ -307,7 +483,8 @@ class Bundle:
     @property
     def classes(self)->tuple[str, ...]: return tuple(self.about['classes'])
     @property
-    def framing(self)->dict: return self.about['framing']   # for `kdoct.data.framing.framed`: what is done before the graph
+    # for `kdoct.data.framing.framed`: what is done before the graph
+    def framing(self)->dict: return self.about['framing']
     @property
     def engines(self)->list[str]:  # the fastest first, as measured where the bundle was made
         "Engines that passed their checks."
@@ -320,9 +497,13 @@ class Bundle:
     )->Engine:           # uint8 pictures -> dict(probabilities, outlier)
         "One of its engines; `KdoctError` if there is no such engine, or it cannot run here."
         names = [name] if name else [e for e in self.engines if not runs_here(e)]
-        if names and names[0] in self.engines: return make_engine(self.folder, names[0], self.about, self.decision, threads)
+        if names and names[0] in self.engines:
+            return make_engine(self.folder, names[0], self.about, self.decision, threads)
         reason = self.about['formats'].get(name, {}).get('reason', '')
-        raise KdoctError(f"{self.folder.name} has no engine '{name}'{': ' + reason if reason else ''}.", fix=f"It has: {', '.join(self.engines)}.")
+        raise KdoctError(
+            f"{self.folder.name} has no engine '{name}'{': ' + reason if reason else ''}.",
+            fix=f"It has: {', '.join(self.engines)}.",
+        )
 
 # %% ../../nbs/07_deploy.ipynb #ae9fe94f
 def open_bundle(
@@ -332,43 +513,87 @@ def open_bundle(
     "Open a bundle after all checks of its seal; `KdoctError` if its files contradict each other."
     about = open_sealed(folder, public_key)
     folder, fix = Path(folder), "Do not use this bundle. Get it again from whoever made it."
-    if lost := [k for k in ('classes', 'channels', 'size', 'margin', 'framing', 'input', 'outputs', 'formats') if k not in about]:
+    if lost := [
+        k
+        for k in ('classes', 'channels', 'size', 'margin', 'framing', 'input', 'outputs', 'formats')
+        if k not in about
+    ]:
         raise KdoctError(f"bundle.json does not say: {', '.join(lost)}.", fix=fix)
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
     if (decision is None) != (about.get('temperature', 1.) is None):
-        raise KdoctError("bundle.json and decision.json contradict each other on whether there is a decision.", fix=fix)
+        raise KdoctError(
+            "bundle.json and decision.json contradict each other on whether there is a decision.",
+            fix=fix,
+        )
     model = read_json(folder/'model.json')
-    about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))   # a bundle of before it was said
+    # a bundle of before it was said
+    about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))
     named = [about['classes'], model['classes'], *([] if decision is None else [decision.classes])]
-    if any(list(classes) != list(named[0]) for classes in named): raise KdoctError("bundle.json, decision.json and model.json name different classes.", fix=fix)
-    if odd := sorted(set(about['formats']) - set(ENGINES)): raise KdoctError(f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct.")
+    if any(list(classes) != list(named[0]) for classes in named):
+        raise KdoctError(
+            "bundle.json, decision.json and model.json name different classes.", fix=fix
+        )
+    if odd := sorted(set(about['formats']) - set(ENGINES)):
+        raise KdoctError(
+            f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct."
+        )
     return Bundle(folder, about, decision)
 
 # %% ../../nbs/07_deploy.ipynb #a7d20c12
 _TORCH_ONLY = 'a model folder has PyTorch only; `kdoct export` writes the others'
+
 _OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
 
+# %% ../../nbs/07_deploy.ipynb #c62814bc
 def open_model_folder(
     folder:str|Path,  # with model.safetensors and model.json
 )->Bundle:            # with the engine torch, and the decision that lies there, or None
     "Open a model folder; `KdoctError` if it is none, or its files contradict each other."
     folder = Path(folder)
     if not (folder/'model.json').is_file():
-        raise KdoctError(f"{folder} is no model folder: it has no model.json.", fix="`kdoct import` and every training write one.")
+        raise KdoctError(
+            f"{folder} is no model folder: it has no model.json.",
+            fix="`kdoct import` and every training write one.",
+        )
     model = read_model_folder(folder)[0]
-    if lost := [k for k in ('arch', 'classes', 'input_size', 'mean', 'std', 'interpolation') if k not in model]:
-        raise KdoctError(f"{folder/'model.json'} does not say: {', '.join(lost)}.", fix="Import or train the network again.")
+    if lost := [
+        k
+        for k in ('arch', 'classes', 'input_size', 'mean', 'std', 'interpolation')
+        if k not in model
+    ]:
+        raise KdoctError(
+            f"{folder / 'model.json'} does not say: {', '.join(lost)}.",
+            fix="Import or train the network again.",
+        )
     decision = load_decision(folder) if (folder/'decision.json').exists() else None
     if decision is not None and list(decision.classes) != list(model['classes']):
-        raise KdoctError(f"decision.json and model.json in {folder} name different classes.", fix="Make the decision again with notebook 05g_decide.")
+        raise KdoctError(
+            f"decision.json and model.json in {folder} name different classes.",
+            fix="Make the decision again with notebook 05g_decide.",
+        )
     channels, place = model.get('channels'), run_of(folder)
-    if channels is None and place: channels = place[0].stage('data').get('channels')   # a network of before model.json said it
+    # a network of before model.json said it
+    if channels is None and place: channels = place[0].stage('data').get('channels')
     coloured = place[0].stage('data').get('coloured') if place else None
     taken = _taken(model, (model.get('recipe') or {}).get('data') or {}, channels, coloured)
-    formats = {e: dict(kept=e == 'torch', reason='' if e == 'torch' else _TORCH_ONLY, latency_ms=0.) for e in ENGINES}
-    return Bundle(folder, dict(name=folder.name, arch=model['arch'], classes=list(model['classes']), **taken,
-                               temperature=None if decision is None else decision.temperature, formats=formats), decision)
+    formats = {
+        e: dict(kept=e == 'torch', reason='' if e == 'torch' else _TORCH_ONLY, latency_ms=0.0)
+        for e in ENGINES
+    }
+    return Bundle(
+        folder,
+        dict(
+            name=folder.name,
+            arch=model['arch'],
+            classes=list(model['classes']),
+            **taken,
+            temperature=None if decision is None else decision.temperature,
+            formats=formats,
+        ),
+        decision,
+    )
 
+# %% ../../nbs/07_deploy.ipynb #89a915c3
 def open_network(
     folder:str|Path,     # a bundle, or a model folder
     public_key=None,     # file of the public key that must have signed a bundle; None: a signature is not asked for
@@ -376,17 +601,30 @@ def open_network(
     "Open what can be predicted with; `KdoctError` if it is neither, or a model folder where a signature is asked for."
     folder = Path(folder)
     if not folder.exists():
-        raise KdoctError(f"There is no bundle and no model folder {folder}.", fix="`kdoct export` writes a bundle, `kdoct import` a model folder.")
+        raise KdoctError(
+            f"There is no bundle and no model folder {folder}.",
+            fix="`kdoct export` writes a bundle, `kdoct import` a model folder.",
+        )
     if any((folder/n).exists() for n in _OF_BUNDLES): return open_bundle(folder, public_key)
     if not (folder/'model.json').exists():
-        raise KdoctError(f"{folder} is neither a bundle nor a model folder: it has no bundle.json and no model.json.",
-                         fix="The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` writes a bundle.")
-    if public_key: raise KdoctError(f"{folder} is a model folder, which is not signed.", fix="Export it with --key, or leave the key out.")
+        raise KdoctError(
+            f"{folder} is neither a bundle nor a model folder: it has no bundle.json and no "
+            f"model.json.",
+            fix="The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "
+                "writes a bundle.",
+        )
+    if public_key:
+        raise KdoctError(
+            f"{folder} is a model folder, which is not signed.",
+            fix="Export it with --key, or leave the key out.",
+        )
     return open_model_folder(folder)
 
 # %% ../../nbs/07_deploy.ipynb #a7d20c15
-_NO_INT8 = 'it needs training pictures to be made and labelled ones to be judged, and a network without a run has neither'
+_NO_INT8 = ('it needs training pictures to be made and labelled ones to be judged, and a network '
+            'without a run has neither')
 
+# %% ../../nbs/07_deploy.ipynb #93bb1422
 def export_folder(
     folder:str|Path,               # a model folder that lies in no run
     pictures,                      # files and folders, or one of either: pictures of the kind that it was trained on
@@ -405,9 +643,29 @@ def export_folder(
         write_json(work/'model.json', _shareable(model))
         decided = ('decision.json', 'decision.safetensors') if opened.decision is not None else ()
         for name in ('model.safetensors', *decided): shutil.copyfile(folder/name, work/name)
-        source = dict(run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported'))
-        taken = {k: opened.about[k] for k in ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin', 'framing')}
-        about = _about(folder.resolve().name, model.get('role', 'network'), model, taken, opened.decision, source)
+        source = dict(
+            run=None, weights_sha256=model['weights_sha256'], imported=model.get('imported')
+        )
+        taken = {
+            k: opened.about[k]
+            for k in (
+                'channels',
+                'channels_known',
+                'coloured',
+                'modality',
+                'size',
+                'margin',
+                'framing',
+            )
+        }
+        about = _about(
+            folder.resolve().name,
+            model.get('role', 'network'),
+            model,
+            taken,
+            opened.decision,
+            source,
+        )
         _write_and_check(work, about, opened.decision, made, [], checked)
         if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
         _write_card(work, *folder_card(about, model, opened.decision))

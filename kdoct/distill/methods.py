@@ -31,8 +31,10 @@ def as_teacher(
     if isinstance(teacher, TeacherCache): return teacher
     if isinstance(teacher, nn.Module): return teacher.eval()
     if not isinstance(teacher, (str, Path)):
-        raise KdoctError(f"A {type(teacher).__name__} is no teacher.",
-                         fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model")
+        raise KdoctError(
+            f"A {type(teacher).__name__} is no teacher.",
+            fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model",
+        )
     model, about = load_model_folder(teacher)
     frozen = InferenceModel(model)
     frozen.classes = tuple(about['classes'])
@@ -44,6 +46,7 @@ def plain_tensor(
     "The same numbers (and gradients) as a tensor of torch."
     return x.as_subclass(torch.Tensor)
 
+# %% ../../nbs/03b_distill.methods.ipynb #7a1e4f8f
 def unit_pictures(
     x:torch.Tensor,               # (n, channels, h, w)
     normalised:tuple|None=None,   # mean and standard deviation, of each channel, by which it was normalised; None: it was not
@@ -52,13 +55,20 @@ def unit_pictures(
     "Undo a normalisation; `KdoctError` if what comes out are no pictures in [0, 1]."
     x = plain_tensor(x).float()
     if normalised is not None:
-        mean, std = (torch.as_tensor(v, dtype=torch.float32).to(x.device).reshape(1, -1, 1, 1) for v in normalised)
+        mean, std = (
+            torch.as_tensor(v, dtype=torch.float32).to(x.device).reshape(1, -1, 1, 1)
+            for v in normalised
+        )
         x = x*plain_tensor(std) + plain_tensor(mean)
     if known: return x if normalised is None else x.clamp(0, 1)
     low, high = (v.item() for v in x.aminmax())
     if -.05 <= low and high <= 1.05: return x.clamp(0, 1)
-    raise KdoctError(f"The teacher takes pictures in [0, 1], and the batch has values from {low:.3g} to {high:.3g}.",
-                     fix="Say by what it was normalised: normalised=(mean, std). Pixels of 0 to 255 are divided by 255 first.")
+    raise KdoctError(
+        f"The teacher takes pictures in [0, 1], and the batch has values from {low:.3g} to "
+        f"{high:.3g}.",
+        fix="Say by what it was normalised: normalised=(mean, std). Pixels of 0 to 255 are divided "
+            "by 255 first.",
+    )
 
 # %% ../../nbs/03b_distill.methods.ipynb #2acf1a43
 class Teachers:
@@ -71,7 +81,11 @@ class Teachers:
         classes=None,                    # names of the classes in the student's order; None: not compared
     ):
         given = teachers if isinstance(teachers, dict) else dict(teacher=teachers)
-        self.teachers, self.recipe, self.weights = {name: as_teacher(t) for name, t in given.items()}, recipe or DistillRecipe(), weights
+        self.teachers, self.recipe, self.weights = (
+            {name: as_teacher(t) for name, t in given.items()},
+            recipe or DistillRecipe(),
+            weights,
+        )
         if not given:
             raise KdoctError("There is no teacher.", fix="Give a network or a model folder.")
         if self.recipe.combine == 'nll' and len(given) > 1 and weights is None:
@@ -85,7 +99,11 @@ class Teachers:
         classes,  # names in the student's order, or None
     ):
         "Find the order of each teacher's logits; `KdoctError` if one has other classes."
-        named = {} if classes is None else {k: t.classes for k, t in self.teachers.items() if hasattr(t, 'classes')}
+        named = (
+            {}
+            if classes is None
+            else {k: t.classes for k, t in self.teachers.items() if hasattr(t, 'classes')}
+        )
         self.order = {k: class_order(own, classes, f"The {k}") for k, own in named.items()}
 
     def answer(self,
@@ -121,8 +139,11 @@ class Teachers:
         "The loss of distillation; `KdoctError` if student and teachers have other classes, or the loss is no single number."
         hard, logits = plain_tensor(hard), plain_tensor(logits)
         if logits.shape != teacher_logits.shape:
-            raise KdoctError(f"The student gives {tuple(logits.shape)} logits, the teachers {tuple(teacher_logits.shape)}.",
-                             fix="Both must have the same classes.")
+            raise KdoctError(
+                f"The student gives {tuple(logits.shape)} logits, the teachers "
+                f"{tuple(teacher_logits.shape)}.",
+                fix="Both must have the same classes.",
+            )
         if hard.ndim:
             raise KdoctError(f"The hard loss is of the shape {tuple(hard.shape)}.",
                              fix="Take its mean: reduction='mean'.")
@@ -144,15 +165,21 @@ def normalisation_of(
     dls,            # fastai's DataLoaders
 )->tuple|None:      # mean and standard deviation of fastai's Normalize; None: there is none
     "How batches are normalised."
-    found = [t for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', ()) if isinstance(t, Normalize)]
+    found = [
+        t
+        for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', ())
+        if isinstance(t, Normalize)
+    ]
     if len(found) > 1:
         raise KdoctError(f"The DataLoaders normalise {len(found)} times.",
                          fix="Keep one Normalize in batch_tfms.")
     return (found[0].mean, found[0].std) if found else None
 
+# %% ../../nbs/03b_distill.methods.ipynb #118a34d1
 class Distill(Callback):
     "Adds the teachers' soft targets to the training loss of any Learner and keeps both terms apart."
-    order, run_valid = 5, False  # before History (15), which checks and records the terms, and MixedPrecision (10), which scales the loss
+    # before History (15), which checks and records the terms, and MixedPrecision (10), which scales the loss
+    order, run_valid = 5, False
     def __init__(self,
         teachers,                         # network, model folder or kept answers, or name -> such
         recipe:DistillRecipe|None=None,   # alpha, beta, temperature, how to combine, views, teacher_batch; None: the defaults
@@ -182,14 +209,19 @@ class Distill(Callback):
 
     def before_train(self):
         if 'group' not in self.__dict__:
-            raise KdoctError("An exported Learner has no teachers.",
-                             fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).")
+            raise KdoctError(
+                "An exported Learner has no teachers.",
+                fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).",
+            )
         if not self.ours: return
         train, recipe = self.dls.train, self.recipe
         if not self.online: self.build()
         elif hasattr(self.learn, 'mix') or recipe.combine == 'turn':
             return   # queried about each batch, in after_loss
-        train.teach, train.block = self.teach, max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
+        train.teach, train.block = (
+            self.teach,
+            max(1, recipe.teacher_batch // train.batch_size) if self.online else 1,
+        )
 
     def after_train(self):
         if self.ours:
@@ -204,10 +236,15 @@ def meet(self:Distill):
     found = normalisation_of(self.dls)
     self.group.normalised = self.normalised or found
     names = getattr(self.dls, 'vocab', None)
-    self.group.set_classes(names if names is not None and all(isinstance(c, str) for c in names) else None)
+    self.group.set_classes(
+        names if names is not None and all(isinstance(c, str) for c in names) else None
+    )
     if not self.online or self.recipe.views:
-        raise KdoctError("Views that come back are made by kdoct's own batches, which this Learner does not have.",
-                         fix="Set views to 0, and give networks.")
+        raise KdoctError(
+            "Views that come back are made by kdoct's own batches, which this Learner "
+            "does not have.",
+            fix="Set views to 0, and give networks.",
+        )
     for name, teacher in self.teachers.items():
         if teacher is self.learn.model:
             raise KdoctError(f"The {name} is the student itself.", fix="Give another network.")
@@ -215,6 +252,7 @@ def meet(self:Distill):
         if not isinstance(teacher, Classifier):
             _require_same_normalisation(name, teacher, self.group.normalised)
 
+# %% ../../nbs/03b_distill.methods.ipynb #c4bf91e0
 def _require_same_normalisation(name:str, teacher:nn.Module, normalised:tuple|None):
     "`KdoctError` if the network says that it takes batches of another normalisation."
     own = getattr(teacher, 'pretrained_cfg', None) or {}
@@ -222,8 +260,12 @@ def _require_same_normalisation(name:str, teacher:nn.Module, normalised:tuple|No
     there = [[round(float(v), 3) for v in torch.as_tensor(part).flatten()] for part in normalised]
     wanted = [[round(float(v), 3) for v in own[k]] for k in ('mean', 'std')]
     if there != wanted:
-        raise KdoctError(f"The {name} was normalised by {wanted[0]} and {wanted[1]}, the batches are by {there[0]} and {there[1]}.",
-                         fix="Give it as kdoct.models.backbones.Classifier(network, size, mean, std, interpolation), which normalises for itself.")
+        raise KdoctError(
+            f"The {name} was normalised by {wanted[0]} and {wanted[1]}, the batches are by "
+            f"{there[0]} and {there[1]}.",
+            fix="Give it as kdoct.models.backbones.Classifier(network, size, mean, std, "
+                "interpolation), which normalises for itself.",
+        )
 
 # %% ../../nbs/03b_distill.methods.ipynb #1077c82c
 @patch
@@ -235,7 +277,10 @@ def build(self:Distill):
         before = cache.queried
         cache.build(range(first, first + views))   # those that are there already cost nothing
         if (new := cache.queried - before) > 0:
-            print(f"The {role} was asked about {counted(new, 'view')} of {counted(len(cache.ids), 'image')}; kept in {cache.path.name}.")
+            print(
+                f"The {role} was asked about {counted(new, 'view')} of "
+                f"{counted(len(cache.ids), 'image')}; kept in {cache.path.name}."
+            )
 
 @patch
 def answer(self:Distill, role:str, x:torch.Tensor)->torch.Tensor:  # (n, channels, h, w) -> (n, classes)
@@ -254,22 +299,29 @@ def teach(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, teachers, cl
 @patch
 def queried(self:Distill)->list[str]:
     "Roles of the teachers that are queried about this batch; `turn` changes them with the optimiser's steps."
-    return self.group.queried(step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter)
+    return self.group.queried(
+        step_number(self.learn)[0] if self.ours else self.epoch * self.n_iter + self.iter
+    )
 
 @patch
 def teacher_logits(self:Distill)->torch.Tensor:  # (n, classes)
     "The teachers' logits of this batch, combined."
     given, roles = self.dls.train.taught if self.ours else None, list(self.teachers)
     if given is None:
-        return combine([self.answer(role, self.xb[0]) for role in self.queried()], self.recipe, self.weights)
+        return combine(
+            [self.answer(role, self.xb[0]) for role in self.queried()], self.recipe, self.weights
+        )
     each = [given[:, roles.index(role)] for role in self.queried()]
     if hasattr(self.learn, 'mix'):
         each = [blend_logits(z, self.learn.mix.shares, self.recipe.temperature) for z in each]
     return combine(each, self.recipe, self.weights)
 
+# %% ../../nbs/03b_distill.methods.ipynb #f87c635c
 @patch
 def after_loss(self:Distill):
     "Put the soft term beside the hard one."
-    self.learn.loss_grad, hard, soft = self.group.terms(self.loss_grad, self.pred, self.teacher_logits())
+    self.learn.loss_grad, hard, soft = self.group.terms(
+        self.loss_grad, self.pred, self.teacher_logits()
+    )
     self.learn.loss_terms = dict(hard=hard.detach(), soft=soft.detach())
     self.learn.loss = self.loss_grad.detach().clone()

@@ -29,7 +29,9 @@ from ..training.results import train_role
 def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
     "Share of each teacher, sum 1."
     if how != 'nll': return torch.full((len(found),), 1/len(found))
-    losses = {role: about['metrics']['validation']['valid_loss'] for role, (_, about) in found.items()}
+    losses = {
+        role: about['metrics']['validation']['valid_loss'] for role, (_, about) in found.items()
+    }
     if bad := [role for role, v in losses.items() if v is None]:
         raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.",
                          fix="Train it again, or set distill.combine to probabilities.")
@@ -42,17 +44,26 @@ def _frozen(model:Classifier, wanted:str)->tuple[InferenceModel, dict]:
     broadcast(facts)
     return frozen, facts
 
+# %% ../../nbs/04_distill.ipynb #8a07241e
 def _ready(found:dict[str, tuple[Classifier, dict]], run:Run)->tuple[dict, dict]:
     "Teachers as `Distill` takes them, and what run.json says of each."
     recipe, teachers, facts = run.recipe.distill, {}, {}
     for role, (model, about) in found.items():
         try: frozen, facts[role] = _frozen(model, run.recipe.training(role).precision)
-        except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: {e.problem}", fix=e.fix) from e
+        except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: "
+                                                 f"{e.problem}", fix=e.fix) from e
         teachers[role] = frozen
         if recipe.views:
-            teachers[role] = TeacherCache(frozen, about['weights_sha256'], recipe.teacher_batch, about['arch'], picture_facts(run.recipe.data))
+            teachers[role] = TeacherCache(
+                frozen,
+                about['weights_sha256'],
+                recipe.teacher_batch,
+                about['arch'],
+                picture_facts(run.recipe.data),
+            )
     return teachers, facts
 
+# %% ../../nbs/04_distill.ipynb #eeed97df
 def train_student(
     run:Run,              # run whose data and teacher stages are done
     fold:int=0,           # fold, counted from 0
@@ -66,15 +77,21 @@ def train_student(
     init_group()   # before a device is asked for: each process has a GPU of its own
     with propagate_failure(): return _taught(run, fold)
 
+# %% ../../nbs/04_distill.ipynb #701f0869
 def _taught(run:Run, fold:int)->dict:
     "The student of a fold, trained with its teachers."
     found, role = load_teachers(run, fold), 'student'
     if run.is_finished(role, fold): return train_role(run, fold, role)
     weights = _weights(found, run.recipe.distill.combine)
     teachers, facts = _ready(found, run)
-    taught_by = {r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w) for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)}
+    taught_by = {
+        r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w)
+        for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)
+    }
     del found   # what answers is a copy
-    about = train_role(run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by)
+    about = train_role(
+        run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by
+    )
     for r, t in teachers.items():
         if isinstance(t, TeacherCache):
             facts[r] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)

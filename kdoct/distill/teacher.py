@@ -7,25 +7,37 @@ __all__ = ['seen_images', 'use_teacher', 'train_teacher', 'load_teacher', 'load_
 
 # %% ../../nbs/03_teacher.ipynb #imp-distill-teacher
 import time
+
 from contextlib import nullcontext
+
 from pathlib import Path
 
 import pandas as pd
+
 import torch
 
 from ..core.files import KdoctError, read_json, sha256_file
+
 from ..core.recipe import require_weights
+
 from ..core.runs import Run, stage_command
+
 from ..data.cache import FRAMING
+
 from ..data.stage import FoldData, open_fold
+
 from kdoct.models.backbones import (
     Classifier,
     load_for_classes,
     load_model_folder,
     save_model_folder,
 )
+
 from ..training.distributed import best_device, broadcast, init_group, propagate_failure
+
 from ..training.loop import validation_scores
+
+# %% ../../nbs/03_teacher.ipynb #ab45c991
 from kdoct.training.results import (
     check_start,
     inference_batches,
@@ -42,36 +54,69 @@ def seen_images(
     "Images that a network was trained or validated on, as far as its run or its bundle says."
     folder = Path(folder).resolve()
     about, seen = read_json(folder/'model.json'), set()
-    run = next((p for p in folder.parents if (p/'folds.csv').is_file() and (p/'table.parquet').is_file()), None)
+    run = next(
+        (
+            p
+            for p in folder.parents
+            if (p / 'folds.csv').is_file() and (p / 'table.parquet').is_file()
+        ),
+        None,
+    )
     if run is not None and sha256_file(run/'folds.csv') == about.get('folds_sha256'):
-        folds, table = pd.read_csv(run/'folds.csv', dtype={'path': str}), pd.read_parquet(run/'table.parquet')
+        folds, table = (
+            pd.read_csv(run / 'folds.csv', dtype={'path': str}),
+            pd.read_parquet(run / 'table.parquet'),
+        )
         own = folds.path[(folds.fold == about['fold']) & folds.role.isin(['train', 'val'])]
         seen |= set(table.sha256[table.path.isin(own)])
     if (folder/'bundle.json').is_file():
         seen |= set((read_json(folder/'bundle.json').get('calibration') or {}).get('sha256', ()))
     return seen
 
+# %% ../../nbs/03_teacher.ipynb #801dd91a
 def _require_unseen(data:FoldData, role:str, folder:str):
     "`KdoctError` if a network is known to have learned from test images of the fold."
     test, seen = data.rows('test').sha256, seen_images(folder)
     if n := int(test.isin(seen).sum()):
-        raise KdoctError(f"The {role} ({folder}) has learned from {n} of the {len(test)} test images of fold {data.fold}.",
-                         fix="Use a network that was trained on other images, or only the fold that it was trained in.")
+        raise KdoctError(
+            f"The {role} ({folder}) has learned from {n} of the {len(test)} test images of fold "
+            f"{data.fold}.",
+            fix="Use a network that was trained on other images, or only the fold that it was "
+                "trained in.",
+        )
 
 def _require_one_source(run:Run, fold:int, role:str, weights_sha256:str):
     "`KdoctError` if another fold of the run used other weights under the same name."
     for key, facts in run.facts()['stages'].items():
         used = (facts.get('weights_from') or {}).get('weights_sha256')
-        if key.partition('/')[2] == role and facts.get('trained') is False and used != weights_sha256:
-            raise KdoctError(f"The {role} of {key.partition('/')[0]} had other weights (SHA-256 {used[:12]}, now {weights_sha256[:12]}).",
-                             fix="Put the old ones back, or begin a new run.")
+        if (
+            key.partition('/')[2] == role
+            and facts.get('trained') is False
+            and used != weights_sha256
+        ):
+            raise KdoctError(
+                f"The {role} of {key.partition('/')[0]} had other weights (SHA-256 {used[:12]}, "
+                f"now {weights_sha256[:12]}).",
+                fix="Put the old ones back, or begin a new run.",
+            )
 
+# %% ../../nbs/03_teacher.ipynb #ac6a265c
 def _notes(run:Run, role:str, about:dict)->list[str]:
     "What is to be said of a network that is used as it is."
     framing = {k: ((about.get('recipe') or {}).get('data') or {}).get(k) for k in FRAMING}
-    other = [f"{k} {v}, here {getattr(run.recipe.data, k)}" for k, v in framing.items() if v not in (None, getattr(run.recipe.data, k))]
-    return [f"The {role} is used as it is, and was not trained here.",
-            *([f"The {role} was trained on pictures that were framed otherwise: {'; '.join(other)}."] if other else [])]
+    other = [
+        f"{k} {v}, here {getattr(run.recipe.data, k)}"
+        for k, v in framing.items()
+        if v not in (None, getattr(run.recipe.data, k))
+    ]
+    return [
+        f"The {role} is used as it is, and was not trained here.",
+        *(
+            [f"The {role} was trained on pictures that were framed otherwise: {'; '.join(other)}."]
+            if other
+            else []
+        ),
+    ]
 
 # %% ../../nbs/03_teacher.ipynb #d7d052c0
 def use_teacher(
@@ -84,9 +129,14 @@ def use_teacher(
     with propagate_failure(), run.lock(fold, role) if rank == 0 else nullcontext():
         return broadcast(None if rank else _use(run, open_fold(run, fold), role))
 
+# %% ../../nbs/03_teacher.ipynb #977a6006
 def _use(run:Run, data:FoldData, role:str)->dict:
     "The work of `use_teacher`, in one process."
-    folder, recipe, began = run.stage_dir(data.fold, role), run.recipe.training(role), time.perf_counter()
+    folder, recipe, began = (
+        run.stage_dir(data.fold, role),
+        run.recipe.training(role),
+        time.perf_counter(),
+    )
     if is_trained(run, data.fold, role, data.folds_sha256):
         print(f"The {role} of fold {data.fold} in run '{run.name}' is finished already.")
         return read_json(folder/'model.json')
@@ -97,19 +147,66 @@ def _use(run:Run, data:FoldData, role:str)->dict:
     origin, notes = check_start(run, data, role), _notes(run, role, own)
     for note in notes: print(note)
     model.precision, device = 'bf16' if recipe.precision == 'bf16' else 'fp32', best_device()
-    return _write(run, data, role, model.to(device), device, began, notes, dict(weights_from=origin, trained=False))
+    return _write(
+        run,
+        data,
+        role,
+        model.to(device),
+        device,
+        began,
+        notes,
+        dict(weights_from=origin, trained=False),
+    )
 
-def _write(run:Run, data:FoldData, role:str, model:Classifier, device, began:float, notes:list[str], facts:dict)->dict:
+# %% ../../nbs/03_teacher.ipynb #0f8eb485
+def _write(
+    run:Run,
+    data:FoldData,
+    role:str,
+    model:Classifier,
+    device,
+    began:float,
+    notes:list[str],
+    facts:dict,
+)->dict:
     "Predictions, model folder and record."
     recipe, key = run.recipe.training(role), f'fold_{data.fold}/{role}'
-    batches, weights = inference_batches(data, 'val', run, recipe, device), {k: v.clone() for k, v in model.body.state_dict().items()}
-    scores = validation_scores(torch.from_numpy(predict_logits(model, batches)), torch.from_numpy(batches.labels[batches.rows]))
+    batches, weights = (
+        inference_batches(data, 'val', run, recipe, device),
+        {k: v.clone() for k, v in model.body.state_dict().items()},
+    )
+    scores = validation_scores(
+        torch.from_numpy(predict_logits(model, batches)),
+        torch.from_numpy(batches.labels[batches.rows]),
+    )
     write_predictions(run, data, role, model, device, dict(unchanged=weights), 'unchanged')
-    metrics = dict(kept='unchanged', best_epoch=None, validation=scores, candidates=dict(unchanged=scores))
-    about = save_model_folder(run.stage_dir(data.fold, role), model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
-                        precision=model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
-    run.record(key, status='done', trained=False, seconds=time.perf_counter() - began, parameters=about['parameters'], precision=about['precision'],
-               weights_sha256=about['weights_sha256'], notes=[*notes, *run.stage(key).get('notes', [])], **metrics)
+    metrics = dict(
+        kept='unchanged', best_epoch=None, validation=scores, candidates=dict(unchanged=scores)
+    )
+    about = save_model_folder(
+        run.stage_dir(data.fold, role),
+        model.cpu(),
+        role,
+        run.recipe,
+        data.classes,
+        folds_sha256=data.folds_sha256,
+        fold=data.fold,
+        precision=model.precision,
+        channels=run.stage('data')['channels'],
+        metrics=metrics,
+        **facts,
+    )
+    run.record(
+        key,
+        status='done',
+        trained=False,
+        seconds=time.perf_counter() - began,
+        parameters=about['parameters'],
+        precision=about['precision'],
+        weights_sha256=about['weights_sha256'],
+        notes=[*notes, *run.stage(key).get('notes', [])],
+        **metrics,
+    )
     return read_json(run.stage_dir(data.fold, role)/'model.json')
 
 # %% ../../nbs/03_teacher.ipynb #f68230be
@@ -136,14 +233,20 @@ def load_teacher(
                          fix=f"Train it first:\n     {before}{command}")
     about = read_json(folder/'model.json')
     if (about['folds_sha256'], about['fold']) != (sha256_file(run.folds_csv), fold):
-        raise KdoctError(f"The {role} of fold {fold} was trained on other folds than this run has now.",
-                         fix=f"Delete {folder} and train it again: {command}")
+        raise KdoctError(
+            f"The {role} of fold {fold} was trained on other folds than this run has now.",
+            fix=f"Delete {folder} and train it again: {command}",
+        )
     if about['classes'] != (classes := run.stage('data')['classes']):
-        raise KdoctError(f"The {role} of fold {fold} has the classes {', '.join(about['classes'])}, this run {', '.join(classes)}.",
-                         fix=f"Delete {folder} and train it again: {command}")
+        raise KdoctError(
+            f"The {role} of fold {fold} has the classes {', '.join(about['classes'])}, this run "
+            f"{', '.join(classes)}.",
+            fix=f"Delete {folder} and train it again: {command}",
+        )
     model, about = load_model_folder(folder)
     return model.requires_grad_(False), about
 
+# %% ../../nbs/03_teacher.ipynb #fdb5db20
 def load_teachers(
     run:Run,      # the run
     fold:int,     # fold, counted from 0

@@ -27,22 +27,36 @@ from ..training.distributed import rank_world
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #6b5fc0fb
 def _digest(data)->str:
     "Hash of bytes, or of what JSON can hold."
-    return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()
+    ).hexdigest()
 
 def picture_facts(
     data:DataRecipe,  # how files become squares
 )->dict:              # decoder, framing, size, margin
     "What decides the stored pixels of an image beside its file."
-    return dict(decoder=DECODER, framing={k: getattr(data, k) for k in FRAMING}, size=data.size, margin=data.margin)
+    return dict(
+        decoder=DECODER,
+        framing={k: getattr(data, k) for k in FRAMING},
+        size=data.size,
+        margin=data.margin,
+    )
 
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #04e1efc1
 def view_facts(
     batches:Batches,  # training batches of a student
 )->dict:              # what JSON can hold
     "What decides the pixels of a view beside its number and the image."
     # what the facts do not say shows in the pixels
     few = batches.rows[np.argsort(batches.ids[batches.rows])[:16]]
-    return dict(seed=batches.seed, size=batches.size, augment=batches.recipe.model_dump(mode='json'), draws=list(DRAWS),
-                stored=list(batches.images.shape[1:]), pixels=_digest(np.ascontiguousarray(batches.images[few]).tobytes()))
+    return dict(
+        seed=batches.seed,
+        size=batches.size,
+        augment=batches.recipe.model_dump(mode='json'),
+        draws=list(DRAWS),
+        stored=list(batches.images.shape[1:]),
+        pixels=_digest(np.ascontiguousarray(batches.images[few]).tobytes()),
+    )
 
 def arithmetic(
     model:Classifier,  # the teacher
@@ -50,8 +64,12 @@ def arithmetic(
 )->dict:               # precision: fp32 or bf16; tf32: whether a GPU rounds the inputs of products to 10 bits
     "In which numbers a network calculates."
     rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return dict(precision=model.precision, tf32=torch.device(device).type == 'cuda' and model.precision == 'fp32' and rounded)
+    return dict(
+        precision=model.precision,
+        tf32=torch.device(device).type == 'cuda' and model.precision == 'fp32' and rounded,
+    )
 
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #9f1145d3
 def answer_facts(
     model:Classifier,        # the teacher
     weights_sha256:str,      # hash of its weights
@@ -61,9 +79,23 @@ def answer_facts(
 )->dict:                     # what JSON can hold; `key` is the hash of the rest
     "What a cached answer depends on."
     ids = np.unique(batches.ids[batches.rows])
-    teacher = dict(arch=arch, weights_sha256=weights_sha256, size=model.size, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
-                   interpolation=model.interpolation, classes=model.body.num_classes, **arithmetic(model, batches.device))
-    facts = dict(teacher=teacher, pictures=pictures, views=view_facts(batches), images=len(ids), images_sha256=_digest(ids.tobytes()))
+    teacher = dict(
+        arch=arch,
+        weights_sha256=weights_sha256,
+        size=model.size,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        interpolation=model.interpolation,
+        classes=model.body.num_classes,
+        **arithmetic(model, batches.device),
+    )
+    facts = dict(
+        teacher=teacher,
+        pictures=pictures,
+        views=view_facts(batches),
+        images=len(ids),
+        images_sha256=_digest(ids.tobytes()),
+    )
     return dict(key=_digest(facts)[:24], **facts)
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #99d254cf
@@ -76,7 +108,11 @@ class TeacherCache:
         arch:str='',             # its timm name
         pictures:dict|None=None, # of `picture_facts`
     ):
-        self.model, self.weights_sha256, self.batch = model.eval().requires_grad_(False), weights_sha256, batch
+        self.model, self.weights_sha256, self.batch = (
+            model.eval().requires_grad_(False),
+            weights_sha256,
+            batch,
+        )
         self.arch, self.pictures, self.seconds, self.queried = arch, pictures, 0., 0
 
     def open(self,
@@ -120,16 +156,22 @@ def _query(self:TeacherCache, places:np.ndarray, number:int)->np.ndarray:
     raise KdoctError(f"The teacher's logits for view {number} are not finite.",
                      fix="Train the teacher again, or set its precision to fp32.")
 
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #b60b882d
 def _prove(self:TeacherCache, number:int, n:int=4):
     "`KdoctError` if the teacher does not say what stands in a view's file."
     answered = np.flatnonzero(~np.isnan(self.views[number]).any(1))
     if len(answered) == 0: return
     places = answered[np.linspace(0, len(answered) - 1, min(n, len(answered))).astype(int)]
     there, now = self.views[number][places], _query(self, places, number)
-    allowed = (1e-3 if self.model.precision == 'fp32' else 5e-2)*max(float(np.nanstd(self.views[number])), 1e-3)
+    allowed = (1e-3 if self.model.precision == 'fp32' else 5e-2) * max(
+        float(np.nanstd(self.views[number])), 1e-3
+    )
     if (worst := float(np.median(np.abs(there - now)))) > allowed:
-        raise KdoctError(f"The teacher does not say today what stands in {self.file(number)} (logits differ by {worst:.3g}, {allowed:.3g} is allowed).",
-                         fix=f"Delete {self.path}; it is made again.")
+        raise KdoctError(
+            f"The teacher does not say today what stands in {self.file(number)} (logits differ by "
+            f"{worst:.3g}, {allowed:.3g} is allowed).",
+            fix=f"Delete {self.path}; it is made again.",
+        )
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #785b5aa8
 def _unanswered(self:TeacherCache, number:int)->int:
@@ -146,6 +188,7 @@ def _todo(self:TeacherCache, numbers:list[int]):
             for i in range(0, len(places), self.batch): yield v, places[i:i + self.batch]
             self.views[v].flush()
 
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #b97ae05a
 @patch
 def build(self:TeacherCache,
     numbers,  # of the views
@@ -162,6 +205,7 @@ def build(self:TeacherCache,
             self.queried += len(part)
     self.seconds += time.perf_counter() - began
 
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #1a377a9d
 @patch
 def logits(self:TeacherCache,
     rows:np.ndarray,  # (n,) rows of the data set
@@ -172,6 +216,8 @@ def logits(self:TeacherCache,
     at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
     z = np.asarray(self.views[number][at]) if number in self.views else np.array(np.nan)
     if (self.ids[at] != ids).any() or np.isnan(z).any():
-        raise KdoctError(f"The teacher cache {self.path.name} has no answer to view {number} of these images.",
-                         fix="Build that view first.")
+        raise KdoctError(
+            f"The teacher cache {self.path.name} has no answer to view {number} of these images.",
+            fix="Build that view first.",
+        )
     return torch.from_numpy(z).to(self.batches.device)

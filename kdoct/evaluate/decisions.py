@@ -37,6 +37,7 @@ from .patients import rule_of, VolumeRule
 # %% ../../nbs/05g_decide.ipynb #4c9db79c
 BOUNDS = (.05, 20.)  # of a temperature
 
+# %% ../../nbs/05g_decide.ipynb #4283861d
 def fit_temperature(
     logits:np.ndarray,  # (n, K) of images that trained nothing
     y:np.ndarray,       # (n,) int, true classes
@@ -44,14 +45,29 @@ def fit_temperature(
     "The temperature with the smallest negative log-likelihood (Guo et al. 2017), with Platt's targets, within `BOUNDS`."
     z, n = np.asarray(logits, dtype=np.float64), len(y)
     true = np.arange(z.shape[1]) == np.asarray(y)[:, None]
-    if np.ptp(z, axis=1).max() == 0: return 1., 'all logits are equal: the temperature cannot be fitted and stays 1'
+    if np.ptp(z, axis=1).max() == 0:
+        return 1., 'all logits are equal: the temperature cannot be fitted and stays 1'
     targets = np.where(true, (n + 1)/(n + 2), 1/(n + 2)/(z.shape[1] - 1))
     def nll(log_t): return -(targets*log_softmax(z*np.exp(-log_t))).sum(1).mean()
-    t = float(np.exp(minimize_scalar(nll, bounds=np.log(BOUNDS), method='bounded', options=dict(xatol=1e-6)).x))
+    t = float(
+        np.exp(
+            minimize_scalar(
+                nll, bounds=np.log(BOUNDS), method='bounded', options=dict(xatol=1e-6)
+            ).x
+        )
+    )
     at = next((b for b in BOUNDS if abs(np.log(t/b)) < 1e-3), None)
-    if at: return at, f'the temperature is at its bound {at:g}: ' + ('the logits tell nothing of the class' if at > 1 else 'the logits are very small')
+    if at:
+        return at, f'the temperature is at its bound {at:g}: ' + (
+            'the logits tell nothing of the class' if at > 1 else 'the logits are very small'
+        )
     alone = (z[true] > np.where(true, -np.inf, z).max(1)).all()
-    return t, f'no mistake in {counted(n, "image")}: the temperature rests on the prior alone' if alone else ''
+    return (
+        t,
+        f'no mistake in {counted(n, "image")}: the temperature rests on the prior alone'
+        if alone
+        else '',
+    )
 
 # %% ../../nbs/05g_decide.ipynb #a1e34432
 def patient_quantile(
@@ -84,6 +100,7 @@ def _threshold(own, rest, kind, target):
     above = both[both > v]
     return _middle(v, above[0]) if (own > v).any() else None
 
+# %% ../../nbs/05g_decide.ipynb #cc2ad786
 def operating_points(
     probs:np.ndarray,       # (n, K) calibrated probabilities
     y:np.ndarray,           # (n,) int, true classes
@@ -94,15 +111,28 @@ def operating_points(
     rows = []
     for k, c in enumerate(classes):
         own, rest = probs[y == k, k], probs[y != k, k]
-        for kind, target in [('sensitivity', w) for w in recipe.sensitivity] + [('specificity', w) for w in recipe.specificity]:
+        for kind, target in [('sensitivity', w) for w in recipe.sensitivity] + [
+            ('specificity', w) for w in recipe.specificity
+        ]:
             t = _threshold(own, rest, kind, target) if len(own) and len(rest) else None
             why = f'only by predicting {"it always" if kind == "sensitivity" else "it never"}'
             if not len(own): why = 'no image of the class'
             if not len(rest): why = 'no image of another class'
             note = '' if t is not None else why
-            does = (np.nan, np.nan, np.nan) if t is None else (t, (own >= t).mean(), (rest < t).mean())
-            rows.append(dict(zip(('class', 'kind', 'wished', 'threshold', 'sensitivity', 'specificity'), (c, kind, target, *does), strict=True),
-                             images=len(own), note=f'not reachable: {note}' if note else ''))
+            does = (
+                (np.nan, np.nan, np.nan) if t is None else (t, (own >= t).mean(), (rest < t).mean())
+            )
+            rows.append(
+                dict(
+                    zip(
+                        ('class', 'kind', 'wished', 'threshold', 'sensitivity', 'specificity'),
+                        (c, kind, target, *does),
+                        strict=True,
+                    ),
+                    images=len(own),
+                    note=f'not reachable: {note}' if note else '',
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05g_decide.ipynb #86e5d393
@@ -115,8 +145,16 @@ def deferral_threshold(
 )->tuple[float, str]:       # B-scans with less are deferred; a remark, '' if nothing
     "The confidence under which a B-scan is deferred, chosen on the risk-coverage curve."
     curve = risk_coverage(confidence, right)
-    good = curve.coverage >= recipe.defer_target - 1e-9 if recipe.defer == 'coverage' else curve.risk <= recipe.defer_target
-    if not good.any(): return EVERYTHING, f'a risk of {100*recipe.defer_target:g} % is not reachable: every B-scan is deferred'
+    good = (
+        curve.coverage >= recipe.defer_target - 1e-9
+        if recipe.defer == 'coverage'
+        else curve.risk <= recipe.defer_target
+    )
+    if not good.any():
+        return (
+            EVERYTHING,
+            f'a risk of {100 * recipe.defer_target:g} % is not reachable: every B-scan is deferred',
+        )
     i = np.flatnonzero(good)[0 if recipe.defer == 'coverage' else -1]
     return _middle(curve.threshold.get(i + 1, 0.), curve.threshold[i]), ''
 
@@ -131,7 +169,11 @@ def prediction_set_minimum(
     q = patient_quantile(1 - probs[np.arange(len(y)), y], groups, 1 - alpha)
     if np.isfinite(q): return max(0., 1 - q), ''
     n = len(set(groups))
-    return 0., f'{counted(n, "patient")}: too few for sets with {100*alpha:g} % errors: every class is in every set'
+    return (
+        0.0,
+        f'{counted(n, "patient")}: too few for sets with {100 * alpha:g} % errors: every class is '
+        f'in every set',
+    )
 
 # %% ../../nbs/05g_decide.ipynb #186e6dd3
 def _ppca_distance(x, mean, axes, scale, residual):
@@ -144,7 +186,10 @@ def _ppca_distance(x, mean, axes, scale, residual):
 def _both(features, mean, axes, scale, residual):
     "Distance of the features as they are, and of their direction."
     length = ((features*features).sum(-1) + 1e-12)[:, None]**.5
-    return [_ppca_distance(x, mean[i], axes[i], scale[i], residual[i]) for i, x in enumerate((features, features/length))]
+    return [
+        _ppca_distance(x, mean[i], axes[i], scale[i], residual[i])
+        for i, x in enumerate((features, features / length))
+    ]
 
 def distance(
     features,  # (n, d) numpy array or torch tensor
@@ -157,6 +202,7 @@ def distance(
     a, b = _both(features, mean, axes, scale, residual)
     return (a + b + abs(a - b))/2   # the larger one, for arrays and tensors alike
 
+# %% ../../nbs/05g_decide.ipynb #6284d9b1
 @dataclass(frozen=True, eq=False)
 class Outlier:
     "How far a picture is from the training images, to a network; all arrays float32."
@@ -176,7 +222,11 @@ class Outlier:
         "Distance of each picture; about 1 is the edge of the usual."
         features = np.asarray(features, dtype=np.float32)
         if features.ndim != 2 or features.shape[1] != self.mean.shape[-1]:
-            raise KdoctError(f'features of the shape {features.shape} for statistics of {self.mean.shape[-1]} features', fix='Give those of the same network.')
+            raise KdoctError(
+                f'features of the shape {features.shape} for statistics of '
+                f'{self.mean.shape[-1]} features',
+                fix='Give those of the same network.',
+            )
         return distance(features, **self.arrays())
 
 # %% ../../nbs/05g_decide.ipynb #fa2e7315
@@ -191,11 +241,15 @@ def _ppca(x, explained):
     (mean, cov), d = _covariance(x), x.shape[1]
     values, vectors = np.linalg.eigh(cov)
     values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
-    if (total := values.sum()) < 1e-12: raise KdoctError('All training images have the same features.', fix='Train the network again.')
+    if (total := values.sum()) < 1e-12:
+        raise KdoctError(
+            'All training images have the same features.', fix='Train the network again.'
+        )
     k = int(min(np.searchsorted(np.cumsum(values)/total, explained) + 1, len(x) - 1, d - 1))
     residual = max((total - values[:k].sum())/(d - k), 1e-6*total/d)
     return mean, vectors[:, :k].T, np.maximum(values[:k], residual), residual
 
+# %% ../../nbs/05g_decide.ipynb #18ff8f93
 def fit_outlier(
     features:np.ndarray,    # (n, d) pooled features of training images
     explained:float=.95,    # share of the variance that the kept axes hold
@@ -203,11 +257,24 @@ def fit_outlier(
     "Statistics of the training images."
     x = np.asarray(features, dtype=np.float32)
     if len(x) < 3 or x.ndim != 2 or x.shape[1] < 2 or not np.isfinite(x).all():
-        raise KdoctError(f'features of the shape {x.shape} cannot describe training images.', fix='Train on more images; look whether all are finite.')
+        raise KdoctError(
+            f'features of the shape {x.shape} cannot describe training images.',
+            fix='Train on more images; look whether all are finite.',
+        )
     both = [_ppca(v, explained) for v in (x, x/np.linalg.norm(x, axis=1, keepdims=True).clip(1e-6))]
     k = max(len(axes) for _, axes, _, _ in both)
-    padded = [(m, np.pad(a, ((0, k - len(a)), (0, 0))), np.pad(s, (0, k - len(s)), constant_values=1.), r) for m, a, s, r in both]
-    return Outlier(*(np.stack(a).astype(np.float32) for a in zip(*padded, strict=True)), threshold=np.inf)
+    padded = [
+        (
+            m,
+            np.pad(a, ((0, k - len(a)), (0, 0))),
+            np.pad(s, (0, k - len(s)), constant_values=1.0),
+            r,
+        )
+        for m, a, s, r in both
+    ]
+    return Outlier(
+        *(np.stack(a).astype(np.float32) for a in zip(*padded, strict=True)), threshold=np.inf
+    )
 
 # %% ../../nbs/05g_decide.ipynb #8804a9bf
 @dataclass(frozen=True, eq=False)
@@ -235,9 +302,14 @@ class Decision:
     )->np.ndarray:          # (n, K) bool, never an empty row
         "Classes of each prediction set; the predicted class is always among them."
         if alpha not in self.set_minimum:
-            raise KdoctError(f'no sets with an error of {alpha:g} were fitted', fix=f'Fitted are: {", ".join(f"{a:g}" for a in self.set_minimum)}')
+            raise KdoctError(
+                f'no sets with an error of {alpha:g} were fitted',
+                fix=f'Fitted are: {", ".join(f"{a:g}" for a in self.set_minimum)}',
+            )
         probs = np.asarray(probs)
-        return (probs >= self.set_minimum[alpha]) | (np.arange(probs.shape[1]) == probs.argmax(1)[:, None])
+        return (probs >= self.set_minimum[alpha]) | (
+            np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
+        )
 
     def judge(self,
         probs:np.ndarray,   # (n, K) calibrated probabilities
@@ -247,14 +319,29 @@ class Decision:
         probs, distance = np.asarray(probs), np.asarray(distance)
         confidence, outlier = probs.max(1), distance > self.outlier.threshold
         reasons = {'confidence': confidence < self.defer_below, 'outlier': outlier}
-        why = [', '.join(w for w, yes in zip(reasons, each, strict=True) if yes) for each in zip(*reasons.values(), strict=True)]
-        return pd.DataFrame(dict(predicted=np.array(self.classes)[probs.argmax(1)], confidence=confidence, deferred=[w != '' for w in why],
-                                 why=why, distance=distance, outlier=outlier))
+        why = [
+            ', '.join(w for w, yes in zip(reasons, each, strict=True) if yes)
+            for each in zip(*reasons.values(), strict=True)
+        ]
+        return pd.DataFrame(
+            dict(
+                predicted=np.array(self.classes)[probs.argmax(1)],
+                confidence=confidence,
+                deferred=[w != '' for w in why],
+                why=why,
+                distance=distance,
+                outlier=outlier,
+            )
+        )
 
 # %% ../../nbs/05g_decide.ipynb #f6ad5276
-SELECTED = ('These patients have also chosen the epoch, which makes probabilities too high and prediction sets too small: in a simulation '
-            '(40 patients, 30 equally good epochs; notebook 05g) sets wished at 90 % held the true class in 86 % of the images of new patients, and in '
-            '91 % when fitted on patients of their own, a calibration part.')
+SELECTED = (
+    'These patients have also chosen the epoch, which makes probabilities too high and prediction '
+    'sets too small: in a simulation '
+    '(40 patients, 30 equally good epochs; notebook 05g) sets wished at 90 % held the true class '
+    'in 86 % of the images of new patients, and in '
+    '91 % when fitted on patients of their own, a calibration part.'
+)
 
 def fitted_on(
     decision:Decision,  # fitted on validation or on the calibration part
@@ -275,25 +362,44 @@ def told_apart(
         if x != y or a == b: return x, y
     return repr(float(a)), repr(float(b))
 
+# %% ../../nbs/05g_decide.ipynb #76ee82c5
 def explained(
     decision:Decision,    # of the network that predicted
     probs:np.ndarray,     # (K,) calibrated probabilities of one picture
     distance:float|None,  # from the training images; None: not measured
 )->list[str]:             # sentences
     "What `judge` decides of one picture, and why; and its prediction sets."
-    output = decision.judge(np.asarray(probs)[None], [np.nan if distance is None else distance]).iloc[0]
+    output = decision.judge(
+        np.asarray(probs)[None], [np.nan if distance is None else distance]
+    ).iloc[0]
     out = [f"Deferred to a person ({output.why})." if output.deferred else 'Not deferred.']
     least = decision.defer_below
     (p, limit), below = told_apart(100*output.confidence, 100*least), output.confidence < least
-    out.append('Confidence: every B-scan is deferred, because no threshold reached the wish.' if least > 1 else
-               f"Confidence: {p} % is {'below' if below else 'at least'} {limit} %.")
+    out.append(
+        'Confidence: every B-scan is deferred, because no threshold reached the wish.'
+        if least > 1
+        else f"Confidence: {p} % is {'below' if below else 'at least'} {limit} %."
+    )
     if distance is None: out.append('Whether it is an outlier was not measured.')
     else:
         (d, limit) = told_apart(distance, decision.outlier.threshold, 2)
-        out.append(f'Outlier: its distance of {d} from the training images is above {limit}; its predicted class means nothing.' if output.outlier
-                   else f'No outlier: its distance of {d} from the training images is not above {limit}.')
-    def classes(a): return ' or '.join(c for c, yes in zip(decision.classes, decision.sets(np.asarray(probs)[None], a)[0], strict=True) if yes)
-    sets = '; '.join(f'{classes(a)} at an error of {100*a:g} %' for a in sorted(decision.set_minimum))
+        out.append(
+            f'Outlier: its distance of {d} from the training images is above {limit}; its '
+            f'predicted class means nothing.'
+            if output.outlier
+            else f'No outlier: its distance of {d} from the training images is not above {limit}.'
+        )
+    def classes(a):
+        return ' or '.join(
+            c
+            for c, yes in zip(
+                decision.classes, decision.sets(np.asarray(probs)[None], a)[0], strict=True
+            )
+            if yes
+        )
+    sets = '; '.join(
+        f'{classes(a)} at an error of {100 * a:g} %' for a in sorted(decision.set_minimum)
+    )
     return out + ([f'Prediction sets: {sets}.'] if sets else [])
 
 # %% ../../nbs/05g_decide.ipynb #825c6a75
@@ -306,32 +412,62 @@ def fit_decision(
     **about,                    # on what it is fitted
 )->Decision:
     "All decisions, from training images and those of held-out patients who are not tested."
-    z, y, groups, classes = logits_of(check_predictions(held)), targets_of(held), held.group.astype(str).to_numpy(), classes_of(held)
+    z, y, groups, classes = (
+        logits_of(check_predictions(held)),
+        targets_of(held),
+        held.group.astype(str).to_numpy(),
+        classes_of(held),
+    )
     temperature, temperature_note = fit_temperature(z, y)
     probs, notes = np.exp(log_softmax(z/temperature)), [temperature_note]
     keep, deferral_note = deferral_threshold(probs.max(1), probs.argmax(1) == y, recipe)
     sets = {a: prediction_set_minimum(probs, y, groups, a) for a in recipe.alpha}
-    outlier, outlier_note = _with_threshold(fit_outlier(train_features), features, groups, recipe.outliers)
+    outlier, outlier_note = _with_threshold(
+        fit_outlier(train_features), features, groups, recipe.outliers
+    )
     notes += [deferral_note, *(note for _, note in sets.values()), outlier_note]
-    about |= dict(images=len(held), patients=len(set(groups)), train_images=len(train_features), recipe=recipe.model_dump(mode='json'))
-    return Decision(tuple(classes), temperature, keep, {a: m for a, (m, _) in sets.items()}, operating_points(probs, y, classes, recipe), outlier,
-                    tuple(n for n in notes if n), about, rule_of(recipe, severity))
+    about |= dict(
+        images=len(held),
+        patients=len(set(groups)),
+        train_images=len(train_features),
+        recipe=recipe.model_dump(mode='json'),
+    )
+    return Decision(
+        tuple(classes),
+        temperature,
+        keep,
+        {a: m for a, (m, _) in sets.items()},
+        operating_points(probs, y, classes, recipe),
+        outlier,
+        tuple(n for n in notes if n),
+        about,
+        rule_of(recipe, severity),
+    )
 
+# %% ../../nbs/05g_decide.ipynb #3599c63a
 def _with_threshold(o:Outlier, features, groups, share)->tuple[Outlier, str]:
     "The same statistics in units of these images, with a threshold that this share of the images of new patients exceeds; and a remark."
     n, features = len(set(groups)), np.asarray(features, dtype=np.float32)
-    def edge(scores): return min(patient_quantile(scores, groups, 1 - share), float(scores.max()))   # the largest where patients are too few
+    # the largest where patients are too few
+    def edge(scores): return min(patient_quantile(scores, groups, 1 - share), float(scores.max()))
     unit = np.array([edge(scores)**2 for scores in _both(features, **o.arrays())], dtype=np.float32)
     o = replace(o, scale=o.scale*unit[:, None], residual=o.residual*unit)
     scores = o.score(features)
-    note = '' if np.isfinite(patient_quantile(scores, groups, 1 - share)) else (
-        f'{counted(n, "patient")}: too few for {100*share:g} % outliers among new ones: the largest distance of theirs is the threshold, and '
-        f'{100/(n + 1):.0f} % are to be expected')
+    note = (
+        ''
+        if np.isfinite(patient_quantile(scores, groups, 1 - share))
+        else (
+            f'{counted(n, "patient")}: too few for {100 * share:g} % outliers among new ones: the '
+            f'largest distance of theirs is the threshold, and '
+            f'{100 / (n + 1):.0f} % are to be expected'
+        )
+    )
     return replace(o, threshold=edge(scores)), note
 
 # %% ../../nbs/05g_decide.ipynb #c85b4558
 _FIX = 'Make it again with notebook 05g_decide.'
 
+# %% ../../nbs/05g_decide.ipynb #c6b2c041
 def save_decision(
     folder:str|Path,    # a model folder
     decision:Decision,  # what to write
@@ -339,12 +475,28 @@ def save_decision(
     "Write decision.safetensors and decision.json, each atomically, the statistics first."
     folder, d = Path(folder), decision
     with atomic_path(folder/'decision.safetensors') as tmp: save_file(d.outlier.arrays(), tmp)
-    write_json(folder/'decision.json', dict(
-        classes=d.classes, temperature=d.temperature, defer_below=d.defer_below, prediction_sets=[dict(alpha=a, minimum=m) for a, m in d.set_minimum.items()],
-        operating_points=d.operating_points.to_dict('records'), outlier=dict(threshold=d.outlier.threshold, features=d.outlier.mean.shape[1],
-        axes=d.outlier.axes.shape[1], sha256=sha256_file(folder/'decision.safetensors')), notes=d.notes, about=d.about, volume=asdict(d.volume)))
+    write_json(
+        folder / 'decision.json',
+        dict(
+            classes=d.classes,
+            temperature=d.temperature,
+            defer_below=d.defer_below,
+            prediction_sets=[dict(alpha=a, minimum=m) for a, m in d.set_minimum.items()],
+            operating_points=d.operating_points.to_dict('records'),
+            outlier=dict(
+                threshold=d.outlier.threshold,
+                features=d.outlier.mean.shape[1],
+                axes=d.outlier.axes.shape[1],
+                sha256=sha256_file(folder / 'decision.safetensors'),
+            ),
+            notes=d.notes,
+            about=d.about,
+            volume=asdict(d.volume),
+        ),
+    )
     return folder/'decision.json'
 
+# %% ../../nbs/05g_decide.ipynb #2ae29a17
 def load_decision(
     folder:str|Path,  # a model folder, or a bundle
 )->Decision:
@@ -352,13 +504,22 @@ def load_decision(
     folder = Path(folder)
     stored = read_json(folder/'decision.json')
     if isinstance(stored, dict) and 'volume' not in stored and 'conformal' in stored:
-        raise KdoctError(f'{folder/"decision.json"} is of an earlier version, which did not say how a volume is decided.',
-                         fix=f'{_FIX} A bundle: export it again.')
+        raise KdoctError(
+            f'{folder / "decision.json"} is of an earlier version, which did not say how a volume '
+            f'is decided.',
+            fix=f'{_FIX} A bundle: export it again.',
+        )
     try: decision = _decision_from(stored, _statistics(folder, stored['outlier']))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise KdoctError(f'{folder/"decision.json"} is no decision ({type(e).__name__}: {e}).', fix=_FIX) from e
-    if (folder/'model.json').exists() and read_json(folder/'model.json').get('weights_sha256') != decision.about.get('weights_sha256'):
-        raise KdoctError(f'The decision in {folder} belongs to other weights than those beside it.', fix=_FIX)
+        raise KdoctError(
+            f'{folder / "decision.json"} is no decision ({type(e).__name__}: {e}).', fix=_FIX
+        ) from e
+    if (folder / 'model.json').exists() and read_json(folder / 'model.json').get(
+        'weights_sha256'
+    ) != decision.about.get('weights_sha256'):
+        raise KdoctError(
+            f'The decision in {folder} belongs to other weights than those beside it.', fix=_FIX
+        )
     return decision
 
 # %% ../../nbs/05g_decide.ipynb #29e256ce
@@ -371,24 +532,48 @@ def _statistics(folder:Path, stored:dict)->Outlier:
     except SafetensorError as e: raise KdoctError(f'{path} is damaged ({e}).', fix=_FIX) from e
     d, k = stored['features'], stored['axes']
     shapes = dict(mean=(2, d), axes=(2, k, d), scale=(2, k), residual=(2,))
-    fine = set(a) == set(shapes) and all(a[n].shape == s and a[n].dtype == np.float32 and np.isfinite(a[n]).all() for n, s in shapes.items())
-    if not fine or (a['scale'] <= 0).any() or (a['residual'] <= 0).any(): raise KdoctError(f'{path} does not hold the statistics of {d} features.', fix=_FIX)
+    fine = set(a) == set(shapes) and all(
+        a[n].shape == s and a[n].dtype == np.float32 and np.isfinite(a[n]).all()
+        for n, s in shapes.items()
+    )
+    if not fine or (a['scale'] <= 0).any() or (a['residual'] <= 0).any():
+        raise KdoctError(f'{path} does not hold the statistics of {d} features.', fix=_FIX)
     return Outlier(**a, threshold=float(stored['threshold']))
 
+# %% ../../nbs/05g_decide.ipynb #36895c7e
 def _decision_from(stored:dict, outlier:Outlier)->Decision:
     "A decision from its JSON; KeyError, TypeError or ValueError where that is not one."
-    points = pd.DataFrame(stored['operating_points']).astype({c: float for c in ('wished', 'threshold', 'sensitivity', 'specificity')})
-    numbers = [float(stored['temperature']), float(stored['defer_below']), outlier.threshold, *(float(r['minimum']) for r in stored['prediction_sets'])]
-    if not np.isfinite(numbers).all() or numbers[0] <= 0: raise ValueError(f'numbers out of range: {numbers}')
-    if set(points['class']) - set(stored['classes']): raise ValueError('operating points of other classes')
-    return Decision(tuple(stored['classes']), *numbers[:2], {float(r['alpha']): float(r['minimum']) for r in stored['prediction_sets']}, points,
-                    outlier, tuple(stored['notes']), dict(stored['about']), _volume_from(stored['volume'], stored['classes']))
+    points = pd.DataFrame(stored['operating_points']).astype(
+        {c: float for c in ('wished', 'threshold', 'sensitivity', 'specificity')}
+    )
+    numbers = [
+        float(stored['temperature']),
+        float(stored['defer_below']),
+        outlier.threshold,
+        *(float(r['minimum']) for r in stored['prediction_sets']),
+    ]
+    if not np.isfinite(numbers).all() or numbers[0] <= 0:
+        raise ValueError(f'numbers out of range: {numbers}')
+    if set(points['class']) - set(stored['classes']):
+        raise ValueError('operating points of other classes')
+    return Decision(
+        tuple(stored['classes']),
+        *numbers[:2],
+        {float(r['alpha']): float(r['minimum']) for r in stored['prediction_sets']},
+        points,
+        outlier,
+        tuple(stored['notes']),
+        dict(stored['about']),
+        _volume_from(stored['volume'], stored['classes']),
+    )
 
+# %% ../../nbs/05g_decide.ipynb #30be0eb9
 def _volume_from(stored:dict, classes:list[str])->VolumeRule:
     "The volume rule from its JSON; TypeError or ValueError where it is none."
     try: rule = VolumeRule(**stored | dict(severity=tuple(stored['severity'])))
     except KdoctError as e: raise ValueError(e.problem) from e
-    if rule.severity and sorted(rule.severity) != sorted(classes): raise ValueError('an order of severity of other classes')
+    if rule.severity and sorted(rule.severity) != sorted(classes):
+        raise ValueError('an order of severity of other classes')
     return rule
 
 # %% ../../nbs/05g_decide.ipynb #bc5fceec
@@ -409,6 +594,7 @@ def answer(
     features, logits = pooled_and_logits(model.body, model.prepare(x))
     return features.float(), logits.float()
 
+# %% ../../nbs/05g_decide.ipynb #73b83215
 def features_and_logits(
     model,    # Classifier, on the device of the batches; set to evaluation mode
     batches,  # yields (images in [0, 1], labels), in order
@@ -416,9 +602,11 @@ def features_and_logits(
     "Pooled features and logits of all images, in float32."
     import torch  # here, so that reading a decision does not wait for it
     model.eval()
-    with torch.inference_mode(): out = [tuple(a.cpu().numpy() for a in answer(model, x)) for x, _ in batches]
+    with torch.inference_mode():
+        out = [tuple(a.cpu().numpy() for a in answer(model, x)) for x, _ in batches]
     f, z = (np.concatenate(a) for a in zip(*out, strict=True))
-    if not (np.isfinite(f).all() and np.isfinite(z).all()): raise KdoctError('features or logits are not finite', fix='Train the network again.')
+    if not (np.isfinite(f).all() and np.isfinite(z).all()):
+        raise KdoctError('features or logits are not finite', fix='Train the network again.')
     return f, z
 
 # %% ../../nbs/05g_decide.ipynb #a182f4a6
@@ -430,15 +618,40 @@ def outlier_pictures(
     from scipy.ndimage import gaussian_filter
     rng, (n, s), rest = np.random.default_rng(seed), images.shape[:2], images.shape[3:]
     white = rng.integers(0, 256, images.shape, dtype=np.uint8)
-    smooth = np.stack([gaussian_filter(w.astype(float), (s/16, s/16, *(0 for _ in rest))) for w in white])
-    low, high = (f(smooth.reshape(n, -1), 1).reshape(n, *(1 for _ in images.shape[1:])) for f in (np.min, np.max))
-    flat = np.broadcast_to(np.linspace(0, 255, n).astype(np.uint8).reshape(n, *(1 for _ in images.shape[1:])), images.shape)
+    smooth = np.stack(
+        [gaussian_filter(w.astype(float), (s / 16, s / 16, *(0 for _ in rest))) for w in white]
+    )
+    low, high = (
+        f(smooth.reshape(n, -1), 1).reshape(n, *(1 for _ in images.shape[1:]))
+        for f in (np.min, np.max)
+    )
+    flat = np.broadcast_to(
+        np.linspace(0, 255, n).astype(np.uint8).reshape(n, *(1 for _ in images.shape[1:])),
+        images.shape,
+    )
     t = s//4
-    cut = images[:, :4*t, :4*t].reshape(n, 4, t, 4, t, *rest).swapaxes(2, 3).reshape(n, 16, t, t, *rest)
-    tiles = np.stack([c[rng.permutation(16)] for c in cut]).reshape(n, 4, 4, t, t, *rest).swapaxes(2, 3).reshape(n, 4*t, 4*t, *rest)
-    tiles = np.pad(tiles, ((0, 0), (0, s - 4*t), (0, s - 4*t), *((0, 0) for _ in rest)), mode='edge')
-    return {'white noise': white, 'smooth noise': (255*(smooth - low)/(high - low)).astype(np.uint8), 'flat grey': np.ascontiguousarray(flat),
-            'inverted': 255 - images, 'tiles': tiles}
+    cut = (
+        images[:, : 4 * t, : 4 * t]
+        .reshape(n, 4, t, 4, t, *rest)
+        .swapaxes(2, 3)
+        .reshape(n, 16, t, t, *rest)
+    )
+    tiles = (
+        np.stack([c[rng.permutation(16)] for c in cut])
+        .reshape(n, 4, 4, t, t, *rest)
+        .swapaxes(2, 3)
+        .reshape(n, 4 * t, 4 * t, *rest)
+    )
+    tiles = np.pad(
+        tiles, ((0, 0), (0, s - 4 * t), (0, s - 4 * t), *((0, 0) for _ in rest)), mode='edge'
+    )
+    return {
+        'white noise': white,
+        'smooth noise': (255 * (smooth - low) / (high - low)).astype(np.uint8),
+        'flat grey': np.ascontiguousarray(flat),
+        'inverted': 255 - images,
+        'tiles': tiles,
+    }
 
 # %% ../../nbs/05g_decide.ipynb #b4e27c08
 def _batches(run:Run, data:FoldData, model, rows=None, images=None):
@@ -446,38 +659,74 @@ def _batches(run:Run, data:FoldData, model, rows=None, images=None):
     from kdoct.data.augment import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
     rows, none = np.arange(len(images)) if rows is None else rows, np.zeros(len(images), np.int64)
-    return Batches(images, none, none.astype(np.uint64), rows, 32, device=model.mean.device, size=run.recipe.data.size)
+    return Batches(
+        images,
+        none,
+        none.astype(np.uint64),
+        rows,
+        32,
+        device=model.mean.device,
+        size=run.recipe.data.size,
+    )
 
 def _pass(run:Run, data:FoldData, model, rows=None, images=None)->tuple[np.ndarray, np.ndarray]:
     "Features and logits of rows of a fold, or of other pictures of the same size."
     return features_and_logits(model, _batches(run, data, model, rows, images))
 
+# %% ../../nbs/05g_decide.ipynb #2e423ea0
 def _share_of_outliers(run:Run, data:FoldData, model, decision:Decision, n:int=32)->dict:
     "Share of outliers among pictures that are no B-scans, by kind."
     rows = data.idx['train']
     one = rows[np.unique(data.groups[rows].astype(str), return_index=True)[1]][:n]   # of different patients
     kinds = outlier_pictures(np.asarray(data.images[one]), run.recipe.seed)
-    return {kind: dict(images=len(x), outliers=float((decision.outlier.score(_pass(run, data, model, images=x)[0]) > decision.outlier.threshold).mean()))
-            for kind, x in kinds.items()}
+    return {
+        kind: dict(
+            images=len(x),
+            outliers=float(
+                (
+                    decision.outlier.score(_pass(run, data, model, images=x)[0])
+                    > decision.outlier.threshold
+                ).mean()
+            ),
+        )
+        for kind, x in kinds.items()
+    }
 
+# %% ../../nbs/05g_decide.ipynb #4543f6b1
 def _caveat(run:Run)->str:
     "Why the images of the fit are not drawn as test images are; '' where they are."
     d, part = run.recipe.data, _part(run.recipe.data)
-    if d.protocol == 'official': return f'The test part is the official one, not drawn as {part} was.'
-    only_fit = d.worst_case_train and not d.worst_case_test and part == 'validation'   # the calibration part is as the test part
+    if d.protocol == 'official':
+        return f'The test part is the official one, not drawn as {part} was.'
+    # the calibration part is as the test part
+    only_fit = d.worst_case_train and not d.worst_case_test and part == 'validation'
     if only_fit: return 'Validation has only slices that show the diagnosis, the test part has all.'
     only_test = d.worst_case_test and not d.worst_case_train
-    return f'The test part has only slices that show the diagnosis, {part} has all.' if only_test else ''
+    return (
+        f'The test part has only slices that show the diagnosis, {part} has all.'
+        if only_test
+        else ''
+    )
 
 def _part(data)->str: return 'calibration' if data.calibration_fraction > 0 else 'validation'
 
+# %% ../../nbs/05g_decide.ipynb #a1636892
 def _fitted(run:Run, data:FoldData, model, **about)->Decision:
     "The decision from training images, and from those of the calibration part or, where there is none, of validation."
     from kdoct.training.results import predictions_frame
     held = CALIB if run.recipe.data.calibration_fraction > 0 else 'val'
     about |= dict(part=_part(run.recipe.data), caveat=_caveat(run), run=run.name, fold=data.fold)
-    (train, _), (features, logits) = (_pass(run, data, model, data.idx[part]) for part in ('train', held))
-    decision = fit_decision(predictions_frame(data, held, logits), features, train, run.recipe.decide, run.recipe.data.severity, **about)
+    (train, _), (features, logits) = (
+        _pass(run, data, model, data.idx[part]) for part in ('train', held)
+    )
+    decision = fit_decision(
+        predictions_frame(data, held, logits),
+        features,
+        train,
+        run.recipe.decide,
+        run.recipe.data.severity,
+        **about,
+    )
     decision.about['outlier_pictures'] = _share_of_outliers(run, data, model, decision)
     return decision
 
@@ -485,11 +734,18 @@ def _fitted(run:Run, data:FoldData, model, **about)->Decision:
 def _check_same(folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:np.ndarray):
     "`KdoctError` unless the network says now what predictions.parquet has of it, in float32 (on another machine: nearly)."
     before = logits_of(predicted)
-    near = before.shape == logits.shape and np.abs(before - logits).max() <= .01*max(1., np.abs(before).max())
+    near = before.shape == logits.shape and np.abs(before - logits).max() <= 0.01 * max(
+        1.0, np.abs(before).max()
+    )
     if not near or predicted.path.tolist() != rows.path.tolist():
-        raise KdoctError(f'{folder/"predictions.parquet"} is not what the network beside it says of the test images in float32.',
-                         fix=f'Delete {folder} and train again (earlier versions predicted in the arithmetic of training, which may be bfloat16).')
+        raise KdoctError(
+            f'{folder / "predictions.parquet"} is not what the network beside it says of the test '
+            f'images in float32.',
+            fix=f'Delete {folder} and train again (earlier versions predicted in the arithmetic of '
+                f'training, which may be bfloat16).',
+        )
 
+# %% ../../nbs/05g_decide.ipynb #96312c56
 def decide_fold(
     run:Run,             # the run
     fold:int,            # counted from 0
@@ -500,16 +756,35 @@ def decide_fold(
     from kdoct.training.distributed import best_device
     folder = run.stage_dir(fold, role)
     if not run.is_finished(role, fold):
-        raise KdoctError(f"Fold {fold} of run '{run.name}' has no {role} yet.", fix=f'Train it first: {stage_command(role, run, fold)}')
+        raise KdoctError(
+            f"Fold {fold} of run '{run.name}' has no {role} yet.",
+            fix=f'Train it first: {stage_command(role, run, fold)}',
+        )
     with run.lock(fold, role):
-        data, predicted, (model, about) = open_fold(run, fold), read_predictions(folder/'predictions.parquet'), load_model_folder(folder)
-        if about['folds_sha256'] != data.folds_sha256: raise KdoctError(f'{folder} was trained on other folds.', fix=f'Delete {folder} to train it again.')
+        data, predicted, (model, about) = (
+            open_fold(run, fold),
+            read_predictions(folder / 'predictions.parquet'),
+            load_model_folder(folder),
+        )
+        if about['folds_sha256'] != data.folds_sha256:
+            raise KdoctError(
+                f'{folder} was trained on other folds.', fix=f'Delete {folder} to train it again.'
+            )
         model = model.to(best_device())
-        decision = _fitted(run, data, model, role=role, folds_sha256=data.folds_sha256, weights_sha256=about['weights_sha256'])
+        decision = _fitted(
+            run,
+            data,
+            model,
+            role=role,
+            folds_sha256=data.folds_sha256,
+            weights_sha256=about['weights_sha256'],
+        )
         features, logits = _pass(run, data, model, data.idx['test'])
         _check_same(folder, predicted, data.rows('test'), logits)
         with atomic_path(folder/'outliers.parquet') as tmp:
-            predicted[['path', 'fold']].assign(distance=decision.outlier.score(features)).to_parquet(tmp, index=False)
+            predicted[['path', 'fold']].assign(
+                distance=decision.outlier.score(features)
+            ).to_parquet(tmp, index=False)
         save_decision(folder, decision)   # last: it says that all is there
     return decision
 
@@ -521,10 +796,24 @@ def decide_all(
     "Decisions of every trained network of a fold; `KdoctError` if there is none."
     import time
     began, roles = time.perf_counter(), [r for r in run.recipe.roles if run.is_finished(r, fold)]
-    if not roles: raise KdoctError(f"Fold {fold} of run '{run.name}' has no network yet.", fix=f"Train one first: {stage_command('teacher', run, fold)}")
+    if not roles:
+        raise KdoctError(
+            f"Fold {fold} of run '{run.name}' has no network yet.",
+            fix=f"Train one first: {stage_command('teacher', run, fold)}",
+        )
     out = {}
     for role in roles:
         d = out[role] = decide_fold(run, fold, role)
-        print(f'{role}: temperature {d.temperature:.2f}, deferred below {d.defer_below:.3f}, outliers above {d.outlier.threshold:.2f}', *d.notes, sep='\n  ')
-    run.record(f'fold_{fold}/decide', status='done', seconds=round(time.perf_counter() - began, 1), temperature={r: d.temperature for r, d in out.items()})
+        print(
+            f'{role}: temperature {d.temperature:.2f}, deferred below {d.defer_below:.3f}, '
+            f'outliers above {d.outlier.threshold:.2f}',
+            *d.notes,
+            sep='\n  ',
+        )
+    run.record(
+        f'fold_{fold}/decide',
+        status='done',
+        seconds=round(time.perf_counter() - began, 1),
+        temperature={r: d.temperature for r, d in out.items()},
+    )
     return out

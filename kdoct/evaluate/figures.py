@@ -44,8 +44,18 @@ _ROLE_LINE = {'teacher': '-', 'student': '-', 'baseline': '--'}
 @contextmanager
 def _style():
     "Plain axes and type that can be read in a report, for figures made inside."
-    rc = {'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
-          'legend.fontsize': 8, 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8}
+    rc = {
+        'font.size': 9,
+        'axes.titlesize': 10,
+        'axes.labelsize': 9,
+        'xtick.labelsize': 8,
+        'ytick.labelsize': 8,
+        'legend.fontsize': 8,
+        'legend.frameon': False,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.linewidth': 0.8,
+    }
     with sns.axes_style('ticks'), mpl.rc_context(rc): yield
 
 def _axes(width, height, rows=1, cols=1, **kw):
@@ -64,16 +74,25 @@ def save_figure(
     "Write a figure as PNG, atomically; 256 colours are enough for all of them and a third of the size."
     with io.BytesIO() as raw, atomic_path(path) as tmp:
         fig.savefig(raw, dpi=min(dpi, 150), format='png', facecolor='white')
-        PILImage.open(raw).convert('RGB').quantize(256, method=method, dither=PILImage.Dither.NONE).save(tmp, 'png', optimize=True)
+        PILImage.open(raw).convert('RGB').quantize(
+            256, method=method, dither=PILImage.Dither.NONE
+        ).save(tmp, 'png', optimize=True)
     return Path(path)
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #e6dd6bd4
 def _classes_on(ax, classes, axis='x', start=.5):
     "Class names as tick labels, slanted where they would touch."
     slant = axis == 'x' and (max(map(len, classes)) > 8 or len(classes) > 5)
-    getattr(ax, f'set_{axis}ticks')(np.arange(len(classes)) + start, classes, rotation=35*slant, rotation_mode='anchor',
-                                    ha='right' if slant or axis == 'y' else 'center', va='center' if axis == 'y' else 'top')
+    getattr(ax, f'set_{axis}ticks')(
+        np.arange(len(classes)) + start,
+        classes,
+        rotation=35 * slant,
+        rotation_mode='anchor',
+        ha='right' if slant or axis == 'y' else 'center',
+        va='center' if axis == 'y' else 'top',
+    )
 
+# %% ../../nbs/05f_evaluate.figures.ipynb #a40b1c80
 def confusion_figure(
     models:dict[str, pd.DataFrame],  # name -> predictions
 ) -> Figure:
@@ -84,15 +103,38 @@ def confusion_figure(
         fig, axes = _axes(side*cols + .9, (side + .9)*rows, rows, cols, sharey=True)
         for ax in axes.flat[len(models):]: ax.set_visible(False)
         for ax, (name, df) in zip(axes.flat, models.items(), strict=False):
-            e = evaluate_predictions(df); cm = np.array(e['confusion']); n = cm.sum(1, keepdims=True)
+            e = evaluate_predictions(df)
+            cm = np.array(e['confusion'])
+            n = cm.sum(1, keepdims=True)
             share = np.divide(cm, n, out=np.full(cm.shape, np.nan), where=n > 0)
-            text = [[f'{c}\n{100*s:.0f} %' if c else '0' for c, s in zip(*r, strict=True)] for r in zip(cm, share, strict=True)]
-            sns.heatmap(share, ax=ax, annot=np.array(text), fmt='', cmap='Blues', vmin=0, vmax=1, cbar=False, square=True,
-                        linewidths=1, linecolor='white', annot_kws={'fontsize': 8})
-            ax.set_facecolor('0.9'); ax.set_title(f'{name}:{" " if len(name) < 12 else chr(10)}accuracy {100*e["accuracy"]:.1f} %'); ax.set_xlabel('predicted')
+            text = [
+                [f'{c}\n{100 * s:.0f} %' if c else '0' for c, s in zip(*r, strict=True)]
+                for r in zip(cm, share, strict=True)
+            ]
+            sns.heatmap(
+                share,
+                ax=ax,
+                annot=np.array(text),
+                fmt='',
+                cmap='Blues',
+                vmin=0,
+                vmax=1,
+                cbar=False,
+                square=True,
+                linewidths=1,
+                linecolor='white',
+                annot_kws={'fontsize': 8},
+            )
+            ax.set_facecolor('0.9')
+            ax.set_title(
+                f'{name}:{" " if len(name) < 12 else chr(10)}accuracy {100 * e["accuracy"]:.1f} %'
+            )
+            ax.set_xlabel('predicted')
             _classes_on(ax, e['classes']); ax.tick_params(length=0)
         for first in axes[:, 0]:
-            first.set_ylabel('true'); _classes_on(first, e['classes'], 'y'); first.tick_params(axis='y', rotation=0)
+            first.set_ylabel('true')
+            _classes_on(first, e['classes'], 'y')
+            first.tick_params(axis='y', rotation=0)
     return fig
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #313c720a
@@ -105,10 +147,25 @@ def _roc_panel(ax, models, c, k):
         if not np.isfinite(auc): continue
         lowest = min(lowest, auc)
         fpr, tpr, _ = roc_curve(y == k, p[:, k])
-        ax.plot(fpr, tpr, _ROLE_LINE.get(name, '-'), color=_colour(name, i), lw=1.6, label=f'{name} {auc:.3f}')
+        ax.plot(
+            fpr,
+            tpr,
+            _ROLE_LINE.get(name, '-'),
+            color=_colour(name, i),
+            lw=1.6,
+            label=f'{name} {auc:.3f}',
+        )
     ax.set_title(c)
-    if ax.lines: ax.legend(loc='upper center', bbox_to_anchor=(.5, -.14), title='AUC', fontsize=8, title_fontsize=8)
-    else: ax.text(.5, .5, 'no image of this class\n(or of no other)', ha='center', va='center', transform=ax.transAxes)
+    if ax.lines:
+        ax.legend(
+            loc='upper center',
+            bbox_to_anchor=(0.5, -0.14),
+            title='AUC',
+            fontsize=8,
+            title_fontsize=8,
+        )
+    else: ax.text(.5, .5, 'no image of this class\n(or '
+                          'of no other)', ha='center', va='center', transform=ax.transAxes)
     return lowest
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #76844515
@@ -121,7 +178,10 @@ def roc_figure(
     with _style():
         height = 2.6 + .2*len(models)   # the legend, with the AUC of each model, stands below its panel
         fig, axes = _axes(2.4*cols + .3, height*rows + .3, rows, cols, sharex=True, sharey=True)
-        lowest = min(_roc_panel(ax, models, c, k) for k, (ax, c) in enumerate(zip(axes.flat, classes, strict=False)))
+        lowest = min(
+            _roc_panel(ax, models, c, k)
+            for k, (ax, c) in enumerate(zip(axes.flat, classes, strict=False))
+        )
         edge = 1. if lowest < .9 else .3
         for ax in axes.flat: ax.set(xlim=(-.01*edge, edge), ylim=(1 - edge, 1 + .01*edge))
         for ax in axes.flat[len(classes):]: ax.set_visible(False)
@@ -137,7 +197,12 @@ def _reliability_panel(ax, name, df, colour, n_bins=15, few=10):
     for solid, alpha in ((t.n >= few, 1.), ((t.n > 0) & (t.n < few), .35)):
         ax.bar(((t.low + t.high)/2)[solid], t.accuracy[solid], .9/n_bins, color=colour, alpha=alpha)
     ax.plot([0, 1], [0, 1], '--', color='0.35', lw=1)
-    ax.set(title=f'{name}: ECE {100*expected_calibration_error(conf, right, n_bins):.1f} %', xlim=(0, 1), ylim=(0, 1), xticks=[0, .5, 1])
+    ax.set(
+        title=f'{name}: ECE {100 * expected_calibration_error(conf, right, n_bins):.1f} %',
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xticks=[0, 0.5, 1],
+    )
     return t
 
 def _counts_panel(ax, bins, n_bins=15):
@@ -146,6 +211,7 @@ def _counts_panel(ax, bins, n_bins=15):
     ax.set_yscale('log')
     ax.set_ylim(.7, None)
 
+# %% ../../nbs/05f_evaluate.figures.ipynb #e320d04f
 def reliability_figure(
     models:dict[str, pd.DataFrame],  # name -> predictions
     n_bins:int=15,  # bins of equal width, as in the ECE
@@ -153,7 +219,15 @@ def reliability_figure(
 ) -> Figure:
     "Reliability diagram before calibration, with the number of images of every bin."
     with _style():
-        fig, axes = _axes(2.6*len(models) + .4, 3.5, 2, len(models), sharex=True, sharey='row', height_ratios=[3, 1])
+        fig, axes = _axes(
+            2.6 * len(models) + 0.4,
+            3.5,
+            2,
+            len(models),
+            sharex=True,
+            sharey='row',
+            height_ratios=[3, 1],
+        )
         for i, (name, df) in enumerate(models.items()):
             top, low = axes[:, i]
             t = _reliability_panel(top, name, df, _colour(name, i), n_bins, few)
@@ -169,11 +243,22 @@ def calibration_figure(
 ) -> Figure:
     "Reliability as trained (above) and after calibration (below), each with the images of every bin; a column a model."
     with _style():
-        fig, axes = _axes(2.7*len(decided) + .4, 7., 4, len(decided), sharex=True, sharey='row', height_ratios=[3, 1, 3, 1])
+        fig, axes = _axes(
+            2.7 * len(decided) + 0.4,
+            7.0,
+            4,
+            len(decided),
+            sharex=True,
+            sharey='row',
+            height_ratios=[3, 1, 3, 1],
+        )
         for i, (m, folds) in enumerate(decided.items()):
             low, high = (f(j.decision.temperature for j in folds) for f in (min, max))
             temperature = f'{low:.2f}' if len(folds) == 1 else f'{low:.2f} to {high:.2f}'
-            for row, what, name in ((0, 'before', f'{m}, as trained'), (2, 'after', f'temperature {temperature}')):
+            for row, what, name in (
+                (0, 'before', f'{m}, as trained'),
+                (2, 'after', f'temperature {temperature}'),
+            ):
                 df = pd.concat([getattr(j, what) for j in folds], ignore_index=True)
                 bins = _reliability_panel(axes[row, i], name, df, _colour(m, i), n_bins)
                 _counts_panel(axes[row + 1, i], bins, n_bins)
@@ -183,6 +268,7 @@ def calibration_figure(
         fig.supxlabel('probability given to the predicted class', fontsize=9)
     return fig
 
+# %% ../../nbs/05f_evaluate.figures.ipynb #1b5ff2b4
 def coverage_figure(
     decided:dict[str, list[DecidedPredictions]],  # model -> one a fold
 ) -> Figure:
@@ -193,9 +279,22 @@ def coverage_figure(
             conf, right, kept = (np.concatenate([f(j) for j in folds]) for f in (
                 lambda j: j.probs.max(1), lambda j: j.right, lambda j: ~j.output.deferred))
             curve = risk_coverage(conf, right)
-            ax.plot(100*curve.coverage, 100*curve.risk, _ROLE_LINE.get(m, '-'), color=_colour(m, i), lw=1.6, label=m)
-            if kept.any(): ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)
-        ax.set(xlim=(0, 101), ylim=(0, None), xlabel='B-scans that are kept [%]', ylabel='mistakes among them [%]')
+            ax.plot(
+                100 * curve.coverage,
+                100 * curve.risk,
+                _ROLE_LINE.get(m, '-'),
+                color=_colour(m, i),
+                lw=1.6,
+                label=m,
+            )
+            if kept.any():
+                ax.plot(100*kept.mean(), 100*(~right)[kept].mean(), 'o', color=_colour(m, i), ms=6)
+        ax.set(
+            xlim=(0, 101),
+            ylim=(0, None),
+            xlabel='B-scans that are kept [%]',
+            ylabel='mistakes among them [%]',
+        )
         fig.legend(loc='outside right upper')
     return fig
 
@@ -206,7 +305,11 @@ def history_figure(
     "Training loss, validation loss and accuracy over epochs, all models; only like is drawn beside like."
     def has(h, column): return column in h and h[column].notna().any() and (h[column] != 0).any()
     distilled = [n for n, h in histories.items() if has(h, 'train_soft')]
-    titles = ['training: hard loss, as trained', 'validation: cross-entropy', 'validation: accuracy [%]']
+    titles = [
+        'training: hard loss, as trained',
+        'validation: cross-entropy',
+        'validation: accuracy [%]',
+    ]
     if distilled: titles.append('training: soft loss (distillation)')
     with _style():
         fig, axes = _axes(2.9*len(titles), 3.1, 1, len(titles))
@@ -233,7 +336,12 @@ def worst_mistakes(
     "The errors with the highest probability of the wrong class."
     p, classes = np.exp(log_softmax(logits_of(df))), np.array(classes_of(df))
     t = df[['path', 'label']].assign(predicted=classes[p.argmax(1)], confidence=p.max(1))
-    return t[t.predicted != t.label].sort_values(['confidence', 'path'], ascending=[False, True]).head(n).reset_index(drop=True)
+    return (
+        t[t.predicted != t.label]
+        .sort_values(['confidence', 'path'], ascending=[False, True])
+        .head(n)
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #7b4aeba5
 def _show(ax, image):
@@ -241,7 +349,16 @@ def _show(ax, image):
     ax.set(xticks=[], yticks=[])
     for s in ax.spines.values(): s.set_visible(False)
     if isinstance(image, str):
-        ax.set_facecolor('0.93'); ax.text(.5, .5, textwrap.fill(image, 28), ha='center', va='center', fontsize=7, transform=ax.transAxes)
+        ax.set_facecolor('0.93')
+        ax.text(
+            0.5,
+            0.5,
+            textwrap.fill(image, 28),
+            ha='center',
+            va='center',
+            fontsize=7,
+            transform=ax.transAxes,
+        )
     else: ax.imshow(np.squeeze(image), cmap='gray', vmin=0, vmax=255, aspect='equal')
 
 def _load_or_reason(load_image, path):
@@ -259,13 +376,21 @@ def mistakes_figure(
     worst, total = worst_mistakes(df, n), len(worst_mistakes(df, len(df)))
     cols = 4; rows = max(1, -(-len(worst)//cols))
     with _style():
-        fig, axes = _axes(2.35*cols, 2.45*rows + .4, rows, cols) if len(worst) else _axes(2.35*cols, 1.2)
+        fig, axes = (
+            _axes(2.35 * cols, 2.45 * rows + 0.4, rows, cols)
+            if len(worst)
+            else _axes(2.35 * cols, 1.2)
+        )
         some = f'the {len(worst)} surest of ' if total > len(worst) else ''
-        fig.suptitle(f'{name}: {some}{counted(total, "mistake")} in {counted(len(df), "image")}', fontsize=11)
+        fig.suptitle(
+            f'{name}: {some}{counted(total, "mistake")} in {counted(len(df), "image")}', fontsize=11
+        )
         for ax in axes.flat: ax.set_axis_off()
         for ax, (_, r) in zip(axes.flat, worst.iterrows(), strict=False):
             ax.set_axis_on(); _show(ax, _load_or_reason(load_image, r.path))
-            ax.set_title(f'{r.label} taken for {r.predicted}\n{100*r.confidence:.1f} %', fontsize=8.5)
+            ax.set_title(
+                f'{r.label} taken for {r.predicted}\n{100 * r.confidence:.1f} %', fontsize=8.5
+            )
             ax.set_xlabel(r.path if len(r.path) <= 36 else f'…{r.path[-35:]}', fontsize=7)
     return fig
 
@@ -278,9 +403,17 @@ def counts_of(
 ) -> pd.DataFrame:  # label, role, images, groups
     "Images and groups of every class in every part of a fold."
     t = folds.assign(label=folds.path.map(labels))
-    if (n := int(t.label.isna().sum())): raise KdoctError(f'{counted(n, "image")} of folds.csv with no label, first {t.path[t.label.isna()].iloc[0]}',
-                                                          fix='pass the labels of the table that the folds were made from')
-    return t.groupby(['label', 'role']).agg(images=('path', 'size'), groups=('group', 'nunique')).reset_index()
+    if (n := int(t.label.isna().sum())):
+        raise KdoctError(
+            f'{counted(n, "image")} of folds.csv with no label, first '
+            f'{t.path[t.label.isna()].iloc[0]}',
+            fix='pass the labels of the table that the folds were made from',
+        )
+    return (
+        t.groupby(['label', 'role'])
+        .agg(images=('path', 'size'), groups=('group', 'nunique'))
+        .reset_index()
+    )
 
 # %% ../../nbs/05f_evaluate.figures.ipynb #df5589d1
 def counts_figure(
@@ -288,15 +421,31 @@ def counts_figure(
     classes:list[str]|None=None,  # order of the classes
 ) -> Figure:
     "Images and patients of every class in training, validation and test part."
-    classes, parts = classes or sorted(counts.label.unique()), [p for p in _PART_COLOUR if p in set(counts.role)]
+    classes, parts = (
+        classes or sorted(counts.label.unique()),
+        [p for p in _PART_COLOUR if p in set(counts.role)],
+    )
     with _style():
         fig, axes = _axes(8.6, 2.2 + .12*max(map(len, classes)), 1, 2)
-        for ax, col, title in zip(axes[0], ('images', 'groups'), ('images', 'groups (patients)'), strict=True):
-            sns.barplot(counts.replace(dict(role=PART_NAMES)), x='label', y=col, hue='role', order=classes, ax=ax,
-                        hue_order=[PART_NAMES[p] for p in parts], palette=[_PART_COLOUR[p] for p in parts],
-                        saturation=1, legend=ax is axes[0][1])
+        for ax, col, title in zip(
+            axes[0], ('images', 'groups'), ('images', 'groups (patients)'), strict=True
+        ):
+            sns.barplot(
+                counts.replace(dict(role=PART_NAMES)),
+                x='label',
+                y=col,
+                hue='role',
+                order=classes,
+                ax=ax,
+                hue_order=[PART_NAMES[p] for p in parts],
+                palette=[_PART_COLOUR[p] for p in parts],
+                saturation=1,
+                legend=ax is axes[0][1],
+            )
             for bars in ax.containers: ax.bar_label(bars, fontsize=7, padding=1)
-            ax.set(title=title, xlabel='', ylabel=''); _classes_on(ax, classes, start=0); ax.tick_params(axis='x', length=0)
+            ax.set(title=title, xlabel='', ylabel='')
+            _classes_on(ax, classes, start=0)
+            ax.tick_params(axis='x', length=0)
         sns.move_legend(axes[0][1], 'upper left', bbox_to_anchor=(1, 1), title=None)
     return fig
 
@@ -310,10 +459,15 @@ def folds_figure(
         fig, axes = _axes(9, .9 + .35*len(models), 1, len(COMPARED), sharey=True)
         for ax, (m, title) in zip(axes[0], COMPARED.items(), strict=True):
             for i, name in enumerate(models):
-                v = per_fold.loc[per_fold.model == name, m].astype(float) * (1 if m == 'auc' else 100)
+                v = per_fold.loc[per_fold.model == name, m].astype(float) * (
+                    1 if m == 'auc' else 100
+                )
                 ax.plot(v, np.full(len(v), i), 'o', color=_colour(name, i), ms=5, alpha=.75, mew=0)
                 ax.plot([v.mean()], [i], '|', color='0.15', ms=15, mew=1.6)
-            ax.set_title(title); ax.margins(x=.12); ax.locator_params(axis='x', nbins=4); ax.grid(axis='x', lw=.4)
+            ax.set_title(title)
+            ax.margins(x=0.12)
+            ax.locator_params(axis='x', nbins=4)
+            ax.grid(axis='x', lw=0.4)
         axes[0][0].set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - .4, -.6))
     return fig
 
@@ -330,7 +484,14 @@ def views_figure(
             for i, (name, r) in enumerate(t.iterrows()):
                 colour = _colour(model := name.split(',')[0], models.index(model))
                 ax.plot([100*r[f'{m}_low'], 100*r[f'{m}_high']], [i, i], '-', color=colour, lw=1.4)
-                ax.plot(100*r[m], i, 's' if name.endswith('averaged views') else 'o', color=colour, mfc=colour if r.kept else 'white', ms=6)
+                ax.plot(
+                    100 * r[m],
+                    i,
+                    's' if name.endswith('averaged views') else 'o',
+                    color=colour,
+                    mfc=colour if r.kept else 'white',
+                    ms=6,
+                )
             ax.set_title(title); ax.grid(axis='x', lw=.4)
         axes[0][0].set(yticks=range(len(t)), yticklabels=t.index, ylim=(len(t) - .4, -.6))
     return fig

@@ -22,13 +22,19 @@ from ..data.stage import open_fold
 from ..training.results import predictions_frame
 
 # %% ../../nbs/05e_evaluate.hog_svm.ipynb #c3c3a60d
-SIDE, HOG = 128, dict(orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2), block_norm='L2-Hys')
+SIDE, HOG = (
+    128,
+    dict(orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2), block_norm='L2-Hys'),
+)
 
 def hog_features(
     images:np.ndarray,  # uint8, (n, h, w) or (n, h, w, 3)
 )->np.ndarray:          # (n, 1764) float32
     "Histograms of oriented gradients of grey images at 128 x 128 (Dalal and Triggs 2005)."
-    def small(im): return np.asarray(Image.fromarray(im).convert('L').resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    def small(im):
+        return np.asarray(
+            Image.fromarray(im).convert('L').resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        )
     return np.stack([hog(small(im), **HOG) for im in images]).astype(np.float32)
 
 # %% ../../nbs/05e_evaluate.hog_svm.ipynb #ea6b25b1
@@ -40,10 +46,20 @@ def fit_svm(
     seed:int=0,     # of the solver
 )->tuple[Pipeline, dict[float, float]]:  # the best machine; C -> balanced accuracy of the validation part [0-1]
     "Linear support vector machines on standardised features; the validation part chooses C."
-    machines = {c: make_pipeline(StandardScaler(), LinearSVC(C=c, class_weight='balanced', max_iter=10_000, random_state=seed)).fit(*train) for c in C_VALUES}
-    scores = {c: float(balanced_accuracy_score(valid[1], m.predict(valid[0]))) for c, m in machines.items()}
+    machines = {
+        c: make_pipeline(
+            StandardScaler(),
+            LinearSVC(C=c, class_weight='balanced', max_iter=10_000, random_state=seed),
+        ).fit(*train)
+        for c in C_VALUES
+    }
+    scores = {
+        c: float(balanced_accuracy_score(valid[1], m.predict(valid[0])))
+        for c, m in machines.items()
+    }
     return machines[max(scores, key=scores.get)], scores
 
+# %% ../../nbs/05e_evaluate.hog_svm.ipynb #10f9bd29
 def margins(
     machine:Pipeline,     # from `fit_svm`
     features:np.ndarray,  # (n, d)
@@ -62,20 +78,48 @@ def run_hog_svm(
     with run.lock(fold, 'hog_svm'):
         data = open_fold(run, fold)
         if run.is_finished('hog_svm', fold):
-            if (about := read_json(folder/'model.json'))['folds_sha256'] == data.folds_sha256: return about
+            if (about := read_json(folder/'model.json'))['folds_sha256'] == data.folds_sha256:
+                return about
             raise KdoctError(f"{folder} was made with other folds.", fix=f"Delete {folder}.")
         part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in data.idx.items()}
         machine, scores = fit_svm(part['train'], part['val'], run.recipe.seed)
-        with atomic_path(folder/'predictions.parquet') as tmp: predictions_frame(data, 'test', margins(machine, part['test'][0])).to_parquet(tmp, index=False)
-        about = dict(role='hog_svm', classes=data.classes, fold=fold, folds_sha256=data.folds_sha256, recipe=run.recipe.model_dump(mode='json'),
-                     versions=provenance()['packages'], **_facts(machine, scores, part['val']))
+        with atomic_path(folder/'predictions.parquet') as tmp:
+            predictions_frame(data, 'test', margins(machine, part['test'][0])).to_parquet(
+                tmp, index=False
+            )
+        about = dict(
+            role='hog_svm',
+            classes=data.classes,
+            fold=fold,
+            folds_sha256=data.folds_sha256,
+            recipe=run.recipe.model_dump(mode='json'),
+            versions=provenance()['packages'],
+            **_facts(machine, scores, part['val']),
+        )
         write_json(folder/'model.json', about)
-        run.record(f'fold_{fold}/hog_svm', status='done', seconds=time.perf_counter() - began, folds_sha256=data.folds_sha256, **about['metrics'])
+        run.record(
+            f'fold_{fold}/hog_svm',
+            status='done',
+            seconds=time.perf_counter() - began,
+            folds_sha256=data.folds_sha256,
+            **about['metrics'],
+        )
     return read_json(folder/'model.json')
 
+# %% ../../nbs/05e_evaluate.hog_svm.ipynb #c221f2e2
 def _facts(machine:Pipeline, scores:dict, valid:tuple)->dict:
     "What model.json says of the machine."
     svm, guess = machine[-1], machine.predict(valid[0])
-    metrics = dict(accuracy=accuracy_score(valid[1], guess), balanced_accuracy=balanced_accuracy_score(valid[1], guess))
-    return dict(arch='hog_svm', parameters=svm.coef_.size + svm.intercept_.size, input_size=SIDE, hog=HOG, C=svm.C, calibrated=False,
-                metrics=dict(validation=metrics, validation_by_C=scores))
+    metrics = dict(
+        accuracy=accuracy_score(valid[1], guess),
+        balanced_accuracy=balanced_accuracy_score(valid[1], guess),
+    )
+    return dict(
+        arch='hog_svm',
+        parameters=svm.coef_.size + svm.intercept_.size,
+        input_size=SIDE,
+        hog=HOG,
+        C=svm.C,
+        calibrated=False,
+        metrics=dict(validation=metrics, validation_by_C=scores),
+    )

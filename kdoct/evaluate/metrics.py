@@ -34,11 +34,14 @@ def check_predictions(
     what:str='these predictions',  # how to call them in an error, for example the file's path
 ) -> pd.DataFrame:  # the same table
     "Raise `KdoctError` where `df` breaks the contract of a predictions table; else hand it back."
-    remedy = 'predict again with the stage that wrote them (03_teacher or 04_distill), or mend the table that you made'
+    remedy = ('predict again with the stage that wrote them (03_teacher or 04_distill), or mend '
+              'the table that you made')
     def refuse(problem): raise KdoctError(f'{what}: {problem}', fix=remedy)
-    if missing := [c for c in _REQUIRED if c not in df.columns]: refuse(f'column(s) {", ".join(missing)} missing')
+    if missing := [c for c in _REQUIRED if c not in df.columns]:
+        refuse(f'column(s) {", ".join(missing)} missing')
     classes = classes_of(df)
-    if len(classes) < 2: refuse(f'{counted(len(classes), "column")} named {_LOGIT}CLASS, at least 2 are needed')
+    if len(classes) < 2:
+        refuse(f'{counted(len(classes), "column")} named {_LOGIT}CLASS, at least 2 are needed')
     if df.empty: refuse('no rows')
     for c in ('path', 'group', 'fold', 'label'):
         if n := int(df[c].isna().sum()): refuse(f'{counted(n, "row")} without a {c}')
@@ -49,7 +52,10 @@ def check_predictions(
         first = df.path[~np.isfinite(logits).all(axis=1)].iloc[0]
         refuse(f'logits of {counted(bad, "row")} are not finite, first {first}')
     if (twice := df.duplicated(['fold', 'path'])).any():
-        refuse(f'{counted(int(twice.sum()), "image")} twice in one fold, first {df.path[twice].iloc[0]}')
+        refuse(
+            f'{counted(int(twice.sum()), "image")} twice in one fold, first '
+            f'{df.path[twice].iloc[0]}'
+        )
     return df
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #a66293fc
@@ -73,10 +79,15 @@ def read_predictions(
     "Read and check `predictions.parquet`; a missing or broken file is a `KdoctError`."
     path = Path(path)
     if not path.is_file():
-        raise KdoctError(f'no predictions at {path}', fix='train the model first (03_teacher, 04_distill): that writes them')
+        raise KdoctError(
+            f'no predictions at {path}',
+            fix='train the model first (03_teacher, 04_distill): that writes them',
+        )
     try: df = pd.read_parquet(path)
     except (OSError, ValueError) as e:  # pyarrow's errors derive from these two
-        raise KdoctError(f'{path} is not a readable parquet file: {e}', fix='delete it and run its stage again') from e
+        raise KdoctError(
+            f'{path} is not a readable parquet file: {e}', fix='delete it and run its stage again'
+        ) from e
     return check_predictions(df, str(path))
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #3a36285b
@@ -89,14 +100,30 @@ def simulate_predictions(
     fold:int=0,  # written into the column `fold` and into the group's name
 ) -> pd.DataFrame:  # predictions in the format of predictions.parquet
     "Simulated predictions for lessons and tests; models of the same `seed` are about the same images."
-    rng, own, rows = np.random.default_rng([seed, fold]), np.random.default_rng([seed, fold, model, 1]), []
+    rng, own, rows = (
+        np.random.default_rng([seed, fold]),
+        np.random.default_rng([seed, fold, model, 1]),
+        [],
+    )
     for g in range(n_groups):
         k, hard, name = int(rng.integers(len(classes))), rng.normal(), f'{fold}-{g}'
         for s in range(int(rng.integers(1, 5))):
             z = own.normal(size=len(classes)) + rng.normal(size=len(classes))
             z[k] += margin - hard
-            rows.append([f'{classes[k]}/{name}-{s}.jpeg', name, name, fold, classes[k], 'OD', name, s, *z])
-    names = ['path', 'patient', 'group', 'fold', 'label', 'eye', 'volume', 'slice', *(_LOGIT + c for c in classes)]
+            rows.append(
+                [f'{classes[k]}/{name}-{s}.jpeg', name, name, fold, classes[k], 'OD', name, s, *z]
+            )
+    names = [
+        'path',
+        'patient',
+        'group',
+        'fold',
+        'label',
+        'eye',
+        'volume',
+        'slice',
+        *(_LOGIT + c for c in classes),
+    ]
     return pd.DataFrame(rows, columns=names).astype({_LOGIT + c: 'float32' for c in classes})
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #1cced98c
@@ -116,9 +143,15 @@ def confusion(
 ) -> np.ndarray:  # (K, K) counts, rows true, columns predicted
     "Confusion matrix with an explicit list of classes; a class out of range raises `KdoctError`."
     y, yhat = np.asarray(y, dtype=np.int64), np.asarray(yhat, dtype=np.int64)
-    if y.shape != yhat.shape: raise KdoctError(f'{y.shape} true and {yhat.shape} predicted classes', fix='pass one a image')
+    if y.shape != yhat.shape:
+        raise KdoctError(
+            f'{y.shape} true and {yhat.shape} predicted classes', fix='pass one a image'
+        )
     if y.size and not (0 <= min(y.min(), yhat.min()) and max(y.max(), yhat.max()) < n_classes):
-        raise KdoctError(f'a class outside 0..{n_classes - 1}', fix='number the classes by their place in `classes_of`')
+        raise KdoctError(
+            f'a class outside 0..{n_classes - 1}',
+            fix='number the classes by their place in `classes_of`',
+        )
     return np.bincount(y * n_classes + yhat, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #772930cb
@@ -152,20 +185,29 @@ def from_confusion(
     "Accuracy and macro one-vs-rest values of a confusion matrix; undefined values are NaN."
     fix = 'give counts of images, rows true and columns predicted, one row and column a class'
     try: cm = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError) as e: raise KdoctError(f'not a matrix of numbers: {e}', fix=fix) from e
+    except (TypeError, ValueError) as e: raise KdoctError(f'not a matrix of '
+                                                          f'numbers: {e}', fix=fix) from e
     if cm.ndim != 2 or cm.shape[0] != cm.shape[1] or len(cm) < 2:
-        raise KdoctError(f'a confusion matrix is square, of 2 classes at least; this has the shape {cm.shape}', fix=fix)
+        raise KdoctError(
+            f'a confusion matrix is square, of 2 classes at least; this has the shape {cm.shape}',
+            fix=fix,
+        )
     if not (np.isfinite(cm).all() and (cm >= 0).all() and (cm == np.round(cm)).all()):
         raise KdoctError('not every entry is a whole number of images, 0 or more', fix=fix)
     if not cm.sum(): raise KdoctError('the matrix holds no image', fix=fix)
     m = class_metrics(cm)
-    return dict(accuracy=float(np.trace(cm) / cm.sum()), **{k: float(macro(m[k], m['support'])) for k in LABEL_METRICS[1:]}, n_images=int(cm.sum()))
+    return dict(
+        accuracy=float(np.trace(cm) / cm.sum()),
+        **{k: float(macro(m[k], m['support'])) for k in LABEL_METRICS[1:]},
+        n_images=int(cm.sum()),
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #049b1442
 def _counts(rows, groups, value, shape):
     "Sparse matrix of summed values by row and group."
     return sparse.csr_matrix((np.full(len(rows), value), (rows, groups)), shape=shape)
 
+# %% ../../nbs/05a_evaluate.metrics.ipynb #6d8257f1
 def weighted_auc(
     score:np.ndarray,  # (N,) score of the class, any monotone scale
     positive:np.ndarray,  # (N,) bool, is the image of the class
@@ -174,17 +216,29 @@ def weighted_auc(
     chunk:int=64,  # resamples at a time, which bounds the memory
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) weight of pairs in order, (B,) weight of all pairs
     "Numerator and denominator of the AUC for B weightings of the same images; ties count one half."
-    weights, groups = np.asarray(weights, dtype=np.float64), np.arange(len(score)) if groups is None else groups
+    weights, groups = (
+        np.asarray(weights, dtype=np.float64),
+        np.arange(len(score)) if groups is None else groups,
+    )
     up = np.flatnonzero(~positive)[np.argsort(score[~positive])]  # negative images, worst first
     gp, gn, g = groups[positive], groups[up], weights.shape[1]
     total = (weights @ np.bincount(gp, minlength=g)) * (weights @ np.bincount(gn, minlength=g))
-    below, upto = (np.searchsorted(score[up], score[positive], side) for side in ('left', 'right'))  # negatives below each positive, and not above
-    steps, at = np.unique(below * (len(up) + 1) + upto, return_inverse=True)  # positives with the same negatives below share a step
+    # negatives below each positive, and not above
+    below, upto = (np.searchsorted(score[up], score[positive], side) for side in ('left', 'right'))
+    # positives with the same negatives below share a step
+    steps, at = np.unique(below * (len(up) + 1) + upto, return_inverse=True)
     below, upto, i = steps // (len(up) + 1), steps % (len(up) + 1), np.arange(len(up))
     p = _counts(at, gp, 1., (len(steps) + 1, g))
-    n = _counts(np.r_[np.searchsorted(upto, i, 'right'), np.searchsorted(below, i, 'right')], np.r_[gn, gn], .5, (len(steps) + 1, g))
+    n = _counts(
+        np.r_[np.searchsorted(upto, i, 'right'), np.searchsorted(below, i, 'right')],
+        np.r_[gn, gn],
+        0.5,
+        (len(steps) + 1, g),
+    )
     parts = [np.ascontiguousarray(weights[i:i + chunk].T) for i in range(0, len(weights), chunk)]
-    return np.concatenate([np.einsum('nb,nb->b', p @ w, np.cumsum(n @ w, axis=0)) for w in parts]), total
+    return np.concatenate(
+        [np.einsum('nb,nb->b', p @ w, np.cumsum(n @ w, axis=0)) for w in parts]
+    ), total
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #2d933a18
 def one_vs_rest_auc(
@@ -197,7 +251,9 @@ def one_vs_rest_auc(
     "One-vs-rest AUC of every class, comparing only images predicted by the same model."
     n, k = probs.shape
     groups = np.arange(n) if groups is None else np.asarray(groups)
-    weights = np.ones((1, groups.max() + 1)) if weights is None else np.asarray(weights, dtype=np.float64)
+    weights = (
+        np.ones((1, groups.max() + 1)) if weights is None else np.asarray(weights, dtype=np.float64)
+    )
     folds = np.zeros(n, dtype=np.int64) if folds is None else np.asarray(folds)
     num, den = np.zeros((2, len(weights), k))
     for f in np.unique(folds):
@@ -208,7 +264,8 @@ def one_vs_rest_auc(
     return _ratio(num, den)
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #63666fa3
-def _bin_of(conf, n_bins): return np.clip(np.ceil(conf * n_bins).astype(np.int64) - 1, 0, n_bins - 1)
+def _bin_of(conf, n_bins):
+    return np.clip(np.ceil(conf * n_bins).astype(np.int64) - 1, 0, n_bins - 1)
 
 def reliability_bins(
     conf:np.ndarray,  # (N,) probability of the predicted class, 0..1
@@ -218,9 +275,19 @@ def reliability_bins(
     "What the model claimed and what it kept, by confidence."
     b, edges = _bin_of(np.asarray(conf), n_bins), np.linspace(0, 1, n_bins + 1)
     n = np.bincount(b, minlength=n_bins).astype(float)
-    sums = [np.bincount(b, weights=np.asarray(v, dtype=float), minlength=n_bins) for v in (conf, correct)]
-    return pd.DataFrame(dict(low=edges[:-1], high=edges[1:], n=n.astype(int), confidence=_ratio(sums[0], n),
-                             accuracy=_ratio(sums[1], n)))
+    sums = [
+        np.bincount(b, weights=np.asarray(v, dtype=float), minlength=n_bins)
+        for v in (conf, correct)
+    ]
+    return pd.DataFrame(
+        dict(
+            low=edges[:-1],
+            high=edges[1:],
+            n=n.astype(int),
+            confidence=_ratio(sums[0], n),
+            accuracy=_ratio(sums[1], n),
+        )
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #0276c810
 def expected_calibration_error(
@@ -262,8 +329,16 @@ def _metrics(s, weights=None, names=HEADLINE):
     weights = np.ones((1, len(s.groups))) if sample else np.asarray(weights, dtype=np.float64)
     cm = (weights @ s.cm).reshape(-1, k, k)
     m, n = class_metrics(cm), cm.sum((1, 2))
-    whole = np.full(len(cm), True) if sample else ((m['support'] > 0) == (s.cm.sum(0).reshape(k, k).sum(1) > 0)).all(1)
-    auc = one_vs_rest_auc(s.probs, s.y, s.folds, weights, s.gi) if 'auc' in names else np.full(m['support'].shape, np.nan)
+    whole = (
+        np.full(len(cm), True)
+        if sample
+        else ((m['support'] > 0) == (s.cm.sum(0).reshape(k, k).sum(1) > 0)).all(1)
+    )
+    auc = (
+        one_vs_rest_auc(s.probs, s.y, s.folds, weights, s.gi)
+        if 'auc' in names
+        else np.full(m['support'].shape, np.nan)
+    )
     values = {name: m[name] for name in LABEL_METRICS[1:]} | dict(auc=auc)
     out = {name: np.where(whole, macro(v, m['support']), np.nan) for name, v in values.items()}
     out |= dict(accuracy=np.trace(cm, axis1=1, axis2=2) / n, nll=(weights @ s.nll)[:, 0] / n,
@@ -277,12 +352,25 @@ def evaluate_predictions(
     "All point estimates of one predictions table; undefined values are NaN."
     s = _Sample(check_predictions(df))
     head, m, auc = _metrics(s)
-    per_class = {c: dict(n=int(m['support'][0, i]), **{name: float(m[name][0, i]) for name in LABEL_METRICS[1:]}, auc=float(auc[0, i]))
-                 for i, c in enumerate(s.classes)}
+    per_class = {
+        c: dict(
+            n=int(m['support'][0, i]),
+            **{name: float(m[name][0, i]) for name in LABEL_METRICS[1:]},
+            auc=float(auc[0, i]),
+        )
+        for i, c in enumerate(s.classes)
+    }
     k = len(s.classes)
-    return dict(n_images=len(df), n_groups=len(s.groups), n_folds=len(np.unique(s.folds)), classes=s.classes,
-                n_present=int((m['support'] > 0).sum()), **{n: float(v[0]) for n, v in head.items()},
-                per_class=per_class, confusion=s.cm.sum(0).reshape(k, k).astype(int).tolist())
+    return dict(
+        n_images=len(df),
+        n_groups=len(s.groups),
+        n_folds=len(np.unique(s.folds)),
+        classes=s.classes,
+        n_present=int((m['support'] > 0).sum()),
+        **{n: float(v[0]) for n, v in head.items()},
+        per_class=per_class,
+        confusion=s.cm.sum(0).reshape(k, k).astype(int).tolist(),
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #65d44e37
 def group_weights(
@@ -291,17 +379,26 @@ def group_weights(
     seed:int=0,  # the same seed gives the same resamples
 ) -> np.ndarray:  # (B, n_groups) how often each group was drawn, each row sums to n_groups
     "Resamples of whole groups, drawn with replacement."
-    if n_groups < 2: raise KdoctError(f'{counted(n_groups, "group")}: an interval over patients needs at least 2',
-                                      fix='test on more patients, or check the column `group`')
-    if n_boot < 1: raise KdoctError(f'n_boot is {n_boot}', fix='give a positive number of resamples, usually 1000')
-    return np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1/n_groups), size=n_boot)
+    if n_groups < 2:
+        raise KdoctError(
+            f'{counted(n_groups, "group")}: an interval over patients needs at least 2',
+            fix='test on more patients, or check the column `group`',
+        )
+    if n_boot < 1:
+        raise KdoctError(
+            f'n_boot is {n_boot}', fix='give a positive number of resamples, usually 1000'
+        )
+    return np.random.default_rng(seed).multinomial(
+        n_groups, np.full(n_groups, 1 / n_groups), size=n_boot
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #ef1282d8
 MIN_DEFINED = .8  # no interval where fewer of the resamples define the score
 
 def _interval(values, level):
     "Percentile interval over the defined resamples, NaN where those are fewer than `MIN_DEFINED` of all; and how many they are."
-    if not 0 < level < 1: raise KdoctError(f'level is {level}', fix='give a level between 0 and 1, usually 0.95')
+    if not 0 < level < 1:
+        raise KdoctError(f'level is {level}', fix='give a level between 0 and 1, usually 0.95')
     v = values[np.isfinite(values)]
     enough = len(v) > 0 and len(v) >= MIN_DEFINED*len(values)
     low, high = np.quantile(v, [(1 - level)/2, (1 + level)/2]) if enough else (np.nan, np.nan)
@@ -316,13 +413,23 @@ def bootstrap(
 ) -> pd.DataFrame:  # one row a metric: estimate, low, high, n_used, n_boot, n_groups, level
     "Estimates with percentile intervals from resampling groups; `n_used` counts the resamples that define it (see `MIN_DEFINED`)."
     s = _Sample(check_predictions(df))
-    est, drawn = _metrics(s, names=metrics), _metrics(s, group_weights(len(s.groups), n_boot, seed), metrics)
+    est, drawn = (
+        _metrics(s, names=metrics),
+        _metrics(s, group_weights(len(s.groups), n_boot, seed), metrics),
+    )
     return _headline_rows(s, est, drawn, n_boot, level)
 
+# %% ../../nbs/05a_evaluate.metrics.ipynb #33099f86
 def _headline_rows(s, est, drawn, n_boot, level):
     "Headline metrics of `_metrics`, of the sample and of its resamples."
-    rows = {m: dict(estimate=float(v[0]), **_interval(drawn[0][m], level)) for m, v in est[0].items()}
-    return pd.DataFrame(rows).T.assign(n_boot=n_boot, n_groups=len(s.groups), level=level).astype({'n_used': int})
+    rows = {
+        m: dict(estimate=float(v[0]), **_interval(drawn[0][m], level)) for m, v in est[0].items()
+    }
+    return (
+        pd.DataFrame(rows)
+        .T.assign(n_boot=n_boot, n_groups=len(s.groups), level=level)
+        .astype({'n_used': int})
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #95dd6647
 EACH_CLASS = (*LABEL_METRICS[1:], 'auc')
@@ -335,13 +442,26 @@ def bootstrap_classes(
 ) -> pd.DataFrame:  # rows (class, metric): estimate, low, high, n_used, n (true images of the class)
     "What `bootstrap` gives, for every class against the rest; NaN where a class has no images or was never predicted."
     s = _Sample(check_predictions(df))
-    return _class_rows(s, _metrics(s, None, ('auc',)), _metrics(s, group_weights(len(s.groups), n_boot, seed), ('auc',)), level)
+    return _class_rows(
+        s,
+        _metrics(s, None, ('auc',)),
+        _metrics(s, group_weights(len(s.groups), n_boot, seed), ('auc',)),
+        level,
+    )
 
+# %% ../../nbs/05a_evaluate.metrics.ipynb #fe9db198
 def _class_rows(s, est, drawn, level):
     "Metrics of every class of `_metrics`, of the sample and of its resamples."
     est, drawn = (each_class | dict(auc=auc) for _, each_class, auc in (est, drawn))
-    rows = {(c, m): dict(estimate=float(est[m][0, i]), **_interval(drawn[m][:, i], level), n=int(est['support'][0, i]))
-            for i, c in enumerate(s.classes) for m in EACH_CLASS}
+    rows = {
+        (c, m): dict(
+            estimate=float(est[m][0, i]),
+            **_interval(drawn[m][:, i], level),
+            n=int(est['support'][0, i]),
+        )
+        for i, c in enumerate(s.classes)
+        for m in EACH_CLASS
+    }
     return pd.DataFrame(rows).T.rename_axis(['class', 'metric']).astype({'n_used': int, 'n': int})
 
 def bootstrap_both(
@@ -365,10 +485,20 @@ def share_interval(
     seed:int=0,  # of the resampling
 ) -> dict:  # estimate, low, high, n (images that the share is of), n_used (resamples with such an image)
     "Share of images that are counted, with an interval from resampling groups; NaN where there is none."
-    of, (names, gi) = np.ones(len(hit)) if of is None else np.asarray(of, dtype=float), np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    hits, total = (np.bincount(gi, weights=v, minlength=len(names)) for v in (of*np.asarray(hit, dtype=float), of))
+    of, (names, gi) = (
+        np.ones(len(hit)) if of is None else np.asarray(of, dtype=float),
+        np.unique(np.asarray(groups).astype(str), return_inverse=True),
+    )
+    hits, total = (
+        np.bincount(gi, weights=v, minlength=len(names))
+        for v in (of * np.asarray(hit, dtype=float), of)
+    )
     w = group_weights(len(names), n_boot, seed)
-    return dict(estimate=float(_ratio(hits.sum(), total.sum())), n=int(of.sum()), **_interval(_ratio(w @ hits, w @ total), level))
+    return dict(
+        estimate=float(_ratio(hits.sum(), total.sum())),
+        n=int(of.sum()),
+        **_interval(_ratio(w @ hits, w @ total), level),
+    )
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #2ccaad9b
 def _by_confidence(confidence):
@@ -382,11 +512,19 @@ def risk_coverage(
 ) -> pd.DataFrame:  # one row a threshold, highest first: threshold, coverage, risk (fractions)
     "What is kept, and how much of it is wrong, when predictions below a threshold are deferred."
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=bool)
-    if not len(confidence): raise KdoctError('no images', fix='give the predictions of at least one')
+    if not len(confidence):
+        raise KdoctError('no images', fix='give the predictions of at least one')
     order, last = _by_confidence(confidence)
     at, n = np.unique(last), np.arange(1, len(order) + 1)
-    return pd.DataFrame(dict(threshold=confidence[order][at], coverage=n[at]/len(order), risk=(np.cumsum(~right[order])/n)[at]))
+    return pd.DataFrame(
+        dict(
+            threshold=confidence[order][at],
+            coverage=n[at] / len(order),
+            risk=(np.cumsum(~right[order]) / n)[at],
+        )
+    )
 
+# %% ../../nbs/05a_evaluate.metrics.ipynb #ed655a18
 def aurc(
     confidence:np.ndarray,  # (N,) probability of the predicted class
     right:np.ndarray,  # (N,) bool, was the prediction right
@@ -404,7 +542,9 @@ def aurc(
         risk = _ratio(np.cumsum(w*wrong, 1), np.cumsum(w, 1))[:, last]
         return np.where(w > 0, w*risk, 0).sum(1)/w.sum(1)
     w = group_weights(len(names), n_boot, seed)
-    values = np.concatenate([area(w[i:i + chunk, gi].astype(float)) for i in range(0, n_boot, chunk)])
+    values = np.concatenate(
+        [area(w[i : i + chunk, gi].astype(float)) for i in range(0, n_boot, chunk)]
+    )
     return dict(estimate=float(area(np.ones((1, len(gi))))[0]), **_interval(values, level))
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #081d4a4c
@@ -418,12 +558,19 @@ def _same_images(a, b):
     only_a, only_b = ka.difference(kb), kb.difference(ka)
     if len(only_a) or len(only_b):
         some = [f'fold {f} {p}' for f, p in [*only_a[:3], *only_b[:3]]]
-        raise KdoctError(f'not the same images: {len(only_a)} only in the first, {len(only_b)} only in the second model, '
-                         f'such as {"; ".join(some)}', fix=remedy)
+        raise KdoctError(
+            f'not the same images: {len(only_a)} only in the first, {len(only_b)} only in the '
+            f'second model, '
+            f'such as {"; ".join(some)}',
+            fix=remedy,
+        )
     b = b.set_index(key).loc[ka].reset_index()
     for c in ('label', 'group'):
         if (other := a[c].astype(str).to_numpy() != b[c].astype(str).to_numpy()).any():
-            raise KdoctError(f'{c} differs in {counted(other.sum(), "image")}, first {a.path[other].iloc[0]}', fix=remedy)
+            raise KdoctError(
+                f'{c} differs in {counted(other.sum(), "image")}, first {a.path[other].iloc[0]}',
+                fix=remedy,
+            )
     return b[a.columns.intersection(b.columns, sort=False)]
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #ca5947b3
@@ -443,9 +590,21 @@ def paired_difference(
         d = va[m] - vb[m]
         v, i = np.round(d[np.isfinite(d)], 12), _interval(d, level)  # rounding: equal models differ by exactly 0
         tested = np.isfinite(i['low'])  # no interval, no p: both are of the same resamples
-        p = min(1., 2 * (1 + min((v <= 0).sum(), (v >= 0).sum())) / (1 + len(v))) if tested else np.nan
-        rows[m] = dict(a=float(ea[m][0]), b=float(eb[m][0]), difference=float(ea[m][0] - eb[m][0]), low=i['low'],
-                       high=i['high'], share_below=float((v <= 0).mean()) if tested else np.nan, p=p, n_used=i['n_used'])
+        p = (
+            min(1.0, 2 * (1 + min((v <= 0).sum(), (v >= 0).sum())) / (1 + len(v)))
+            if tested
+            else np.nan
+        )
+        rows[m] = dict(
+            a=float(ea[m][0]),
+            b=float(eb[m][0]),
+            difference=float(ea[m][0] - eb[m][0]),
+            low=i['low'],
+            high=i['high'],
+            share_below=float((v <= 0).mean()) if tested else np.nan,
+            p=p,
+            n_used=i['n_used'],
+        )
     return pd.DataFrame(rows).T.assign(n_boot=n_boot).astype({'n_used': int})
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #2b93de6c

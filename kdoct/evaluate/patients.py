@@ -21,6 +21,7 @@ from .metrics import check_predictions, classes_of, log_softmax, logits_of
 # %% ../../nbs/05b_evaluate.patients.ipynb #ea4585ba
 RULES, MOST_DECIDING = ('worst', 'mean'), 10
 
+# %% ../../nbs/05b_evaluate.patients.ipynb #7dcd11fe
 @dataclass(frozen=True)
 class VolumeRule:
     "How its B-scans decide a volume, or a patient."
@@ -31,18 +32,29 @@ class VolumeRule:
 
     def __post_init__(self):
         if self.rule not in RULES:
-            raise KdoctError(f"There is no volume rule '{self.rule}'.", fix=f"Rules: {', '.join(RULES)}.")
+            raise KdoctError(
+                f"There is no volume rule '{self.rule}'.", fix=f"Rules: {', '.join(RULES)}."
+            )
         if self.min_slices < 1:
-            raise KdoctError(f"The volume rule wants {self.min_slices} B-scans.", fix="Give 1 or more.")
+            raise KdoctError(
+                f"The volume rule wants {self.min_slices} B-scans.", fix="Give 1 or more."
+            )
         if self.rule == 'worst' and not self.severity:
-            raise KdoctError("The volume rule 'worst' needs the order of severity, and there is none.",
-                             fix="Take the rule 'mean', or set data.severity, the classes from harmless to severe.")
+            raise KdoctError(
+                "The volume rule 'worst' needs the order of severity, and there is none.",
+                fix="Take the rule 'mean', or set data.severity, the classes from "
+                    "harmless to severe.",
+            )
 
     @property
     def text(self)->str:
         "The rule in words."
         n = self.min_slices
-        scans = f"most severe class on {n} B-scan{'s' if n > 1 else ''}" if self.rule == 'worst' else 'mean of the B-scans'
+        scans = (
+            f"most severe class on {n} B-scan{'s' if n > 1 else ''}"
+            if self.rule == 'worst'
+            else 'mean of the B-scans'
+        )
         return f"{scans}, outliers {'left out' if self.drop_outliers else 'included'}"
 
 # %% ../../nbs/05b_evaluate.patients.ipynb #ecc2564a
@@ -78,6 +90,7 @@ def _worst_rule(p, order, min_slices):
     sure = p[rows].max(1)
     return order[level], float(sure.mean()), rows[np.argsort(-sure, kind='stable')]
 
+# %% ../../nbs/05b_evaluate.patients.ipynb #b7bcb5e0
 def decide_volume(
     probabilities:np.ndarray,  # (n, K) calibrated probabilities of its B-scans
     classes:list[str],         # K names, in the order of the columns
@@ -88,14 +101,21 @@ def decide_volume(
 )->VolumeDecision:
     "Decide a volume or a patient from its B-scans."
     p, classes = np.asarray(probabilities, dtype=float), list(classes)
-    outlier, deferred = (np.zeros(len(p), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred))
+    outlier, deferred = (
+        np.zeros(len(p), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred)
+    )
     used = ~outlier if rule.drop_outliers else np.ones(len(p), bool)
     at = np.flatnonzero(used)
     if not len(at): return VolumeDecision('', None, True, 'no usable B-scan', [], used)
     order = [classes.index(c) for c in rule.severity]
-    k, confidence, rows = _mean_rule(p[at]) if rule.rule == 'mean' else _worst_rule(p[at], order, rule.min_slices)
+    k, confidence, rows = (
+        _mean_rule(p[at]) if rule.rule == 'mean' else _worst_rule(p[at], order, rule.min_slices)
+    )
     deciding = sorted(at[rows[:MOST_DECIDING]].tolist())
-    reasons = {'most B-scans left out': 2*len(at) < len(p) + lost, 'deciding B-scans deferred': deferred[deciding].all()}
+    reasons = {
+        'most B-scans left out': 2 * len(at) < len(p) + lost,
+        'deciding B-scans deferred': deferred[deciding].all(),
+    }
     why = ', '.join(w for w, yes in reasons.items() if yes)
     return VolumeDecision(classes[k], confidence, bool(why), why, deciding, used)
 
@@ -106,8 +126,10 @@ def check_severity(
 )->list[str]:             # the same as a list
     "`KdoctError` unless `severity` orders exactly these classes."
     if sorted(severity) != sorted(classes):
-        raise KdoctError(f"data.severity is {', '.join(severity)}; the classes are {', '.join(classes)}.",
-                         fix='Name every class once, from harmless to severe.')
+        raise KdoctError(
+            f"data.severity is {', '.join(severity)}; the classes are {', '.join(classes)}.",
+            fix='Name every class once, from harmless to severe.',
+        )
     return list(severity)
 
 LEVELS = ('volume', 'patient')
@@ -133,10 +155,16 @@ def unit_truth(
     t = unit_keys(df, level).assign(label=(df.patient_label if known else df.label).astype(str))
     g = t.groupby(['fold', 'name']).label
     if known and (g.nunique() > 1).any():
-        raise KdoctError(f'{counted((g.nunique() > 1).sum(), "patient")} with several diagnoses in `patient_label`, such as {g.nunique().idxmax()[1]}.',
-                         fix='Mend the image table: one diagnosis a patient.')
+        raise KdoctError(
+            f'{counted((g.nunique() > 1).sum(), "patient")} with several diagnoses in '
+            f'`patient_label`, such as {g.nunique().idxmax()[1]}.',
+            fix='Mend the image table: one diagnosis a patient.',
+        )
     if other := sorted(set(t.label) - set(classes_of(df))):
-        raise KdoctError(f'`patient_label` has {", ".join(other)}, which is none of the classes.', fix='Mend the image table, or data.classes.')
+        raise KdoctError(
+            f'`patient_label` has {", ".join(other)}, which is none of the classes.',
+            fix='Mend the image table, or data.classes.',
+        )
     if severity is None: return g.first().where(g.nunique() == 1)
     order = check_severity(severity, classes_of(df))
     worst = t.assign(rank=t.label.map(order.index)).groupby(['fold', 'name'])['rank'].max()
@@ -156,8 +184,13 @@ def _units(df, severity, level):
                          fix='Merge the groups of a patient (01_data), then train again.')
     table = truth.rename('label').reset_index()
     table.insert(0, 'path', table['name'])
-    return table.rename(columns=dict(name='patient')).assign(group=groups.first().loc[0:].to_numpy()), code, [name for _, name in lost]
+    return (
+        table.rename(columns=dict(name='patient')).assign(group=groups.first().loc[0:].to_numpy()),
+        code,
+        [name for _, name in lost],
+    )
 
+# %% ../../nbs/05b_evaluate.patients.ipynb #dbb1a58b
 def decide_all_volumes(
     df:pd.DataFrame,       # predictions, one row a B-scan
     rule:VolumeRule,       # how volumes are decided; its severity also decides what a volume has
@@ -168,19 +201,35 @@ def decide_all_volumes(
 )->tuple[pd.DataFrame, list[str]]:  # predictions, one row a unit, with n_slices, n_used, predicted, deferred, why; units left out
     "Decide every volume, or every patient, of a predictions table; the logits of one without a usable B-scan are NaN."
     classes, (table, code, lost) = classes_of(df), _units(df, rule.severity or None, level)
-    p = np.exp(log_softmax(logits_of(df))) if probabilities is None else np.asarray(probabilities, dtype=float)
-    outlier, deferred = (np.zeros(len(df), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred))
-    rows = np.split(order := np.argsort(code, kind='stable'), np.searchsorted(code[order], np.arange(len(table))))[1:]
+    p = (
+        np.exp(log_softmax(logits_of(df)))
+        if probabilities is None
+        else np.asarray(probabilities, dtype=float)
+    )
+    outlier, deferred = (
+        np.zeros(len(df), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred)
+    )
+    rows = np.split(
+        order := np.argsort(code, kind='stable'),
+        np.searchsorted(code[order], np.arange(len(table))),
+    )[1:]
     made = [decide_volume(p[r], classes, rule, outlier[r], deferred[r]) for r in rows]
     facts = dict(n_slices=[len(r) for r in rows], n_used=[int(d.used.sum()) for d in made])
-    facts |= {k: [getattr(d, k) for d in made] for k in ('predicted', 'confidence', 'deferred', 'why')}
+    facts |= {
+        k: [getattr(d, k) for d in made] for k in ('predicted', 'confidence', 'deferred', 'why')
+    }
     z = np.array([_logits(p[r][d.used], classes, d, rule) for r, d in zip(rows, made, strict=True)])
     return table.assign(**facts, **{f'logit_{c}': z[:, i] for i, c in enumerate(classes)}), lost
 
+# %% ../../nbs/05b_evaluate.patients.ipynb #3f121640
 def _logits(p, classes, decided, rule):
     "Logarithms of mean probabilities; 1 for the predicted class, else 0, where a rule gives no probabilities."
     if not len(p): return np.full(len(classes), np.nan)
-    return np.log(p.mean(0).clip(np.finfo(float).tiny)) if rule.rule == 'mean' else (np.array(classes) == decided.predicted).astype(float)
+    return (
+        np.log(p.mean(0).clip(np.finfo(float).tiny))
+        if rule.rule == 'mean'
+        else (np.array(classes) == decided.predicted).astype(float)
+    )
 
 # %% ../../nbs/05b_evaluate.patients.ipynb #b083f1ff
 def published_selection(

@@ -57,14 +57,22 @@ def finished_models(
     "Names of the models of a fold that have predictions."
     return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #a7a0b3a4
 def _read_role(run, fold, role):
     "Predictions of one model of a fold; `KdoctError` if they are of another fold."
-    path, df = run.stage_dir(fold, role)/'predictions.parquet', read_predictions(run.stage_dir(fold, role)/'predictions.parquet')
+    path, df = (
+        run.stage_dir(fold, role) / 'predictions.parquet',
+        read_predictions(run.stage_dir(fold, role) / 'predictions.parquet'),
+    )
     if other := sorted(set(df.fold) - {fold}):
-        raise KdoctError(f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
-                         fix='Delete its folder and train again' + (f': {stage_command(role, run, fold)}' if role in run.recipe.roles else '.'))
+        raise KdoctError(
+            f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
+            fix='Delete its folder and train again'
+            + (f': {stage_command(role, run, fold)}' if role in run.recipe.roles else '.'),
+        )
     return df
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #66d8bd20
 def combined_teachers(
     run:Run,  # the run
     fold:int,  # counted from 0
@@ -75,16 +83,24 @@ def combined_teachers(
     if len(roles) == 1 or not set(roles) <= set(models): return None
     taught_by = read_json(run.stage_dir(fold, 'student')/'model.json').get('taught_by', {})
     if set(taught_by) != set(roles):
-        raise KdoctError(f"The student of fold {fold} was taught by {', '.join(taught_by) or 'nobody that is known'}, not by {', '.join(roles)}.",
-                         fix=f"Delete {run.stage_dir(fold, 'student')} and train again: {stage_command('student', run, fold)}")
+        raise KdoctError(
+            f"The student of fold {fold} was taught by "
+            f"{', '.join(taught_by) or 'nobody that is known'}, not by {', '.join(roles)}.",
+            fix=f"Delete {run.stage_dir(fold, 'student')} and train again: "
+                f"{stage_command('student', run, fold)}",
+        )
     import torch
 
     from kdoct.training.losses import combine  # both here, so that reading results does not wait for torch
     first, weights = models[roles[0]], torch.tensor([taught_by[r]['weight'] for r in roles])
-    z = combine([torch.tensor(logits_of(models[r].set_index('path').loc[first.path])) for r in roles],
-                run.recipe.distill.model_copy(update=dict(temperature=1.)), weights).numpy()
+    z = combine(
+        [torch.tensor(logits_of(models[r].set_index('path').loc[first.path])) for r in roles],
+        run.recipe.distill.model_copy(update=dict(temperature=1.0)),
+        weights,
+    ).numpy()
     return first.assign(**{f'logit_{c}': z[:, i] for i, c in enumerate(classes_of(first))})
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #391084a3
 def fold_models(
     run:Run|str,  # run or its name
     fold:int,  # counted from 0
@@ -93,12 +109,18 @@ def fold_models(
     run = opened_run(run)
     for role in ROLES:
         if not run.is_finished(role, fold):
-            raise KdoctError(f"Fold {fold} of run '{run.name}' has no predictions of the {role} ({run.stage_dir(fold, role)/'predictions.parquet'}).",
-                             fix=f'Train it first: {stage_command(role, run, fold)}')
+            raise KdoctError(
+                f"Fold {fold} of run '{run.name}' has no predictions of the {role} "
+                f"({run.stage_dir(fold, role) / 'predictions.parquet'}).",
+                fix=f'Train it first: {stage_command(role, run, fold)}',
+            )
     out = {m: _read_role(run, fold, FURTHER.get(m, m)) for m in finished_models(run, fold)}
     for m in out:
         if m not in ROLES and sorted(out[m].path) != sorted(out['student'].path):
-            raise KdoctError(f'{m} has predicted other images than the student in fold {fold}.', fix=f'Delete {model_dir(run, fold, m)} and make it again.')
+            raise KdoctError(
+                f'{m} has predicted other images than the student in fold {fold}.',
+                fix=f'Delete {model_dir(run, fold, m)} and make it again.',
+            )
     if (combined := combined_teachers(run, fold, out)) is None: return out
     return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: combined} | out
 
@@ -125,23 +147,35 @@ def fold_variants(
             variants[role] = read_variants(folder/'variants.parquet', models[role], kept[role])
     return variants, kept
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #76b34714
 def pool_variants(
     each:dict[int, tuple[dict, dict]],  # fold -> from `fold_variants`
 ) -> tuple[dict, dict, list[str]]:  # model -> (weights, view) -> predictions; (model, weights) -> where kept; what could not be pooled
     "Variants that every fold has, pooled."
     pooled, kept, notes = {}, {}, []
     for role in dict.fromkeys([*(r for variants, _ in each.values() for r in variants), *ROLES]):
-        has = {k: {('kept', v) if v == BLANKED else (w, v): df for (w, v), df in variants.get(role, {}).items()} for k, (variants, _) in each.items()}
+        has = {
+            k: {
+                ('kept', v) if v == BLANKED else (w, v): df
+                for (w, v), df in variants.get(role, {}).items()
+            }
+            for k, (variants, _) in each.items()
+        }
         for key in dict.fromkeys(key for some in has.values() for key in some):
             there = [k for k in has if key in has[k]]
-            if len(there) == len(each): pooled.setdefault(role, {})[key] = pd.concat([has[k][key] for k in there], ignore_index=True)
-            else: notes.append(f'{role}: {" ".join(key)} only in {folds_text(there)}, not in the table')
+            if len(there) == len(each):
+                pooled.setdefault(role, {})[key] = pd.concat(
+                    [has[k][key] for k in there], ignore_index=True
+                )
+            else: notes.append(f'{role}: {" ".join(key)} only in {folds_text(there)}, not '
+                               f'in the table')
         for w in {kept.get(role) for _, kept in each.values()} - {None}:
             there = [k for k, (_, kept_there) in each.items() if kept_there.get(role) == w]
             kept[role, w] = 'yes' if len(there) == len(each) else folds_text(there)
         if not any(has.values()): notes.append(f'{role}: no variants.parquet')
     return pooled, kept, notes
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #bdb83b8a
 def folds_text(
     folds:list[int],  # numbers of folds, one or more
 )->str:               # 'fold 0', or 'folds 0, 2'
@@ -156,7 +190,8 @@ def fold_decisions(
 ) -> dict[str, DecidedPredictions]:  # those that have a decision
     "Decisions of the models of a fold with their test images; `KdoctError` with the command where one does not belong to them."
     try: out = {r: read_decided(run.stage_dir(fold, r), models[r]) for r in run.recipe.roles if r in models}
-    except KdoctError as e: raise KdoctError(e.problem, fix=f"Make it again: {stage_command('decide', run, fold)}") from e
+    except KdoctError as e: raise KdoctError(e.problem, fix=f"Make it again: "
+                                                            f"{stage_command('decide', run, fold)}") from e
     return {r: j for r, j in out.items() if j is not None}
 
 def pool_decisions(
@@ -165,8 +200,11 @@ def pool_decisions(
     "Decisions that every fold has."
     names = list(dict.fromkeys(m for some in each.values() for m in some))
     lacks = {m: [k for k, some in each.items() if m not in some] for m in names}
-    return {m: [some[m] for some in each.values()] for m in names if not lacks[m]}, \
-        [f'{m}: no decision in {folds_text(lost)}, not in the tables about decisions' for m, lost in lacks.items() if lost]
+    return {m: [some[m] for some in each.values()] for m in names if not lacks[m]}, [
+        f'{m}: no decision in {folds_text(lost)}, not in the tables about decisions'
+        for m, lost in lacks.items()
+        if lost
+    ]
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #26493c0c
 def _not_measured(about, folder):
@@ -187,13 +225,16 @@ def costs_of(
         for m in (m for m in models if m != TOGETHER):
             folder = model_dir(run, fold, m)
             about = read_json(folder/'model.json')
-            if reason := _not_measured(about, folder): out[m] = dict(parameters=about.get('parameters'), not_measured=reason)
+            if reason := _not_measured(about, folder):
+                out[m] = dict(parameters=about.get('parameters'), not_measured=reason)
             else:
                 key = f"{about['arch']}, {len(about['classes'])} classes, {about['input_size']} px"
-                if key not in known: write_json(path, known := known | {key: _measured(folder, repeats)})
+                if key not in known:
+                    write_json(path, known := known | {key: _measured(folder, repeats)})
                 out[m] = known[key]
     return out
 
+# %% ../../nbs/05h_evaluate.pooling.ipynb #37628560
 def _measured(folder, repeats):
     from kdoct.models.cost import efficiency  # here, so that reading results does not wait for torch
     return efficiency(folder, repeats)
@@ -207,22 +248,44 @@ def ensemble(
     "The mean of the members' probabilities on images that none of them has seen; `KdoctError` where there is no such image."
     run = opened_run(run)
     folds = complete_folds(run) if folds is None else sorted(set(folds))
-    if len(folds) < 2: raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
+    if len(folds) < 2:
+        raise KdoctError(f'{len(folds)} fold is no ensemble.', fix='Train two folds at least.')
     parts = folds_of(run).query('fold in @folds')
-    seen, tests = set(parts.group[parts.role.isin(['train', 'val', 'calib'])]), parts[parts.role == 'test']
-    common, images = set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))), tests.drop_duplicates('path')
+    seen, tests = (
+        set(parts.group[parts.role.isin(['train', 'val', 'calib'])]),
+        parts[parts.role == 'test'],
+    )
+    common, images = (
+        set.intersection(*(set(t.path) for _, t in tests.groupby('fold'))),
+        tests.drop_duplicates('path'),
+    )
     clean = common & set(images.path[~images.group.isin(seen)])
     if not clean:
         met = images[images.group.isin(seen)]
-        raise KdoctError(f'{len(met)} of {len(images)} test images ({met.group.nunique()} of {images.group.nunique()} groups) were in the training, '
-                         'validation or calibration part of another member, and no image is left that all members test and none has seen.',
-                         fix='After a cross-validation there can be no ensemble over folds: what one fold tests, the others learn from. '
-                             'Use data.protocol=official, or images of other patients.')
-    each = [_read_role(run, k, role).pipe(lambda t: t[t.path.isin(clean)]).sort_values('path', ignore_index=True) for k in folds]
+        raise KdoctError(
+            f'{len(met)} of {len(images)} test images ({met.group.nunique()} of '
+            f'{images.group.nunique()} groups) were in the training, '
+            'validation or calibration part of another member, and no image is left that all '
+            'members test and none has seen.',
+            fix='After a cross-validation there can be no ensemble over folds: what one fold '
+                'tests, the others learn from. '
+            'Use data.protocol=official, or images of other patients.',
+        )
+    each = [
+        _read_role(run, k, role)
+        .pipe(lambda t: t[t.path.isin(clean)])
+        .sort_values('path', ignore_index=True)
+        for k in folds
+    ]
     if lost := [k for k, t in zip(folds, each, strict=True) if len(t) != len(clean)]:
-        raise KdoctError(f'The {role} of {folds_text(lost)} has not predicted all {len(clean)} images.', fix='Train it again on this folds.csv.')
+        raise KdoctError(
+            f'The {role} of {folds_text(lost)} has not predicted all {len(clean)} images.',
+            fix='Train it again on this folds.csv.',
+        )
     logp = np.logaddexp.reduce([log_softmax(logits_of(t)) for t in each]) - np.log(len(each))
-    return each[0].assign(fold=-1, **{f'logit_{c}': logp[:, i] for i, c in enumerate(classes_of(each[0]))})
+    return each[0].assign(
+        fold=-1, **{f'logit_{c}': logp[:, i] for i, c in enumerate(classes_of(each[0]))}
+    )
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #82bd4353
 def ensemble_section(
@@ -234,9 +297,16 @@ def ensemble_section(
     try: rows = {f'{role}, ensemble of {len(folds)}': ensemble(run, role, folds) for role in ROLES}
     except KdoctError as e: return None, f'No ensemble over folds: {e.problem.rstrip(".")}'
     n, of = len(next(iter(rows.values()))), models['student'].path.nunique()
-    return scores_section('Ensemble over folds', rows, f'Mean of the probabilities of {len(folds)} models on {n} of {of} test images, those of groups that no '
-                          'member has met in training or validation. The main table shows the same models one by one.',
-                          run.recipe.evaluate, run.recipe.seed), ''
+    return scores_section(
+        'Ensemble over folds',
+        rows,
+        f'Mean of the probabilities of {len(folds)} models on {n} of {of} test images, those of '
+        f'groups that no '
+        'member has met in training or validation. The main table shows the same models '
+        'one by one.',
+        run.recipe.evaluate,
+        run.recipe.seed,
+    ), ''
 
 # %% ../../nbs/05h_evaluate.pooling.ipynb #7482e915
 def sections_of(
@@ -250,8 +320,15 @@ def sections_of(
 ) -> dict[str, Section]:  # those that there are
     "Every class, the published selection, volumes and patients, views and weights, without a retina, costs."
     e, seed, data = run.recipe.evaluate, run.recipe.seed, run.recipe.data
-    made = dict(classes=classes_section(models, e, seed, drawn), selection=selection_section(models, e, seed),
-                volumes=volumes_section(models, decided, rule_of(run.recipe.decide, data.severity), e, seed),
-                views=views_section(variants, kept, e.views, e, seed), views_differences=views_differences(variants, e, seed),
-                blanked=blanked_section(variants, e, seed), costs=costs_section(costs))
+    made = dict(
+        classes=classes_section(models, e, seed, drawn),
+        selection=selection_section(models, e, seed),
+        volumes=volumes_section(
+            models, decided, rule_of(run.recipe.decide, data.severity), e, seed
+        ),
+        views=views_section(variants, kept, e.views, e, seed),
+        views_differences=views_differences(variants, e, seed),
+        blanked=blanked_section(variants, e, seed),
+        costs=costs_section(costs),
+    )
     return {k: s for k, s in made.items() if s is not None}

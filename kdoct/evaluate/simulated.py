@@ -36,9 +36,17 @@ def simulated_predictions(
     number = ROLES.index(role) if role in ROLES else 3 + zlib.crc32(role.encode())
     rng, classes = np.random.default_rng([fold, number, draw]), sorted(table.label.unique())
     margin = max({'teacher': 4., 'student': 3.4, 'baseline': 2.4}.get(role, 3.) + change, 0)
-    z = rng.normal(size=(len(table), len(classes))) + margin*(table.label.to_numpy()[:, None] == np.array(classes))
-    columns = [c for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice') if c in table]
-    return table[columns].assign(fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)})
+    z = rng.normal(size=(len(table), len(classes))) + margin * (
+        table.label.to_numpy()[:, None] == np.array(classes)
+    )
+    columns = [
+        c
+        for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice')
+        if c in table
+    ]
+    return table[columns].assign(
+        fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)}
+    )
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #sim-4
 def simulated_variants(
@@ -52,9 +60,16 @@ def simulated_variants(
     train, views = run.recipe.training(role), run.recipe.evaluate.views
     kept = 'checkpoint' if train.average == 'none' else train.average
     out = {(kept, ONE): main, (kept, BLANKED): simulated_predictions(table, role, fold, -9., 4)}
-    if kept != 'checkpoint': out['checkpoint', ONE] = simulated_predictions(table, role, fold, -.3, 2)
-    if views: out |= {(w, MANY): simulated_predictions(table, role, fold, .2, 3) for w in dict.fromkeys(w for w, _ in out)}
-    return kept, pd.concat([t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True)
+    if kept != 'checkpoint':
+        out['checkpoint', ONE] = simulated_predictions(table, role, fold, -.3, 2)
+    if views:
+        out |= {
+            (w, MANY): simulated_predictions(table, role, fold, 0.2, 3)
+            for w in dict.fromkeys(w for w, _ in out)
+        }
+    return kept, pd.concat(
+        [t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True
+    )
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #sim-7
 def write_simulated_stages(
@@ -62,7 +77,11 @@ def write_simulated_stages(
     fold:int,  # counted from 0
 ):
     "The data stage, and the model folders of simulated models of a fold; `KdoctError` in a run of another preset."
-    if run.recipe.name != 'tiny': raise KdoctError(f"Run '{run.name}' is not a test.", fix='Simulate models in runs of the preset tiny only.')
+    if run.recipe.name != 'tiny':
+        raise KdoctError(
+            f"Run '{run.name}' is not a test.",
+            fix='Simulate models in runs of the preset tiny only.',
+        )
     prepare_data(run)
     test, teachers = open_fold(run, fold).rows('test'), run.recipe.teacher_roles
     for role in run.recipe.roles:
@@ -72,10 +91,28 @@ def write_simulated_stages(
             with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
         taught_by = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
         parameters = 300_000 if role in teachers else 100_000
-        write_json(folder/'model.json', dict(arch='simulated', parameters=parameters, metrics=dict(kept=kept), taught_by=taught_by))
+        write_json(
+            folder / 'model.json',
+            dict(
+                arch='simulated',
+                parameters=parameters,
+                metrics=dict(kept=kept),
+                taught_by=taught_by,
+            ),
+        )
         e = np.arange(1, 4); soft = 2/e if role == 'student' else np.nan
-        pd.DataFrame(dict(epoch=e, train_loss=1/e, train_hard=1/e, train_soft=soft, valid_loss=1.2/e, accuracy=1 - .4/e, lr=1e-3,
-                          seconds=1.)).to_csv(folder/'history.csv', index=False)
+        pd.DataFrame(
+            dict(
+                epoch=e,
+                train_loss=1 / e,
+                train_hard=1 / e,
+                train_soft=soft,
+                valid_loss=1.2 / e,
+                accuracy=1 - 0.4 / e,
+                lr=1e-3,
+                seconds=1.0,
+            )
+        ).to_csv(folder / 'history.csv', index=False)
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #write-untrained
 def write_untrained(
@@ -95,7 +132,9 @@ def write_untrained(
         folder.mkdir(parents=True, exist_ok=True)
         frame = predictions_frame(data, 'test', predict_logits(model, batches))
         frame.to_parquet(folder/'predictions.parquet', index=False)
-        save_model_folder(folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold)
+        save_model_folder(
+            folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold
+        )
 
 # %% ../../nbs/05i_evaluate.simulated.ipynb #untrained-run
 def untrained_run(

@@ -7,20 +7,32 @@ __all__ = ['is_evaluated', 'folds_summary', 'warnings_of', 'fold_figures', 'eval
 
 # %% ../../nbs/05_evaluate.ipynb #imp-evaluate-stage
 import textwrap
+
 import time
+
 from pathlib import Path
 
 import numpy as np
+
 import pandas as pd
+
 from IPython.display import display, Image
+
 from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
+
 from ..core.runs import ROLES, Run, stage_command
+
 from ..data.images import decode_image, read_image_bytes
+
 from ..data.shortcuts import run_verdict
+
 from ..data.stage import folds_of, open_fold
+
 from .decision_tables import decision_sections
+
+# %% ../../nbs/05_evaluate.ipynb #f5bfcbdb
 from kdoct.evaluate.figures import (
     calibration_figure,
     confusion_figure,
@@ -35,7 +47,10 @@ from kdoct.evaluate.figures import (
     save_figure,
     views_figure,
 )
+
 from .metrics import classes_of, evaluate_predictions, fold_summary
+
+# %% ../../nbs/05_evaluate.ipynb #ac8d11b1
 from kdoct.evaluate.pooling import (
     complete_folds,
     costs_of,
@@ -51,6 +66,8 @@ from kdoct.evaluate.pooling import (
     pool_variants,
     sections_of,
 )
+
+# %% ../../nbs/05_evaluate.ipynb #c0bee08c
 from kdoct.evaluate.tables import (
     blanked_warning,
     differences_of,
@@ -72,7 +89,10 @@ def is_evaluated(
 ) -> bool:
     "Whether a fold's evaluation is of the predictions that are there now, further models included."
     here = {*ROLES, *finished_models(run, fold)}
-    return run.is_finished('evaluate', fold) and set(read_json(run.fold_dir(fold)/'evaluation.json')['predictions']) == here
+    return (
+        run.is_finished('evaluate', fold)
+        and set(read_json(run.fold_dir(fold) / 'evaluation.json')['predictions']) == here
+    )
 
 # %% ../../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
@@ -80,8 +100,11 @@ def _about(run, fold, models):
     out = {m: read_json(model_dir(run, fold, m)/'model.json') for m in models if m != TOGETHER}
     for role in (r for r in run.recipe.roles if r in out):
         if not isinstance(out[role].get('parameters'), int):
-            raise KdoctError(f'{run.stage_dir(fold, role)/"model.json"} does not say the number of parameters.',
-                             fix=f'Delete its folder and train again: {stage_command(role, run, fold)}')
+            raise KdoctError(
+                f'{run.stage_dir(fold, role) / "model.json"} does not say the number of '
+                f'parameters.',
+                fix=f'Delete its folder and train again: {stage_command(role, run, fold)}',
+            )
     return out
 
 def _histories(run, fold):
@@ -97,11 +120,19 @@ def folds_summary(
     "The summary over folds from the files that training left, also of runs finished long ago."
     run = opened_run(run)
     folds = complete_folds(run) if folds is None else sorted(set(folds))
-    if not folds: raise KdoctError(f"No fold of run '{run.name}' has predictions of all three models.",
-                                   fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
+    if not folds:
+        raise KdoctError(
+            f"No fold of run '{run.name}' has predictions of all three models.",
+            fix=f'Train them, beginning with {stage_command("teacher", run, 0)}',
+        )
     models = {k: fold_models(run, k) for k in folds}
-    return folds_section({k: (m, *fold_variants(run, k, m)) for k, m in models.items()}, run.recipe.data.n_folds, run.recipe.evaluate.views)
+    return folds_section(
+        {k: (m, *fold_variants(run, k, m)) for k, m in models.items()},
+        run.recipe.data.n_folds,
+        run.recipe.evaluate.views,
+    )
 
+# %% ../../nbs/05_evaluate.ipynb #e2df3b12
 def warnings_of(
     run:Run,  # the run
     sections:dict[str, Section]|None=None,  # of its results; None: there are none yet
@@ -110,83 +141,153 @@ def warnings_of(
     sections, data = sections or {}, run.stage('data')
     verdict, words = run_verdict(run)
     out = [f'Shortcut. {words}'] if verdict == 'above' else []
-    if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))): out.append(w)
+    if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))):
+        out.append(w)
     if leak := data.get('leak'):
-        out.append(f'The published leak is kept: {counted(leak["groups"], "tested group")} trained on too; '
-                   'the scores are too good.')
+        out.append(
+            f'The published leak is kept: {counted(leak["groups"], "tested group")} '
+            f'trained on too; '
+            'the scores are too good.'
+        )
     chosen = dict(validation=('val_lacks', 'The epoch, and what else was chosen there,'),
                   calibration=('calib_lacks', 'The temperature, thresholds and prediction sets'))
-    out += [f'{_lacking(part, data[key])}. {what} know nothing of it.' for part, (key, what) in chosen.items() if any((data.get(key) or {}).values())]
+    out += [
+        f'{_lacking(part, data[key])}. {what} know nothing of it.'
+        for part, (key, what) in chosen.items()
+        if any((data.get(key) or {}).values())
+    ]
     if n := _torn_duplicates(run):
-        out.append(f'{n} near-duplicates have another class than the image that they copy: one of the two labels is wrong. audit.csv names them.')
+        out.append(
+            f'{n} near-duplicates have another class than the image that they copy: one of the two '
+            f'labels is wrong. audit.csv names them.'
+        )
     return out + _unfitted(sections)
 
+# %% ../../nbs/05_evaluate.ipynb #787112a0
 def _lacking(part, lacks):
     "Which folds have no image of a class in a part, each class named once."
-    folds = {c: [k for k, lost in lacks.items() if c in lost] for c in dict.fromkeys(c for lost in lacks.values() for c in lost)}
-    return f'The {part} part has no image of ' + ', and none of '.join(f'{c} in {folds_text(there)}' for c, there in folds.items())
+    folds = {
+        c: [k for k, lost in lacks.items() if c in lost]
+        for c in dict.fromkeys(c for lost in lacks.values() for c in lost)
+    }
+    return f'The {part} part has no image of ' + ', and none of '.join(
+        f'{c} in {folds_text(there)}' for c, there in folds.items()
+    )
 
 def _torn_duplicates(run):
     "Near-duplicates of an image of another class, as the audit noted them."
     path = run.path/'audit.csv'
     found = pd.read_csv(path, dtype=str).fillna('') if path.is_file() else pd.DataFrame()
     if not {'problem', 'detail'} <= set(found): return 0
-    return int(((found.problem == 'near-duplicate') & found.detail.str.contains(', which is ', regex=False)).sum())
+    return int(
+        (
+            (found.problem == 'near-duplicate')
+            & found.detail.str.contains(', which is ', regex=False)
+        ).sum()
+    )
 
+# %% ../../nbs/05_evaluate.ipynb #0a61e9f0
 def _unfitted(sections):
     "Decisions that could not be fitted as wished, one sentence a table."
     out = []
-    for s in (sections[k] for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers') if k in sections and 'note' in sections[k].table):
+    for s in (
+        sections[k]
+        for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers')
+        if k in sections and 'note' in sections[k].table
+    ):
         note = s.table.note.fillna('')
         if (note != '').any():
-            same = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}   # each note once, with all that it is about
-            out.append(f'{s.title}, not fitted as wished. {" ".join(f"For {names}: {n}." for n, names in same.items())} See Decisions.')
+            # each note once, with all that it is about
+            same = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}
+            out.append(
+                f'{s.title}, not fitted as wished. '
+                f'{" ".join(f"For {names}: {n}." for n, names in same.items())} See Decisions.'
+            )
     return out
 
+# %% ../../nbs/05_evaluate.ipynb #77ac7a18
 def _tables(run, each, models, notes=()):
     "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
     variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
     decided, lost = pool_decisions({k: fold_decisions(run, k, m) for k, m in each.items()})
     drawn = resampled(models, e, seed)
-    sections = sections_of(run, models, variants, kept, costs_of(run, folds[0], models), decided, drawn) | decision_sections(decided, e, seed)
+    sections = sections_of(
+        run, models, variants, kept, costs_of(run, folds[0], models), decided, drawn
+    ) | decision_sections(decided, e, seed)
     notes = [*missing, *notes, *lost]
     if len(folds) > 1:
         together, reason = ensemble_section(run, folds, models)
         if together: sections = dict(ensemble=together) | sections
         else: notes.append(reason)
     about = _about(run, folds[0], models)
-    if run.recipe.distill.combine == 'nll' and TOGETHER in models: notes.append(_weights_text(run, folds))
-    notes += [f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax' for m, d in about.items()
-              if d.get('calibrated') is False]
-    protocol = ' '.join([protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)])
+    if run.recipe.distill.combine == 'nll' and TOGETHER in models:
+        notes.append(_weights_text(run, folds))
+    notes += [
+        f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax'
+        for m, d in about.items()
+        if d.get('calibrated') is False
+    ]
+    protocol = ' '.join(
+        [protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)]
+    )
     params = {m: d.get('parameters') for m, d in about.items()}
     if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
-    return dict(protocol=protocol, parameters=params, table=table_of(models, params, e, protocol, seed, drawn), differences=differences_of(models, e, seed),
-                sections=sections, decided=decided, warnings=warnings_of(run, sections))
+    return dict(
+        protocol=protocol,
+        parameters=params,
+        table=table_of(models, params, e, protocol, seed, drawn),
+        differences=differences_of(models, e, seed),
+        sections=sections,
+        decided=decided,
+        warnings=warnings_of(run, sections),
+    )
 
+# %% ../../nbs/05_evaluate.ipynb #27cca23f
 def _weights_text(run, folds):
     "How much each teacher counted, fold by fold."
     taught_by = {k: read_json(run.stage_dir(k, 'student')/'model.json')['taught_by'] for k in folds}
-    return 'weights of the teachers: ' + '; '.join(f'fold {k} ' + ', '.join(f'{r} {t["weight"]:.3f}' for r, t in by.items()) for k, by in taught_by.items())
+    return 'weights of the teachers: ' + '; '.join(
+        f'fold {k} ' + ', '.join(f'{r} {t["weight"]:.3f}' for r, t in by.items())
+        for k, by in taught_by.items()
+    )
 
 def _plain_tables(result):
     "The same as JSON wants it."
-    plain = {k: dict(title=s.title, caption=s.caption, table=_numbers(s.table), texts=_numbers(s.texts.fillna('').astype(str)))
-             for k, s in result['sections'].items()}   # numbers for programs, texts as a report shows them
-    return dict(warnings=result['warnings'], protocol=result['protocol'], table=_numbers(result['table']),
-                differences=_numbers(result['differences']), sections=plain)
+    plain = {
+        k: dict(
+            title=s.title,
+            caption=s.caption,
+            table=_numbers(s.table),
+            texts=_numbers(s.texts.fillna('').astype(str)),
+        )
+        for k, s in result['sections'].items()
+    }  # numbers for programs, texts as a report shows them
+    return dict(
+        warnings=result['warnings'],
+        protocol=result['protocol'],
+        table=_numbers(result['table']),
+        differences=_numbers(result['differences']),
+        sections=plain,
+    )
 
+# %% ../../nbs/05_evaluate.ipynb #5438383a
 def _numbers(t):
     "A frame as nested dicts: row -> column -> value, a row's tuple joined."
-    return {' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()}
+    return {
+        ' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()
+    }
 
 # %% ../../nbs/05_evaluate.ipynb #9fa8f33f
 def _further_figures(made, models)->dict[str, Figure]:
     "Figures of what only some runs have: views, decisions; without decisions, how reliable the probabilities are as trained."
     out = dict(views=views_figure(made['sections']['views'])) if 'views' in made['sections'] else {}
-    if not made['decided']: return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
-    return out | dict(calibration=calibration_figure(made['decided']), coverage_risk=coverage_figure(made['decided']))
+    if not made['decided']:
+        return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
+    return out | dict(
+        calibration=calibration_figure(made['decided']),
+        coverage_risk=coverage_figure(made['decided']),
+    )
 
 def fold_figures(
     run:Run,  # the run
@@ -200,7 +301,9 @@ def fold_figures(
     out = dict(confusion=confusion_figure(models), roc=roc_figure(models))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(models['student'], load_image)
-    out['counts'] = counts_figure(counts_of(folds[folds.fold == fold], labels), classes_of(models['student']))
+    out['counts'] = counts_figure(
+        counts_of(folds[folds.fold == fold], labels), classes_of(models['student'])
+    )
     return out
 
 # %% ../../nbs/05_evaluate.ipynb #890aca7a
@@ -217,7 +320,12 @@ def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
     for w in result['warnings']: _print(f'WARNING: {w}')
-    print(shown(table).drop(columns='note', errors='ignore').T.to_string(), *(f'note on {m}: {n}' for m, n in table.note.items() if n), '', sep='\n')
+    print(
+        shown(table).drop(columns='note', errors='ignore').T.to_string(),
+        *(f'note on {m}: {n}' for m, n in table.note.items() if n),
+        '',
+        sep='\n',
+    )
     print(shown_differences(result['differences']).T.to_string(), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
@@ -225,7 +333,11 @@ def _say(run, result, files):
         _print(s.caption)
         for name, n in (s.table.note.items() if 'note' in s.table else ()):
             if n: _print(f'note on {name}: {n}')
-    print(f"written in run '{run.name}':", *(f.relative_to(run.path).as_posix() for f in files), sep='\n  ')
+    print(
+        f"written in run '{run.name}':",
+        *(f.relative_to(run.path).as_posix() for f in files),
+        sep='\n  ',
+    )
 
 # %% ../../nbs/05_evaluate.ipynb #c0b18dae
 def evaluate_fold(
@@ -238,18 +350,36 @@ def evaluate_fold(
     "Evaluate a fold: print the tables, write evaluation.json and figures/*.png, return everything."
     run, t0 = opened_run(run), time.perf_counter()
     models = fold_models(run, fold)
-    made, estimates = _tables(run, {fold: models}, models), {m: evaluate_predictions(df) for m, df in models.items()}
+    made, estimates = (
+        _tables(run, {fold: models}, models),
+        {m: evaluate_predictions(df) for m, df in models.items()},
+    )
     if load_image is None or labels is None:
-        own = _images_of(run, fold); load_image, labels = load_image or own[0], own[1] if labels is None else labels
+        own = _images_of(run, fold)
+        load_image, labels = load_image or own[0], own[1] if labels is None else labels
     drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made, models)
     figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in drawn.items()}
-    write_json(run.fold_dir(fold)/'evaluation.json', dict(
-        run=run.name, fold=fold, parameters=made['parameters'], estimates=estimates, **_plain_tables(made),
-        figures={n: p.relative_to(run.path) for n, p in figures.items()},
-        predictions={m: sha256_file(model_dir(run, fold, m)/'predictions.parquet') for m in models if m != TOGETHER}))
+    write_json(
+        run.fold_dir(fold) / 'evaluation.json',
+        dict(
+            run=run.name,
+            fold=fold,
+            parameters=made['parameters'],
+            estimates=estimates,
+            **_plain_tables(made),
+            figures={n: p.relative_to(run.path) for n, p in figures.items()},
+            predictions={
+                m: sha256_file(model_dir(run, fold, m) / 'predictions.parquet')
+                for m in models
+                if m != TOGETHER
+            },
+        ),
+    )
     run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
                accuracy={m: v['accuracy'] for m, v in estimates.items()})
-    result = dict(run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models)
+    result = dict(
+        run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models
+    )
     if verbose: _say(run, result, [run.fold_dir(fold)/'evaluation.json', *figures.values()])
     return result
 
@@ -263,16 +393,28 @@ def show_figures(
 # %% ../../nbs/05_evaluate.ipynb #6e6ddbe9
 def _pool(per_fold, protocol='grouped-cv'):
     "Predictions of all folds in one table a model; `KdoctError` where the folds do not test what the protocol says."
-    names = [m for m in next(iter(per_fold.values())) if all(m in models for models in per_fold.values())]
-    pooled = {m: pd.concat([models[m] for models in per_fold.values()], ignore_index=True) for m in names}
+    names = [
+        m for m in next(iter(per_fold.values())) if all(m in models for models in per_fold.values())
+    ]
+    pooled = {
+        m: pd.concat([models[m] for models in per_fold.values()], ignore_index=True) for m in names
+    }
     tested = pooled['student'].groupby('path' if protocol == 'official' else 'group').fold.nunique()
     if protocol == 'official':
         if (some := tested != len(per_fold)).any():
-            raise KdoctError(f'{counted(some.sum(), "image")} not tested in every fold, such as {tested.index[some][0]}.',
-                             fix='The official protocol tests the same images in every fold: train the folds again on one folds.csv.')
+            raise KdoctError(
+                f'{counted(some.sum(), "image")} not tested in every fold, such as '
+                f'{tested.index[some][0]}.',
+                fix='The official protocol tests the same images in every fold: train the folds '
+                    'again on one folds.csv.',
+            )
     elif (tested > 1).any():
-        raise KdoctError(f'{counted((tested > 1).sum(), "group")} tested in more than one fold, such as {tested.index[tested > 1][0]}.',
-                         fix='Evaluate the folds one by one, or make folds whose test parts share no patient (01_data).')
+        raise KdoctError(
+            f'{counted((tested > 1).sum(), "group")} tested in more than one fold, such as '
+            f'{tested.index[tested > 1][0]}.',
+            fix='Evaluate the folds one by one, or make folds whose test parts share no '
+                'patient (01_data).',
+        )
     return pooled
 
 # %% ../../nbs/05_evaluate.ipynb #06210d44
@@ -284,20 +426,49 @@ def evaluate_run(
     "Pool the folds: print the tables, write summary.json and figures/*.png, return everything."
     run, t0 = opened_run(run), time.perf_counter()
     folds = complete_folds(run) if folds is None else sorted(set(folds))
-    if not folds: raise KdoctError(f"No fold of run '{run.name}' has predictions of all three models.",
-                                   fix=f'Train them, beginning with {stage_command("teacher", run, 0)}')
+    if not folds:
+        raise KdoctError(
+            f"No fold of run '{run.name}' has predictions of all three models.",
+            fix=f'Train them, beginning with {stage_command("teacher", run, 0)}',
+        )
     each = {k: fold_models(run, k) for k in folds}
     models = _pool(each, run.recipe.data.protocol)
-    made = _tables(run, each, models, [f'{m} is not in every fold and is left out here' for m in dict.fromkeys(m for some in each.values() for m in some)
-                                       if m not in models])
+    made = _tables(
+        run,
+        each,
+        models,
+        [
+            f'{m} is not in every fold and is left out here'
+            for m in dict.fromkeys(m for some in each.values() for m in some)
+            if m not in models
+        ],
+    )
     made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
-    per_fold = pd.DataFrame([dict(fold=k, model=r, **evaluate_predictions(df)) for k, m in each.items() for r, df in m.items()])
-    summary = pd.concat({r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)}, names=['model', 'metric'])
+    per_fold = pd.DataFrame(
+        [
+            dict(fold=k, model=r, **evaluate_predictions(df))
+            for k, m in each.items()
+            for r, df in m.items()
+        ]
+    )
+    summary = pd.concat(
+        {r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)},
+        names=['model', 'metric'],
+    )
     drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
     drawn |= _further_figures(made, models)
     figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
-    write_json(run.path/'summary.json', dict(run=run.name, folds=folds, **_plain_tables(made), mean_sd=_numbers(summary),
-                                             per_fold=per_fold.to_dict('records'), figures={n: p.relative_to(run.path) for n, p in figures.items()}))
+    write_json(
+        run.path / 'summary.json',
+        dict(
+            run=run.name,
+            folds=folds,
+            **_plain_tables(made),
+            mean_sd=_numbers(summary),
+            per_fold=per_fold.to_dict('records'),
+            figures={n: p.relative_to(run.path) for n, p in figures.items()},
+        ),
+    )
     run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
     result = made | dict(folds=summary, per_fold=per_fold, figures=figures)
     if verbose: _say(run, result, [run.path/'summary.json', *figures.values()])

@@ -36,12 +36,29 @@ from kdoct.evaluate.metrics import (
 from .patients import published_selection
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #c6557244
-_SHOWN = {'accuracy': 'accuracy %', 'sensitivity': 'macro sensitivity %', 'specificity': 'macro specificity %',
-          'precision': 'macro precision %', 'f1': 'macro F1 %', 'auc': 'AUC'}
-COMPARED = {m: _SHOWN[m] for m in ('accuracy', 'sensitivity', 'specificity', 'auc')}  # what differences and figures show
-PART_NAMES = {'train': 'training', 'val': 'validation', 'calib': 'calibration', 'test': 'test', 'out': 'not used'}  # of a fold
+_SHOWN = {
+    'accuracy': 'accuracy %',
+    'sensitivity': 'macro sensitivity %',
+    'specificity': 'macro specificity %',
+    'precision': 'macro precision %',
+    'f1': 'macro F1 %',
+    'auc': 'AUC',
+}
+
+# what differences and figures show
+COMPARED = {m: _SHOWN[m] for m in ('accuracy', 'sensitivity', 'specificity', 'auc')}
+
+PART_NAMES = {
+    'train': 'training',
+    'val': 'validation',
+    'calib': 'calibration',
+    'test': 'test',
+    'out': 'not used',
+}  # of a fold
+
 NO_INTERVAL = '(no interval)'  # in place of the interval where too few resamples define the score, see `MIN_DEFINED`
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #61e8644a
 def interval_text(
     value:float,  # estimate, a fraction
     low:float,  # lower end of the interval
@@ -52,26 +69,42 @@ def interval_text(
     if not np.isfinite(value): return 'undefined'
     f = '{:.1f}' if percent else '{:.3f}'
     v = np.array([value, low, high], dtype=float) * (100 if percent else 1)
-    return f'{f} [{f}, {f}]'.format(*v) if np.isfinite(v).all() else f'{f} {NO_INTERVAL}'.format(v[0])
+    return (
+        f'{f} [{f}, {f}]'.format(*v) if np.isfinite(v).all() else f'{f} {NO_INTERVAL}'.format(v[0])
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #9607298f
 def _notes(point, ci):
     "Remarks on one row of the table."
     out = []
     if absent := [c for c, v in point['per_class'].items() if not v['n']]:
-        out.append(f'macro over {counted(point["n_present"], "class")}: no image of {", ".join(absent)}')
+        out.append(
+            f'macro over {counted(point["n_present"], "class")}: no image of {", ".join(absent)}'
+        )
     n = ci.n_boot.iloc[0]
     if (lost := n - ci.n_used['sensitivity']) > 0:
         bare = not np.isfinite(ci.low['sensitivity'])
-        then = ': no interval of the macro scores and the AUC' if bare else ' and are not in the macro intervals'
+        then = (
+            ': no interval of the macro scores and the AUC'
+            if bare
+            else ' and are not in the macro intervals'
+        )
         out.append(f'{lost} of {n} resamples lacked a class{then}')
-    if never := [c for c, v in point['per_class'].items() if v['n'] and not np.isfinite(v['precision'])]:
+    if never := [
+        c for c, v in point['per_class'].items() if v['n'] and not np.isfinite(v['precision'])
+    ]:
         out.append(f'no image was predicted {", ".join(never)}: macro precision undefined')
     elif (lost := ci.n_used['sensitivity'] - ci.n_used['precision']) > 0:
         only = np.isfinite(ci.low['sensitivity']) and not np.isfinite(ci.low['precision'])
-        out.append(f'in {lost} of {n} resamples a class was never predicted: no macro precision there' + (', and no interval of it' if only else ''))
+        out.append(
+            f'in {lost} of {n} resamples a class was never predicted: no macro precision there'
+            + (', and no interval of it' if only else '')
+        )
     if point['accuracy'] == 1:
-        out.append(f'no error in {counted(point["n_groups"], "group")}: the error rate may be up to {300/point["n_groups"]:.0f} %')
+        out.append(
+            f'no error in {counted(point["n_groups"], "group")}: the error rate may be up to '
+            f'{300 / point["n_groups"]:.0f} %'
+        )
     return '; '.join(out)
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #15029cb3
@@ -83,20 +116,41 @@ def score_row(
     ci=None,                  # what `bootstrap` gives for these; None: it is computed
 )->dict:                      # shown texts, then METRIC, METRIC_low, METRIC_high as fractions, n_images, n_groups, note
     "One row of a table."
-    point, ci = evaluate_predictions(df), bootstrap(df, evaluate.n_boot, evaluate.level, seed) if ci is None else ci
+    point, ci = (
+        evaluate_predictions(df),
+        bootstrap(df, evaluate.n_boot, evaluate.level, seed) if ci is None else ci,
+    )
     three = {m: ci.loc[m, ['estimate', 'low', 'high']] for m in metrics}
-    texts = {title: interval_text(*three[m], percent=m != 'auc') if m in three else '–' for m, title in _SHOWN.items()}
-    numbers = {k: v for m, values in three.items() for k, v in zip((m, f'{m}_low', f'{m}_high'), values, strict=True)}
-    return {**texts, **numbers, 'n_images': len(df), 'n_groups': point['n_groups'], 'note': _notes(point, ci)}
+    texts = {
+        title: interval_text(*three[m], percent=m != 'auc') if m in three else '–'
+        for m, title in _SHOWN.items()
+    }
+    numbers = {
+        k: v
+        for m, values in three.items()
+        for k, v in zip((m, f'{m}_low', f'{m}_high'), values, strict=True)
+    }
+    return {
+        **texts,
+        **numbers,
+        'n_images': len(df),
+        'n_groups': point['n_groups'],
+        'note': _notes(point, ci),
+    }
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #01e1ba33
 def resampled(
     models:dict[str, pd.DataFrame],  # name -> predictions
     evaluate:EvaluateRecipe,  # resamples and level of the intervals
     seed:int=0,  # of the resampling
 ) -> dict[str, tuple]:  # name -> from `bootstrap_both`
     "What the main table and that of every class share: one pass over the resamples of each model."
-    return {name: bootstrap_both(df, evaluate.n_boot, evaluate.level, seed) for name, df in models.items()}
+    return {
+        name: bootstrap_both(df, evaluate.n_boot, evaluate.level, seed)
+        for name, df in models.items()
+    }
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #b4a96a07
 def table_of(
     models:dict[str, pd.DataFrame],  # name -> predictions
     params:dict[str, int|None],  # name -> number of parameters, where it has some
@@ -109,16 +163,26 @@ def table_of(
     def size(n): return '–' if n is None else f'{n/1e6:.2f} M'
     e = evaluate or EvaluateRecipe()
     drawn = drawn or resampled(models, e, seed)
-    rows = {name: {'parameters': size(params[name]), **score_row(df, e, seed, ci=drawn[name][0]), 'n_parameters': params[name],
-                   'protocol': protocol} for name, df in models.items()}
+    rows = {
+        name: {
+            'parameters': size(params[name]),
+            **score_row(df, e, seed, ci=drawn[name][0]),
+            'n_parameters': params[name],
+            'protocol': protocol,
+        }
+        for name, df in models.items()
+    }
     return pd.DataFrame(rows).T.rename_axis('model').infer_objects()
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #7afa3ce2
 def shown(
     table:pd.DataFrame,  # from `table_of`, or of a section
 ) -> pd.DataFrame:  # its texts only
     "The columns of a table that are for reading."
     notes = ['note'] if table.note.any() else []
-    return table[[c for c in ('kept', 'parameters', *_SHOWN.values(), 'chance') if c in table] + notes]
+    return table[
+        [c for c in ('kept', 'parameters', *_SHOWN.values(), 'chance') if c in table] + notes
+    ]
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #7dda4f47
 def _split_text(run, predictions):
@@ -127,50 +191,89 @@ def _split_text(run, predictions):
     which = f'fold {folds[0]}' if len(folds) == 1 else 'folds ' + ', '.join(map(str, folds))
     groups, n = predictions.group.nunique(), len(predictions)
     if data.protocol != 'official':
-        return f'{data.n_folds}-fold cross-validation split by group (patient); {which}: {counted(n, "test image")} of {counted(groups, "group")}'
+        return (f'{data.n_folds}-fold cross-validation split by group (patient); {which}: '
+                f'{counted(n, "test image")} of {counted(groups, "group")}')
     facts, images = run.stage('data'), predictions.path.nunique()
-    text = (f'the official test part, {counted(images, "image")} of {counted(groups, "group")}; '
-            f'models of {which}, each validated on another part by group of the rest'
-            + (f': {len(folds)} models on the same test images, so n is {n}' if len(folds) > 1 else ''))
-    if leak := facts.get('leak'): return text + (f'; the published leak is kept: {leak["groups"]} tested groups were trained on too, with {leak["images"]} '
-                                                 'images, and the scores are too good')
-    return text + f'; {facts.get("overlap", 0)} images of tested groups outside the test part were left out of training'
+    text = (
+        f'the official test part, {counted(images, "image")} of {counted(groups, "group")}; '
+        f'models of {which}, each validated on another part by group of the rest'
+        + (f': {len(folds)} models on the same test images, so n is {n}' if len(folds) > 1 else '')
+    )
+    if leak := facts.get('leak'):
+        return text + (
+            f'; the published leak is kept: {leak["groups"]} tested groups were trained on too, '
+            f'with {leak["images"]} '
+            'images, and the scores are too good'
+        )
+    return (
+        text
+        + f'; {facts.get("overlap", 0)} images of tested groups outside the test part were left '
+          f'out of training'
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #7a16786c
 def _images_text(data, predictions):
     "What was done to the pictures, and which slices count."
-    out = [f'images of {data.size} px' + ('' if data.resize == 'squash' else f', made square by {data.resize}')]
+    out = [
+        f'images of {data.size} px'
+        + ('' if data.resize == 'squash' else f', made square by {data.resize}')
+    ]
     out += ['white padding replaced by background'] if data.fill_white else []
     out += ['scale bar covered'] if data.mask_scale_bar else []
     if 'patient_label' in predictions:
         rule = {True: "only slices that show the patient's diagnosis", False: 'all slices'}
-        out.append(f"training on {rule[data.worst_case_train]}, test on {rule[data.worst_case_test]}")
+        out.append(
+            f"training on {rule[data.worst_case_train]}, test on {rule[data.worst_case_test]}"
+        )
     return '; '.join(out)
 
 TOGETHER = 'teachers, together'   # the row of what several teachers taught the student
-_COMBINED = dict(probabilities='the mean of their probabilities', logits='the mean of their logits',
-                 nll='the mean of their probabilities, weighted by exp(-validation NLL)', turn='one teacher a batch in turn')
 
+_COMBINED = dict(
+    probabilities='the mean of their probabilities',
+    logits='the mean of their logits',
+    nll='the mean of their probabilities, weighted by exp(-validation NLL)',
+    turn='one teacher a batch in turn',
+)
+
+# %% ../../nbs/05c_evaluate.tables.ipynb #cf75e3e3
 def _teachers_text(recipe):
     "Who taught the student, and how; '' for a single teacher."
     if not recipe.teachers: return ''
     d, each = recipe.distill, {role: recipe.training(role) for role in recipe.teacher_roles}
-    who = ', '.join(f'{role}: {t.arch}' + (f' at {t.size} px' if t.size else '') for role, t in each.items())
+    who = ', '.join(
+        f'{role}: {t.arch}' + (f' at {t.size} px' if t.size else '') for role, t in each.items()
+    )
     row = 'the mean of their probabilities' if d.combine == 'turn' else 'the same'
-    return (f' The student was taught by {len(each)} teachers ({who}): {_COMBINED[d.combine]}, at T {d.temperature:g}, with alpha {d.alpha:g} (soft '
-            f'loss) and beta {d.beta:g} (hard loss); "{TOGETHER}" is {row} on the test images, at T 1.')
+    return (
+        f' The student was taught by {len(each)} teachers ({who}): {_COMBINED[d.combine]}, at T '
+        f'{d.temperature:g}, with alpha {d.alpha:g} (soft '
+        f'loss) and beta {d.beta:g} (hard loss); "{TOGETHER}" is {row} on the test images, at T 1.'
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #6f9a08f0
 def protocol_of(
     run:Run,  # the run
     predictions:pd.DataFrame,  # of any of its models, one fold or several
 ) -> str:  # data, grouping, folds, seed, views, intervals
     "How the numbers of this run came about."
     r, folds, e = run.recipe, predictions.fold.nunique(), run.recipe.evaluate
-    views = f'beside it the mean of logits over the views {", ".join(e.views)}' if e.views else 'test-time views: none'
-    return (f'Data {r.data.source}, {len(classes_of(predictions))} classes; {_split_text(run, predictions)}; {_images_text(r.data, predictions)}; '
-            f'seed {r.seed}; one view an image ({views}); sensitivity, specificity, precision and F1 are macro, one-vs-rest; intervals: '
-            f'{100*e.level:g} %, percentile bootstrap over groups, {e.n_boot} resamples, and none where more than {100*(1 - MIN_DEFINED):.0f} % of '
-            'these do not define the score.'
-            + (' AUC pooled over folds compares images of the same fold only.' if folds > 1 else '') + _teachers_text(r))
+    views = (
+        f'beside it the mean of logits over the views {", ".join(e.views)}'
+        if e.views
+        else 'test-time views: none'
+    )
+    return (
+        f'Data {r.data.source}, {len(classes_of(predictions))} classes; '
+        f'{_split_text(run, predictions)}; {_images_text(r.data, predictions)}; '
+        f'seed {r.seed}; one view an image ({views}); sensitivity, specificity, precision and F1 '
+        f'are macro, one-vs-rest; intervals: '
+        f'{100 * e.level:g} %, percentile bootstrap over groups, {e.n_boot} resamples, and none '
+        f'where more than {100 * (1 - MIN_DEFINED):.0f} % of '
+        'these do not define the score.'
+        + (' AUC pooled over folds compares images of the same fold only.' if folds > 1 else '')
+        + _teachers_text(r)
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #de6cb78c
 _PAIRS = (('student', 'baseline'), ('student', 'teacher'))
@@ -181,13 +284,20 @@ def differences_of(
     seed:int=0,  # of the resampling
 ) -> pd.DataFrame:  # rows (pair, metric): a, b, difference, low, high, share_below, p, n_used, n_boot
     "Student minus baseline, teacher, and several teachers together; `KdoctError` where the images differ."
-    e, pairs = evaluate or EvaluateRecipe(), (*_PAIRS, *([('student', TOGETHER)] if TOGETHER in models else []))
+    e, pairs = (
+        evaluate or EvaluateRecipe(),
+        (*_PAIRS, *([('student', TOGETHER)] if TOGETHER in models else [])),
+    )
     return _differences({f'{a} - {b}': (models[a], models[b]) for a, b in pairs}, e, seed)
 
 def _differences(pairs, e, seed):
     "Paired differences, rows (pair, metric)."
-    return pd.concat({name: paired_difference(a, b, e.n_boot, e.level, seed) for name, (a, b) in pairs.items()}, names=['pair', 'metric'])
+    return pd.concat(
+        {name: paired_difference(a, b, e.n_boot, e.level, seed) for name, (a, b) in pairs.items()},
+        names=['pair', 'metric'],
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #bce9df25
 def shown_differences(
     diff:pd.DataFrame,  # from `differences_of`
 ) -> pd.DataFrame:  # one row a pair, texts
@@ -198,7 +308,12 @@ def shown_differences(
         if not np.isfinite(r.low): return f'{f} {NO_INTERVAL}'.format(k*r.difference)
         return f'{f} [{f}, {f}], p {{:.3f}}'.format(*(k*r[['difference', 'low', 'high']]), r.p)
     titles = {m: t.replace('%', '(points)') for m, t in COMPARED.items()}
-    return pd.DataFrame({t: {p: text(diff.loc[(p, m)], m) for p in diff.index.unique('pair')} for m, t in titles.items()})
+    return pd.DataFrame(
+        {
+            t: {p: text(diff.loc[(p, m)], m) for p in diff.index.unique('pair')}
+            for m, t in titles.items()
+        }
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #42b6d357
 def shown_folds(
@@ -209,7 +324,12 @@ def shown_folds(
         if not np.isfinite(r['mean']): return 'undefined'
         f, k = ('{:.3f}', 1) if m == 'auc' else ('{:.2f}', 100)
         return f.format(k*r['mean']) + (f' ± {f}'.format(k*r['sd']) if np.isfinite(r['sd']) else '')
-    return pd.DataFrame({t: {n: text(summary.loc[(n, m)], m) for n in summary.index.unique('model')} for m, t in _SHOWN.items()})
+    return pd.DataFrame(
+        {
+            t: {n: text(summary.loc[(n, m)], m) for n in summary.index.unique('model')}
+            for m, t in _SHOWN.items()
+        }
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #e073ff30
 class Section(NamedTuple):
@@ -229,7 +349,11 @@ def scores_section(
     **columns,                       # further texts, one a row
 )->Section:
     "Scores with intervals, one row a table of predictions."
-    table = pd.DataFrame({n: score_row(df, evaluate, seed, metrics(n)) for n, df in rows.items()}).T.assign(**columns).infer_objects()
+    table = (
+        pd.DataFrame({n: score_row(df, evaluate, seed, metrics(n)) for n, df in rows.items()})
+        .T.assign(**columns)
+        .infer_objects()
+    )
     return Section(title, table, shown(table), caption)
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #c7557100
@@ -237,7 +361,10 @@ def markdown(
     t:pd.DataFrame,  # texts, or what reads well as one
 )->str:
     "A table as Markdown, without its index."
-    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [list(t.columns), ['---']*t.shape[1], *t.astype(str).values.tolist()])
+    return '\n'.join(
+        '| ' + ' | '.join(r) + ' |'
+        for r in [list(t.columns), ['---'] * t.shape[1], *t.astype(str).values.tolist()]
+    )
 
 def named_together(
     names,  # of rows: 'MODEL', or 'MODEL, WHAT'
@@ -253,9 +380,13 @@ def named_together(
 def _no_interval_note(t, n_boot):
     "Which scores of one class have no interval, and why; '' if all have."
     bare = t[np.isfinite(t.estimate) & ~np.isfinite(t.low)]
-    return '; '.join(f'no interval of {m}: {n_boot - n} of {n_boot} resamples do not define it, for want of images or predictions of the class'
-                     for m, n in bare.n_used.items())
+    return '; '.join(
+        f'no interval of {m}: {n_boot - n} of {n_boot} resamples do not define it, for want of '
+        f'images or predictions of the class'
+        for m, n in bare.n_used.items()
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #f6a4d692
 def classes_section(
     models:dict[str, pd.DataFrame],  # name -> predictions
     evaluate:EvaluateRecipe,         # resamples and level
@@ -268,17 +399,34 @@ def classes_section(
     rows = {}
     for (model, c), t in each.groupby(level=['model', 'class'], sort=False):
         t = t.droplevel(['model', 'class'])
-        rows[f'{model}, {c}'] = dict(n_images=t.n.iloc[0], note=_no_interval_note(t, evaluate.n_boot)) | {
-            m if end == 'estimate' else f'{m}_{end}': t.loc[m, end] for m in EACH_CLASS for end in ('estimate', 'low', 'high')}
+        rows[f'{model}, {c}'] = dict(
+            n_images=t.n.iloc[0], note=_no_interval_note(t, evaluate.n_boot)
+        ) | {
+            m if end == 'estimate' else f'{m}_{end}': t.loc[m, end]
+            for m in EACH_CLASS
+            for end in ('estimate', 'low', 'high')
+        }
     table = pd.DataFrame(rows).T.astype({'n_images': int})
     def text(r, m): return interval_text(*r[[m, f'{m}_low', f'{m}_high']], percent=m != 'auc')
-    texts = pd.DataFrame({n: dict(images=f'{r.n_images:.0f}') | {_SHOWN[m].removeprefix('macro '): text(r, m) for m in EACH_CLASS}
-                          for n, r in table.iterrows()}).T
-    return Section('Every class against the rest', table, texts,
-                   'The macro scores are means of these. Images: true images of the class. Intervals as in the main table, from the same resamples of '
-                   'groups; those in which a score is not defined are left out of its interval, and where these are more than '
-                   f'{100*(1 - MIN_DEFINED):.0f} % there is none: {NO_INTERVAL}. At 100 % the interval is a point and says little: with n '
-                   'patients of the class and no mistake, the rate of mistakes may still be up to 300/n %.')
+    texts = pd.DataFrame(
+        {
+            n: dict(images=f'{r.n_images:.0f}')
+            | {_SHOWN[m].removeprefix('macro '): text(r, m) for m in EACH_CLASS}
+            for n, r in table.iterrows()
+        }
+    ).T
+    return Section(
+        'Every class against the rest',
+        table,
+        texts,
+        'The macro scores are means of these. Images: true images of the class. Intervals as in '
+        'the main table, from the same resamples of '
+        'groups; those in which a score is not defined are left out of its interval, and where '
+        'these are more than '
+        f'{100 * (1 - MIN_DEFINED):.0f} % there is none: {NO_INTERVAL}. At 100 % the interval is a '
+        f'point and says little: with n '
+        'patients of the class and no mistake, the rate of mistakes may still be up to 300/n %.',
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #19e8f347
 def selection_section(
@@ -290,30 +438,57 @@ def selection_section(
     chosen = {n: published_selection(df) for n, df in models.items()}
     if any(df is None for df in chosen.values()): return None
     n, of = len(next(iter(chosen.values()))), len(next(iter(models.values())))
-    rows = {f'{m}, {what}': t[m] for m in models for what, t in (('all slices', models), ('published selection', chosen))}
-    return scores_section('All test slices, and the published selection of them', rows,
-                   f"The published rule tests only slices that show the patient's diagnosis (NEH: Class equals Label): {n} of {of} test images. The models "
-                   'are the same. Nobody who opens a new volume knows which slices these are, so the score on all slices is the one to expect.', evaluate, seed)
+    rows = {
+        f'{m}, {what}': t[m]
+        for m in models
+        for what, t in (('all slices', models), ('published selection', chosen))
+    }
+    return scores_section(
+        'All test slices, and the published selection of them',
+        rows,
+        f"The published rule tests only slices that show the patient's diagnosis (NEH: Class "
+        f"equals Label): {n} of {of} test images. The models "
+        'are the same. Nobody who opens a new volume knows which slices these are, so the score on '
+        'all slices is the one to expect.',
+        evaluate,
+        seed,
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #9fd607d7
 ONE, MANY, BLANKED = 'identity', 'averaged', 'retina blanked'
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #0f2dee06
 def read_variants(
     path:str|Path,             # a variants.parquet
     predictions:pd.DataFrame,  # predictions.parquet of the same model
     kept:str|None=None,        # which weights those predictions are of; None: not known
 )->dict[tuple[str, str], pd.DataFrame]:  # (weights, view) -> predictions
     "Predictions of other weights and views; `KdoctError` where they do not belong to these predictions."
-    def refuse(what): raise KdoctError(f'{path}: {what}', fix='delete the folder and train again: training writes both files together')
+    def refuse(what):
+        raise KdoctError(
+            f'{path}: {what}',
+            fix='delete the folder and train again: training writes both files together',
+        )
     try: df = pd.read_parquet(path)
     except (OSError, ValueError) as e: refuse(f'not a readable parquet file: {e}')
     if lost := {'weights', 'view'} - set(df): refuse(f'column(s) {", ".join(sorted(lost))} missing')
-    out = {k: check_predictions(part.drop(columns=['weights', 'view']).reset_index(drop=True), f'{path}, {" ".join(k)}')
-           for k, part in df.groupby(['weights', 'view'], sort=False)}
+    out = {
+        k: check_predictions(
+            part.drop(columns=['weights', 'view']).reset_index(drop=True), f'{path}, {" ".join(k)}'
+        )
+        for k, part in df.groupby(['weights', 'view'], sort=False)
+    }
     for (weights, view), part in out.items():
-        same = part.path.tolist() == predictions.path.tolist() and classes_of(part) == classes_of(predictions)
-        if not same: refuse(f'weights {weights}, view {view} are not about the images of predictions.parquet')
-        if (weights, view) == (kept, ONE) and not np.array_equal(logits_of(part), logits_of(predictions)):
+        same = part.path.tolist() == predictions.path.tolist() and classes_of(part) == classes_of(
+            predictions
+        )
+        if not same:
+            refuse(
+                f'weights {weights}, view {view} are not about the images of predictions.parquet'
+            )
+        if (weights, view) == (kept, ONE) and not np.array_equal(
+            logits_of(part), logits_of(predictions)
+        ):
             refuse(f'the logits of the kept weights ({kept}) are not those of predictions.parquet')
     if kept and (kept, ONE) not in out: refuse(f'the kept weights ({kept}) are missing')
     return out
@@ -321,6 +496,7 @@ def read_variants(
 # %% ../../nbs/05c_evaluate.tables.ipynb #8326a327
 _VIEWED = {ONE: 'one view', MANY: 'averaged views'}
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #1985fa6a
 def views_section(
     variants:dict[str, dict],        # model -> (weights, view) -> predictions
     kept:dict[tuple[str, str], str], # (model, weights) -> in which folds validation kept them, in words
@@ -329,35 +505,80 @@ def views_section(
     seed:int=0,                      # of the resampling
 )->Section|None:                     # None where there is neither a second view nor a second set of weights
     "One view and the mean of several; the best epoch and the averaged weights."
-    rows = {(m, w, v): df for m, some in variants.items() for (w, v), df in some.items() if v in _VIEWED}
+    rows = {
+        (m, w, v): df for m, some in variants.items() for (w, v), df in some.items() if v in _VIEWED
+    }
     if len(rows) <= len(variants): return None
-    rows = dict(sorted(rows.items(), key=lambda r: (list(variants).index(r[0][0]), r[0][1] != 'checkpoint', r[0][1], r[0][2] == MANY)))
+    rows = dict(
+        sorted(
+            rows.items(),
+            key=lambda r: (
+                list(variants).index(r[0][0]),
+                r[0][1] != 'checkpoint',
+                r[0][1],
+                r[0][2] == MANY,
+            ),
+        )
+    )
     names = {f'{m}, {w}, {_VIEWED[v]}': (m, w, v) for m, w, v in rows}
-    caption = (f'Averaged views: mean of logits over {", ".join(views)}. ' if any(v == MANY for _, _, v in rows) else 'No averaged views. ') + \
-        ('Weights: checkpoint is the best epoch by validation, swa and ema are averages over training (with BatchNorm statistics of clean images; '
-         '-augmented: of augmented ones); validation, never this table, decides which are kept.')
-    return scores_section('Views and weights', {n: rows[k] for n, k in names.items()}, caption, evaluate, seed,
-                          kept=[kept.get((m, w), '') for m, w, _ in names.values()])
+    caption = (
+        f'Averaged views: mean of logits over {", ".join(views)}. '
+        if any(v == MANY for _, _, v in rows)
+        else 'No averaged views. '
+    ) + (
+        'Weights: checkpoint is the best epoch by validation, swa and ema are averages over '
+        'training (with BatchNorm statistics of clean images; '
+        '-augmented: of augmented ones); validation, never this table, decides which are kept.'
+    )
+    return scores_section(
+        'Views and weights',
+        {n: rows[k] for n, k in names.items()},
+        caption,
+        evaluate,
+        seed,
+        kept=[kept.get((m, w), '') for m, w, _ in names.values()],
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #fe91a3d4
 def views_differences(
     variants:dict[str, dict],        # model -> (weights, view) -> predictions
     evaluate:EvaluateRecipe,         # resamples and level
     seed:int=0,                      # of the resampling
 )->Section|None:                     # None where there is nothing to compare
     "What averaging views, and averaging weights, changes: paired."
-    pairs = {f'{m}, {w}: averaged views - one view': (df, some[w, ONE]) for m, some in variants.items() for (w, v), df in some.items() if v == MANY}
-    pairs |= {f'{m}, one view: {w} - checkpoint': (df, some['checkpoint', ONE]) for m, some in variants.items() for (w, v), df in some.items()
-              if v == ONE and w != 'checkpoint' and ('checkpoint', ONE) in some}
+    pairs = {
+        f'{m}, {w}: averaged views - one view': (df, some[w, ONE])
+        for m, some in variants.items()
+        for (w, v), df in some.items()
+        if v == MANY
+    }
+    pairs |= {
+        f'{m}, one view: {w} - checkpoint': (df, some['checkpoint', ONE])
+        for m, some in variants.items()
+        for (w, v), df in some.items()
+        if v == ONE and w != 'checkpoint' and ('checkpoint', ONE) in some
+    }
     if not pairs: return None
     diff = _differences(pairs, evaluate, seed)
-    return Section('What views and averaged weights change', diff, shown_differences(diff), 'Paired differences on the same resamples of groups: points of '
-                   'percent (AUC: absolute), interval, two-sided bootstrap p. Averaging n views costs n times the time.')
+    return Section(
+        'What views and averaged weights change',
+        diff,
+        shown_differences(diff),
+        'Paired differences on the same resamples of groups: points of '
+        'percent (AUC: absolute), interval, two-sided bootstrap p. Averaging n views costs n '
+        'times the time.',
+    )
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #f01d5ec1
 KEPT = 'kept weights'
-_PUBLISHED = ('The published quantity is the score on slices that show the diagnosis of their patient (NEH: Class equals Label): the teacher in averaged '
-              "views, the student in one view (KD-OCT, arXiv 2512.09069). Its authors' code tests the best checkpoint; "
-              'where other weights were kept, the rows named checkpoint show it.')
+
+_PUBLISHED = (
+    'The published quantity is the score on slices that show the diagnosis of their patient (NEH: '
+    'Class equals Label): the teacher in averaged '
+    "views, the student in one view (KD-OCT, arXiv 2512.09069). Its authors' code tests the best "
+    "checkpoint; "
+    'where other weights were kept, the rows named checkpoint show it.'
+)
 
 def _fold_rows(models, variants, kept):
     "Predictions of one fold by (model, slices, weights, views)."
@@ -371,31 +592,63 @@ def _fold_rows(models, variants, kept):
                 out[m, 'published selection', w, _VIEWED[v]] = chosen.reset_index(drop=True)
     return out
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #f1e7b1f1
 def _shown_rows(each, kept):
     "Rows of `each` fold without those that only repeat others, in the order of the table."
     keys = list(dict.fromkeys(key for rows in each.values() for key in rows))
     everywhere = {m: {k.get(m) for k in kept.values()} for m, *_ in keys}
     keys = [k for k in keys if everywhere[k[0]] != {k[2]}]          # weights that all folds kept are the kept ones
     chosen = [k for k in keys if k[1] == 'published selection']
-    whole = chosen and all(len(rows[k]) == len(rows[(k[0], 'all slices', *k[2:])]) for rows in each.values() for k in chosen if k in rows)
-    if whole: keys = [k for k in keys if k[1] == 'published selection' or (k[0], 'published selection', *k[2:]) not in chosen]
+    whole = chosen and all(
+        len(rows[k]) == len(rows[(k[0], 'all slices', *k[2:])])
+        for rows in each.values()
+        for k in chosen
+        if k in rows
+    )
+    if whole:
+        keys = [
+            k
+            for k in keys
+            if k[1] == 'published selection' or (k[0], 'published selection', *k[2:]) not in chosen
+        ]
     models = list(dict.fromkeys(k[0] for k in keys))
-    return sorted(keys, key=lambda k: (models.index(k[0]), k[1] != 'all slices', k[2] != KEPT, k[2], k[3] != _VIEWED[ONE]))
+    return sorted(
+        keys,
+        key=lambda k: (
+            models.index(k[0]),
+            k[1] != 'all slices',
+            k[2] != KEPT,
+            k[2],
+            k[3] != _VIEWED[ONE],
+        ),
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #d8812abe
 def _what_row(key, first):
     "Which row of other tables this is."
     model, slices, weights, view = key
     views = _VIEWED[ONE if model == 'student' else MANY]
-    published = slices == 'published selection' and weights == KEPT and view == views and (model == 'student' or model.startswith('teacher'))
-    return ', '.join([*(['main table'] if key == first else []), *(['published quantity'] if published else [])])
+    published = (
+        slices == 'published selection'
+        and weights == KEPT
+        and view == views
+        and (model == 'student' or model.startswith('teacher'))
+    )
+    return ', '.join(
+        [*(['main table'] if key == first else []), *(['published quantity'] if published else [])]
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #1eab3386
 def folds_section(
     each:dict[int, tuple[dict, dict, dict]],  # fold -> (model -> predictions; model -> (weights, view) -> predictions; model -> weights kept)
     n_folds:int,                              # folds that the recipe has
     views,                                    # names of the test-time views
 )->Section:                                   # rows 'MODEL, SLICES, WEIGHTS, VIEWS': METRIC (mean), METRIC_sd, n_folds, is
     "Mean and standard deviation over folds, by slices, weights and views."
-    rows, kept = {k: _fold_rows(*parts) for k, parts in each.items()}, {k: parts[2] for k, parts in each.items()}
+    rows, kept = (
+        {k: _fold_rows(*parts) for k, parts in each.items()},
+        {k: parts[2] for k, parts in each.items()},
+    )
     numbers, texts = {}, {}
     keys = _shown_rows(rows, kept)
     for key in keys:
@@ -404,33 +657,73 @@ def folds_section(
         name, what = ', '.join(key), _what_row(key, first)
         numbers[name] = dict(n_folds=len(there), **{'is': what}, note=_fold_notes(there, each)) | \
             {m: s['mean'][m] for m in s.index} | {f'{m}_sd': s.sd[m] for m in s.index}
-        texts[name] = dict(folds=f'{len(there)}', **shown_folds(pd.concat({name: s}, names=['model', 'metric'])).loc[name]) | {'this is': what}
-    return Section('Mean and standard deviation over folds', pd.DataFrame(numbers).T.infer_objects(), pd.DataFrame(texts).T,
-                   _folds_caption(each, keys, n_folds, views))
+        texts[name] = dict(
+            folds=f'{len(there)}',
+            **shown_folds(pd.concat({name: s}, names=['model', 'metric'])).loc[name],
+        ) | {'this is': what}
+    return Section(
+        'Mean and standard deviation over folds',
+        pd.DataFrame(numbers).T.infer_objects(),
+        pd.DataFrame(texts).T,
+        _folds_caption(each, keys, n_folds, views),
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #31dd3a89
 def _fold_notes(there, each):
     "Folds that lack a row, and folds whose test part lacks a class."
     out = [f'fold {k} has none' for k in each if k not in there]
-    out += [f'fold {k} has no image of {", ".join(lost)}: macro scores over the other classes' for k, e in there.items()
-            if (lost := [c for c, v in e['per_class'].items() if not v['n']])]
+    out += [
+        f'fold {k} has no image of {", ".join(lost)}: macro scores over the other classes'
+        for k, e in there.items()
+        if (lost := [c for c, v in e['per_class'].items() if not v['n']])
+    ]
     return '; '.join(out)
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #e81a97a4
 def _folds_caption(each, keys, n_folds, views):
     "Protocol of the summary."
     lost = [str(k) for k in range(n_folds) if k not in each]
-    out = [f"One fold only (fold {next(iter(each))}): its values, and no standard deviation." if len(each) == 1 else
-           f"Mean ± standard deviation over {len(each)} folds, that of the population (ddof 0), as KD-OCT's tables have it; each fold is evaluated on "
-           'its own test images.']
-    if lost: out.append(f'Of {n_folds} folds, not finished and not in this table: {", ".join(lost)}.')
-    out.append('The standard deviation over folds is no confidence interval. Sensitivity, specificity, precision and F1 are macro, one-vs-rest.')
-    weights = {m: {k: parts[2].get(m) for k, parts in each.items()} for m in dict.fromkeys(k[0] for k in keys)}
-    texts = [f'{m} ' + (next(iter(w.values())) if len(set(w.values())) == 1 else ', '.join(f'{v or "not known"} in fold {k}' for k, v in w.items()))
-            for m, w in weights.items() if any(w.values())]
+    out = [
+        f"One fold only (fold {next(iter(each))}): its values, and no standard deviation."
+        if len(each) == 1
+        else f"Mean ± standard deviation over {len(each)} folds, that of the population (ddof 0), "
+             f"as KD-OCT's tables have it; each fold is evaluated on "
+        'its own test images.'
+    ]
+    if lost:
+        out.append(f'Of {n_folds} folds, not finished and not in this table: {", ".join(lost)}.')
+    out.append(
+        'The standard deviation over folds is no confidence interval. Sensitivity, specificity, '
+        'precision and F1 are macro, one-vs-rest.'
+    )
+    weights = {
+        m: {k: parts[2].get(m) for k, parts in each.items()}
+        for m in dict.fromkeys(k[0] for k in keys)
+    }
+    texts = [
+        f'{m} '
+        + (
+            next(iter(w.values()))
+            if len(set(w.values())) == 1
+            else ', '.join(f'{v or "not known"} in fold {k}' for k, v in w.items())
+        )
+        for m, w in weights.items()
+        if any(w.values())
+    ]
     if texts: out.append(f'Weights kept by validation: {"; ".join(texts)}.')
-    out.append(f'Averaged views: mean of logits over {", ".join(views)}.' if any(k[3] == _VIEWED[MANY] for k in keys) else 'No averaged views were predicted.')
+    out.append(
+        f'Averaged views: mean of logits over {", ".join(views)}.'
+        if any(k[3] == _VIEWED[MANY] for k in keys)
+        else 'No averaged views were predicted.'
+    )
     slices = {k[1] for k in keys}
-    if slices == {'all slices'}: out.append('The published selection of slices is not known: the images come without the diagnosis of their patient.')
-    elif slices == {'published selection'}: out.append('Every test slice is in the published selection.')
+    if slices == {'all slices'}:
+        out.append(
+            'The published selection of slices is not known: the images come without the diagnosis '
+            'of their patient.'
+        )
+    elif slices == {'published selection'}:
+        out.append('Every test slice is in the published selection.')
     return ' '.join(out if slices == {'all slices'} else [*out, _PUBLISHED])
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #93db7963
@@ -440,13 +733,20 @@ def blanked_warning(
     "That networks tell the class without the retina: one sentence for all of them."
     above = {m: r for m, r in table.items() if r['chance'] == 'above'}
     if not above: return ''
-    scores = {m: interval_text(r['sensitivity'], r['sensitivity_low'], r['sensitivity_high']) for m, r in above.items()}
+    scores = {
+        m: interval_text(r['sensitivity'], r['sensitivity_low'], r['sensitivity_high'])
+        for m, r in above.items()
+    }
     which = ', '.join(f'{m} {score} %' for m, score in scores.items())
     chance = 100*next(iter(above.values()))['balanced_chance']
-    return (f'Macro sensitivity on test images whose retina is covered is above chance ({chance:.1f} %): {which}. A part of these scores may come from '
-            'margins, padding, scale bar or grey level and not from the eye. '
-            "What to do: see 'Without a retina', and the shortcut probe for what tells the class.")
+    return (
+        f'Macro sensitivity on test images whose retina is covered is above chance ({chance:.1f} '
+        f'%): {which}. A part of these scores may come from '
+        'margins, padding, scale bar or grey level and not from the eye. '
+        "What to do: see 'Without a retina', and the shortcut probe for what tells the class."
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #9e4d6ef0
 def blanked_section(
     variants:dict[str, dict],        # model -> (weights, view) -> predictions
     evaluate:EvaluateRecipe,         # resamples and level
@@ -458,12 +758,22 @@ def blanked_section(
     share = next(iter(rows.values())).label.value_counts(normalize=True)
     s = scores_section('Without a retina', rows, '', evaluate, seed)
     low = s.table.sensitivity_low.astype(float)
-    chance = np.select([low.isna(), low > 1/len(share)], ['not known, no interval', 'above'], 'not above')
-    table = s.table.assign(chance=chance, largest_class=float(share.max()), balanced_chance=1/len(share))
-    caption = (f'The same test images with the retina covered by background. Chance: always answering {share.index[0]} is right on {100*share.max():.1f} %; '
-               f'macro sensitivity without any knowledge is {100/len(share):.1f} % (1/{len(share)}). "Above" means that the interval of macro sensitivity lies '
-               'above that: then the class shows in margins, padding, scale bar or grey level, and a part of the main score may come from there and not from '
-               'the eye. A score at chance does not prove the contrary: no model has seen covered images in training.')
+    chance = np.select(
+        [low.isna(), low > 1 / len(share)], ['not known, no interval', 'above'], 'not above'
+    )
+    table = s.table.assign(
+        chance=chance, largest_class=float(share.max()), balanced_chance=1 / len(share)
+    )
+    caption = (
+        f'The same test images with the retina covered by background. Chance: always answering '
+        f'{share.index[0]} is right on {100 * share.max():.1f} %; '
+        f'macro sensitivity without any knowledge is {100 / len(share):.1f} % (1/{len(share)}). '
+        f'"Above" means that the interval of macro sensitivity lies '
+        'above that: then the class shows in margins, padding, scale bar or grey level, and a part '
+        'of the main score may come from there and not from '
+        'the eye. A score at chance does not prove the contrary: no model has seen covered images '
+        'in training.'
+    )
     return Section(s.title, table, shown(table).drop(columns='note', errors='ignore'), caption)
 
 # %% ../../nbs/05c_evaluate.tables.ipynb #ce125109
@@ -471,29 +781,63 @@ _DEVICE = dict(cpu='CPU', cuda='GPU')
 
 def _cost_texts(c):
     "What one model costs, for reading."
-    latency = {f"one image [ms], {_DEVICE.get(t['device'], t['device'])}": f"{t['median_ms']:.1f} [{t['p10_ms']:.1f}, {t['p90_ms']:.1f}]"
-               for t in c.get('latency', [])}
-    return {'parameters': f"{c['parameters']/1e6:.2f} M" if c['parameters'] else '–',
-            'multiply-adds': f"{c['macs']/1e9:.3f} G" if 'macs' in c else 'not measured',
-            'weights on disk': f"{c['bytes']/1e6:.1f} MB" if c.get('bytes') else 'not measured', **latency}
+    latency = {
+        f"one image [ms], "
+        f"{_DEVICE.get(t['device'], t['device'])}": f"{t['median_ms']:.1f} [{t['p10_ms']:.1f}, "
+                                                    f"{t['p90_ms']:.1f}]"
+        for t in c.get('latency', [])
+    }
+    return {
+        'parameters': f"{c['parameters'] / 1e6:.2f} M" if c['parameters'] else '–',
+        'multiply-adds': f"{c['macs'] / 1e9:.3f} G" if 'macs' in c else 'not measured',
+        'weights on disk': f"{c['bytes'] / 1e6:.1f} MB" if c.get('bytes') else 'not measured',
+        **latency,
+    }
 
 def _times(a, b, what):
     "How one cost compares with another, in words."
-    return f'{b[what]/a[what]:.1f} times fewer' if b[what] > a[what] else f'{a[what]/b[what]:.1f} times as many'
+    return (
+        f'{b[what] / a[what]:.1f} times fewer'
+        if b[what] > a[what]
+        else f'{a[what] / b[what]:.1f} times as many'
+    )
 
+# %% ../../nbs/05c_evaluate.tables.ipynb #85411898
 def costs_section(
     costs:dict[str, dict],  # model -> as `kdoct.models.cost.efficiency` gives it, or only parameters and `not_measured`
 )->Section:
     "Parameters, multiply-adds, bytes, time."
-    out = [f'{m} was not measured: {c["not_measured"]}.' for m, c in costs.items() if 'not_measured' in c]
-    t, s, timed = costs.get('teacher', {}), costs.get('student', {}), [t for c in costs.values() for t in c.get('latency', [])]
+    out = [
+        f'{m} was not measured: {c["not_measured"]}.'
+        for m, c in costs.items()
+        if 'not_measured' in c
+    ]
+    t, s, timed = (
+        costs.get('teacher', {}),
+        costs.get('student', {}),
+        [t for c in costs.values() for t in c.get('latency', [])],
+    )
     if 'macs' in t and 'macs' in s:
-        out.append(f'Beside the teacher, the student has {_times(s, t, "parameters")} parameters and needs {_times(s, t, "macs")} multiply-adds.')
+        out.append(
+            f'Beside the teacher, the student has {_times(s, t, "parameters")} parameters and '
+            f'needs {_times(s, t, "macs")} multiply-adds.'
+        )
     if timed:
-        where = ' and '.join(sorted({f'{_DEVICE.get(x["device"], x["device"])}: {x["processor"]}' for x in timed}))
+        where = ' and '.join(
+            sorted({f'{_DEVICE.get(x["device"], x["device"])}: {x["processor"]}' for x in timed})
+        )
         threads = timed[0]['threads']
-        out.append('Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix products), normalisations as fvcore counts them. Time of '
-                   f'one image, batch 1: median [10 %, 90 %] of at least {min(x["n"] for x in timed)} passes after a warm-up, {timed[0]["precision"]}, '
-                   f'{threads} CPU thread{"s" if threads > 1 else ""} ({where}).')
+        out.append(
+            'Multiply-adds of one image by torch.utils.flop_counter (convolutions, matrix '
+            'products), normalisations as fvcore counts them. Time of '
+            f'one image, batch 1: median [10 %, 90 %] of at least {min(x["n"] for x in timed)} '
+            f'passes after a warm-up, {timed[0]["precision"]}, '
+            f'{threads} CPU thread{"s" if threads > 1 else ""} ({where}).'
+        )
     texts = pd.DataFrame({m: _cost_texts(c) for m, c in costs.items()}).T.fillna('not measured')
-    return Section('What a model costs', pd.DataFrame({m: pd.Series(c, dtype=object) for m, c in costs.items()}).T, texts, ' '.join(out))
+    return Section(
+        'What a model costs',
+        pd.DataFrame({m: pd.Series(c, dtype=object) for m, c in costs.items()}).T,
+        texts,
+        ' '.join(out),
+    )

@@ -49,6 +49,7 @@ class Layer(NamedTuple):
         side = round((out.shape[1] - self.prefix)**.5)
         return out[:, self.prefix:].transpose(1, 2).unflatten(2, (side, side))
 
+# %% ../../nbs/06a_explain.cam.ipynb #2fbe52d5
 def find_layout(
     out,            # what a layer gives out for a square image
     body:nn.Module, # network that the layer is in
@@ -71,10 +72,14 @@ def default_layer(
     "The last layer with maps before they are pooled; `KdoctError` if timm does not know it."
     if isinstance(body, MultiScale): return f'backbone.{default_layer(body.backbone)}'
     if not getattr(body, 'feature_info', None):
-        raise KdoctError(f"It is not known which layer of {type(body).__name__} has the last maps.", fix="Name one: layer='blocks.3'.")
+        raise KdoctError(
+            f"It is not known which layer of {type(body).__name__} has the last maps.",
+            fix="Name one: layer='blocks.3'.",
+        )
     name = body.feature_info[-1]['module']
     stem, _, number = name.rpartition('.')
-    pooled = isinstance(dict(body.named_modules()).get(name), nn.MaxPool2d | None)  # FPN-VGG16 has cut the layer off and pools itself
+    # FPN-VGG16 has cut the layer off and pools itself
+    pooled = isinstance(dict(body.named_modules()).get(name), nn.MaxPool2d | None)
     if pooled or type(body).__name__ == 'MobileNetV3': return f'{stem}.{int(number) - 1}'
     return f'{name}.norm1' if getattr(body, 'global_pool', '') == 'token' else name
 
@@ -88,12 +93,17 @@ def _map_layers(body:nn.Module, size:int)->list[str]:
         with torch.inference_mode(): body(_blank(body, size))
     finally:
         for h in handles: h.remove()
-    return [name for name, layout in found.items() if layout and ('.' not in name or name.rpartition('.')[2].isdecimal())]
+    return [
+        name
+        for name, layout in found.items()
+        if layout and ('.' not in name or name.rpartition('.')[2].isdecimal())
+    ]
 
 def _blank(body:nn.Module, size:int)->torch.Tensor:
     "An empty image where the network is."
     return torch.zeros(1, 3, size, size, device=next(body.parameters()).device)
 
+# %% ../../nbs/06a_explain.cam.ipynb #1975e117
 def _layer_of(body:nn.Module, size:int, name:str)->Layer:
     "A layer of a private copy, tried out with one image."
     name = name or default_layer(body)
@@ -103,7 +113,10 @@ def _layer_of(body:nn.Module, size:int, name:str)->Layer:
         layout = find_layout(kept[-1], body) if kept else None
     if layout: return Layer(name, module, *layout)
     what = "has no layer" if module is None else "has no maps in layer"
-    raise KdoctError(f"{type(body).__name__} {what} '{name}'.", fix=f"Layers with maps: {', '.join(_map_layers(body, size)[-12:])}.")
+    raise KdoctError(
+        f"{type(body).__name__} {what} '{name}'.",
+        fix=f"Layers with maps: {', '.join(_map_layers(body, size)[-12:])}.",
+    )
 
 def target_layer(
     model:Classifier,  # network to explain; not changed
@@ -130,7 +143,9 @@ def enlarge(
 )->torch.Tensor:            # (k, height, width) in [0, 1]
     "Masks from maps."
     if variant == 'torchcam': maps = stretch(maps)
-    masks = F.interpolate(maps[:, None], size, mode='bilinear', align_corners=variant == 'pytorch-grad-cam')[:, 0]
+    masks = F.interpolate(
+        maps[:, None], size, mode='bilinear', align_corners=variant == 'pytorch-grad-cam'
+    )[:, 0]
     return masks if variant == 'torchcam' else stretch(masks)
 
 # %% ../../nbs/06a_explain.cam.ipynb #c454a506
@@ -142,6 +157,7 @@ def class_score(
     "What an image is worth to a class."
     return (logits.float().softmax(1) if score == 'probability' else logits.float())[:, number]
 
+# %% ../../nbs/06a_explain.cam.ipynb #1624b9b9
 def mask_scores(
     net,                  # prepared images -> logits
     x:torch.Tensor,       # (1, 3, s, s) prepared image, in the network's precision
@@ -154,7 +170,12 @@ def mask_scores(
     "The score of a class for the image behind each mask."
     @torch.inference_mode()
     def scored(some):
-        masked = torch.empty((len(some), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        masked = torch.empty(
+            (len(some), *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
         torch.mul(masks(some)[:, None].to(x.dtype), x, out=masked)
         return class_score(net(masked), number, score)
     return torch.cat(each_core(scored, rows.split(batch), x.device))
@@ -168,7 +189,11 @@ def error_shares(
     w = scores.softmax(0)[:, None, None]
     total = (w*maps).sum(0)
     shown = total.relu()
-    return w*(maps - total).abs()/(shown.max() - shown.min()).clamp(min=torch.finfo(maps.dtype).tiny)
+    return (
+        w
+        * (maps - total).abs()
+        / (shown.max() - shown.min()).clamp(min=torch.finfo(maps.dtype).tiny)
+    )
 
 class Scores(NamedTuple):
     "Scores of masks and what they cost."
@@ -177,6 +202,7 @@ class Scores(NamedTuple):
     sigma:float          # spread of the error of the others
     error:float          # expected error of the map in [0, 1]: one standard deviation at its worst pixel
 
+# %% ../../nbs/06a_explain.cam.ipynb #30fc542d
 def refine(
     maps:torch.Tensor,    # (k, h, w)
     cheap:torch.Tensor,   # (k,) approximate scores
@@ -185,8 +211,14 @@ def refine(
     batch:int=8,          # scores made exact at a time
 )->Scores:
     "Make scores exact, those first that matter most, until the map is exact enough."
-    s, left, sigma, error = cheap.clone(), torch.ones(len(cheap), dtype=torch.bool, device=cheap.device), 0., 0.
-    rows = error_shares(maps, s).amax((1, 2)).argsort(descending=True)[::max(1, len(s)//batch)]  # the first are from everywhere
+    s, left, sigma, error = (
+        cheap.clone(),
+        torch.ones(len(cheap), dtype=torch.bool, device=cheap.device),
+        0.0,
+        0.0,
+    )
+    # the first are from everywhere
+    rows = error_shares(maps, s).amax((1, 2)).argsort(descending=True)[::max(1, len(s)//batch)]
     while len(rows):
         s[rows], left[rows] = exact(rows), False
         off = s[~left] - cheap[~left]
@@ -219,50 +251,107 @@ def cluster_maps(
     return centres, torch.from_numpy(found.labels_).long().to(maps.device)
 
 # %% ../../nbs/06a_explain.cam.ipynb #5d804632
-def _cheap_scores(quick:FusedBody, x, maps, number, score, variant, clusters, batch)->tuple[torch.Tensor, int]:
+def _cheap_scores(
+    quick:FusedBody, x, maps, number, score, variant, clusters, batch
+)->tuple[torch.Tensor, int]:
     "Approximate scores of all maps, and how many forward passes they took."
     if clusters is None: clusters = 2*maps[0].numel() if len(maps) > 4*maps[0].numel() else 0
-    centres, which = cluster_maps(maps, clusters) if 0 < clusters < len(maps) else (maps, slice(None))
-    s = mask_scores(quick.cheap, x.bfloat16(), lambda rows: enlarge(centres[rows], x.shape[-2:], variant),
-                    torch.arange(len(centres), device=x.device), number, score, batch)
+    centres, which = (
+        cluster_maps(maps, clusters) if 0 < clusters < len(maps) else (maps, slice(None))
+    )
+    s = mask_scores(
+        quick.cheap,
+        x.bfloat16(),
+        lambda rows: enlarge(centres[rows], x.shape[-2:], variant),
+        torch.arange(len(centres), device=x.device),
+        number,
+        score,
+        batch,
+    )
     return s[which], len(centres)
 
-def _score_cam_one(quick:FusedBody, x, maps, number, score, tolerance, variant, clusters, batch)->tuple[torch.Tensor, dict]:
+# %% ../../nbs/06a_explain.cam.ipynb #f5c0275e
+def _score_cam_one(
+    quick:FusedBody, x, maps, number, score, tolerance, variant, clusters, batch
+)->tuple[torch.Tensor, dict]:
     "Score-CAM of one prepared image at the size of the maps, and its cost."
     live = maps[maps.amax((1, 2)) > maps.amin((1, 2))]
-    if not len(live): return maps[0]*0, dict(cheap=0, exact=0, skipped=len(maps), sigma=0., error=0.)
-    def exact(rows): return mask_scores(quick.exact, x, lambda some: enlarge(live[some], x.shape[-2:], variant), rows, number, score, batch)
+    if not len(live):
+        return maps[0]*0, dict(cheap=0, exact=0, skipped=len(maps), sigma=0., error=0.)
+    def exact(rows):
+        return mask_scores(
+            quick.exact,
+            x,
+            lambda some: enlarge(live[some], x.shape[-2:], variant),
+            rows,
+            number,
+            score,
+            batch,
+        )
     if tolerance and resolve_precision('auto', x.device) == 'bf16':
         rough, cheap = _cheap_scores(quick, x, live, number, score, variant, clusters, batch)
         s = refine(live, rough, exact, tolerance)
     else: s, cheap = Scores(exact(torch.arange(len(live), device=x.device)), len(live), 0., 0.), 0
     cam = (s.values.softmax(0)[:, None, None]*live).sum(0).relu()
-    return cam, dict(cheap=cheap, exact=s.exact, skipped=len(maps) - len(live), sigma=s.sigma, error=s.error)
+    return cam, dict(
+        cheap=cheap, exact=s.exact, skipped=len(maps) - len(live), sigma=s.sigma, error=s.error
+    )
 
 # %% ../../nbs/06a_explain.cam.ipynb #98adcf4d
 def _check_images(x):
     "`KdoctError` unless these are images in [0, 1]."
-    if not (torch.is_tensor(x) and x.ndim == 4 and len(x) and x.shape[1] in (1, 3) and x.is_floating_point() and 0 <= x.min() and x.max() <= 1):
-        raise KdoctError("Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.", fix="Scale them as kdoct.data.augment.Batches does.")
+    if not (
+        torch.is_tensor(x)
+        and x.ndim == 4
+        and len(x)
+        and x.shape[1] in (1, 3)
+        and x.is_floating_point()
+        and 0 <= x.min()
+        and x.max() <= 1
+    ):
+        raise KdoctError(
+            "Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.",
+            fix="Scale them as kdoct.data.augment.Batches does.",
+        )
 
+# %% ../../nbs/06a_explain.cam.ipynb #45f90395
 def _check_options(score:str, variant:str, tolerance:float, clusters:int|None):
     "`KdoctError` for an option that cannot work."
-    if score not in ('logit', 'probability') or variant not in VARIANTS or tolerance < 0 or (clusters or 0) < 0:
-        raise KdoctError(f"score={score!r}, variant={variant!r}, tolerance={tolerance}, clusters={clusters} cannot work.",
-                         fix=f"score: logit or probability; variant: {', '.join(VARIANTS)}; the others at least 0.")
+    if (
+        score not in ('logit', 'probability')
+        or variant not in VARIANTS
+        or tolerance < 0
+        or (clusters or 0) < 0
+    ):
+        raise KdoctError(
+            f"score={score!r}, variant={variant!r}, tolerance={tolerance}, clusters={clusters} "
+            f"cannot work.",
+            fix=f"score: logit or probability; variant: {', '.join(VARIANTS)}; the others "
+                f"at least 0.",
+        )
 
+# %% ../../nbs/06a_explain.cam.ipynb #b17d8303
 def _which_classes(classes, logits:torch.Tensor)->torch.Tensor:
     "The classes to explain, one an image; `KdoctError` for a class that there is not."
     if classes is None: return logits.argmax(1).cpu()
-    out = torch.as_tensor(classes, device='cpu').long().expand(len(logits)) if np.ndim(classes) == 0 else torch.as_tensor(classes, device='cpu').long()
+    out = (
+        torch.as_tensor(classes, device='cpu').long().expand(len(logits))
+        if np.ndim(classes) == 0
+        else torch.as_tensor(classes, device='cpu').long()
+    )
     if len(out) != len(logits) or out.min() < 0 or out.max() >= logits.shape[1]:
-        raise KdoctError(f"classes={classes!r} does not name one of {logits.shape[1]} classes for each of {len(logits)} images.",
-                         fix="Give None, a number, or one number an image.")
+        raise KdoctError(
+            f"classes={classes!r} does not name one of {logits.shape[1]} classes for each of "
+            f"{len(logits)} images.",
+            fix="Give None, a number, or one number an image.",
+        )
     return out.clone()
 
 def _as_large(cam:torch.Tensor, size:tuple[int, int])->torch.Tensor:
     "A small map (h, w) as large as the image, in [0, 1]."
-    return stretch(F.interpolate(cam[None, None].float(), size, mode='bilinear', align_corners=False)[0, 0]).cpu()
+    return stretch(
+        F.interpolate(cam[None, None].float(), size, mode='bilinear', align_corners=False)[0, 0]
+    ).cpu()
 
 # %% ../../nbs/06a_explain.cam.ipynb #ef1706ba
 def _prepare(model:Classifier, x:torch.Tensor, classes)->tuple:
@@ -274,6 +363,7 @@ def _prepare(model:Classifier, x:torch.Tensor, classes)->tuple:
         logits = torch.cat([body(p[None]) for p in prepared])
     return body, prepared, _which_classes(classes, logits)
 
+# %% ../../nbs/06a_explain.cam.ipynb #3a0e7bd1
 def score_cam(
     model:Classifier,      # network to explain; not changed
     x:torch.Tensor,        # (n, 1 or 3, h, w) in [0, 1]
@@ -293,7 +383,17 @@ def score_cam(
         quick = FusedBody(body, prepared[:1])
         for p, number in zip(prepared.split(1), numbers.tolist(), strict=True):
             with watched(at.module) as kept: body(p)
-            cam, c = _score_cam_one(quick, p, at.maps(kept[-1])[0].float(), number, score, tolerance, variant, clusters, batch)
+            cam, c = _score_cam_one(
+                quick,
+                p,
+                at.maps(kept[-1])[0].float(),
+                number,
+                score,
+                tolerance,
+                variant,
+                clusters,
+                batch,
+            )
             cams.append(_as_large(cam, x.shape[-2:]))
             cost.append(c)
     return Maps(torch.stack(cams), numbers, at.name, 'score-cam', cost)
@@ -314,8 +414,15 @@ def _occlusion_one(quick:FusedBody, x, number, score, batch)->tuple[torch.Tensor
     "How much the score falls where one prepared image is covered."
     size = x.shape[-1]
     covers = sliding_squares(size, max(1, size//6), max(1, size//12)).to(x.device)
-    fall = class_score(quick.exact(x), number, score) - mask_scores(quick.exact, x, lambda rows: (~covers[rows]).float(),
-                                                                   torch.arange(len(covers), device=x.device), number, score, batch)
+    fall = class_score(quick.exact(x), number, score) - mask_scores(
+        quick.exact,
+        x,
+        lambda rows: (~covers[rows]).float(),
+        torch.arange(len(covers), device=x.device),
+        number,
+        score,
+        batch,
+    )
     cam = sum(f*c for f, c in zip(fall, covers, strict=True))/covers.sum(0)
     return cam.relu(), dict(exact=len(covers) + 1)
 
@@ -327,22 +434,43 @@ def _extractor(method:str):
     import pytorch_grad_cam as g
     from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sign_correction
     class EigenCAM(g.EigenCAM):
-        def get_cam_image(self, input_tensor, target_layer, targets, activations, grads, eigen_smooth):
+        def get_cam_image(
+            self, input_tensor, target_layer, targets, activations, grads, eigen_smooth
+        ):
             return get_2d_projection_with_sign_correction(activations)
-    return {'grad-cam': g.GradCAM, 'grad-cam++': g.GradCAMPlusPlus, 'hirescam': g.HiResCAM, 'layercam': g.LayerCAM, 'eigen-cam': EigenCAM}[method]
+    return {
+        'grad-cam': g.GradCAM,
+        'grad-cam++': g.GradCAMPlusPlus,
+        'hirescam': g.HiResCAM,
+        'layercam': g.LayerCAM,
+        'eigen-cam': EigenCAM,
+    }[method]
 
+# %% ../../nbs/06a_explain.cam.ipynb #80bb13c8
 def _gradient_one(method:str, body, at:Layer, x, number, score)->torch.Tensor:
     "A map of `grad-cam` for one prepared image."
-    with torch.enable_grad(), _extractor(method)(body, [at.module], reshape_transform=at.maps) as cam:
-        return torch.from_numpy(cam(x.clone().requires_grad_(), [lambda logits: class_score(logits[None], number, score)[0]])[0])
+    with (
+        torch.enable_grad(),
+        _extractor(method)(body, [at.module], reshape_transform=at.maps) as cam,
+    ):
+        return torch.from_numpy(
+            cam(
+                x.clone().requires_grad_(),
+                [lambda logits: class_score(logits[None], number, score)[0]],
+            )[0]
+        )
 
 # %% ../../nbs/06a_explain.cam.ipynb #11c6fafe
 def _check_method(method:str, options:dict):
     "`KdoctError` for a kind of map that there is not, or options that it does not have."
-    if method not in METHODS: raise KdoctError(f"There is no method '{method}'.", fix=f"There are: {', '.join(METHODS)}.")
+    if method not in METHODS:
+        raise KdoctError(f"There is no method '{method}'.", fix=f"There are: {', '.join(METHODS)}.")
     if options and method != 'score-cam':
-        raise KdoctError(f"{method} has no {', '.join(options)}.", fix="Give them to score-cam only.")
+        raise KdoctError(
+            f"{method} has no {', '.join(options)}.", fix="Give them to score-cam only."
+        )
 
+# %% ../../nbs/06a_explain.cam.ipynb #5d7766bc
 def explain(
     model:Classifier,         # network to explain; not changed
     x:torch.Tensor,           # (n, 1 or 3, h, w) in [0, 1]

@@ -34,28 +34,47 @@ def check_maps(
     shape:tuple[int, ...]=None, # (n, H, W) that they must have; None: any three axes
 )->np.ndarray:                  # (n, H, W) float32
     "Maps as one array; `KdoctError` for another shape, negative values or what is no number."
-    maps = np.ascontiguousarray(maps.detach().cpu() if torch.is_tensor(maps) else maps, dtype=np.float32)  # torch takes no reversed ones
+    maps = np.ascontiguousarray(
+        maps.detach().cpu() if torch.is_tensor(maps) else maps, dtype=np.float32
+    )  # torch takes no reversed ones
     if maps.ndim != 3 or (shape and maps.shape != tuple(shape)):
-        raise KdoctError(f'maps of shape {maps.shape}, not {tuple(shape) if shape else "(n, H, W)"}', fix='give one map an image, at the image\'s size')
+        raise KdoctError(
+            f'maps of shape {maps.shape}, not {tuple(shape) if shape else "(n, H, W)"}',
+            fix='give one map an image, at the image\'s size',
+        )
     if not np.isfinite(maps).all() or (maps < 0).any():
-        raise KdoctError('a map has negative values, or values that are no number', fix='scale each map to [0, 1] first')
+        raise KdoctError(
+            'a map has negative values, or values that are no number',
+            fix='scale each map to [0, 1] first',
+        )
     return maps
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #3e570612
 def _prepared(model, x):
     "Images as the network gets them (n, 3, S, S), on its device; `KdoctError` for another shape, or a network in training."
-    x = torch.as_tensor(np.asarray(x) if not torch.is_tensor(x) else x, dtype=torch.float32, device=model.mean.device)
+    x = torch.as_tensor(
+        np.asarray(x) if not torch.is_tensor(x) else x,
+        dtype=torch.float32,
+        device=model.mean.device,
+    )
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise KdoctError(f'images of shape {tuple(x.shape)}, not (n, 1 or 3, H, W)', fix='give images in [0, 1] with a channel axis')
-    if model.training: raise KdoctError('the network is in training mode', fix='call model.eval() first')
+        raise KdoctError(
+            f'images of shape {tuple(x.shape)}, not (n, 1 or 3, H, W)',
+            fix='give images in [0, 1] with a channel axis',
+        )
+    if model.training:
+        raise KdoctError('the network is in training mode', fix='call model.eval() first')
     return model.prepare(x)
 
 def _resized(maps, like):
     "Maps (n, 1, S, S) at the size of the prepared images `like`."
     maps = torch.as_tensor(maps, device=like.device)[:, None]
     if maps.shape[-2:] == like.shape[-2:]: return maps
-    return F.interpolate(maps, like.shape[-2:], mode='bilinear', align_corners=False, antialias=True).clamp_min(0)
+    return F.interpolate(
+        maps, like.shape[-2:], mode='bilinear', align_corners=False, antialias=True
+    ).clamp_min(0)
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #1728eb01
 def _probability(model, z, classes):
     "Probability (n,) of the classes (n,) for prepared images (n, 3, S, S)."
     with autocast(model.precision, z.device): logits = model.body(z).float()
@@ -64,7 +83,11 @@ def _probability(model, z, classes):
 def _classes(classes, n, device):
     "Class numbers (n,) as a tensor; `KdoctError` for another number of them."
     classes = torch.as_tensor(np.asarray(classes), dtype=torch.int64, device=device)
-    if classes.shape != (n,): raise KdoctError(f'classes of shape {tuple(classes.shape)} for {n} images', fix='give the explained class of each image')
+    if classes.shape != (n,):
+        raise KdoctError(
+            f'classes of shape {tuple(classes.shape)} for {n} images',
+            fix='give the explained class of each image',
+        )
     return classes
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #6368d589
@@ -84,7 +107,10 @@ def background_of(
 )->torch.Tensor:       # (n, 3, S, S)
     "What is left of an image without its pixels; `KdoctError` for an unknown kind."
     if kind == 'mean': return z.mean((2, 3), keepdim=True).expand_as(z)
-    if kind != 'blur' or blur <= 0: raise KdoctError(f"background '{kind}', blur {blur}", fix="Give 'blur' with a positive width, or 'mean'.")
+    if kind != 'blur' or blur <= 0:
+        raise KdoctError(
+            f"background '{kind}', blur {blur}", fix="Give 'blur' with a positive width, or 'mean'."
+        )
     def smoother(n):  # (n, n), rows of weights that sum to 1, so that edges do not darken
         i = torch.arange(n, device=z.device, dtype=torch.float32)
         return (-.5*((i[:, None] - i)/(blur*n))**2).softmax(1)
@@ -105,7 +131,9 @@ def _block_curves(model, z, order, classes, counts, background, batch):
     p = torch.empty(2, n, s, device=z.device)
     p[0, :, 0] = p[1, :, -1] = _probability(model, empty, classes)
     p[0, :, -1] = p[1, :, 0] = _probability(model, z, classes)
-    image, step = (v.flatten() for v in torch.meshgrid(torch.arange(n), torch.arange(1, s - 1), indexing='ij'))
+    image, step = (
+        v.flatten() for v in torch.meshgrid(torch.arange(n), torch.arange(1, s - 1), indexing='ij')
+    )
     for i, k in zip(image.split(max(1, batch//2)), step.split(max(1, batch//2)), strict=True):
         put = order[i] < counts[k, None, None, None]
         both = torch.cat([torch.where(put, z[i], empty[i]), torch.where(put, empty[i], z[i])])
@@ -126,14 +154,26 @@ def insertion_deletion(
 )->Curves:
     "Insertion and deletion curves and their areas (Petsiuk et al. 2018); no gradients, images and steps in one batch."
     maps = check_maps(maps, (len(x), *np.shape(x)[2:]))
-    if steps < 1 or batch < 1: raise KdoctError(f'steps {steps}, batch {batch}', fix='give whole numbers, 1 or more')
+    if steps < 1 or batch < 1:
+        raise KdoctError(f'steps {steps}, batch {batch}', fix='give whole numbers, 1 or more')
     share, out = np.arange(steps + 1)/steps, []
     for at in range(0, len(x), 16):
         z = _prepared(model, x[at:at + 16])
         order = pixel_order(_resized(maps[at:at + 16], z))
         counts = torch.as_tensor(np.round(share*order[0].numel()), device=z.device)
-        out.append(_block_curves(model, z, order, _classes(classes, len(x), z.device)[at:at + 16], counts,
-                                 lambda z: background_of(z, background, blur), batch).cpu().numpy())
+        out.append(
+            _block_curves(
+                model,
+                z,
+                order,
+                _classes(classes, len(x), z.device)[at : at + 16],
+                counts,
+                lambda z: background_of(z, background, blur),
+                batch,
+            )
+            .cpu()
+            .numpy()
+        )
     p = np.concatenate(out, 1) if out else np.empty((2, 0, steps + 1), np.float32)
     p[:, np.ptp(maps, (1, 2)) == 0] = np.nan  # a flat map orders nothing
     return Curves(share, *p, *trapezoid(p, share, axis=2))
@@ -148,7 +188,9 @@ def random_maps(
 )->np.ndarray:    # (n, H, W) float32 in [0, 1]
     "Smooth maps that know nothing: the reference for every number here."
     coarse = torch.rand(n, 1, cells, cells, generator=torch.Generator().manual_seed(seed))
-    maps = F.interpolate(coarse, (height, width), mode='bilinear', align_corners=False)[:, 0].numpy()
+    maps = F.interpolate(coarse, (height, width), mode='bilinear', align_corners=False)[
+        :, 0
+    ].numpy()
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     return (maps - low)/(high - low)
 
@@ -160,6 +202,7 @@ class Confidence(NamedTuple):
     drop:np.ndarray      # (n,) percent of `full` that is lost, 0 to 100
     increase:np.ndarray  # (n,) 1 where `masked` is above `full`, else 0
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #539ad518
 @torch.inference_mode()
 def confidence_change(
     model:Classifier,  # in eval mode
@@ -173,7 +216,16 @@ def confidence_change(
     for at in range(0, len(x), batch):
         z = _prepared(model, x[at:at + batch])
         c = _classes(classes, len(x), z.device)[at:at + batch]
-        p.append(torch.stack([_probability(model, z, c), _probability(model, z*_resized(maps[at:at + batch], z), c)]).cpu().numpy())
+        p.append(
+            torch.stack(
+                [
+                    _probability(model, z, c),
+                    _probability(model, z * _resized(maps[at : at + batch], z), c),
+                ]
+            )
+            .cpu()
+            .numpy()
+        )
     full, masked = np.concatenate(p, 1) if p else np.empty((2, 0), np.float32)
     masked = np.where(maps.any((1, 2)), masked, np.nan)
     drop = 100*np.maximum(full - masked, 0)/np.maximum(full, 1e-12)
@@ -183,7 +235,11 @@ def confidence_change(
 def _masks(masks, shape):
     "Masks as (n, H, W) bool; `KdoctError` for another shape."
     masks = np.asarray(masks) > 0
-    if masks.shape != shape: raise KdoctError(f'masks of shape {masks.shape}, maps of shape {shape}', fix='resize the masks to the maps (nearest)')
+    if masks.shape != shape:
+        raise KdoctError(
+            f'masks of shape {masks.shape}, maps of shape {shape}',
+            fix='resize the masks to the maps (nearest)',
+        )
     return masks
 
 def pointing_game(
@@ -195,7 +251,10 @@ def pointing_game(
     maps = check_maps(maps)
     masks = _masks(masks, maps.shape)
     known = masks.any((1, 2)) & maps.any((1, 2))
-    if tolerance > 0: masks = np.stack([m if not m.any() else distance_transform_edt(~m) <= tolerance for m in masks])
+    if tolerance > 0:
+        masks = np.stack(
+            [m if not m.any() else distance_transform_edt(~m) <= tolerance for m in masks]
+        )
     highest = maps == maps.max((1, 2), keepdims=True)
     hit = (highest & masks).sum((1, 2))/highest.sum((1, 2))
     return np.where(known, hit, np.nan), np.where(known, masks.mean((1, 2)), np.nan)
@@ -216,7 +275,12 @@ def energy_in_mask(
     masks = _masks(masks, maps.shape)
     total, area = maps.sum((1, 2), dtype=np.float64), masks.mean((1, 2))
     known = (total > 0) & (area > 0)
-    inside = np.divide((maps*masks).sum((1, 2), dtype=np.float64), total, out=np.full(len(maps), np.nan), where=known)
+    inside = np.divide(
+        (maps * masks).sum((1, 2), dtype=np.float64),
+        total,
+        out=np.full(len(maps), np.nan),
+        where=known,
+    )
     area = np.where(known, area, np.nan)
     return Energy(inside, area, inside/area)
 
@@ -232,13 +296,31 @@ def map_numbers(
     batch:int=32,            # pictures a pass
 )->pd.DataFrame:             # a row an image: columns of `NUMBERS`, `probability` of the explained class, and both curves as lists
     "Insertion, deletion, drop, increase, and with masks pointing and energy, ready for a long frame."
-    curves, conf = insertion_deletion(model, x, maps, classes, steps, batch=batch), confidence_change(model, x, maps, classes, batch)
-    out = dict(probability=conf.full, insertion=curves.insertion_auc, deletion=curves.deletion_auc, drop=conf.drop, increase=100*conf.increase)
+    curves, conf = (
+        insertion_deletion(model, x, maps, classes, steps, batch=batch),
+        confidence_change(model, x, maps, classes, batch),
+    )
+    out = dict(
+        probability=conf.full,
+        insertion=curves.insertion_auc,
+        deletion=curves.deletion_auc,
+        drop=conf.drop,
+        increase=100 * conf.increase,
+    )
     if masks is not None:
         hit, chance = pointing_game(maps, masks, tolerance)
         e = energy_in_mask(maps, masks)
-        out |= dict(pointing=100*hit, pointing_chance=100*chance, energy=100*e.inside, area=100*e.area)
-    return pd.DataFrame(out).astype(float).assign(insertion_curve=curves.insertion.tolist(), deletion_curve=curves.deletion.tolist())
+        out |= dict(
+            pointing=100 * hit,
+            pointing_chance=100 * chance,
+            energy=100 * e.inside,
+            area=100 * e.area,
+        )
+    return (
+        pd.DataFrame(out)
+        .astype(float)
+        .assign(insertion_curve=curves.insertion.tolist(), deletion_curve=curves.deletion.tolist())
+    )
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #2bafbc0a
 class _Pictures(NamedTuple):
@@ -251,7 +333,11 @@ class _Pictures(NamedTuple):
 
 def _shuffle(tensor, generator):
     "The same values in another order, in place."
-    tensor.copy_(tensor.flatten()[torch.randperm(tensor.numel(), generator=generator).to(tensor.device)].view_as(tensor))
+    tensor.copy_(
+        tensor.flatten()[
+            torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        ].view_as(tensor)
+    )
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #4bc07f6a
 @torch.no_grad()
@@ -263,7 +349,11 @@ def randomised(
     batch:int=32,       # pictures a pass
 )->Classifier:          # a copy, in eval mode
     "A copy of the network that has lost what it learned (Adebayo et al. 2018); `KdoctError` for a share outside (0, 1]."
-    if not 0 < layers <= 1: raise KdoctError(f'layers is {layers}', fix='give the share of layers to randomise, above 0 and at most 1')
+    if not 0 < layers <= 1:
+        raise KdoctError(
+            f'layers is {layers}',
+            fix='give the share of layers to randomise, above 0 and at most 1',
+        )
     twin, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(seed)
     own = [m for m in twin.body.modules() if next(m.parameters(recurse=False), None) is not None]
     for m in own[len(own) - max(1, round(layers*len(own))):]:
@@ -281,7 +371,10 @@ def _grid(maps, side=64):
 def _pair(a, b):
     "Two stacks of maps on one grid; `KdoctError` where they are not of the same images."
     if np.shape(a) != np.shape(b):
-        raise KdoctError(f'maps of shape {np.shape(a)} and {np.shape(b)}', fix='compare maps of the same images at the same size')
+        raise KdoctError(
+            f'maps of shape {np.shape(a)} and {np.shape(b)}',
+            fix='compare maps of the same images at the same size',
+        )
     return _grid(a), _grid(b)
 
 def rank_correlation(
@@ -307,7 +400,8 @@ def top_overlap(
     share:float=.2,  # part of the pixels that counts as important, 0 to 1
 )->tuple[np.ndarray, np.ndarray]: # (n,) intersection over union, 0 to 1; (n,) what chance gives; NaN where a map is flat
     "Overlap of the most important pixels of two maps."
-    if not 0 < share < 1: raise KdoctError(f'share is {share}', fix='give a part between 0 and 1, usually 0.2')
+    if not 0 < share < 1:
+        raise KdoctError(f'share is {share}', fix='give a part between 0 and 1, usually 0.2')
     a, b = (_top(m, share) for m in _pair(a, b))
     ka, kb, both = a.sum(1), b.sum(1), (a & b).sum(1)
     known, chance = (ka > 0) & (kb > 0), ka*kb/a.shape[1]
@@ -321,7 +415,11 @@ def map_ssim(
 )->np.ndarray:   # (n,) -1 to 1
     "Structural similarity of two maps (scikit-image, windows of 7 cells); `KdoctError` below 7 px."
     a, b = _pair(a, b)
-    if min(a.shape[1:]) < 7: raise KdoctError(f'maps of {a.shape[1:]} px are too small for SSIM', fix='enlarge them to the image first')
+    if min(a.shape[1:]) < 7:
+        raise KdoctError(
+            f'maps of {a.shape[1:]} px are too small for SSIM',
+            fix='enlarge them to the image first',
+        )
     return np.array([structural_similarity(p, q, data_range=1.) for p, q in zip(a, b, strict=True)])
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #3d960b65
@@ -332,6 +430,7 @@ def _of_sums(values, over, codes, weights):
     top, low = (np.bincount(codes, v, weights.shape[1]) for v in (values, over))
     with np.errstate(invalid='ignore', divide='ignore'): return (weights @ top)/(weights @ low)
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #ad186c7a
 def mean_interval(
     values,                        # (n,) one number an image; NaN is left out
     groups,                        # (n,) group of each image
@@ -344,7 +443,14 @@ def mean_interval(
     over = np.ones(len(values)) if over is None else np.asarray(over, dtype=np.float64)
     ok = np.isfinite(values) & np.isfinite(over)
     names, codes = np.unique(np.asarray(groups).astype(str)[ok], return_inverse=True)
-    out = dict(estimate=np.nan, low=np.nan, high=np.nan, n=int(ok.sum()), n_groups=len(names), lost=int((~ok).sum()))
+    out = dict(
+        estimate=np.nan,
+        low=np.nan,
+        high=np.nan,
+        n=int(ok.sum()),
+        n_groups=len(names),
+        lost=int((~ok).sum()),
+    )
     if not ok.any(): return out
     out['estimate'] = float(values[ok].sum()/over[ok].sum())
     if len(names) < 2: return out
@@ -361,20 +467,57 @@ class Measure(NamedTuple):
     of:str=''    # column of the frame; '': named as the number
     over:str=''  # column of the denominators: the table shows the ratio of sums
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #9ce6c38e
 NUMBERS = {
-    'insertion': Measure('insertion AUC', 3, 'mean probability of the explained class while the most important pixels are put into the blurred image; '
-                         'high is good (Petsiuk et al. 2018)'),
+    'insertion': Measure(
+        'insertion AUC',
+        3,
+        'mean probability of the explained class while the most important pixels are put into the '
+        'blurred image; '
+        'high is good (Petsiuk et al. 2018)',
+    ),
     'deletion': Measure('deletion AUC', 3, 'the same while they are taken out; low is good'),
-    'drop': Measure('average drop %', 1, 'share of the probability lost when the image is multiplied by the map; low is good (Chattopadhay et al. 2018)'),
-    'increase': Measure('increase in confidence %', 1, 'images whose probability rises then; high is good'),
-    'pointing': Measure('pointing game %', 1, "images whose map has its highest pixel in the mask (Zhang et al. 2018)"),
-    'pointing_chance': Measure('pointing by chance %', 1, 'what a highest pixel at random would get'),
-    'energy': Measure('energy in mask %', 1, "share of the map's sum inside the mask (Wang et al. 2020)"),
-    'area': Measure('area of mask %', 1, 'share of the image that the mask covers: what a map that knows nothing gets as energy'),
-    'energy_ratio': Measure('energy / area', 2, 'the two before divided, sums over images first; 1 is chance', 'energy', 'area'),
-    'sanity_rank': Measure('rank correlation after randomisation', 2, 'Spearman correlation with the map of the same network with shuffled weights; '
-                           'near 0 is good (Adebayo et al. 2018)'),
-    'sanity_ssim': Measure('SSIM after randomisation', 2, 'structural similarity with that map; low is good'),
+    'drop': Measure(
+        'average drop %',
+        1,
+        'share of the probability lost when the image is multiplied by the map; low is good '
+        '(Chattopadhay et al. 2018)',
+    ),
+    'increase': Measure(
+        'increase in confidence %', 1, 'images whose probability rises then; high is good'
+    ),
+    'pointing': Measure(
+        'pointing game %',
+        1,
+        "images whose map has its highest pixel in the mask (Zhang et al. 2018)",
+    ),
+    'pointing_chance': Measure(
+        'pointing by chance %', 1, 'what a highest pixel at random would get'
+    ),
+    'energy': Measure(
+        'energy in mask %', 1, "share of the map's sum inside the mask (Wang et al. 2020)"
+    ),
+    'area': Measure(
+        'area of mask %',
+        1,
+        'share of the image that the mask covers: what a map that knows nothing gets as energy',
+    ),
+    'energy_ratio': Measure(
+        'energy / area',
+        2,
+        'the two before divided, sums over images first; 1 is chance',
+        'energy',
+        'area',
+    ),
+    'sanity_rank': Measure(
+        'rank correlation after randomisation',
+        2,
+        'Spearman correlation with the map of the same network with shuffled weights; '
+        'near 0 is good (Adebayo et al. 2018)',
+    ),
+    'sanity_ssim': Measure(
+        'SSIM after randomisation', 2, 'structural similarity with that map; low is good'
+    ),
 }
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #ba2f0585
@@ -382,25 +525,45 @@ def _text(r, digits, sign=''):
     "Estimate and interval for reading."
     if not np.isfinite(r['estimate']): return 'undefined'
     f = f'{{:{sign}.{digits}f}}'
-    return f.format(r['estimate']) + (f' [{f}, {f}]'.format(r['low'], r['high']) if np.isfinite(r['low']) else ' (no interval)')
+    return f.format(r['estimate']) + (
+        f' [{f}, {f}]'.format(r['low'], r['high']) if np.isfinite(r['low']) else ' (no interval)'
+    )
 
 def _note(rows, measures, n_images):
     "What a reader must know of one row: numbers left out, few groups."
     lost, out = {}, []
     for name, r in rows.items(): lost.setdefault(r['lost'], []).append(measures[name].title)
-    out += [f'without {", ".join(names)}: {n} of {n_images} images' for n, names in lost.items() if n]
+    out += [
+        f'without {", ".join(names)}: {n} of {n_images} images' for n, names in lost.items() if n
+    ]
     if few := min((r['n_groups'] for r in rows.values() if r['n']), default=0):
         if few < FEW: out.append(f'too few groups ({few}) for an interval to rely on')
     return '; '.join(out)
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #3a715dc8
 def _row(part, measures, evaluate, seed, sign=''):
     "One row of a table: texts, then NAME, NAME_low, NAME_high, n_images, n_groups, note."
-    rows = {k: mean_interval(part[m.of or k], part.group, evaluate, seed, part[m.over] if m.over else None)
-            for k, m in measures.items()}
+    rows = {
+        k: mean_interval(
+            part[m.of or k], part.group, evaluate, seed, part[m.over] if m.over else None
+        )
+        for k, m in measures.items()
+    }
     texts = {m.title: _text(rows[k], m.digits, sign) for k, m in measures.items()}
-    numbers = {f'{k}{end}': r[v] for k, r in rows.items() for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))}
-    return {'images': len(part), 'groups': part.group.nunique(), **texts, **numbers, 'n_images': len(part), 'n_groups': part.group.nunique(),
-            'note': _note(rows, measures, len(part))}
+    numbers = {
+        f'{k}{end}': r[v]
+        for k, r in rows.items()
+        for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))
+    }
+    return {
+        'images': len(part),
+        'groups': part.group.nunique(),
+        **texts,
+        **numbers,
+        'n_images': len(part),
+        'n_groups': part.group.nunique(),
+        'note': _note(rows, measures, len(part)),
+    }
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #bb4a584f
 def _minus(part, a, b, measures):
@@ -408,13 +571,17 @@ def _minus(part, a, b, measures):
     key = [c for c in ('fold', 'path') if c in part]
     fa, fb = (part[part.role == r].set_index(key) for r in (a, b))
     if not fa.index.is_unique or set(fa.index) != set(fb.index):
-        raise KdoctError(f'{a} and {b} are not explained on the same images', fix='explain the same images for all roles, each once')
+        raise KdoctError(
+            f'{a} and {b} are not explained on the same images',
+            fix='explain the same images for all roles, each once',
+        )
     return (fa[list(measures)] - fb.loc[fa.index, list(measures)]).assign(group=fa.group)
 
 def _pairs(roles):
     "Student against every teacher and the baseline, as far as they are there."
     return [('student', r) for r in roles if 'student' in roles and r != 'student']
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #82b0f7fe
 def explanation_table(
     frame:pd.DataFrame,            # a row an image, role and method: path, group, role, method, and of `NUMBERS` what there is; fold, if several
     evaluate:EvaluateRecipe=None,  # resamples and level of the intervals
@@ -423,24 +590,50 @@ def explanation_table(
 )->Section:
     "Numbers of every role and method with intervals over groups, and student minus the others, paired; `KdoctError` if there are none."
     if lost := [c for c in ('path', 'group', 'role', 'method') if c not in frame]:
-        raise KdoctError(f'column(s) {", ".join(lost)} missing', fix='give a row an image, role and method')
+        raise KdoctError(
+            f'column(s) {", ".join(lost)} missing', fix='give a row an image, role and method'
+        )
     there = {k: m for k, m in NUMBERS.items() if {m.of or k, m.over or m.of or k} <= set(frame)}
-    if not there: raise KdoctError('no numbers of maps', fix=f'give at least one of the columns {", ".join(NUMBERS)}')
+    if not there:
+        raise KdoctError(
+            'no numbers of maps', fix=f'give at least one of the columns {", ".join(NUMBERS)}'
+        )
     if frame.empty: raise KdoctError('no image was explained', fix='raise explain.images')
-    paired = {k: m for k, m in there.items() if not m.of and k not in ('area', 'pointing_chance')}  # the masks are the same
+    # the masks are the same
+    paired = {k: m for k, m in there.items() if not m.of and k not in ('area', 'pointing_chance')}
     rows = {}
     for method, part in frame.groupby('method', sort=False):
-        for role, p in part.groupby('role', sort=False): rows[f'{method}, {role}'] = _row(p, there, evaluate, seed)
-        for a, b in _pairs(list(part.role.unique())): rows[f'{method}, {a} minus {b}'] = _row(_minus(part, a, b, paired), paired, evaluate, seed, '+')
+        for role, p in part.groupby('role', sort=False):
+            rows[f'{method}, {role}'] = _row(p, there, evaluate, seed)
+        for a, b in _pairs(list(part.role.unique())):
+            rows[f'{method}, {a} minus {b}'] = _row(
+                _minus(part, a, b, paired), paired, evaluate, seed, '+'
+            )
     table = pd.DataFrame(rows).T.infer_objects()
-    texts = table[['images', 'groups', *(m.title for m in there.values()), *(['note'] if table.note.any() else [])]].fillna('–')
-    return Section('What the maps are worth', table, texts, _caption(there, evaluate or EvaluateRecipe(), about))
+    texts = table[
+        [
+            'images',
+            'groups',
+            *(m.title for m in there.values()),
+            *(['note'] if table.note.any() else []),
+        ]
+    ].fillna('–')
+    return Section(
+        'What the maps are worth',
+        table,
+        texts,
+        _caption(there, evaluate or EvaluateRecipe(), about),
+    )
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #eab2af02
 def _caption(there, e, about):
     "Definitions of the columns, and how intervals were made."
     what = '; '.join(f'{m.title}: {m.meaning}' for m in there.values())
-    return (f'{about} Means over images, in brackets the {100*e.level:g} % interval by resampling groups {e.n_boot} times; rows with "minus" are differences '
-            f'on the same images, paired, in the units of their column. {what[0].upper()}{what[1:]}.').strip()
+    return (
+        f'{about} Means over images, in brackets the {100 * e.level:g} % interval by resampling '
+        f'groups {e.n_boot} times; rows with "minus" are differences '
+        f'on the same images, paired, in the units of their column. {what[0].upper()}{what[1:]}.'
+    ).strip()
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #6bd985b2
 def sanity_verdict(
@@ -452,10 +645,22 @@ def sanity_verdict(
 )->str:
     "Do maps depend on what was learned? A sentence."
     r = mean_interval(rank, groups, evaluate, seed)
-    if not np.isfinite(r['low']): return f'{what} were not judged: {counted(r["n_groups"], "group")} with a map before and after randomisation, 2 are needed.'
-    verdict = 'depend on the weights' if r['high'] < .5 else 'do NOT depend on the weights' if r['low'] > .5 else 'may or may not depend on the weights'
-    return (f'{what} {verdict}: rank correlation {_text(r, 2)} with those of the same network with shuffled weights '
-            f'({counted(r["n"], "image")} of {counted(r["n_groups"], "group")}; below 0.5 counts as dependent).')
+    if not np.isfinite(r['low']):
+        return (f'{what} were not judged: {counted(r["n_groups"], "group")} with a map before and '
+                f'after randomisation, 2 are needed.')
+    verdict = (
+        'depend on the weights'
+        if r['high'] < 0.5
+        else 'do NOT depend on the weights'
+        if r['low'] > 0.5
+        else 'may or may not depend on the weights'
+    )
+    return (
+        f'{what} {verdict}: rank correlation {_text(r, 2)} with those of the same network with '
+        f'shuffled weights '
+        f'({counted(r["n"], "image")} of {counted(r["n_groups"], "group")}; below 0.5 counts as '
+        f'dependent).'
+    )
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #5970aec4
 CORRECTNESS = ('both right', 'student wrong', 'teacher wrong', 'both wrong')
@@ -474,9 +679,13 @@ def other_group(
     seed:int=0,  # the same seed gives the same partners
 )->np.ndarray:   # (n,) number of the partner, each image once
     "A partner from another group for every image; `KdoctError` where one group holds more than half of the images."
-    _, codes, sizes = np.unique(np.asarray(groups).astype(str), return_inverse=True, return_counts=True)
+    _, codes, sizes = np.unique(
+        np.asarray(groups).astype(str), return_inverse=True, return_counts=True
+    )
     if len(codes) and 2*sizes.max() > len(codes):
-        raise KdoctError('one group holds more than half of the images', fix='explain images of more groups')
+        raise KdoctError(
+            'one group holds more than half of the images', fix='explain images of more groups'
+        )
     order = np.random.default_rng(seed).permutation(len(codes))
     order = order[np.argsort(codes[order], kind='stable')]
     out = np.empty(len(codes), np.int64)
@@ -495,26 +704,58 @@ def agreement_numbers(
     out = pd.DataFrame(dict(rank=rank_correlation(teacher, student), iou=iou, iou_chance=chance))
     if groups is None: return out
     other = check_maps(teacher)[other_group(groups, seed)]
-    return out.assign(rank_other=rank_correlation(other, student), iou_other=top_overlap(other, student)[0])
+    return out.assign(
+        rank_other=rank_correlation(other, student), iou_other=top_overlap(other, student)[0]
+    )
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #c9cedd17
 _AGREEMENT = {
-    'rank': Measure('rank correlation', 2, "Spearman correlation of the two maps' pixels, 1 for the same order, 0 for none"),
-    'rank_other': Measure('with another image', 2, "the same with the teacher's map of an image of another group: what the usual place of the retina is worth"),
-    'iou': Measure('IoU of the top fifth', 3, 'common part of the two most important fifths of the pixels over their union'),
-    'iou_chance': Measure('chance of that', 3, 'what independent maps get, 0.111 for two full fifths'),
-    'iou_other': Measure('IoU with another image', 3, "the IoU with the teacher's map of an image of another group"),
+    'rank': Measure(
+        'rank correlation',
+        2,
+        "Spearman correlation of the two maps' pixels, 1 for the same order, 0 for none",
+    ),
+    'rank_other': Measure(
+        'with another image',
+        2,
+        "the same with the teacher's map of an image of another group: what the usual place of the "
+        "retina is worth",
+    ),
+    'iou': Measure(
+        'IoU of the top fifth',
+        3,
+        'common part of the two most important fifths of the pixels over their union',
+    ),
+    'iou_chance': Measure(
+        'chance of that', 3, 'what independent maps get, 0.111 for two full fifths'
+    ),
+    'iou_other': Measure(
+        'IoU with another image', 3, "the IoU with the teacher's map of an image of another group"
+    ),
 }
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #13a42bf2
 def _contrast(some, measures, e, seed):
     "Mean where both are right minus mean where the student alone is wrong, groups drawn together."
     names, codes = np.unique(some.group.astype(str), return_inverse=True)
     out, sides = {}, [some.correctness == c for c in CORRECTNESS[:2]]
     for k in measures:
         v = some[k].to_numpy(dtype=float)
-        sums = lambda w, v=v: [_of_sums(np.where(s & np.isfinite(v), v, 0), np.where(s & np.isfinite(v), 1., 0), codes, w) for s in sides]
-        point, (a, b) = np.subtract(*sums(np.ones((1, len(names)))))[0], sums(group_weights(len(names), e.n_boot, seed))
-        low, high = np.nanquantile(a - b, [(1 - e.level)/2, (1 + e.level)/2]) if np.isfinite(point) else (np.nan, np.nan)
+        sums = lambda w, v=v: [
+            _of_sums(
+                np.where(s & np.isfinite(v), v, 0), np.where(s & np.isfinite(v), 1.0, 0), codes, w
+            )
+            for s in sides
+        ]
+        point, (a, b) = (
+            np.subtract(*sums(np.ones((1, len(names)))))[0],
+            sums(group_weights(len(names), e.n_boot, seed)),
+        )
+        low, high = (
+            np.nanquantile(a - b, [(1 - e.level) / 2, (1 + e.level) / 2])
+            if np.isfinite(point)
+            else (np.nan, np.nan)
+        )
         out[k] = dict(estimate=point, low=low, high=high)
     return out
 
@@ -526,25 +767,65 @@ def agreement_table(
     about:str='',                  # further sentences for the caption
 )->Section:
     "Agreement of teacher and student by who was right, with intervals over groups."
-    if lost := [c for c in ('path', 'group', 'method', 'correctness', 'rank', 'iou', 'iou_chance') if c not in frame]:
-        raise KdoctError(f'column(s) {", ".join(lost)} missing', fix='use `agreement_numbers` and `correctness`')
-    if frame.empty: raise KdoctError('no pair of maps', fix='explain the same images with teacher and student')
-    e, there, rows = evaluate or EvaluateRecipe(), {k: m for k, m in _AGREEMENT.items() if k in frame}, {}
+    if lost := [
+        c
+        for c in ('path', 'group', 'method', 'correctness', 'rank', 'iou', 'iou_chance')
+        if c not in frame
+    ]:
+        raise KdoctError(
+            f'column(s) {", ".join(lost)} missing', fix='use `agreement_numbers` and `correctness`'
+        )
+    if frame.empty:
+        raise KdoctError('no pair of maps', fix='explain the same images with teacher and student')
+    e, there, rows = (
+        evaluate or EvaluateRecipe(),
+        {k: m for k, m in _AGREEMENT.items() if k in frame},
+        {},
+    )
     for name, part in frame.groupby([c for c in ('method', 'pair') if c in frame], sort=False):
         name = ', '.join(name)
         rows[f'{name}: all'] = _row(part, there, e, seed)
         sides = {c: part[part.correctness == c] for c in CORRECTNESS}
-        rows |= {f'{name}: {c}': _row(p, there, e, seed) if len(p) else {'images': 0, 'groups': 0, 'n_images': 0, 'n_groups': 0, 'note': 'no image'}
-                 for c, p in sides.items()}
-        if min(sides[c].group.nunique() for c in CORRECTNESS[:2]) >= FEW: rows[f'{name}: both right minus student wrong'] = _contrast_row(part, there, e, seed)
+        rows |= {
+            f'{name}: {c}': _row(p, there, e, seed)
+            if len(p)
+            else {'images': 0, 'groups': 0, 'n_images': 0, 'n_groups': 0, 'note': 'no image'}
+            for c, p in sides.items()
+        }
+        if min(sides[c].group.nunique() for c in CORRECTNESS[:2]) >= FEW:
+            rows[f'{name}: both right minus student wrong'] = _contrast_row(part, there, e, seed)
     table = pd.DataFrame(rows).T.infer_objects()
-    texts = table[['images', 'groups', *(m.title for m in there.values()), *(['note'] if table.note.any() else [])]].fillna('–')
-    return Section('Does the student look where the teacher looks?', table, texts, _caption(there, e, about).replace(' on the same images, paired,', ''))
+    texts = table[
+        [
+            'images',
+            'groups',
+            *(m.title for m in there.values()),
+            *(['note'] if table.note.any() else []),
+        ]
+    ].fillna('–')
+    return Section(
+        'Does the student look where the teacher looks?',
+        table,
+        texts,
+        _caption(there, e, about).replace(' on the same images, paired,', ''),
+    )
 
+# %% ../../nbs/06b_explain.faithfulness.ipynb #5d46ec26
 def _contrast_row(part, there, e, seed):
     "The difference of the two parts as a row of the table."
     some = part[part.correctness.isin(CORRECTNESS[:2])]
     made = _contrast(some, ('rank', 'iou'), e, seed)
-    numbers = {f'{k}{end}': r[v] for k, r in made.items() for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))}
-    return {'images': len(some), 'groups': some.group.nunique(), **{there[k].title: _text(r, there[k].digits, '+') for k, r in made.items()}, **numbers,
-            'n_images': len(some), 'n_groups': some.group.nunique(), 'note': ''}
+    numbers = {
+        f'{k}{end}': r[v]
+        for k, r in made.items()
+        for end, v in (('', 'estimate'), ('_low', 'low'), ('_high', 'high'))
+    }
+    return {
+        'images': len(some),
+        'groups': some.group.nunique(),
+        **{there[k].title: _text(r, there[k].digits, '+') for k, r in made.items()},
+        **numbers,
+        'n_images': len(some),
+        'n_groups': some.group.nunique(),
+        'note': '',
+    }

@@ -29,7 +29,9 @@ from .faithfulness import CORRECTNESS, FEW
 
 # %% ../../nbs/06c_explain.figures.ipynb #202485ed
 MAP_COLOURS = 'viridis'
+
 LESS, MORE = '#56b4e9', '#e69f00'  # sky blue and orange of Okabe and Ito
+
 _DIM, _OPAQUE = .7, .8  # brightness of the image below a map; opacity of its highest value
 
 def _grey(image):
@@ -45,6 +47,7 @@ def _paint(base, v, difference):
     else: colour = mpl.colormaps[MAP_COLOURS](np.clip(v, 0, 1))[..., :3]
     return base*(1 - alpha) + colour*alpha
 
+# %% ../../nbs/06c_explain.figures.ipynb #ee13ee09
 def overlay(
     image:np.ndarray,    # (H, W) or (H, W, 3), uint8 or [0, 1]
     values:np.ndarray,   # (H, W), a map in [0, 1], or a difference in [-1, 1]
@@ -52,8 +55,13 @@ def overlay(
 )->np.ndarray:           # (H, W, 3) in [0, 1]
     "The grey image, painted where the map is high, or the difference far from 0; `KdoctError` for other sizes or values."
     grey, v, low = _grey(image), np.asarray(values, dtype=np.float32), -1 if difference else 0
-    if grey.shape != v.shape: raise KdoctError(f'an image of {grey.shape} px and a map of {v.shape} px', fix='give both at the same size')
-    if not (v >= low - 1e-4).all() or not (v <= 1 + 1e-4).all(): raise KdoctError(f'values outside [{low}, 1]', fix='scale each map to [0, 1] first')
+    if grey.shape != v.shape:
+        raise KdoctError(
+            f'an image of {grey.shape} px and a map of {v.shape} px',
+            fix='give both at the same size',
+        )
+    if not (v >= low - 1e-4).all() or not (v <= 1 + 1e-4).all():
+        raise KdoctError(f'values outside [{low}, 1]', fix='scale each map to [0, 1] first')
     return _paint(np.repeat(_DIM*grey[..., None], 3, axis=2), v, difference)
 
 # %% ../../nbs/06c_explain.figures.ipynb #329e072d
@@ -69,10 +77,21 @@ class Explained(NamedTuple):
 @contextmanager
 def _style():
     "Small type and plain axes."
-    rc = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7, 'ytick.labelsize': 8, 'legend.fontsize': 8,
-          'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': .8}
+    rc = {
+        'font.size': 8,
+        'axes.titlesize': 8,
+        'axes.labelsize': 8,
+        'xtick.labelsize': 7,
+        'ytick.labelsize': 8,
+        'legend.fontsize': 8,
+        'legend.frameon': False,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.linewidth': 0.8,
+    }
     with sns.axes_style('ticks'), mpl.rc_context(rc): yield
 
+# %% ../../nbs/06c_explain.figures.ipynb #cbdc22dd
 def _lines(text, width=28, most=3):
     "Text in short lines, three at most."
     lines = textwrap.wrap(text, width)
@@ -88,48 +107,75 @@ def _call(role, row):
 def _titles(row):
     "What stands above each panel of an image."
     roles = list(row.maps)
-    return [f'{_short(row.name)}\nlabel\n{_lines(row.label)}'.strip(), *(_call(r, row) for r in roles), _lines(f'{roles[-1]} minus {roles[0]}')]
+    return [
+        f'{_short(row.name)}\nlabel\n{_lines(row.label)}'.strip(),
+        *(_call(r, row) for r in roles),
+        _lines(f'{roles[-1]} minus {roles[0]}'),
+    ]
 
 # %% ../../nbs/06c_explain.figures.ipynb #44041ef8
 def _scale(fig, cell, difference):
     "A scale in the grid's `cell`, its colours as they look on a grey image."
     low = -1 if difference else 0
     colours = ListedColormap(_paint(np.full((256, 3), .3), np.linspace(low, 1, 256), difference))
-    bar = fig.colorbar(ScalarMappable(Normalize(low, 1), colours), cax=fig.add_subplot(cell), orientation='horizontal',
-                       ticks=np.linspace(low, 1, 3), label='difference' if difference else 'importance')
+    bar = fig.colorbar(
+        ScalarMappable(Normalize(low, 1), colours),
+        cax=fig.add_subplot(cell),
+        orientation='horizontal',
+        ticks=np.linspace(low, 1, 3),
+        label='difference' if difference else 'importance',
+    )
     bar.outline.set_visible(False)
 
+# %% ../../nbs/06c_explain.figures.ipynb #4defe889
 def _panels(axes, row):
     "One image: itself, its maps, their difference, and the outline of the mask on all of them."
     roles = list(row.maps)
-    pictures = [row.image, *(overlay(row.image, row.maps[r]) for r in roles), overlay(row.image, row.maps[roles[-1]] - row.maps[roles[0]], True)]
+    pictures = [
+        row.image,
+        *(overlay(row.image, row.maps[r]) for r in roles),
+        overlay(row.image, row.maps[roles[-1]] - row.maps[roles[0]], True),
+    ]
     for ax, picture, title in zip(axes, pictures, _titles(row), strict=True):
         ax.imshow(picture, cmap='gray', vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
         ax.set_title(title, linespacing=1.15)
         ax.set(xticks=[], yticks=[])
         sns.despine(ax=ax, left=True, bottom=True)
         if row.mask is not None and np.any(row.mask):
-            for colour, width in (('black', 1.5), ('white', .7)): ax.contour(np.asarray(row.mask) > 0, [.5], colors=colour, linewidths=width)
+            for colour, width in (('black', 1.5), ('white', .7)):
+                ax.contour(np.asarray(row.mask) > 0, [.5], colors=colour, linewidths=width)
 
+# %% ../../nbs/06c_explain.figures.ipynb #732ec8b0
 def map_figure(
     rows:list[Explained],   # 1 to 12 images, all with the same roles
     width:float=1.9,        # of a panel [inch]
 )->Figure:
     "Image, maps and difference, an image a row, with common scales; `KdoctError` for no image, too many, or other roles."
-    if not 1 <= len(rows) <= 12: raise KdoctError(f'{len(rows)} images for one figure', fix='give 1 to 12, and draw several figures')
+    if not 1 <= len(rows) <= 12:
+        raise KdoctError(
+            f'{len(rows)} images for one figure', fix='give 1 to 12, and draw several figures'
+        )
     roles = list(rows[0].maps)
     if len(roles) < 2 or any(list(r.maps) != roles for r in rows):
-        raise KdoctError('not the same two roles, or more, for all images', fix='give teacher and student')
+        raise KdoctError(
+            'not the same two roles, or more, for all images', fix='give teacher and student'
+        )
     tall = [width*r.image.shape[0]/r.image.shape[1] for r in rows]
     with _style():
         lines = sum(max(t.count('\n') + 1 for t in _titles(r)) for r in rows)
-        fig = Figure(figsize=(width*(len(roles) + 2), sum(tall) + .14*lines + .15*len(rows) + .5), layout='constrained')
+        fig = Figure(
+            figsize=(width * (len(roles) + 2), sum(tall) + 0.14 * lines + 0.15 * len(rows) + 0.5),
+            layout='constrained',
+        )
         grid = fig.add_gridspec(len(rows) + 1, len(roles) + 2, height_ratios=[*tall, .06])
-        axes = [[fig.add_subplot(grid[i, j]) for j in range(len(roles) + 2)] for i in range(len(rows))]
+        axes = [
+            [fig.add_subplot(grid[i, j]) for j in range(len(roles) + 2)] for i in range(len(rows))
+        ]
         for a, row in zip(axes, rows, strict=True): _panels(a, row)
         _scale(fig, grid[-1, 1:-1], False)
         _scale(fig, grid[-1, -1], True)
-        if any(r.mask is not None and np.any(r.mask) for r in rows): axes[-1][0].set_xlabel('white line: mask')
+        if any(r.mask is not None and np.any(r.mask) for r in rows):
+            axes[-1][0].set_xlabel('white line: mask')
     return fig
 
 # %% ../../nbs/06c_explain.figures.ipynb #06fefc82
@@ -150,10 +196,14 @@ def _band(curves, groups, e, seed):
     mean = curves.mean(0)
     if len(names) < 2: return mean, mean, mean
     drawn = group_weights(len(names), e.n_boot, seed) @ sums
-    return mean, *np.quantile(drawn[:, :-1]/drawn[:, -1:], [(1 - e.level)/2, (1 + e.level)/2], axis=0)
+    return mean, *np.quantile(
+        drawn[:, :-1] / drawn[:, -1:], [(1 - e.level) / 2, (1 + e.level) / 2], axis=0
+    )
 
-def _colour(role, i): return ROLE_COLOUR.get(role, sns.color_palette('colorblind').as_hex()[(i + 3) % 10])
+def _colour(role, i):
+    return ROLE_COLOUR.get(role, sns.color_palette('colorblind').as_hex()[(i + 3) % 10])
 
+# %% ../../nbs/06c_explain.figures.ipynb #547d046a
 def curves_figure(
     frame:pd.DataFrame,            # as for `kdoct.explain.faithfulness.explanation_table`, with insertion_curve, deletion_curve, insertion, deletion
     method:str='',                 # kind of maps; '': the first
@@ -162,24 +212,47 @@ def curves_figure(
 )->Figure:
     "Mean curves of insertion and deletion of every role, with a band over groups; `KdoctError` where there are none."
     rows = frame[(frame.method == (method or frame.method.iloc[0])) & frame.insertion.notna()]
-    if rows.empty: raise KdoctError(f"no curves of method '{method}'", fix=f'take one of {", ".join(frame.method.unique())}')
+    if rows.empty:
+        raise KdoctError(
+            f"no curves of method '{method}'", fix=f'take one of {", ".join(frame.method.unique())}'
+        )
     with _style():
         fig = Figure(figsize=(6, 2.8), layout='constrained')
         axes = fig.subplots(1, 2, sharex=True, sharey=True)
         for i, (role, part) in enumerate(rows.groupby('role', sort=False)):
             for ax, kind in zip(axes, ('insertion', 'deletion'), strict=True):
-                mean, low, high = _band(np.stack(part[f'{kind}_curve'].tolist()), part.group, evaluate or EvaluateRecipe(), seed)
+                mean, low, high = _band(
+                    np.stack(part[f'{kind}_curve'].tolist()),
+                    part.group,
+                    evaluate or EvaluateRecipe(),
+                    seed,
+                )
                 share = np.linspace(0, 100, len(mean))
                 ax.fill_between(share, low, high, color=_colour(role, i), alpha=.2, lw=0)
-                ax.plot(share, mean, ('-', '--', ':', '-.')[i % 4], color=_colour(role, i), lw=1.6, label=f'{role}, AUC {part[kind].mean():.3f}')
-        for ax, title, what in zip(axes, ('Insertion: high is good', 'Deletion: low is good'), ('put in', 'taken out'), strict=True):
+                ax.plot(
+                    share,
+                    mean,
+                    ('-', '--', ':', '-.')[i % 4],
+                    color=_colour(role, i),
+                    lw=1.6,
+                    label=f'{role}, AUC {part[kind].mean():.3f}',
+                )
+        for ax, title, what in zip(
+            axes,
+            ('Insertion: high is good', 'Deletion: low is good'),
+            ('put in', 'taken out'),
+            strict=True,
+        ):
             ax.set(title=title, xlim=(0, 100), ylim=(0, 1.02), xlabel=f'pixels {what} [%]')
             ax.legend(loc='best')
         axes[0].set_ylabel('probability of the explained class')
     return fig
 
 # %% ../../nbs/06c_explain.figures.ipynb #4bcf728e
-_SAME, _OTHER = ('o', '#0072b2', 'same image'), ('s', '.45', "student's map and teacher's of another image")
+_SAME, _OTHER = (
+    ('o', '#0072b2', 'same image'),
+    ('s', '.45', "student's map and teacher's of another image"),
+)
 
 def _points(ax, table, name, look, shift):
     "Estimates and intervals of one number, a row a part; pale where there are few groups."
@@ -187,8 +260,17 @@ def _points(ax, table, name, look, shift):
     for y, (_, r) in enumerate(table.iterrows()):
         pale = dict(color=colour, alpha=1 if r.n_groups >= FEW else .35)
         ax.plot([r[f'{name}_low'], r[f'{name}_high']], [y + shift]*2, lw=1.6, **pale)
-        ax.plot(r[name], y + shift, marker, ms=5, mfc='white' if look is _OTHER else colour, label=None if y else label, **pale)
+        ax.plot(
+            r[name],
+            y + shift,
+            marker,
+            ms=5,
+            mfc='white' if look is _OTHER else colour,
+            label=None if y else label,
+            **pale,
+        )
 
+# %% ../../nbs/06c_explain.figures.ipynb #cc7e9651
 def agreement_figure(
     section:Section,   # from `kdoct.explain.faithfulness.agreement_table`
     name:str='',       # method, or 'method, pair', as in its rows; '': the first
@@ -196,21 +278,38 @@ def agreement_figure(
     "Rank correlation and IoU of teacher's and student's maps by who was right; `KdoctError` for an unknown name."
     names = dict.fromkeys(i.rpartition(': ')[0] for i in section.table.index)
     name = name or next(iter(names))
-    if name not in names: raise KdoctError(f"no agreement of '{name}'", fix=f'take one of {"; ".join(names)}')
+    if name not in names:
+        raise KdoctError(f"no agreement of '{name}'", fix=f'take one of {"; ".join(names)}')
     parts = [c for c in ('all', *CORRECTNESS) if section.table.n_images.get(f'{name}: {c}', 0)]
     t = section.table.loc[[f'{name}: {c}' for c in parts]]
     with _style():
         fig = Figure(figsize=(6.4, 1.3 + .38*len(t)), layout='constrained')
         axes = fig.subplots(1, 2, sharey=True)
-        for ax, key, title, chance in zip(axes, ('rank', 'iou'), ('Rank correlation', 'IoU of the top fifth'), (0, t.iou_chance.iloc[0]), strict=True):
+        for ax, key, title, chance in zip(
+            axes,
+            ('rank', 'iou'),
+            ('Rank correlation', 'IoU of the top fifth'),
+            (0, t.iou_chance.iloc[0]),
+            strict=True,
+        ):
             _points(ax, t, key, _SAME, -.12)
             if f'{key}_other' in t: _points(ax, t, f'{key}_other', _OTHER, .12)
             ax.axvline(chance, color='.5', ls=':', lw=1)
             ax.set(title=title, xlabel='dotted: independent maps')
         few = ['*'*(n < FEW) for n in t.n_groups]
-        sizes = [f'{counted(i, "image")}, {counted(g, "group")}' for i, g in zip(t.n_images, t.n_groups, strict=True)]
-        axes[0].set_yticks(range(len(t)), [f'{c}{f}\n{size}' for c, f, size in zip(parts, few, sizes, strict=True)])
+        sizes = [
+            f'{counted(i, "image")}, {counted(g, "group")}'
+            for i, g in zip(t.n_images, t.n_groups, strict=True)
+        ]
+        axes[0].set_yticks(
+            range(len(t)), [f'{c}{f}\n{size}' for c, f, size in zip(parts, few, sizes, strict=True)]
+        )
         axes[0].invert_yaxis()
-        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, alignment='left',
-                   title=f'* and pale: under {FEW} groups' if any(few) else None)
+        fig.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc='outside lower center',
+            ncols=2,
+            alignment='left',
+            title=f'* and pale: under {FEW} groups' if any(few) else None,
+        )
     return fig

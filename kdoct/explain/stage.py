@@ -9,24 +9,40 @@ __all__ = ['explained_rows', 'read_mask', 'masks_of', 'explained_roles', 'Images
 
 # %% ../../nbs/06_explain.ipynb #imp-explain-stage
 import time
+
 from pathlib import Path
+
 from typing import NamedTuple
 
 import numpy as np
+
 import pandas as pd
+
 import torch
+
 from matplotlib.figure import Figure
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
+
 from ..core.recipe import ExplainRecipe
+
 from ..core.runs import Run, stage_command
+
 from ..data.augment import Batches, image_ids, uniforms
+
 from ..data.framing import to_square
+
 from ..data.images import decode_image, read_image_bytes
+
 from ..data.stage import FoldData, open_fold
+
 from ..evaluate.figures import save_figure
+
 from ..evaluate.tables import Section
+
 from .cam import explain
+
+# %% ../../nbs/06_explain.ipynb #42ef8037
 from kdoct.explain.faithfulness import (
     agreement_numbers,
     agreement_table,
@@ -39,8 +55,11 @@ from kdoct.explain.faithfulness import (
     rank_correlation,
     sanity_verdict,
 )
+
 from .figures import agreement_figure, curves_figure, Explained, map_figure, save_maps
+
 from ..models.backbones import Classifier, load_model_folder, resolve_precision
+
 from ..training.distributed import best_device
 
 # %% ../../nbs/06_explain.ipynb #ade0056d
@@ -75,7 +94,9 @@ def masks_of(
     if 'mask' not in rows or (rows['mask'] == '').all(): return None
     data, root = run.recipe.data, Path(run.stage('data')['root'])
     none = np.zeros((data.size, data.size), bool)
-    return np.stack([read_mask(root/m, data.size, data.resize) if m else none for m in rows['mask']])
+    return np.stack(
+        [read_mask(root / m, data.size, data.resize) if m else none for m in rows['mask']]
+    )
 
 # %% ../../nbs/06_explain.ipynb #2baa3272
 def explained_roles(
@@ -85,7 +106,10 @@ def explained_roles(
     "The networks of a fold; `KdoctError` with the command for the first one that is missing."
     for role in run.recipe.roles:
         if not run.is_finished(role, fold):
-            raise KdoctError(f"Fold {fold} of run '{run.name}' has no {role} to explain.", fix=f"Train it first: {stage_command(role, run, fold)}")
+            raise KdoctError(
+                f"Fold {fold} of run '{run.name}' has no {role} to explain.",
+                fix=f"Train it first: {stage_command(role, run, fold)}",
+            )
     return list(run.recipe.roles)
 
 class Images(NamedTuple):
@@ -95,6 +119,7 @@ class Images(NamedTuple):
     labels:np.ndarray          # (n,) int
     masks:np.ndarray|None      # (n, size, size) bool; None: the source knows none
 
+# %% ../../nbs/06_explain.ipynb #73a48c27
 def explained_images(
     run:Run,         # run whose data stage is done
     data:FoldData,   # its fold
@@ -103,7 +128,14 @@ def explained_images(
     test = data.rows('test')
     at = explained_rows(test, run.recipe.explain.images, run.recipe.seed)
     rows, where = test.iloc[at].reset_index(drop=True), data.idx['test'][at]
-    batch = Batches(data.images, data.labels, np.zeros(len(data.images), np.uint64), where, len(where), size=run.recipe.data.size)
+    batch = Batches(
+        data.images,
+        data.labels,
+        np.zeros(len(data.images), np.uint64),
+        where,
+        len(where),
+        size=run.recipe.data.size,
+    )
     x, labels = batch.batch(where)
     return Images(rows, x, labels.numpy(), masks_of(run, rows))
 
@@ -122,7 +154,8 @@ def explain_network(
     layer:str='',              # '' is the network's default
 )->NetworkMaps:
     "Maps of the predicted class by every method of the recipe."
-    with torch.inference_mode(): p = torch.cat([model(part).softmax(1) for part in x.split(32)]).cpu().numpy()
+    with torch.inference_mode():
+        p = torch.cat([model(part).softmax(1) for part in x.split(32)]).cpu().numpy()
     maps, about = {}, {}
     for method in recipe.methods:
         began = time.perf_counter()
@@ -130,10 +163,24 @@ def explain_network(
         about[method]['seconds'] = round(time.perf_counter() - began, 2)
     return NetworkMaps(p, p.argmax(1), maps, about)
 
-def _maps(model:Classifier, x:torch.Tensor, method:str, classes, layer:str, recipe:ExplainRecipe)->tuple[np.ndarray, dict]:
+# %% ../../nbs/06_explain.ipynb #4382c30f
+def _maps(
+    model:Classifier, x:torch.Tensor, method:str, classes, layer:str, recipe:ExplainRecipe
+)->tuple[np.ndarray, dict]:
     "Maps by one method, and what they cost on average."
-    made = explain(model, x, method, classes, layer, recipe.score, **(dict(tolerance=recipe.tolerance) if method == 'score-cam' else {}))
-    return check_maps(made.maps), dict(layer=made.layer, **{f'mean_{k}': float(np.mean([c[k] for c in made.cost])) for k in made.cost[0]})
+    made = explain(
+        model,
+        x,
+        method,
+        classes,
+        layer,
+        recipe.score,
+        **(dict(tolerance=recipe.tolerance) if method == 'score-cam' else {}),
+    )
+    return check_maps(made.maps), dict(
+        layer=made.layer,
+        **{f'mean_{k}': float(np.mean([c[k] for c in made.cost])) for k in made.cost[0]},
+    )
 
 # %% ../../nbs/06_explain.ipynb #2ccc586d
 def sanity_numbers(
@@ -150,8 +197,16 @@ def sanity_numbers(
     out = []
     for method, maps in made.maps.items():
         other, _ = _maps(lost, images.x[:n], method, made.predicted[:n], layer, recipe)
-        out.append(pd.DataFrame(dict(path=images.rows.path[:n], method=method, sanity_rank=rank_correlation(maps[:n], other),
-                                     sanity_ssim=map_ssim(maps[:n], other))))
+        out.append(
+            pd.DataFrame(
+                dict(
+                    path=images.rows.path[:n],
+                    method=method,
+                    sanity_rank=rank_correlation(maps[:n], other),
+                    sanity_ssim=map_ssim(maps[:n], other),
+                )
+            )
+        )
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/06_explain.ipynb #f7425739
@@ -166,14 +221,28 @@ def numbers_frame(
     "What each map is worth."
     e, out = run.recipe.explain, []
     for role, m in made.items():
-        sanity = sanity_numbers(networks[role], images, m, e, e.layers.get(role, ''), run.recipe.seed)
+        sanity = sanity_numbers(
+            networks[role], images, m, e, e.layers.get(role, ''), run.recipe.seed
+        )
         for method, maps in m.maps.items():
-            numbers = map_numbers(networks[role], images.x, maps, m.predicted, images.masks, e.steps)
+            numbers = map_numbers(
+                networks[role], images.x, maps, m.predicted, images.masks, e.steps
+            )
             about = images.rows[['path', 'patient', 'group', 'label']].assign(
-                fold=fold, role=role, method=method, predicted=[classes[c] for c in m.predicted], right=m.predicted == images.labels)
-            out.append(pd.concat([about, numbers], axis=1).merge(sanity[sanity.method == method].drop(columns='method'), on='path', how='left'))
+                fold=fold,
+                role=role,
+                method=method,
+                predicted=[classes[c] for c in m.predicted],
+                right=m.predicted == images.labels,
+            )
+            out.append(
+                pd.concat([about, numbers], axis=1).merge(
+                    sanity[sanity.method == method].drop(columns='method'), on='path', how='left'
+                )
+            )
     return pd.concat(out, ignore_index=True)
 
+# %% ../../nbs/06_explain.ipynb #ad47ae57
 def agreement_frame(
     images:Images,               # what was explained
     made:dict[str, NetworkMaps],   # role -> maps
@@ -189,7 +258,9 @@ def agreement_frame(
             who = correctness(t.predicted == images.labels, s.predicted == images.labels)
             for method in t.maps:
                 numbers = agreement_numbers(t.maps[method], s.maps[method], images.rows.group, seed)
-                about = images.rows[['path', 'group', 'label']].assign(fold=fold, method=method, pair=f'{small} and {teacher}', correctness=who)
+                about = images.rows[['path', 'group', 'label']].assign(
+                    fold=fold, method=method, pair=f'{small} and {teacher}', correctness=who
+                )
                 out.append(about.join(numbers))
     return pd.concat(out, ignore_index=True)
 
@@ -203,6 +274,7 @@ def page_rows(
     some = bad[:max(n//2, n - len(good))]
     return [*some.tolist(), *good[:n - len(some)].tolist()]
 
+# %% ../../nbs/06_explain.ipynb #42cd2d64
 def page_figure(
     images:Images,                # what was explained
     made:dict[str, NetworkMaps],  # role -> maps
@@ -210,18 +282,46 @@ def page_figure(
 )->Figure:
     "Teacher and student side by side on some images."
     method, shown = next(iter(made['teacher'].maps)), ('teacher', 'student')
-    def predicted(role, i): return classes[made[role].predicted[i]], float(made[role].probabilities[i].max())
-    rows = [Explained(images.x[i].permute(1, 2, 0).squeeze(2).numpy(), {r: made[r].maps[method][i] for r in shown}, {r: predicted(r, i) for r in shown},
-                      images.rows.label[i], None if images.masks is None else images.masks[i], images.rows.path[i])
-            for i in page_rows(made['student'].predicted != images.labels)]
+    def predicted(role, i):
+        return classes[made[role].predicted[i]], float(made[role].probabilities[i].max())
+    rows = [
+        Explained(
+            images.x[i].permute(1, 2, 0).squeeze(2).numpy(),
+            {r: made[r].maps[method][i] for r in shown},
+            {r: predicted(r, i) for r in shown},
+            images.rows.label[i],
+            None if images.masks is None else images.masks[i],
+            images.rows.path[i],
+        )
+        for i in page_rows(made['student'].predicted != images.labels)
+    ]
     return map_figure(rows)
 
-def _draw(run:Run, fold:int, images:Images, made:dict, frame:pd.DataFrame, pairs:pd.DataFrame, classes:list[str])->list[Path]:
+# %% ../../nbs/06_explain.ipynb #ecbaf821
+def _draw(
+    run:Run,
+    fold:int,
+    images:Images,
+    made:dict,
+    frame:pd.DataFrame,
+    pairs:pd.DataFrame,
+    classes:list[str],
+)->list[Path]:
     "The figures of a fold, written."
     e, seed, folder = run.recipe.evaluate, run.recipe.seed, run.figures_dir(fold)
     files = [save_maps(page_figure(images, made, classes), folder/'explained.png')]
-    if frame.insertion.notna().any(): files.append(save_figure(curves_figure(frame, evaluate=e, seed=seed), folder/'explained_curves.png'))
-    return [*files, save_figure(agreement_figure(agreement_table(pairs, e, seed)), folder/'explained_agreement.png')]
+    if frame.insertion.notna().any():
+        files.append(
+            save_figure(
+                curves_figure(frame, evaluate=e, seed=seed), folder / 'explained_curves.png'
+            )
+        )
+    return [
+        *files,
+        save_figure(
+            agreement_figure(agreement_table(pairs, e, seed)), folder / 'explained_agreement.png'
+        ),
+    ]
 
 # %% ../../nbs/06_explain.ipynb #7c9302bc
 def explain_fold(
@@ -234,22 +334,43 @@ def explain_fold(
         data = open_fold(run, fold)
         images, e = explained_images(run, data), run.recipe.explain
         if stranger := sorted(set(e.layers) - set(roles)):
-            raise KdoctError(f"explain.layers names {', '.join(stranger)}.", fix=f"The networks of this run are {', '.join(roles)}.")
+            raise KdoctError(
+                f"explain.layers names {', '.join(stranger)}.",
+                fix=f"The networks of this run are {', '.join(roles)}.",
+            )
         networks = {role: _on_device(run, fold, role) for role in roles}
-        made = {role: explain_network(net, images.x.to(net.mean.device), e, e.layers.get(role, '')) for role, net in networks.items()}
+        made = {
+            role: explain_network(net, images.x.to(net.mean.device), e, e.layers.get(role, ''))
+            for role, net in networks.items()
+        }
         frame = numbers_frame(images, made, networks, run, data.classes, fold)
         pairs = agreement_frame(images, made, fold, run.recipe.seed)
         figures = _draw(run, fold, images, made, frame, pairs, data.classes)
         for name, t in (('explanations', frame), ('agreement', pairs)):
-            with atomic_path(run.fold_dir(fold)/f'{name}.parquet') as tmp: t.to_parquet(tmp, index=False)
-        facts = dict(run=run.name, fold=fold, images=len(images.rows), groups=int(images.rows.group.nunique()), settings=e.model_dump(mode='json'),
-                     maps={r: m.about for r, m in made.items()},
-                     weights={r: read_json(run.stage_dir(fold, r)/'model.json')['weights_sha256'] for r in roles},
-                     figures=[f.relative_to(run.path) for f in figures])
+            with atomic_path(run.fold_dir(fold)/f'{name}.parquet') as tmp:
+                t.to_parquet(tmp, index=False)
+        facts = dict(
+            run=run.name,
+            fold=fold,
+            images=len(images.rows),
+            groups=int(images.rows.group.nunique()),
+            settings=e.model_dump(mode='json'),
+            maps={r: m.about for r, m in made.items()},
+            weights={
+                r: read_json(run.stage_dir(fold, r) / 'model.json')['weights_sha256'] for r in roles
+            },
+            figures=[f.relative_to(run.path) for f in figures],
+        )
         write_json(run.fold_dir(fold)/'explanation.json', facts)   # last: it says that the stage is finished
-        run.record(f'fold_{fold}/explain', status='done', seconds=round(time.perf_counter() - began, 1), images=facts['images'])
+        run.record(
+            f'fold_{fold}/explain',
+            status='done',
+            seconds=round(time.perf_counter() - began, 1),
+            images=facts['images'],
+        )
     return facts
 
+# %% ../../nbs/06_explain.ipynb #d2b94f0f
 def _on_device(run:Run, fold:int, role:str)->Classifier:
     "A trained network of the run, where it runs fastest."
     model, _ = load_model_folder(run.stage_dir(fold, role))
@@ -264,8 +385,11 @@ def explained_folds(
     "Folds whose networks, as they are now, have been explained."
     def fresh(k):
         file = run.fold_dir(k)/'explanation.json'
-        return file.exists() and all((f := run.stage_dir(k, r)/'model.json').exists() and read_json(f)['weights_sha256'] == w
-                                     for r, w in read_json(file)['weights'].items())
+        return file.exists() and all(
+            (f := run.stage_dir(k, r) / 'model.json').exists()
+            and read_json(f)['weights_sha256'] == w
+            for r, w in read_json(file)['weights'].items()
+        )
     return [k for k in range(run.recipe.data.n_folds) if fresh(k)]
 
 def _alike(run:Run, folds:list[int])->tuple[list[int], list[int]]:
@@ -276,6 +400,7 @@ def _alike(run:Run, folds:list[int])->tuple[list[int], list[int]]:
     last = settings[max(files, key=lambda k: files[k].stat().st_mtime)]
     return [k for k in folds if settings[k] == last], [k for k in folds if settings[k] != last]
 
+# %% ../../nbs/06_explain.ipynb #aa96b2e4
 def explanation_sections(
     run:Run,                    # the run
     folds:list[int]|None=None,  # folds to pool; None: all that are explained
@@ -283,12 +408,30 @@ def explanation_sections(
     "Tables of what the maps are worth and of who looks where whom looks, over all explained folds."
     folds, other = _alike(run, [k for k in explained_folds(run) if folds is None or k in folds])
     if not folds: return {}
-    frame, pairs = (pd.concat([pd.read_parquet(run.fold_dir(k)/f'{n}.parquet') for k in folds], ignore_index=True) for n in ('explanations', 'agreement'))
-    n, which = len(frame[['fold', 'path']].drop_duplicates()), f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}"
-    about = (f"{counted(n, 'test image')} of {which}, drawn by class and group; each network explains the class that it predicts."
-             + (f" Explained with other settings and left out here: fold {', '.join(map(str, other))}." if other else ''))
+    frame, pairs = (
+        pd.concat(
+            [pd.read_parquet(run.fold_dir(k) / f'{n}.parquet') for k in folds], ignore_index=True
+        )
+        for n in ('explanations', 'agreement')
+    )
+    n, which = (
+        len(frame[['fold', 'path']].drop_duplicates()),
+        f"fold{'s' if len(folds) > 1 else ''} {', '.join(map(str, folds))}",
+    )
+    about = (
+        f"{counted(n, 'test image')} of {which}, drawn by class and group; each network explains "
+        f"the class that it predicts."
+        + (
+            f" Explained with other settings and left out here: fold {', '.join(map(str, other))}."
+            if other
+            else ''
+        )
+    )
     e, seed = run.recipe.evaluate, run.recipe.seed
     first = frame.method.iloc[0]
     said = [sanity_verdict(p.sanity_rank, p.group, e, seed, f'The {first} maps of the {role}')
             for role, p in frame[frame.method == first].groupby('role', sort=False)]
-    return dict(maps=explanation_table(frame, e, seed, ' '.join([about, *said])), agreement=agreement_table(pairs, e, seed, about))
+    return dict(
+        maps=explanation_table(frame, e, seed, ' '.join([about, *said])),
+        agreement=agreement_table(pairs, e, seed, about),
+    )

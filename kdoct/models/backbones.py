@@ -49,7 +49,9 @@ def resolve_precision(
 )->str:             # fp32 or bf16
     "What `auto` means on this machine."
     if wanted != 'auto': return wanted
-    fast = torch.device(device).type == 'cuda' or torch.cpu.get_capabilities().get('amx_tile', False)
+    fast = torch.device(device).type == 'cuda' or torch.cpu.get_capabilities().get(
+        'amx_tile', False
+    )
     return 'bf16' if fast and computes_bf16(device) else 'fp32'
 
 # %% ../../nbs/02a_models.backbones.ipynb #3313eb67
@@ -64,10 +66,26 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        gx, gw, _ = torch.ops.aten.convolution_backward(g.float(), x.float(), w.float(), None, *ctx.how, False, [0, 0], len(w),
-                                                        [*ctx.needs_input_grad[:2], False])
-        return (None if gx is None else gx.to(x.dtype), None if gw is None else gw.to(w.dtype), None, None, None)
+        gx, gw, _ = torch.ops.aten.convolution_backward(
+            g.float(),
+            x.float(),
+            w.float(),
+            None,
+            *ctx.how,
+            False,
+            [0, 0],
+            len(w),
+            [*ctx.needs_input_grad[:2], False],
+        )
+        return (
+            None if gx is None else gx.to(x.dtype),
+            None if gw is None else gw.to(w.dtype),
+            None,
+            None,
+            None,
+        )
 
+# %% ../../nbs/02a_models.backbones.ipynb #ca4a1f68
 class Bf16Step(TorchFunctionMode):
     "Where gradients are wanted, depthwise convolutions are `_Depthwise`; everything else is as it was."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -76,7 +94,9 @@ class Bf16Step(TorchFunctionMode):
         x, w, b, *how, groups = args
         if not 1 < groups == x.shape[1] == len(w) or any(isinstance(v, str) for v in how):
             return func(*args, **(kwargs or {}))
-        y = _Depthwise.apply(x.bfloat16(), w.bfloat16(), *([v, v] if isinstance(v, int) else list(v) for v in how))
+        y = _Depthwise.apply(
+            x.bfloat16(), w.bfloat16(), *([v, v] if isinstance(v, int) else list(v) for v in how)
+        )
         return y if b is None else y + b[:, None, None].bfloat16()
 
 # %% ../../nbs/02a_models.backbones.ipynb #b59943da
@@ -89,7 +109,10 @@ def autocast(
     kind = torch.device(device).type
     if precision != 'bf16': yield
     else:
-        with torch.autocast(kind, torch.bfloat16), Bf16Step() if kind == 'cpu' and torch.is_grad_enabled() else nullcontext():
+        with (
+            torch.autocast(kind, torch.bfloat16),
+            Bf16Step() if kind == 'cpu' and torch.is_grad_enabled() else nullcontext(),
+        ):
             yield
 
 # %% ../../nbs/02a_models.backbones.ipynb #84ee96af
@@ -104,7 +127,9 @@ def float32_products(
     rounded:bool,  # whether GPUs may round the factors of float32 products to TF32
 ):
     "The same for a while; afterwards as before, also after an error."
-    before = [s.fp32_precision == 'tf32' for s in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
+    before = [
+        s.fp32_precision == 'tf32' for s in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    ]
     set_tf32(rounded)
     try: yield
     finally: torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -121,14 +146,27 @@ class Classifier(nn.Module):
         precision:str='fp32',   # arithmetic of the network: fp32 or bf16; logits are float32 in any case
     ):
         super().__init__()
-        self.body, self.size, self.interpolation, self.precision = body, size, interpolation, precision
+        self.body, self.size, self.interpolation, self.precision = (
+            body,
+            size,
+            interpolation,
+            precision,
+        )
         for name, v in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(
+                name, torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
+            )
 
     def prepare(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, 3, size, size), normalised
         "What the weights expect of a picture."
         if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode=self.interpolation, align_corners=False, antialias=True).clamp(0, 1)
+            x = F.interpolate(
+                x,
+                (self.size, self.size),
+                mode=self.interpolation,
+                align_corners=False,
+                antialias=True,
+            ).clamp(0, 1)
         return ((x - self.mean)/self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # -> (n, classes) float32 logits
@@ -143,11 +181,14 @@ def head_modules(
     last = list(last) if isinstance(last, (tuple, list)) else [last]
     whole, norm = getattr(body, 'head', None), getattr(body, 'fc_norm', None)
     inside = {id(m) for m in whole.modules()} if isinstance(whole, nn.Module) else set()
-    found = [whole if id(m) in inside else m for m in last] + ([norm] if isinstance(norm, nn.Module) else [])
+    found = [whole if id(m) in inside else m for m in last] + (
+        [norm] if isinstance(norm, nn.Module) else []
+    )
     return list({id(m): m for m in found}.values())
 
 # %% ../../nbs/02a_models.backbones.ipynb #4ebbb066
-_POSITIONS = ('pos_embed[0-9_]*', '*.rel_pos_[hw]', '*.height_rel', '*.width_rel')  # of Visformer, Hiera, SAM, BoTNet and HaloNet
+# of Visformer, Hiera, SAM, BoTNet and HaloNet
+_POSITIONS = ('pos_embed[0-9_]*', '*.rel_pos_[hw]', '*.height_rel', '*.width_rel')
 
 def undecayed(
     body:nn.Module,            # timm model
@@ -158,7 +199,8 @@ def undecayed(
     return [p for g in groups if g['weight_decay'] == 0 for p in g['params']]
 
 # %% ../../nbs/02a_models.backbones.ipynb #d638b54d
-_SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)  # what networks raise for a size that is not theirs
+# what networks raise for a size that is not theirs
+_SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)
 
 def _is_fixed(body:nn.Module)->bool:
     "Whether timm made a network for one input size (tables of positions, windows)."
@@ -172,6 +214,7 @@ def _takes(body:nn.Module, size:int)->bool:
     finally: body.train()
     return True
 
+# %% ../../nbs/02a_models.backbones.ipynb #6cfd80b4
 def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->nn.Module:
     "A network that takes pictures of `size` [px]: `body` itself if it does, else made anew for that size."
     own = body.pretrained_cfg['input_size'][-1] if _is_fixed(body) else size
@@ -184,9 +227,12 @@ def _at_size(body:nn.Module, arch:str, size:int, pretrained:bool, kwargs:dict)->
     if pretrained and made(size, False) is not None:
         fit, what = [own], f"The weights of '{arch}' are"
     else: fit, what = sorted({s for s in (size//32*32, -(-size//32)*32, own) if s >= 32 and made(s, False) is not None}), f"'{arch}' is"
-    raise KdoctError(f"{what} not for pictures of {size} px, but of {' or '.join(map(str, fit))} px.",
-                     fix=f"Give this network a size of its own, to which pictures are resized: teacher.size={fit[-1]}, student.size, "
-                         'or "size" in teachers.')
+    raise KdoctError(
+        f"{what} not for pictures of {size} px, but of {' or '.join(map(str, fit))} px.",
+        fix=f"Give this network a size of its own, to which pictures are resized: "
+            f"teacher.size={fit[-1]}, student.size, "
+        'or "size" in teachers.',
+    )
 
 # %% ../../nbs/02a_models.backbones.ipynb #c4c418c9
 def require_arch(
@@ -195,32 +241,47 @@ def require_arch(
     "`KdoctError` if timm knows no such model, or no such weights of it, with the names that are nearest."
     name, _, tag = arch.partition('.')
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(f"*{name.split('_')[0]}*")[:3]
-        raise KdoctError(f"timm knows no model '{arch}'.", fix=f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.")
+        near = (
+            difflib.get_close_matches(name, timm.list_models(), n=3)
+            or timm.list_models(f"*{name.split('_')[0]}*")[:3]
+        )
+        raise KdoctError(
+            f"timm knows no model '{arch}'.",
+            fix=f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.",
+        )
     tags = timm.list_pretrained(f'{name}.*') if tag else []
     if tag and arch not in tags:
         near = difflib.get_close_matches(arch, tags, n=5, cutoff=0) or ['none']
         raise KdoctError(f"timm knows no weights '{arch}'.", fix=f"It knows: {', '.join(near)}")
 
+# %% ../../nbs/02a_models.backbones.ipynb #816f2fdf
 def _timm_model(arch:str, size:int, pretrained:bool=False, **kwargs)->nn.Module:
     "timm's model for an input size [px]; `KdoctError` for an unknown name or tag, a rate that it does not have, or a size that it cannot take."
     require_arch(arch)
     try: body = timm.create_model(arch, pretrained, **kwargs)
     except TypeError as e:
         if 'drop_path_rate' not in str(e): raise
-        raise KdoctError(f"'{arch}' has no stochastic depth.",
-                         fix="Set it to 0: teacher.drop_path_rate=0 or student.drop_path_rate=0") from e
+        raise KdoctError(
+            f"'{arch}' has no stochastic depth.",
+            fix="Set it to 0: teacher.drop_path_rate=0 or student.drop_path_rate=0",
+        ) from e
     return _at_size(body, arch, size, pretrained, kwargs)
 
 def _from_hub(arch:str, size:int, **kwargs)->nn.Module:
     "timm's own pretrained weights; an unreachable hub is said, never replaced by random weights."
     try: return _timm_model(arch, size, pretrained=True, **kwargs)
     except (OSError, RuntimeError, ValueError) as e:
-        raise KdoctError(f"The hub did not give weights for '{arch}' ({type(e).__name__}: {str(e).splitlines()[0]}).",
-                         fix="Check the network, or give a file: teacher.weights=PATH.safetensors") from e
+        raise KdoctError(
+            f"The hub did not give weights for '{arch}' ({type(e).__name__}: "
+            f"{str(e).splitlines()[0]}).",
+            fix="Check the network, or give a file: teacher.weights=PATH.safetensors",
+        ) from e
 
 # %% ../../nbs/02a_models.backbones.ipynb #c4f250c3
-_WRAPPERS, _PREFIXES = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net'), ('module.', '_orig_mod.', 'model.', 'net.')
+_WRAPPERS, _PREFIXES = (
+    ('state_dict', 'model_state_dict', 'model_state', 'model', 'net'),
+    ('module.', '_orig_mod.', 'model.', 'net.'),
+)
 
 def _load_tensors(path:Path)->dict:
     "What a weight file holds; nothing in it is executed."
@@ -228,29 +289,45 @@ def _load_tensors(path:Path)->dict:
         raise KdoctError(f"There is no weight file {path}.",
                          fix="Give the path of a .safetensors, .pth, .pt or .bin file.")
     try: return load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
+    # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
+    except Exception as e:
         with open(path, 'rb') as f: first = f.read(1)
         if first == b'<':
-            raise KdoctError(f"{path.name} is a web page, no weights.",
-                             fix="The download gave a page instead of the file: get it in a browser.") from e
-        raise KdoctError(f"{path.name} does not hold plain tensors, or is damaged ({type(e).__name__}).",
-                         fix="Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)") from e
+            raise KdoctError(
+                f"{path.name} is a web page, no weights.",
+                fix="The download gave a page instead of the file: get it in a browser.",
+            ) from e
+        raise KdoctError(
+            f"{path.name} does not hold plain tensors, or is damaged ({type(e).__name__}).",
+            fix="Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)",
+        ) from e
 
+# %% ../../nbs/02a_models.backbones.ipynb #518926f4
 def read_state(
     path:str|Path,  # .safetensors, or .pth/.pt/.bin with tensors only
 )->dict:            # name -> tensor, without the names of wrappers
     "Tensors of a weight file, plain or in a checkpoint; `KdoctError` if it is damaged, needs pickled objects, or is ambiguous."
     path = Path(path)
     state = _load_tensors(path)
-    while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if isinstance(state.get(k), dict)]):
+    while isinstance(state, dict) and (
+        inner := [k for k in _WRAPPERS if isinstance(state.get(k), dict)]
+    ):
         if len(inner) > 1:
             raise KdoctError(f"{path.name} holds several state dicts: {', '.join(inner)}.",
                              fix="Save the one that is meant.")
         state = state[inner[0]]
-    alien = [str(k) for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, dict) else [type(state).__name__]
+    alien = (
+        [str(k) for k, v in state.items() if not isinstance(v, torch.Tensor)]
+        if isinstance(state, dict)
+        else [type(state).__name__]
+    )
     if alien or not state:
-        raise KdoctError(f"{path.name} is no state dict: {', '.join(alien[:5]) or 'empty'}{', ...' if len(alien) > 5 else ''}.",
-                         fix=f"Save only the state dict, or a checkpoint that has it under one of: {', '.join(_WRAPPERS)}.")
+        raise KdoctError(
+            f"{path.name} is no state dict: "
+            f"{', '.join(alien[:5]) or 'empty'}{', ...' if len(alien) > 5 else ''}.",
+            fix=f"Save only the state dict, or a checkpoint that has it under one of: "
+                f"{', '.join(_WRAPPERS)}.",
+        )
     while wrap := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), ''):
         state = {k.removeprefix(wrap): v for k, v in state.items()}
     return state
@@ -264,9 +341,17 @@ def misfits(
     "Where the tensors of a file and those of a network differ, in names and shapes."
     own = {k: v for k, v in body.state_dict().items() if not k.startswith(but)}
     given = {k: v for k, v in state.items() if not k.startswith(but)}
-    return [*(f"{k} is missing" for k in own if k not in given), *(f"{k} is not known" for k in given if k not in own),
-            *(f"{k} is {tuple(given[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in given and given[k].shape != v.shape)]
+    return [
+        *(f"{k} is missing" for k in own if k not in given),
+        *(f"{k} is not known" for k in given if k not in own),
+        *(
+            f"{k} is {tuple(given[k].shape)}, not {tuple(v.shape)}"
+            for k, v in own.items()
+            if k in given and given[k].shape != v.shape
+        ),
+    ]
 
+# %% ../../nbs/02a_models.backbones.ipynb #3d10a939
 def check_fit(
     body:nn.Module,         # network
     state:dict,             # name -> tensor
@@ -276,15 +361,32 @@ def check_fit(
 ):
     "`KdoctError` with the number of misfits and the first of each kind, or if a number is not finite."
     if bad := misfits(body, state, but):
-        kinds = {kind: [b for b in bad if kind in b] for kind in (' is missing', ' is not known', ', not (')}
+        kinds = {
+            kind: [b for b in bad if kind in b]
+            for kind in (' is missing', ' is not known', ', not (')
+        }
         few = '; '.join(b for found in kinds.values() for b in found[:2])
-        counts = ', '.join(f"{len(found)} {name}" for found, name in zip(kinds.values(), ('missing', 'not known', 'of another shape'), strict=True) if found)
-        fixed = " It is made for one input size: weights of another size do not fit." if _is_fixed(body) else ''
-        raise KdoctError(f"{what} does not fit {arch}: {counts} of {len(body.state_dict())} tensors. {few}.",
-                         fix="Give the weights of this very architecture, with timm's names." + fixed)
+        counts = ', '.join(
+            f"{len(found)} {name}"
+            for found, name in zip(
+                kinds.values(), ('missing', 'not known', 'of another shape'), strict=True
+            )
+            if found
+        )
+        fixed = (
+            " It is made for one input size: weights of another size do not fit."
+            if _is_fixed(body)
+            else ''
+        )
+        raise KdoctError(
+            f"{what} does not fit {arch}: {counts} of {len(body.state_dict())} tensors. {few}.",
+            fix="Give the weights of this very architecture, with timm's names." + fixed,
+        )
     if odd := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise KdoctError(f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.",
-                         fix="That training has failed; use another file.")
+        raise KdoctError(
+            f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.",
+            fix="That training has failed; use another file.",
+        )
 
 # %% ../../nbs/02a_models.backbones.ipynb #40288219
 _OLD_HEADS = ('head.', 'pre_logits.', 'classifier.')  # of VGG16 and ConvNeXt-T, in timm and torchvision
@@ -300,7 +402,9 @@ def _load_all_but_head(body:nn.Module, state:dict, what:str, arch:str)->nn.Modul
     if isinstance(body, MultiScale) and not any(k.startswith('backbone.') for k in state):
         part, but = body.backbone, _OLD_HEADS
     check_fit(part, state, what, arch, but)
-    part.load_state_dict({k: v if k.startswith(but) else state[k] for k, v in part.state_dict().items()})
+    part.load_state_dict(
+        {k: v if k.startswith(but) else state[k] for k, v in part.state_dict().items()}
+    )
     return body
 
 _RENAMED = {'ofa595': map_ofa_names}  # architectures whose published weights have other names than timm's
@@ -311,7 +415,9 @@ def _state_for(arch:str, path:str|Path)->dict:
 
 def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."
-    return _load_all_but_head(_timm_model(arch, size, **kwargs), _state_for(arch, path), Path(path).name, arch)
+    return _load_all_but_head(
+        _timm_model(arch, size, **kwargs), _state_for(arch, path), Path(path).name, arch
+    )
 
 # %% ../../nbs/02a_models.backbones.ipynb #a803b65f
 def read_model_folder(
@@ -320,17 +426,29 @@ def read_model_folder(
     "Both files of a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     folder = Path(folder)
     about = read_json(folder/'model.json')
-    if not (folder/'model.safetensors').exists() or sha256_file(folder/'model.safetensors') != about['weights_sha256']:
+    if (
+        not (folder / 'model.safetensors').exists()
+        or sha256_file(folder / 'model.safetensors') != about['weights_sha256']
+    ):
         raise KdoctError(f"The weights in {folder} are not those that model.json describes.",
                          fix="Delete the folder and train again.")
     return about, load_file(folder/'model.safetensors')
 
+# %% ../../nbs/02a_models.backbones.ipynb #f56505d4
 def _from_model_folder(folder:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with a model folder's weights and normalisation, all but the classifier."
     about, state = read_model_folder(folder)
     require_same_arch(about, folder, arch)
-    body = _load_all_but_head(_timm_model(arch, size, **kwargs), state, f"The network in {folder} ({about['input_size']} px)", arch)
-    body.pretrained_cfg = {**body.pretrained_cfg, **{k: about[k] for k in ('mean', 'std', 'interpolation')}}
+    body = _load_all_but_head(
+        _timm_model(arch, size, **kwargs),
+        state,
+        f"The network in {folder} ({about['input_size']} px)",
+        arch,
+    )
+    body.pretrained_cfg = {
+        **body.pretrained_cfg,
+        **{k: about[k] for k in ('mean', 'std', 'interpolation')},
+    }
     return body
 
 # %% ../../nbs/02a_models.backbones.ipynb #172ffe7f
@@ -342,7 +460,10 @@ def create_classifier(
 )->Classifier:           # on the device, in training mode, channels last
     "A network for `n_classes` with the recipe's weights; `KdoctError` if it cannot be had as asked for."
     require_weights(recipe)
-    kwargs = dict(drop_rate=recipe.drop_rate, **({'drop_path_rate': recipe.drop_path_rate} if recipe.drop_path_rate else {}))
+    kwargs = dict(
+        drop_rate=recipe.drop_rate,
+        **({'drop_path_rate': recipe.drop_path_rate} if recipe.drop_path_rate else {}),
+    )
     match recipe.weights:
         case 'none': body = _timm_model(recipe.arch, size, **kwargs)
         case 'package': body = load_packaged_weights(_timm_model(recipe.arch, size, **kwargs), recipe.arch)
@@ -350,9 +471,17 @@ def create_classifier(
         case path: body = (_from_model_folder if Path(path).is_dir() else _from_file)(path, recipe.arch, size, **kwargs)
     cfg = timm.data.resolve_data_config({}, model=body)
     body.reset_classifier(n_classes)
-    net = Classifier(body, size, cfg['mean'], cfg['std'], cfg['interpolation'], resolve_precision(recipe.precision, device))
+    net = Classifier(
+        body,
+        size,
+        cfg['mean'],
+        cfg['std'],
+        cfg['interpolation'],
+        resolve_precision(recipe.precision, device),
+    )
     return net.to(device, memory_format=torch.channels_last).train()
 
+# %% ../../nbs/02a_models.backbones.ipynb #3861e8d3
 def count_parameters(
     model:nn.Module,  # any network
 )->int:               # numbers that training changes
@@ -366,7 +495,8 @@ def data_identity(
     "A name for the images that a recipe reads."
     match data.source:
         case 'phantom': return f'phantom {data.phantom.model_dump_json()}'
-        case 'folder' | 'csv': return f'{data.source} {Path(data.root or "").expanduser().resolve().as_posix()}'
+        case 'folder' | 'csv': return (f'{data.source} '
+                                       f'{Path(data.root or "").expanduser().resolve().as_posix()}')
         case public: return public
 
 # %% ../../nbs/02a_models.backbones.ipynb #1e847863
@@ -379,12 +509,19 @@ def _write_model_folder(
     folder = Path(folder)
     with atomic_path(folder/'model.safetensors') as tmp:
         save_file({k: v.contiguous() for k, v in model.body.state_dict().items()}, tmp)
-    facts = dict(parameters=count_parameters(model), input_size=model.size, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
-                 interpolation=model.interpolation, weights_sha256=sha256_file(folder/'model.safetensors'),
-                 versions=provenance()['packages'])
+    facts = dict(
+        parameters=count_parameters(model),
+        input_size=model.size,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        interpolation=model.interpolation,
+        weights_sha256=sha256_file(folder / 'model.safetensors'),
+        versions=provenance()['packages'],
+    )
     write_json(folder/'model.json', about | facts)
     return about | facts
 
+# %% ../../nbs/02a_models.backbones.ipynb #c5a16b23
 def save_model_folder(
     folder:str|Path,     # where the two files go
     model:Classifier,    # trained network
@@ -394,9 +531,18 @@ def save_model_folder(
     **facts,             # e.g. folds_sha256, metrics
 )->dict:                 # what stands in model.json
     "The model folder of a network that a run has trained."
-    return _write_model_folder(folder, model, role=role, arch=recipe.training(role).arch, classes=list(classes), data=data_identity(recipe.data),
-                         recipe=recipe.model_dump(mode='json'), **facts)
+    return _write_model_folder(
+        folder,
+        model,
+        role=role,
+        arch=recipe.training(role).arch,
+        classes=list(classes),
+        data=data_identity(recipe.data),
+        recipe=recipe.model_dump(mode='json'),
+        **facts,
+    )
 
+# %% ../../nbs/02a_models.backbones.ipynb #acbb5bd8
 def load_model_folder(
     folder:str|Path,   # with model.safetensors and model.json
 )->tuple[Classifier, dict]:  # network in eval mode on the CPU, and its model.json
@@ -418,8 +564,12 @@ def class_order(
     own, wanted = list(map(str, own)), list(map(str, wanted))
     if sorted(own) == sorted(wanted): return [own.index(c) for c in wanted]
     same = sorted(c.strip().casefold() for c in own) == sorted(c.strip().casefold() for c in wanted)
-    fix = "Only the spelling differs: import it again with --classes as they are spelled here." if same else \
-        "Take a network of these very classes. A network that was imported under other names is imported again: kdoct import FILE --classes ..."
+    fix = (
+        "Only the spelling differs: import it again with --classes as they are spelled here."
+        if same
+        else "Take a network of these very classes. A network that was imported under other names "
+             "is imported again: kdoct import FILE --classes ..."
+    )
     raise KdoctError(f"{what} has the classes {', '.join(own)}; here they are {', '.join(wanted)}.",
                      fix=fix)
 
@@ -435,11 +585,19 @@ def load_for_classes(
     picture = probe_picture(model.size)
     with torch.no_grad(): before = model(picture)
     state, head = model.body.state_dict(), _head_names(model.body)
-    model.body.load_state_dict({k: v[order] if k.startswith(head) and v.shape[:1] == (len(order),) else v for k, v in state.items()})
+    model.body.load_state_dict(
+        {
+            k: v[order] if k.startswith(head) and v.shape[:1] == (len(order),) else v
+            for k, v in state.items()
+        }
+    )
     with torch.no_grad(): after = model(picture)
     if not torch.allclose(after, before[:, order], rtol=1e-3, atol=1e-3*float(before.abs().max())):
-        raise KdoctError(f"The classes of the network in {folder} cannot be put into the order {', '.join(classes)}.",
-                         fix=f"Give the run its order: {classes_option(about['classes'])}")
+        raise KdoctError(
+            f"The classes of the network in {folder} cannot be put into the order "
+            f"{', '.join(classes)}.",
+            fix=f"Give the run its order: {classes_option(about['classes'])}",
+        )
     return model, about
 
 # %% ../../nbs/02a_models.backbones.ipynb #b7b42daa
@@ -451,9 +609,23 @@ def weights_origin(
     if recipe.weights in ('none', 'hub', 'package'): return dict(kind=recipe.weights)
     if not path.is_dir(): return dict(kind='file', file=path.name, sha256=sha256_file(path))
     about, run = read_json(path/'model.json'), path.resolve().parents[1]
-    known = {k: about.get(k) for k in ('arch', 'role', 'data', 'folds_sha256', 'fold', 'classes', 'weights_sha256', 'imported', 'weights_from')}
+    known = {
+        k: about.get(k)
+        for k in (
+            'arch',
+            'role',
+            'data',
+            'folds_sha256',
+            'fold',
+            'classes',
+            'weights_sha256',
+            'imported',
+            'weights_from',
+        )
+    }
     return dict(kind='model folder', run=run.name if (run/'run.json').exists() else None, **known)
 
+# %% ../../nbs/02a_models.backbones.ipynb #8ae15a01
 def check_origin(
     origin:dict,       # of `weights_origin`
     data_source:str,   # of `data_identity`, for the run that starts from it
@@ -465,16 +637,27 @@ def check_origin(
     while origin:
         if origin['kind'] == 'file' or origin.get('imported'):
             name = origin.get('file') or origin['imported']['file']
-            notes.append(f"It is not known which images {name} was trained on; if test images are among them, the scores are too good.")
+            notes.append(
+                f"It is not known which images {name} was trained on; if test images are among "
+                f"them, the scores are too good."
+            )
         if origin.get('data') in ('folder', 'csv', 'phantom'):   # a shipped model.json tells no folder names
-            notes.append(f"It is not known which images (source {origin['data']}) the {origin['arch']} was trained on; if test images are among them, the "
-                         "scores are too good.")
-        same_images = origin.get('data') == data_source or folds_sha256 == origin.get('folds_sha256')
+            notes.append(
+                f"It is not known which images (source {origin['data']}) the {origin['arch']} was "
+                f"trained on; if test images are among them, the "
+                "scores are too good."
+            )
+        same_images = origin.get('data') == data_source or folds_sha256 == origin.get(
+            'folds_sha256'
+        )
         if same_images and (origin['folds_sha256'], origin['fold']) != (folds_sha256, fold):
             how = 'another fold' if origin['folds_sha256'] == folds_sha256 else 'other folds'
-            raise KdoctError(f"The weights are of run '{origin['run']}', {origin['role']} of fold {origin['fold']}, which has learned from these images "
-                             f"with {how}: the test part would not be new to it.",
-                             fix="Start from a run on other images, or from the same fold of the same folds.")
+            raise KdoctError(
+                f"The weights are of run '{origin['run']}', {origin['role']} of fold "
+                f"{origin['fold']}, which has learned from these images "
+                f"with {how}: the test part would not be new to it.",
+                fix="Start from a run on other images, or from the same fold of the same folds.",
+            )
         origin = origin.get('weights_from')
     return notes
 
@@ -487,13 +670,18 @@ def _statistics(body:nn.Module, **given)->dict:
     use = {k: own[k] if v is None else v for k, v in given.items()}
     for name, fits in (('mean', lambda v: 0 <= v <= 1), ('std', lambda v: 0 < v <= 1)):
         if len(use[name]) != 3 or not all(map(fits, use[name])):
-            raise KdoctError(f"The {name} {', '.join(map(str, use[name]))} is not that of three colours with values from 0 to 1.",
-                             fix="Give three numbers, divided by 255 if they are of values from 0 to 255: --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225")
+            raise KdoctError(
+                f"The {name} {', '.join(map(str, use[name]))} is not that of three colours with "
+                f"values from 0 to 1.",
+                fix="Give three numbers, divided by 255 if they are of values from 0 to 255: "
+                    "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
+            )
     if use['interpolation'] not in ('bilinear', 'bicubic'):
         raise KdoctError(f"There is no interpolation '{use['interpolation']}' here.",
                          fix="Give bilinear or bicubic: --interpolation bilinear")
     return use
 
+# %% ../../nbs/02a_models.backbones.ipynb #de1a162c
 def import_model_folder(
     path:str|Path,       # .pth, .pt, .bin or .safetensors with tensors only
     arch:str,            # timm model name
@@ -516,11 +704,24 @@ def import_model_folder(
     body, state = _timm_model(arch, size, num_classes=len(classes)), _state_for(arch, path)
     last = next((k for k in state if k.startswith(_head_names(body)) and k.endswith('bias')), None)
     if last and len(state[last]) != len(classes):
-        raise KdoctError(f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} ({', '.join(classes)}).",
-                         fix="Name as many, in their order.")
+        raise KdoctError(
+            f"{Path(path).name} has {len(state[last])} classes, not {len(classes)} "
+            f"({', '.join(classes)}).",
+            fix="Name as many, in their order.",
+        )
     check_fit(body, state, Path(path).name, arch)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
-    return _write_model_folder(folder, Classifier(body, size, **expected), role=role, arch=arch, classes=list(classes), recipe=None,
-                         data=None, folds_sha256=None, fold=None, imported=dict(file=Path(path).name, sha256=sha256_file(path)),
-                         protocol="unknown: imported; which images it was trained and chosen on is not recorded")
+    return _write_model_folder(
+        folder,
+        Classifier(body, size, **expected),
+        role=role,
+        arch=arch,
+        classes=list(classes),
+        recipe=None,
+        data=None,
+        folds_sha256=None,
+        fold=None,
+        imported=dict(file=Path(path).name, sha256=sha256_file(path)),
+        protocol="unknown: imported; which images it was trained and chosen on is not recorded",
+    )

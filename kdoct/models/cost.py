@@ -17,8 +17,13 @@ from ..core.files import provenance
 from .backbones import Classifier, count_parameters, load_model_folder
 
 # %% ../../nbs/02d_models.cost.ipynb #e3fc7fdf
-_NORMS = {torch.ops.aten.native_batch_norm: 2, torch.ops.aten.cudnn_batch_norm: 2, torch.ops.aten._native_batch_norm_legit_no_training: 2,
-          torch.ops.aten.native_layer_norm: 5, torch.ops.aten.native_group_norm: 5}  # multiply-adds an element, as in fvcore
+_NORMS = {
+    torch.ops.aten.native_batch_norm: 2,
+    torch.ops.aten.cudnn_batch_norm: 2,
+    torch.ops.aten._native_batch_norm_legit_no_training: 2,
+    torch.ops.aten.native_layer_norm: 5,
+    torch.ops.aten.native_group_norm: 5,
+}  # multiply-adds an element, as in fvcore
 
 def _norm_count(per_element):
     "A counter for `FlopCounterMode`, which counts two a multiply-add."
@@ -32,7 +37,9 @@ def count_macs(
 )->int:                     # multiply-adds
     "Multiply-adds of one image."
     first = next(model.parameters())
-    counter = FlopCounterMode(display=False, custom_mapping={op: _norm_count(n) for op, n in _NORMS.items()})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={op: _norm_count(n) for op, n in _NORMS.items()}
+    )
     with torch.no_grad(), counter: model(torch.zeros(1, channels, size, size, device=first.device))
     return counter.get_total_flops()//2
 
@@ -56,8 +63,16 @@ def latency(
         times.append(1e3*(time.perf_counter() - began))
     low, median, high = np.percentile(times, (10, 50, 90))
     machine = provenance()['machine']
-    return dict(device=device.type, processor=machine['gpu' if device.type == 'cuda' else 'processor'], threads=torch.get_num_threads(),
-                precision=model.precision, n=len(times), median_ms=median, p10_ms=low, p90_ms=high)
+    return dict(
+        device=device.type,
+        processor=machine['gpu' if device.type == 'cuda' else 'processor'],
+        threads=torch.get_num_threads(),
+        precision=model.precision,
+        n=len(times),
+        median_ms=median,
+        p10_ms=low,
+        p90_ms=high,
+    )
 
 # %% ../../nbs/02d_models.cost.ipynb #2b99c56f
 def efficiency(
@@ -72,5 +87,10 @@ def efficiency(
     was, mode = next(net.parameters()).device, net.training
     try: macs, timed = count_macs(net.eval(), net.size), [latency(net, d, repeats) for d in devices]
     finally: net.to(was).train(mode)
-    return dict(parameters=count_parameters(net), macs=macs, input_size=net.size,
-                bytes=(folder/'model.safetensors').stat().st_size if folder else None, latency=timed)
+    return dict(
+        parameters=count_parameters(net),
+        macs=macs,
+        input_size=net.size,
+        bytes=(folder / 'model.safetensors').stat().st_size if folder else None,
+        latency=timed,
+    )

@@ -22,12 +22,20 @@ class MultiScale(nn.Module):
     ):
         super().__init__()
         self.backbone, cfg = backbone, backbone.pretrained_cfg
-        self.pretrained_cfg = {**cfg, 'architecture': type(self).__name__, 'classifier': 'fc', 'first_conv': f"backbone.{cfg['first_conv']}"}
+        self.pretrained_cfg = {
+            **cfg,
+            'architecture': type(self).__name__,
+            'classifier': 'fc',
+            'first_conv': f"backbone.{cfg['first_conv']}",
+        }
         self.reset_classifier(num_classes)
 
     def get_classifier(self)->nn.Module: return self.fc
     def reset_classifier(self, num_classes:int):
-        self.num_classes, self.fc = num_classes, nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.num_classes, self.fc = (
+            num_classes,
+            nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity(),
+        )
         fresh(self.fc, self.init)
 
     def forward_features(self, x:torch.Tensor)->list[torch.Tensor]: return self.neck(self.depths(x))
@@ -77,11 +85,17 @@ class FpnVgg16(MultiScale):
         super().__init__(backbone, num_classes)
         backbone.prune_intermediate_layers(range(5))
         self.neck = fresh(Pyramid([64, 128, 256, 512, 512]), self.init)
-        self.hidden = fresh(nn.Sequential(nn.Linear(5*256, 512), nn.ReLU(), nn.Dropout(drop_rate)), self.init)
+        self.hidden = fresh(
+            nn.Sequential(nn.Linear(5 * 256, 512), nn.ReLU(), nn.Dropout(drop_rate)), self.init
+        )
 
     def depths(self, x:torch.Tensor)->list[torch.Tensor]:
-        return [F.max_pool2d(m, 2) for m in self.backbone.forward_intermediates(x, range(5), intermediates_only=True)]
+        return [
+            F.max_pool2d(m, 2)
+            for m in self.backbone.forward_intermediates(x, range(5), intermediates_only=True)
+        ]
 
+# %% ../../nbs/02c_models.multiscale.ipynb #180e87e8
 @register_model
 def fpn_vgg16(
     pretrained:bool=False,    # ImageNet weights for the backbone, from timm's hub
@@ -91,7 +105,11 @@ def fpn_vgg16(
 )->FpnVgg16:
     "FPN-VGG16: 21.65 million parameters at 3 classes."
     small = {} if pretrained else dict(mlp_ratio=1/4096)
-    return FpnVgg16(timm.create_model('vgg16.tv_in1k', pretrained, num_classes=0, **small, **kwargs), num_classes, drop_rate)
+    return FpnVgg16(
+        timm.create_model('vgg16.tv_in1k', pretrained, num_classes=0, **small, **kwargs),
+        num_classes,
+        drop_rate,
+    )
 
 # %% ../../nbs/02c_models.multiscale.ipynb #51765169
 class Excite(nn.Module):
@@ -101,7 +119,12 @@ class Excite(nn.Module):
         ratio:int=16,  # reduction between the two layers
     ):
         super().__init__()
-        self.weigh = nn.Sequential(nn.Linear(channels, channels//ratio, bias=False), nn.ReLU(), nn.Linear(channels//ratio, channels, bias=False), nn.Sigmoid())
+        self.weigh = nn.Sequential(
+            nn.Linear(channels, channels // ratio, bias=False),
+            nn.ReLU(),
+            nn.Linear(channels // ratio, channels, bias=False),
+            nn.Sigmoid(),
+        )
 
     def forward(self, x:torch.Tensor)->torch.Tensor:
         return x*self.weigh(x.mean((2, 3)))[..., None, None]
@@ -114,26 +137,45 @@ class Neighbours(nn.Module):
         width:int=384,       # channels of every map that comes out
     ):
         super().__init__()
-        self.align = nn.ModuleList(nn.Sequential(Excite(n), nn.Conv2d(n, width, 1, bias=False), nn.BatchNorm2d(width)) for n in channels)
+        self.align = nn.ModuleList(
+            nn.Sequential(Excite(n), nn.Conv2d(n, width, 1, bias=False), nn.BatchNorm2d(width))
+            for n in channels
+        )
 
     def forward(self, maps:list[torch.Tensor])->list[torch.Tensor]:  # (n, channels[i], h_i, w_i) -> (n, width, h_i, w_i)
         even = [align(m) for align, m in zip(self.align, maps, strict=True)]
-        larger = [F.interpolate(deep, m.shape[-2:], mode='bilinear') for m, deep in zip(even, even[1:], strict=False)]
+        larger = [
+            F.interpolate(deep, m.shape[-2:], mode='bilinear')
+            for m, deep in zip(even, even[1:], strict=False)
+        ]
         return [m + deep for m, deep in zip(even, larger, strict=False)] + even[-1:]
 
 # %% ../../nbs/02c_models.multiscale.ipynb #6f265c4e
 class SFNet(MultiScale):
     "ConvNeXt-T, excitation and fusion of neighbouring depths, global maxima (KD-OCT's comparison, arXiv 2512.09069)."
-    pool, init = staticmethod(F.adaptive_max_pool2d), staticmethod(lambda w: nn.init.trunc_normal_(w, std=0.02))
+    pool, init = (
+        staticmethod(F.adaptive_max_pool2d),
+        staticmethod(lambda w: nn.init.trunc_normal_(w, std=0.02)),
+    )
     def __init__(self, backbone:nn.Module, num_classes:int, drop_rate:float):
         super().__init__(backbone, num_classes)
         backbone.prune_intermediate_layers(range(4))
         self.neck = Neighbours([96, 192, 384, 768])
-        self.hidden = fresh(nn.Sequential(nn.Dropout(drop_rate), nn.Linear(4*384, 512), nn.LayerNorm(512), nn.GELU(), nn.Dropout(drop_rate/2)), self.init)
+        self.hidden = fresh(
+            nn.Sequential(
+                nn.Dropout(drop_rate),
+                nn.Linear(4 * 384, 512),
+                nn.LayerNorm(512),
+                nn.GELU(),
+                nn.Dropout(drop_rate / 2),
+            ),
+            self.init,
+        )
 
     def depths(self, x:torch.Tensor)->list[torch.Tensor]:
         return self.backbone.forward_intermediates(x, range(4), intermediates_only=True)
 
+# %% ../../nbs/02c_models.multiscale.ipynb #227f4a0c
 @register_model
 def sfnet(
     pretrained:bool=False,    # ImageNet weights for the backbone, from timm's hub
@@ -142,4 +184,8 @@ def sfnet(
     **kwargs,                 # for timm's maker of the backbone, e.g. drop_path_rate
 )->SFNet:
     "SFNet: 29.26 million parameters at 3 classes."
-    return SFNet(timm.create_model('convnext_tiny.in12k_ft_in1k', pretrained, num_classes=0, **kwargs), num_classes, drop_rate)
+    return SFNet(
+        timm.create_model('convnext_tiny.in12k_ft_in1k', pretrained, num_classes=0, **kwargs),
+        num_classes,
+        drop_rate,
+    )

@@ -35,36 +35,87 @@ def arch_def(
 )->list[list[str]]:        # one list a stage, one text a block
     "The table in timm's language for blocks."
     def block(out, kernel, stride, expand, excite, act):
-        kind = f'ir_r1_k{kernel}_s{stride}_e{expand}_c{out}' if expand > 1 else f'ds_r1_k{kernel}_s{stride}_c{out}'
+        kind = (
+            f'ir_r1_k{kernel}_s{stride}_e{expand}_c{out}'
+            if expand > 1
+            else f'ds_r1_k{kernel}_s{stride}_c{out}'
+        )
         return kind + ('_se0.25' if excite else '') + f'_n{_SHORT[act]}'
-    return [[block(*b, excite, act) for b in blocks] for excite, act, blocks in stages] + [[f'cn_r1_k1_s1_c{last}_nhs']]
+    return [[block(*b, excite, act) for b in blocks] for excite, act, blocks in stages] + [
+        [f'cn_r1_k1_s1_c{last}_nhs']
+    ]
 
 # %% ../../nbs/02b_models.ofa.ipynb #249338a4
-_OUTER = {'first_conv.conv': 'conv_stem', 'first_conv.bn': 'bn1', 'feature_mix_layer.conv': 'conv_head', 'classifier.linear': 'classifier'}
-_INNER = {'inverted_bottleneck.conv': 'conv_pw', 'inverted_bottleneck.bn': 'bn1', 'depth_conv.conv': 'conv_dw', 'depth_conv.bn': 'bn2',
-          'depth_conv.se.fc.reduce': 'se.conv_reduce', 'depth_conv.se.fc.expand': 'se.conv_expand', 'point_linear.conv': 'conv_pwl', 'point_linear.bn': 'bn3'}
-_FIRST = {'depth_conv.conv': 'conv_dw', 'depth_conv.bn': 'bn1', 'point_linear.conv': 'conv_pw', 'point_linear.bn': 'bn2'}
+_OUTER = {
+    'first_conv.conv': 'conv_stem',
+    'first_conv.bn': 'bn1',
+    'feature_mix_layer.conv': 'conv_head',
+    'classifier.linear': 'classifier',
+}
 
+_INNER = {
+    'inverted_bottleneck.conv': 'conv_pw',
+    'inverted_bottleneck.bn': 'bn1',
+    'depth_conv.conv': 'conv_dw',
+    'depth_conv.bn': 'bn2',
+    'depth_conv.se.fc.reduce': 'se.conv_reduce',
+    'depth_conv.se.fc.expand': 'se.conv_expand',
+    'point_linear.conv': 'conv_pwl',
+    'point_linear.bn': 'bn3',
+}
+
+_FIRST = {
+    'depth_conv.conv': 'conv_dw',
+    'depth_conv.bn': 'bn1',
+    'point_linear.conv': 'conv_pw',
+    'point_linear.bn': 'bn2',
+}
+
+# %% ../../nbs/02b_models.ofa.ipynb #62a82909
 def map_ofa_names(
     state:dict,            # name -> tensor
     model:nn.Module=None,  # not used; timm hands it over
 )->dict:                   # the same tensors under timm's names; a state that has them already is returned as it is
     "Rename the published weights of OFA-595 for timm."
     if 'conv_stem.weight' in state: return state
-    places = [f'blocks.{s}.{i}' for s, (*_, blocks) in enumerate(OFA_595) for i in range(len(blocks))]
-    names = _OUTER | {f'final_expand_layer.{a}': f'blocks.{len(OFA_595)}.0.{b}' for a, b in (('conv', 'conv'), ('bn', 'bn1'))}
+    places = [
+        f'blocks.{s}.{i}' for s, (*_, blocks) in enumerate(OFA_595) for i in range(len(blocks))
+    ]
+    names = _OUTER | {
+        f'final_expand_layer.{a}': f'blocks.{len(OFA_595)}.0.{b}'
+        for a, b in (('conv', 'conv'), ('bn', 'bn1'))
+    }
     for k, place in enumerate(places):
-        names |= {f'blocks.{k}.conv.{a}': f'{place}.{b}' for a, b in (_FIRST if k == 0 else _INNER).items()}
+        names |= {
+            f'blocks.{k}.conv.{a}': f'{place}.{b}'
+            for a, b in (_FIRST if k == 0 else _INNER).items()
+        }
     def new(key):
-        layer, _, last = re.sub(r'^(blocks\.\d+)\.mobile_inverted_conv\.', r'\1.conv.', key).rpartition('.')
+        layer, _, last = re.sub(
+            r'^(blocks\.\d+)\.mobile_inverted_conv\.', r'\1.conv.', key
+        ).rpartition('.')
         return f'{names.get(layer, layer)}.{last}'
     return {new(k): v for k, v in state.items()}
 
 # %% ../../nbs/02b_models.ofa.ipynb #77e02397
-default_cfgs = generate_default_cfgs({'ofa595.untrained': dict(
-    input_size=(3, 236, 236), pool_size=(8, 8), crop_pct=0.875, interpolation='bilinear', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-    num_classes=1000, first_conv='conv_stem', classifier='classifier', origin_url='https://github.com/mit-han-lab/once-for-all')})
+default_cfgs = generate_default_cfgs(
+    {
+        'ofa595.untrained': dict(
+            input_size=(3, 236, 236),
+            pool_size=(8, 8),
+            crop_pct=0.875,
+            interpolation='bilinear',
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            num_classes=1000,
+            first_conv='conv_stem',
+            classifier='classifier',
+            origin_url='https://github.com/mit-han-lab/once-for-all',
+        )
+    }
+)
 
+# %% ../../nbs/02b_models.ofa.ipynb #914d08fb
 @register_model
 def ofa595(
     pretrained:bool=False,      # no weights are published where timm could fetch them: give a file
@@ -72,12 +123,31 @@ def ofa595(
     **kwargs,                   # for timm's MobileNetV3: num_classes, drop_rate, drop_path_rate, in_chans, ...
 )->MobileNetV3:
     "OFA-595 (Cai et al. 2020, arXiv 1908.09791): 9.14 million parameters at 1000 classes, 7.60 million at 3."
-    made = dict(block_args=decode_arch_def(arch_def()), stem_size=24, num_features=1536, head_bias=False, norm_layer=nn.BatchNorm2d,
-                round_chs_fn=partial(round_channels, multiplier=1.), act_layer=nn.Hardswish,
-                se_layer=partial(SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels))
+    made = dict(
+        block_args=decode_arch_def(arch_def()),
+        stem_size=24,
+        num_features=1536,
+        head_bias=False,
+        norm_layer=nn.BatchNorm2d,
+        round_chs_fn=partial(round_channels, multiplier=1.0),
+        act_layer=nn.Hardswish,
+        se_layer=partial(
+            SqueezeExcite,
+            gate_layer='hard_sigmoid',
+            force_act_layer=nn.ReLU,
+            rd_round_fn=round_channels,
+        ),
+    )
     headless = ('num_classes', 'num_features', 'head_bias', 'global_pool')
-    return build_model_with_cfg(MobileNetV3Features if features_only else MobileNetV3, 'ofa595', pretrained, pretrained_strict=not features_only,
-                                pretrained_filter_fn=map_ofa_names, kwargs_filter=headless if features_only else None, **(made | kwargs))
+    return build_model_with_cfg(
+        MobileNetV3Features if features_only else MobileNetV3,
+        'ofa595',
+        pretrained,
+        pretrained_strict=not features_only,
+        pretrained_filter_fn=map_ofa_names,
+        kwargs_filter=headless if features_only else None,
+        **(made | kwargs),
+    )
 
 # %% ../../nbs/02b_models.ofa.ipynb #7b321438
 @register_model

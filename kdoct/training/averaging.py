@@ -48,9 +48,14 @@ def refresh_norms(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     model.eval()
     if not norms: return 0
-    momenta, rows, seen = [m.momentum for m in norms], np.random.default_rng(seed).permutation(np.sort(batches.rows)), 0
+    momenta, rows, seen = (
+        [m.momentum for m in norms],
+        np.random.default_rng(seed).permutation(np.sort(batches.rows)),
+        0,
+    )
     for m in norms: m.reset_running_stats(); m.train()
-    for part in np.array_split(rows, math.ceil(len(rows)/batches.batch_size)):   # the variance of a last batch of one image would be none
+    # the variance of a last batch of one image would be none
+    for part in np.array_split(rows, math.ceil(len(rows)/batches.batch_size)):
         x, _ = batches.batch(part)
         seen += len(x)
         for m in norms:

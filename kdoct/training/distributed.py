@@ -38,9 +38,11 @@ def launched()->tuple[int, int]:
     if int(env.get('WORLD_SIZE', 1)) > 1: return int(env['RANK']), int(env['WORLD_SIZE'])
     by_accelerate = 'MASTER_PORT' in env and 'ACCELERATE_MIXED_PRECISION' in env
     if by_accelerate and 'RANK' not in env:
-        raise KdoctError("accelerate was asked for several processes and has started one.",
-                         fix="On CPUs: torchrun --nproc-per-node 2 --no-python COMMAND, "
-                             "or accelerate launch --multi_gpu --num_processes 2 --no_python COMMAND")
+        raise KdoctError(
+            "accelerate was asked for several processes and has started one.",
+            fix="On CPUs: torchrun --nproc-per-node 2 --no-python COMMAND, "
+            "or accelerate launch --multi_gpu --num_processes 2 --no_python COMMAND",
+        )
     return 0, 1
 
 # %% ../../nbs/02g_training.distributed.ipynb #f0c2699e
@@ -80,8 +82,13 @@ def init_group(
     _store.set(f'here{rank}', '')
     _store.wait([f'here{r}' for r in range(size)], long)
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    dist.init_process_group(backend, store=dist.PrefixStore('group', _store), rank=rank, world_size=size,
-                            timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore('group', _store),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
     return rank_world()
 
 # %% ../../nbs/02g_training.distributed.ipynb #bb292269
@@ -95,8 +102,10 @@ def _error_of(e:Exception, rank:int)->Exception:
     "The error to raise in this process: its own, or that of another process."
     lost = isinstance(e, dist.DistError) or any(name in str(e).lower() for name in ('gloo', 'nccl'))
     if lost and not _store.check(['failed']):
-        return KdoctError("Another process of this training has ended, or does not answer.",
-                          fix="Look at what it said; the same command goes on from the last checkpoint.")
+        return KdoctError(
+            "Another process of this training has ended, or does not answer.",
+            fix="Look at what it said; the same command goes on from the last checkpoint.",
+        )
     first, message = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)])))
     if first == rank: return e
     return KdoctError(f"Process {first} of this training failed: {message}",
@@ -110,8 +119,13 @@ def _failure_text()->str:
     "What another process that has failed says, '' if none has."
     try: found = json.loads(_store.get('failed')) if _store.check(['failed']) else [rank_world()[0], '']
     except dist.DistError: return "The first process of this training has ended."
-    return '' if found[0] == rank_world()[0] else f"Process {found[0]} of this training failed: {found[1]}"
+    return (
+        ''
+        if found[0] == rank_world()[0]
+        else f"Process {found[0]} of this training failed: {found[1]}"
+    )
 
+# %% ../../nbs/02g_training.distributed.ipynb #872d5176
 def _watch(ended:threading.Event, pause:float=1., patience:float=60.):
     "Wait for the word of a failed process; then end what this one waits for, and the process where that does not help [s]."
     message = ''
@@ -124,6 +138,7 @@ def _watch(ended:threading.Event, pause:float=1., patience:float=60.):
     print(message, 'This process waited for it and is ended.', file=sys.stderr, flush=True)
     os._exit(1)
 
+# %% ../../nbs/02g_training.distributed.ipynb #f9580ded
 @contextmanager
 def propagate_failure():
     "What fails in one process fails in all."
@@ -134,7 +149,9 @@ def propagate_failure():
     except Exception as e:
         if size == 1: raise
         try: error = _error_of(e, rank)
-        except dist.DistError: error = KdoctError("The first process of this training has ended.", fix="Look at what it said.")
+        except dist.DistError: error = KdoctError("The first process of this "
+                                                  "training has ended.", fix="Look at "
+                                                                             "what it said.")
         if dist.is_initialized():   # an inner one may have left the group already
             _abort()
             dist.destroy_process_group()
@@ -168,6 +185,7 @@ def all_reduce(
     if rank_world()[1] > 1: dist.all_reduce(x)
     return x
 
+# %% ../../nbs/02g_training.distributed.ipynb #ece17366
 def broadcast_tensors(
     x:torch.Tensor,   # of the same shape in all processes; changed in place
 )->torch.Tensor:      # x, as it was in process 0
@@ -198,7 +216,9 @@ def all_reduce_gradients(
     rank, size = rank_world()
     if size == 1: return flag
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    stats = [b for m in norms if m.running_mean is not None for b in (m.running_mean, m.running_var)]
+    stats = [
+        b for m in norms if m.running_mean is not None for b in (m.running_mean, m.running_var)
+    ]
     tensors = [p.grad for p in model.parameters() if p.grad is not None] + stats
     for b in stats: b /= size
     flagged = tensors[0].new_full((1,), float(flag and rank == 0), dtype=torch.float32)
@@ -241,6 +261,7 @@ def gather_random_states()->dict[str, torch.Tensor]:  # 'rng.cpu' and, with a GP
         return all_reduce(rows)
     return {k: gathered(s) for k, s in states.items()}
 
+# %% ../../nbs/02g_training.distributed.ipynb #2922d6e5
 def set_random_states(
     states:dict[str, torch.Tensor],  # of `gather_random_states`
 ):

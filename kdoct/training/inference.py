@@ -50,11 +50,17 @@ def fold_batchnorm(
     finally:
         for h in handles: h.remove()
     for bn, conv in pairs.items():
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+        )
     for parent in list(body.modules()):
         for name, bn in list(parent.named_children()):
             if bn in pairs:
-                setattr(parent, name, nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity())
+                setattr(
+                    parent,
+                    name,
+                    nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity(),
+                )
     return len(pairs)
 
 # %% ../../nbs/02i_training.inference.ipynb #3f268713
@@ -65,7 +71,11 @@ class ScaledMlp(nn.Module):
     ):
         super().__init__()
         self.fc1, self.act, self.eps = mlp.fc1, mlp.act, mlp.grn.eps
-        for name, value in dict(weight=mlp.fc2.weight, bias=mlp.fc2.weight @ mlp.grn.bias + mlp.fc2.bias, gamma=mlp.grn.weight).items():
+        for name, value in dict(
+            weight=mlp.fc2.weight,
+            bias=mlp.fc2.weight @ mlp.grn.bias + mlp.fc2.bias,
+            gamma=mlp.grn.weight,
+        ).items():
             self.register_buffer(name, value.detach().clone())
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, h, w, channels) -> the same
@@ -77,6 +87,7 @@ class ScaledMlp(nn.Module):
         else: y = F.linear(y*scale, self.weight, self.bias)
         return y.view(*x.shape[:3], -1)
 
+# %% ../../nbs/02i_training.inference.ipynb #af8cbbdb
 def scale_weights(
     body:nn.Module,  # private copy; changed
 )->int:              # number of blocks
@@ -91,13 +102,18 @@ class _PixelMeans(TorchFunctionMode):
     "Means over pixels as matrix products."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.Tensor.mean or args[0].ndim != 4 or (args[1:] or (kwargs.get('dim'),))[0] not in ((2, 3), [2, 3]):
+        if (
+            func is not torch.Tensor.mean
+            or args[0].ndim != 4
+            or (args[1:] or (kwargs.get('dim'),))[0] not in ((2, 3), [2, 3])
+        ):
             return func(*args, **kwargs)
         x, keep = args[0], (args[2:] or (kwargs.get('keepdim', False),))[0]
         n = x.shape[2]*x.shape[3]
         means = x.flatten(2) @ x.new_full((n, 1), 1/n)
         return means[..., None] if keep else means[..., 0]
 
+# %% ../../nbs/02i_training.inference.ipynb #75c704a2
 class FusedBody:
     "A network for many forward passes: prepared images -> logits, in float32 or bfloat16."
     def __init__(self,
@@ -155,8 +171,14 @@ class InferenceModel(Classifier):
         probe = torch.rand(1, 1, model.size, model.size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             quick = FusedBody(private_copy(model), model.prepare(probe.to(model.mean.device)))
-        super().__init__(quick.low if precision == 'bf16' else quick.body, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist(),
-                         model.interpolation, precision)
+        super().__init__(
+            quick.low if precision == 'bf16' else quick.body,
+            model.size,
+            model.mean.flatten().tolist(),
+            model.std.flatten().tolist(),
+            model.interpolation,
+            precision,
+        )
         self.chunk = chunk
         self.to(device, memory_format=torch.channels_last).eval()
 
@@ -166,7 +188,11 @@ class InferenceModel(Classifier):
             return self.body(self.prepare(x).to(next(self.body.parameters()).dtype)).float()
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
-        n = min(self.chunk, -(-len(x)//torch.get_num_threads())) if x.device.type == 'cpu' else len(x)
+        n = (
+            min(self.chunk, -(-len(x) // torch.get_num_threads()))
+            if x.device.type == 'cpu'
+            else len(x)
+        )
         with float32_products(False): return torch.cat(each_core(self.some, x.split(n), x.device))
 
 # %% ../../nbs/02i_training.inference.ipynb #8436d326
@@ -180,8 +206,15 @@ def inference_model(
     "A trained network for answering, in the arithmetic that is wanted."
     device = torch.device(device)
     if precision == 'auto' and not computes_bf16(device): precision = 'fp32'
-    if precision != 'auto': return InferenceModel(model, precision, device), dict(precision=precision)
+    if precision != 'auto':
+        return InferenceModel(model, precision, device), dict(precision=precision)
     both = {p: InferenceModel(model, p, device) for p in ('fp32', 'bf16')}
-    x = torch.rand(2*torch.get_num_threads() if device.type == 'cpu' else 32, 1, model.size, model.size, device=device)
+    x = torch.rand(
+        2 * torch.get_num_threads() if device.type == 'cpu' else 32,
+        1,
+        model.size,
+        model.size,
+        device=device,
+    )
     medians = measure_steps(lambda p: both[p](x), seconds, timer)
     return both[faster(medians)], dict(precision=faster(medians), pass_seconds=medians)

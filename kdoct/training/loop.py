@@ -9,31 +9,54 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
 
 # %% ../../nbs/02j_training.loop.ipynb #imp-training-loop
 import ctypes
+
 import json
+
 import math
+
 import platform
+
 import time
+
 from pathlib import Path
 
 import numpy as np
+
 import torch
+
 import torch.nn.functional as F
+
 from fastai.callback.core import Callback, CancelBatchException
+
 from fastai.callback.progress import ProgressCallback
+
 from fastai.data.core import DataLoaders
+
 from fastai.learner import Learner, Recorder
+
 from fastai.optimizer import OptimWrapper
+
 from fastcore.basics import noop, patch
+
 from fastcore.foundation import L
+
 from safetensors import safe_open
+
 from safetensors.torch import load_file, save_file
 
 from ..core.files import atomic_path, KdoctError
+
 from ..core.recipe import TrainRecipe
+
 from ..data.augment import Batches
+
 from ..data.mixing import Mix
+
 from ..models.backbones import Classifier, float32_products, head_modules, undecayed
+
 from .averaging import Averaging
+
+# %% ../../nbs/02j_training.loop.ipynb #15abd7ff
 from kdoct.training.distributed import (
     all_reduce,
     all_reduce_gradients,
@@ -43,6 +66,7 @@ from kdoct.training.distributed import (
     rank_world,
     set_random_states,
 )
+
 from .precision import Compile, Precision, rounds_steps
 
 # %% ../../nbs/02j_training.loop.ipynb #9f2ebeba
@@ -56,9 +80,22 @@ def param_groups(
     groups = []
     for is_head, peak in ((False, recipe.lr), (True, recipe.lr_head or recipe.lr)):
         for decays in (True, False):
-            ps = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == is_head and (id(p) not in exempt) == decays]
+            ps = [
+                p
+                for p in model.parameters()
+                if p.requires_grad
+                and (id(p) in head) == is_head
+                and (id(p) not in exempt) == decays
+            ]
             if ps:
-                groups.append(dict(params=ps, lr=peak, peak=peak, weight_decay=recipe.weight_decay if decays else 0.))
+                groups.append(
+                    dict(
+                        params=ps,
+                        lr=peak,
+                        peak=peak,
+                        weight_decay=recipe.weight_decay if decays else 0.0,
+                    )
+                )
     return groups
 
 # %% ../../nbs/02j_training.loop.ipynb #695f18ab
@@ -107,11 +144,16 @@ def learning_rate(
     "Rate of a group at a step."
     end = recipe.swa_start if recipe.average == 'swa' else recipe.epochs
     def falling(i):
-        return peak*warmup_cosine(i, n*end, n*recipe.warmup, recipe.lr_floor/peak, recipe.warmup_from)
+        return peak * warmup_cosine(
+            i, n * end, n * recipe.warmup, recipe.lr_floor / peak, recipe.warmup_from
+        )
     if recipe.average != 'swa' or step < n*swa_from: return falling(step)
     target = recipe.swa_lr*peak/(recipe.lr_head or recipe.lr)
-    return cosine((step - n*swa_from + 1)/max(n*recipe.swa_anneal, 1), falling(n*swa_from - 1), target)
+    return cosine(
+        (step - n * swa_from + 1) / max(n * recipe.swa_anneal, 1), falling(n * swa_from - 1), target
+    )
 
+# %% ../../nbs/02j_training.loop.ipynb #2259feb8
 def step_number(
     learn:Learner,      # in training
 )->tuple[int, int]:     # step of the optimiser, counted from 0 over all epochs, the same after a resume; steps an epoch
@@ -148,7 +190,9 @@ class Accumulate(Callback):
         # process 0's clock decides when all of them save
         self.due = all_reduce_gradients(self.model, self.learn.checkpoint.due)
         if self.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip, error_if_nonfinite=False)
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.clip, error_if_nonfinite=False
+            )
 
 # %% ../../nbs/02j_training.loop.ipynb #29b6a2e6
 class History(Callback):
@@ -166,16 +210,24 @@ class History(Callback):
             self.places.append(places(self.dls.valid, self.iter))
             self.logits.append(self.pred[:len(self.places[-1])].float())
             return
-        terms = {**(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}), 'loss': self.loss}  # the sum last: it does not say which
+        terms = {
+            **(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}),
+            'loss': self.loss,
+        }  # the sum last: it does not say which
         n = self.learn.accumulate.mine
-        for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):   # a GPU is waited for once
+        # a GPU is waited for once
+        for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):
             if not math.isfinite(value): self._stop(name, value)
             self.sums[name] = self.sums.get(name, 0.) + value*n
         self.sums['n'] = self.sums.get('n', 0) + n
 
     def _stop(self, name:str, value:float):
-        raise KdoctError(f"The {name} term of the loss became {value} in epoch {self.epoch}, batch {self.dls.train.start + self.iter}.",
-                         fix="Lower the learning rate, set precision to fp32, or look at the images of that batch.")
+        raise KdoctError(
+            f"The {name} term of the loss became {value} in epoch {self.epoch}, batch "
+            f"{self.dls.train.start + self.iter}.",
+            fix="Lower the learning rate, set precision to fp32, or look at the images of "
+                "that batch.",
+        )
 
 # %% ../../nbs/02j_training.loop.ipynb #abe9be0d
 def validation_scores(
@@ -199,24 +251,40 @@ def score_of(
 
 _WORST = [-math.inf]
 
+# %% ../../nbs/02j_training.loop.ipynb #04acb94f
 @patch
 def totals(self:History)->dict[str, float]:
     "Sums of this epoch's loss terms, and images, over all processes."
-    return dict(zip(self.sums, all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist(), strict=True))
+    return dict(
+        zip(
+            self.sums,
+            all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist(),
+            strict=True,
+        )
+    )
 
 @patch
 def validated_logits(self:History)->torch.Tensor:  # (n, classes), in the order of the validation part
     "Logits of all processes."
     part, at = torch.cat(self.logits).cpu(), torch.from_numpy(np.concatenate(self.places))
-    return all_reduce(part.new_zeros(len(self.dls.valid.rows), part.shape[1]).index_copy_(0, at, part))
+    return all_reduce(
+        part.new_zeros(len(self.dls.valid.rows), part.shape[1]).index_copy_(0, at, part)
+    )
 
+# %% ../../nbs/02j_training.loop.ipynb #2ed18e29
 @patch
 def after_epoch(self:History):
     "One row; the learning rates (backbone's and classifier's) are those of the last batch. fastai's table shows the same."
     sums, valid = self.totals(), self.dls.valid
     means = {f'train_{k}': v/sums['n'] for k, v in sums.items() if k != 'n'}
-    row = dict(epoch=self.epoch, **means, **validation_scores(self.validated_logits(), torch.from_numpy(valid.labels[valid.rows])),
-               lr=self.opt.opt.param_groups[0]['lr'], lr_head=self.opt.opt.param_groups[-1]['lr'], seconds=time.perf_counter() - self.began)
+    row = dict(
+        epoch=self.epoch,
+        **means,
+        **validation_scores(self.validated_logits(), torch.from_numpy(valid.labels[valid.rows])),
+        lr=self.opt.opt.param_groups[0]['lr'],
+        lr_head=self.opt.opt.param_groups[-1]['lr'],
+        seconds=time.perf_counter() - self.began,
+    )
     self.rows.append(row)
     self.learn.recorder.log[1:4] = [row['train_loss'], row['valid_loss'], row['accuracy']]
 
@@ -234,9 +302,12 @@ def _load_optimizer(opt:torch.optim.Optimizer, tensors:dict):
         _, i, k = name.split('.')
         p = params[int(i)]
         # the fused optimiser walks through memory: its state must lie as the parameter does (channels last)
-        state.setdefault(int(i), {})[k] = torch.empty_like(p, requires_grad=False).copy_(v) if v.shape == p.shape else v
+        state.setdefault(int(i), {})[k] = (
+            torch.empty_like(p, requires_grad=False).copy_(v) if v.shape == p.shape else v
+        )
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
+# %% ../../nbs/02j_training.loop.ipynb #56bc0a24
 def save_resume(
     path:Path,                      # file to write, atomically
     model:Classifier,               # network
@@ -245,13 +316,20 @@ def save_resume(
     average=None,                   # averaged weights, if there are any
 ):
     "Everything that a training consists of, in one safetensors file, which process 0 writes."
-    tensors = {f'model.{k}': v for k, v in model.body.state_dict().items()} | _optimizer_tensors(opt)
+    tensors = {f'model.{k}': v for k, v in model.body.state_dict().items()} | _optimizer_tensors(
+        opt
+    )
     if average is not None: tensors |= {f'average.{k}': v for k, v in average.state_dict().items()}
     tensors |= gather_random_states()   # of all processes, which meet here
     if rank_world()[0]: return
     with atomic_path(path) as tmp:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={'about': json.dumps(about)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            tmp,
+            metadata={'about': json.dumps(about)},
+        )
 
+# %% ../../nbs/02j_training.loop.ipynb #5f4501f7
 def load_resume(
     path:Path,                      # file of `save_resume`
     model:Classifier,               # network, changed in place
@@ -262,8 +340,11 @@ def load_resume(
     "Restore network, optimiser and random state; `KdoctError`, before anything is changed, if they belong to something else."
     with safe_open(path, 'pt') as f: about = json.loads(f.metadata()['about'])
     if key and about['key'] != key:
-        raise KdoctError(f"The resume state in {path.parent} belongs to another recipe, other folds, another teacher or another number of processes.",
-                         fix=f"Delete {path.parent} to start over.")
+        raise KdoctError(
+            f"The resume state in {path.parent} belongs to another recipe, other folds, another "
+            f"teacher or another number of processes.",
+            fix=f"Delete {path.parent} to start over.",
+        )
     tensors = load_file(path)
     part = lambda p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
     model.body.load_state_dict(part('model.'))
@@ -278,7 +359,12 @@ class Checkpoint(Callback):
     order = 50
     def __init__(self, folder:Path, recipe:TrainRecipe, key:str):
         self.folder, self.recipe, self.key = Path(folder), recipe, key
-        self.best, self.best_epoch, self.saved, self.swa_from = None, None, time.monotonic(), recipe.swa_start
+        self.best, self.best_epoch, self.saved, self.swa_from = (
+            None,
+            None,
+            time.monotonic(),
+            recipe.swa_start,
+        )
 
     @property
     def due(self)->bool: return time.monotonic() - self.saved >= 60*self.recipe.checkpoint_minutes
@@ -294,16 +380,34 @@ class Checkpoint(Callback):
     def before_fit(self):
         self.learn.first_epoch = 0
         if not self.state.exists(): return
-        about = load_resume(self.state, self.model, self.opt.opt, self.key, self.learn.averaging.average)
-        self.best, self.best_epoch, self.swa_from = about['best'], about['best_epoch'], about['swa_from']
-        self.learn.history.rows, self.learn.history.sums = about['rows'], {k: 0 if rank_world()[0] else v for k, v in about['sums'].items()}
+        about = load_resume(
+            self.state, self.model, self.opt.opt, self.key, self.learn.averaging.average
+        )
+        self.best, self.best_epoch, self.swa_from = (
+            about['best'],
+            about['best_epoch'],
+            about['swa_from'],
+        )
+        self.learn.history.rows, self.learn.history.sums = (
+            about['rows'],
+            {k: 0 if rank_world()[0] else v for k, v in about['sums'].items()},
+        )
         self.learn.first_epoch, self.dls.train.start = about['epoch'], about['batch']
         print(f"Going on in epoch {about['epoch']}, batch {about['batch']}.")
 
     def save(self, epoch:int, batch:int):
         "Write the state from which training goes on at this place."
-        about = dict(key=self.key, epoch=epoch, batch=batch, best=self.best, best_epoch=self.best_epoch, swa_from=self.swa_from,
-                     precision=self.learn.precision.facts, rows=self.learn.history.rows, sums=self.learn.history.totals())
+        about = dict(
+            key=self.key,
+            epoch=epoch,
+            batch=batch,
+            best=self.best,
+            best_epoch=self.best_epoch,
+            swa_from=self.swa_from,
+            precision=self.learn.precision.facts,
+            rows=self.learn.history.rows,
+            sums=self.learn.history.totals(),
+        )
         save_resume(self.state, self.model, self.opt.opt, about, self.learn.averaging.average)
         self.saved = time.monotonic()
 
@@ -345,13 +449,18 @@ def after_epoch(self:Checkpoint):  # noqa: F811 (of another class)
     for old in () if rank_world()[0] else self.folder.glob('best_*.safetensors'):
         if old != self.best_file(self.best_epoch): old.unlink()
 
+# %% ../../nbs/02j_training.loop.ipynb #87b4756f
 @patch
 def after_fit(self:Checkpoint):
     "Training ends with the weights of the best epoch; process 0 goes on alone with them. `KdoctError` if there is none."
     rows = self.learn.history.rows
     if self.best_epoch is None and rows:
-        raise KdoctError(f"The validation loss was not finite in any of {len(rows)} epochs (last: {rows[-1]['valid_loss']}): there are no weights to keep.",
-                         fix=f"Lower the learning rate or set precision to fp32, and delete {self.folder} to start over.")
+        raise KdoctError(
+            f"The validation loss was not finite in any of {len(rows)} epochs (last: "
+            f"{rows[-1]['valid_loss']}): there are no weights to keep.",
+            fix=f"Lower the learning rate or set precision to fp32, and delete {self.folder} to "
+                f"start over.",
+        )
     if self.best_epoch is not None and not rank_world()[0]:
         self.model.body.load_state_dict(load_file(self.best_file(self.best_epoch)))
 
@@ -381,6 +490,7 @@ def accuracy(
     "Share of images whose largest logit is the label's (for fastai's table; the records are made by `History`)."
     return (pred.argmax(1) == target).float().mean()
 
+# %% ../../nbs/02j_training.loop.ipynb #58f68554
 class Table(Recorder):
     "fastai's table of the epochs, filled by `History`. fastai's own sums gather from all processes and wait for the GPU at every batch."
     name, _train_mets, _valid_mets = 'recorder', L(), L()
@@ -395,7 +505,11 @@ class Table(Recorder):
 
 def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
     "`KdoctError` if a process would have no image of a step, or a batch of one image is to be blended with itself."
-    step, more = batch_size*recipe.accumulate, "Start fewer processes, or raise batch_size*accumulate, the images of a step of all processes together."
+    step, more = (
+        batch_size * recipe.accumulate,
+        "Start fewer processes, or raise batch_size*accumulate, the images of a step of all "
+        "processes together.",
+    )
     if step < processes:
         raise KdoctError(f"A step of {step} images cannot be shared by {processes} processes.",
                          fix=more)
@@ -403,6 +517,7 @@ def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
         raise KdoctError("mix_prob is not 0, but a batch of one image cannot be blended.",
                          fix="Raise batch_size" if processes == 1 else more)
 
+# %% ../../nbs/02j_training.loop.ipynb #f20b7a42
 def make_learner(
     model:Classifier,      # network, on its device
     train:Batches,         # shuffled, augmented
@@ -417,12 +532,32 @@ def make_learner(
     _check_shares(train.batch_size, recipe, rank_world()[1])
     train.accumulate = recipe.accumulate
     dls = DataLoaders(train, valid, device=train.device)
-    opt = lambda params, lr: OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
-    ours = [Precision(recipe), DistributedTraining(), FrozenStart(recipe), Schedule(recipe), History(), Accumulate(recipe), Averaging(recipe),
-            Checkpoint(folder, recipe, key)]
+    opt = lambda params, lr: OptimWrapper(
+        opt=torch.optim.AdamW(param_groups(model, recipe), fused=True)
+    )
+    ours = [
+        Precision(recipe),
+        DistributedTraining(),
+        FrozenStart(recipe),
+        Schedule(recipe),
+        History(),
+        Accumulate(recipe),
+        Averaging(recipe),
+        Checkpoint(folder, recipe, key),
+    ]
     if recipe.compile: ours.append(Compile())
     if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
-    learn = ResumableLearner(dls, model, loss_func=loss, opt_func=opt, metrics=[accuracy], cbs=[*ours, *cbs], path=folder, train_bn=False, wd_bn_bias=True)
+    learn = ResumableLearner(
+        dls,
+        model,
+        loss_func=loss,
+        opt_func=opt,
+        metrics=[accuracy],
+        cbs=[*ours, *cbs],
+        path=folder,
+        train_bn=False,
+        wd_bn_bias=True,
+    )
     learn.remove_cb(Recorder).add_cb(Table())
     if rank_world()[0]: learn.remove_cb(ProgressCallback).logger = noop   # process 0 reports
     return learn

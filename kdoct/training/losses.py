@@ -57,7 +57,10 @@ def balanced_weights(
     "Class weights n / (classes that have images * images of the class); their mean over the images is 1."
     counts = np.bincount(labels, minlength=n_classes)
     present = np.count_nonzero(counts)
-    return torch.tensor(np.divide(len(labels), present*counts, out=np.zeros(n_classes), where=counts > 0), dtype=torch.float32)
+    return torch.tensor(
+        np.divide(len(labels), present * counts, out=np.zeros(n_classes), where=counts > 0),
+        dtype=torch.float32,
+    )
 
 def hard_loss(
     recipe:TrainRecipe,  # which loss, with which weights
@@ -66,7 +69,11 @@ def hard_loss(
     device='cpu',        # of the logits
 ):                       # function (logits, target) -> scalar
     "The loss against the label that a recipe asks for."
-    weight = balanced_weights(labels, n_classes).to(device) if recipe.class_weights == 'balanced' else None
+    weight = (
+        balanced_weights(labels, n_classes).to(device)
+        if recipe.class_weights == 'balanced'
+        else None
+    )
     gamma = recipe.focal_gamma if recipe.loss == 'focal' else 0.
     return partial(focal, weight=weight, gamma=gamma, smoothing=recipe.label_smoothing)
 

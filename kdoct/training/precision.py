@@ -50,6 +50,7 @@ def rounds_steps(
     "Whether the float32 products of training steps are rounded to TF32 (`set_tf32`)."
     return torch.device(device).type == 'cuda' and torch.cuda.is_tf32_supported()
 
+# %% ../../nbs/02h_training.precision.ipynb #cacced21
 def trial_step(
     model:Classifier,     # network
     batch:tuple,          # images, labels
@@ -90,6 +91,7 @@ def measure_steps(
         if times['bf16'][-1] > lost*times['fp32'][-1]: break
     return {p: statistics.median(each) for p, each in times.items()}
 
+# %% ../../nbs/02h_training.precision.ipynb #d6819a6b
 def faster(
     medians:dict[str, float],  # of `measure_steps`
     gain:float=0.05,           # what bf16 must save [fraction of the time]
@@ -112,7 +114,8 @@ class Precision(Callback):
     def measured(self)->dict:  # for the record: precision, step_seconds
         "What this network, with batches of this size, does faster here."
         model, train, loss = self.model, self.dls.train, self.learn.loss_func
-        if not broadcast(computes_bf16(train.device)): return dict(precision='fp32', step_seconds=None)
+        if not broadcast(computes_bf16(train.device)):
+            return dict(precision='fp32', step_seconds=None)
         batch = train.batch(train.parts()[0])
         def step(precision):
             model.precision = precision

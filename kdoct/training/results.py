@@ -8,18 +8,27 @@ __all__ = ['predict_logits', 'predictions_frame', 'inference_batches', 'write_pr
 
 # %% ../../nbs/02k_training.results.ipynb #imp-training-results
 import time
+
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
+
 import pandas as pd
+
 import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
+
 from ..core.recipe import TrainRecipe
+
 from ..core.runs import Run
+
 from ..data.augment import Batches, image_ids
+
 from ..data.shortcuts import blank_retina
+
 from ..data.stage import FoldData, open_fold
+
 from kdoct.models.backbones import (
     check_origin,
     Classifier,
@@ -28,7 +37,10 @@ from kdoct.models.backbones import (
     save_model_folder,
     weights_origin,
 )
+
 from .averaging import average_candidates
+
+# %% ../../nbs/02k_training.results.ipynb #7209cb71
 from kdoct.training.distributed import (
     best_device,
     broadcast,
@@ -37,6 +49,7 @@ from kdoct.training.distributed import (
     propagate_failure,
     rank_world,
 )
+
 from kdoct.training.loop import (
     keep_freed_memory,
     make_learner,
@@ -44,7 +57,9 @@ from kdoct.training.loop import (
     score_of,
     validation_scores,
 )
+
 from .losses import hard_loss
+
 from .precision import peak_memory, rounds_steps
 
 # %% ../../nbs/02k_training.results.ipynb #517955e6
@@ -60,16 +75,28 @@ def predict_logits(
         return torch.cat([model(x).cpu() for x, _ in batches]).numpy()
     finally: model.precision = trained_in
 
+# %% ../../nbs/02k_training.results.ipynb #4058e22f
 def predictions_frame(
     data:FoldData,       # the fold
     role:str,            # train, val or test
     logits:np.ndarray,   # (n, classes) of `data.idx[role]`
 )->pd.DataFrame:         # one row an image, as evaluation reads it
     "Predictions beside what identifies an image."
-    columns = ['path', 'patient', 'group', 'label', 'eye', 'volume', 'slice', *(c for c in ('patient_label',) if c in data.table)]
+    columns = [
+        'path',
+        'patient',
+        'group',
+        'label',
+        'eye',
+        'volume',
+        'slice',
+        *(c for c in ('patient_label',) if c in data.table),
+    ]
     frame = data.rows(role)[columns].reset_index(drop=True)
     frame.insert(3, 'fold', data.fold)
-    return frame.assign(**{f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)})
+    return frame.assign(
+        **{f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)}
+    )
 
 # %% ../../nbs/02k_training.results.ipynb #e061dc48
 def inference_batches(
@@ -83,47 +110,106 @@ def inference_batches(
 )->Batches:                # in order, not augmented
     "One part of a fold in order, as a test-time view shows it."
     unnamed = np.zeros(len(data.images), np.uint64)   # only random views ask for an image's name
-    return DistributedBatches(data.images, data.labels, unnamed, data.idx[role], 2*recipe.batch_size, device=device, size=run.recipe.data.size,
-                         view=view, share=share)
+    return DistributedBatches(
+        data.images,
+        data.labels,
+        unnamed,
+        data.idx[role],
+        2 * recipe.batch_size,
+        device=device,
+        size=run.recipe.data.size,
+        view=view,
+        share=share,
+    )
 
-def _training_batches(data:FoldData, run:Run, recipe:TrainRecipe, device, share:tuple=(0, 1))->Batches:
+# %% ../../nbs/02k_training.results.ipynb #4a35680c
+def _training_batches(
+    data:FoldData, run:Run, recipe:TrainRecipe, device, share:tuple=(0, 1)
+)->Batches:
     "The training part, shuffled and augmented."
     rows, ids = data.idx['train'], np.zeros(len(data.images), np.uint64)
     ids[rows] = image_ids(data.rows('train').sha256)
-    return DistributedBatches(data.images, data.labels, ids, rows, recipe.batch_size, recipe.augment, run.recipe.seed, device, run.recipe.data.size,
-                         share=share)
+    return DistributedBatches(
+        data.images,
+        data.labels,
+        ids,
+        rows,
+        recipe.batch_size,
+        recipe.augment,
+        run.recipe.seed,
+        device,
+        run.recipe.data.size,
+        share=share,
+    )
 
+# %% ../../nbs/02k_training.results.ipynb #65ff75b6
 def _blanked_logits(model:Classifier, data:FoldData, size:int, device, chunk:int=256)->np.ndarray:
     "Logits of the test part with the retina covered."
     rows = data.idx['test']
-    parts = [blank_retina(np.asarray(data.images[rows[i:i + chunk]])) for i in range(0, len(rows), chunk)]
-    return np.concatenate([predict_logits(model, Batches(x, np.zeros(len(x), np.int64), np.zeros(len(x), np.uint64), np.arange(len(x)), 32,
-                                                         device=device, size=size)) for x in parts])
+    parts = [
+        blank_retina(np.asarray(data.images[rows[i : i + chunk]]))
+        for i in range(0, len(rows), chunk)
+    ]
+    return np.concatenate(
+        [
+            predict_logits(
+                model,
+                Batches(
+                    x,
+                    np.zeros(len(x), np.int64),
+                    np.zeros(len(x), np.uint64),
+                    np.arange(len(x)),
+                    32,
+                    device=device,
+                    size=size,
+                ),
+            )
+            for x in parts
+        ]
+    )
 
 # %% ../../nbs/02k_training.results.ipynb #36db35b1
-def _candidates(run:Run, data:FoldData, learn:ResumableLearner, recipe:TrainRecipe)->dict[str, dict]:
+def _candidates(
+    run:Run, data:FoldData, learn:ResumableLearner, recipe:TrainRecipe
+)->dict[str, dict]:
     "Weights that may be kept: those of the best epoch, and the average with BatchNorm statistics of its own."
     own = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
     if not learn.averaging.ready: return {'checkpoint': own}
-    clean, augmented = inference_batches(data, 'train', run, recipe, learn.dls.device), _training_batches(data, run, recipe, learn.dls.device)
-    return {'checkpoint': own, **average_candidates(learn.model, learn.averaging.average, recipe.average, clean, augmented)}
+    clean, augmented = (
+        inference_batches(data, 'train', run, recipe, learn.dls.device),
+        _training_batches(data, run, recipe, learn.dls.device),
+    )
+    return {
+        'checkpoint': own,
+        **average_candidates(
+            learn.model, learn.averaging.average, recipe.average, clean, augmented
+        ),
+    }
 
 def _validated(learn:ResumableLearner, weights:dict, batches:Batches)->dict:
     "Validation scores of some weights, which stay in the network."
     learn.model.body.load_state_dict(weights)
-    return validation_scores(torch.from_numpy(predict_logits(learn.model, batches)), torch.from_numpy(batches.labels[batches.rows]))
+    return validation_scores(
+        torch.from_numpy(predict_logits(learn.model, batches)),
+        torch.from_numpy(batches.labels[batches.rows]),
+    )
 
 # %% ../../nbs/02k_training.results.ipynb #76e80ebb
-def _variants(run:Run, data:FoldData, model:Classifier, recipe:TrainRecipe, device, kept:bool)->dict[str, np.ndarray]:
+def _variants(
+    run:Run, data:FoldData, model:Classifier, recipe:TrainRecipe, device, kept:bool
+)->dict[str, np.ndarray]:
     "Test logits by view: 'identity', 'averaged' where the recipe has views, and 'retina blanked' for the kept weights."
     def logits(view):
         return predict_logits(model, inference_batches(data, 'test', run, recipe, device, view))
     out = {'identity': logits('identity')}
     if views := run.recipe.evaluate.views:
-        out['averaged'] = np.mean([out['identity'] if v == 'identity' else logits(v) for v in views], axis=0)
+        out['averaged'] = np.mean(
+            [out['identity'] if v == 'identity' else logits(v) for v in views], axis=0
+        )
     if kept: out['retina blanked'] = _blanked_logits(model, data, run.recipe.data.size, device)
     return out
 
+# %% ../../nbs/02k_training.results.ipynb #deff59f7
 def write_predictions(
     run:Run,           # the run
     data:FoldData,     # the fold
@@ -140,7 +226,9 @@ def write_predictions(
         for view, logits in _variants(run, data, model, recipe, device, name == kept).items():
             frames.append(predictions_frame(data, 'test', logits).assign(weights=name, view=view))
     table = pd.concat(frames, ignore_index=True)
-    main = table[(table.weights == kept) & (table['view'] == 'identity')].drop(columns=['weights', 'view'])
+    main = table[(table.weights == kept) & (table['view'] == 'identity')].drop(
+        columns=['weights', 'view']
+    )
     for name, frame in (('variants', table), ('predictions', main)):
         with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
 
@@ -159,26 +247,56 @@ def is_trained(
                          fix=f"Delete {folder} to train it again.")
     return True
 
-def _write_results(run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, facts:dict)->dict:
+# %% ../../nbs/02k_training.results.ipynb #b56119a9
+def _write_results(
+    run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, facts:dict
+)->dict:
     "History, predictions of the test part, model folder (last: it says that the role is finished)."
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
-    scores = {name: _validated(learn, w, inference_batches(data, 'val', run, recipe, device)) for name, w in candidates.items()}
+    scores = {
+        name: _validated(learn, w, inference_batches(data, 'val', run, recipe, device))
+        for name, w in candidates.items()
+    }
     # the best epoch where they are equal
     kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))
     write_predictions(run, data, role, learn.model, device, candidates, kept)
     with atomic_path(folder/'history.csv') as tmp:
         pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
-    metrics = dict(kept=kept, best_epoch=learn.checkpoint.best_epoch, validation=scores[kept], candidates=scores)
+    metrics = dict(
+        kept=kept,
+        best_epoch=learn.checkpoint.best_epoch,
+        validation=scores[kept],
+        candidates=scores,
+    )
     if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
     if len(scores) > 1:
-        print('validation:', '; '.join(f"{n} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}" for n, v in scores.items()), f'; {kept} kept')
-    return save_model_folder(folder, learn.model.cpu(), role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=data.fold,
-                       precision=learn.model.precision, channels=run.stage('data')['channels'], metrics=metrics, **facts)
+        print(
+            'validation:',
+            '; '.join(
+                f"{n} {100 * v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}"
+                for n, v in scores.items()
+            ),
+            f'; {kept} kept',
+        )
+    return save_model_folder(
+        folder,
+        learn.model.cpu(),
+        role,
+        run.recipe,
+        data.classes,
+        folds_sha256=data.folds_sha256,
+        fold=data.fold,
+        precision=learn.model.precision,
+        channels=run.stage('data')['channels'],
+        metrics=metrics,
+        **facts,
+    )
 
 # %% ../../nbs/02k_training.results.ipynb #64a7d9a6
 _ORDER = 'order 2'   # raised where batches, steps or parameters change places: a state of before cannot go on
 
+# %% ../../nbs/02k_training.results.ipynb #416f8ee0
 def train_role(
     run:Run,       # an existing run whose data stage is done
     fold:int,      # fold, counted from 0
@@ -196,26 +314,53 @@ def train_role(
         began, origin = time.perf_counter(), check_start(run, data, role)
         # a resumed student must not change its teachers
         teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]
-        key = [run.recipe.key, data.folds_sha256, role, _ORDER, *teachers, *([f'{size} processes'] if size > 1 else [])]
+        key = [
+            run.recipe.key,
+            data.folds_sha256,
+            role,
+            _ORDER,
+            *teachers,
+            *([f'{size} processes'] if size > 1 else []),
+        ]
         learn = _fold_learner(run, data, role, key=' '.join(key), cbs=cbs)
         with _within_memory(run, role): learn.fit(run.recipe.training(role).epochs)
-        about = None if rank else _write_and_record(run, data, role, learn, time.perf_counter() - began, dict(weights_from=origin, **facts))
+        about = (
+            None
+            if rank
+            else _write_and_record(
+                run,
+                data,
+                role,
+                learn,
+                time.perf_counter() - began,
+                dict(weights_from=origin, **facts),
+            )
+        )
         return broadcast(about)
 
+# %% ../../nbs/02k_training.results.ipynb #a5899d0a
 @contextmanager
 def _within_memory(run:Run, role:str):
     "`KdoctError` that says which smaller batches make the same step, if the GPU's memory does not hold those of the recipe."
     try: yield
     except torch.OutOfMemoryError as e:
-        recipe, part = run.recipe.training(role), 'student' if role in ('student', 'baseline') else 'teacher'
+        recipe, part = (
+            run.recipe.training(role),
+            'student' if role in ('student', 'baseline') else 'teacher',
+        )
         step = recipe.batch_size*recipe.accumulate
         smaller = next((n for n in range(recipe.batch_size//2, 0, -1) if step % n == 0), None)
         fix = f"Take a smaller network or smaller pictures: {part}.arch, data.size."
         if smaller:
-            fix = f"Start another run with --set {part}.batch_size={smaller} --set {part}.accumulate={step//smaller}: steps of {step} images too."
-        raise KdoctError(f"The GPU's memory does not hold the {role}'s training with batches of {recipe.batch_size} images.",
-                         fix=fix) from e
+            fix = (f"Start another run with --set {part}.batch_size={smaller} --set "
+                   f"{part}.accumulate={step // smaller}: steps of {step} images too.")
+        raise KdoctError(
+            f"The GPU's memory does not hold the {role}'s training with batches of "
+            f"{recipe.batch_size} images.",
+            fix=fix,
+        ) from e
 
+# %% ../../nbs/02k_training.results.ipynb #eb846205
 def check_start(
     run:Run,        # the run
     data:FoldData,  # the fold
@@ -227,30 +372,70 @@ def check_start(
     if rank_world()[0]: return origin
     for note in notes: print(f'WARNING: {note}')
     if (recipe.size or 0) > run.recipe.data.size:
-        print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are enlarged for it.")
-    run.record(f'fold_{data.fold}/{role}', status='running', seed=run.recipe.seed, folds_sha256=data.folds_sha256, weights_from=origin, notes=notes,
-               processes=rank_world()[1])
+        print(
+            f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are "
+            f"enlarged for it."
+        )
+    run.record(
+        f'fold_{data.fold}/{role}',
+        status='running',
+        seed=run.recipe.seed,
+        folds_sha256=data.folds_sha256,
+        weights_from=origin,
+        notes=notes,
+        processes=rank_world()[1],
+    )
     return origin
 
-def _write_and_record(run:Run, data:FoldData, role:str, learn:ResumableLearner, seconds:float, facts:dict)->dict:
+# %% ../../nbs/02k_training.results.ipynb #be90b21f
+def _write_and_record(
+    run:Run, data:FoldData, role:str, learn:ResumableLearner, seconds:float, facts:dict
+)->dict:
     "Results and record of a training that has ended; the resume state is not needed any more."
-    recipe, memory, began = run.recipe.training(role), peak_memory(learn.dls.device), time.perf_counter()
+    recipe, memory, began = (
+        run.recipe.training(role),
+        peak_memory(learn.dls.device),
+        time.perf_counter(),
+    )
     about = _write_results(run, data, role, learn, recipe, facts)
-    run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds + time.perf_counter() - began,
-               training_seconds=sum(r['seconds'] for r in learn.history.rows), parameters=about['parameters'], precision=about['precision'],
-               tf32_steps=rounds_steps(learn.dls.device),
-               step_seconds=learn.precision.facts.get('step_seconds'), **(learn.compile.facts if recipe.compile else {}), peak_memory=memory,
-               **about['metrics'], weights_sha256=about['weights_sha256'])
+    run.record(
+        f'fold_{data.fold}/{role}',
+        status='done',
+        seconds=seconds + time.perf_counter() - began,
+        training_seconds=sum(r['seconds'] for r in learn.history.rows),
+        parameters=about['parameters'],
+        precision=about['precision'],
+        tf32_steps=rounds_steps(learn.dls.device),
+        step_seconds=learn.precision.facts.get('step_seconds'),
+        **(learn.compile.facts if recipe.compile else {}),
+        peak_memory=memory,
+        **about['metrics'],
+        weights_sha256=about['weights_sha256'],
+    )
     for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
     return read_json(run.stage_dir(data.fold, role)/'model.json')
 
+# %% ../../nbs/02k_training.results.ipynb #767bdbf9
 def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLearner:
     "Network, batches and Learner of one role; everything is seeded here."
     recipe = run.recipe.training(role)
     keep_freed_memory()
     seed_everything(run.recipe.seed)
     device = best_device()
-    model = create_classifier(recipe, len(data.classes), recipe.size or run.recipe.data.size, device)
-    train, valid = _training_batches(data, run, recipe, device, rank_world()), inference_batches(data, 'val', run, recipe, device, share=rank_world())
-    return make_learner(model, train, valid, hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device), recipe,
-                        run.stage_dir(data.fold, role)/'resume', key, cbs)
+    model = create_classifier(
+        recipe, len(data.classes), recipe.size or run.recipe.data.size, device
+    )
+    train, valid = (
+        _training_batches(data, run, recipe, device, rank_world()),
+        inference_batches(data, 'val', run, recipe, device, share=rank_world()),
+    )
+    return make_learner(
+        model,
+        train,
+        valid,
+        hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device),
+        recipe,
+        run.stage_dir(data.fold, role) / 'resume',
+        key,
+        cbs,
+    )
