@@ -1,4 +1,5 @@
 "What the command says before it begins: what cannot end well is refused at once, and leaves nothing behind."
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,34 @@ except SystemExit as e: print(e.code, 'torch' in sys.modules)
     assert done.stdout.strip() == "1 False", done.stderr
     assert f"Not installed: {package}" in done.stderr and f"kdoct[{extra}]" in done.stderr
     assert not outputs.exists()
+
+
+def command_helps():
+    "The help of `kdoct` and of each command, by name."
+    from typer.main import get_command
+    names = ["", *get_command(app).commands]
+    return {n: CliRunner().invoke(app, [*n.split(), "--help"]).output for n in names}
+
+
+def test_help_has_whole_sentences_and_no_types_of_python():
+    helps = command_helps()
+    assert "..." not in helps[""].partition("Commands:")[2]
+    typed = {n: re.findall(r"<[a-z[\] |]+>|list\[", text) for n, text in helps.items()}
+    assert not any(typed.values()), typed
+    assert "--set FIELD=VALUE" in helps["crossval"] and "--data-root DIR" in helps["audit"]
+
+
+def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
+    monkeypatch.setattr("kdoct.app.cli._checked_run", lambda *_: sys.exit(7))
+    with pytest.raises(SystemExit): main(["demo"])
+    assert "about 5 minutes" in capsys.readouterr().out
+
+
+def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):
+    root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)))
+    (tmp_path / "d" / "CNV" / "x.png").touch()
+    said = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-probe")
+    assert "1 empty among 19 images" in said and "stops the run" not in said
 
 
 def test_recipe_shows_what_crossval_would_use():
