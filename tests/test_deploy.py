@@ -25,7 +25,8 @@ from kdoct.deploy import engines, graph
 from kdoct.deploy import stage as deploy
 from kdoct.deploy import stage as deploy_stage
 from kdoct.distill.student import train_baseline
-from kdoct.evaluate.decisions import features_and_logits, fit_outlier
+from kdoct.evaluate.features import features_and_logits
+from kdoct.evaluate.outliers import fit_outlier
 from kdoct.models.backbones import create_classifier
 
 ENGINES = list(engines.ENGINES)

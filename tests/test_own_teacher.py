@@ -31,7 +31,7 @@ from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import load_teachers, train_teacher
-from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.models.backbones import (

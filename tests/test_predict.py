@@ -39,7 +39,8 @@ from kdoct.deploy.predict import (
     results_file,
 )
 from kdoct.deploy.stage import _taken, open_bundle
-from kdoct.evaluate.decisions import Decision, Outlier
+from kdoct.evaluate.decisions import Decision
+from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule, decide_volume
 
 CLASSES = ['CNV', 'DRUSEN', 'NORMAL']

@@ -65,7 +65,7 @@ from ..distill.methods import Distill
 
 from ..distill.teacher_cache import TeacherCache
 
-from ..evaluate.decisions import fit_outlier
+from ..evaluate.outliers import fit_outlier
 
 from ..explain.cam import Layer, score_cam, stretch, target_layer
 

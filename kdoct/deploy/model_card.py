@@ -16,7 +16,7 @@ from ..core.files import counted, KdoctError, read_json, sha256_file
 from ..core.runs import Run, stage_command
 from ..data.shortcuts import run_verdict
 from ..evaluate.decisions import fitted_on
-from ..evaluate.metrics import EACH_CLASS
+from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.tables import blanked_warning, interval_text, PART_NAMES
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #1bedd935

@@ -72,7 +72,9 @@ from kdoct.deploy.engines import (
 
 from .graph import Deployable, write_int8, write_onnx, write_openvino
 
-from ..evaluate.decisions import decide_fold, Decision, features_and_logits, load_decision
+from ..evaluate.decide import decide_fold
+from ..evaluate.decisions import Decision, load_decision
+from ..evaluate.features import features_and_logits
 
 from ..models.backbones import load_model_folder, read_model_folder
 
