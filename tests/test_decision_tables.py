@@ -45,7 +45,7 @@ def test_sections_count_what_the_decision_does():
     assert s['deferral'].table.coverage['student'] == pytest.approx(kept.mean())
     assert s['outliers'].table.outliers['student'] == pytest.approx((~usual).mean())
     hit = d.sets(p, .1)[np.arange(len(test)), targets_of(test)]
-    assert s['sets'].table.covered['student, target 90 %'] == pytest.approx(hit.mean())
+    assert s['sets'].table.covered['student, wished 90 %'] == pytest.approx(hit.mean())
     threshold, own = d.operating_points.threshold[0], targets_of(test) == 0
     found = (p[own, 0] >= threshold).mean()
     assert s['operating'].table.sensitivity.iloc[0] == pytest.approx(found)
