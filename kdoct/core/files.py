@@ -27,7 +27,6 @@ import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
-
 # %% ../../nbs/00a_core.files.ipynb #1941e837
 class KdoctError(Exception):
     "A problem that the user can mend: what is wrong, and what to do next."

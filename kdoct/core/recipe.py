@@ -16,7 +16,15 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+    ValidationError,
+    ValidationInfo,
+)
 
 from .files import KdoctError, read_json, require_extra
 
@@ -24,6 +32,16 @@ from .files import KdoctError, read_json, require_extra
 class Part(BaseModel):
     "A part of the recipe: immutable, unknown keys refused."
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
+
+    @field_validator('*', mode='before')
+    @classmethod
+    def _no_truth_value_as_number(cls, value, info:ValidationInfo):
+        "Python takes true and false for 1 and 0; nobody who types them means that."
+        wanted = str(cls.model_fields[info.field_name].annotation)
+        given = value if isinstance(value, (list, tuple)) else [value]
+        if re.search(r'\b(int|float)\b', wanted) and any(isinstance(v, bool) for v in given):
+            raise ValueError(f'{json.dumps(value)} is no number')
+        return value
 
 class PhantomRecipe(Part):
     "The simulated data set (`kdoct.data.phantom`)."
@@ -628,6 +646,17 @@ def recipe_fields(
         else: out[prefix + name] = (f.default, f.description)
     return out
 
+# %% ../../nbs/00b_core.recipe.ipynb #ee6ea6c8
+def _refuse_part(name:str, known:dict[str, tuple]):
+    "`KdoctError` where a name is that of a whole part of the recipe, which takes no value."
+    fields = [k for k in known if k.startswith(f'{name}.')]
+    if not fields: return
+    raise KdoctError(
+        f"'{name}' is a part of the recipe, with fields of its own, and takes no value itself.",
+        fix=f"Name the field that is meant: {name}.FIELD=VALUE. `kdoct recipe` lists its "
+            f"{len(fields)} fields: {', '.join(fields[:4])}{', ...' if len(fields) > 4 else ''}",
+    )
+
 # %% ../../nbs/00b_core.recipe.ipynb #222f847d
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
@@ -636,6 +665,7 @@ def _set_dotted(d:dict, name:str, value):
         (f for f in known if name.startswith(f + '.') and _kind(f) in ('named texts', 'dict')), None
     )  # data.columns.label
     if name not in known and not within:
+        _refuse_part(name, known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
             k for k in known if k.endswith('.' + name)
         ]
@@ -706,6 +736,24 @@ def _as_model_folders_say(d:dict, given:dict)->dict:
         }
     return d
 
+# %% ../../nbs/00b_core.recipe.ipynb #abb13081
+def _remedy(faults:dict[str, dict])->str:
+    "What to write instead of values that were refused; `faults` are pydantic's, by dotted name."
+    for name, fault in faults.items():
+        given = fault['input']
+        if isinstance(given, str) and re.search(r',\s*($|[A-Za-z_][\w.]*=)', given):
+            apart = re.sub(r', *', ' ', given).strip()
+            return f'Put blanks, not commas, between changes, or repeat --set: {name}={apart}'
+    known = recipe_fields()
+    examples = [_example(name, *known[name]) for name in faults if name in known]
+    shown = '; '.join(examples[:2]) or 'Change these values'
+    return f'{shown}. `kdoct recipe` lists fields and units.'
+
+def _example(name:str, default, meaning:str)->str:
+    "How a field is written."
+    if not default or isinstance(default, (list, tuple, dict, bool)): return f'{name}: {meaning}'
+    return f'Write, for example, {name}={default} ({meaning})'
+
 # %% ../../nbs/00b_core.recipe.ipynb #7e3d7531
 def validated_recipe(
     d:dict,  # parts and fields of a recipe, as plain values
@@ -713,14 +761,23 @@ def validated_recipe(
     "A recipe from a plain dict; pydantic's findings become one `KdoctError`."
     try: return Recipe.model_validate(d)
     except ValidationError as e:
-        lines = [f"{'.'.join(map(str, o['loc']))}: {o['msg']}" for o in e.errors()]
+        faults = {'.'.join(map(str, o['loc'])): o for o in e.errors()}
+        lines = [f"{n}: {o['msg'].removeprefix('Value error, ')}" for n, o in faults.items()]
         raise KdoctError(
-            "The recipe is not valid: " + '; '.join(lines),
-            fix="Change these values; `kdoct recipe` lists fields and units.",
+            "The recipe is not valid: " + '; '.join(lines), fix=_remedy(faults)
         ) from e
 
 # %% ../../nbs/00b_core.recipe.ipynb #74179f1b
 _NEXT_FIELD = re.compile(r'\s+(?=([A-Za-z_]\w*(?:\.\w+)*)=)')
+
+def _as_pair(text:str)->str:
+    "How a text without its equals sign may have been meant."
+    name = re.match(r'[\w.]*', text)[0]
+    if name in recipe_fields():
+        return f"Write {name}={text[len(name):].strip(' :') or 'VALUE'}"
+    if ',' in text:
+        return f"Name the field that takes these values, for example data.classes={text}"
+    return "Write, for example, student.epochs=3. `kdoct recipe` lists the fields."
 
 def parse_overrides(
     text:str|dict,  # 'student.epochs=3 data.classes=NORMAL,CNV', or a dict already
@@ -731,10 +788,7 @@ def parse_overrides(
     while text:
         name, eq, rest = text.partition('=')
         if not eq or not re.fullmatch(r'[A-Za-z_]\w*(\.\w+)*', name):
-            raise KdoctError(
-                f"{text!r} is not of the form name=value.",
-                fix="Write, for example, student.epochs=3",
-            )
+            raise KdoctError(f"{text!r} is not of the form name=value.", fix=_as_pair(text))
         raw, text = _cut_value(rest)
         out[name] = _override_value(name, raw)
     return out

@@ -193,6 +193,7 @@ def _write(
         fold=data.fold,
         precision=model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )

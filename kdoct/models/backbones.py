@@ -692,6 +692,7 @@ def import_model_folder(
     mean=None,           # (3,) that the weights expect, of values in [0, 1]; None: timm's own for the architecture
     std=None,            # (3,), as `mean`
     interpolation:str|None=None,  # how pictures were resized: bilinear or bicubic; None: timm's own
+    coloured:bool|None=None,      # whether coloured pictures were among those it was trained on; None: not known
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     if (Path(folder)/'model.json').exists():
@@ -722,6 +723,7 @@ def import_model_folder(
         data=None,
         folds_sha256=None,
         fold=None,
+        coloured=coloured,
         imported=dict(file=Path(path).name, sha256=sha256_file(path)),
         protocol="unknown: imported; which images it was trained and chosen on is not recorded",
     )

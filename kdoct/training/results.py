@@ -289,6 +289,7 @@ def _write_results(
         fold=data.fold,
         precision=learn.model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )
