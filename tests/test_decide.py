@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from kdoct.core.files import KdoctError, read_json, write_json
-from kdoct.core.recipe import DecideRecipe, EvaluateRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DecideRecipe, EvaluateRecipe
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.evaluate import decision_tables as J
 from kdoct.evaluate import decisions as D

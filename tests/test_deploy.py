@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run, open_run
+from kdoct.core.sections import TrainRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes

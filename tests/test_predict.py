@@ -21,7 +21,7 @@ from PIL import Image
 
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.images import BadImage, inspect_file
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
@@ -716,7 +716,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
                                                                                 'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
-    from kdoct.core.recipe import EvaluateRecipe
+    from kdoct.core.sections import EvaluateRecipe
     from kdoct.evaluate.decision_tables import read_decided, volumes_section
     bundle, table, root = shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):

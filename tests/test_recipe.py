@@ -3,7 +3,9 @@ import pytest
 
 from kdoct.app.cli import app
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import Recipe, parse_overrides, preset
+from kdoct.core.overrides import parse_overrides
+from kdoct.core.presets import preset
+from kdoct.core.recipe import Recipe
 from kdoct.core.runs import check_run_name, create_run
 
 

@@ -18,15 +18,10 @@ import typer
 
 from .stages import new_run, require_archs
 from ..core.files import KdoctError, outputs_root, require_extra
-from kdoct.core.recipe import (
-    own_teachers,
-    parse_overrides,
-    preset,
-    PRESETS,
-    recipe_fields,
-    require_data_root,
-    require_weights,
-)
+from ..core.overrides import own_teachers, parse_overrides
+from ..core.presets import preset, PRESETS
+from ..core.recipe import recipe_fields
+from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run, Run, run_of
 
 # %% ../../nbs/10_app.cli.ipynb #54187f9b

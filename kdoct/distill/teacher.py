@@ -18,7 +18,7 @@ import torch
 
 from ..core.files import KdoctError, read_json, sha256_file
 
-from ..core.recipe import require_weights
+from ..core.requirements import require_weights
 
 from ..core.runs import Run, stage_command
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize_scalar
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, sha256_file, write_json
-from ..core.recipe import DecideRecipe
+from ..core.sections import DecideRecipe
 from ..core.runs import Run, stage_command
 from ..data.folds import CALIB
 from ..data.stage import FoldData, open_fold

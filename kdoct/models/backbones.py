@@ -22,7 +22,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.files import atomic_path, KdoctError, provenance, read_json, sha256_file, write_json
-from ..core.recipe import DataRecipe, Recipe, require_same_arch, require_weights, TrainRecipe
+from ..core.recipe import Recipe
+from ..core.requirements import require_same_arch, require_weights
+from ..core.sections import DataRecipe, TrainRecipe
 from ..core.runs import ROLES
 from ..data.listing import classes_option
 from ..data.packaged_weights import load_packaged_weights, probe_picture

@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 
 from ..core.runs import Run
 
