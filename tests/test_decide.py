@@ -9,7 +9,7 @@ import torch
 from simulated_decisions import QUICK, fitted, same
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.evaluate.decide import _check_same, decide_all, decide_fold

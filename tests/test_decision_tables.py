@@ -5,7 +5,7 @@ import pytest
 from simulated_decisions import QUICK, change, features, fitted
 
 from kdoct.core.files import KdoctError, read_json
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.evaluate import simulated
 from kdoct.evaluate.decision_tables import DecidedPredictions, decision_sections

@@ -24,8 +24,11 @@ from torch.nn.functional import cross_entropy
 from kdoct.app.cli import main
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, outputs_root, read_json
-from kdoct.core.recipe import DistillRecipe, own_teachers, preset, require_weights
+from kdoct.core.overrides import own_teachers
+from kdoct.core.presets import preset
+from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers
