@@ -44,7 +44,7 @@ from .bench_reference import pil_loader, ReferenceStep
 
 from ..core.files import KdoctError
 
-from ..core.recipe import AugmentRecipe, TrainRecipe
+from ..core.sections import AugmentRecipe, TrainRecipe
 
 from ..data.augment import Batches
 

@@ -7,7 +7,7 @@ __all__ = ['simulated_predictions', 'simulated_variants', 'write_simulated_stage
 
 # %% ../../nbs/05t_evaluate.simulated.ipynb #imp-evaluate-simulated
 from ..core.files import temporary_outputs
-from ..core.recipe import preset
+from ..core.presets import preset
 from ..core.runs import create_run
 import zlib
 from collections.abc import Iterable

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError
-from ..core.recipe import EvaluateRecipe
+from ..core.sections import EvaluateRecipe
 from ..core.runs import Run
 from ..data.folds import shows_diagnosis
 from kdoct.evaluate.intervals import (

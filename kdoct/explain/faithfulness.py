@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 from skimage.metrics import structural_similarity
 
 from ..core.files import counted, KdoctError
-from ..core.recipe import EvaluateRecipe
+from ..core.sections import EvaluateRecipe
 from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from ..models.backbones import autocast, Classifier
