@@ -26,7 +26,7 @@ from .bench_reference import pil_loader, ReferenceStep
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
 from ..core.files import KdoctError
-from ..core.recipe import AugmentRecipe, TrainRecipe
+from ..core.sections import AugmentRecipe, TrainRecipe
 from ..data.augment import Batches
 from ..data.cache import decode_cache
 from ..data.framing import framed
@@ -36,7 +36,7 @@ from ..deploy.graph import Deployable
 from ..deploy.stage import write_formats
 from ..distill.methods import Distill
 from ..distill.teacher_cache import TeacherCache
-from ..evaluate.decisions import fit_outlier
+from ..evaluate.outliers import fit_outlier
 from ..explain.cam import Layer, score_cam, stretch, target_layer
 from ..models.backbones import Classifier, create_classifier
 from ..models.cost import count_macs

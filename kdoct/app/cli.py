@@ -40,9 +40,11 @@ from kdoct.app.cli_options import (
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
 from .cli_models import baseline_svm, export, import_, make_keys, predict
-from .stages import new_run, require_archs
+from .stages import new_run
 from ..core.files import KdoctError, outputs_root, read_json, require_extra, write_json
-from ..core.recipe import parse_overrides, recipe_fields, require_data_root, require_weights
+from ..core.overrides import parse_overrides
+from ..core.recipe import recipe_fields
+from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run
 
 # %% ../../nbs/10_app.cli.ipynb #54187f9b
@@ -61,7 +63,6 @@ def _checked_run(recipe, name:str, folds:str)->tuple:
     is_new = not (outputs_root()/name/'run.json').exists()
     # at once; `new_run` checks it too, after torch is there
     if is_new: require_data_root(recipe.data)
-    require_archs(recipe)
     for role in recipe.roles: require_weights(recipe.training(role))
     typer.echo('Loading libraries ...')
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WeightsArgument', 'ModelOption', 'LogitsOption', 'SizeOption', 'ImportRoleOption', 'ModelFolderOption', 'MeanOption',
-           'StdOption', 'InterpolationOption', 'NetworkArgument', 'FoldOption', 'ExportRoleOption', 'CheckImagesOption',
-           'BundleOption', 'FormatsOption', 'SignKeyOption', 'KeyArgument', 'BundleArgument', 'PathsArgument',
-           'RowsOption', 'VolumesOption', 'RuleOption', 'SlicesOption', 'EngineOption', 'ThreadsOption',
-           'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_', 'baseline_svm', 'export', 'make_keys',
-           'predict']
+           'StdOption', 'ColouredOption', 'InterpolationOption', 'NetworkArgument', 'FoldOption', 'ExportRoleOption',
+           'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption', 'KeyArgument', 'BundleArgument',
+           'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption', 'SlicesOption', 'EngineOption',
+           'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_', 'baseline_svm', 'export',
+           'make_keys', 'predict']
 
 # %% ../../nbs/10b_app.cli_models.ipynb #4ca354f6
 import shlex
@@ -68,6 +68,15 @@ StdOption = Annotated[
     ),
 ]
 
+ColouredOption = Annotated[
+    bool | None,
+    typer.Option(
+        '--coloured/--grey',
+        help="Whether coloured pictures were among those that it was trained on. With --grey, "
+        "`predict` refuses a photograph of the fundus. Default: not known.",
+    ),
+]
+
 InterpolationOption = Annotated[
     str,
     option(
@@ -119,13 +128,14 @@ def import_(
     mean:MeanOption='',
     std:StdOption='',
     interpolation:InterpolationOption='',
+    coloured:ColouredOption=None,
 ):
     "Make a model folder of somebody else's weights. Every name and shape is checked."
     from kdoct.models.backbones import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
     names = [c.strip() for c in classes.split(',')]
     pixels = _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None
-    about = import_model_folder(file, model, names, folder, size, role, *pixels)
+    about = import_model_folder(file, model, names, folder, size, role, *pixels, coloured)
     network = f"{about['arch']}, {about['parameters']:,} parameters, {size} px"
     typer.echo(f"{network}, classes {', '.join(about['classes'])}: {short_path(folder)}")
     typer.echo(_what_is_assumed(about, mean, std, interpolation))
@@ -249,9 +259,12 @@ def export(
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
-    from kdoct.deploy.stage import export_fold, export_folder
+    from kdoct.deploy.stage import export_fold, export_folder, open_bundle, summary
     write = export_fold if isinstance(place[0], Run) else export_folder
-    typer.echo(short_path(write(*place, out, chosen, key)))
+    written = write(*place, out, chosen, key)
+    formats = summary(open_bundle(written).about['formats'])
+    typer.echo(formats.to_string(float_format='{:.4g}'.format))
+    typer.echo(short_path(written))
 
 # %% ../../nbs/10b_app.cli_models.ipynb #e447aae4
 KeyArgument = Annotated[

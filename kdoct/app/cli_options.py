@@ -14,7 +14,10 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from ..core.recipe import own_teachers, parse_overrides, preset, PRESETS, Recipe
+from .stages import require_archs
+from ..core.overrides import own_teachers, parse_overrides
+from ..core.presets import preset, PRESETS
+from ..core.recipe import Recipe
 
 # %% ../../nbs/10a_app.cli_options.ipynb #6f47d629
 def option(
@@ -117,13 +120,15 @@ def recipe_of(
     teachers:list[Path]=(),    # model folders of trained teachers; none: the preset's
     **data,                    # further fields of `data`; '': the preset's
 )->Recipe:
-    "The recipe that the options describe; `KdoctError` where they do not fit."
+    "The recipe that the options describe; `KdoctError` for a network that timm does not know."
     given = {'data.source': source, 'data.root': data_root}
     given |= {f'data.{k}': v for k, v in data.items()}
     overrides = {k: v for k, v in given.items() if v}
     if teachers: overrides |= own_teachers(teachers)
     for change in changes: overrides |= parse_overrides(change)
-    return preset(preset_name, **overrides)
+    recipe = preset(preset_name, **overrides)
+    require_archs(recipe)
+    return recipe
 
 # %% ../../nbs/10a_app.cli_options.ipynb #9232e8ae
 def run_name(
