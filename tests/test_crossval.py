@@ -32,7 +32,8 @@ def shell(*command, cwd=ROOT):
 
 
 def test_papermill_without_a_teacher_names_the_command_that_trains_it():
-    done = shell('papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2')  # as a user types it: no output path
+    # as a user types it: no output path
+    done = shell('papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2')
     assert done.returncode == 1
     assert 'There is no teacher for fold 2' in done.stderr
     assert 'papermill nbs/03_teacher.ipynb' in done.stderr and '-p fold 2' in done.stderr
@@ -114,22 +115,9 @@ def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder):
         'data.n_folds': 2,
     }
     first = shell(
-        'kdoct.app.cli',
-        'crossval',
-        '--preset',
-        'tiny',
-        '--folds',
-        '0',
-        '--run',
-        'mine',
-        '--source',
-        'folder',
-        '--data-root',
-        folder,
-        '--set',
-        r"data.group_pattern='(p\d+)_'",
-        '--set',
-        'data.n_folds=2',
+        'kdoct.app.cli', 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine',
+        '--source', 'folder', '--data-root', folder, '--set', r"data.group_pattern='(p\d+)_'",
+        '--set', 'data.n_folds=2',
     )
     assert first.returncode == 1 and 'Traceback' not in first.stderr
     assert 'data stage failed' in first.stderr and '1 empty' in first.stderr
@@ -145,7 +133,8 @@ def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder):
         and facts['stages']['data']['images'] == 48
     )
     assert run.is_finished('data') and not run.is_finished('teacher')
-    assert facts['stages']['data']['status'] == 'done' and 'error' not in facts['stages']['data']  # the failure is over
+    data = facts['stages']['data']
+    assert data['status'] == 'done' and 'error' not in data  # the failure is over
 
 
 def test_a_run_with_results_keeps_its_recipe(folder):

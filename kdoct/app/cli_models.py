@@ -68,6 +68,7 @@ StdOption = Annotated[
     ),
 ]
 
+# %% ../../nbs/10b_app.cli_models.ipynb #34a24d59
 ColouredOption = Annotated[
     bool | None,
     typer.Option(

@@ -134,6 +134,10 @@ _TABLE_CSS = '''
 .kd-app .kd-roles3 :is(th,td){padding:3px 4px}
 .kd-app .kd-share{font-size:17px;margin:6px 0}
 .kd-count{color:#4d5661}
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #c37ef452
+_FACTS_CSS = '''
 .kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 12px;font-size:12.5px;margin:4px 0;
   overflow-wrap:anywhere}
 .kd-app .kd-facts dt{color:#4d5661;font-weight:400}
@@ -145,7 +149,7 @@ _TABLE_CSS = '''
 .kd-app :is(button,select,input,.noUi-handle,.kd-pane):focus-visible{
   outline:3px solid #d55e00!important;outline-offset:1px}
 '''
-CSS = _TEXT_CSS + _PICTURE_CSS + _LIST_CSS + _WIDE_CSS + _TABLE_CSS
+CSS = _TEXT_CSS + _PICTURE_CSS + _LIST_CSS + _WIDE_CSS + _TABLE_CSS + _FACTS_CSS
 
 # %% ../../nbs/09_app.explore.ipynb #4c4420c8
 VIEWS = ('Test images', 'A file of your own', 'Threshold')
@@ -387,6 +391,7 @@ def choose(self:App, run:str, fold:int|None=None, role:str=''):
         self.arrange()
     self.show_opened()
 
+# %% ../../nbs/09_app.explore.ipynb #60ccc96c
 @patch
 def offer_folds(self:App, run:Run, fold:int|None):
     "The folds of a run; the first that has a network where none is chosen."

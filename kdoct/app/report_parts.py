@@ -92,6 +92,8 @@ _ALT = {  # name of a file -> what it shows
     'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best '
              'epoch and averaged weights; filled marks are the weights kept',
 }
+
+# %% ../../nbs/08b_app.report_parts.ipynb #94656919
 _ALT |= {
     'explained': 'Test images with the maps of teacher and student and their difference, mistakes '
                  'of the student first',
