@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import EvaluateRecipe
+from kdoct.core.sections import EvaluateRecipe
 from kdoct.explain.faithfulness import (
     agreement_numbers,
     agreement_table,

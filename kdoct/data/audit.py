@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError, usable_cores
-from ..core.recipe import DataRecipe
+from ..core.sections import DataRecipe
 from .images import COLOUR_SHARE, inspect_file, PROBLEMS
 from kdoct.data.listing import (
     classes_option,

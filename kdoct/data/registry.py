@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import KdoctError
-from ..core.recipe import DataRecipe, require_data_root
+from ..core.requirements import require_data_root
+from ..core.sections import DataRecipe
 from .listing import Listing
 
 # %% ../../nbs/01u_data.registry.ipynb #083b5275

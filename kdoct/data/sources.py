@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from ..core.files import counted, KdoctError, outputs_root, usable_cores
-from ..core.recipe import DataRecipe, require_data_root
+from ..core.requirements import require_data_root
+from ..core.sections import DataRecipe
 from kdoct.data.listing import (
     check_labels,
     classes_option,

@@ -22,8 +22,8 @@ from scipy.stats import rankdata
 from skimage.metrics import structural_similarity
 
 from ..core.files import counted, KdoctError
-from ..core.recipe import EvaluateRecipe
-from ..evaluate.metrics import group_weights
+from ..core.sections import EvaluateRecipe
+from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from ..models.backbones import autocast, Classifier
 from ..training.averaging import refresh_norms
