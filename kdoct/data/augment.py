@@ -751,3 +751,24 @@ def _iter(self:Batches):
         for x, y, _ in batches: yield x, y
 
 Batches.with_output, Batches.__iter__ = _with_output, _iter
+
+# %% ../../nbs/01o_data.augment.ipynb #in-order
+def _in_order(cls,
+    images:np.ndarray,             # (N, H, W) or (N, H, W, 3) uint8, usually a memory map
+    batch_size:int,                # most images a batch, in one process
+    rows:np.ndarray|None=None,     # which of them; None: all
+    labels:np.ndarray|None=None,   # (N,) int64; None: not known, 0 stands for each
+    **options,                     # device, size, view, share of `Batches`
+)->'Batches':
+    "Batches of images in order, unchanged."
+    unknown = np.zeros(len(images), np.int64)
+    return cls(
+        images,
+        unknown if labels is None else labels,
+        unknown.astype(np.uint64),
+        np.arange(len(images)) if rows is None else rows,
+        batch_size,
+        **options,
+    )
+
+Batches.in_order = classmethod(_in_order)

@@ -20,7 +20,7 @@ from scipy.optimize import minimize_scalar
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, sha256_file, write_json
 from ..core.recipe import DecideRecipe
-from ..core.runs import Run, stage_command
+from ..core.runs import require_same_folds, Run, stage_command, train_again
 from ..data.folds import CALIB
 from ..data.stage import FoldData, open_fold
 from kdoct.evaluate.metrics import (
@@ -658,15 +658,8 @@ def _batches(run:Run, data:FoldData, model, rows=None, images=None):
     "Rows of a fold in order, or other pictures of the same size."
     from kdoct.data.augment import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
-    rows, none = np.arange(len(images)) if rows is None else rows, np.zeros(len(images), np.int64)
-    return Batches(
-        images,
-        none,
-        none.astype(np.uint64),
-        rows,
-        32,
-        device=model.mean.device,
-        size=run.recipe.data.size,
+    return Batches.in_order(
+        images, 32, rows, device=model.mean.device, size=run.recipe.data.size
     )
 
 def _pass(run:Run, data:FoldData, model, rows=None, images=None)->tuple[np.ndarray, np.ndarray]:
@@ -731,7 +724,9 @@ def _fitted(run:Run, data:FoldData, model, **about)->Decision:
     return decision
 
 # %% ../../nbs/05g_decide.ipynb #8a48b292
-def _check_same(folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:np.ndarray):
+def _check_same(
+    folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:np.ndarray, again:str
+):
     "`KdoctError` unless the network says now what predictions.parquet has of it, in float32 (on another machine: nearly)."
     before = logits_of(predicted)
     near = before.shape == logits.shape and np.abs(before - logits).max() <= 0.01 * max(
@@ -741,8 +736,8 @@ def _check_same(folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:n
         raise KdoctError(
             f'{folder / "predictions.parquet"} is not what the network beside it says of the test '
             f'images in float32.',
-            fix=f'Delete {folder} and train again (earlier versions predicted in the arithmetic of '
-                f'training, which may be bfloat16).',
+            fix=f'{again} (Earlier versions predicted in the arithmetic of training, which may be '
+                f'bfloat16.)',
         )
 
 # %% ../../nbs/05g_decide.ipynb #96312c56
@@ -766,10 +761,7 @@ def decide_fold(
             read_predictions(folder / 'predictions.parquet'),
             load_model_folder(folder),
         )
-        if about['folds_sha256'] != data.folds_sha256:
-            raise KdoctError(
-                f'{folder} was trained on other folds.', fix=f'Delete {folder} to train it again.'
-            )
+        require_same_folds(run, fold, role, about, data.folds_sha256)
         model = model.to(best_device())
         decision = _fitted(
             run,
@@ -780,7 +772,9 @@ def decide_fold(
             weights_sha256=about['weights_sha256'],
         )
         features, logits = _pass(run, data, model, data.idx['test'])
-        _check_same(folder, predicted, data.rows('test'), logits)
+        _check_same(
+            folder, predicted, data.rows('test'), logits, train_again(run, fold, role)
+        )
         with atomic_path(folder/'outliers.parquet') as tmp:
             predicted[['path', 'fold']].assign(
                 distance=decision.outlier.score(features)

@@ -128,15 +128,10 @@ def explained_images(
     test = data.rows('test')
     at = explained_rows(test, run.recipe.explain.images, run.recipe.seed)
     rows, where = test.iloc[at].reset_index(drop=True), data.idx['test'][at]
-    batch = Batches(
-        data.images,
-        data.labels,
-        np.zeros(len(data.images), np.uint64),
-        where,
-        len(where),
-        size=run.recipe.data.size,
+    batches = Batches.in_order(
+        data.images, len(where), where, data.labels, size=run.recipe.data.size
     )
-    x, labels = batch.batch(where)
+    x, labels = batches.batch(where)
     return Images(rows, x, labels.numpy(), masks_of(run, rows))
 
 # %% ../../nbs/06_explain.ipynb #644e0e78
