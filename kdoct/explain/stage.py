@@ -43,20 +43,19 @@ from ..evaluate.tables import Section
 from .cam import explain
 
 # %% ../../nbs/06_explain.ipynb #42ef8037
-from kdoct.explain.faithfulness import (
+from kdoct.explain.comparison import (
     agreement_numbers,
-    agreement_table,
-    check_maps,
     correctness,
-    explanation_table,
-    map_numbers,
     map_ssim,
     randomised,
     rank_correlation,
-    sanity_verdict,
 )
 
+from .faithfulness import check_maps, map_numbers
+
 from .figures import agreement_figure, curves_figure, Explained, map_figure, save_maps
+
+from .tables import agreement_table, explanation_table, sanity_verdict
 
 from ..models.backbones import Classifier, load_model_folder, resolve_precision
 
