@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe
+from kdoct.core.sections import DataRecipe
 from kdoct.data.audit import audit, audit_page
 from kdoct.data.images import (
     MAX_PIXELS,

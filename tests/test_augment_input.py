@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdoct.core.recipe import AugmentRecipe, preset
+from kdoct.core.presets import preset
+from kdoct.core.sections import AugmentRecipe
 from kdoct.data import augment as A
 from kdoct.data.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
 

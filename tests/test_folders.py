@@ -3,7 +3,7 @@ import pytest
 from conftest import lay_out, problems
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe
+from kdoct.core.sections import DataRecipe
 from kdoct.data.sources import load_table
 
 

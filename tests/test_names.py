@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe, parse_overrides, preset
+from kdoct.core.overrides import parse_overrides
+from kdoct.core.presets import preset
+from kdoct.core.sections import DataRecipe
 from kdoct.data.listing import classes_option, part_name
 from kdoct.data.sources import load_table
 from kdoct.data.spreadsheet import (
@@ -804,7 +806,7 @@ def test_a_pattern_that_matches_nothing_is_shown_with_three_names(tmp_path):
     ("data.columns.label=disease", "columns", {"label": "disease"}), ('data.columns={"label": "a b=c"}', "columns", {"label": "a b=c"})])
 @pytest.mark.parametrize("more", ["", " seed=7 student.epochs=2"])
 def test_what_is_typed_arrives(typed, field, value, more):
-    from kdoct.core.recipe import parse_overrides
+    from kdoct.core.overrides import parse_overrides
     recipe = preset("demo", **parse_overrides(typed + more))
     assert getattr(recipe.data, field) == value
     if more: assert recipe.seed == 7 and recipe.student.epochs == 2

@@ -24,14 +24,17 @@ from torch.nn.functional import cross_entropy
 from kdoct.app.cli import main
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, outputs_root, read_json
-from kdoct.core.recipe import DistillRecipe, own_teachers, preset, require_weights
+from kdoct.core.overrides import own_teachers
+from kdoct.core.presets import preset
+from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import load_teachers, train_teacher
-from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.models.backbones import (

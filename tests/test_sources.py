@@ -7,7 +7,7 @@ import pytest
 from conftest import lay_out, problems
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe
+from kdoct.core.sections import DataRecipe
 from kdoct.data.listing import TABLE_COLUMNS, check_table, image_table
 from kdoct.data.registry import LAYOUTS, SOURCES
 from kdoct.data.sources import load_table

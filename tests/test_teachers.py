@@ -7,8 +7,9 @@ from fastai.callback.core import Callback
 from kdoct.app import crossval as C
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json, write_json
-from kdoct.core.recipe import DistillRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill

@@ -44,7 +44,7 @@ from .bench_reference import pil_loader, ReferenceStep
 
 from ..core.files import KdoctError
 
-from ..core.recipe import AugmentRecipe, TrainRecipe
+from ..core.sections import AugmentRecipe, TrainRecipe
 
 from ..data.augment import Batches
 
@@ -65,7 +65,7 @@ from ..distill.methods import Distill
 
 from ..distill.teacher_cache import TeacherCache
 
-from ..evaluate.decisions import fit_outlier
+from ..evaluate.outliers import fit_outlier
 
 from ..explain.cam import Layer, score_cam, stretch, target_layer
 

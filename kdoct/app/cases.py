@@ -21,18 +21,12 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.files import atomic_path, counted, KdoctError, outputs_root
-from ..core.recipe import EvaluateRecipe
+from ..core.sections import EvaluateRecipe
 from ..core.runs import Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..deploy.predict import check_out
-from kdoct.evaluate.metrics import (
-    classes_of,
-    group_weights,
-    log_softmax,
-    logits_of,
-    read_role,
-    targets_of,
-)
+from ..evaluate.intervals import group_weights
+from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_role, targets_of
 from ..evaluate.tables import protocol_of
 
 # %% ../../nbs/09a_app.cases.ipynb #a1426b4e

@@ -18,15 +18,10 @@ import typer
 
 from .stages import new_run, require_archs
 from ..core.files import KdoctError, outputs_root, require_extra
-from kdoct.core.recipe import (
-    own_teachers,
-    parse_overrides,
-    preset,
-    PRESETS,
-    recipe_fields,
-    require_data_root,
-    require_weights,
-)
+from ..core.overrides import own_teachers, parse_overrides
+from ..core.presets import preset, PRESETS
+from ..core.recipe import recipe_fields
+from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run, Run, run_of
 
 # %% ../../nbs/10_app.cli.ipynb #54187f9b
@@ -115,13 +110,15 @@ def _recipe(
     teachers:list[Path] = (),
     **data,
 ):
-    "The recipe that the options describe."
+    "The recipe that the options describe; `KdoctError` for a network that timm does not know."
     given = {'data.source': source, 'data.root': data_root} | {
         f'data.{k}': v for k, v in data.items()
     }
     overrides = {k: v for k, v in given.items() if v} | (own_teachers(teachers) if teachers else {})
     for change in changes: overrides |= parse_overrides(change)
-    return preset(preset_name, **overrides)
+    recipe = preset(preset_name, **overrides)
+    require_archs(recipe)
+    return recipe
 
 def _name_of(run:str, preset_name:str, recipe)->str:
     "The run's name: the one given, else the preset's, with the source's where the preset has another."
@@ -146,7 +143,6 @@ def _run(
     name = _name_of(run, preset_name, recipe)
     # at once; `new_run` asks too, after torch is there
     if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)
-    require_archs(recipe)
     for role in recipe.roles: require_weights(recipe.training(role))
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
     numbers = parse_folds(folds, recipe.data.n_folds)
@@ -355,6 +351,9 @@ def import_(
                                          "Default: timm's own.")]='',
     interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's "
                                                    "authors) or bicubic. Default: timm's own.")]='',
+    coloured:Annotated[bool|None, typer.Option('--coloured/--grey', help="Whether coloured pictures were among those "
+                                               "that it was trained on. With --grey, `predict` refuses a photograph "
+                                               "of the fundus. Default: not known.")]=None,
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models.backbones import import_model_folder
@@ -369,6 +368,7 @@ def import_(
         _numbers(mean, '--mean'),
         _numbers(std, '--std'),
         interpolation or None,
+        coloured,
     )
     typer.echo(
         f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes "
@@ -527,12 +527,14 @@ def export(
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
-    from kdoct.deploy.stage import export_fold, export_folder
+    from kdoct.deploy.stage import export_fold, export_folder, open_bundle, summary
     written = (
         export_fold(*place, out, chosen, key)
         if isinstance(place[0], Run)
         else export_folder(*place, out, chosen, key)
     )
+    table = summary(open_bundle(written).about['formats'])
+    typer.echo(table.to_string(float_format='{:.4g}'.format))
     typer.echo(_short(written))
 
 # %% ../../nbs/10_app.cli.ipynb #97376d7a

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
 from ..core.files import KdoctError
-from ..core.recipe import AugmentRecipe
+from ..core.sections import AugmentRecipe
 
 # %% ../../nbs/01o_data.augment.ipynb #e86eabba
 def _mix(

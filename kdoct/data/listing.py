@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import counted, KdoctError, outputs_root
-from ..core.recipe import preset
+from ..core.presets import preset
 from .spreadsheet import same_name_key, same_patient_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.files import KdoctError
-from ..core.recipe import DataRecipe, require_data_root
+from ..core.requirements import require_data_root
+from ..core.sections import DataRecipe
 from .listing import Listing
 
 # %% ../../nbs/01u_data.registry.ipynb #083b5275

@@ -14,7 +14,7 @@ import unicodedata
 from pathlib import Path
 
 from ..core.files import counted, KdoctError, outputs_root, usable_cores
-from ..core.recipe import DataRecipe
+from ..core.sections import DataRecipe
 from kdoct.data.listing import (
     check_labels,
     classes_option,

@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError
 
-from ..core.recipe import DataRecipe
+from ..core.sections import DataRecipe
 
 from kdoct.data.listing import (
     classes_option,

@@ -18,7 +18,7 @@ import torch
 
 from ..core.files import KdoctError, read_json, sha256_file
 
-from ..core.recipe import require_weights
+from ..core.requirements import require_weights
 
 from ..core.runs import require_same_folds, Run, stage_command, train_again
 
@@ -193,6 +193,7 @@ def _write(
         fold=data.fold,
         precision=model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )

@@ -48,7 +48,8 @@ from kdoct.evaluate.figures import (
     views_figure,
 )
 
-from .metrics import classes_of, evaluate_predictions, fold_summary
+from .intervals import fold_summary
+from .metrics import classes_of, evaluate_predictions
 
 # %% ../../nbs/05_evaluate.ipynb #ac8d11b1
 from kdoct.evaluate.pooling import (

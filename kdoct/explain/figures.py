@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..core.files import counted, KdoctError
-from ..core.recipe import EvaluateRecipe
+from ..core.sections import EvaluateRecipe
 from ..evaluate.figures import ROLE_COLOUR, save_figure
-from ..evaluate.metrics import group_weights
+from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from .comparison import CORRECTNESS
 from .tables import FEW

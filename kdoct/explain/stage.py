@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
 
-from ..core.recipe import ExplainRecipe
+from ..core.sections import ExplainRecipe
 
 from ..core.runs import Run, stage_command
 

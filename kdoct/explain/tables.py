@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError
-from ..core.recipe import EvaluateRecipe
-from ..evaluate.metrics import group_weights
+from ..core.sections import EvaluateRecipe
+from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from .comparison import CORRECTNESS
 

@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 
 from ..core.runs import require_same_folds, Run
 
@@ -270,6 +270,7 @@ def _write_results(
         fold=data.fold,
         precision=learn.model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )
