@@ -132,8 +132,8 @@ def fit(learn):
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
     teachers, said, seen = strangers(), {}, Seen()
     class Listen(Distill):
-        def answer(self, role, x):
-            said.setdefault(role, []).append(z := super().answer(role, x))
+        def logits_of(self, role, x):
+            said.setdefault(role, []).append(z := super().logits_of(role, x))
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)

@@ -107,7 +107,7 @@ class Stretch(Callback):
     def before_train(self): self.seen, self.images, self.began = 0, 0, None
 
     def after_batch(self):
-        block = getattr(self.dls.train, 'block', 1)
+        block = self.learn.distill.block if hasattr(self.learn, 'distill') else 1
         skip, n = -(-2//block)*block, -(-self.n//block)*block
         self.seen += 1
         if self.began is not None: self.images += len(self.yb[0])

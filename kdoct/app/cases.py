@@ -22,11 +22,11 @@ from PIL import Image
 
 from ..core.files import atomic_path, counted, KdoctError, outputs_root
 from ..core.sections import EvaluateRecipe
-from ..core.runs import Run, stage_command
+from ..core.runs import Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..deploy.predict import check_out
 from ..evaluate.intervals import group_weights
-from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_predictions, targets_of
+from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_role, targets_of
 from ..evaluate.tables import protocol_of
 
 # %% ../../nbs/09a_app.cases.ipynb #a1426b4e
@@ -83,18 +83,6 @@ def _decided(folder:Path, predictions:pd.DataFrame)->tuple:
     except KdoctError as e: return None, f'{e.problem} It is left out here. {e.fix}'
 
 # %% ../../nbs/09a_app.cases.ipynb #039c6efc
-def _again(run:Run, fold:int, role:str)->str:
-    "How a role's predictions are made anew."
-    return f"Delete its folder and train again: {stage_command(role, run, fold)}"
-
-def _read_role(run:Run, fold:int, role:str)->pd.DataFrame:
-    "Predictions of a role's network for the test images; `KdoctError` if they are of another fold."
-    path = run.stage_dir(fold, role)/'predictions.parquet'
-    df = read_predictions(path)
-    if set(df.fold) == {fold}: return df.reset_index(drop=True)
-    problem = f"{path} holds predictions of other folds than {fold}."
-    raise KdoctError(problem, fix=_again(run, fold, role))
-
 def _aligned(role:str, predictions:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
     has_same_images = sorted(predictions.path) == sorted(first.path)
@@ -153,13 +141,13 @@ def open_cases(
 )->Cases:
     "Read the predictions of a fold's networks; `KdoctError` with a command where they are missing."
     require_model(run, fold, role)
-    predictions = {r: _read_role(run, fold, r) for r in models_there(run, fold)}
+    predictions = {r: read_role(run, fold, r) for r in models_there(run, fold)}
     first = predictions[role]
     found = {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()}
     decisions = {r: decided.decision for r, (decided, _) in found.items() if decided}
     p = {}
     for r, df in predictions.items():
-        logits = logits_of(_aligned(r, df, first, _again(run, fold, r)))
+        logits = logits_of(_aligned(r, df, first, train_again(run, fold, r)))
         p[r] = _probabilities(logits, decisions.get(r))
     other = 'student' if role == 'teacher' else 'teacher'
     beside = other if other in predictions else ''

@@ -6,7 +6,8 @@
 __all__ = ['app', 'FindingsOption', 'ProbeOption', 'FolderArgument', 'ExplainSetOption', 'BenchArgument', 'BenchTeacherOption',
            'BenchStudentOption', 'BenchSizeOption', 'BenchBatchOption', 'RoundsOption', 'SecondsOption', 'StepsOption',
            'FilesOption', 'CompileOption', 'RecordOption', 'FirstRunArgument', 'PortOption', 'BrowserOption', 'demo',
-           'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe', 'runs', 'explain', 'bench', 'explore', 'main']
+           'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe', 'sources', 'runs', 'explain', 'bench',
+           'explore', 'main']
 
 # %% ../../nbs/10_app.cli.ipynb #imp-app-cli
 import re
@@ -142,8 +143,11 @@ def crossval(
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
     "Print what the shortcut probe finds, or why it cannot be run."
+    from kdoct.data.audit import quiet_decoders
     from kdoct.data.shortcuts import probe_shortcuts
-    try: typer.echo(probe_shortcuts(table, root)['sentence'])
+    try:
+        with quiet_decoders(): found = probe_shortcuts(table, root)
+        typer.echo(found['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 
 def _echo_verdict(run):
@@ -167,6 +171,13 @@ ProbeOption = Annotated[
     ),
 ]
 
+def _name_of_findings(data, root:Path)->str:
+    "The name of a file with findings: source and folder, and the table where it is not table.csv."
+    table = Path(data.root or '').name if data.source == 'csv' else ''
+    is_usual = table in (root.name, 'table.csv')
+    parts = [data.source, root.name, '' if is_usual else table.removesuffix('.csv')]
+    return re.sub(r'[^\w.-]+', '-', '-'.join(filter(None, parts))).strip('-')
+
 # %% ../../nbs/10_app.cli.ipynb #211a867e
 @_command()
 def audit(
@@ -180,13 +191,13 @@ def audit(
     probe:ProbeOption=True,
 ):
     "Check every image file before training. The exit status is 1 if no run could begin."
-    from kdoct.data.audit import audit_page
+    from kdoct.data.audit import audit_page, check_data_recipe
     from kdoct.data.stage import list_and_audit, plan_folds, write_findings
     data = dict(group_pattern=group_pattern, classes=classes)
     recipe = recipe_of(preset_name, source, data_root, changes, **data)
+    check_data_recipe(recipe.data)
     listing, result = list_and_audit(recipe.data)
-    name = re.sub(r'[^\w.-]+', '-', f'{recipe.data.source}-{listing.root.name}').strip('-')
-    out = out or outputs_root()/'audit'/f'{name}.csv'
+    out = out or outputs_root()/'audit'/f'{_name_of_findings(recipe.data, listing.root)}.csv'
     write_findings(result, out)
     typer.echo(audit_page(result, short_path(out), recipe.data.protocol))
     if probe: _echo_probe(result.table, listing.root)
@@ -272,14 +283,23 @@ def recipe(
     changes:SetOption=[],  # noqa: B006
 ):
     "List every recipe field with its value and meaning. So `crossval` with the same options would use it."
+    from kdoct.data.audit import check_data_recipe
     data = dict(group_pattern=group_pattern, classes=classes)
     values = recipe_of(preset_name, source, data_root, changes, **data)
+    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
 
 # %% ../../nbs/10_app.cli.ipynb #3c3e1969
+@_command()
+def sources():
+    "List the sources of images, with the layout of each."
+    import kdoct.data.sources  # noqa: F401 (they register themselves)
+    from kdoct.data.registry import sources_text
+    typer.echo(sources_text())
+
 @_command()
 def runs():
     "List the runs there are, with the stages that are done."

@@ -56,7 +56,7 @@ SourceOption = Annotated[
     str,
     option(
         'SOURCE',
-        "Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
+        "Where images come from, such as folder or csv; `kdoct sources` lists all. "
         "Default: the preset's.",
         '--source',
     ),

@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline, Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from ..core.files import atomic_path, KdoctError, provenance, read_json, write_json
-from ..core.runs import Run
+from ..core.files import atomic_path, provenance, read_json, write_json
+from ..core.runs import require_same_folds, Run
 from ..data.stage import open_fold
 from ..training.results import predictions_frame
 
@@ -78,9 +78,9 @@ def run_hog_svm(
     with run.lock(fold, 'hog_svm'):
         data = open_fold(run, fold)
         if run.is_finished('hog_svm', fold):
-            if (about := read_json(folder/'model.json'))['folds_sha256'] == data.folds_sha256:
-                return about
-            raise KdoctError(f"{folder} was made with other folds.", fix=f"Delete {folder}.")
+            about = read_json(folder/'model.json')
+            require_same_folds(run, fold, 'hog_svm', about, data.folds_sha256)
+            return about
         part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in data.idx.items()}
         machine, scores = fit_svm(part['train'], part['val'], run.recipe.seed)
         with atomic_path(folder/'predictions.parquet') as tmp:

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError, locked, read_json, write_json
-from ..core.runs import open_run, ROLES, Run, stage_command
+from ..core.runs import open_run, ROLES, Run, stage_command, train_again
 from ..data.stage import folds_of
 from .decision_tables import DecidedPredictions, read_decided, volumes_section
-from .metrics import classes_of, log_softmax, logits_of, read_predictions
+from .metrics import classes_of, log_softmax, logits_of, read_role
 from .patients import rule_of
 from kdoct.evaluate.tables import (
     BLANKED,
@@ -57,21 +57,6 @@ def finished_models(
     "Names of the models of a fold that have predictions."
     return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
-# %% ../../nbs/05r_evaluate.pooling.ipynb #a7a0b3a4
-def _read_role(run, fold, role):
-    "Predictions of one model of a fold; `KdoctError` if they are of another fold."
-    path, df = (
-        run.stage_dir(fold, role) / 'predictions.parquet',
-        read_predictions(run.stage_dir(fold, role) / 'predictions.parquet'),
-    )
-    if other := sorted(set(df.fold) - {fold}):
-        raise KdoctError(
-            f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
-            fix='Delete its folder and train again'
-            + (f': {stage_command(role, run, fold)}' if role in run.recipe.roles else '.'),
-        )
-    return df
-
 # %% ../../nbs/05r_evaluate.pooling.ipynb #66d8bd20
 def combined_teachers(
     run:Run,  # the run
@@ -86,8 +71,7 @@ def combined_teachers(
         raise KdoctError(
             f"The student of fold {fold} was taught by "
             f"{', '.join(taught_by) or 'nobody that is known'}, not by {', '.join(roles)}.",
-            fix=f"Delete {run.stage_dir(fold, 'student')} and train again: "
-                f"{stage_command('student', run, fold)}",
+            fix=train_again(run, fold, 'student'),
         )
     import torch
 
@@ -114,12 +98,12 @@ def fold_models(
                 f"({run.stage_dir(fold, role) / 'predictions.parquet'}).",
                 fix=f'Train it first: {stage_command(role, run, fold)}',
             )
-    out = {m: _read_role(run, fold, FURTHER.get(m, m)) for m in finished_models(run, fold)}
+    out = {m: read_role(run, fold, FURTHER.get(m, m)) for m in finished_models(run, fold)}
     for m in out:
         if m not in ROLES and sorted(out[m].path) != sorted(out['student'].path):
             raise KdoctError(
                 f'{m} has predicted other images than the student in fold {fold}.',
-                fix=f'Delete {model_dir(run, fold, m)} and make it again.',
+                fix=train_again(run, fold, FURTHER.get(m, m)),
             )
     if (combined := combined_teachers(run, fold, out)) is None: return out
     return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: combined} | out
@@ -272,7 +256,7 @@ def ensemble(
             'Use data.protocol=official, or images of other patients.',
         )
     each = [
-        _read_role(run, k, role)
+        read_role(run, k, role)
         .pipe(lambda t: t[t.path.isin(clean)])
         .sort_values('path', ignore_index=True)
         for k in folds

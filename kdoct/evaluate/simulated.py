@@ -122,8 +122,7 @@ def write_untrained(
 ):
     "Write model folders of networks that have learned nothing, with their predictions on the test part."
     data, size = open_fold(run, fold), run.recipe.data.size
-    unnamed = np.zeros(len(data.images), np.uint64)
-    batches = Batches(data.images, data.labels, unnamed, data.idx['test'], 32, size=size)
+    batches = Batches.in_order(data.images, 32, data.idx['test'], size=size)
     for number, role in enumerate(roles):
         torch.manual_seed(number)
         model = create_classifier(run.recipe.training(role), len(data.classes), size).eval()

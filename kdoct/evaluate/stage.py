@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
 
-from ..core.runs import ROLES, Run, stage_command
+from ..core.runs import ROLES, Run, stage_command, train_again
 
 from ..data.images import decode_image, read_image_bytes
 
@@ -104,7 +104,7 @@ def _about(run, fold, models):
             raise KdoctError(
                 f'{run.stage_dir(fold, role) / "model.json"} does not say the number of '
                 f'parameters.',
-                fix=f'Delete its folder and train again: {stage_command(role, run, fold)}',
+                fix=train_again(run, fold, role),
             )
     return out
 
