@@ -16,7 +16,7 @@ PUBLIC = {  # public name -> module that defines it
     'preset': 'core.recipe',
     'new_run': 'app.stages',
     'open_run': 'core.runs',
-    'write_phantom': 'data.phantom',
+    'write_phantom': 'data.phantom_files',
     'load_model_folder': 'models.backbones',
     'Distill': 'distill.methods',
     'Teachers': 'distill.methods',

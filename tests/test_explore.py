@@ -29,7 +29,7 @@ from kdoct.app.networks import Background, Explorer
 from kdoct.core.files import KdoctError
 from kdoct.core.recipe import EvaluateRecipe, preset
 from kdoct.core.runs import create_run
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.framing import to_square
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.evaluate.decisions import decide_fold

@@ -26,7 +26,7 @@ from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, outputs_root, read_json
 from kdoct.core.recipe import DistillRecipe, own_teachers, preset, require_weights
 from kdoct.core.runs import create_run
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers
 from kdoct.distill.student import train_baseline, train_student

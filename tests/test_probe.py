@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from kdoct.core.files import KdoctError
 from kdoct.core.recipe import DataRecipe, preset
 from kdoct.core.runs import create_run
-from kdoct.data.phantom import patient_diagnosis, simulate_bscan, write_phantom
+from kdoct.data.phantom import patient_diagnosis, simulate_bscan
+from kdoct.data.phantom_files import write_phantom
+from kdoct.data.retina_mask import blank_retina, retina_mask
 from kdoct.data.shortcuts import (
     FEATURES,
-    blank_retina,
     features_table,
     jpeg_quality,
     pixel_features,
@@ -22,7 +23,6 @@ from kdoct.data.shortcuts import (
     probe_run,
     probe_shortcuts,
     probe_table,
-    retina_mask,
     shortcut_features,
 )
 from kdoct.data.sources import load_table

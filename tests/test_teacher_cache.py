@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 from kdoct.core.files import KdoctError, outputs_root, read_json, write_json
 from kdoct.core.recipe import DataRecipe, DistillRecipe, preset
 from kdoct.core.runs import create_run
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_student

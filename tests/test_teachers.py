@@ -9,7 +9,7 @@ from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.recipe import DistillRecipe, preset
 from kdoct.core.runs import create_run
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student

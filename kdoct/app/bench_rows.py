@@ -46,7 +46,7 @@ from ..core.files import KdoctError
 
 from ..core.recipe import AugmentRecipe, TrainRecipe
 
-from ..data.augment import Batches
+from ..data.batches import Batches
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
 from ..data.cache import decode_cache

@@ -39,7 +39,7 @@ LAYOUTS = {  # source -> what its root must look like
     "lung_aca, lung_n, lung_scc",
     'csv': "a CSV file (or text with ; tab |) with one row an image, or a folder with table.csv; "
            "columns path, label, and patient or group",
-    'phantom': "a folder written by kdoct.data.phantom.write_phantom, or none: it is made",
+    'phantom': "a folder written by kdoct.data.phantom_files.write_phantom, or none: it is made",
 }
 
 def source_root(

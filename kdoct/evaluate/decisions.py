@@ -656,7 +656,7 @@ def outlier_pictures(
 # %% ../../nbs/05g_decide.ipynb #b4e27c08
 def _batches(run:Run, data:FoldData, model, rows=None, images=None):
     "Rows of a fold in order, or other pictures of the same size."
-    from kdoct.data.augment import Batches  # here, so that reading a decision does not wait for torch
+    from kdoct.data.batches import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
     rows, none = np.arange(len(images)) if rows is None else rows, np.zeros(len(images), np.int64)
     return Batches(
