@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
 from ..core.files import KdoctError
-from ..core.recipe import AugmentRecipe
+from ..core.sections import AugmentRecipe
 
 # %% ../../nbs/01o_data.augment.ipynb #e86eabba
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

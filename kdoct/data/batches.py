@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.files import KdoctError
-from ..core.recipe import AugmentRecipe
+from ..core.sections import AugmentRecipe
 from kdoct.data.augment import (
     apply_view,
     augment,
@@ -141,7 +141,6 @@ class Batches:
         self.view, self.views, self.refresh, self.share = view, views, refresh, share
         self.accumulate = 1   # batches a step of the optimiser, in one process; a training sets it
         self.epoch, self.start = 0, 0
-        self.block, self.teach, self.taught = 1, None, None
 
 # %% ../../nbs/01oa_data.batches.ipynb #7136bc75
 @patch
@@ -212,18 +211,21 @@ def batch(self:Batches,
 
 # %% ../../nbs/01oa_data.batches.ipynb #194106de
 @patch
-def blocks(self:Batches)->Iterator[tuple]:
-    "Blocks of this epoch: rows of its batches, images, labels and the result of `teach`; the next is being read."
+def blocks(self:Batches,
+    compute=None,   # (images, rows) -> tensor with a row for each image, once a block; None: nothing is computed
+    block:int=1,    # batches in a block
+)->Iterator[tuple]: # rows of each batch, images, labels, what `compute` returns
+    "Blocks of this epoch; the next one is being read."
     parts = self.parts()
-    blocks = [parts[i:i + self.block] for i in range(0, len(parts), self.block)]
-    joined = [np.concatenate(block) for block in blocks]
+    blocks = [parts[i:i + block] for i in range(0, len(parts), block)]
+    joined = [np.concatenate(parts) for parts in blocks]
     coming = in_thread(self.read, joined[0]) if joined else None
     try:
-        for block, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
+        for parts, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
             pixels = coming.result()
             coming = None if after is None else in_thread(self.read, after)
             x, y = self.make(pixels, rows)
-            yield block, x, y, None if self.teach is None else self.teach(x, rows)
+            yield parts, x, y, None if compute is None else compute(x, rows)
     finally: wait([coming] if coming else [])
 
 # %% ../../nbs/01oa_data.batches.ipynb #550dbf93
@@ -249,15 +251,38 @@ def stream_ahead(
 
 # %% ../../nbs/01oa_data.batches.ipynb #94a58978
 @patch
-def __iter__(self:Batches)->Iterator[tuple]:
-    "Batches of this epoch, made `block` at a time; `taught` is the result of `teach` for the one handed out."
-    blocks = self.blocks()
+def with_output(self:Batches,
+    compute=None,   # (images, rows) -> tensor with a row for each image; None: nothing is computed
+    block:int=1,    # batches that are made and computed together
+)->Iterator[tuple]: # images, labels, and the batch's rows of what `compute` returned, or None
+    "Batches of this epoch, each with what is computed from it."
+    blocks = self.blocks(compute, block)
     if self.device.type == 'cuda': blocks = stream_ahead(blocks, self.device)
     with closing(blocks):
-        for parts, x, y, taught in blocks:
-            start = 0
+        for parts, x, y, output in blocks:
+            first = 0
             for part in parts:
-                here = slice(start, start + len(part))
-                self.taught = None if taught is None else taught[here]
-                yield x[here], y[here]
-                start += len(part)
+                here = slice(first, first + len(part))
+                yield x[here], y[here], None if output is None else output[here]
+                first = here.stop
+
+@patch
+def __iter__(self:Batches)->Iterator[tuple]:
+    "Batches of this epoch: images and labels."
+    with closing(self.with_output()) as batches:
+        for x, y, _ in batches: yield x, y
+
+# %% ../../nbs/01oa_data.batches.ipynb #in-order
+@patch(cls_method=True)
+def in_order(cls:Batches,
+    images:np.ndarray,             # (N, H, W) or (N, H, W, 3) uint8, usually a memory map
+    batch_size:int,                # most images a batch, in one process
+    rows:np.ndarray|None=None,     # which of them; None: all
+    labels:np.ndarray|None=None,   # (N,) int64; None: not known, 0 stands for each
+    **options,                     # device, size, view, share of `Batches`
+)->Batches:
+    "Batches of images in order, unchanged."
+    unknown = np.zeros(len(images), np.int64)
+    if labels is None: labels = unknown
+    if rows is None: rows = np.arange(len(images))
+    return cls(images, labels, unknown.astype(np.uint64), rows, batch_size, **options)
