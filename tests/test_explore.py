@@ -30,7 +30,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import EvaluateRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.framing import to_square
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.evaluate.decide import decide_fold

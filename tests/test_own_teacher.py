@@ -29,7 +29,7 @@ from kdoct.core.presets import preset
 from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student

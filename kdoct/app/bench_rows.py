@@ -27,7 +27,7 @@ from .bench_reference import pil_loader, ReferenceStep
 # %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
 from ..core.files import KdoctError
 from ..core.sections import AugmentRecipe, TrainRecipe
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..data.cache import decode_cache
 from ..data.framing import framed
 from ..data.images import decode_image, read_image_bytes
