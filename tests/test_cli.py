@@ -89,7 +89,7 @@ def test_help_has_whole_sentences_and_no_types_of_python():
 
 
 def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
-    monkeypatch.setattr("kdoct.app.cli._checked_run", lambda *_: sys.exit(7))
+    monkeypatch.setattr("kdoct.app.cli.new_run", lambda *_: sys.exit(7))
     with pytest.raises(SystemExit): main(["demo"])
     assert "about 5 minutes" in capsys.readouterr().out
 
@@ -107,17 +107,9 @@ def test_recipe_shows_what_crossval_would_use():
 
 
 def test_a_pattern_and_classes_are_typed_without_nested_quotes():
-    shown = (
-        CliRunner()
-        .invoke(
-            app,
-            [
-                "recipe", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV", "--set",
-                r"data.root=C:\new data",
-            ],
-        )
-        .output
-    )
+    options = ["--source", "folder", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV"]
+    arguments = ["recipe", *options, "--set", r"data.root=C:\new data"]
+    shown = CliRunner().invoke(app, arguments).output
     assert (
         r"data.group_pattern = (P\d+)_" in shown
         and "data.classes = ('NORMAL', 'CNV')" in shown
