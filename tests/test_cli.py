@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kdoct.app.cli import app, main
+from kdoct.app.cli_options import recipe_of
 from kdoct.core.files import outputs_root
 
 
@@ -108,13 +109,10 @@ def test_recipe_shows_what_crossval_would_use():
 
 def test_a_pattern_and_classes_are_typed_without_nested_quotes():
     options = ["--source", "folder", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV"]
-    arguments = ["recipe", *options, "--set", r"data.root=C:\new data"]
-    shown = CliRunner().invoke(app, arguments).output
-    assert (
-        r"data.group_pattern = (P\d+)_" in shown
-        and "data.classes = ('NORMAL', 'CNV')" in shown
-        and r"data.root = C:\new data" in shown
-    )
+    shown = CliRunner().invoke(app, ["recipe", *options]).output
+    assert r"data.group_pattern = (P\d+)_" in shown and "data.classes = ('NORMAL', 'CNV')" in shown
+    recipe = recipe_of("tiny", "", "", [r"data.root=C:\new data"])
+    assert recipe.data.root == r"C:\new data"
 
 
 @pytest.mark.parametrize("name", ["2026", "007", "1e5", "true", "null", "None", "True"])
