@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fastcore.basics import patch
+
 from ..core.files import counted, KdoctError, usable_cores
 from ..core.sections import DataRecipe
 from .images import COLOUR_SHARE, inspect_file, PROBLEMS
@@ -51,55 +53,42 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
     found, same = [], table[(table.pixels != '') & table.pixels.duplicated(keep=False)]
     for _, rows in same.groupby('pixels', sort=False):
         first, labels = rows.iloc[0], sorted(rows.label.unique())
+        several = f"{len(rows)} images: {', '.join(labels)}"
         for r in rows.itertuples():
-            what = f"{'same bytes' if r.sha256 == first.sha256 else 'same pixels'} as {first.path}"
             if len(labels) > 1:
-                found.append(
-                    finding(
-                        r.path,
-                        'same-pixels-two-labels',
-                        f"{len(rows)} images: {', '.join(labels)}",
-                        problems=PROBLEMS,
-                    )
-                )
+                found.append(finding(r.path, 'same-pixels-two-labels', several, problems=PROBLEMS))
             if r.path == first.path: continue
-            kind = 'duplicate' if r.group == first.group else 'duplicate-across-groups'
-            action = 'kept' if kind == 'duplicate' else f"groups {first.group} and {r.group} merged"
-            found.append(finding(r.path, kind, what, action, PROBLEMS))
+            shared = 'same bytes' if r.sha256 == first.sha256 else 'same pixels'
+            kind, action = 'duplicate', 'kept'
+            if r.group != first.group:
+                action = f"groups {first.group} and {r.group} merged"
+                kind = 'duplicate-across-groups'
+            found.append(finding(r.path, kind, f"{shared} as {first.path}", action, PROBLEMS))
     return found
 
 # %% ../../nbs/01f_data.audit.ipynb #11067dbe
+def _near_duplicate_note(r, table:pd.DataFrame)->dict:
+    "A note on an image that is a near-duplicate; `table` is indexed by path."
+    label, twin_label = table.label[r.path], table.label[r.twin]
+    torn = f", which is {twin_label}, not {label}" if twin_label != label else ''
+    group, first = table.group[r.path], table.group[r.set]
+    action = f"groups {first} and {group} merged" if group != first else 'kept'
+    seen = f"of {r.twin}{torn}; agreement {r.agreement:.2f}"
+    return finding(r.path, 'near-duplicate', seen, action, PROBLEMS)
+
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
     "Groups merged by near-duplicates, and a note on each image that is one; the first of each set is the original."
     # here, so that data without near-duplicates do not wait for torch
     from kdoct.data.near_duplicates import find_near_duplicates, PROFILES
     if profile == 'by-colour':
         profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
-    twins = find_near_duplicates(
-        table[table.pixels != ''].drop_duplicates('pixels'), root, PROFILES[profile]
-    )
+    each_once = table[table.pixels != ''].drop_duplicates('pixels')
+    twins = find_near_duplicates(each_once, root, PROFILES[profile])
     if not len(twins): return table.group, []
-    t, found = table.set_index('path'), []
-    for r in twins[twins.path != twins.set].itertuples():
-        torn = (
-            f", which is {t.label[r.twin]}, not {t.label[r.path]}"
-            if t.label[r.twin] != t.label[r.path]
-            else ''
-        )
-        new = t.group[r.path] != t.group[r.set]
-        action = f"groups {t.group[r.set]} and {t.group[r.path]} merged" if new else 'kept'
-        found.append(
-            finding(
-                r.path,
-                'near-duplicate',
-                f"of {r.twin}{torn}; agreement {r.agreement:.2f}",
-                action,
-                PROBLEMS,
-            )
-        )
-    return merge_groups(
-        table.group, table.path.map(twins.set_index('path').set).fillna('').astype('str')
-    ), found
+    copies, by_path = twins[twins.path != twins.set], table.set_index('path')
+    found = [_near_duplicate_note(r, by_path) for r in copies.itertuples()]
+    shared = table.path.map(twins.set_index('path').set).fillna('').astype('str')
+    return merge_groups(table.group, shared), found
 
 # %% ../../nbs/01f_data.audit.ipynb #8de40c19
 def official_overlap(
@@ -118,58 +107,64 @@ class Audit:
     summary:dict           # counts
 
     @property
-    def channels(self)->int: return 1 if self.summary['colour_images'] == 0 else 3
+    def channels(self)->int:
+        "1 where all images are grey, else 3."
+        return 1 if self.summary['colour_images'] == 0 else 3
 
-    def check(self,
-        where:str|Path='audit.csv',  # file with the findings, for the message
-        new_run:str='',              # name of a run to propose, where there is one already
-    )->'Audit':
-        "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
-        stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
-        if len(stops):
-            raise KdoctError(
-                f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
-                f"{counted(self.summary['listed'], 'image')}. {where} names each file.",
-                fix=self._remedy({*stops.index}, new_run),
-            )
-        if len(self.table) == 0:
-            raise KdoctError(
-                f"The audit leaves no image. {where} says why.",
-                fix="Mend the files, or leave out less.",
-            )
-        if lost := self.summary['lost_classes']:
-            raise KdoctError(
-                f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
-                fix="Mend the files; or, if the class is not meant, name those that are: "
-                f"{classes_option(sorted(set(self.table.label)))} (papermill: -p overrides "
-                f"data.classes=...)",
-            )
-        return self
-
-    def _remedy(self, stops:set[str], new_run:str)->str:
-        "What to do about what stops the run; to leave files out is no remedy where nothing, or nothing of a class, would be left."
-        lost = self.summary['lost_classes']
-        if len(self.table) == 0 and stops == {'missing'}:
-            return (f"Paths are looked for in {self.summary['root']}: correct them, or give the "
-                    f"table that lies beside its images.")
-        if len(self.table) == 0: return "Mend or replace these files: no other image is left."
-        if lost:
-            return (f"Mend or replace these files: without them there is no image of class "
-                    f"{', '.join(lost)}.")
-        run, papermill = (
-            (f"in a new run: --run {new_run} ", f"-p run {new_run} ") if new_run else ('', '')
-        )
-        return (
-            f"Mend or remove these files; or leave them out{':' if not run else ''} {run}--set "
-            f"{self.leave_out_too} "
-            f"(papermill: {papermill}-p overrides {self.leave_out_too})"
-        )
+    @property
+    def stops(self)->pd.Series:
+        "The problem of each finding that stops the run."
+        return self.findings.problem[self.findings.action == 'stops the run']
 
     @property
     def leave_out_too(self)->str:
         "The recipe field that leaves out what stops the run, as `--set` and papermill's `overrides` take it."
-        stops = self.findings.problem[self.findings.action == 'stops the run']
-        return 'data.leave_out=' + ','.join(sorted({*self.summary['leave_out'], *stops}))
+        return 'data.leave_out=' + ','.join(sorted({*self.summary['leave_out'], *self.stops}))
+
+# %% ../../nbs/01f_data.audit.ipynb #3f63d0ed
+def _remedy(result:Audit, new_run:str)->str:
+    "What to do about what stops the run; to leave files out helps only where some of each class are left."
+    lost, is_empty = result.summary['lost_classes'], len(result.table) == 0
+    if is_empty and set(result.stops) == {'missing'}:
+        return (f"Paths are looked for in {result.summary['root']}: correct them, or give the "
+                f"table that lies beside its images.")
+    if is_empty: return "Mend or replace these files: no other image is left."
+    if lost:
+        return (f"Mend or replace these files: without them there is no image of class "
+                f"{', '.join(lost)}.")
+    run, papermill = f"in a new run: --run {new_run} ", f"-p run {new_run} "
+    if not new_run: run, papermill = '', ''
+    colon = '' if new_run else ':'
+    return (
+        f"Mend or remove these files; or leave them out{colon} {run}--set {result.leave_out_too} "
+        f"(papermill: {papermill}-p overrides {result.leave_out_too})"
+    )
+
+# %% ../../nbs/01f_data.audit.ipynb #4c4eb169
+@patch
+def check(self:Audit,
+    where:str|Path='audit.csv',  # file with the findings, for the message
+    new_run:str='',              # name of a run to propose, where there is one already
+)->Audit:
+    "`KdoctError` if a finding stops the run, or nothing, or nothing of a class, is left."
+    if len(self.stops):
+        counts = ', '.join(f'{n} {k}' for k, n in self.stops.value_counts().items())
+        listed = counted(self.summary['listed'], 'image')
+        raise KdoctError(
+            f"The audit stops the run: {counts} among {listed}. {where} names each file.",
+            fix=_remedy(self, new_run),
+        )
+    if len(self.table) == 0:
+        nothing = f"The audit leaves no image. {where} says why."
+        raise KdoctError(nothing, fix="Mend the files, or leave out less.")
+    if lost := self.summary['lost_classes']:
+        left = classes_option(sorted(set(self.table.label)))
+        raise KdoctError(
+            f"The audit leaves no image of class {', '.join(lost)}. {where} says why.",
+            fix=f"Mend the files; or, if the class is not meant, name those that are: {left} "
+                f"(papermill: -p overrides data.classes=...)",
+        )
+    return self
 
 # %% ../../nbs/01f_data.audit.ipynb #64429e6b
 def _check_leave_out(leave_out:Iterable[str]):
@@ -187,12 +182,13 @@ def check_data_recipe(
     _check_leave_out(data.leave_out)
     check_source(data)
     if twice := [c for c, n in Counter(data.classes or ()).items() if n > 1]:
-        raise KdoctError(f"data.classes names a class twice: {', '.join(twice)}.", fix="Name each once.")
+        names = ', '.join(twice)
+        raise KdoctError(f"data.classes names a class twice: {names}.", fix="Name each once.")
 
 # %% ../../nbs/01f_data.audit.ipynb #3e41d6fa
 @contextmanager
 def quiet_decoders():
-    "Without what decoders write to standard error of files that the audit names itself: warnings, and words of C libraries."
+    "Without what decoders, also those in C, write to standard error of files that the audit names itself."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: kept = os.dup(2)
@@ -206,72 +202,6 @@ def quiet_decoders():
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-
-# %% ../../nbs/01f_data.audit.ipynb #c85edaba
-def audit(
-    listing:Listing,                        # from `load_table`
-    classes:tuple[str, ...]|None=None,      # allowed labels; None: all
-    leave_out:tuple[str, ...]=(),           # problems whose images are left out
-    workers:int=0,                          # threads; 0: one a core, 8 at most
-    twins:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
-)->Audit:
-    "Open every image of a table, one pass a file."
-    _check_leave_out(leave_out)
-    table = listing.table.copy()
-    paths = (os.path.join(listing.root, p) for p in table.path)
-    with quiet_decoders(): seen = list(map_in_order(inspect_file, paths, workers))
-    seen = pd.DataFrame(seen, index=table.index)
-    found = listing.findings.to_dict('records')
-    found += [
-        finding(p, kind, detail, problems=PROBLEMS)
-        for p, ps in zip(table.path, seen.problems, strict=True)
-        for kind, detail in ps
-    ]
-    if classes:
-        found += [
-            finding(
-                r.path,
-                'unknown-label',
-                f"{r.label!r} is not one of {', '.join(classes)}",
-                problems=PROBLEMS,
-            )
-            for r in table[~table.label.isin(classes)].itertuples()
-        ]
-    table = table.assign(
-        **{
-            c: seen[c].astype('str') if c in ('sha256', 'pixels') else seen[c]
-            for c in seen
-            if c != 'problems'
-        }
-    )
-    bad = {f['path'] for f in found if f['problem'] == 'blank'}   # two black images are not the same patient
-    table.loc[table.path.isin(bad), 'pixels'] = ''
-    found += _duplicates(table)
-    table['group'] = merge_groups(table.group, table.pixels)
-    if twins: table['group'], notes = _near_duplicates(table, listing.root, twins); found += notes
-    merged = _merged(listing.table.group, table.group)
-    gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
-    shared = table[~table.path.isin(gone)].pipe(lambda t: t[official_overlap(t)])
-    found += [
-        finding(
-            r.path, 'official-overlap', f"group {r.group}", 'see data.official_overlap', PROBLEMS
-        )
-        for r in shared.itertuples()
-    ]
-    findings = _decided(found, leave_out)
-    gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
-    kept = table[~table.path.isin(gone)].reset_index(drop=True)
-    lost = (
-        sorted(set(listing.table.label) - set(kept.label))
-        if not classes
-        else sorted(set(classes) & set(listing.table.label) - set(kept.label))
-    )
-    return Audit(
-        kept,
-        findings,
-        _summary(listing, kept, findings, leave_out)
-        | dict(merged_groups=merged, lost_classes=lost),
-    )
 
 # %% ../../nbs/01f_data.audit.ipynb #531a0d2b
 def _decided(found:list[dict], leave_out:tuple[str, ...])->pd.DataFrame:
@@ -297,31 +227,92 @@ def _summary(
     listing:Listing, kept:pd.DataFrame, findings:pd.DataFrame, leave_out:tuple[str, ...]
 )->dict:
     "The audit in numbers."
-    colour, merged = (
-        kept.colour >= COLOUR_SHARE,
-        listing.table.set_index('path').group[kept.path].to_numpy() != kept.group.to_numpy(),
-    )
+    before = listing.table.set_index('path').group[kept.path].to_numpy()
+    is_merge = findings.action.str.endswith(' merged')
+    actions = findings.action.where(~is_merge, 'groups merged')
+    sizes = Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True))
     return dict(
         root=str(listing.root),
         listed=len(listing.table),
         kept=len(kept),
         not_used=len(set(listing.table.path) - set(kept.path)),
         groups=kept.group.nunique(),
-        images_in_renamed_groups=int(merged.sum()),
-        colour_images=int(colour.sum()),
+        images_in_renamed_groups=int((before != kept.group.to_numpy()).sum()),
+        colour_images=int((kept.colour >= COLOUR_SHARE).sum()),
         most_coloured=float(kept.colour.max()) if len(kept) else 0.0,
         leave_out=sorted(leave_out),
         problems=findings.problem.value_counts().sort_index().to_dict(),
-        actions=findings.action.where(~findings.action.str.endswith(' merged'), 'groups merged')
-        .value_counts()
-        .sort_index()
-        .to_dict(),
-        sizes=dict(
-            Counter(f'{w}x{h}' for w, h in zip(kept.width, kept.height, strict=True)).most_common(
-                10
-            )
-        ),
+        actions=actions.value_counts().sort_index().to_dict(),
+        sizes=dict(sizes.most_common(10)),
     )
+
+# %% ../../nbs/01f_data.audit.ipynb #c85edaba
+def _seen_pixels(listing:Listing, workers:int)->tuple[pd.DataFrame, list[dict]]:
+    "The table with what each file's bytes and pixels show, and the findings."
+    table = listing.table
+    paths = (os.path.join(listing.root, p) for p in table.path)
+    with quiet_decoders(): seen = list(map_in_order(inspect_file, paths, workers))
+    found = [
+        finding(path, kind, detail, problems=PROBLEMS)
+        for path, facts in zip(table.path, seen, strict=True)
+        for kind, detail in facts['problems']
+    ]
+    facts = pd.DataFrame(seen, index=table.index).drop(columns='problems', errors='ignore')
+    facts = facts.astype({c: 'str' for c in ('sha256', 'pixels') if c in facts})
+    return table.assign(**{c: facts[c] for c in facts}), found
+
+def _unknown_labels(table:pd.DataFrame, classes:tuple[str, ...]|None)->list[dict]:
+    "A finding for each image whose label is not among the classes that are named."
+    if not classes: return []
+    def note(r):
+        detail = f"{r.label!r} is not one of {', '.join(classes)}"
+        return finding(r.path, 'unknown-label', detail, problems=PROBLEMS)
+    return [note(r) for r in table[~table.label.isin(classes)].itertuples()]
+
+# %% ../../nbs/01f_data.audit.ipynb #35b24dac
+def _overlap_notes(table:pd.DataFrame, found:list[dict], leave_out:tuple[str, ...])->list[dict]:
+    "A note on each image that may be used and whose group has images in the official test part."
+    gone = {f['path'] for f in found if f['problem'] in leave_out or f['severity'] == 'error'}
+    kept = table[~table.path.isin(gone)]
+    see = 'see data.official_overlap'
+    return [
+        finding(r.path, 'official-overlap', f"group {r.group}", see, PROBLEMS)
+        for r in kept[official_overlap(kept)].itertuples()
+    ]
+
+def _lost_classes(
+    listing:Listing, kept:pd.DataFrame, classes:tuple[str, ...]|None
+)->list[str]:
+    "The classes that were listed, and meant, and of which no image is left."
+    listed = set(listing.table.label)
+    return sorted((listed & set(classes) if classes else listed) - set(kept.label))
+
+# %% ../../nbs/01f_data.audit.ipynb #07aaeaf2
+def audit(
+    listing:Listing,                        # from `load_table`
+    classes:tuple[str, ...]|None=None,      # allowed labels; None: all
+    leave_out:tuple[str, ...]=(),           # problems whose images are left out
+    workers:int=0,                          # threads; 0: one a core, 8 at most
+    twins:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
+)->Audit:
+    "Open every image of a table, one pass a file."
+    _check_leave_out(leave_out)
+    table, seen = _seen_pixels(listing, workers)
+    found = [*listing.findings.to_dict('records'), *seen, *_unknown_labels(table, classes)]
+    blank = {f['path'] for f in found if f['problem'] == 'blank'}   # two black images are not the same patient
+    table.loc[table.path.isin(blank), 'pixels'] = ''
+    found += _duplicates(table)
+    table['group'] = merge_groups(table.group, table.pixels)
+    if twins:
+        table['group'], notes = _near_duplicates(table, listing.root, twins)
+        found += notes
+    merged = _merged(listing.table.group, table.group)
+    findings = _decided(found + _overlap_notes(table, found, leave_out), leave_out)
+    gone = findings.path[findings.action.isin(['left out', 'stops the run'])]
+    kept = table[~table.path.isin(gone)].reset_index(drop=True)
+    lost = _lost_classes(listing, kept, classes)
+    summary = _summary(listing, kept, findings, leave_out)
+    return Audit(kept, findings, summary | dict(merged_groups=merged, lost_classes=lost))
 
 # %% ../../nbs/01f_data.audit.ipynb #5dd3c2d7
 _SHOWN = 12   # kinds of problems, and classes, on a page
@@ -385,29 +376,22 @@ def mixed_parts(
     )
 
 # %% ../../nbs/01f_data.audit.ipynb #d8848ed8
+def _two_lines(problem:str, rows:pd.DataFrame)->list[str]:
+    "How many findings of a kind, what they mean, what follows; the first examples."
+    actions = rows.action.where(~rows.action.str.endswith(' merged'), 'the groups are merged')
+    follows = [a for a in actions.value_counts().index[:3] if a != 'kept']
+    what = '; '.join([PROBLEMS[problem][1], *follows])
+    return [f"{len(rows):>7} {problem}: {what}", f"{'':>7} {_example(rows)}"]
+
 def _problem_lines(found:pd.DataFrame)->list[str]:
-    "Two lines a kind of problem: how many, what, what follows; the first examples. What stops the run comes first."
-    kinds = []
-    for problem, rows in found.groupby('problem'):
-        actions = rows.action.where(
-            ~rows.action.str.endswith(' merged'), 'the groups are merged'
-        ).value_counts()
-        follows = [a for a in actions.index[:3] if a != 'kept']
-        rank = 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
-        kinds.append(
-            (
-                rank,
-                -len(rows),
-                f"{len(rows):>7} {problem}: {'; '.join([PROBLEMS[problem][1], *follows])}",
-                f"{'':>7} {_example(rows)}",
-            )
-        )
+    "Two lines a kind of problem; what stops the run comes first."
+    def rank(rows):
+        actions = set(rows.action)
+        return 0 if 'stops the run' in actions else 1 if 'left out' in actions else 2
+    kinds = [(rank(rows), -len(rows), *_two_lines(p, rows)) for p, rows in found.groupby('problem')]
     lines = [_shortened(line, 150) for kind in sorted(kinds)[:_SHOWN] for line in kind[2:]]
-    return lines + (
-        [f"    ... and {counted(len(kinds) - _SHOWN, 'further kind')}"]
-        if len(kinds) > _SHOWN
-        else []
-    )
+    more = len(kinds) - _SHOWN
+    return lines + ([f"    ... and {counted(more, 'further kind')}"] if more > 0 else [])
 
 # %% ../../nbs/01f_data.audit.ipynb #19a2a9d7
 def groups_text(
@@ -425,31 +409,28 @@ def merged_groups_text(
             f"near-duplicates, or whose names differ only by spelling.")
 
 # %% ../../nbs/01f_data.audit.ipynb #c11f5eb4
+def _first_line(result:Audit)->str:
+    "How many images of how many patients (or groups) can be used."
+    s, n = result.summary, result.summary['groups']
+    groups = groups_text(n) if _are_patients(result.table) else counted(n, 'group')
+    colour = 'grey' if result.channels == 1 else 'colour'
+    listed = counted(s['listed'], 'listed image')
+    return f"{s['kept']} of {listed} can be used, of {groups}; {colour}."
+
 def audit_page(
     result:Audit,    # from `audit`
     where:str='',    # file with all findings; '': none was written
     protocol:str='grouped-cv',  # of the recipe, or official
 )->str:
     "The audit on a page: classes with images and patients, each kind of problem once, where the whole list is."
-    s, colour = result.summary, 'grey' if result.channels == 1 else 'colour'
-    groups = (
-        groups_text(s['groups']) if _are_patients(result.table) else counted(s['groups'], 'group')
-    )
-    lines = [
-        f"{s['kept']} of {counted(s['listed'], 'listed image')} can be used, of "
-        f"{groups}; {colour}.",
-        '',
-        *_class_lines(result),
-        '',
-    ]
-    if len(result.findings):
-        lines += [f"{counted(len(result.findings), 'finding')}:", *_problem_lines(result.findings)]
+    n, merged = len(result.findings), result.summary['merged_groups']
+    lines = [_first_line(result), '', *_class_lines(result), '']
+    if n: lines += [f"{counted(n, 'finding')}:", *_problem_lines(result.findings)]
     else: lines.append("No findings.")
-    if s['merged_groups']: lines.append(merged_groups_text(len(s['merged_groups'])))
+    if merged: lines.append(merged_groups_text(len(merged)))
     if parts := mixed_parts(result.table, protocol): lines.append(parts)
-    if result.table.label.nunique() == 1:
-        lines.append(
-            f"All images are of class {result.table.label.iloc[0]}: there is nothing to tell apart."
-        )
-    if where and len(result.findings): lines.append(f"All findings, one a line: {where}")
+    labels = result.table.label
+    if labels.nunique() == 1:
+        lines.append(f"All images are of class {labels.iloc[0]}: there is nothing to tell apart.")
+    if where and n: lines.append(f"All findings, one a line: {where}")
     return '\n'.join(lines)

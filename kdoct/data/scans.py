@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .images import BadImage, MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
-from .spreadsheet import eye_name
+from .patient_names import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
 class Scan(NamedTuple):
