@@ -69,12 +69,11 @@ from kdoct.evaluate.pooling import (
 )
 
 # %% ../../nbs/05_evaluate.ipynb #c0bee08c
+from .fold_tables import folds_section
+from .protocol import protocol_of
 from kdoct.evaluate.tables import (
-    blanked_warning,
     differences_of,
-    folds_section,
     named_together,
-    protocol_of,
     resampled,
     Section,
     shown,
@@ -82,6 +81,7 @@ from kdoct.evaluate.tables import (
     table_of,
     TOGETHER,
 )
+from .variants import blanked_warning
 
 # %% ../../nbs/05_evaluate.ipynb #f3a7bbd8
 def is_evaluated(
