@@ -22,23 +22,27 @@ from ..data.stage import open_fold
 from ..training.results import predictions_frame
 
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #c3c3a60d
-SIDE, HOG = (
-    128,
-    dict(orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2), block_norm='L2-Hys'),
-)
+SIDE = 128
+HOG = dict(orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2), block_norm='L2-Hys')
+
+def _small(image):
+    "An image in grey at 128 x 128."
+    grey = Image.fromarray(image).convert('L')
+    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 def hog_features(
     images:np.ndarray,  # uint8, (n, h, w) or (n, h, w, 3)
 )->np.ndarray:          # (n, 1764) float32
     "Histograms of oriented gradients of grey images at 128 x 128 (Dalal and Triggs 2005)."
-    def small(im):
-        return np.asarray(
-            Image.fromarray(im).convert('L').resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        )
-    return np.stack([hog(small(im), **HOG) for im in images]).astype(np.float32)
+    return np.stack([hog(_small(im), **HOG) for im in images]).astype(np.float32)
 
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #ea6b25b1
 C_VALUES = (1e-5, 1e-4, 1e-3, 1e-2)
+
+def _machine(c, seed):
+    "An untrained machine; classes weigh equally."
+    svm = LinearSVC(C=c, class_weight='balanced', max_iter=10_000, random_state=seed)
+    return make_pipeline(StandardScaler(), svm)
 
 def fit_svm(
     train:tuple,    # features (n, d), labels (n,) of the training part
@@ -46,17 +50,10 @@ def fit_svm(
     seed:int=0,     # of the solver
 )->tuple[Pipeline, dict[float, float]]:  # the best machine; C -> balanced accuracy of the validation part [0-1]
     "Linear support vector machines on standardised features; the validation part chooses C."
-    machines = {
-        c: make_pipeline(
-            StandardScaler(),
-            LinearSVC(C=c, class_weight='balanced', max_iter=10_000, random_state=seed),
-        ).fit(*train)
-        for c in C_VALUES
-    }
-    scores = {
-        c: float(balanced_accuracy_score(valid[1], m.predict(valid[0])))
-        for c, m in machines.items()
-    }
+    machines = {c: _machine(c, seed).fit(*train) for c in C_VALUES}
+    features, labels = valid
+    guesses = {c: machine.predict(features) for c, machine in machines.items()}
+    scores = {c: float(balanced_accuracy_score(labels, g)) for c, g in guesses.items()}
     return machines[max(scores, key=scores.get)], scores
 
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #10f9bd29
@@ -68,47 +65,9 @@ def margins(
     d = machine.decision_function(features).astype(np.float32)
     return d if d.ndim == 2 else np.stack([-d/2, d/2], 1)
 
-# %% ../../nbs/05u_evaluate.hog_svm.ipynb #a65accf3
-def run_hog_svm(
-    run:Run,   # run whose data stage is done
-    fold:int,  # fold, counted from 0
-)->dict:       # what stands in model.json
-    "Fit HOG + SVM on the training part of a fold and predict its test part, unless that is done."
-    folder, began = run.stage_dir(fold, 'hog_svm'), time.perf_counter()
-    with run.lock(fold, 'hog_svm'):
-        data = open_fold(run, fold)
-        if run.is_finished('hog_svm', fold):
-            if (about := read_json(folder/'model.json'))['folds_sha256'] == data.folds_sha256:
-                return about
-            raise KdoctError(f"{folder} was made with other folds.", fix=f"Delete {folder}.")
-        part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in data.idx.items()}
-        machine, scores = fit_svm(part['train'], part['val'], run.recipe.seed)
-        with atomic_path(folder/'predictions.parquet') as tmp:
-            predictions_frame(data, 'test', margins(machine, part['test'][0])).to_parquet(
-                tmp, index=False
-            )
-        about = dict(
-            role='hog_svm',
-            classes=data.classes,
-            fold=fold,
-            folds_sha256=data.folds_sha256,
-            recipe=run.recipe.model_dump(mode='json'),
-            versions=provenance()['packages'],
-            **_facts(machine, scores, part['val']),
-        )
-        write_json(folder/'model.json', about)
-        run.record(
-            f'fold_{fold}/hog_svm',
-            status='done',
-            seconds=time.perf_counter() - began,
-            folds_sha256=data.folds_sha256,
-            **about['metrics'],
-        )
-    return read_json(folder/'model.json')
-
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #c221f2e2
 def _facts(machine:Pipeline, scores:dict, valid:tuple)->dict:
-    "What model.json says of the machine."
+    "What model.json has of the machine."
     svm, guess = machine[-1], machine.predict(valid[0])
     metrics = dict(
         accuracy=accuracy_score(valid[1], guess),
@@ -123,3 +82,39 @@ def _facts(machine:Pipeline, scores:dict, valid:tuple)->dict:
         calibrated=False,
         metrics=dict(validation=metrics, validation_by_C=scores),
     )
+
+# %% ../../nbs/05u_evaluate.hog_svm.ipynb #1f4f2b4e
+def _finished(run, fold, data):
+    "model.json of a fold that is done; None if it is not; `KdoctError` if it is of other folds."
+    if not run.is_finished('hog_svm', fold): return None
+    folder = run.stage_dir(fold, 'hog_svm')
+    about = read_json(folder/'model.json')
+    if about['folds_sha256'] == data.folds_sha256: return about
+    raise KdoctError(f"{folder} was made with other folds.", fix=f"Delete {folder}.")
+
+def _fit_fold(run, data, folder):
+    "Fit, predict the test part, and write both files; what stands in model.json."
+    part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in data.idx.items()}
+    machine, scores = fit_svm(part['train'], part['val'], run.recipe.seed)
+    predictions = predictions_frame(data, 'test', margins(machine, part['test'][0]))
+    with atomic_path(folder/'predictions.parquet') as tmp: predictions.to_parquet(tmp, index=False)
+    fold = dict(classes=data.classes, fold=data.fold, folds_sha256=data.folds_sha256)
+    made = dict(recipe=run.recipe.model_dump(mode='json'), versions=provenance()['packages'])
+    about = dict(role='hog_svm', **fold, **made, **_facts(machine, scores, part['val']))
+    write_json(folder/'model.json', about)
+    return about
+
+# %% ../../nbs/05u_evaluate.hog_svm.ipynb #a65accf3
+def run_hog_svm(
+    run:Run,   # run whose data stage is done
+    fold:int,  # fold, counted from 0
+)->dict:       # what stands in model.json
+    "Fit HOG + SVM on the training part of a fold and predict its test part, unless that is done."
+    folder, began = run.stage_dir(fold, 'hog_svm'), time.perf_counter()
+    with run.lock(fold, 'hog_svm'):
+        data = open_fold(run, fold)
+        if done := _finished(run, fold, data): return done
+        about, seconds = _fit_fold(run, data, folder), time.perf_counter() - began
+        facts = dict(seconds=seconds, folds_sha256=data.folds_sha256, **about['metrics'])
+        run.record(f'fold_{fold}/hog_svm', status='done', **facts)
+    return read_json(folder/'model.json')

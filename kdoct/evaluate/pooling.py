@@ -73,7 +73,7 @@ def _read_role(run, fold, role):
         )
     return df
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #10d8f58c
+# %% ../../nbs/05t_evaluate.pooling.ipynb #6e1c211e
 def _taught_by(run, fold):
     "Which teachers taught the student of a fold, with their weights; `KdoctError` if not those of the recipe."
     student, roles = run.stage_dir(fold, 'student'), run.recipe.teacher_roles
@@ -106,7 +106,7 @@ def combined_teachers(
     z = combine([torch.tensor(part) for part in logits], at_one, weights).numpy()
     return first.assign(**{f'logit_{c}': z[:, i] for i, c in enumerate(classes_of(first))})
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #0b7f2784
+# %% ../../nbs/05t_evaluate.pooling.ipynb #f370e5b0
 def _require_predictions(run, fold):
     "`KdoctError` with the command for the first of the three models that is missing."
     for role in ROLES:
@@ -168,7 +168,7 @@ def folds_text(
     "Folds in words."
     return ('fold ' if len(folds) == 1 else 'folds ') + ', '.join(map(str, folds))
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #ec7120a5
+# %% ../../nbs/05t_evaluate.pooling.ipynb #a30e5bf9
 def _variants_of(role, each):
     "fold -> (weights, view) -> predictions of a role; without a retina, the weights are called 'kept'."
     out = {}
@@ -235,7 +235,9 @@ def pool_decisions(
     for m in dict.fromkeys(m for some in each.values() for m in some):
         lost = [k for k, some in each.items() if m not in some]
         if not lost: pooled[m] = [some[m] for some in each.values()]
-        else: notes.append(f'{m}: no decision in {folds_text(lost)}, not in the tables about decisions')
+        else:
+            where = folds_text(lost)
+            notes.append(f'{m}: no decision in {where}, not in the tables about decisions')
     return pooled, notes
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #26493c0c
@@ -274,7 +276,7 @@ def costs_of(
             out[m] = unknown if reason else _noted_cost(path, about, folder, repeats)
     return out
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #26b994a9
+# %% ../../nbs/05t_evaluate.pooling.ipynb #b8f38ab4
 def _unseen(parts):
     "Images that all members test and none has learned from; `KdoctError` where there is none."
     learned = parts.role.isin(['train', 'val', 'calib'])
@@ -294,7 +296,7 @@ def _unseen(parts):
         'Use data.protocol=official, or images of other patients.',
     )
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #f6dd924a
+# %% ../../nbs/05t_evaluate.pooling.ipynb #e9c305a7
 def _predicted(run, role, folds, images):
     "Each member's predictions of these images, in one order; `KdoctError` where one has not predicted all."
     each = [_read_role(run, k, role) for k in folds]

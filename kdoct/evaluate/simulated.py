@@ -6,9 +6,6 @@
 __all__ = ['simulated_predictions', 'simulated_variants', 'write_simulated_stages', 'write_untrained', 'untrained_run']
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #imp-evaluate-simulated
-from ..core.files import temporary_outputs
-from ..core.presets import preset
-from ..core.runs import create_run
 import zlib
 from collections.abc import Iterable
 
@@ -16,8 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.files import atomic_path, KdoctError, write_json
-from ..core.runs import Run, ROLES
+from ..core.files import atomic_path, KdoctError, temporary_outputs, write_json
+from ..core.presets import preset
+from ..core.runs import create_run, Run, ROLES
 from ..data.augment import Batches
 from ..data.stage import open_fold, prepare_data
 from .variants import BLANKED, MANY, ONE
@@ -25,6 +23,9 @@ from ..models.backbones import create_classifier, save_model_folder
 from ..training.results import predict_logits, predictions_frame
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #4a47db68
+_MARGINS = dict(teacher=4., student=3.4, baseline=2.4)  # how much more logit the true class has
+_ABOUT = ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice')
+
 def simulated_predictions(
     table:pd.DataFrame,  # image table: one row an image, with path, patient, group and label
     role:str,            # whose predictions: a role, or any other name; it decides quality and random numbers
@@ -35,18 +36,11 @@ def simulated_predictions(
     "Logits of a simulated model for the rows of an image table."
     number = ROLES.index(role) if role in ROLES else 3 + zlib.crc32(role.encode())
     rng, classes = np.random.default_rng([fold, number, draw]), sorted(table.label.unique())
-    margin = max({'teacher': 4., 'student': 3.4, 'baseline': 2.4}.get(role, 3.) + change, 0)
-    z = rng.normal(size=(len(table), len(classes))) + margin * (
-        table.label.to_numpy()[:, None] == np.array(classes)
-    )
-    columns = [
-        c
-        for c in ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice')
-        if c in table
-    ]
-    return table[columns].assign(
-        fold=fold, **{f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)}
-    )
+    margin = max(_MARGINS.get(role, 3.) + change, 0)
+    true = table.label.to_numpy()[:, None] == np.array(classes)
+    z = rng.normal(size=true.shape) + margin*true
+    logits = {f'logit_{c}': z[:, k].astype('float32') for k, c in enumerate(classes)}
+    return table[[c for c in _ABOUT if c in table]].assign(fold=fold, **logits)
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #sim-4
 def simulated_variants(
@@ -56,65 +50,60 @@ def simulated_variants(
     fold:int,            # counted from 0
     main:pd.DataFrame,   # predictions of the kept weights
 )->tuple[str, pd.DataFrame]:  # name of the kept weights; predictions with the columns weights and view
-    "What training writes beside predictions.parquet: other weights and views, as the recipe has them; and which weights are kept."
+    "What training writes beside predictions.parquet, as the recipe has it; and which weights are kept."
     train, views = run.recipe.training(role), run.recipe.evaluate.views
     kept = 'checkpoint' if train.average == 'none' else train.average
-    out = {(kept, ONE): main, (kept, BLANKED): simulated_predictions(table, role, fold, -9., 4)}
-    if kept != 'checkpoint':
-        out['checkpoint', ONE] = simulated_predictions(table, role, fold, -.3, 2)
+    def drawn(change, draw): return simulated_predictions(table, role, fold, change, draw)
+    out = {(kept, ONE): main, (kept, BLANKED): drawn(-9., 4)}
+    if kept != 'checkpoint': out['checkpoint', ONE] = drawn(-.3, 2)
     if views:
-        out |= {
-            (w, MANY): simulated_predictions(table, role, fold, 0.2, 3)
-            for w in dict.fromkeys(w for w, _ in out)
-        }
-    return kept, pd.concat(
-        [t.assign(weights=w, view=v) for (w, v), t in out.items()], ignore_index=True
-    )
+        for weights in dict.fromkeys(w for w, _ in out): out[weights, MANY] = drawn(.2, 3)
+    tables = [t.assign(weights=w, view=v) for (w, v), t in out.items()]
+    return kept, pd.concat(tables, ignore_index=True)
+
+# %% ../../nbs/05v_evaluate.simulated.ipynb #59ed1be5
+def _history(role):
+    "What history.csv of a simulated network holds."
+    e = np.arange(1, 4)
+    losses = dict(train_loss=1/e, train_hard=1/e, train_soft=2/e if role == 'student' else np.nan)
+    valid = dict(valid_loss=1.2/e, accuracy=1 - .4/e)
+    return pd.DataFrame(dict(epoch=e, **losses, **valid, lr=1e-3, seconds=1.))
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #sim-7
+def _write_role(run, fold, role, test):
+    "The folder of one simulated model."
+    folder, teachers = run.stage_dir(fold, role), run.recipe.teacher_roles
+    main = simulated_predictions(test, role, fold)
+    kept, variants = simulated_variants(run, test, role, fold, main)
+    for name, frame in (('variants', variants), ('predictions', main)):
+        with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
+    taught_by = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
+    about = dict(arch='simulated', parameters=300_000 if role in teachers else 100_000)
+    write_json(folder/'model.json', about | dict(metrics=dict(kept=kept), taught_by=taught_by))
+    _history(role).to_csv(folder/'history.csv', index=False)
+
 def write_simulated_stages(
     run:Run,   # of the preset tiny
     fold:int,  # counted from 0
 ):
-    "The data stage, and the model folders of simulated models of a fold; `KdoctError` in a run of another preset."
+    "The data stage, and folders of simulated models of a fold; `KdoctError` in a run of another preset."
     if run.recipe.name != 'tiny':
         raise KdoctError(
             f"Run '{run.name}' is not a test.",
             fix='Simulate models in runs of the preset tiny only.',
         )
     prepare_data(run)
-    test, teachers = open_fold(run, fold).rows('test'), run.recipe.teacher_roles
-    for role in run.recipe.roles:
-        folder, main = run.stage_dir(fold, role), simulated_predictions(test, role, fold)
-        kept, variants = simulated_variants(run, test, role, fold, main)
-        for name, frame in (('variants', variants), ('predictions', main)):
-            with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
-        taught_by = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
-        parameters = 300_000 if role in teachers else 100_000
-        write_json(
-            folder / 'model.json',
-            dict(
-                arch='simulated',
-                parameters=parameters,
-                metrics=dict(kept=kept),
-                taught_by=taught_by,
-            ),
-        )
-        e = np.arange(1, 4); soft = 2/e if role == 'student' else np.nan
-        pd.DataFrame(
-            dict(
-                epoch=e,
-                train_loss=1 / e,
-                train_hard=1 / e,
-                train_soft=soft,
-                valid_loss=1.2 / e,
-                accuracy=1 - 0.4 / e,
-                lr=1e-3,
-                seconds=1.0,
-            )
-        ).to_csv(folder / 'history.csv', index=False)
+    test = open_fold(run, fold).rows('test')
+    for role in run.recipe.roles: _write_role(run, fold, role, test)
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #write-untrained
+def _untrained(run, role, number, classes):
+    "A classifier with random weights: it guesses, but is sure."
+    torch.manual_seed(number)
+    model = create_classifier(run.recipe.training(role), classes, run.recipe.data.size).eval()
+    for p in model.body.get_classifier().parameters(): p.data *= 40
+    return model
+
 def write_untrained(
     run:Run,              # run whose data stage is done
     fold:int,             # counted from 0
@@ -124,23 +113,19 @@ def write_untrained(
     data, size = open_fold(run, fold), run.recipe.data.size
     unnamed = np.zeros(len(data.images), np.uint64)
     batches = Batches(data.images, data.labels, unnamed, data.idx['test'], 32, size=size)
+    about = dict(folds_sha256=data.folds_sha256, fold=fold)
     for number, role in enumerate(roles):
-        torch.manual_seed(number)
-        model = create_classifier(run.recipe.training(role), len(data.classes), size).eval()
-        for p in model.body.get_classifier().parameters(): p.data *= 40   # guesses, but sure ones
-        folder = run.stage_dir(fold, role)
+        model, folder = _untrained(run, role, number, len(data.classes)), run.stage_dir(fold, role)
         folder.mkdir(parents=True, exist_ok=True)
         frame = predictions_frame(data, 'test', predict_logits(model, batches))
         frame.to_parquet(folder/'predictions.parquet', index=False)
-        save_model_folder(
-            folder, model, role, run.recipe, data.classes, folds_sha256=data.folds_sha256, fold=fold
-        )
+        save_model_folder(folder, model, role, run.recipe, data.classes, **about)
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #untrained-run
 def untrained_run(
     roles:Iterable[str]=('teacher', 'student'),  # whose networks to write
 )->Run:
-    "A tiny run in a temporary outputs folder, with networks in fold 0 that have learned nothing: for lessons and tests."
+    "A tiny run in a temporary outputs folder, with networks in fold 0 that have learned nothing."
     temporary_outputs()
     run = create_run('lesson', preset('tiny', **{'data.phantom.patients': 24}))
     prepare_data(run)
