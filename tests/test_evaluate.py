@@ -68,10 +68,15 @@ def test_fold_is_evaluated_the_same_twice(run):
     assert (run.fold_dir(0)/'evaluation.json').read_text() == before
 
 
+MAKES = [
+    ('teacher', '03_teacher.ipynb', ''),
+    ('student', '04_distill.ipynb', ''),
+    ('baseline', '04_distill.ipynb', ' -p role baseline'),
+]
+
+
 @pytest.mark.parametrize('missing', ['predictions.parquet', 'model.json'])
-@pytest.mark.parametrize('role,notebook,option', [('teacher', '03_teacher.ipynb', ''), ('student', '04_distill.ipynb', ''),
-                                                  ('baseline', '04_distill.ipynb', ' -p '
-                                                                                   'role baseline')])
+@pytest.mark.parametrize('role,notebook,option', MAKES)
 def test_a_missing_model_is_answered_with_its_command(run, role, notebook, option, missing):
     path = run.stage_dir(1, role)/missing
     hidden = path.rename(path.with_suffix('.hidden'))
@@ -106,7 +111,8 @@ def test_run_pools_folds_and_keeps_their_spread(run):
     )
     summary = read_json(run.path/'summary.json')
     assert summary['folds'] == [0, 1] and len(summary['per_fold']) == 6
-    assert 'standard deviation over 2 folds' in ' '.join(printed.split()) and 'same fold only' in printed
+    assert 'standard deviation over 2 folds' in ' '.join(printed.split())
+    assert 'same fold only' in printed
 
 
 def test_a_patient_tested_in_two_folds_is_refused():
@@ -143,7 +149,8 @@ def test_report_is_one_file_without_a_network(run):
         'term &lt;soft&gt; is not finite' in html
         and 'Fold 2 has no predictions of the teacher' in html
     )
-    assert 'truncated: 1' in html and 'problems.truncated' not in html   # in words, not by the names in the file
+    # in words, not by the names in the file
+    assert 'truncated: 1' in html and 'problems.truncated' not in html
     assert 'distill.temperature' in html and 'test-time views: none' in html
     assert html.count('<h1>') == 1 and '<html lang="en">' in html
 
@@ -220,7 +227,8 @@ def test_findings_of_data_and_decisions_are_warnings(run):
         'path,problem,detail\na.png,near-duplicate,"of b.png, which is CNV, not DME; '
         'agreement 0.99"\n'
     )
-    try: printed = stage.warnings_of(run, dict(operating=section, blanked=T.Section('', blank, blank, '')))
+    blanked = T.Section('', blank, blank, '')
+    try: printed = stage.warnings_of(run, dict(operating=section, blanked=blanked))
     finally: (run.path/'audit.csv').unlink()
     assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in printed)
     assert any('1 near-duplicates have another class' in w for w in printed)
@@ -268,11 +276,8 @@ def test_what_is_true_of_several_networks_is_said_once(run):
         and 'teacher 60.0 [50.0, 70.0] %, student 62.5 [50.0, 70.0] %' in covered[0]
         and 'baseline' not in covered[0]
     )
-    assert (
-        f'Prediction sets: not every target was reached. For teacher, student (target 95 %): {few}. '
-        f'See Decisions.'
-        in printed
-    )
+    about = f'For teacher, student (target 95 %): {few}. See Decisions.'
+    assert f'Prediction sets: not every target was reached. {about}' in printed
 
 
 def test_a_class_that_validation_or_calibration_lacks_stands_at_the_top_of_the_report(run):

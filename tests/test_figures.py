@@ -10,8 +10,10 @@ from kdoct.evaluate import figures
 from kdoct.evaluate.figure_style import save_figure
 from kdoct.evaluate.metrics import simulate_predictions
 
+SEVEN = ('COVID-19', 'Viral pneumonia', 'Lung opacity', 'Normal', 'E', 'F', 'G')
 
-@pytest.mark.parametrize('classes', [('A', 'B'), ('COVID-19', 'Viral pneumonia', 'Lung opacity', 'Normal', 'E', 'F', 'G')], ids=['two', 'seven'])
+
+@pytest.mark.parametrize('classes', [('A', 'B'), SEVEN], ids=['two', 'seven'])
 def test_figures_for_few_and_many_classes(tmp_path, classes):
     m = models(80, classes)
     made = {
@@ -27,7 +29,8 @@ def test_figures_for_few_and_many_classes(tmp_path, classes):
 def test_figures_with_an_absent_class():
     m = {r: df[df.label != 'DME'].reset_index(drop=True) for r, df in models().items()}
     assert 'no image of this class' in figures.roc_figure(m).axes[1].texts[0].get_text()
-    assert len(figures.confusion_figure(m).axes[0].texts) == 12  # the row of the absent class stays empty
+    # the row of the absent class stays empty
+    assert len(figures.confusion_figure(m).axes[0].texts) == 12
 
 
 def test_no_pyplot_figure_is_left_open():

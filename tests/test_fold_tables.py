@@ -15,7 +15,8 @@ def neh_like(df):
 
 def neh_fold(k, kept='swa'):
     own = {r: neh_like(df) for r, df in models(fold=k).items()}
-    other = {r: neh_like(df) for r, df in models(70, fold=k).items()}   # same kind of images, other logits
+    # same kind of images, other logits
+    other = {r: neh_like(df) for r, df in models(70, fold=k).items()}
     variants = {
         r: {('swa', V.ONE): df, ('swa', V.MANY): other[r], ('checkpoint', V.ONE): other[r]}
         for r, df in own.items()

@@ -51,8 +51,15 @@ def decided(df, rule, outliers=()):
     )
 
 
-@pytest.mark.parametrize('rule', [P.VolumeRule(), P.VolumeRule('worst', 2, severity=('NORMAL', 'DRUSEN', 'DME', 'CNV')),
-                                  P.VolumeRule('worst', 1, False, ('NORMAL', 'DRUSEN', 'DME', 'CNV'))], ids=['mean', 'worst', 'worst of 1, all'])
+ORDER = ('NORMAL', 'DRUSEN', 'DME', 'CNV')
+RULES = {
+    'mean': P.VolumeRule(),
+    'worst': P.VolumeRule('worst', 2, severity=ORDER),
+    'worst of 1, all': P.VolumeRule('worst', 1, False, ORDER),
+}
+
+
+@pytest.mark.parametrize('rule', RULES.values(), ids=RULES)
 def test_evaluation_decides_every_volume_as_predict_does(rule):
     "The rows that predict writes, and the table of evaluation, of the same B-scans."
     df = simulate_predictions(40, 1.)

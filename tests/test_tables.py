@@ -49,7 +49,8 @@ def test_differences_need_the_same_images():
 
 def test_the_published_selection_stands_beside_all_slices(tmp_path):
     df = simulate_predictions(60).assign(patient_label=lambda t: t.label)
-    assert T.selection_section({'student': df}, preset('tiny').evaluate) is None  # every slice shows the diagnosis
+    # every slice shows the diagnosis
+    assert T.selection_section({'student': df}, preset('tiny').evaluate) is None
     df.loc[df.slice == 0, 'label'] = 'NORMAL'
     s = T.selection_section({'student': df}, preset('tiny').evaluate)
     kept = df[df.label == df.patient_label]
