@@ -23,7 +23,8 @@ from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
 from kdoct.core.recipe import preset
 from kdoct.core.runs import create_run
-from kdoct.data.images import BadImage, inspect_file
+from kdoct.data.images import inspect_file
+from kdoct.data.problems import BadImage
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
 from kdoct.data.stage import prepare_data
 from kdoct.deploy.bundle import new_keys, seal

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError, usable_cores
-from .images import COLOUR_SHARE, inspect_file, PROBLEMS
+from .images import COLOUR_SHARE, inspect_file
+from .problems import PROBLEMS
 from .listing import classes_option, finding, FINDING_COLUMNS, Listing, merge_groups
 
 # %% ../../nbs/01f_data.audit.ipynb #4f49a990

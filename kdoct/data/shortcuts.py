@@ -28,7 +28,8 @@ from sklearn.tree import DecisionTreeClassifier
 from ..core.files import counted, KdoctError, read_json, usable_cores, write_json
 from ..core.runs import Run, stage_command
 from .framing import scale_bar, WHITE, white_padding
-from .images import BadImage, decode_image, FORMATS, read_image_bytes
+from .images import decode_image, FORMATS, read_image_bytes
+from .problems import BadImage
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #42a656ad
 def _padding(grey):

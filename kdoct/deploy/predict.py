@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
 from ..data.framing import framed
-from ..data.images import BadImage, COLOURED, decode_image, is_blank, main_colour
+from ..data.images import COLOURED, decode_image, is_blank, main_colour
+from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
 from ..data.scans import Scan
 from ..data.volumes import find_files
