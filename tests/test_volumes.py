@@ -18,7 +18,7 @@ from kdoct.data import volumes
 from kdoct.data.images import decode_image, inspect_file, read_image_bytes
 from kdoct.data.problems import BadImage
 from kdoct.data.scans import Scan, display_grey
-from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, read_scans
+from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, passed_over, read_scans
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -1357,13 +1357,15 @@ def test_a_clinical_file_or_picture_under_the_name_of_a_text_is_read(tmp_path):
     assert [len(list(read_scans(p))) for p in found] == [1, 3, 3]
 
 
-def test_hidden_files_and_folders_are_counted(tmp_path):
-    for name in (".scan.dcm", "a/.b.png", ".old/c.png", "._d.png", ".DS_Store", "e.png"):
+def test_what_is_passed_over_is_counted_by_reason(tmp_path):
+    for name in (".scan.dcm", "a/.b.png", ".old/c.png", "._d.png", ".DS_Store", "e.png", "f.txt"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).touch()
-    hidden = []
-    assert [p.name for p in find_files([tmp_path], hidden)] == ["e.png"]
-    assert sorted(p.name for p in hidden) == [".b.png", ".old", ".scan.dcm"]
+    write_dicom(tmp_path/"g.txt", textured())
+    assert [p.name for p in find_files(tmp_path)] == ["e.png", "g.txt"]
+    want = {"hidden": 3, "of the system": 2, ".txt (lists and texts)": 1}
+    assert passed_over([tmp_path]) == want == passed_over(tmp_path)
+    assert passed_over(tmp_path/"f.txt") == passed_over(tmp_path/"gone") == {}
 
 
 def test_what_is_named_twice_comes_once(tmp_path):

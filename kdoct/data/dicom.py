@@ -67,9 +67,7 @@ _DICOM_ELEMENTS = (*_ABOUT, 'NumberOfFrames', *_DICOM_NEEDED, *_GREY, *_PALETTES
 # %% ../../nbs/01l_data.dicom.ipynb #f0fee259
 _DECODERS = "pip install 'kdoct[volumes]', or decompress the file: gdcmconv --raw IN OUT"
 
-_ANEW = (
-    "export it again from the program that wrote it, uncompressed, a B-scan a frame (not as a video)"
-)
+_ANEW = "export it again from its program, uncompressed, a B-scan a frame (not as a video)"
 
 _VIDEO = re.compile(r'1\.2\.840\.10008\.1\.2\.(4\.10[0-8](\.1)?|7\.[1-3])$')   # MPEG-2, MPEG-4, HEVC, SMPTE ST 2110
 
@@ -273,6 +271,7 @@ def _check_syntax(syntax):
         what = f"its pixels are stored in a way that is not known, {syntax}"
         raise BadImage('unreadable', f"{what}; {_ANEW}")
 
+# %% ../../nbs/01l_data.dicom.ipynb #be049eb5
 def _dicom_head(path:Path):
     "The elements that are needed, the number of frames, and notes; `BadImage` unless pixels can be decoded."
     pydicom = import_pydicom()

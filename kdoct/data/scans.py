@@ -17,6 +17,7 @@ from PIL import Image
 
 from .images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
 from .problems import BadImage
+from .spreadsheet import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
 class Scan(NamedTuple):
@@ -31,13 +32,11 @@ class Scan(NamedTuple):
     notes:tuple[str, ...]=()    # what was changed or is unusual, in words
 
 # %% ../../nbs/01j_data.scans.ipynb #f5f05047
-_EYES = {'R': 'OD', 'OD': 'OD', 'RIGHT': 'OD', 'L': 'OS', 'OS': 'OS', 'LEFT': 'OS'}
-
 def eye_side(
     code,   # what a file says of the eye, such as 'R', 'os' or 'LEFT'; None: nothing
 )->str:     # OD (right), OS (left), or '' for anything else
     "The eye that a code of a clinical file means."
-    return _EYES.get(str(code or '').strip(' \0').upper(), '')
+    return eye_name(str(code or '').strip(' \0'))
 
 _WORDS = re.compile(r"[^\W\d_][^\W\d_.'’-]*\.?(?:[ '’-]+[^\W\d_]+\.?)*")   # letters only
 
@@ -101,7 +100,7 @@ def binary_layout(
 class ByteReader:
     "A file that is read in parts, each checked against the file's length."
     def __init__(self, path:Path):
-        if not os.path.isfile(path): read_image_bytes(path)   # says what it is instead
+        if not os.path.isfile(path): read_image_bytes(path)   # names what it is instead
         try: self.file = open(path, 'rb')
         except OSError as e: raise BadImage('unreadable', e.strerror or '') from e
         self.size = os.fstat(self.file.fileno()).st_size
