@@ -776,6 +776,8 @@ def predict_files(
         )
         for row in _with_bar(p.predict(paths), paths): write(volumes.add(counts.add(row)))
         for row in volumes.rows(): write_volume(row)
+    if volumes_out and not volumes.volumes:
+        print(f"None of these files is a volume: {volumes_out} has no rows.", file=sys.stderr)
     print(
         _summary(counts, len(volumes.volumes), time.monotonic() - start, p.engine.name, judges),
         file=sys.stderr,
