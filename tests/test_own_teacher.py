@@ -29,9 +29,9 @@ from kdoct.core.presets import preset
 from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import open_fold, prepare_data
-from kdoct.distill.methods import Distill, Teachers
+from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import load_teachers, train_teacher
 from kdoct.evaluate.decide import decide_fold
@@ -133,8 +133,9 @@ def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
     assert len(note.seen) == 4
     for x, y, pred, loss in note.seen:
         # the folders' order is CNV, NORMAL; by its own statistics, at its own size
-        said = net(x*std + mean).detach()[:, [1, 0]]
-        want = .2*cross_entropy(pred, y.long(), label_smoothing=.1) + .6*soft_loss(pred, said, 2.)
+        teacher_logits = net(x*std + mean).detach()[:, [1, 0]]
+        hard = cross_entropy(pred, y.long(), label_smoothing=.1)
+        want = .2*hard + .6*soft_loss(pred, teacher_logits, 2.)
         assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
@@ -219,10 +220,9 @@ def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, 
         )
     )
     x, y, pred, loss = note.seen[0]
-    said = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
-    assert loss.item() == pytest.approx(
-        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
-    )
+    teacher_logits = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
+    want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, teacher_logits, 4.)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_a_network_that_says_another_normalisation_is_refused_until_it_normalises_for_itself(
@@ -280,26 +280,24 @@ def test_grey_pictures_of_a_data_block_teach_too(images, folder):
     )
     fit(learn.add_cb(note))
     x, y, pred, loss = note.seen[0]
-    said = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
-    assert x.shape[1] == 1 and loss.item() == pytest.approx(
-        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
-    )
+    teacher_logits = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
+    want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, teacher_logits, 4.)
+    assert x.shape[1] == 1 and loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folder):
-    said = []
+    queries = []
     class Listen(Distill):
-        def answer(self, role, x):
-            said.append(
-                (torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), super().answer(role, x))
-            )
-            return said[-1][-1]
+        def logits_of(self, role, x):
+            z = super().logits_of(role, x)
+            queries.append((torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), z))
+            return z
     learn = Learner(
         loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)]
     )
     with torch.autocast('cpu', torch.bfloat16): fit(learn)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
-    enabled, x, z = said[0]
+    enabled, x, z = queries[0]
     assert enabled and z.dtype == torch.float32
     torch.testing.assert_close(
         z, load_model_folder(folder)[0](x * std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5
@@ -343,6 +341,19 @@ def test_a_plain_loop_learns_the_same_as_the_callback(images, folder):
         ours.backward()
     assert all(p.grad is not None for p in net.parameters()) and learn.model is not net
     with pytest.raises(KdoctError, match='here they are A, B'): Teachers(folder, classes=['A', 'B'])
+
+
+def test_a_plain_loop_over_fastai_loaders_takes_plain_tensors(images, folder):
+    "The types of fastai stop PyTorch's own losses, before kdoct is called."
+    dls = loaders(images)
+    net, teachers = student(), Teachers(folder, normalised=STATS, classes=dls.vocab)
+    x, y = dls.train.one_batch()
+    with pytest.raises(TypeError): torch.nn.functional.cross_entropy(net(x), y)
+    x, y = map(plain_tensor, (x, y))
+    logits = net(x)
+    loss = teachers.loss(torch.nn.functional.cross_entropy(logits, y), logits, x)
+    loss.backward()
+    assert type(loss) is torch.Tensor and all(p.grad is not None for p in net.parameters())
 
 
 def test_the_exported_callback_is_a_small_file(folder):

@@ -35,9 +35,9 @@ import torch
 
 from ..core.files import KdoctError, provenance, read_json, require_extra, write_json
 
-from ..core.runs import Run, run_of
+from ..core.runs import require_same_folds, Run, run_of
 
-from ..data.augment import Batches
+from ..data.batches import Batches
 
 from ..data.cache import FRAMING
 
@@ -236,13 +236,8 @@ def check_engines(
     names:list[str],         # of engines, torch first
 )->dict[str, dict]:          # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
     "Compare engines with the network itself on pictures, and time them."
-    none, threshold = (
-        np.zeros(len(pictures.squares), np.int64),
-        None if decision is None else decision.outlier.threshold,
-    )
-    batches = Batches(
-        pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size']
-    )
+    threshold = None if decision is None else decision.outlier.threshold
+    batches = Batches.in_order(pictures.squares, 16, size=about['size'])
     want = _wanted(decision, *features_and_logits(load_model_folder(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     engines = {
@@ -389,10 +384,7 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     from kdoct.deploy.model_card import model_card
     model, decision = _network_files(run, fold, role, work)
     data, d = open_fold(run, fold), run.recipe.data.model_dump()
-    if model['folds_sha256'] != data.folds_sha256:
-        raise KdoctError(
-            f"The {role} was trained on other folds.", fix="Train it again, in a new run."
-        )
+    require_same_folds(run, fold, role, model, data.folds_sha256)
     source = dict(
         run=run.name,
         fold=fold,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic_path, KdoctError
-from ..core.runs import Run, stage_command
+from ..core.runs import require_same_folds, Run, stage_command
 from ..data.stage import open_fold
 from .decisions import Decision, save_decision
 from .features import fold_outputs
@@ -39,16 +39,12 @@ def _network_of(run, fold, role, data):
     "The trained network of a role on the device for it, and its model.json."
     from kdoct.models.backbones import load_model_folder
     from kdoct.training.distributed import best_device
-    folder = run.stage_dir(fold, role)
-    model, about = load_model_folder(folder)
-    if about['folds_sha256'] != data.folds_sha256:
-        raise KdoctError(
-            f'{folder} was trained on other folds.', fix=f'Delete {folder} to train it again.'
-        )
+    model, about = load_model_folder(run.stage_dir(fold, role))
+    require_same_folds(run, fold, role, about, data.folds_sha256)
     return model.to(best_device()), about
 
 def _write(folder, predicted, features, decision):
-    "Distances of the test images, then the decision, which says that all is there."
+    "Distances of the test images, then the decision, which comes last: with it all is there."
     distances = predicted[['path', 'fold']].assign(distance=decision.outlier.score(features))
     with atomic_path(folder/'outliers.parquet') as tmp: distances.to_parquet(tmp, index=False)
     save_decision(folder, decision)

@@ -56,13 +56,10 @@ def fold_batches(
     images:np.ndarray|None=None,  # (m, s, s) or (m, s, s, 3) uint8 in place of those of the fold
 ):                   # yields (images in [0, 1], labels); the labels are all 0
     "Images of a fold in order, or other pictures of the same size."
-    from kdoct.data.augment import Batches  # here, so that reading a decision does not wait for torch
+    from kdoct.data.batches import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
-    rows = np.arange(len(images)) if rows is None else rows
-    labels = np.zeros(len(images), np.int64)
-    seeds = labels.astype(np.uint64)
     place = dict(device=model.mean.device, size=run.recipe.data.size)
-    return Batches(images, labels, seeds, rows, 32, **place)
+    return Batches.in_order(images, 32, rows, **place)
 
 def fold_outputs(
     run:Run,         # its recipe says the size

@@ -221,7 +221,7 @@ def coverage_figure(
 
 # %% ../../nbs/05s_evaluate.figures.ipynb #038fc588
 def _has(history, column):
-    "Whether a column of a history says something."
+    "Whether a column of a history holds anything."
     return column in history and history[column].notna().any() and (history[column] != 0).any()
 
 def _history_curves(axes, name, h, colour):

@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline, Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from ..core.files import atomic_path, KdoctError, provenance, read_json, write_json
-from ..core.runs import Run
+from ..core.files import atomic_path, provenance, read_json, write_json
+from ..core.runs import require_same_folds, Run
 from ..data.stage import open_fold
 from ..training.results import predictions_frame
 
@@ -87,10 +87,9 @@ def _facts(machine:Pipeline, scores:dict, valid:tuple)->dict:
 def _finished(run, fold, data):
     "model.json of a fold that is done; None if it is not; `KdoctError` if it is of other folds."
     if not run.is_finished('hog_svm', fold): return None
-    folder = run.stage_dir(fold, 'hog_svm')
-    about = read_json(folder/'model.json')
-    if about['folds_sha256'] == data.folds_sha256: return about
-    raise KdoctError(f"{folder} was made with other folds.", fix=f"Delete {folder}.")
+    about = read_json(run.stage_dir(fold, 'hog_svm')/'model.json')
+    require_same_folds(run, fold, 'hog_svm', about, data.folds_sha256)
+    return about
 
 def _fit_fold(run, data, folder):
     "Fit, predict the test part, and write both files; what stands in model.json."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABEL_METRICS', 'HEADLINE', 'classes_of', 'logits_of', 'targets_of', 'check_predictions', 'read_predictions',
-           'simulate_predictions', 'log_softmax', 'confusion', 'ratio', 'class_metrics', 'macro', 'from_confusion',
-           'weighted_auc', 'one_vs_rest_auc', 'reliability_bins', 'expected_calibration_error', 'GroupedSample',
-           'weighted_metrics', 'evaluate_predictions']
+           'read_role', 'simulate_predictions', 'log_softmax', 'confusion', 'ratio', 'class_metrics', 'macro',
+           'from_confusion', 'weighted_auc', 'one_vs_rest_auc', 'reliability_bins', 'expected_calibration_error',
+           'GroupedSample', 'weighted_metrics', 'evaluate_predictions']
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #imp-evaluate-metrics
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..core.files import counted, KdoctError
+from ..core.runs import Run, train_again
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #b505889e
 _LOGIT = 'logit_'
@@ -95,6 +96,22 @@ def read_predictions(
             f'{path} is not a readable parquet file: {e}', fix='delete it and run its stage again'
         ) from e
     return check_predictions(df, str(path))
+
+# %% ../../nbs/05a_evaluate.metrics.ipynb #read-role
+def read_role(
+    run:Run,   # the run
+    fold:int,  # counted from 0
+    role:str,  # teacher, teacher-NAME, student, baseline, or the folder of a further model
+) -> pd.DataFrame:  # checked predictions of the fold's test images
+    "Read what a model of a fold predicted; `KdoctError` if that is of another fold."
+    path = run.stage_dir(fold, role)/'predictions.parquet'
+    df = read_predictions(path)
+    if other := sorted(set(df.fold) - {fold}):
+        raise KdoctError(
+            f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
+            fix=train_again(run, fold, role),
+        )
+    return df
 
 # %% ../../nbs/05a_evaluate.metrics.ipynb #3a36285b
 _ABOUT = ('path', 'patient', 'group', 'fold', 'label', 'eye', 'volume', 'slice')  # columns before the logits

@@ -55,7 +55,7 @@ def rule_of(
     decide:DecideRecipe,   # volume_rule, min_slices, drop_outliers
     severity=None,         # data.severity: classes from harmless to severe; None: no order
 )->VolumeRule:
-    "The rule that a recipe asks for; `auto` is worst where the order of severity is known, else mean."
+    "The rule of a recipe; `auto` is worst where the order of severity is known, else mean."
     name = decide.volume_rule
     if name == 'auto': name = 'worst' if severity else 'mean'
     return VolumeRule(name, decide.min_slices, decide.drop_outliers, tuple(severity or ()))

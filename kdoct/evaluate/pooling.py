@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError, locked, read_json, write_json
-from ..core.runs import open_run, ROLES, Run, stage_command
+from ..core.runs import open_run, ROLES, Run, stage_command, train_again
 from ..data.stage import folds_of
 from .decision_tables import DecidedPredictions, read_decided
-from .metrics import classes_of, log_softmax, logits_of, read_predictions
+from .metrics import classes_of, log_softmax, logits_of, read_role
 from .patients import rule_of
 from kdoct.evaluate.tables import (
     classes_section,
@@ -60,29 +60,16 @@ def finished_models(
     "Names of the models of a fold that have predictions."
     return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
-# %% ../../nbs/05t_evaluate.pooling.ipynb #a7a0b3a4
-def _read_role(run, fold, role):
-    "Predictions of one model of a fold; `KdoctError` if they are of another fold."
-    path = run.stage_dir(fold, role)/'predictions.parquet'
-    df = read_predictions(path)
-    if other := sorted(set(df.fold) - {fold}):
-        again = f': {stage_command(role, run, fold)}' if role in run.recipe.roles else '.'
-        raise KdoctError(
-            f'{path} holds predictions of fold(s) {other}, not only of fold {fold}.',
-            fix=f'Delete its folder and train again{again}',
-        )
-    return df
-
 # %% ../../nbs/05t_evaluate.pooling.ipynb #6e1c211e
 def _taught_by(run, fold):
     "Which teachers taught the student of a fold, with their weights; `KdoctError` if not those of the recipe."
-    student, roles = run.stage_dir(fold, 'student'), run.recipe.teacher_roles
-    taught_by = read_json(student/'model.json').get('taught_by', {})
+    about, roles = run.stage_dir(fold, 'student')/'model.json', run.recipe.teacher_roles
+    taught_by = read_json(about).get('taught_by', {})
     if set(taught_by) != set(roles):
         by = ', '.join(taught_by) or 'nobody that is known'
         raise KdoctError(
             f"The student of fold {fold} was taught by {by}, not by {', '.join(roles)}.",
-            fix=f"Delete {student} and train again: {stage_command('student', run, fold)}",
+            fix=train_again(run, fold, 'student'),
         )
     return taught_by
 
@@ -125,13 +112,13 @@ def fold_models(
     "Predictions of the models of a fold; `KdoctError` where one of the three is missing."
     run = opened_run(run)
     _require_predictions(run, fold)
-    out = {m: _read_role(run, fold, FURTHER.get(m, m)) for m in finished_models(run, fold)}
+    out = {m: read_role(run, fold, FURTHER.get(m, m)) for m in finished_models(run, fold)}
     images = sorted(out['student'].path)
     for m, df in out.items():
         if m not in ROLES and sorted(df.path) != images:
             raise KdoctError(
                 f'{m} has predicted other images than the student in fold {fold}.',
-                fix=f'Delete {model_dir(run, fold, m)} and make it again.',
+                fix=train_again(run, fold, FURTHER.get(m, m)),
             )
     combined = combined_teachers(run, fold, out)
     if combined is None: return out
@@ -299,7 +286,7 @@ def _unseen(parts):
 # %% ../../nbs/05t_evaluate.pooling.ipynb #e9c305a7
 def _predicted(run, role, folds, images):
     "Each member's predictions of these images, in one order; `KdoctError` where one has not predicted all."
-    each = [_read_role(run, k, role) for k in folds]
+    each = [read_role(run, k, role) for k in folds]
     each = [t[t.path.isin(images)].sort_values('path', ignore_index=True) for t in each]
     if lost := [k for k, t in zip(folds, each, strict=True) if len(t) != len(images)]:
         raise KdoctError(

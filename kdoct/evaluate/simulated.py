@@ -16,7 +16,7 @@ import torch
 from ..core.files import atomic_path, KdoctError, temporary_outputs, write_json
 from ..core.presets import preset
 from ..core.runs import create_run, Run, ROLES
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..data.stage import open_fold, prepare_data
 from .variants import BLANKED, MANY, ONE
 from ..models.backbones import create_classifier, save_model_folder
@@ -111,8 +111,7 @@ def write_untrained(
 ):
     "Write model folders of networks that have learned nothing, with their predictions on the test part."
     data, size = open_fold(run, fold), run.recipe.data.size
-    unnamed = np.zeros(len(data.images), np.uint64)
-    batches = Batches(data.images, data.labels, unnamed, data.idx['test'], 32, size=size)
+    batches = Batches.in_order(data.images, 32, data.idx['test'], size=size)
     about = dict(folds_sha256=data.folds_sha256, fold=fold)
     for number, role in enumerate(roles):
         model, folder = _untrained(run, role, number, len(data.classes)), run.stage_dir(fold, role)

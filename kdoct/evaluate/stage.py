@@ -16,7 +16,7 @@ from IPython.display import display, Image
 from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
-from ..core.runs import ROLES, Run, stage_command
+from ..core.runs import ROLES, Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..data.shortcuts import run_verdict
 from ..data.stage import folds_of, open_fold
@@ -85,7 +85,7 @@ def _about(run, fold, models):
             path = run.stage_dir(fold, role)/'model.json'
             raise KdoctError(
                 f'{path} does not say the number of parameters.',
-                fix=f'Delete its folder and train again: {stage_command(role, run, fold)}',
+                fix=train_again(run, fold, role),
             )
     return out
 
