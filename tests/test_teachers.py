@@ -10,7 +10,7 @@ from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
@@ -359,7 +359,7 @@ def test_the_protocol_says_who_taught_how(here):
 
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
     from kdoct.evaluate.metrics import simulate_predictions
-    from kdoct.evaluate.tables import protocol_of
+    from kdoct.evaluate.protocol import protocol_of
     assert 'taught' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
 
 

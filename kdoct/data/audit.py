@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from ..core.files import counted, KdoctError, usable_cores
 from ..core.sections import DataRecipe
-from .images import COLOUR_SHARE, inspect_file, PROBLEMS
+from .images import COLOUR_SHARE, inspect_file
 from kdoct.data.listing import (
     classes_option,
     counted_endings,
@@ -34,6 +34,7 @@ from kdoct.data.listing import (
     Listing,
     merge_groups,
 )
+from .problems import PROBLEMS
 from .sources import check_source
 
 # %% ../../nbs/01f_data.audit.ipynb #4f49a990
@@ -151,7 +152,7 @@ def check(self:Audit,
         counts = ', '.join(f'{n} {k}' for k, n in self.stops.value_counts().items())
         listed = counted(self.summary['listed'], 'image')
         raise KdoctError(
-            f"The audit stops the run: {counts} among {listed}. {where} names each file.",
+            f"The audit finds what no run may contain: {counts} among {listed}. {where} names each file.",
             fix=_remedy(self, new_run),
         )
     if len(self.table) == 0:

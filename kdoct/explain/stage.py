@@ -28,7 +28,8 @@ from ..core.sections import ExplainRecipe
 
 from ..core.runs import Run, stage_command
 
-from ..data.augment import Batches, image_ids, uniforms
+from ..data.augment import image_ids, uniforms
+from ..data.batches import Batches
 
 from ..data.framing import to_square
 
@@ -36,7 +37,7 @@ from ..data.images import decode_image, read_image_bytes
 
 from ..data.stage import FoldData, open_fold
 
-from ..evaluate.figures import save_figure
+from ..evaluate.figure_style import save_figure
 
 from ..evaluate.tables import Section
 
