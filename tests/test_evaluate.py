@@ -15,7 +15,7 @@ from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
 from kdoct.core.sections import DecideRecipe, EvaluateRecipe
-from kdoct.deploy.predict import Volumes, judged
+from kdoct.deploy.rows import Volumes, with_decision
 from kdoct.evaluate import decision_tables as J
 from kdoct.evaluate import (
     figures as evaluate_figures,
@@ -568,7 +568,7 @@ def test_evaluation_decides_every_volume_as_predict_does(rule):
     j = decided(df, rule, df.path[::3])
     volumes = Volumes(j.decision.classes, rule)
     for row, about in zip(
-        judged(j.decision, j.probs, j.distance, 0.1), df.to_dict('records'), strict=True
+        with_decision(j.decision, j.probs, j.distance, 0.1), df.to_dict('records'), strict=True
     ):
         volumes.add(
             row

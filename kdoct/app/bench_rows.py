@@ -59,7 +59,7 @@ from ..deploy.engines import make_engine, network_alone, runs_here
 
 from ..deploy.graph import Deployable
 
-from ..deploy.stage import write_formats
+from ..deploy.formats import write_formats
 
 from ..distill.methods import Distill
 

@@ -24,7 +24,7 @@ from ..core.files import atomic_path, counted, KdoctError, outputs_root
 from ..core.sections import EvaluateRecipe
 from ..core.runs import Run, stage_command
 from ..data.images import decode_image, read_image_bytes
-from ..deploy.predict import check_out
+from ..deploy.result_files import check_out
 from kdoct.evaluate.metrics import (
     classes_of,
     group_weights,

@@ -527,7 +527,9 @@ def export(
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
-    from kdoct.deploy.stage import export_fold, export_folder, open_bundle, summary
+    from kdoct.deploy.formats import summary
+    from kdoct.deploy.networks import open_bundle
+    from kdoct.deploy.stage import export_fold, export_folder
     written = (
         export_fold(*place, out, chosen, key)
         if isinstance(place[0], Run)
