@@ -18,14 +18,15 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run, open_run
 from kdoct.core.sections import TrainRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes
 from kdoct.data.stage import prepare_data
 from kdoct.deploy import engines, formats, graph, networks
 from kdoct.deploy import stage as deploy_stage
 from kdoct.distill.student import train_baseline
-from kdoct.evaluate.decisions import features_and_logits, fit_outlier
+from kdoct.evaluate.features import features_and_logits
+from kdoct.evaluate.outliers import fit_outlier
 from kdoct.models.backbones import create_classifier
 
 ENGINES = list(engines.ENGINES)

@@ -30,9 +30,9 @@ from kdoct.evaluate import (
 )
 from kdoct.evaluate import tables as T
 from kdoct.evaluate.decisions import fit_decision
+from kdoct.evaluate.intervals import bootstrap
 from kdoct.evaluate.metrics import (
     HEADLINE,
-    bootstrap,
     evaluate_predictions,
     log_softmax,
     logits_of,

@@ -18,7 +18,8 @@ from kdoct.data.framing import to_square
 from kdoct.data.phantom import simulate_bscan
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.explain.cam import explain
-from kdoct.explain.faithfulness import energy_in_mask, randomised
+from kdoct.explain.comparison import randomised
+from kdoct.explain.faithfulness import energy_in_mask
 from kdoct.explain.stage import (
     explain_fold,
     explained_folds,

@@ -33,7 +33,8 @@ from kdoct.deploy.predict import Predictor, predict_files
 from kdoct.deploy.result_files import results_file
 from kdoct.deploy.rows import Volumes, record_fields
 from kdoct.deploy.streams import Slot, predict_in_batches, read_ahead
-from kdoct.evaluate.decisions import Decision, Outlier
+from kdoct.evaluate.decisions import Decision
+from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule, decide_volume
 
 CLASSES = ['CNV', 'DRUSEN', 'NORMAL']

@@ -10,7 +10,7 @@ from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
@@ -132,8 +132,8 @@ def fit(learn):
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
     teachers, said, seen = strangers(), {}, Seen()
     class Listen(Distill):
-        def answer(self, role, x):
-            said.setdefault(role, []).append(z := super().answer(role, x))
+        def logits_of(self, role, x):
+            said.setdefault(role, []).append(z := super().logits_of(role, x))
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'PatternOption', 'ClassesOption', 'SetOption',
            'TeacherOption', 'NotebooksOption', 'demo', 'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe',
-           'runs', 'import_', 'baseline_svm', 'explain', 'bench', 'export', 'make_keys', 'predict', 'explore', 'main']
+           'sources', 'runs', 'import_', 'baseline_svm', 'explain', 'bench', 'export', 'make_keys', 'predict',
+           'explore', 'main']
 
 # %% ../../nbs/10_app.cli.ipynb #imp-app-cli
 import re
@@ -51,7 +52,7 @@ SourceOption = Annotated[
     str,
     typer.Option(
         '--source',
-        help="Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
+        help="Where images come from, such as folder or csv; `kdoct sources` lists all. "
         "Default: the preset's.",
     ),
 ]
@@ -207,8 +208,11 @@ def crossval(
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
     "Print what the shortcut probe finds, or why it cannot be asked."
+    from kdoct.data.audit import quiet_decoders
     from kdoct.data.shortcuts import probe_shortcuts
-    try: typer.echo(probe_shortcuts(table, root)['sentence'])
+    try:
+        with quiet_decoders(): found = probe_shortcuts(table, root)
+        typer.echo(found['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 
 def _echo_verdict(run):
@@ -219,6 +223,13 @@ def _echo_verdict(run):
     else: typer.echo(f"\n{'WARNING: ' if verdict == 'above' else ''}{words}")
 
 # %% ../../nbs/10_app.cli.ipynb #211a867e
+def _name_of_findings(data, root:Path)->str:
+    "The name of a file with findings: source and folder, and the table where it is not table.csv."
+    table = Path(data.root or '').name if data.source == 'csv' else ''
+    is_usual = table in (root.name, 'table.csv')
+    parts = [data.source, root.name, '' if is_usual else table.removesuffix('.csv')]
+    return re.sub(r'[^\w.-]+', '-', '-'.join(filter(None, parts))).strip('-')
+
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', group_pattern:PatternOption='',
@@ -229,14 +240,14 @@ def audit(
                                             "not retina.")]=True,
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
-    from kdoct.data.audit import audit_page
+    from kdoct.data.audit import audit_page, check_data_recipe
     from kdoct.data.stage import list_and_audit, plan_folds, write_findings
     recipe = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
+    check_data_recipe(recipe.data)
     listing, result = list_and_audit(recipe.data)
-    name = re.sub(r'[^\w.-]+', '-', f'{recipe.data.source}-{listing.root.name}').strip('-')
-    out = out or outputs_root()/'audit'/f'{name}.csv'
+    out = out or outputs_root()/'audit'/f'{_name_of_findings(recipe.data, listing.root)}.csv'
     write_findings(result, out)
     typer.echo(audit_page(result, _short(out), recipe.data.protocol))
     if probe: _echo_probe(result.table, listing.root)
@@ -311,13 +322,22 @@ def recipe(
     classes:ClassesOption='', changes:SetOption=[],  # noqa: B006
 ):
     "List every recipe field with its value, meaning and unit, as `crossval` with the same options would use it."
+    from kdoct.data.audit import check_data_recipe
     values = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
+    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
+
+@app.command()
+def sources():
+    "List where images can come from: each source with the layout that it expects."
+    import kdoct.data.sources  # noqa: F401 (they register themselves)
+    from kdoct.data.registry import sources_text
+    typer.echo(sources_text())
 
 @app.command()
 def runs():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record', 'Stage', 'stage_of',
-           'is_finished', 'planned_stages', 'stage_command', 'as_papermill_reads']
+           'is_finished', 'planned_stages', 'stage_command', 'as_papermill_reads', 'train_again', 'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -348,3 +348,28 @@ def as_papermill_reads(
     return text
 
 def _raw_or_not(text:str)->str: return '-p' if isinstance(as_papermill_reads(text), str) else '-r'
+
+# %% ../../nbs/00g_core.runs.ipynb #train-again
+def train_again(
+    run:Run,   # the run
+    fold:int,  # counted from 0
+    role:str,  # teacher, teacher-NAME, student, baseline, or a further model, such as hog_svm
+)->str:        # for the `fix` of an error
+    "What to do where a model's folder is of no use."
+    folder, is_stage = run.stage_dir(fold, role), role.partition('-')[0] in STAGES
+    if not is_stage: return f"Delete {folder} and make it again."
+    return f"Delete {folder} and train again: {stage_command(role, run, fold)}"
+
+def require_same_folds(
+    run:Run,           # the run
+    fold:int,          # counted from 0
+    role:str,          # teacher, teacher-NAME, student, baseline, or a further model
+    about:dict,        # its model.json
+    folds_sha256:str,  # hash of the run's folds.csv now
+):
+    "`KdoctError` if a model was made with other folds, or of another fold."
+    if (about['folds_sha256'], about['fold']) == (folds_sha256, fold): return
+    raise KdoctError(
+        f"The {role} of fold {fold} was trained on other folds than this run has now.",
+        fix=train_again(run, fold, role),
+    )

@@ -15,7 +15,7 @@ from ..core.runs import Run, stage_command
 from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
-from ..evaluate.metrics import EACH_CLASS
+from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.tables import blanked_warning
 
 # %% ../../nbs/07c_deploy.card_facts.ipynb #131af7a5

@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import KdoctError, require_extra
 from ..core.runs import Run
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..data.cache import FRAMING
 from ..data.framing import framed, resized
 from ..data.images import decode_image, read_image_bytes
@@ -37,7 +37,8 @@ from kdoct.deploy.engines import (
     worth_it,
 )
 from .graph import Deployable, write_int8, write_onnx, write_openvino
-from ..evaluate.decisions import Decision, features_and_logits
+from ..evaluate.decisions import Decision
+from ..evaluate.features import features_and_logits
 from ..models.backbones import load_model_folder
 
 # %% ../../nbs/07g_deploy.formats.ipynb #45134e73
@@ -185,11 +186,7 @@ def _expected(decision:Decision|None, features:np.ndarray, logits:np.ndarray)->d
 
 def _of_network(pictures:CheckPictures, folder:Path, size:int, decision:Decision|None)->dict:
     "What the network itself gives for squares as it was trained on."
-    n = len(pictures.squares)
-    no_labels = np.zeros(n, np.int64)
-    batches = Batches(
-        pictures.squares, no_labels, no_labels.astype(np.uint64), np.arange(n), 16, size=size
-    )
+    batches = Batches.in_order(pictures.squares, 16, size=size)
     return _expected(decision, *features_and_logits(load_model_folder(folder)[0], batches))
 
 # %% ../../nbs/07g_deploy.formats.ipynb #0e9701e9

@@ -14,7 +14,7 @@ from ..core.files import counted
 from ..core.runs import Run
 from .card_facts import card_facts, folder_facts, SCORES
 from .licences import NOT
-from ..evaluate.metrics import EACH_CLASS
+from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.tables import interval_text, PART_NAMES
 
 # %% ../../nbs/07d_deploy.model_card.ipynb #f5f5da14

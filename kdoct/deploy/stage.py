@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import KdoctError, provenance, write_json
-from ..core.runs import Run
+from ..core.runs import require_same_folds, Run
 from ..data.stage import FoldData, open_fold
 from .bundle import seal
 from .engines import calibration_rows, graph_signature
@@ -34,7 +34,8 @@ from kdoct.deploy.formats import (
 )
 from .graph import Deployable
 from .networks import Bundle, open_model_folder, pictures_taken
-from ..evaluate.decisions import decide_fold, Decision, load_decision
+from ..evaluate.decide import decide_fold
+from ..evaluate.decisions import Decision, load_decision
 from ..models.backbones import load_model_folder, read_model_folder
 
 # %% ../../nbs/07_deploy.ipynb #8e0e0aa8
@@ -183,10 +184,7 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     from kdoct.deploy.model_card import model_card
     model, decision = _network_files(run, fold, role, work)
     data, facts = open_fold(run, fold), run.stage('data')
-    if model['folds_sha256'] != data.folds_sha256:
-        raise KdoctError(
-            f"The {role} was trained on other folds.", fix="Train it again, in a new run."
-        )
+    require_same_folds(run, fold, role, model, data.folds_sha256)
     recipe = run.recipe.data.model_dump()
     taken = pictures_taken(model, recipe, facts['channels'], facts.get('coloured'))
     name, source = f'{run.name}-fold{fold}-{role}', _source(run, fold, role, model)
