@@ -656,6 +656,11 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(folder, tmp_path)
             predict_files(straw(interrupted), [folder], tmp_path/f'r.{kind}', tmp_path/'v.csv')
     assert all(p.endswith('.partial') for p in os.listdir(tmp_path) if p != 'in')
     predict_files(straw(), [folder], tmp_path/'r.csv')   # and the next run begins anew
+
+
+def test_a_table_of_volumes_without_a_row_is_announced(folder, tmp_path, capsys):
+    predict_files(straw(), [folder], tmp_path/'r.csv', tmp_path/'v.csv')
+    assert "None of these files is a volume: " in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path/'r.csv')) == 10
 
 

@@ -128,7 +128,7 @@ class Audit:
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
             raise KdoctError(
-                f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
+                f"The audit finds what no run may contain: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
                 f"{counted(self.summary['listed'], 'image')}. {where} names each file.",
                 fix=self._remedy({*stops.index}, new_run),
             )

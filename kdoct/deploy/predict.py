@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
 from ..data.framing import framed
-from ..data.images import BadImage, COLOURED, decode_image, is_blank, main_colour
+from ..data.images import COLOURED, decode_image, is_blank, main_colour
+from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
 from ..data.scans import Scan
 from ..data.volumes import find_files, passed_over
@@ -362,4 +363,6 @@ def predict_files(
     seconds = time.monotonic() - start
     _say(_summary(counts, len(volumes.volumes), seconds, p.engine.name, has_decision))
     _say(skipped)
+    if volumes_out and not volumes.volumes:
+        _say(f'None of these files is a volume: {volumes_out} has no rows.')
     return dict(counts)

@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.files import KdoctError
-from ..data.images import BadImage
+from ..data.problems import BadImage
 from ..data.scans import Scan
 from ..evaluate.patients import decide_volume, VolumeRule
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from fastcore.basics import patch
 
-from ..data.images import BadImage
+from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
 
 # %% ../../nbs/07j_deploy.streams.ipynb #9ad4cca2
