@@ -16,7 +16,7 @@ from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
-from ..evaluate.tables import blanked_warning
+from ..evaluate.variants import blanked_warning
 
 # %% ../../nbs/07c_deploy.card_facts.ipynb #131af7a5
 _SOURCES = {  # source -> what it is, its licence as far as it is known, the kind of picture
