@@ -896,6 +896,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdoct.data.heyex._bscan_places': ('data.heyex.html#_bscan_places', 'kdoct/data/heyex.py'),
                                   'kdoct.data.heyex._check_element': ('data.heyex.html#_check_element', 'kdoct/data/heyex.py'),
                                   'kdoct.data.heyex._check_more_bscans': ('data.heyex.html#_check_more_bscans', 'kdoct/data/heyex.py'),
+                                  'kdoct.data.heyex._check_number': ('data.heyex.html#_check_number', 'kdoct/data/heyex.py'),
                                   'kdoct.data.heyex._check_vol_values': ('data.heyex.html#_check_vol_values', 'kdoct/data/heyex.py'),
                                   'kdoct.data.heyex._e2e_begin': ('data.heyex.html#_e2e_begin', 'kdoct/data/heyex.py'),
                                   'kdoct.data.heyex._e2e_bscans': ('data.heyex.html#_e2e_bscans', 'kdoct/data/heyex.py'),
