@@ -1,6 +1,7 @@
 "Audit: broken files are told apart one by one, nothing crashes, nothing is replaced."
 import io
 import os
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -12,8 +13,8 @@ import tifffile
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe
-from kdoct.data.audit import audit, audit_page
+from kdoct.core.sections import DataRecipe
+from kdoct.data.audit import audit, audit_page, check_data_recipe
 from kdoct.data.images import (
     MAX_PIXELS,
     PROBLEMS,
@@ -660,3 +661,39 @@ def test_a_volume_with_the_ending_of_a_picture_is_named_by_its_first_bytes(begin
 def test_the_pixels_of_the_real_jpegs_are_undamaged(shared_data):
     files = sorted(p for p in shared_data.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[::20]
     assert len(files) > 100 and all(check_jpeg(p.read_bytes()) == [] for p in files)
+
+
+def test_the_page_counts_the_endings_of_files_that_are_left_out(tmp_path):
+    one = coded(scan(), "PNG")
+    for name in ("CNV/1.png", "DME/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(one if name[0] == "C" else coded(scan(), "PNG"))
+    for name in ("a.txt", "b.txt", "c.xml", "README"): (tmp_path / "CNV" / name).touch()
+    data = DataRecipe(source="folder", root=str(tmp_path))
+    page = audit_page(audit(load_table(data)))
+    assert "4 other-file: not named like an image; not used" in page
+    assert "2 .txt, " in page and "1 .xml" in page and "1 without ending" in page
+
+
+def test_what_decoders_say_of_damaged_files_is_not_printed(tmp_path, capfd, recwarn):
+    tiff = bytearray(coded(scan(), "TIFF", compression="tiff_adobe_deflate"))
+    tiff[20:60] = bytes(40)
+    exif = coded(scan(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff garbage")
+    files = dict(A_1_1=png_bomb(10_000), A_2_1=bytes(tiff), A_3_1=exif, A_4_1=lost(coded(scan(), "JPEG")))
+    result = audit(listed(tmp_path, **files))
+    assert len(result.findings) >= 3
+    assert capfd.readouterr().err == "" and not len(recwarn)
+
+
+def test_what_the_audit_would_refuse_of_a_recipe_is_known_without_images():
+    for wrong, says in [
+        (dict(source="kermany"), "no source 'kermany'"),
+        (dict(source="csv", group_pattern="(P)"), "does not read --group-pattern"),
+        (dict(source="folder", group_pattern="("), "not a regular expression"),
+        (dict(source="csv", columns={"age": "Age"}), "age"),
+        (dict(source="folder", leave_out=("truncate",)), "truncate"),
+        (dict(source="folder", classes=("CNV", "CNV")), "twice"),
+        (dict(source="folder", root="/no/such/folder"), "does not exist"),
+    ]:
+        with pytest.raises(KdoctError, match=re.escape(says)): check_data_recipe(DataRecipe(**wrong))
+    check_data_recipe(DataRecipe(source="folder", group_pattern="(P)", leave_out=("truncated",)))

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 
-from kdoct.core.recipe import AugmentRecipe, preset
+from kdoct.core.presets import preset
+from kdoct.core.sections import AugmentRecipe
 from kdoct.data import augment as A
 from kdoct.data.augment import (
     DRAWS,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdoct.core.recipe import AugmentRecipe, preset
+from kdoct.core.presets import preset
+from kdoct.core.sections import AugmentRecipe
 from kdoct.data import augment as A
 from kdoct.data.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
 
@@ -44,12 +45,11 @@ def threads():
 def test_blocks_read_ahead_are_the_batches_asked_for_one_by_one(recipe, channels, block):
     b = batches(channels=channels, recipe=recipe)
     want = [b.batch(rows) for rows in b.parts()]
-    b.block, b.teach = block, lambda x, rows: torch.from_numpy(rows)
-    seen = [(x, y, b.taught) for x, y in b]
+    seen = list(b.with_output(lambda x, rows: torch.from_numpy(rows), block))
     assert len(seen) == len(want) == 4
-    for (x, y, said), (wx, wy) in zip(seen, want, strict=True):
+    for (x, y, output), (wx, wy) in zip(seen, want, strict=True):
         close(x, wx)
-        assert torch.equal(y, wy) and torch.equal(said, wy)
+        assert torch.equal(y, wy) and torch.equal(output, wy)
 
 
 def test_shares_of_two_processes_are_the_batches_of_one():
@@ -120,17 +120,19 @@ def test_interrupted_epoch_leaves_no_thread():
     kept.close()
 
 
-def test_teacher_is_asked_in_order_from_the_thread_that_asks_for_batches():
-    b, asked = batches(), []
-    b.block, b.teach = 2, lambda x, rows: asked.append((threading.current_thread(), rows.tolist()))
+def test_output_is_computed_in_order_in_the_thread_that_iterates():
+    b, calls = batches(), []
+
+    def compute(x, rows): calls.append((threading.current_thread(), rows.tolist()))
+
     order = [r.tolist() for r in b.parts()]
-    assert len(list(b)) == 4 and b.taught is None
-    assert asked == [
+    made = list(b.with_output(compute, 2))
+    assert len(made) == 4 and all(output is None for *_, output in made)
+    assert calls == [
         (threading.current_thread(), order[0] + order[1]),
         (threading.current_thread(), order[2] + order[3]),
     ]
-    b.teach = lambda x, rows: 1//0
-    with pytest.raises(ZeroDivisionError): next(iter(b))
+    with pytest.raises(ZeroDivisionError): next(b.with_output(lambda x, rows: 1//0))
 
 
 class FakeStream:
@@ -212,8 +214,8 @@ def test_interrupted_stream_closes_what_makes_the_blocks(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gpu_hands_out_the_batches_of_the_cpu(channels):
     here, there = batches(channels=channels), batches(channels=channels, device="cuda")
-    for b in (here, there): b.block, b.teach = 2, lambda x, rows: x.mean((1, 2, 3))
-    for (x, y), (gx, gy) in zip(here, there, strict=True):
+    made = [b.with_output(lambda x, rows: x.mean((1, 2, 3)), 2) for b in (here, there)]
+    for (x, y, _), (gx, gy, output) in zip(*made, strict=True):
         torch.testing.assert_close(gx.cpu(), x, atol=1e-4, rtol=0)
-        torch.testing.assert_close(there.taught.cpu(), gx.mean((1, 2, 3)).cpu(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.cpu(), gx.mean((1, 2, 3)).cpu(), atol=1e-5, rtol=0)
         assert torch.equal(gy.cpu(), y)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from kdoct.core.files import read_json, write_json
-from kdoct.core.recipe import DecideRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DecideRecipe
 from kdoct.deploy.bundle import strict_json
 from kdoct.deploy.model_card import NOT, model_card
 from kdoct.evaluate.decisions import fit_decision

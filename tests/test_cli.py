@@ -1,6 +1,8 @@
 "What the command says before it begins: what cannot end well is refused at once, and leaves nothing behind."
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -301,7 +303,8 @@ def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path,
 def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
     from kdoct.data.sources import SOURCES
     calls, listed = [], SOURCES["folder"]
-    monkeypatch.setitem(SOURCES, "folder", lambda data: calls.append(1) or listed(data))
+    counted_calls = replace(listed, read=lambda data: calls.append(1) or listed(data))
+    monkeypatch.setitem(SOURCES, "folder", counted_calls)
     main_(
         [
             "folds",
@@ -398,3 +401,35 @@ def test_the_name_in_a_recipe_can_be_set():
 @pytest.mark.parametrize("name", ["cache", "audit", "x" * 260])
 def test_a_name_that_no_run_can_have_is_refused(name, capsys):
     assert "cannot be a run's name" in refused(capsys, "folds", "--preset", "tiny", "--run", name)
+
+
+def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
+    root = Path(pictures(tmp_path / "d", *(f"{i}.png" for i in range(8))))
+    for name in ("a.csv", "b.csv", "table.csv"):
+        rows = "".join(f"{i}.png,{'AB'[i % 2]},{i // 2}\n" for i in range(8))
+        (root / name).write_text("path,label,patient\n" + rows)
+        CliRunner().invoke(app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-probe"])
+    written = {p.name for p in (outputs_root() / "audit").iterdir()}
+    assert written == {"csv-d-a.csv", "csv-d-b.csv", "csv-d.csv"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--source", "kermany"),
+        ("--source", "csv", "--group-pattern", "(P)"),
+        ("--source", "folder", "--group-pattern", "("),
+        ("--set", "data.leave_out=ugly"),
+        ("--source", "folder", "--data-root", "/no/such/folder"),
+    ],
+)
+def test_recipe_refuses_what_audit_refuses(options, capsys):
+    said = refused(capsys, "recipe", *options)
+    if "--data-root" not in options: options += ("--data-root", "/no/such/folder")
+    assert said.split(" ->")[0] == refused(capsys, "audit", *options).split(" ->")[0]
+
+
+def test_sources_lists_every_source_with_its_layout():
+    from kdoct.data.sources import SOURCES
+    shown = CliRunner().invoke(app, ["sources"]).output
+    for name, about in SOURCES.items(): assert f"{name}: {about.help}\n    {about.layout}\n" in shown

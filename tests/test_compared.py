@@ -13,7 +13,7 @@ from torch import nn
 from kdoct.app.cli import main  # noqa: F401
 from kdoct.app.stages import open_stage
 from kdoct.core.files import KdoctError, read_json
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.teacher import train_teacher

@@ -12,7 +12,7 @@ from PIL import Image
 from kdoct.app.crossval import RUN_HEADING, run_stage, stage_cells
 from kdoct.app.stages import open_stage
 from kdoct.core.files import outputs_root
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import STAGES, create_run, open_run
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def test_a_run_with_results_keeps_its_recipe(folder):
 @pytest.fixture
 def small_demo(monkeypatch, tmp_path):
     "The demo with the networks and images of the preset for tests."
-    from kdoct.core.recipe import PRESETS
+    from kdoct.core.presets import PRESETS
     monkeypatch.setenv('KDOCT_OUTPUTS', str(tmp_path))
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.delenv('KDOCT_STAGE', raising=False)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdoct.core.files import KdoctError, read_json, sha256_file
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.cache import decode_cache
 from kdoct.data.folds import check_folds, make_folds, read_folds, write_folds

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run, open_run
+from kdoct.core.sections import TrainRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes
@@ -25,7 +26,8 @@ from kdoct.deploy import engines, graph
 from kdoct.deploy import stage as deploy
 from kdoct.deploy import stage as deploy_stage
 from kdoct.distill.student import train_baseline
-from kdoct.evaluate.decisions import features_and_logits, fit_outlier
+from kdoct.evaluate.features import features_and_logits
+from kdoct.evaluate.outliers import fit_outlier
 from kdoct.models.backbones import create_classifier
 
 ENGINES = list(engines.ENGINES)
@@ -193,6 +195,37 @@ def test_record_and_bundle_say_what_was_measured(made, bundle):
     assert {"times_as_fast", "reason"} <= set(bundle.about["formats"]["int8"]) or not bundle.about[
         "formats"
     ]["int8"]["kept"]
+
+
+def test_distances_flags_and_the_spread_of_times_are_recorded_and_shown(made, bundle):
+    shown, card = deploy_stage.summary(bundle.about["formats"]), (made.folder / "CARD.md").read_text()
+    for name in bundle.engines:
+        f = bundle.about["formats"][name]
+        fastest, slowest = f["latency_range_ms"]
+        assert fastest <= f["latency_ms"] <= slowest
+        assert f["parity"]["other_flags"] >= 0
+        assert shown.loc[name, "of a distance %"] == 100 * f["parity"]["distance"]
+        assert shown.loc[name, "other outlier flags"] == f["parity"]["other_flags"]
+    assert "of an outlier distance [%] | same predicted class % | pictures with another outlier flag" in card
+    assert "fastest and slowest round [ms]" in card
+
+
+def test_a_flag_that_differs_near_the_threshold_is_counted_though_it_is_allowed():
+    p = np.full((3, 2), .5)
+    parity = engines.compare(dict(probabilities=p, outlier=np.array([1., 1.99, 3.])),
+                             dict(probabilities=p, outlier=np.array([1., 2.01, 3.])), threshold=2.)
+    assert (parity["flags"], parity["other_flags"]) == (1., 1)
+    assert parity["distance"] == pytest.approx(.02/2.01)
+
+
+def test_the_times_are_shown_once_by_the_command_and_not_by_the_export(made, tmp_path, capsys, monkeypatch):
+    from kdoct.app import cli
+    monkeypatch.setenv("KDOCT_OUTPUTS", str(made.run.path.parent))
+    deploy_stage.export_fold(open_run("tiny"), 0, "baseline", tmp_path / "a", [], images=8)
+    assert "slowest round" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["export", "tiny", "--role", "baseline", "--formats", "", "--out", str(tmp_path / "b")])
+    assert capsys.readouterr().out.count("slowest round") == 1
 
 
 def test_a_format_that_cannot_be_written_is_recorded_and_left_out(made, tmp_path, monkeypatch):

@@ -167,7 +167,8 @@ def test_kdoct_commands_of_the_guide_have_these_options():
     from typer.main import get_command
 
     from kdoct.app.cli import app
-    from kdoct.core.recipe import parse_overrides, preset
+    from kdoct.core.overrides import parse_overrides
+    from kdoct.core.presets import preset
     commands, seen = get_command(app).commands, set()
     for where, (name, *arguments) in command_lines("kdoct"):
         assert name in commands, where

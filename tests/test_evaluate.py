@@ -12,8 +12,9 @@ from PIL import Image
 
 from kdoct.app import report as R
 from kdoct.core.files import KdoctError, read_json, write_json
-from kdoct.core.recipe import DecideRecipe, EvaluateRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
+from kdoct.core.sections import DecideRecipe, EvaluateRecipe
 from kdoct.deploy.predict import Volumes, judged
 from kdoct.evaluate import decision_tables as J
 from kdoct.evaluate import (
@@ -29,9 +30,9 @@ from kdoct.evaluate import (
 )
 from kdoct.evaluate import tables as T
 from kdoct.evaluate.decisions import fit_decision
+from kdoct.evaluate.intervals import bootstrap
 from kdoct.evaluate.metrics import (
     HEADLINE,
-    bootstrap,
     evaluate_predictions,
     log_softmax,
     logits_of,
@@ -311,7 +312,7 @@ def test_views_and_weights_are_those_of_variants_parquet(viewed):
 
 
 def test_each_architecture_is_measured_once_and_noted(monkeypatch):
-    from kdoct.core.recipe import TrainRecipe
+    from kdoct.core.sections import TrainRecipe
     from kdoct.models.backbones import create_classifier, save_model_folder
     run, net = (
         create_run('cost', preset('tiny')),

@@ -10,14 +10,16 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import TrainRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import TrainRecipe
 from kdoct.data.augment import apply_view, to_unit
 from kdoct.data.framing import to_square
 from kdoct.data.phantom import simulate_bscan
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.explain.cam import explain
-from kdoct.explain.faithfulness import energy_in_mask, randomised
+from kdoct.explain.comparison import randomised
+from kdoct.explain.faithfulness import energy_in_mask
 from kdoct.explain.stage import (
     explain_fold,
     explained_folds,

@@ -27,12 +27,13 @@ from kdoct.app.cases import CaseFilter, Cases, Thresholds, case_table, open_case
 from kdoct.app.explore import App
 from kdoct.app.networks import Background, Explorer
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import EvaluateRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import EvaluateRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.framing import to_square
 from kdoct.data.stage import open_fold, prepare_data
-from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import log_softmax, logits_of, simulate_predictions
 from kdoct.models.backbones import create_classifier, save_model_folder
 from kdoct.training.results import predict_logits, predictions_frame

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kdoct.core.recipe import TrainRecipe
+from kdoct.core.sections import TrainRecipe
 from kdoct.models.backbones import create_classifier, float32_products
 from kdoct.training.inference import (
     FusedBody,

@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import EvaluateRecipe
-from kdoct.explain.faithfulness import agreement_numbers, agreement_table, correctness, random_maps
+from kdoct.core.sections import EvaluateRecipe
+from kdoct.explain.comparison import agreement_numbers, correctness
+from kdoct.explain.faithfulness import random_maps
 from kdoct.explain.figures import (
     Explained,
     agreement_figure,
@@ -17,6 +18,7 @@ from kdoct.explain.figures import (
     overlay,
     save_maps,
 )
+from kdoct.explain.tables import agreement_table
 
 FAST = EvaluateRecipe(n_boot=100)
 # Machado et al. 2009: what a deuteranope sees, in linear RGB

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError, read_json, sha256_file, write_json
-from kdoct.core.recipe import TrainRecipe, preset, require_weights
+from kdoct.core.presets import preset
+from kdoct.core.requirements import require_weights
+from kdoct.core.sections import TrainRecipe
 from kdoct.data import packaged_weights
 from kdoct.models import backbones
 from kdoct.training.loop import param_groups

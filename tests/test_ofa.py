@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.data.packaged_weights import probe_picture
 from kdoct.models.backbones import (
     count_parameters,

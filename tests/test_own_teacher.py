@@ -24,14 +24,17 @@ from torch.nn.functional import cross_entropy
 from kdoct.app.cli import main
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, outputs_root, read_json
-from kdoct.core.recipe import DistillRecipe, own_teachers, preset, require_weights
+from kdoct.core.overrides import own_teachers
+from kdoct.core.presets import preset
+from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill, Teachers
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import load_teachers, train_teacher
-from kdoct.evaluate.decisions import decide_fold
+from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.models.backbones import (
@@ -130,8 +133,9 @@ def test_the_loss_in_a_users_learner_is_that_of_the_paper(images, folder):
     assert len(note.seen) == 4
     for x, y, pred, loss in note.seen:
         # the folders' order is CNV, NORMAL; by its own statistics, at its own size
-        said = net(x*std + mean).detach()[:, [1, 0]]
-        want = .2*cross_entropy(pred, y.long(), label_smoothing=.1) + .6*soft_loss(pred, said, 2.)
+        teacher_logits = net(x*std + mean).detach()[:, [1, 0]]
+        hard = cross_entropy(pred, y.long(), label_smoothing=.1)
+        want = .2*hard + .6*soft_loss(pred, teacher_logits, 2.)
         assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
@@ -216,10 +220,9 @@ def test_a_normalisation_that_nobody_told_of_is_refused_and_may_be_told(images, 
         )
     )
     x, y, pred, loss = note.seen[0]
-    said = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
-    assert loss.item() == pytest.approx(
-        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
-    )
+    teacher_logits = load_model_folder(folder)[0]((x + 3)/6).detach()[:, [1, 0]]
+    want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, teacher_logits, 4.)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_a_network_that_says_another_normalisation_is_refused_until_it_normalises_for_itself(
@@ -277,26 +280,24 @@ def test_grey_pictures_of_a_data_block_teach_too(images, folder):
     )
     fit(learn.add_cb(note))
     x, y, pred, loss = note.seen[0]
-    said = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
-    assert x.shape[1] == 1 and loss.item() == pytest.approx(
-        (0.3 * cross_entropy(pred, y.long()) + 0.7 * soft_loss(pred, said, 4.0)).item(), rel=1e-4
-    )
+    teacher_logits = load_model_folder(folder)[0](x).detach()[:, [1, 0]]
+    want = .3*cross_entropy(pred, y.long()) + .7*soft_loss(pred, teacher_logits, 4.)
+    assert x.shape[1] == 1 and loss.item() == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folder):
-    said = []
+    queries = []
     class Listen(Distill):
-        def answer(self, role, x):
-            said.append(
-                (torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), super().answer(role, x))
-            )
-            return said[-1][-1]
+        def logits_of(self, role, x):
+            z = super().logits_of(role, x)
+            queries.append((torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), z))
+            return z
     learn = Learner(
         loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)]
     )
     with torch.autocast('cpu', torch.bfloat16): fit(learn)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in STATS)
-    enabled, x, z = said[0]
+    enabled, x, z = queries[0]
     assert enabled and z.dtype == torch.float32
     torch.testing.assert_close(
         z, load_model_folder(folder)[0](x * std + mean).detach()[:, [1, 0]], rtol=1e-4, atol=1e-5

@@ -7,7 +7,7 @@ import pytest
 
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json
-from kdoct.core.recipe import PRESETS, preset
+from kdoct.core.presets import PRESETS, preset
 from kdoct.core.runs import create_run
 from kdoct.data.folds import read_folds
 from kdoct.data.phantom import write_phantom

@@ -21,7 +21,7 @@ from PIL import Image
 
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.images import BadImage, inspect_file
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
@@ -39,7 +39,8 @@ from kdoct.deploy.predict import (
     results_file,
 )
 from kdoct.deploy.stage import _taken, open_bundle
-from kdoct.evaluate.decisions import Decision, Outlier
+from kdoct.evaluate.decisions import Decision
+from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule, decide_volume
 
 CLASSES = ['CNV', 'DRUSEN', 'NORMAL']
@@ -373,6 +374,38 @@ def test_a_row_is_deferred_for_confidence_or_as_an_outlier(folder, p, score, why
     )
 
 
+def test_what_is_said_of_deferred_pictures_adds_up(folder, tmp_path, capsys):
+    "Seven pictures: two are predicted, the others deferred for one reason or for both."
+    seen = iter([(.9, 1.), (.9, 1.), (.55, 1.), (.9, 3.), (.9, 3.), (.55, 3.), (.55, 3.)])
+    def engine(x):
+        answers = [next(seen) for _ in x]
+        return np.array([[p, 1 - p, 0] for p, _ in answers]), np.array([d for _, d in answers])
+    good = [folder/f'{i}.png' for i in range(7)]
+    counts = predict_files(straw(engine), good, tmp_path/'r.csv', workers=1, batch=1)
+    said = capsys.readouterr().err
+    assert '2 predicted, 5 deferred (1 for low confidence, 2 as outliers, 2 for both)' in said
+    assert counts == dict(predicted=2, unsure=1, outliers=4, both=2)
+
+
+def test_files_passed_over_for_their_names_are_counted_in_one_line(folder, tmp_path, capsys):
+    (folder/'scan.txt').write_bytes(b'\0'*128 + b'DICM')
+    (folder/'.hidden.png').write_bytes((folder/'0.png').read_bytes())
+    (folder/'.cache').mkdir()
+    predict_files(straw(), [folder], tmp_path/'r.csv')
+    (line,) = [t for t in capsys.readouterr().err.splitlines() if 'passed over' in t]
+    assert line.startswith('3 entries of the folders passed over by name: 1 .txt')
+    assert '2 hidden' in line and 'name the file itself' in line
+    predict_files(straw(), [folder/'0.png'], tmp_path/'s.csv')
+    assert 'passed over' not in capsys.readouterr().err
+
+
+def test_an_empty_folder_says_what_it_was_empty_but_for(tmp_path):
+    (tmp_path/'in').mkdir()
+    (tmp_path/'in'/'scan.txt').write_text('')
+    with pytest.raises(KdoctError, match=r'no file to read. 1 entry .* 1 \.txt'):
+        predict_files('no bundle', [tmp_path/'in'], tmp_path/'r.csv')
+
+
 # --- batches
 
 @settings(max_examples=60)
@@ -684,7 +717,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
                                                                                 'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
-    from kdoct.core.recipe import EvaluateRecipe
+    from kdoct.core.sections import EvaluateRecipe
     from kdoct.evaluate.decision_tables import read_decided, volumes_section
     bundle, table, root = shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):
@@ -853,6 +886,24 @@ def test_a_coloured_picture_is_noted_where_nobody_knows_what_a_network_was_train
     with Predictor(mine) as p:
         notes = [r['notes'] for r in p.predict([tmp_path/'fundus.png', tmp_path/'grey.png'])]
     assert notes == [('no-decision', 'coloured'), ('no-decision',)]
+
+
+def test_a_colour_photograph_is_refused_where_model_json_says_that_none_was_trained_on(
+    mine, tmp_path
+):
+    "As `kdoct import --grey` and every training write it; the folder may lie anywhere."
+    a = np.asarray(noise(0, mode='L'))
+    Image.fromarray(np.stack([a, a//4, a//8], -1)).save(tmp_path/'fundus.png')
+    about = json.loads((mine/'model.json').read_text())
+    for coloured, error in ((False, 'not-a-bscan'), (0, 'not-a-bscan'), (True, ''), (3, '')):
+        (mine/'model.json').write_text(json.dumps(about | dict(coloured=coloured)))
+        with Predictor(mine) as p: (row,) = p.predict(tmp_path/'fundus.png')
+        assert row['error'] == error and 'coloured' not in row['notes']
+
+
+def test_training_notes_in_model_json_whether_pictures_were_coloured(trained):
+    about = json.loads((trained[0].stage_dir(0, 'teacher')/'model.json').read_text())
+    assert about['coloured'] == 0
 
 
 def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, shipped, tmp_path):

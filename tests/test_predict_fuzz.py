@@ -22,7 +22,8 @@ from kdoct.data.phantom import simulate_bscan
 from kdoct.data.sandbox import READ_PROBLEMS
 from kdoct.deploy.engines import Engine
 from kdoct.deploy.predict import Predictor
-from kdoct.evaluate.decisions import Decision, Outlier
+from kdoct.evaluate.decisions import Decision
+from kdoct.evaluate.outliers import Outlier
 
 NAMES = ('Zzyzx', 'Quilla', '19610203')   # the patient, who stands in every header that has room
 KINDS = (

@@ -9,8 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DataRecipe
 from kdoct.data.phantom import patient_diagnosis, simulate_bscan, write_phantom
 from kdoct.data.shortcuts import (
     FEATURES,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kdoct.app.report import report_html
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.evaluate.simulated import write_simulated_stages
 from kdoct.evaluate.stage import evaluate_run

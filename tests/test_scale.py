@@ -22,7 +22,7 @@ MEASURE = """
     import json, os, sys, threading, time
     import psutil
     if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    from kdoct.core.recipe import preset
+    from kdoct.core.presets import preset
     from kdoct.data.audit import audit
     from kdoct.data.folds import make_folds
     from kdoct.data.sources import load_table

@@ -7,7 +7,7 @@ import pytest
 
 from kdoct.app import crossval as C
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import STAGES, Stage, create_run, planned_stages, stage_command, stage_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,9 @@ import torch
 from fastai.callback.core import Callback
 
 from kdoct.core.files import KdoctError, outputs_root, read_json, write_json
-from kdoct.core.recipe import DataRecipe, DistillRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DataRecipe, DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
@@ -223,8 +224,8 @@ def test_blended_images_have_blended_answers(outputs):
     class Note(Callback):
         order, run_valid = 6, False
         def after_loss(self):
-            said, shares = self.dls.train.taught[:, 0], self.learn.mix.shares
-            target = (shares @ torch.softmax(said/4, 1)).log()*4   # as the labels are blended
+            z, shares = self.learn.distill.each_logits[:, 0], self.learn.mix.shares
+            target = (shares @ torch.softmax(z/4, 1)).log()*4   # as the labels are blended
             told.append(
                 (
                     self.learn.loss_terms['soft'].item(),

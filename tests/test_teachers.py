@@ -7,8 +7,9 @@ from fastai.callback.core import Callback
 from kdoct.app import crossval as C
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json, write_json
-from kdoct.core.recipe import DistillRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
@@ -131,8 +132,8 @@ def fit(learn):
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
     teachers, said, seen = strangers(), {}, Seen()
     class Listen(Distill):
-        def answer(self, role, x):
-            said.setdefault(role, []).append(z := super().answer(role, x))
+        def logits_of(self, role, x):
+            said.setdefault(role, []).append(z := super().logits_of(role, x))
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)

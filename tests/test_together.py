@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import prepare_data
 from kdoct.distill import student, teacher
@@ -28,7 +28,7 @@ SCRIPT = textwrap.dedent('''
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
-    from kdoct.core.recipe import preset
+    from kdoct.core.presets import preset
     from kdoct.models.backbones import create_classifier
     from kdoct.training.distributed import DistributedBatches, init_group, propagate_failure, rank_world
     from kdoct.training.loop import make_learner

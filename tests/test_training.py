@@ -14,8 +14,9 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DistillRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import Run, create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches, apply_view, even_batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill
@@ -39,7 +40,7 @@ SCRIPT = textwrap.dedent('''
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
-    from kdoct.core.recipe import preset
+    from kdoct.core.presets import preset
     from kdoct.data.augment import Batches
     from kdoct.models.backbones import create_classifier
     from kdoct.training.losses import cross_entropy

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from kdoct.core.files import KdoctError
-from kdoct.core.recipe import DataRecipe, preset
+from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DataRecipe
 from kdoct.data.audit import audit
 from kdoct.data.near_duplicates import (
     PROFILES,

@@ -374,7 +374,8 @@ def option_row(option):
 
 def recipe_page():
     "Every field of a recipe, and the presets."
-    from kdoct.core.recipe import PRESETS, recipe_fields
+    from kdoct.core.presets import PRESETS
+    from kdoct.core.recipe import recipe_fields
     parts = {}
     for name, (value, meaning) in recipe_fields().items():
         row = [code(name), code(repr(value)), as_html(meaning or "")]

@@ -19,7 +19,9 @@ import pandas as pd
 import torch
 
 from ..core.files import usable_cores
-from ..core.recipe import DataRecipe, PhantomRecipe, preset, Recipe
+from ..core.presets import preset
+from ..core.recipe import Recipe
+from ..core.sections import DataRecipe, PhantomRecipe
 from ..data.audit import audit
 from ..data.augment import image_ids
 from ..data.cache import decode_cache

@@ -17,7 +17,8 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as tv
 
 from .bench_harness import Images, Plan
-from ..core.recipe import AugmentRecipe, Recipe
+from ..core.recipe import Recipe
+from ..core.sections import AugmentRecipe
 
 # %% ../../nbs/12b_app.bench_reference.ipynb #1188b872
 class PilOps:

@@ -44,7 +44,7 @@ from .bench_reference import pil_loader, ReferenceStep
 
 from ..core.files import KdoctError
 
-from ..core.recipe import AugmentRecipe, TrainRecipe
+from ..core.sections import AugmentRecipe, TrainRecipe
 
 from ..data.augment import Batches
 
@@ -65,7 +65,7 @@ from ..distill.methods import Distill
 
 from ..distill.teacher_cache import TeacherCache
 
-from ..evaluate.decisions import fit_outlier
+from ..evaluate.outliers import fit_outlier
 
 from ..explain.cam import Layer, score_cam, stretch, target_layer
 
@@ -155,7 +155,7 @@ class Stretch(Callback):
     def before_train(self): self.seen, self.images, self.began = 0, 0, None
 
     def after_batch(self):
-        block = getattr(self.dls.train, 'block', 1)
+        block = self.learn.distill.block if hasattr(self.learn, 'distill') else 1
         skip, n = -(-2//block)*block, -(-self.n//block)*block
         self.seen += 1
         if self.began is not None: self.images += len(self.yb[0])

@@ -21,18 +21,12 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.files import atomic_path, counted, KdoctError, outputs_root
-from ..core.recipe import EvaluateRecipe
-from ..core.runs import Run, stage_command
+from ..core.sections import EvaluateRecipe
+from ..core.runs import Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..deploy.predict import check_out
-from kdoct.evaluate.metrics import (
-    classes_of,
-    group_weights,
-    log_softmax,
-    logits_of,
-    read_predictions,
-    targets_of,
-)
+from ..evaluate.intervals import group_weights
+from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_role, targets_of
 from ..evaluate.tables import protocol_of
 
 # %% ../../nbs/09a_app.cases.ipynb #a1426b4e
@@ -80,18 +74,6 @@ def _decided(folder:Path, predictions:pd.DataFrame)->tuple:
     from kdoct.evaluate.decision_tables import read_decided
     try: return read_decided(folder, predictions), ''
     except KdoctError as e: return None, f'{e.problem} It is left out here. {e.fix}'
-
-def _read_role(run:Run, fold:int, role:str)->pd.DataFrame:
-    "Predictions of a role's network for the test images of a fold; `KdoctError` if they are of another fold."
-    path = run.stage_dir(fold, role)/'predictions.parquet'
-    df = read_predictions(path)
-    if set(df.fold) == {fold}: return df.reset_index(drop=True)
-    raise KdoctError(
-        f"{path} holds predictions of other folds than {fold}.", fix=_again(run, fold, role)
-    )
-
-def _again(run:Run, fold:int, role:str)->str:
-    return f"Delete its folder and train again: {stage_command(role, run, fold)}"
 
 def _aligned(role:str, predictions:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
@@ -147,14 +129,14 @@ def open_cases(
 )->Cases:
     "Read what the networks of a fold say of its test images; `KdoctError` with a command where that is missing."
     require_model(run, fold, role)
-    predictions = {r: _read_role(run, fold, r) for r in models_there(run, fold)}
+    predictions = {r: read_role(run, fold, r) for r in models_there(run, fold)}
     first, found = (
         predictions[role],
         {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()},
     )
     decisions = {r: j.decision for r, (j, _) in found.items() if j}
     z = {
-        r: logits_of(_aligned(r, df, first, _again(run, fold, r))) for r, df in predictions.items()
+        r: logits_of(_aligned(r, df, first, train_again(run, fold, r))) for r, df in predictions.items()
     }
     p = {
         r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'RunOption', 'SourceOption', 'RootOption', 'PatternOption', 'ClassesOption', 'SetOption',
            'TeacherOption', 'NotebooksOption', 'demo', 'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe',
-           'runs', 'import_', 'baseline_svm', 'explain', 'bench', 'export', 'make_keys', 'predict', 'explore', 'main']
+           'sources', 'runs', 'import_', 'baseline_svm', 'explain', 'bench', 'export', 'make_keys', 'predict',
+           'explore', 'main']
 
 # %% ../../nbs/10_app.cli.ipynb #imp-app-cli
 import re
@@ -18,15 +19,10 @@ import typer
 
 from .stages import new_run, require_archs
 from ..core.files import KdoctError, outputs_root, require_extra
-from kdoct.core.recipe import (
-    own_teachers,
-    parse_overrides,
-    preset,
-    PRESETS,
-    recipe_fields,
-    require_data_root,
-    require_weights,
-)
+from ..core.overrides import own_teachers, parse_overrides
+from ..core.presets import preset, PRESETS
+from ..core.recipe import recipe_fields
+from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run, Run, run_of
 
 # %% ../../nbs/10_app.cli.ipynb #54187f9b
@@ -56,7 +52,7 @@ SourceOption = Annotated[
     str,
     typer.Option(
         '--source',
-        help="Where images come from: phantom, ucsd, neh, covid_qu_ex, lc25000, folder, csv. "
+        help="Where images come from, such as folder or csv; `kdoct sources` lists all. "
         "Default: the preset's.",
     ),
 ]
@@ -115,13 +111,15 @@ def _recipe(
     teachers:list[Path] = (),
     **data,
 ):
-    "The recipe that the options describe."
+    "The recipe that the options describe; `KdoctError` for a network that timm does not know."
     given = {'data.source': source, 'data.root': data_root} | {
         f'data.{k}': v for k, v in data.items()
     }
     overrides = {k: v for k, v in given.items() if v} | (own_teachers(teachers) if teachers else {})
     for change in changes: overrides |= parse_overrides(change)
-    return preset(preset_name, **overrides)
+    recipe = preset(preset_name, **overrides)
+    require_archs(recipe)
+    return recipe
 
 def _name_of(run:str, preset_name:str, recipe)->str:
     "The run's name: the one given, else the preset's, with the source's where the preset has another."
@@ -146,7 +144,6 @@ def _run(
     name = _name_of(run, preset_name, recipe)
     # at once; `new_run` asks too, after torch is there
     if not (outputs_root()/name/'run.json').exists(): require_data_root(recipe.data)
-    require_archs(recipe)
     for role in recipe.roles: require_weights(recipe.training(role))
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
     numbers = parse_folds(folds, recipe.data.n_folds)
@@ -211,8 +208,11 @@ def crossval(
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
     "Print what the shortcut probe finds, or why it cannot be asked."
+    from kdoct.data.audit import quiet_decoders
     from kdoct.data.shortcuts import probe_shortcuts
-    try: typer.echo(probe_shortcuts(table, root)['sentence'])
+    try:
+        with quiet_decoders(): found = probe_shortcuts(table, root)
+        typer.echo(found['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 
 def _echo_verdict(run):
@@ -223,6 +223,13 @@ def _echo_verdict(run):
     else: typer.echo(f"\n{'WARNING: ' if verdict == 'above' else ''}{words}")
 
 # %% ../../nbs/10_app.cli.ipynb #211a867e
+def _name_of_findings(data, root:Path)->str:
+    "The name of a file with findings: source and folder, and the table where it is not table.csv."
+    table = Path(data.root or '').name if data.source == 'csv' else ''
+    is_usual = table in (root.name, 'table.csv')
+    parts = [data.source, root.name, '' if is_usual else table.removesuffix('.csv')]
+    return re.sub(r'[^\w.-]+', '-', '-'.join(filter(None, parts))).strip('-')
+
 @app.command()
 def audit(
     preset_name:PresetOption='edge', source:SourceOption='', data_root:RootOption='', group_pattern:PatternOption='',
@@ -233,14 +240,14 @@ def audit(
                                             "not retina.")]=True,
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
-    from kdoct.data.audit import audit_page
+    from kdoct.data.audit import audit_page, check_data_recipe
     from kdoct.data.stage import list_and_audit, plan_folds, write_findings
     recipe = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
+    check_data_recipe(recipe.data)
     listing, result = list_and_audit(recipe.data)
-    name = re.sub(r'[^\w.-]+', '-', f'{recipe.data.source}-{listing.root.name}').strip('-')
-    out = out or outputs_root()/'audit'/f'{name}.csv'
+    out = out or outputs_root()/'audit'/f'{_name_of_findings(recipe.data, listing.root)}.csv'
     write_findings(result, out)
     typer.echo(audit_page(result, _short(out), recipe.data.protocol))
     if probe: _echo_probe(result.table, listing.root)
@@ -315,13 +322,22 @@ def recipe(
     classes:ClassesOption='', changes:SetOption=[],  # noqa: B006
 ):
     "List every recipe field with its value, meaning and unit, as `crossval` with the same options would use it."
+    from kdoct.data.audit import check_data_recipe
     values = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
+    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
+
+@app.command()
+def sources():
+    "List where images can come from: each source with the layout that it expects."
+    import kdoct.data.sources  # noqa: F401 (they register themselves)
+    from kdoct.data.registry import sources_text
+    typer.echo(sources_text())
 
 @app.command()
 def runs():
@@ -355,6 +371,9 @@ def import_(
                                          "Default: timm's own.")]='',
     interpolation:Annotated[str, typer.Option(help="How pictures were resized: bilinear (KD-OCT's "
                                                    "authors) or bicubic. Default: timm's own.")]='',
+    coloured:Annotated[bool|None, typer.Option('--coloured/--grey', help="Whether coloured pictures were among those "
+                                               "that it was trained on. With --grey, `predict` refuses a photograph "
+                                               "of the fundus. Default: not known.")]=None,
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
     from kdoct.models.backbones import import_model_folder
@@ -369,6 +388,7 @@ def import_(
         _numbers(mean, '--mean'),
         _numbers(std, '--std'),
         interpolation or None,
+        coloured,
     )
     typer.echo(
         f"{about['arch']}, {about['parameters']:,} parameters, {size} px, classes "
@@ -527,12 +547,14 @@ def export(
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
-    from kdoct.deploy.stage import export_fold, export_folder
+    from kdoct.deploy.stage import export_fold, export_folder, open_bundle, summary
     written = (
         export_fold(*place, out, chosen, key)
         if isinstance(place[0], Run)
         else export_folder(*place, out, chosen, key)
     )
+    table = summary(open_bundle(written).about['formats'])
+    typer.echo(table.to_string(float_format='{:.4g}'.format))
     typer.echo(_short(written))
 
 # %% ../../nbs/10_app.cli.ipynb #97376d7a

@@ -19,7 +19,7 @@ from jupyter_client.manager import KernelManager
 from papermill.exceptions import PapermillExecutionError
 
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
-from ..core.recipe import require_weights
+from ..core.requirements import require_weights
 from ..core.runs import planned_stages, Run, stage_of
 from ..training.distributed import launched
 

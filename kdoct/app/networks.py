@@ -170,7 +170,7 @@ def output(self:Network,
     image:Image.Image,  # mode L or RGB
 )->NetworkOutput:
     "Probabilities, and distance from the training images, in float32 as a bundle gives them."
-    from kdoct.evaluate.decisions import features_and_logits
+    from kdoct.evaluate.features import features_and_logits
     d, x = self.decision, seen_by(self.run, image).to(self.model.mean.device)
     features, logits = features_and_logits(self.model, [(x, None)])
     if d is None: return NetworkOutput(np.exp(log_softmax(logits))[0])

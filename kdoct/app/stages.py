@@ -14,14 +14,10 @@ from pathlib import Path
 import psutil
 
 from ..core.files import KdoctError, outputs_root, temporary_outputs
-from kdoct.core.recipe import (
-    own_teachers,
-    parse_overrides,
-    preset,
-    PRESETS,
-    Recipe,
-    require_data_root,
-)
+from ..core.overrides import own_teachers, parse_overrides
+from ..core.presets import preset, PRESETS
+from ..core.recipe import Recipe
+from ..core.requirements import require_data_root
 from ..core.runs import as_papermill_reads, create_run, open_run, Run
 
 # %% ../../nbs/08b_app.stages.ipynb #6d1f0b14

@@ -27,7 +27,6 @@ import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
-
 # %% ../../nbs/00a_core.files.ipynb #1941e837
 class KdoctError(Exception):
     "A problem that the user can mend: what is wrong, and what to do next."
@@ -175,7 +174,7 @@ def _checkout()->Path|None:
         (
             p
             for p in (here, *here.parents)
-            if (p / 'settings.ini').exists() and (p / 'nbs' / '00c_core.runs.ipynb').exists()
+            if (p / 'settings.ini').exists() and (p / 'nbs' / '00a_core.files.ipynb').exists()
         ),
         None,
     )
@@ -192,7 +191,7 @@ def notebooks_dir()->Path:
     places = [
         p
         for p in ((_checkout() or package.parent) / 'nbs', package / '_nbs', package.parent / 'nbs')
-        if (p / '00c_core.runs.ipynb').exists()
+        if (p / '00a_core.files.ipynb').exists()
     ]
     if not places:
         raise KdoctError(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
 from ..core.files import KdoctError
-from ..core.recipe import AugmentRecipe
+from ..core.sections import AugmentRecipe
 
 # %% ../../nbs/01o_data.augment.ipynb #e86eabba
 def _mix(
@@ -616,7 +616,7 @@ class Batches:
             share,
         )
         self.accumulate = 1   # batches a step of the optimiser, in one process; a training sets it
-        self.epoch, self.start, self.block, self.teach, self.taught = 0, 0, 1, None, None
+        self.epoch, self.start = 0, 0
 
     def plan(self)->tuple[Planned, ...]:
         "Which places of the epoch's order each batch of all processes has; `batch_size*accumulate` images make a step, however many processes."
@@ -690,17 +690,20 @@ def _batch(self:Batches,
 Batches.batch = _batch
 
 # %% ../../nbs/01o_data.augment.ipynb #194106de
-def _blocks(self:Batches):
-    "Blocks of this epoch, each as rows of its batches, images, labels and what `teach` says; the next one is being read."
+def _blocks(self:Batches,
+    compute=None,   # (images, rows) -> tensor with a row for each image, once a block; None: nothing is computed
+    block:int=1,    # batches in a block
+):                  # rows of each batch, images, labels, what `compute` returns
+    "Blocks of this epoch; the next one is being read."
     parts = self.parts()
-    blocks = [parts[i:i + self.block] for i in range(0, len(parts), self.block)]
-    joined = [np.concatenate(block) for block in blocks]
+    blocks = [parts[i:i + block] for i in range(0, len(parts), block)]
+    joined = [np.concatenate(parts) for parts in blocks]
     coming = in_thread(self.read, joined[0]) if joined else None
     try:
-        for block, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
+        for parts, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
             pixels, coming = coming.result(), None if after is None else in_thread(self.read, after)
             x, y = self.make(pixels, rows)
-            yield block, x, y, None if self.teach is None else self.teach(x, rows)
+            yield parts, x, y, None if compute is None else compute(x, rows)
     finally: wait([coming] if coming else [])
 
 Batches.blocks = _blocks
@@ -727,17 +730,45 @@ def stream_ahead(
     finally: made.close()
 
 # %% ../../nbs/01o_data.augment.ipynb #94a58978
-def _iter(self:Batches):
-    "Batches of this epoch; made, and `teach(x, rows)` asked about them, `block` at a time; `taught` is what it said of the batch handed out."
-    blocks = (
-        self.blocks() if self.device.type != 'cuda' else stream_ahead(self.blocks(), self.device)
-    )
+def _with_output(self:Batches,
+    compute=None,   # (images, rows) -> tensor with a row for each image; None: nothing is computed
+    block:int=1,    # batches that are made and computed together
+):                  # images, labels, and the batch's rows of what `compute` returned, or None
+    "Batches of this epoch, each with what is computed from it."
+    blocks = self.blocks(compute, block)
+    if self.device.type == 'cuda': blocks = stream_ahead(blocks, self.device)
     with closing(blocks):
-        for parts, x, y, said in blocks:
-            at = 0
+        for parts, x, y, output in blocks:
+            first = 0
             for part in parts:
-                here = slice(at, at := at + len(part))
-                self.taught = None if said is None else said[here]
-                yield x[here], y[here]
+                here = slice(first, first + len(part))
+                yield x[here], y[here], None if output is None else output[here]
+                first = here.stop
 
-Batches.__iter__ = _iter
+def _iter(self:Batches):
+    "Batches of this epoch: images and labels."
+    with closing(self.with_output()) as batches:
+        for x, y, _ in batches: yield x, y
+
+Batches.with_output, Batches.__iter__ = _with_output, _iter
+
+# %% ../../nbs/01o_data.augment.ipynb #in-order
+def _in_order(cls,
+    images:np.ndarray,             # (N, H, W) or (N, H, W, 3) uint8, usually a memory map
+    batch_size:int,                # most images a batch, in one process
+    rows:np.ndarray|None=None,     # which of them; None: all
+    labels:np.ndarray|None=None,   # (N,) int64; None: not known, 0 stands for each
+    **options,                     # device, size, view, share of `Batches`
+)->'Batches':
+    "Batches of images in order, unchanged."
+    unknown = np.zeros(len(images), np.int64)
+    return cls(
+        images,
+        unknown if labels is None else labels,
+        unknown.astype(np.uint64),
+        np.arange(len(images)) if rows is None else rows,
+        batch_size,
+        **options,
+    )
+
+Batches.in_order = classmethod(_in_order)

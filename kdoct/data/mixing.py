@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from torchvision.transforms import v2
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 
 # %% ../../nbs/01p_data.mixing.ipynb #a4f32c1a
 def mix_batch(

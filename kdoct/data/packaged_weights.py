@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..core.files import KdoctError
-from ..core.recipe import PACKAGED_WEIGHTS, require_packaged_weights
+from ..core.requirements import PACKAGED_WEIGHTS, require_packaged_weights
 
 # %% ../../nbs/01q_data.packaged_weights.ipynb #cc8e31cf
 _OUTER = {

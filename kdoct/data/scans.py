@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .images import BadImage, MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
+from .spreadsheet import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
 class Scan(NamedTuple):
@@ -30,13 +31,11 @@ class Scan(NamedTuple):
     notes:tuple[str, ...]=()    # what was changed or is unusual, in words
 
 # %% ../../nbs/01j_data.scans.ipynb #f5f05047
-_EYES = {'R': 'OD', 'OD': 'OD', 'RIGHT': 'OD', 'L': 'OS', 'OS': 'OS', 'LEFT': 'OS'}
-
 def eye_side(
     code,   # what a file says of the eye, such as 'R', 'os' or 'LEFT'; None: nothing
 )->str:     # OD (right), OS (left), or '' for anything else
     "The eye that a code of a clinical file means."
-    return _EYES.get(str(code or '').strip(' \0').upper(), '')
+    return eye_name(str(code or '').strip(' \0'))
 
 def patient_identifier(
     raw:bytes|str,  # a file's field; bytes are Latin-1 and end at the first zero

@@ -21,7 +21,8 @@ import pandas as pd
 
 from ..core.files import atomic_path, counted, KdoctError, locked, sha256_file, write_json
 
-from ..core.recipe import DataRecipe, Recipe
+from ..core.recipe import Recipe
+from ..core.sections import DataRecipe
 
 from ..core.runs import Run, stage_command
 

@@ -265,6 +265,7 @@ def compare(
         out |= dict(
             distance=float(np.abs(got['outlier'] / want['outlier'] - 1).max()),
             flags=float((same | near).mean()),
+            other_flags=int((~same).sum()),
             near_threshold=int(near.sum()),
         )
     if labels is not None:
@@ -320,7 +321,7 @@ def time_engines(
     batch:int=16,               # pictures at once, for the throughput
     rounds:int=7,               # turns of each that are counted, after one that is not
     seconds:float=60.,          # no new round begins after this time, once there is one [s]
-)->dict[str, dict]:             # name -> latency_ms (one picture), images_a_second (in batches), batch, rounds; medians
+)->dict[str, dict]:             # name -> latency_ms (one picture) and its range, images_a_second (in batches); medians
     "Time engines in turn."
     few, times, began = (
         [picture[None], np.stack([picture] * batch)],
@@ -338,6 +339,7 @@ def time_engines(
     return {
         name: dict(
             latency_ms=1e3 * float(np.median(one)),
+            latency_range_ms=[1e3 * float(min(one)), 1e3 * float(max(one))],
             images_a_second=1 / float(np.median(many)),
             batch=batch,
             rounds=len(one),

@@ -23,7 +23,9 @@ from torch import nn
 
 from ..core.files import require_extra
 from ..data.framing import resized
-from ..evaluate.decisions import Decision, distance, pooled_and_logits
+from ..evaluate.decisions import Decision
+from ..evaluate.features import pooled_and_logits
+from ..evaluate.outliers import distance
 from ..models.backbones import Classifier
 from ..training.inference import private_copy
 

@@ -16,7 +16,7 @@ from ..core.files import counted, KdoctError, read_json, sha256_file
 from ..core.runs import Run, stage_command
 from ..data.shortcuts import run_verdict
 from ..evaluate.decisions import fitted_on
-from ..evaluate.metrics import EACH_CLASS
+from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.tables import blanked_warning, interval_text, PART_NAMES
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #1bedd935
@@ -495,7 +495,7 @@ def _unknown_limits(about:dict, decision)->list[str]:
         f'shows that they agree, not that they are right.',
         *(
             []
-            if about.get('channels_known')
+            if about.get('channels_known') or about.get('coloured') is not None
             else [
                 'Whether it was trained on grey or coloured pictures is not known; coloured ones '
                 'are not refused.'
@@ -740,9 +740,12 @@ _FORMAT = {  # what an export notes of a format -> heading, text
     'kept': ('kept', lambda v: 'yes' if v else 'no'),
     'bytes': ('MB', lambda v: f'{v / 1e6:.1f}'),
     'parity.probability': ('largest difference of a probability', '{:.1e}'.format),
+    'parity.distance': ('of an outlier distance [%]', lambda v: f'{100 * v:.2g}'),
     'parity.labels': ('same predicted class %', lambda v: f'{100 * v:.1f}'),
+    'parity.other_flags': ('pictures with another outlier flag', str),
     'parity.lost_points': ('accuracy lost [points]', '{:.2f}'.format),
     'latency_ms': ('one picture [ms]', '{:.1f}'.format),
+    'latency_range_ms': ('fastest and slowest round [ms]', lambda v: f'{v[0]:.1f} to {v[1]:.1f}'),
     'images_a_second': ('pictures a second', '{:.0f}'.format),
     'times_as_fast': ('times as fast as in float32', '{:.2f}'.format),
     'times_as_fast_in_batches': ('in batches', '{:.2f}'.format),
@@ -755,7 +758,6 @@ _HOW = {
     'rounds',
     'picture',
     'parity.images',
-    'parity.distance',
     'parity.flags',
     'parity.near_threshold',
     'parity.accuracy',

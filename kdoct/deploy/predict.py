@@ -32,7 +32,7 @@ from ..data.framing import framed
 from ..data.images import BadImage, COLOURED, decode_image, is_blank, main_colour
 from ..data.sandbox import bad_image, Sandbox
 from ..data.scans import Scan
-from ..data.volumes import find_files
+from ..data.volumes import find_files, passed_over
 from ..evaluate.patients import decide_volume, VolumeRule
 
 # %% ../../nbs/07e_deploy.predict.ipynb #c4845957
@@ -333,7 +333,9 @@ def _decided(self:Volumes, v:_Volume)->dict:
     d = decide_volume(p, self.classes, self.rule, outlier, deferred, failed)
     mean = p[d.used].mean(0).tolist() if d.used.any() else [None]*len(self.classes)
     judged = dict(
-        deferred=d.deferred, unsure=int((deferred & d.used).sum()), outliers=int(outlier.sum())
+        deferred=d.deferred,
+        unsure=int((deferred & d.used & ~outlier).sum()),
+        outliers=int(outlier.sum()),
     )
     # deferred all the same where B-scans are lost
     if not self.judges: judged = dict(deferred=d.deferred or None, unsure=None, outliers=None)
@@ -673,6 +675,7 @@ class _Counts(Counter):
             else 'predicted'
         )
         self.update([kind] + ([f'failed: {row["error"]}'] if row['error'] else []))
+        if kind == 'outliers' and 'confidence' in row['why']: self.update(['both'])
         return row
 
 # %% ../../nbs/07e_deploy.predict.ipynb #538ed072
@@ -694,13 +697,30 @@ def _standard_output():
     return sys.stdout
 
 # %% ../../nbs/07e_deploy.predict.ipynb #59f8f588
+def _deferred_text(counts:_Counts)->str:
+    "How many were deferred, and why, in numbers that add up."
+    total = counts['unsure'] + counts['outliers']
+    if not total: return '0 deferred'
+    kinds = [
+        (counts['unsure'], 'for low confidence'),
+        (counts['outliers'] - counts['both'], 'as outliers'),
+        (counts['both'], 'for both'),
+    ]
+    return f"{total} deferred ({', '.join(f'{n} {why}' for n, why in kinds if n)})"
+
+def _passed_over_text(why:Counter)->str:
+    "How many files in the folders were not looked at, and why; '' if all were."
+    if not why: return ''
+    kinds = ', '.join(f'{n} {reason}' for reason, n in sorted(why.items()))
+    n = sum(why.values())
+    return (
+        f"{counted(n, 'entry', 'entries')} of the folders passed over by name: {kinds}. To read "
+        f"one, name the file itself."
+    )
+
 def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, judges:bool=True)->str:
     "What was done, in numbers."
-    deferred = (
-        f"{counts['unsure']} deferred for low confidence, {counts['outliers']} as outliers, "
-        if judges
-        else ''
-    )
+    deferred = f'{_deferred_text(counts)}, ' if judges else ''
     kinds = ', '.join(
         f"{v} {k.removeprefix('failed: ')}"
         for k, v in sorted(counts.items())
@@ -721,7 +741,7 @@ def predict_files(
     volume_rule:str='',     # mean or worst; '': the rule of its decision
     min_slices:int|None=None,  # B-scans that must show a class for the rule worst, 1 or more; None: the number of its decision
     **how,                  # engine, threads, workers, batch, alpha, key, seconds, memory, as `Predictor`
-)->dict[str, int]:          # rows by outcome: predicted, unsure, outliers, failed; and the failed ones by kind
+)->dict[str, int]:          # rows by outcome: predicted, unsure, outliers (both: also unsure), failed (and by kind)
     "Predict files, write rows as they come, and say in numbers what was done."
     start, counts, paths = (
         time.monotonic(),
@@ -731,8 +751,12 @@ def predict_files(
     outs = [check_out(p).resolve() for p in (out, volumes_out) if p]
     if len(set(outs)) < len(outs):
         raise KdoctError("B-scans and volumes cannot go into one file.", fix="Give them two names.")
+    skipped = _passed_over_text(passed_over(paths))
     if next(iter(find_files(paths)), None) is None:
-        raise KdoctError("There is no file to read.", fix="Give a file, or a folder that has some.")
+        raise KdoctError(
+            f"There is no file to read. {skipped}".rstrip(),
+            fix="Give a file, or a folder that has some.",
+        )
     with _interruptible(counts, out), Predictor(bundle, **how) as p, ExitStack() as files:
         judges = p.decision is not None
         used, said = asked_rule(p.decision.volume if judges else None, volume_rule, min_slices)
@@ -755,4 +779,5 @@ def predict_files(
         _summary(counts, len(volumes.volumes), time.monotonic() - start, p.engine.name, judges),
         file=sys.stderr,
     )
+    if skipped: print(skipped, file=sys.stderr)
     return dict(counts)

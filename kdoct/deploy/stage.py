@@ -35,7 +35,7 @@ import torch
 
 from ..core.files import KdoctError, provenance, read_json, require_extra, write_json
 
-from ..core.runs import Run, run_of
+from ..core.runs import require_same_folds, Run, run_of
 
 from ..data.augment import Batches
 
@@ -72,7 +72,9 @@ from kdoct.deploy.engines import (
 
 from .graph import Deployable, write_int8, write_onnx, write_openvino
 
-from ..evaluate.decisions import decide_fold, Decision, features_and_logits, load_decision
+from ..evaluate.decide import decide_fold
+from ..evaluate.decisions import Decision, load_decision
+from ..evaluate.features import features_and_logits
 
 from ..models.backbones import load_model_folder, read_model_folder
 
@@ -234,13 +236,8 @@ def check_engines(
     names:list[str],         # of engines, torch first
 )->dict[str, dict]:          # name -> kept, reason, files, bytes, latency_ms, images_a_second, parity
     "Compare engines with the network itself on pictures, and time them."
-    none, threshold = (
-        np.zeros(len(pictures.squares), np.int64),
-        None if decision is None else decision.outlier.threshold,
-    )
-    batches = Batches(
-        pictures.squares, none, none.astype(np.uint64), np.arange(len(none)), 16, size=about['size']
-    )
+    threshold = None if decision is None else decision.outlier.threshold
+    batches = Batches.in_order(pictures.squares, 16, size=about['size'])
     want = _wanted(decision, *features_and_logits(load_model_folder(folder)[0], batches))
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     engines = {
@@ -276,14 +273,18 @@ def summary(
     "What was checked and measured of each engine."
     def row(f):
         p, nan = f.get('parity', {}), float('nan')
+        fastest, slowest = f.get('latency_range_ms', (nan, nan))
         return {
             'kept': 'yes' if f['kept'] else 'no',
             'MB': f.get('bytes', nan) / 2**20,
             'ms': f.get('latency_ms', nan),
+            'fastest round': fastest,
+            'slowest round': slowest,
             'images a second': f.get('images_a_second', nan),
-            'largest difference': p.get('probability', nan),
+            'largest difference of a probability': p.get('probability', nan),
+            'of a distance %': 100 * p.get('distance', nan),
             'same class %': 100 * p.get('labels', nan),
-            'same outliers %': 100 * p.get('flags', nan),
+            'other outlier flags': p.get('other_flags', nan),
             'accuracy lost [points]': p.get('lost_points', nan),
             'reason': f['reason'],
         }
@@ -383,10 +384,7 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     from kdoct.deploy.model_card import model_card
     model, decision = _network_files(run, fold, role, work)
     data, d = open_fold(run, fold), run.recipe.data.model_dump()
-    if model['folds_sha256'] != data.folds_sha256:
-        raise KdoctError(
-            f"The {role} was trained on other folds.", fix="Train it again, in a new run."
-        )
+    require_same_folds(run, fold, role, model, data.folds_sha256)
     source = dict(
         run=run.name,
         fold=fold,
@@ -450,7 +448,7 @@ def export_fold(
 
 # %% ../../nbs/07_deploy.ipynb #b8fa1f40
 def _sealed(out:Path, key, fill:Callable)->dict:
-    "Fill a new folder, seal it, give it its name, and print what was found; returns what bundle.json says."
+    "Fill a new folder, seal it, and give it its name; returns what bundle.json says."
     if out.exists():
         raise KdoctError(
             f"{out} exists already.", fix="Delete it, or name another folder: --out DIR"
@@ -468,8 +466,6 @@ def _sealed(out:Path, key, fill:Callable)->dict:
             )
         seal(work, about, key)
         os.replace(work, out)
-    with pd.option_context('display.max_colwidth', None, 'display.width', 200):
-        print(summary(about['formats']).to_string(float_format='{:.4g}'.format))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #13fef3e0
@@ -574,7 +570,8 @@ def open_model_folder(
     channels, place = model.get('channels'), run_of(folder)
     # a network of before model.json said it
     if channels is None and place: channels = place[0].stage('data').get('channels')
-    coloured = place[0].stage('data').get('coloured') if place else None
+    coloured = model.get('coloured')   # a network of before model.json said it: its run does
+    if coloured is None and place: coloured = place[0].stage('data').get('coloured')
     taken = _taken(model, (model.get('recipe') or {}).get('data') or {}, channels, coloured)
     formats = {
         e: dict(kept=e == 'torch', reason='' if e == 'torch' else _TORCH_ONLY, latency_ms=0.0)

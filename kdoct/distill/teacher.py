@@ -18,9 +18,9 @@ import torch
 
 from ..core.files import KdoctError, read_json, sha256_file
 
-from ..core.recipe import require_weights
+from ..core.requirements import require_weights
 
-from ..core.runs import Run, stage_command
+from ..core.runs import require_same_folds, Run, stage_command, train_again
 
 from ..data.cache import FRAMING
 
@@ -193,6 +193,7 @@ def _write(
         fold=data.fold,
         precision=model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )
@@ -226,22 +227,19 @@ def load_teacher(
     role:str='teacher',  # which: teacher, or teacher-NAME
 )->tuple[Classifier, dict]:  # network in eval mode without gradients, on the CPU; its model.json
     "A trained teacher of a fold; `KdoctError` naming the command if there is none, or if it learned from other images or classes."
-    folder, command = run.stage_dir(fold, role), stage_command(role, run, fold)
+    folder = run.stage_dir(fold, role)
     if not (folder/'model.json').exists():
-        before = '' if run.folds_csv.exists() else f"{stage_command('data', run)}\n     "
+        commands = [] if run.folds_csv.exists() else [stage_command('data', run)]
+        commands.append(stage_command(role, run, fold))
         raise KdoctError(f"There is no {role} for fold {fold} in run '{run.name}'.",
-                         fix=f"Train it first:\n     {before}{command}")
+                         fix='\n     '.join(["Train it first:", *commands]))
     about = read_json(folder/'model.json')
-    if (about['folds_sha256'], about['fold']) != (sha256_file(run.folds_csv), fold):
-        raise KdoctError(
-            f"The {role} of fold {fold} was trained on other folds than this run has now.",
-            fix=f"Delete {folder} and train it again: {command}",
-        )
+    require_same_folds(run, fold, role, about, sha256_file(run.folds_csv))
     if about['classes'] != (classes := run.stage('data')['classes']):
         raise KdoctError(
             f"The {role} of fold {fold} has the classes {', '.join(about['classes'])}, this run "
             f"{', '.join(classes)}.",
-            fix=f"Delete {folder} and train it again: {command}",
+            fix=train_again(run, fold, role),
         )
     model, about = load_model_folder(folder)
     return model.requires_grad_(False), about

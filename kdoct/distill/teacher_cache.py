@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_json, write_json
-from ..core.recipe import DataRecipe
+from ..core.sections import DataRecipe
 from ..data.augment import Batches, DRAWS
 from ..data.cache import DECODER, FRAMING
 from ..models.backbones import Classifier

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
 
-from ..core.runs import ROLES, Run, stage_command
+from ..core.runs import ROLES, Run, stage_command, train_again
 
 from ..data.images import decode_image, read_image_bytes
 
@@ -48,7 +48,8 @@ from kdoct.evaluate.figures import (
     views_figure,
 )
 
-from .metrics import classes_of, evaluate_predictions, fold_summary
+from .intervals import fold_summary
+from .metrics import classes_of, evaluate_predictions
 
 # %% ../../nbs/05_evaluate.ipynb #ac8d11b1
 from kdoct.evaluate.pooling import (
@@ -103,7 +104,7 @@ def _about(run, fold, models):
             raise KdoctError(
                 f'{run.stage_dir(fold, role) / "model.json"} does not say the number of '
                 f'parameters.',
-                fix=f'Delete its folder and train again: {stage_command(role, run, fold)}',
+                fix=train_again(run, fold, role),
             )
     return out
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
 
-from ..core.recipe import ExplainRecipe
+from ..core.sections import ExplainRecipe
 
 from ..core.runs import Run, stage_command
 
@@ -43,20 +43,19 @@ from ..evaluate.tables import Section
 from .cam import explain
 
 # %% ../../nbs/06_explain.ipynb #42ef8037
-from kdoct.explain.faithfulness import (
+from kdoct.explain.comparison import (
     agreement_numbers,
-    agreement_table,
-    check_maps,
     correctness,
-    explanation_table,
-    map_numbers,
     map_ssim,
     randomised,
     rank_correlation,
-    sanity_verdict,
 )
 
+from .faithfulness import check_maps, map_numbers
+
 from .figures import agreement_figure, curves_figure, Explained, map_figure, save_maps
+
+from .tables import agreement_table, explanation_table, sanity_verdict
 
 from ..models.backbones import Classifier, load_model_folder, resolve_precision
 
@@ -128,15 +127,10 @@ def explained_images(
     test = data.rows('test')
     at = explained_rows(test, run.recipe.explain.images, run.recipe.seed)
     rows, where = test.iloc[at].reset_index(drop=True), data.idx['test'][at]
-    batch = Batches(
-        data.images,
-        data.labels,
-        np.zeros(len(data.images), np.uint64),
-        where,
-        len(where),
-        size=run.recipe.data.size,
+    batches = Batches.in_order(
+        data.images, len(where), where, data.labels, size=run.recipe.data.size
     )
-    x, labels = batch.batch(where)
+    x, labels = batches.batch(where)
     return Images(rows, x, labels.numpy(), masks_of(run, rows))
 
 # %% ../../nbs/06_explain.ipynb #644e0e78

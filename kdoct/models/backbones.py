@@ -22,7 +22,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..core.files import atomic_path, KdoctError, provenance, read_json, sha256_file, write_json
-from ..core.recipe import DataRecipe, Recipe, require_same_arch, require_weights, TrainRecipe
+from ..core.recipe import Recipe
+from ..core.requirements import require_same_arch, require_weights
+from ..core.sections import DataRecipe, TrainRecipe
 from ..core.runs import ROLES
 from ..data.listing import classes_option
 from ..data.packaged_weights import load_packaged_weights, probe_picture
@@ -692,6 +694,7 @@ def import_model_folder(
     mean=None,           # (3,) that the weights expect, of values in [0, 1]; None: timm's own for the architecture
     std=None,            # (3,), as `mean`
     interpolation:str|None=None,  # how pictures were resized: bilinear or bicubic; None: timm's own
+    coloured:bool|None=None,      # whether coloured pictures were among those it was trained on; None: not known
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     if (Path(folder)/'model.json').exists():
@@ -722,6 +725,7 @@ def import_model_folder(
         data=None,
         folds_sha256=None,
         fold=None,
+        coloured=coloured,
         imported=dict(file=Path(path).name, sha256=sha256_file(path)),
         protocol="unknown: imported; which images it was trained and chosen on is not recorded",
     )

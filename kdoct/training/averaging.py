@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 from ..data.augment import Batches
 from ..models.backbones import Classifier
 

@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core.files import atomic_path, KdoctError
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 
 from ..data.augment import Batches
 

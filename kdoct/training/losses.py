@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.recipe import DistillRecipe, TrainRecipe
+from ..core.sections import DistillRecipe, TrainRecipe
 
 # %% ../../nbs/02e_training.losses.ipynb #db19ce80
 def soft_targets(

@@ -22,7 +22,7 @@ import torch
 from fastai.callback.core import Callback
 
 from ..core.files import human_time
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 from ..models.backbones import Classifier, computes_bf16, float32_products
 from .distributed import all_reduce, broadcast, broadcast_tensors, rank_world
 

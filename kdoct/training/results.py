@@ -19,9 +19,9 @@ import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
 
-from ..core.recipe import TrainRecipe
+from ..core.sections import TrainRecipe
 
-from ..core.runs import Run
+from ..core.runs import require_same_folds, Run
 
 from ..data.augment import Batches, image_ids
 
@@ -109,13 +109,11 @@ def inference_batches(
     share:tuple=(0, 1),    # number of this process, and how many share each batch
 )->Batches:                # in order, not augmented
     "One part of a fold in order, as a test-time view shows it."
-    unnamed = np.zeros(len(data.images), np.uint64)   # only random views ask for an image's name
-    return DistributedBatches(
+    return DistributedBatches.in_order(
         data.images,
-        data.labels,
-        unnamed,
-        data.idx[role],
         2 * recipe.batch_size,
+        data.idx[role],
+        data.labels,
         device=device,
         size=run.recipe.data.size,
         view=view,
@@ -146,27 +144,12 @@ def _training_batches(
 def _blanked_logits(model:Classifier, data:FoldData, size:int, device, chunk:int=256)->np.ndarray:
     "Logits of the test part with the retina covered."
     rows = data.idx['test']
-    parts = [
-        blank_retina(np.asarray(data.images[rows[i : i + chunk]]))
-        for i in range(0, len(rows), chunk)
-    ]
-    return np.concatenate(
-        [
-            predict_logits(
-                model,
-                Batches(
-                    x,
-                    np.zeros(len(x), np.int64),
-                    np.zeros(len(x), np.uint64),
-                    np.arange(len(x)),
-                    32,
-                    device=device,
-                    size=size,
-                ),
-            )
-            for x in parts
-        ]
-    )
+    out = []
+    for first in range(0, len(rows), chunk):
+        blanked = blank_retina(np.asarray(data.images[rows[first:first + chunk]]))
+        batches = Batches.in_order(blanked, 32, device=device, size=size)
+        out.append(predict_logits(model, batches))
+    return np.concatenate(out)
 
 # %% ../../nbs/02k_training.results.ipynb #36db35b1
 def _candidates(
@@ -242,9 +225,7 @@ def is_trained(
     "Whether the role was trained to the end; `KdoctError` if it was on other folds."
     folder = run.stage_dir(fold, role)
     if not (run.is_finished(role, fold) and (folder/'model.safetensors').exists()): return False
-    if read_json(folder/'model.json')['folds_sha256'] != folds_sha256:
-        raise KdoctError(f"{folder} was trained on other folds.",
-                         fix=f"Delete {folder} to train it again.")
+    require_same_folds(run, fold, role, read_json(folder/'model.json'), folds_sha256)
     return True
 
 # %% ../../nbs/02k_training.results.ipynb #b56119a9
@@ -289,6 +270,7 @@ def _write_results(
         fold=data.fold,
         precision=learn.model.precision,
         channels=run.stage('data')['channels'],
+        coloured=run.stage('data').get('coloured'),
         metrics=metrics,
         **facts,
     )
