@@ -664,13 +664,13 @@ PHANTOM_SEED = 0
 
 @source(
     'phantom',
-    layout="a folder written by kdoct.data.phantom.write_phantom, or none: it is made",
+    layout="a folder written by kdoct.data.phantom_files.write_phantom, or none: it is made",
 )
 def phantom(
     data:DataRecipe,  # reads `phantom`, and `root` as the folder to use instead of outputs/phantom
 )->Listing:
     "The simulated data set, made if it is not there yet."
-    from kdoct.data.phantom import write_phantom  # here, so that real data does not wait for the simulator
+    from kdoct.data.phantom_files import write_phantom  # here, so that real data does not wait for the simulator
     made = dict(seed=PHANTOM_SEED, **data.phantom.model_dump())
     key = 'p{patients}-s{slices}-{height}x{width}-seed{seed}'.format(**made)
     root = Path(data.root).expanduser() if data.root else outputs_root()/'phantom'/key

@@ -311,7 +311,7 @@ def _check_images(x):
     ):
         raise KdoctError(
             "Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.",
-            fix="Scale them as kdoct.data.augment.Batches does.",
+            fix="Scale them as kdoct.data.batches.Batches does.",
         )
 
 # %% ../../nbs/06a_explain.cam.ipynb #45f90395

@@ -28,7 +28,8 @@ from ..core.sections import ExplainRecipe
 
 from ..core.runs import Run, stage_command
 
-from ..data.augment import Batches, image_ids, uniforms
+from ..data.augment import image_ids, uniforms
+from ..data.batches import Batches
 
 from ..data.framing import to_square
 

@@ -48,7 +48,7 @@ from ..core.files import atomic_path, KdoctError
 
 from ..core.sections import TrainRecipe
 
-from ..data.augment import Batches
+from ..data.batches import Batches
 
 from ..data.mixing import Mix
 

@@ -23,9 +23,10 @@ from ..core.sections import TrainRecipe
 
 from ..core.runs import require_same_folds, Run
 
-from ..data.augment import Batches, image_ids
+from ..data.augment import image_ids
+from ..data.batches import Batches
 
-from ..data.shortcuts import blank_retina
+from ..data.retina_mask import blank_retina
 
 from ..data.stage import FoldData, open_fold
 
