@@ -724,7 +724,8 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
     from kdoct.core.sections import EvaluateRecipe
-    from kdoct.evaluate.decision_tables import read_decided, volumes_section
+    from kdoct.evaluate.decision_tables import read_decided
+    from kdoct.evaluate.volume_tables import volumes_section
     bundle, table, root = shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):
         pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]
