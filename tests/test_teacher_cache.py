@@ -246,7 +246,7 @@ def test_a_changed_or_foreign_file_is_refused(outputs):
     folder, = (outputs_root()/'cache').glob('teacher-*[0-9a-f]/')
     z = np.load(folder/'view_00000.npy')
     np.save(folder/'view_00000.npy', z[::-1])   # the answers to other images
-    with pytest.raises(KdoctError, match='does not say today'):
+    with pytest.raises(KdoctError, match='does not give today'):
         fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=1, epochs=1))
     np.save(folder/'view_00000.npy', z[:-1])
     with pytest.raises(KdoctError, match=r'not float32 \(24, 3\)'):
