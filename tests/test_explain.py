@@ -20,15 +20,8 @@ from kdoct.data.stage import open_fold, prepare_data
 from kdoct.explain.cam import explain
 from kdoct.explain.comparison import randomised
 from kdoct.explain.faithfulness import energy_in_mask
-from kdoct.explain.stage import (
-    explain_fold,
-    explained_folds,
-    explained_images,
-    explained_rows,
-    explanation_sections,
-    masks_of,
-    read_mask,
-)
+from kdoct.explain.images import explained_images, explained_rows, masks_of, read_mask
+from kdoct.explain.stage import explain_fold, explained_folds, explanation_sections
 from kdoct.models.backbones import create_classifier, save_model_folder
 
 

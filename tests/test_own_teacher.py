@@ -31,9 +31,10 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import open_fold, prepare_data
+from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill, Teachers
 from kdoct.distill.student import train_baseline, train_student
-from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold

@@ -12,9 +12,10 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import Batches
 from kdoct.data.stage import prepare_data
+from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
-from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate import stage as evaluate_stage
 from kdoct.evaluate.metrics import log_softmax, logits_of
 from kdoct.evaluate.pooling import fold_models
