@@ -13,7 +13,6 @@ from kdoct.data import augment as A
 from kdoct.data.augment import (
     DRAWS,
     N_DRAWS,
-    Batches,
     apply_view,
     augment,
     draw_changes,
@@ -21,6 +20,7 @@ from kdoct.data.augment import (
     view_matrix,
     warp,
 )
+from kdoct.data.batches import Batches
 
 NONE = AugmentRecipe(hflip=0, rotate=0, scale=0, shift=0, brightness=0, contrast=0)
 BILINEAR = tv.InterpolationMode.BILINEAR

@@ -10,7 +10,8 @@ import torch
 from kdoct.core.presets import preset
 from kdoct.core.sections import AugmentRecipe
 from kdoct.data import augment as A
-from kdoct.data.augment import N_DRAWS, Batches, augment, stream_ahead, uniforms
+from kdoct.data.augment import N_DRAWS, augment, uniforms
+from kdoct.data.batches import Batches, stream_ahead
 
 # a last-place rounding may change a level
 TEACHER = preset("paper-neh").teacher.augment.model_copy(update=dict(posterize=0.0))

@@ -18,7 +18,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run, open_run
 from kdoct.core.sections import TrainRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes
 from kdoct.data.stage import prepare_data

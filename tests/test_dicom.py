@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kdoct.data import dicom, dicom_pixels
-from kdoct.data.images import BadImage
+from kdoct.data.problems import BadImage
 from kdoct.data.volumes import read_scans
 
 pydicom = pytest.importorskip("pydicom")
@@ -256,6 +256,59 @@ def test_a_sigmoid_window_is_applied(tmp_path):
     path = write(tmp_path/"a.dcm", a, WindowCenter=450, WindowWidth=300, VOILUTFunction="SIGMOID")
     want = 255/(1 + np.exp(-4*(a - 450)/300))
     assert np.abs(pictures(path) - want).max() <= 1 and "sigmoid" in notes(path)
+
+
+@pytest.mark.parametrize("centre,width,said", [
+    (40, 400, "of the pixels would be white"), (60000, 1000, "would span 0 of 256"),
+    (32768, 65535, "would span"), (-5000, 300, "would span 0 of 256"),
+])
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_a_window_far_off_the_values_is_no_window_and_is_noted(
+    tmp_path, centre, width, said, photometric
+):
+    a = bscans(low=10, high=4000) if width == 400 else bscans(low=12, high=803)
+    path = write(
+        tmp_path/"a.dcm", a, WindowCenter=centre, WindowWidth=width,
+        PhotometricInterpretation=photometric,
+    )
+    want = spread(a)
+    assert np.array_equal(pictures(path), 255 - want if photometric == "MONOCHROME1" else want)
+    assert "is not applied" in notes(path) and "are spread over 0-255" in notes(path)
+    if photometric == "MONOCHROME2": assert said in notes(path)
+
+
+def test_a_window_far_off_8_bits_leaves_them_as_they_are(tmp_path):
+    a = bscans(low=60, high=200)
+    path = write(tmp_path/"a.dcm", a, 8, WindowCenter=2000, WindowWidth=300)
+    assert np.array_equal(pictures(path), a) and "is not applied" in notes(path)
+
+
+@pytest.mark.parametrize("centre,width", [(500, 200), (700, 900), (300, 4000), (200, 400)])
+def test_a_window_that_shows_something_is_applied(tmp_path, centre, width):
+    a = bscans(low=0, high=900)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=centre, WindowWidth=width)
+    low, high = centre - .5 - (width - 1)/2, centre - .5 + (width - 1)/2
+    assert np.abs(pictures(path).astype(int) - spread(a, low, high)).max() <= 1
+    assert "is not applied" not in notes(path)
+
+
+def test_a_dark_background_is_no_sign_of_a_wrong_window(tmp_path):
+    "A thin bright layer in front of noise, as a B-scan is: a window that cuts the noise off is sound."
+    a = np.random.default_rng(0).integers(0, 60, (3, 100, 48))
+    a[:, 40:55] = bscans(3, 15, low=300, high=1000)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=550, WindowWidth=900)
+    assert "is not applied" not in notes(path)
+
+
+def test_the_window_of_one_frame_may_be_wrong(tmp_path):
+    a = bscans(2, high=900)
+    groups = [
+        data_set(FrameVOILUTSequence=[data_set(WindowCenter=c, WindowWidth=900)])
+        for c in (450, 60000)
+    ]
+    got = pictures(write(tmp_path/"a.dcm", a, PerFrameFunctionalGroupsSequence=groups))
+    assert np.abs(got[1].astype(int) - spread(a[1], a[1].min(), a[1].max())).max() <= 1
+    assert np.abs(got[0].astype(int) - spread(a[0], 0, 899)).max() <= 1
 
 
 def test_each_frame_has_the_window_of_its_own_group(tmp_path):

@@ -199,3 +199,83 @@ def test_covid_folders_are_named_in_words(names, tmp_path):
     with pytest.raises(KdoctError) as e:
         load_table(DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *names)))
     assert "Neither" in e.value.problem and "none" not in e.value.problem
+
+
+@pytest.mark.parametrize(
+    "other", ["gradcam", "Grad-CAM", "old", "trash", "unknown", "Unlabelled", "to_delete", "tmp", "backup"]
+)
+def test_folders_that_are_no_classes_beside_classes_are_refused_and_left_out_where_these_are_named(
+    other, tmp_path
+):
+    root = lay_out(tmp_path, "CNV/1.png", "NORMAL/1.png", f"{other}/1.png")
+    with pytest.raises(KdoctError, match=rf"\({other}\) beside other folders") as e:
+        load_table(DataRecipe(source="folder", root=root))
+    assert "--classes CNV,NORMAL" in e.value.fix
+    listing = load_table(DataRecipe(source="folder", root=root, classes=("CNV", "NORMAL")))
+    assert sorted(listing.table.label) == ["CNV", "NORMAL"]
+    assert problems(listing) == {other: "annotation-folder"}
+    everything = tuple(sorted(("CNV", "NORMAL", other)))
+    assert set(table_of(tmp_path, [], everything).label) == set(everything)
+
+
+@pytest.mark.parametrize("copy", ["CNV (1)", "CNV - Copy", "CNV - Kopie (2)", "CNV_copy", "Copy of CNV"])
+def test_a_copy_of_a_class_folder_is_no_class(copy, tmp_path):
+    with pytest.raises(KdoctError, match="One class in several spellings") as e:
+        table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png", f"{copy}/1.png"])
+    assert "--classes" in e.value.fix
+    assert len(table_of(tmp_path, [], ("CNV", copy, "NORMAL"))) == 3
+
+
+def test_left_overs_below_a_class_are_no_images_of_it(tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "CNV/trash/2.png", "CNV/gradcam/1.png", "NORMAL/1.png")
+    listing = load_table(DataRecipe(source="folder", root=root))
+    assert problems(listing) == {
+        "CNV/trash/2.png": "left-over-folder",
+        "CNV/gradcam/1.png": "mask-folder",
+    }
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [("none", "mild", "severe"), ("0", "1"), ("good", "bad"), ("No DR", "Mild"), ("other", "CNV"), ("gold", "cold")],
+    ids="-".join,
+)
+def test_classes_that_only_resemble_left_overs_are_classes(tops, tmp_path):
+    assert set(table_of(tmp_path, [f"{top}/1.png" for top in tops]).label) == set(tops)
+
+
+BITMAP = b"BM" + bytes(8) + b"\x36\0\0\0\x28\0\0\0" + bytes(120)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("2.heic", b"", "other-format"),
+        ("2.vol", b"", "other-format"),
+        ("2.DCM", b"", "other-format"),
+        ("2", b"\0\0\0\x18ftypheic" + bytes(120), "other-format"),
+        ("2", b"\0\0\0\x1cftypavif" + bytes(120), "other-format"),
+        ("2", b"HSF-OCT-103" + bytes(120), "other-format"),
+        ("2.jxl", b"\xff\x0a", "other-format"),
+        ("2", b"RIFF\x24\0\0\0WEBPVP8 " + bytes(120), "picture-by-content"),
+        ("2", BITMAP, "picture-by-content"),
+        ("2.dat", b"\x89PNG\r\n" + bytes(120), "picture-by-content"),
+        ("2.txt", b"BMI of the patients: 22, 23, 24", "other-file"),
+        ("2", b"RIFF\x24\0\0\0WAVEfmt " + bytes(120), "other-file"),
+        ("2.ini", b"", "other-file"),
+    ],
+)
+def test_what_is_left_out_of_a_class_folder_is_a_finding(name, content, problem, tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "NORMAL/1.png")
+    (tmp_path / "CNV" / name).write_bytes(content)
+    listing = load_table(DataRecipe(source="folder", root=root))
+    assert problems(listing) == {f"CNV/{name}": problem}
+
+
+def test_every_image_a_patient_of_its_own_is_said_with_a_pattern_too(tmp_path, capsys):
+    root = lay_out(tmp_path, *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(4)))
+    data = DataRecipe(source="folder", root=root, group_pattern="^(.*)$")
+    load_table(data)
+    assert "--group-pattern finds another patient in each path" in capsys.readouterr().out
+    load_table(data.model_copy(update=dict(group_pattern=r"/(\d)")))
+    assert "WARNING" not in capsys.readouterr().out

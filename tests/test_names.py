@@ -815,3 +815,169 @@ def test_what_is_typed_arrives(typed, field, value, more):
 def test_every_spelling_of_a_name_has_the_key_of_its_key():
     for name in [*SEVEN, "CNV/7", "1e5", "COVID-19", "Pat. 70"]:
         assert same_name_key(same_name_key(name)) == same_name_key(name), name
+
+
+# --- names that show only beside others what they are
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("M\u00fcller", "Mueller"),
+        ("M\u00fcller", "Muller"),
+        ("Garc\u00eda", "Garcia"),
+        ("S\u00f8rensen", "Sorensen"),
+        ("S1", "Subject 1"),
+        ("s01", "Sub-1"),
+        ("C7", "Case 7"),
+        ("1", "1 (2)"),
+        ("Doe", "Doe - Copy"),
+        ("P7", "7 (1)"),
+    ],
+)
+def test_names_that_are_one_beside_each_other_are_one_group_with_a_note(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other, "Nobody else")
+    assert listing.table.group.nunique() == 2 and listing.table.group[0] == listing.table.group[1]
+    assert list(listing.findings.problem) == ["patient-spelling"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("S1", "P1"),
+        ("S1", "1"),
+        ("Muller", "Mueller"),
+        ("benign (1)", "benign (2)"),
+        ("\u0439", "\u0438"),
+        ("Bauer", "Baur"),
+        ("AE12", "A12"),
+        ("S1", "Site 1"),
+    ],
+)
+def test_names_that_no_other_shows_to_be_one_stay_apart(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other)
+    assert listing.table.group.nunique() == 2 and not len(listing.findings)
+
+
+def test_a_class_beside_a_copy_of_itself_is_refused_unless_both_are_named(tmp_path):
+    lay_out(tmp_path, "0.png", "1.png")
+    data = table_of(tmp_path, "path,label,patient\n0.png,CNV,1\n1.png,CNV (1),2\n")
+    with pytest.raises(KdoctError, match=r"'CNV' .*'CNV \(1\)'"): load_table(data)
+    both = data.model_copy(update=dict(classes=("CNV", "CNV (1)")))
+    assert len(load_table(both).table) == 2
+
+
+# --- columns
+
+def rows_of(*columns, n=12):
+    "A table's text of n lines; a column is a name and a function of the line."
+    lines = [",".join(str(f(i)) for _, f in columns) for i in range(n)]
+    return "\n".join([",".join(name for name, _ in columns), *lines]) + "\n"
+
+
+PATH = ("path", lambda i: f"{i}.png")
+LABEL = ("label", lambda i: ("CNV", "NORMAL")[i % 2])
+
+
+@pytest.mark.parametrize(
+    "patient",
+    [lambda i: i, lambda i: f"{i}.png", lambda i: f"img/{i:03}.png", lambda i: f"1.2.840.{i}", lambda i: ""],
+)
+def test_a_table_that_names_another_patient_for_each_image_is_warned_of(patient, tmp_path, capsys):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    load_table(table_of(tmp_path, rows_of(PATH, LABEL, ("patient", patient))))
+    said = capsys.readouterr().out
+    assert "WARNING: every image counts as a patient of its own" in said
+    assert "--set data.columns.patient=..." in said
+
+
+def test_a_table_of_patients_with_several_images_is_not_warned_of(tmp_path, capsys):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    load_table(table_of(tmp_path, rows_of(PATH, LABEL, ("patient", lambda i: i // 2))))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("label", "patient", "says"),
+    [
+        (lambda i: i // 2, lambda i: i // 2, "the same in every line"),
+        (lambda i: f"P{i // 2}", LABEL[1], "changed places"),
+        (lambda i: 100 + i // 2, lambda i: "AB"[i // 6], "changed places"),
+        (lambda i: 100 + i // 4, lambda i: ("normal", "wet AMD")[i // 8], "changed places"),
+    ],
+)
+def test_labels_and_patients_in_each_others_columns_are_refused(label, patient, says, tmp_path):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    if says == "changed places" and patient is LABEL[1]:
+        def patient(i): return ("CNV", "NORMAL")[i // 6]
+    text = rows_of(PATH, ("label", label), ("patient", patient))
+    data = table_of(tmp_path, text)
+    with pytest.raises(KdoctError, match=says) as e: load_table(data)
+    assert "--set data.columns.label=" in e.value.fix and "--classes" in e.value.fix
+    classes = tuple(sorted({str(label(i)) for i in range(12)}))
+    named = data.model_copy(update=dict(classes=classes))
+    assert set(load_table(named).table.label) == set(classes)
+
+
+@pytest.mark.parametrize(
+    ("label", "patient"),
+    [
+        (LABEL[1], lambda i: i // 2),
+        (lambda i: "ABCD"[i // 3], lambda i: i // 6),
+        (lambda i: i % 3, lambda i: i // 4),
+        (lambda i: i // 6, lambda i: i // 3),
+    ],
+)
+def test_sound_labels_and_patients_have_not_changed_places(label, patient, tmp_path):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    text = rows_of(PATH, ("label", label), ("patient", patient))
+    assert len(load_table(table_of(tmp_path, text)).table) == 12
+
+
+def test_columns_that_could_be_the_patient_are_named_with_the_option(tmp_path):
+    visits = ("visit code", lambda i: f"V{i // 2}")
+    text = rows_of(PATH, LABEL, ("eye", lambda i: "OD"), visits, ("age", lambda i: 50 + i))
+    with pytest.raises(KdoctError, match="patient") as e: load_table(table_of(tmp_path, text))
+    assert "The patient may be in visit code." in e.value.fix
+    assert "--set data.columns.patient=..." in e.value.fix
+    text = rows_of(PATH, LABEL, ("MRN", lambda i: i))
+    with pytest.raises(KdoctError) as e: load_table(table_of(tmp_path, text))
+    assert "--set data.columns.patient=MRN" in e.value.fix
+
+
+@pytest.mark.parametrize("name", ["set", "Set", "subset", "Partition", "data_split"])
+def test_a_column_of_parts_is_the_split_under_its_usual_names(name, tmp_path):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    parts = (name, lambda i: ("Train", "test")[i % 2])
+    text = rows_of(PATH, LABEL, ("patient", lambda i: i // 2), parts)
+    assert set(load_table(table_of(tmp_path, text)).table.split) == {"train", "test"}
+
+
+def test_a_column_called_set_that_holds_something_else_is_no_split(tmp_path):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
+    text = rows_of(PATH, LABEL, ("patient", lambda i: i // 2), ("set", lambda i: "AB"[i % 2]))
+    assert set(load_table(table_of(tmp_path, text)).table.split) == {""}
+
+
+def test_words_that_are_no_part_of_a_split_are_findings_with_the_word(tmp_path):
+    lay_out(tmp_path, "a.png", "b.png")
+    text = "path,label,patient,split\na.png,CNV,1,train\nb.png,CNV,2,external\n"
+    listing = load_table(table_of(tmp_path, text))
+    assert problems(listing) == {"b.png": "split-unclear"}
+    assert listing.findings.detail[0] == "the table says external"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("| path | label | patient |\n|---|:-:|---|\n| a.png | CNV | 1 |\n", "Markdown"),
+        ("path | label | patient\n--- | --- | ---\na.png | CNV | 1\n", "Markdown"),
+        ("+---+---+\n| path | label |\n+---+---+\n| a.png | CNV |\n", "Markdown"),
+        ("path^label^patient\na.png^CNV^1\nb.png^CNV, wet^2\n", "'^'"),
+        ("path~label~patient\na.png~CNV~1\n", "'~'"),
+        ("path\u00a6label\u00a6patient\na.png\u00a6CNV\u00a61\n", "'\u00a6'"),
+        ("path/label/patient\na.png/CNV/1\n", "'/'"),
+    ],
+)
+def test_tables_with_other_separators_are_refused_with_the_sign(text, says, tmp_path):
+    with pytest.raises(KdoctError) as e: load_table(table_of(tmp_path, text))
+    assert says in e.value.problem and "CSV UTF-8" in e.value.fix

@@ -10,7 +10,7 @@ from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import PRESETS, preset
 from kdoct.core.runs import create_run
 from kdoct.data.folds import read_folds
-from kdoct.data.phantom import write_phantom
+from kdoct.data.phantom_files import write_phantom
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher

@@ -7,7 +7,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 
 from kdoct.core.files import KdoctError, read_json, sha256_file
-from kdoct.data import phantom
+from kdoct.data import phantom, phantom_files
 from kdoct.data.phantom import (
     BOUNDARIES,
     CLASSES,
@@ -15,11 +15,10 @@ from kdoct.data.phantom import (
     LAYERS,
     patient_device,
     patient_diagnosis,
-    phantom_table,
     simulate_bscan,
     slice_severity,
-    write_phantom,
 )
+from kdoct.data.phantom_files import phantom_table, write_phantom
 
 SMALL = dict(height=96, width=96)
 
@@ -189,12 +188,12 @@ def test_a_ridge_on_pooled_greys_stays_under_60_percent():
 
 def test_an_interrupted_write_is_finished_by_the_same_call(tmp_path, monkeypatch):
     whole = write_phantom(tmp_path / 'whole', seed=5, patients=4, slices=2, **SMALL)
-    simulate, calls = phantom.simulate_bscan, []
+    simulate, calls = phantom_files.simulate_bscan, []
     def dies(*args, **kwargs):
         calls.append(args)
         if len(calls) == 6: raise KeyboardInterrupt
         return simulate(*args, **kwargs)
-    monkeypatch.setattr(phantom, 'simulate_bscan', dies)
+    monkeypatch.setattr(phantom_files, 'simulate_bscan', dies)
     with pytest.raises(KeyboardInterrupt):
         write_phantom(tmp_path / 'cut', seed=5, patients=4, slices=2, **SMALL)
     assert not (tmp_path / 'cut/table.csv').exists() and (tmp_path / 'cut/phantom.json').exists()
@@ -224,7 +223,7 @@ def test_a_folder_with_another_phantom_is_refused(tmp_path, other):
 def test_another_version_of_the_simulator_is_refused(tmp_path, monkeypatch):
     write_phantom(tmp_path, patients=1, slices=1, **SMALL)
     assert read_json(tmp_path / 'phantom.json')['simulator'] == phantom.PHANTOM_VERSION
-    monkeypatch.setattr(phantom, 'PHANTOM_VERSION', phantom.PHANTOM_VERSION + 1)
+    monkeypatch.setattr(phantom_files, 'PHANTOM_VERSION', phantom.PHANTOM_VERSION + 1)
     with pytest.raises(KdoctError, match='simulator'):
         write_phantom(tmp_path, patients=1, slices=1, **SMALL)
 

@@ -12,10 +12,11 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe
-from kdoct.data.phantom import patient_diagnosis, simulate_bscan, write_phantom
+from kdoct.data.phantom import patient_diagnosis, simulate_bscan
+from kdoct.data.phantom_files import write_phantom
+from kdoct.data.retina_mask import blank_retina, retina_mask
 from kdoct.data.shortcuts import (
     FEATURES,
-    blank_retina,
     features_table,
     jpeg_quality,
     pixel_features,
@@ -23,7 +24,6 @@ from kdoct.data.shortcuts import (
     probe_run,
     probe_shortcuts,
     probe_table,
-    retina_mask,
     shortcut_features,
 )
 from kdoct.data.sources import load_table

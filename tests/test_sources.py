@@ -9,7 +9,7 @@ from conftest import lay_out, problems
 from kdoct.core.files import KdoctError
 from kdoct.core.sections import DataRecipe
 from kdoct.data.listing import TABLE_COLUMNS, check_table, image_table
-from kdoct.data.registry import LAYOUTS, SOURCES
+from kdoct.data.registry import SOURCES
 from kdoct.data.sources import load_table
 from kdoct.data.table_sources import resolve_paths
 
@@ -170,7 +170,7 @@ def test_csv_that_is_no_table_says_what_is_missing(tmp_path, text, says):
 def test_missing_or_empty_root_names_the_expected_layout(tmp_path, source):
     for root in (None, str(tmp_path / "no"), str(tmp_path)):
         with pytest.raises(KdoctError) as e: load_table(DataRecipe(source=source, root=root))
-        assert LAYOUTS[source] in str(e.value)
+        assert SOURCES[source].layout in str(e.value)
 
 
 def test_unknown_source_names_the_known_ones():

@@ -8,7 +8,7 @@ from kdoct.core.files import KdoctError, outputs_root, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe, DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_student

@@ -10,7 +10,7 @@ from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches
+from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
 from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill

@@ -17,7 +17,8 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import Run, create_run
 from kdoct.core.sections import DistillRecipe
-from kdoct.data.augment import Batches, apply_view, even_batches
+from kdoct.data.augment import apply_view
+from kdoct.data.batches import Batches, even_batches
 from kdoct.data.stage import open_fold, prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.teacher import train_teacher
@@ -41,7 +42,7 @@ SCRIPT = textwrap.dedent('''
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
     from kdoct.core.presets import preset
-    from kdoct.data.augment import Batches
+    from kdoct.data.batches import Batches
     from kdoct.models.backbones import create_classifier
     from kdoct.training.losses import cross_entropy
     from kdoct.training.loop import make_learner

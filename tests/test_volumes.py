@@ -2,6 +2,7 @@
 import io
 import os
 import resource
+import struct
 import sys
 import time
 import tracemalloc
@@ -14,9 +15,10 @@ from PIL import Image
 
 from kdoct.core.files import KdoctError
 from kdoct.data import volumes
-from kdoct.data.images import BadImage, decode_image, inspect_file, read_image_bytes
+from kdoct.data.images import decode_image, inspect_file, read_image_bytes
+from kdoct.data.problems import BadImage
 from kdoct.data.scans import Scan, display_grey
-from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, read_scans
+from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, passed_over, read_scans
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -68,13 +70,15 @@ def write_dicom(path, frames, bits=8, **elements):
     return path
 
 
-def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
+def write_vol(
+    path, bscans, header=300, lie=61440, version=b"HSF-OCT-103", patient=b"Study-07"
+):
     n, h, w = bscans.shape
     head = bytearray(2048)
     head[:len(version)] = version
     for at, v in ((12, w), (16, n), (20, h), (100, lie)):
         head[at:at + 4] = int(v).to_bytes(4, "little")
-    head[84:86], head[140:148] = b"OD", b"Study-07"
+    head[84:86], head[140:164] = b"OD", patient.ljust(24, b"\0")
     part = bytes(12) + header.to_bytes(4, "little") + bytes(header - 16)
     values = (np.exp(bscans.astype(np.float32)/255*8.285 - 8.3) - 2.44e-4).astype("<f4")
     path.write_bytes(bytes(head) + b"".join(part + v.tobytes() for v in values))
@@ -912,6 +916,57 @@ def test_an_imagej_stack_with_one_directory_is_all_its_bscans(tmp_path):
     )
 
 
+def nih_image(path, a, slices):
+    "As NIH Image writes a stack: one page, the others behind it, and their number in a tag."
+    header = np.zeros(1, tifffile.TIFF.NIH_IMAGE_HEADER)
+    header["nSlices"] = slices
+    tag = (43314, "B", len(header.tobytes()), header.tobytes(), True)
+    tifffile.imwrite(path, a[0], metadata=None, extratags=[tag], byteorder="<")
+    with tifffile.TiffFile(path) as t: end = t.pages.first.dataoffsets[0] + a[0].size
+    path.write_bytes(path.read_bytes()[:end] + a[1:].tobytes())
+    return path
+
+
+def test_an_nih_image_stack_is_all_its_bscans(tmp_path):
+    assert np.array_equal(images(nih_image(tmp_path/"a.tif", textured(n=4), 4)), textured(n=4))
+    assert "claims 9 pictures; 1 can be found" in refusal(
+        nih_image(tmp_path/"b.tif", textured(n=4), 9)
+    )
+
+
+def test_pictures_that_only_the_index_of_micro_manager_names_are_refused(tmp_path):
+    "As in a file that it could not close: the directories are there, and nothing leads from one to the next."
+    path, pixels = tmp_path/"a.tif", textured()[0]
+    summary = b'{"Slices": 3, "Frames": 1, "Channels": 1, "MicroManagerVersion": "1.4"}'.ljust(80)
+    index = np.uint32([3453623, 3, *np.ravel([(0, i, 0, 0, 500 + i) for i in range(3)])])
+    places = 40 + len(summary) + index.nbytes    # of the directory
+    data = places + 2 + 10*12 + 4
+    tags = [(256, 80), (257, 64), (258, 8), (259, 1), (262, 1), (273, data), (277, 1), (278, 64)]
+    tags = [(tag, 4, 1, value) for tag, value in [*tags, (279, pixels.size)]]
+    tags.append((51123, 2, 3, int.from_bytes(b"{}\0\0", "little")))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags)
+    numbers = [54773648, 40 + len(summary), 0, 0, 0, 0, 2355492, len(summary)]
+    begin = b"II*\0" + struct.pack("<9I", places, *numbers)
+    path.write_bytes(begin + summary + index.tobytes() + directory + bytes(4) + pixels.tobytes())
+    assert "index names 3 pictures; 1 can be found" in refusal(path)
+
+
+@pytest.mark.parametrize("more", [1, 4])
+def test_pictures_that_nothing_in_a_tiff_tells_of_are_refused(tmp_path, more):
+    path = save_tiff(tmp_path/"a.tif", textured()[0], metadata=None)
+    path.write_bytes(path.read_bytes() + textured(n=more).tobytes())
+    assert f"bytes for {more} more that nothing in the file tells of" in refusal(path)
+
+
+def test_other_data_in_a_tiff_of_one_picture_are_no_pictures(tmp_path):
+    long = [(65000, "B", 64*80, bytes(64*80), True)]   # as layers of Photoshop are kept
+    path = save_tiff(tmp_path/"a.tif", textured()[0], metadata=None, extratags=long)
+    assert np.array_equal(images(path), textured()[:1])
+    path = save_tiff(tmp_path/"b.tif", textured()[0], metadata=None)
+    path.write_bytes(path.read_bytes() + bytes(900))
+    assert np.array_equal(images(path), textured()[:1])
+
+
 def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
     path = imagej_one_directory(tmp_path/"a.tif", textured(n=4), 9)
     assert "claims 9 pictures; 1 can be found" in refusal(path)
@@ -1207,6 +1262,34 @@ def test_xml_that_could_grow_is_refused(tmp_path):
     assert "not one that HEYEX wrote" in refusal(tmp_path/"other.xml")
 
 
+# --- other numbers of B-scans than are said
+
+@pytest.mark.parametrize("version", [b"HSF-OCT-103", b"ep-v0.6.8"])
+@pytest.mark.parametrize("headers", ["alike", "named"])
+def test_a_vol_with_more_bscans_than_its_header_says_is_refused(tmp_path, version, headers):
+    path = write_vol(tmp_path/"a.vol", textured(n=4), version=version)
+    data, size = bytearray(path.read_bytes()), 300 + 4*64*80
+    data[16:20] = (3).to_bytes(4, "little")
+    if headers == "named":   # the one behind is larger, and says what it is
+        last = 2048 + 3*size
+        data[last:last + 16] = b"HSF-BS-103".ljust(12, b"\0") + (400).to_bytes(4, "little")
+        data += bytes(100)
+    path.write_bytes(data)
+    assert "says 3 B-scans, and there are more behind" in refusal(path)
+
+
+def test_a_vol_with_fewer_bscans_than_its_header_says_is_refused_before_the_first(tmp_path):
+    path = write_vol(tmp_path/"a.vol", textured(n=4), header=5000)
+    path.write_bytes(path.read_bytes()[:-64*80*4])   # long enough for B-scans with small headers
+    with pytest.raises(BadImage, match="truncated"): next(read_scans(path))
+
+
+def test_thickness_maps_behind_the_bscans_of_a_vol_are_no_bscans(tmp_path):
+    path = write_vol(tmp_path/"a.vol", textured(n=4))
+    with open(path, "ab") as f: f.write(b"grid" + bytes(9*64*80))
+    assert np.array_equal(images(path), textured(n=4))
+
+
 # --- large files
 
 def test_a_volume_of_gigabytes_is_read_one_bscan_at_a_time(tmp_path):
@@ -1215,12 +1298,33 @@ def test_a_volume_of_gigabytes_is_read_one_bscan_at_a_time(tmp_path):
     with open(path, "r+b") as f:
         f.seek(16)
         f.write(n.to_bytes(4, "little"))
-        f.truncate(2048 + n*(300 + 4*h*w))   # sparse: takes no room on the disk
+        for i in range(1, n):
+            f.seek(2048 + i*(300 + 4*h*w) + 12)
+            f.write((300).to_bytes(4, "little"))
+        f.truncate(2048 + n*(300 + 4*h*w))   # sparse: takes little room on the disk
     tracemalloc.start()
     begin = time.perf_counter()
     assert next(read_scans(path)).n_slices == n
     assert time.perf_counter() - begin < 2 and tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+# --- names of persons
+
+@pytest.mark.parametrize("name", ["John Zzyzx", "ZZYZX^JOHN", "Zzyzx, John", "J. Zzyzx", "Mary-Ann O'Zzyzx"])
+def test_a_name_in_the_place_of_the_identifier_is_withheld_in_every_format(tmp_path, name):
+    scans = [
+        next(read_scans(write_dicom(tmp_path/"a.dcm", textured(), PatientID=name, PatientName=name))),
+        next(read_scans(write_vol(tmp_path/"a.vol", textured(), patient=name.encode()))),
+    ]
+    for scan in scans:
+        assert scan.patient == "" and "patient id withheld: it looks like a name" in scan.notes
+        assert "zzyzx" not in repr(scan).lower()
+
+
+@pytest.mark.parametrize("code", ["Study 07", "AMD control 12", "0017", "A17", "Zurich"])
+def test_an_identifier_with_a_blank_in_it_is_kept(tmp_path, code):
+    assert next(read_scans(write_dicom(tmp_path/"a.dcm", textured(), PatientID=code))).patient == code
 
 
 # --- folders
@@ -1239,6 +1343,29 @@ def test_files_come_in_one_order_and_nothing_is_lost(tmp_path):
     assert found == ["gone.png", "a.dcm", "b/1.PNG", "b/2.png", "b.xyz", "c/d/e.tif", "loop"]
     assert "missing" in refusal(tmp_path/"gone.png") and "not followed" in refusal(tmp_path/"loop")
     assert {"dicomdir", "thumbs.db"} <= set(SYSTEM_FILES) and ".csv" in SIDE_FILES
+
+
+def test_a_clinical_file_or_picture_under_the_name_of_a_text_is_read(tmp_path):
+    write_dicom(tmp_path/"scan.txt", textured())
+    write_vol(tmp_path/"volume.csv", textured())
+    Image.fromarray(textured()[0]).save(tmp_path/"picture.md", "png")
+    (tmp_path/"labels.csv").write_text("path,label\na.png,CNV\n")
+    (tmp_path/"notes.txt").write_text("HSF is a name, DICM another")
+    (tmp_path/"empty.json").touch()
+    found = list(find_files(tmp_path))
+    assert [p.name for p in found] == ["picture.md", "scan.txt", "volume.csv"]
+    assert [len(list(read_scans(p))) for p in found] == [1, 3, 3]
+
+
+def test_what_is_passed_over_is_counted_by_reason(tmp_path):
+    for name in (".scan.dcm", "a/.b.png", ".old/c.png", "._d.png", ".DS_Store", "e.png", "f.txt"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    write_dicom(tmp_path/"g.txt", textured())
+    assert [p.name for p in find_files(tmp_path)] == ["e.png", "g.txt"]
+    want = {"hidden": 3, "of the system": 2, ".txt (lists and texts)": 1}
+    assert passed_over([tmp_path]) == want == passed_over(tmp_path)
+    assert passed_over(tmp_path/"f.txt") == passed_over(tmp_path/"gone") == {}
 
 
 def test_what_is_named_twice_comes_once(tmp_path):

@@ -1,7 +1,8 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py [OUT]`.
 
 Left out: cells with `#| hide` or the tag `hide`, the code of cells with `#| echo: false` or the tag `hide_input`, and
-the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record.
+the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record, `<!-- table of sources -->` by the
+registered sources.
 Relative links of the notebook, which count from nbs/, are made to count from the README. Figures are files (nbs/images/*.png)
 that Markdown cells name, not outputs: a README cannot carry those.
 """
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"^#\|\s*(.+?)\s*\n?$", re.M)
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")(?!\w+:|#|/)([^)\s\"]+)")
 RECORD = re.compile(r"(<!-- table of (\S+\.json) -->\n)(?:\n\|[^*]*\n\n\*[^\n]*\*\n)?")
+SOURCES = re.compile(r"(<!-- table of sources -->\n)(?:\n(?:\|[^\n]*\n)+)?")
 COLUMNS = ["parameters", "accuracy %", "macro sensitivity %", "macro specificity %", "AUC"]
 
 
@@ -34,9 +36,18 @@ def record_table(file):
     return "\n".join([*lines, "", f"*{protocol}*", ""])
 
 
+def sources_table():
+    "The registered sources as Markdown."
+    sys.path.insert(0, str(ROOT))
+    import kdoct.data.sources  # noqa: F401 (they register themselves)
+    from kdoct.data.registry import sources_table
+    return sources_table() + "\n"
+
+
 def with_tables(text):
-    "Markdown in which each mark of a record is followed by the table of that record."
-    return RECORD.sub(lambda m: m[1] + "\n" + record_table(m[2]), text)
+    "Markdown in which each mark of a record, or of the sources, is followed by its table."
+    text = RECORD.sub(lambda m: m[1] + "\n" + record_table(m[2]), text)
+    return SOURCES.sub(lambda m: m[1] + "\n" + sources_table(), text)
 
 
 def shown(cell):

@@ -41,8 +41,7 @@ class DataRecipe(Part):
     "Where the images come from, what may be left out, and how they are split (`kdoct.data`)."
     source: str = Field(
         'phantom',
-        description="adapter that makes the image table: phantom, ucsd, neh, covid_qu_ex, lc25000, "
-                    "folder, csv",
+        description="adapter that makes the image table; `kdoct sources` lists them",
     )
     root: str | None = Field(
         None,

@@ -38,9 +38,11 @@ class DecodeCache:
     )->np.ndarray:             # int64, their rows in `images`
         "Rows of these files; `KdoctError` if one is not in the cache."
         try: return np.array([self.index[s] for s in sha256], dtype=np.int64)
-        except KeyError as e: raise KdoctError(f"The cache {self.path.name} does not "
-                                               f"hold image {e}.", fix="Run notebook "
-                                                                       "01_data again.") from e
+        except KeyError as e:
+            raise KdoctError(
+                f"The cache {self.path.name} does not hold image {e}.",
+                fix="Run notebook 01_data again.",
+            ) from e
 
 # %% ../../nbs/01i_data.cache.ipynb #925f8e97
 def cache_facts(
@@ -83,26 +85,26 @@ def _square_of(file:Path, sha256:str, size:int, channels:int, framing:dict)->np.
     except KdoctError as e: raise KdoctError(f"{file}: {e.problem}", fix=e.fix) from e
 
 # %% ../../nbs/01i_data.cache.ipynb #d9017b87
-def _write_cache(path:Path, facts:dict, files:dict[str, Path], workers:int):
+def _write_rows(path:Path, facts:dict, files:dict[str, Path], workers:int):
     "Decode all files into `path`, row by row, in little memory."
-    size, channels = facts['shape'][1], 3 if len(facts['shape']) == 4 else 1
-    for left in path.parent.glob(f'.{path.name}.*.tmp.npy'): left.unlink()  # of a killed writer: we hold the lock
-    try:
-        with atomic_path(path) as tmp, open(tmp, 'wb') as f:
-            np.lib.format.write_array_header_1_0(
-                f, dict(descr='|u1', fortran_order=False, shape=tuple(facts['shape']))
-            )
-            for row in map_in_order(
-                lambda s: _square_of(files[s], s, size, channels, facts['framing']),
-                facts['sha256'],
-                workers,
-            ):
-                f.write(row.tobytes())
+    shape, framing = facts['shape'], facts['framing']
+    channels = 3 if len(shape) == 4 else 1
+    header = dict(descr='|u1', fortran_order=False, shape=tuple(shape))
+    def square(sha256): return _square_of(files[sha256], sha256, shape[1], channels, framing)
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for row in map_in_order(square, facts['sha256'], workers): f.write(row.tobytes())
+
+def _write_cache(path:Path, facts:dict, files:dict[str, Path], workers:int):
+    "Write the array, then the facts that make it valid; `KdoctError` if the disk is full."
+    # what a killed writer left: we hold the lock
+    for left in path.parent.glob(f'.{path.name}.*.tmp.npy'): left.unlink()
+    try: _write_rows(path, facts, files, workers)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        needed = np.prod(facts['shape'])/2**20
         raise KdoctError(
-            f"No space for the decode cache in {path.parent} "
-            f"({np.prod(facts['shape']) / 2**20:.0f} MiB needed).",
+            f"No space for the decode cache in {path.parent} ({needed:.0f} MiB needed).",
             fix="Free space, or set KDOCT_OUTPUTS to another disk.",
         ) from e
     write_json(path.with_suffix('.json'), facts)
@@ -121,15 +123,11 @@ def decode_cache(
     facts = cache_facts(table.sha256, size, channels, **framing)
     path = outputs_root()/'cache'/f"{facts['key']}.npy"
     if (cache := open_cache(path, facts)) is not None: return cache
+    files = {s: Path(root)/p for p, s in zip(table.path, table.sha256, strict=True)}
     with locked(path, what=f"the decode cache {path.name}", wait=wait):
-        if (cache := open_cache(path, facts)) is None:
-            _write_cache(
-                path,
-                facts,
-                {s: Path(root) / p for p, s in zip(table.path, table.sha256, strict=True)},
-                workers,
-            )
-            cache = open_cache(path, facts)
+        if (cache := open_cache(path, facts)) is not None: return cache
+        _write_cache(path, facts, files, workers)
+        cache = open_cache(path, facts)
     if cache is None:
         raise KdoctError(
             f"The decode cache {path} is damaged.", fix="Delete it and run notebook 01_data again."

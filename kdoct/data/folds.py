@@ -38,8 +38,12 @@ def shows_diagnosis(
     return (table.label == table.patient_label).to_numpy()
 
 # %% ../../nbs/01g_data.folds.ipynb #bc81edc5
-def _check_enough(table:pd.DataFrame, n_folds:int, besides:str=''):
-    "`KdoctError` if some class has too few groups for all parts of all folds; `besides` is said with it."
+def _or_fewer(n_folds:int)->str:
+    "The other remedy, where as many folds are still folds."
+    return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
+
+def _check_enough(table:pd.DataFrame, n_folds:int, left_out:str=''):
+    "`KdoctError` if a class has too few groups for all parts of all folds; `left_out` joins the message."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
     groups = table.groupby('label').group.nunique()
     if len(groups) < 2:
@@ -47,49 +51,45 @@ def _check_enough(table:pd.DataFrame, n_folds:int, besides:str=''):
             f"All images are of class {groups.index[0]}.",
             fix="Give images of two classes at least.",
         )
-    if few := {k: int(n) for k, n in groups.items() if n <= n_folds}:
+    few = {label: int(n) for label, n in groups.items() if n <= n_folds}
+    if few:
+        counts = ', '.join(f'{n} of {label}' for label, n in few.items())
         raise KdoctError(
             f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
-            f"{', '.join(f'{n} of {k}' for k, n in few.items())}.{besides}",
+            f"{counts}.{left_out}",
             fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.",
         )
 
-def _or_fewer(n_folds:int)->str:
-    "The other remedy, where as many folds are still folds."
-    return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
-
 # %% ../../nbs/01g_data.folds.ipynb #dea9da74
+_MORE_PATIENTS = "Add patients, or raise data.val_fraction (or data.calibration_fraction)"
+
 def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
     "Row numbers of each part, by group, strata balanced."
-    if (n := table.group.nunique()) < parts:
+    groups, sizes = table.group.nunique(), table.stratum.value_counts()
+    if groups < parts:
         raise KdoctError(
-            f"{groups_text(n)} cannot be split into {parts} parts.",
-            fix="Add patients, or raise data.val_fraction (or data.calibration_fraction).",
+            f"{groups_text(groups)} cannot be split into {parts} parts.", fix=f"{_MORE_PATIENTS}."
         )
-    if (most := table.stratum.value_counts()).iloc[0] < parts:
+    if sizes.iloc[0] < parts:
         raise KdoctError(
-            f"The largest class, {most.index[0]}, has {counted(most.iloc[0], 'image')}; they "
+            f"The largest class, {sizes.index[0]}, has {counted(sizes.iloc[0], 'image')}; they "
             f"cannot be split into {parts} parts.",
-            fix="Add patients, or raise data.val_fraction (or data.calibration_fraction), or make "
-                "fewer folds (data.n_folds), at least 2.",
+            fix=f"{_MORE_PATIENTS}, or make fewer folds (data.n_folds), at least 2.",
         )
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
     rows = np.zeros(len(table))
     with warnings.catch_warnings():
         # a small stratum; small classes were refused
         warnings.filterwarnings('ignore', 'The least populated class in y')
-        return [
-            test
-            for _, test in StratifiedGroupKFold(parts, shuffle=True, random_state=seed).split(
-                rows, table.stratum, table.group
-            )
-        ]
+        return [part for _, part in splitter.split(rows, table.stratum, table.group)]
 
 # %% ../../nbs/01g_data.folds.ipynb #dfd646b5
 def _check_official(table:pd.DataFrame, overlap:str='remove'):
-    "`KdoctError` unless every image has an official part, some are for testing, and some are left to train on."
+    "`KdoctError` unless every image has an official part, some are tested, and some are left to train on."
     parts = table.split.value_counts()
-    if strange := set(parts.index) - set(NEEDED):
-        n = int(parts[list(strange)].sum())
+    unknown = set(parts.index) - set(NEEDED)
+    if unknown:
+        n = int(parts[list(unknown)].sum())
         raise KdoctError(
             f"data.protocol is official, but {n} of {len(table)} images are in none of the "
             f"source's parts train, val and test.",
@@ -97,8 +97,10 @@ def _check_official(table:pd.DataFrame, overlap:str='remove'):
                 "DIR/train/CLASS and DIR/test/CLASS; csv: column split).",
         )
     if 'test' not in parts or len(parts) < 2:
-        raise KdoctError(f"data.protocol is official, but all images are in part {parts.index[0]}.",
-                         fix="Give both official parts, or take data.protocol=grouped-cv.")
+        raise KdoctError(
+            f"data.protocol is official, but all images are in part {parts.index[0]}.",
+            fix="Give both official parts, or take data.protocol=grouped-cv.",
+        )
     if overlap == 'remove' and (official_overlap(table) | (table.split == 'test')).all():
         raise KdoctError(
             "data.protocol is official, but every group (patient) has images in the test part: "
@@ -107,7 +109,46 @@ def _check_official(table:pd.DataFrame, overlap:str='remove'):
                 "(data.official_overlap=keep trains on the tested patients, and says so.)",
         )
 
+# %% ../../nbs/01g_data.folds.ipynb #e10b65b3
+def _check_splittable(
+    t:pd.DataFrame, eligible:np.ndarray, n_folds:int, protocol:str, overlap:str
+):
+    "`KdoctError` unless the images that may be split (rows `eligible`) suffice for all folds."
+    official = protocol == 'official'
+    if official: _check_official(t, overlap)
+    removed = official_overlap(t) & (official and overlap == 'remove')
+    tested = (t.split == 'test').to_numpy() & official
+    left_out = ''
+    if removed.any():
+        images = counted(removed.sum(), 'image')
+        left_out = f" Left out are {images} of patients who are in the test part."
+    _check_enough(t[eligible & ~tested & ~removed], n_folds, left_out)
+
+# %% ../../nbs/01g_data.folds.ipynb #1d037789
+def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int):
+    "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
+    for part in ('train', 'test'):
+        lost = sorted(set(label) - set(label[role == part]))
+        if lost:
+            raise KdoctError(
+                f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
+                fix=f"Add patients of that class{_or_fewer(n_folds - 1)}.",
+            )
+
 # %% ../../nbs/01g_data.folds.ipynb #93da6998
+def _assign(role:np.ndarray, name:str, t:pd.DataFrame, rows:np.ndarray, parts:int, seed:int):
+    "Split these rows into `parts` parts by group and give the first of them a role, in place."
+    first = _split(t.iloc[rows], parts, seed)[0]
+    role[rows[first]] = name
+
+def _assign_calibration(role:np.ndarray, t:pd.DataFrame, fraction:float, seed:int):
+    "Take the part `calib` out of the training part, by group, in place."
+    train = np.flatnonzero(role == 'train')
+    untested = np.isin(role, ('train', 'val')).sum()
+    share = fraction*untested/len(train)   # of what validation has left
+    _assign(role, CALIB, t, train, max(2, round(1/share)), seed)
+
+# %% ../../nbs/01g_data.folds.ipynb #5ab7c4f3
 def _roles(
     t:pd.DataFrame,
     n_folds:int,
@@ -115,26 +156,30 @@ def _roles(
     seed:int,
     protocol:str,
     overlap:str,
-    calibration:float=0.0,
+    calibration:float=0.,
 )->Iterator[np.ndarray]:
     "The role of every row, fold after fold, before the worst-case rule."
     official = protocol == 'official'
-    test, out = (
-        (t.split == 'test').to_numpy() & official,
-        official_overlap(t) & (official and overlap == 'remove'),
-    )
+    test = (t.split == 'test').to_numpy() & official
+    out = official_overlap(t) & (official and overlap == 'remove')
     rest = np.flatnonzero(~test & ~out)
-    for part in [rest[p] for p in _split(t.iloc[rest], n_folds, seed)]:
+    for part in _split(t.iloc[rest], n_folds, seed):
+        held_out = rest[part]
         role = np.full(len(t), 'train', object)
-        role[test], role[out], role[part] = 'test', OUT, 'val' if official else 'test'
+        role[test], role[out] = 'test', OUT
+        role[held_out] = 'val' if official else 'test'
         if not official:
-            others = np.setdiff1d(rest, part)
-            role[others[_split(t.iloc[others], round(1/val_fraction), seed)[0]]] = 'val'
-        if calibration:
-            train = np.flatnonzero(role == 'train')
-            share = calibration*np.isin(role, ('train', 'val')).sum()/len(train)   # of what validation has left
-            role[train[_split(t.iloc[train], max(2, round(1/share)), seed)[0]]] = CALIB
+            others = np.setdiff1d(rest, held_out)
+            _assign(role, 'val', t, others, round(1/val_fraction), seed)
+        if calibration: _assign_calibration(role, t, calibration, seed)
         yield role
+
+# %% ../../nbs/01g_data.folds.ipynb #5212e358
+def _diagnosis_only(worst_case:tuple[bool, bool])->list[str]:
+    "The parts that hold only images which show the patient's diagnosis."
+    learning, test = worst_case
+    rules = {'train': learning, 'val': learning, 'test': test, CALIB: learning and test}
+    return [part for part, holds in rules.items() if holds]
 
 # %% ../../nbs/01g_data.folds.ipynb #ea984aee
 def make_folds(
@@ -144,152 +189,143 @@ def make_folds(
     seed:int=43,                   # 0 to 2**32-1
     protocol:str='grouped-cv',     # or official
     overlap:str='remove',          # official: training images of groups that are tested on: remove or keep (a leak)
-    worst_case:tuple[bool, bool]=(False, False),  # whether the rule holds in training and validation, and in the test part
-    calibration_fraction:float=0., # share of the groups not tested on that is the part calib; about that of the nearest 1/n; 0: no such part
+    worst_case:tuple[bool, bool]=(False, False),  # does the rule hold in training and validation, in the test part
+    calibration_fraction:float=0., # share of the groups not tested on that is calib, about the nearest 1/n; 0: none
 )->pd.DataFrame:                   # path, group, fold, role: one row an image and fold
     "Folds by group; `KdoctError` if groups or classes are too few."
     t = table.sort_values('path', ignore_index=True)
-    worst = shows_diagnosis(t) if any(worst_case) else np.ones(len(t), bool)
-    t['stratum'] = t.label.where(worst, t.label + ', not the diagnosis')
-    if protocol == 'official': _check_official(t, overlap)
-    gone = official_overlap(t) & (protocol == 'official' and overlap == 'remove')
-    besides = (
-        f" Left out are {counted(gone.sum(), 'image')} of patients who are in the test part."
-        if gone.any()
-        else ''
-    )
-    tested = (t.split == 'test').to_numpy() & (protocol == 'official')
-    _check_enough(t[worst & ~tested & ~gone], n_folds, besides)
+    eligible = shows_diagnosis(t) if any(worst_case) else np.ones(len(t), bool)
+    t['stratum'] = t.label.where(eligible, t.label + ', not the diagnosis')
+    _check_splittable(t, eligible, n_folds, protocol, overlap)
+    restricted = _diagnosis_only(worst_case)
+    how = (n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)
     folds = []
-    rules = dict(
-        zip(
-            ('train', 'val', 'test', CALIB),
-            (worst_case[0], *worst_case, all(worst_case)),
-            strict=True,
-        )
-    )  # calib is as the test part
-    for k, role in enumerate(
-        _roles(t, n_folds, val_fraction, seed, protocol, overlap, calibration_fraction)
-    ):
-        role[np.isin(role, [part for part, rule in rules.items() if rule]) & ~worst] = OUT
+    for k, role in enumerate(_roles(t, *how)):
+        role[np.isin(role, restricted) & ~eligible] = OUT
         _check_classes(t.label, role, k, n_folds)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
     return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')
 
-# %% ../../nbs/01g_data.folds.ipynb #1d037789
-def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int):
-    "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
-    for part in ('train', 'test'):
-        if lost := sorted(set(label) - set(label[role == part])):
-            raise KdoctError(f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
-                             fix=f"Add patients of that class{_or_fewer(n_folds - 1)}.")
-
 # %% ../../nbs/01g_data.folds.ipynb #301c7d17
 def _times(folds:pd.DataFrame)->pd.DataFrame:
-    "How often each image has each role, one column a role."
-    roles, (rows, paths) = [*ROLE_NAMES, OUT], pd.factorize(folds.path)
-    at = rows*len(roles) + pd.Categorical(folds.role, roles).codes
-    return pd.DataFrame(
-        np.bincount(at, minlength=len(paths) * len(roles)).reshape(-1, len(roles)),
-        index=paths,
-        columns=roles,
-    )
+    "How often each image has each role: a row an image, a column a role."
+    roles = [*ROLE_NAMES, OUT]
+    rows, paths = pd.factorize(folds.path)
+    cell = rows*len(roles) + pd.Categorical(folds.role, roles).codes
+    counts = np.bincount(cell, minlength=len(paths)*len(roles)).reshape(-1, len(roles))
+    return pd.DataFrame(counts, index=paths, columns=roles)
 
 def protocol_of(
     folds:pd.DataFrame,  # path, group, fold, role
 )->str:                  # grouped-cv or official
     "Official if the images that are tested are the same in all folds."
-    n = _times(folds).test
-    return 'official' if (n[n > 0] == folds.fold.nunique()).all() else 'grouped-cv'
+    tested = _times(folds).test
+    always = tested[tested > 0] == folds.fold.nunique()
+    return 'official' if always.all() else 'grouped-cv'
+
+# %% ../../nbs/01g_data.folds.ipynb #815104be
+def _table_fault(folds:pd.DataFrame)->str:
+    "What is wrong with the table itself; '' if nothing is."
+    if tuple(folds.columns) != FOLD_COLUMNS:
+        return f"the columns are {', '.join(map(str, folds.columns))}"
+    nameless = (folds[['path', 'group']] == '').any(axis=None)
+    if len(folds) == 0 or folds.isna().any(axis=None) or nameless: return "there are gaps"
+    unknown = set(folds.role) - {*ROLE_NAMES, OUT}
+    if unknown: return f"role {unknown.pop()!r}"
+    n = int(folds.fold.max()) + 1
+    if n < 2 or set(folds.fold) != set(range(n)):
+        return f"folds are {sorted(set(folds.fold))}, not 0 to {max(n, 2) - 1}"
+    images = folds.path.nunique()
+    if folds.duplicated(['path', 'fold']).any() or len(folds) != n*images:
+        return "an image is missing from a fold, or in it twice"
+    if len(folds[['path', 'group']].drop_duplicates()) != images: return "an image is in two groups"
+    return ''
+
+# %% ../../nbs/01g_data.folds.ipynb #5c71f2f2
+def _missing_part(folds:pd.DataFrame)->str:
+    "Which fold lacks a part; '' if none does."
+    n = folds.fold.nunique()
+    needed = folds[folds.role.isin(NEEDED)]
+    parts = needed.groupby('fold').role.nunique().reindex(range(n), fill_value=0)
+    if parts.min() < len(NEEDED): return f"fold {parts.idxmin()} lacks one of {', '.join(NEEDED)}"
+    calibrated = folds.fold[folds.role == CALIB].nunique()
+    if calibrated not in (0, n): return f"{calibrated} of {n} folds have a part {CALIB}"
+    return ''
+
+# %% ../../nbs/01g_data.folds.ipynb #3ba769e0
+def _group_with_two_roles(folds:pd.DataFrame, leak:bool)->str:
+    "Which group has two roles in a fold; '' if none has. With a declared `leak` the test part does not count."
+    used = folds[folds.role != OUT]
+    if leak: used = used[used.role != 'test']
+    roles = used.groupby(['fold', 'group']).role.nunique()
+    if (roles == 1).all(): return ''
+    fold, group = roles.idxmax()
+    return f"group {group} has two roles in fold {fold}"
 
 # %% ../../nbs/01g_data.folds.ipynb #24011302
-def _official_fault(times:pd.DataFrame, n:int)->str:
+def _official_fault(folds:pd.DataFrame)->str:
     "What contradicts the official protocol; '' if nothing does."
+    times, n = _times(folds), folds.fold.nunique()
+    always_tested, always_out = times.test == n, times.out == n
     learns = (times.val == 1) & (times.train + times[CALIB] == n - 1)
     # an image that does not show the diagnosis, out elsewhere
     calibrates = (times[CALIB] > 0) & (times[CALIB] + times.out == n)
-    right = (times.test == n) | (times.out == n) | learns | calibrates
-    return (
-        ''
-        if right.all()
-        else f"image {right.idxmin()} is not always tested, always out, or validated on once and "
-             f"else trained or calibrated on"
-    )
+    right = always_tested | always_out | learns | calibrates
+    if right.all(): return ''
+    return (f"image {right.idxmin()} is not always tested, always out, or validated on once and "
+            f"else trained or calibrated on")
 
 # %% ../../nbs/01g_data.folds.ipynb #f952c1b7
-def _grouped_fault(folds:pd.DataFrame, times:pd.DataFrame, n:int)->str:
+def _folds_that_test(folds:pd.DataFrame, groups:pd.Series)->np.ndarray:
+    "In how many folds each of these groups is tested."
+    tested = folds[folds.role == 'test'].groupby('group').fold.nunique()
+    return tested.reindex(groups).fillna(0).to_numpy()
+
+def _out_in_several(folds:pd.DataFrame, paths:pd.Index)->bool:
+    "Whether a group of these images is out in more than one fold."
+    out = folds[(folds.role == OUT) & folds.path.isin(paths)]
+    return bool((out.groupby('group').fold.nunique() > 1).any())
+
+def _grouped_fault(folds:pd.DataFrame)->str:
     "What contradicts grouped cross-validation; '' if nothing does."
+    times, n = _times(folds), folds.fold.nunique()
     group = folds.drop_duplicates('path').set_index('path').group.reindex(times.index)
-    in_folds = (
-        folds[folds.role == 'test']
-        .groupby('group')
-        .fold.nunique()
-        .reindex(group)
-        .fillna(0)
-        .to_numpy()
-    )
-    if (in_folds > 1).any():
-        return f"group {group[in_folds > 1].iloc[0]} is tested in several folds"
+    tested = _folds_that_test(folds, group)
+    if (tested > 1).any(): return f"group {group[tested > 1].iloc[0]} is tested in several folds"
     # in the fold that tests the group, or would if not all of it were out
     out_there = (times.test == 0) & (times.out > 0)
-    if (once := times.test + out_there).ne(1).any():
-        return f"image {once.ne(1).idxmax()} is not tested on exactly once"
+    once = times.test + out_there == 1
+    if not once.all(): return f"image {once.idxmin()} is not tested on exactly once"
     out = times.out - out_there
     # an image that does not show the diagnosis may calibrate, and is out elsewhere
-    odd = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))
-    if odd.any(): return f"image {odd.idxmax()} is out in some folds only"
-    out = folds[
-        (folds.role == OUT)
-        & folds.path.isin(times.index[(in_folds == 0) & (times.out < n).to_numpy()])
-    ]
-    if (out.groupby('group').fold.nunique() > 1).any():
+    sometimes = ~(out.eq(0) | out.add(times[CALIB]).eq(n - 1))
+    if sometimes.any(): return f"image {sometimes.idxmax()} is out in some folds only"
+    never_tested = times.index[(tested == 0) & (times.out < n).to_numpy()]
+    if _out_in_several(folds, never_tested):
         return "a group is never tested, and not out in one fold as a whole"
     return ''
 
 # %% ../../nbs/01g_data.folds.ipynb #c6b4b4d3
+def _refuse(fault:str):
+    "`KdoctError` if there is a fault."
+    if not fault: return
+    raise KdoctError(
+        f"These folds are not valid: {fault}.",
+        fix="Delete folds.csv and make it again with notebook 01_data.",
+    )
+
 def check_folds(
     folds:pd.DataFrame,  # path, group, fold, role
     protocol:str='',     # grouped-cv or official; '': what the folds look like
     leak:bool=False,     # official: tested groups may be trained on, as the recipe declares (official_overlap=keep)
 )->pd.DataFrame:         # the same
-    "Prove that no group has two roles in a fold and that the test parts are what the protocol says; `KdoctError` otherwise."
-    def refuse(what):
-        raise KdoctError(
-            f"These folds are not valid: {what}.",
-            fix="Delete folds.csv and make it again with notebook 01_data.",
-        )
-    if tuple(folds.columns) != FOLD_COLUMNS:
-        refuse(f"the columns are {', '.join(map(str, folds.columns))}")
-    if (
-        len(folds) == 0
-        or folds.isna().any(axis=None)
-        or (folds[['path', 'group']] == '').any(axis=None)
-    ):
-        refuse("there are gaps")
-    if strange := set(folds.role) - {*ROLE_NAMES, OUT}: refuse(f"role {strange.pop()!r}")
-    n = int(folds.fold.max()) + 1
-    if n < 2 or set(folds.fold) != set(range(n)):
-        refuse(f"folds are {sorted(set(folds.fold))}, not 0 to {max(n, 2) - 1}")
-    if folds.duplicated(['path', 'fold']).any() or len(folds) != n*folds.path.nunique():
-        refuse("an image is missing from a fold, or in it twice")
-    if len(folds[['path', 'group']].drop_duplicates()) != folds.path.nunique():
-        refuse("an image is in two groups")
-    used = folds[folds.role != OUT]
-    parts = used[used.role != CALIB].groupby('fold').role.nunique().reindex(range(n), fill_value=0)
-    if parts.min() < len(NEEDED): refuse(f"fold {parts.idxmin()} lacks one of {', '.join(NEEDED)}")
-    if (some := used.fold[used.role == CALIB].nunique()) not in (0, n):
-        refuse(f"{some} of {n} folds have a part {CALIB}")
+    "Prove that no group has two roles in a fold and each test part is the protocol's; `KdoctError` otherwise."
+    _refuse(_table_fault(folds))
+    _refuse(_missing_part(folds))
     official = (protocol or protocol_of(folds)) == 'official'
-    roles = (
-        (used[used.role != 'test'] if leak and official else used)
-        .groupby(['fold', 'group'])
-        .role.nunique()
-    )
-    if (roles > 1).any(): refuse("group {1} has two roles in fold {0}".format(*roles.idxmax()))
-    times = _times(folds)
-    if fault := _official_fault(times, n) if official else _grouped_fault(folds, times, n):
-        refuse(fault)
+    _refuse(_group_with_two_roles(folds, leak and official))
+    _refuse(_official_fault(folds) if official else _grouped_fault(folds))
     return folds
 
 # %% ../../nbs/01g_data.folds.ipynb #7596074c
@@ -301,9 +337,8 @@ def write_folds(
 ):
     "Check folds and write them as CSV, the same bytes on every machine."
     with atomic_path(path) as tmp:
-        check_folds(folds, protocol, leak).to_csv(
-            tmp, index=False, lineterminator='\n', encoding='utf-8'
-        )
+        proved = check_folds(folds, protocol, leak)
+        proved.to_csv(tmp, index=False, lineterminator='\n', encoding='utf-8')
 
 # %% ../../nbs/01g_data.folds.ipynb #22687da3
 def read_folds(
@@ -312,14 +347,11 @@ def read_folds(
     leak:bool=False,   # as for `check_folds`
 )->pd.DataFrame:       # path, group, fold, role
     "Read folds and prove them; `KdoctError` if they are missing or leak."
+    again = "Delete it and make it again with notebook 01_data."
     if not Path(path).exists():
         raise KdoctError(f"{path} does not exist.", fix="Make it with notebook 01_data.")
     try: folds = read_table(path)
-    except KdoctError as e: raise KdoctError(e.problem, fix="Delete it and make it again with "
-                                                            "notebook 01_data.") from e
+    except KdoctError as e: raise KdoctError(e.problem, fix=again) from e
     if 'fold' not in folds or not folds.fold.str.fullmatch(r'\d+').all():
-        raise KdoctError(
-            f"{path} has no whole number of a fold in every row.",
-            fix="Delete it and make it again with notebook 01_data.",
-        )
+        raise KdoctError(f"{path} has no whole number of a fold in every row.", fix=again)
     return check_folds(folds.astype({'fold': 'int64'}), protocol, leak)

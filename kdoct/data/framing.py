@@ -32,9 +32,11 @@ def white_padding(
         depth = ndimage.grey_opening(depth, CONTACT, mode='nearest')  # no peak narrower than CONTACT
         drawn |= np.arange(len(seen))[:, None] < depth
     if not out.any(): return out
-    parts, _ = ndimage.label(out | white & ndimage.maximum_filter(out, 2*REACH + 1))
+    specks = white & ndimage.maximum_filter(out, 2*REACH + 1)
+    parts, _ = ndimage.label(out | specks)
     return ndimage.maximum_filter(np.isin(parts, np.unique(parts[out])), 2*FRINGE + 1)
 
+# %% ../../nbs/01h_data.framing.ipynb #e605aeb2
 def scale_bar(
     shape:tuple[int, ...],  # (H, W) or (H, W, 3)
 )->np.ndarray:              # bool (H, W)
@@ -48,67 +50,56 @@ TILE, NEAR = 16, 48  # side of a piece of background [px]; how many of the neare
 
 def _dark_tiles(a:np.ndarray, hidden:np.ndarray, side:int)->np.ndarray:
     "Upper left corners of squares without a hidden pixel, the darkest third, as (n, 2)."
-    step = max(1, side//2)
-    def means(x):
-        return ndimage.uniform_filter(x.astype(np.float32), side, origin=-(side // 2))[
-            : len(x) - side + 1 : step, : x.shape[1] - side + 1 : step
-        ]
-    free = sliding_window_view(hidden, (side, side))[::step, ::step].any(axis=(2, 3))
-    mean = np.where(free, np.inf, means(a if a.ndim == 2 else a.mean(axis=2)))
-    n = int(np.isfinite(mean).sum())
-    return (
-        np.stack(
-            np.unravel_index(np.argsort(mean, axis=None, kind='stable')[: -(-n // 3)], mean.shape),
-            axis=1,
-        )
-        * step
+    grey, step = a if a.ndim == 2 else a.mean(axis=2), max(1, side//2)
+    means = ndimage.uniform_filter(grey.astype(np.float32), side, origin=-(side//2))
+    means = means[:len(grey) - side + 1:step, :grey.shape[1] - side + 1:step]
+    covered = sliding_window_view(hidden, (side, side))[::step, ::step].any(axis=(2, 3))
+    means = np.where(covered, np.inf, means)
+    n = int(np.isfinite(means).sum())
+    darkest = np.argsort(means, axis=None, kind='stable')[:-(-n//3)]
+    return np.stack(np.unravel_index(darkest, means.shape), axis=1)*step
+
+def _background(a:np.ndarray, hidden:np.ndarray)->tuple[np.ndarray, int]:
+    "Corners of dark squares and their side, as large as there are enough of; `KdoctError` if there is none."
+    for side in (TILE, TILE//2, TILE//4, 1):
+        tiles, enough = _dark_tiles(a, hidden, side), 32 if side > 1 else 1
+        if len(tiles) >= enough: return tiles, side
+    raise KdoctError(
+        "All of the image is white padding or scale bar.",
+        fix="Leave it out, or set data.fill_white to false.",
     )
 
 # %% ../../nbs/01h_data.framing.ipynb #0bb2814b
+def _cells_with(hidden:np.ndarray, side:int)->np.ndarray:
+    "Upper left corners of the cells of a grid that hold a hidden pixel, as (n, 2)."
+    rows, columns = (range(0, n, side) for n in hidden.shape)
+    some = np.logical_or.reduceat(np.logical_or.reduceat(hidden, rows, 0), columns, 1)
+    return np.argwhere(some)*side
+
 def cover(
     a:np.ndarray,       # uint8 (H, W) or (H, W, 3)
     hidden:np.ndarray,  # bool (H, W), what is to be covered
 )->np.ndarray:          # uint8, as `a`
     "Cover part of an image with pieces of its own dark background; `KdoctError` if all of it is hidden."
     if not hidden.any(): return a
-    tiles, side = next(
-        (
-            (t, s)
-            for s in (TILE, TILE // 2, TILE // 4, 1)
-            if len(t := _dark_tiles(a, hidden, s)) >= (32 if s > 1 else 1)
-        ),
-        (None, 0),
-    )
-    if tiles is None:
-        raise KdoctError(
-            "All of the image is white padding or scale bar.",
-            fix="Leave it out, or set data.fill_white to false.",
-        )
-    cells = (
-        np.argwhere(
-            np.logical_or.reduceat(
-                np.logical_or.reduceat(hidden, range(0, len(a), side), 0),
-                range(0, a.shape[1], side),
-                1,
-            )
-        )
-        * side
-    )
+    tiles, side = _background(a, hidden)
+    cells = _cells_with(hidden, side)
     near = cKDTree(tiles).query(cells, min(NEAR, len(tiles)))[1].reshape(len(cells), -1)
-    drawn = np.random.default_rng(zlib.crc32(a.tobytes())).integers(near.shape[1], size=len(cells))
+    rng = np.random.default_rng(zlib.crc32(a.tobytes()))
+    drawn = near[np.arange(len(cells)), rng.integers(near.shape[1], size=len(cells))]
     out = a.copy()
-    for (y, x), (i, j) in zip(cells, tiles[near[np.arange(len(cells)), drawn]], strict=True):
+    for (y, x), (i, j) in zip(cells, tiles[drawn], strict=True):
         where = hidden[y:y + side, x:x + side]
-        out[y : y + side, x : x + side][where] = a[i : i + side, j : j + side][
-            : where.shape[0], : where.shape[1]
-        ][where]
+        h, w = where.shape
+        out[y:y + h, x:x + w][where] = a[i:i + h, j:j + w][where]
     return out
 
 # %% ../../nbs/01h_data.framing.ipynb #6c8375b8
 def _pad(a:np.ndarray, hidden:np.ndarray)->tuple[np.ndarray, np.ndarray]:
     "Widen an image to a square around its middle; what is new is hidden."
     h, w = hidden.shape
-    (top, left), side = ((max(h, w) - n)//2 for n in (h, w)), max(h, w)
+    side = max(h, w)
+    top, left = (side - h)//2, (side - w)//2
     by = [(top, side - h - top), (left, side - w - left)]
     return np.pad(a, by + [(0, 0)]*(a.ndim - 2)), np.pad(hidden, by, constant_values=True)
 
@@ -121,17 +112,17 @@ def framed(
 )->np.ndarray:                  # uint8, (H, W) or (H, W, 3)
     "What of an image becomes the square, before it is resized."
     a = np.asarray(im.convert('L' if channels == 1 else 'RGB'))
-    hidden = (
-        white_padding(np.asarray(im.convert('L'))) if fill_white else np.zeros(a.shape[:2], bool)
-    )
+    hidden = np.zeros(a.shape[:2], bool)
+    if fill_white: hidden = white_padding(np.asarray(im.convert('L')))
     if mask_scale_bar: hidden |= scale_bar(a.shape)
     if resize == 'pad': a, hidden = _pad(a, hidden)
     a = cover(a, hidden)
     if resize != 'crop': return a
-    side, (h, w) = min(a.shape[:2]), a.shape[:2]
+    h, w = a.shape[:2]
+    side = min(h, w)
     return a[(h - side)//2:, (w - side)//2:][:side, :side]
 
-# %% ../../nbs/01h_data.framing.ipynb #91964778
+# %% ../../nbs/01h_data.framing.ipynb #5addb392
 def resized(
     a:np.ndarray,  # uint8 (h, w) or (h, w, 3)
     size:int,      # side [px]
@@ -139,11 +130,12 @@ def resized(
     "A picture squeezed into a square by PIL's antialiased bicubic filter."
     return np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC))
 
+# %% ../../nbs/01h_data.framing.ipynb #91964778
 def to_square(
     im:Image.Image,             # mode L or RGB
     size:int,                   # side [px]
     channels:int,               # 1 or 3
-    resize:str='squash',        # squash: give the aspect ratio up; crop: the middle square; pad: background above and below
+    resize:str='squash',        # squash: without the aspect ratio; crop: the middle square; pad: with background
     fill_white:bool=False,      # cover white padding with background
     mask_scale_bar:bool=False,  # cover the corner of the NEH scale bar with background
 )->np.ndarray:                  # uint8, (size, size) or (size, size, 3)

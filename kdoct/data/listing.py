@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'check_table', 'image_table', 'finding',
-           'Listing', 'make_listing', 'name_key', 'path_stem', 'walk_images', 'is_no_data', 'check_labels',
-           'classes_option', 'merge_groups', 'join_spellings', 'part_name', 'with_empty_classes']
+           'Listing', 'make_listing', 'name_key', 'path_stem', 'walk_images', 'counted_endings', 'is_no_data',
+           'check_labels', 'classes_option', 'merge_groups', 'join_spellings', 'part_name', 'with_empty_classes']
 
 # %% ../../nbs/01b_data.listing.ipynb #imp-data-listing
 import errno
@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError, outputs_root
 from ..core.presets import preset
-from .spreadsheet import same_name_key, same_patient_key, say_name, spellings
+from .spreadsheet import copied_name, patient_keys, same_name_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91
 TABLE_COLUMNS = (
@@ -99,6 +99,14 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
         'error',
         "a picture (or DICOM file) by its content, but not by its name: it would be passed over",
     ),
+    'other-format': (
+        'error',
+        "a picture or volume in a format that is not read here: it would be passed over",
+    ),
+    'left-over-folder': (
+        'error',
+        "the image lies in a folder of left-overs (trash, backup, ...) below its class",
+    ),
     'contradictory-rows': (
         'error',
         "the table lists this file more than once, with different facts",
@@ -130,13 +138,17 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
         'note',
         "the groups that were given part this patient, who must be in one",
     ),
-    'annotation-folder': ('note', "masks or other marks beside the folders of the classes"),
+    'annotation-folder': (
+        'note',
+        "masks, other marks or left-overs beside the folders of the classes",
+    ),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
     'eye-unclear': (
         'note',
         "the table's eye is neither right nor left, not the folder's, or given in two ways",
     ),
+    'split-unclear': ('note', "the table's split is none of train, val and test"),
     'linked-folder': ('note', "a link to a folder"),
     'hidden': (
         'note',
@@ -205,15 +217,30 @@ def path_stem(
 
 _SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
 
-_PICTURE_STARTS = (
-    b'\xff\xd8\xff',
-    b'\x89PNG',
-    b'GIF8',
-    b'II*\0',
-    b'MM\0*',
-    b'\0\0\0\x0cjP  ',
-    b'\xff\x4f\xff\x51',
+_STARTS = (  # problem, offset, how the file goes on from there
+    *(
+        ('picture-by-content', 0, mark)
+        for mark in (
+            b'\xff\xd8\xff',
+            b'\x89PNG',
+            b'GIF8',
+            b'II*\0',
+            b'MM\0*',
+            b'\0\0\0\x0cjP  ',
+            b'\xff\x4f\xff\x51',
+        )
+    ),
+    ('picture-by-content', 8, b'WEBP'),
+    ('picture-by-content', 128, b'DICM'),
+    *(('other-format', 0, mark) for mark in (b'HSF-OCT-', b'CMDb', b'E2EMultipleVolumeFile', b'FOCT')),
+    *(('other-format', 4, b'ftyp' + brand) for brand in (b'he', b'mif1', b'msf1', b'av')),
+    ('other-format', 0, b'\0\0\0\x0cJXL '),
+    ('other-format', 0, b'8BPS'),
 )
+
+# of pictures and volumes that are not read from folders
+_OTHER_FORMATS = ('.heic', '.heif', '.hif', '.avif', '.jxl', '.psd', '.dng',
+                  '.dcm', '.dicom', '.vol', '.e2e', '.fda', '.fds')
 
 # %% ../../nbs/01b_data.listing.ipynb #a883598c
 def walk_images(
@@ -244,10 +271,18 @@ def walk_images(
                         path, 'linked-folder', "leads to a folder that is read already", 'not used'
                     )
                 )
-            elif _is_picture(e): found.append(finding(path, 'picture-by-content'))
+            elif problem := _unread_picture(e): found.append(finding(path, problem))
             else: found.append(finding(path, 'other-file', action='not used'))
     visit(root, '')
     return sorted(paths), found
+
+# %% ../../nbs/01b_data.listing.ipynb #92c7213f
+def counted_endings(
+    paths:Iterable[str],  # of files
+)->str:                   # '2 .txt, 1 .xml', the most frequent first
+    "How many files there are of each ending."
+    n = pd.Series([Path(p).suffix.lower() or 'without ending' for p in paths]).value_counts()
+    return ', '.join(f'{k} {ending}' for ending, k in n.items())
 
 # %% ../../nbs/01b_data.listing.ipynb #49694f39
 def is_no_data(
@@ -271,23 +306,36 @@ def _is_elsewhere(target:str, seen:list[str])->bool:
     def is_below(a, b): return Path(a).is_relative_to(b)   # unlike os.path.commonpath, also between drives
     return not any(is_below(target, s) or is_below(s, target) for s in seen)
 
-def _is_picture(entry:os.DirEntry)->bool:
-    "Whether a file that is not named like a picture begins like one (JPEG, PNG, GIF, TIFF, JPEG 2000) or like DICOM."
+def _is_bitmap(head:bytes)->bool:
+    "Whether a file begins like BMP: two letters, which may begin anything, and a known size of its header."
+    return head.startswith(b'BM') and head[6:10] == bytes(4) and head[14:18] in _BITMAP_HEADERS
+
+_BITMAP_HEADERS = {n.to_bytes(4, 'little') for n in (12, 40, 52, 56, 64, 108, 124)}
+
+def _unread_picture(entry:os.DirEntry)->str:
+    "The problem with a file that is not named like a picture, but is one, or a volume; '' where it is neither."
     try:
-        if not entry.is_file(): return False
+        if not entry.is_file(): return ''
         with open(entry.path, 'rb') as f: head = f.read(132)
-    except OSError: return False
-    return head.startswith(_PICTURE_STARTS) or head[128:] == b'DICM'
+    except OSError: return ''
+    if _is_bitmap(head): return 'picture-by-content'
+    known = (problem for problem, at, mark in _STARTS if head[at:].startswith(mark))
+    by_name = 'other-format' if entry.name.lower().endswith(_OTHER_FORMATS) else ''
+    return next(known, by_name)
 
 # %% ../../nbs/01b_data.listing.ipynb #8802855a
 def check_labels(
     table:pd.DataFrame,                 # image table
     classes:tuple[str, ...]|None=None,  # `data.classes`; names that are all in it are meant to differ
 ):
-    "`KdoctError` if one class is written in several ways."
+    "`KdoctError` if one class is written in several ways, or stands beside a copy of itself (CNV, CNV (1))."
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
-    for several in spellings(table.label):
+    keys = {same_name_key(c) for c in n.index}
+    def key(label):
+        original = same_name_key(copied_name(label))
+        return original if original and original in keys else same_name_key(label)
+    for several in spellings(table.label, key):
         said = ', '.join(
             f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})" for c in several
         )
@@ -331,7 +379,7 @@ def join_spellings(
     table, notes = listing.table, []
     named, join = table[table.group != table.path], {}
     n, first = named.group.value_counts(), named.drop_duplicates('group').set_index('group').path
-    for main, *others in spellings(named.group, same_patient_key):
+    for main, *others in spellings(named.group, patient_keys(named.group).get):
         for other in others:
             join[other] = main
             both = ' and '.join(
@@ -346,9 +394,7 @@ def join_spellings(
                 )
             )
     group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
-    patient = table.patient.map(
-        {p: same_patient_key(p) if p else '' for p in table.patient.unique()}
-    )
+    patient = table.patient.map(patient_keys(table.patient) | {'': ''})
     notes += _parted_patients(table.assign(group=group), patient)
     group = merge_groups(group, patient)
     if not notes: return listing
@@ -455,9 +501,4 @@ def _what_is_in(listing:Listing, folder:str)->str:
     ):
         return f"a link that {link.detail.iloc[0]}"
     inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
-    kinds = inside.map(lambda p: Path(p).suffix or 'without ending').value_counts()
-    return (
-        f"no picture in it, but {', '.join(f'{n} {k}' for k, n in kinds.items())}"
-        if len(kinds)
-        else "no file in it"
-    )
+    return f"no picture in it, but {counted_endings(inside)}" if len(inside) else "no file in it"

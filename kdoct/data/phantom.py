@@ -4,42 +4,26 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_VERSION', 'CLASSES', 'EYES', 'LAYERS', 'BOUNDARIES', 'FIELD_MM', 'DEPTH_UM', 'DEVICES', 'Device',
-           'patient_diagnosis', 'patient_device', 'slice_offset', 'slice_severity', 'BScan', 'simulate_bscan',
-           'phantom_table', 'write_phantom']
+           'patient_diagnosis', 'patient_device', 'slice_offset', 'slice_severity', 'BScan', 'check_size',
+           'simulate_bscan']
 
 # %% ../../nbs/01d_data.phantom.ipynb #imp-data-phantom
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 
-from ..core.files import atomic_path, KdoctError, locked, read_json, write_json
+from ..core.files import KdoctError
 
 # %% ../../nbs/01d_data.phantom.ipynb #3cd1ab1c
 PHANTOM_VERSION = 1 # raised whenever the same seed no longer gives the same pixels
 CLASSES = ('NORMAL', 'DRUSEN', 'CNV', 'DME')
 EYES = ('OD', 'OS') # right, left
 LAYERS = ('NFL', 'GCL+IPL', 'INL', 'OPL', 'ONL', 'EZ', 'SRF', 'RPE', 'sub-RPE', 'choroid')
-BOUNDARIES = (
-    'ILM',
-    'NFL/GCL',
-    'IPL/INL',
-    'INL/OPL',
-    'OPL/ONL',
-    'ONL/EZ',
-    'EZ end',
-    'RPE top',
-    'RPE end',
-    'BM',
-    'CSI',
-)
+BOUNDARIES = ('ILM', 'NFL/GCL', 'IPL/INL', 'INL/OPL', 'OPL/ONL', 'ONL/EZ',
+              'EZ end', 'RPE top', 'RPE end', 'BM', 'CSI')
 FIELD_MM = 6.    # width of a B-scan
 DEPTH_UM = 1920. # height of a B-scan
 _I = {name: i for i, name in enumerate(LAYERS)}
@@ -58,40 +42,17 @@ class Device:
 
 # %% ../../nbs/01d_data.phantom.ipynb #0c743ca2
 DEVICES = {
-    'A': Device(
-        contrast=1.25,
-        noise=0.055,
-        black=0.060,
-        frames=6,
-        axial_um=8.0,
-        lateral_um=22.0,
-        rolloff=0.3,
-    ),
-    'B': Device(
-        contrast=1.00,
-        noise=0.085,
-        black=0.055,
-        frames=3,
-        axial_um=11.0,
-        lateral_um=30.0,
-        rolloff=0.2,
-    ),
-    'C': Device(
-        contrast=1.10,
-        noise=0.070,
-        black=0.080,
-        frames=2,
-        axial_um=14.0,
-        lateral_um=24.0,
-        rolloff=0.1,
-    ),
+    'A': Device(contrast=1.25, noise=0.055, black=0.060, frames=6,
+                axial_um=8.0, lateral_um=22.0, rolloff=0.3),
+    'B': Device(contrast=1.00, noise=0.085, black=0.055, frames=3,
+                axial_um=11.0, lateral_um=30.0, rolloff=0.2),
+    'C': Device(contrast=1.10, noise=0.070, black=0.080, frames=2,
+                axial_um=14.0, lateral_um=24.0, rolloff=0.1),
 }
 
 # %% ../../nbs/01d_data.phantom.ipynb #e770e53b
-_STREAMS = {
-    name: i
-    for i, name in enumerate(('diagnosis', 'device', 'anatomy', 'lesion', 'scan', 'speckle'))
-}
+_QUESTIONS = ('diagnosis', 'device', 'anatomy', 'lesion', 'scan', 'speckle')
+_STREAMS = {name: i for i, name in enumerate(_QUESTIONS)}
 
 def _rng(stream, seed, patient=-1, eye=-1, slice=-1):
     "The generator of one question about one patient, eye or slice (-1: the level is not meant)."
@@ -157,44 +118,38 @@ class _Anatomy(NamedTuple):
 def _eye_anatomy(seed, patient, eye):
     "What stays the same in all slices of an eye."
     p, e = _rng('anatomy', seed, patient), _rng('anatomy', seed, patient, eye)
-    scale, pit, choroid, curve = (
-        p.uniform(0.88, 1.12),
-        p.uniform(0.28, 0.42),
-        p.uniform(160, 330),
-        p.normal(8, 7),
-    )
+    scale, pit = p.uniform(.88, 1.12), p.uniform(.28, .42)
+    choroid, curve = p.uniform(160, 330), p.normal(8, 7)
     n = int(e.integers(2, 6))
-    vessels = np.stack(
-        [e.uniform(-3, 3, n), e.uniform(0.03, 0.1, n), e.uniform(0.15, 0.5, n), e.normal(0, 0.5, n)]
-    )
+    place, half_width = e.uniform(-3, 3, n), e.uniform(.03, .1, n)
+    shadow, drift = e.uniform(.15, .5, n), e.normal(0, .5, n)
     return _Anatomy(
-        scale,
-        pit,
-        e.uniform(-0.55, 0.55),
-        choroid * e.uniform(0.93, 1.07),
-        curve,
-        1 - 2 * eye,
-        vessels,
+        scale=scale,
+        pit_mm=pit,
+        fovea_mm=e.uniform(-.55, .55),
+        choroid_um=choroid*e.uniform(.93, 1.07),
+        curve_um=curve,
+        nasal=1 - 2*eye,
+        vessels=np.stack([place, half_width, shadow, drift]),
     )
 
 # %% ../../nbs/01d_data.phantom.ipynb #c9eeb478
-_THICKNESS = np.array(
-    [  # µm at 1 mm from the fovea, in its centre, and at 3 mm: NFL ... sub-RPE
-        (26, 3, 34),
-        (88, 9, 58),
-        (40, 7, 34),
-        (27, 15, 25),
-        (72, 104, 60),
-        (42, 46, 40),
-        (0, 0, 0),
-        (24, 25, 23),
-    ]
-)
+_THICKNESS = np.array([  # µm at 1 mm from the fovea, in its centre, and at 3 mm
+    (26, 3, 34),     # NFL
+    (88, 9, 58),     # GCL+IPL
+    (40, 7, 34),     # INL
+    (27, 15, 25),    # OPL
+    (72, 104, 60),   # ONL
+    (42, 46, 40),    # EZ
+    (0, 0, 0),       # SRF
+    (24, 25, 23),    # RPE
+])
 
 def _healthy_thickness(anatomy, x, z):
-    "Thickness [µm] of the layers from NFL to RPE (8, len(x)) at `x` mm along the slice that lies `z` mm off the fovea."
+    "Thickness [µm] of the layers NFL to RPE, (8, len(x)), at `x` mm along the slice `z` mm off the fovea."
     d2 = (x - anatomy.fovea_mm)**2 + z * z
-    pit, far = np.exp(-.5 * d2 / anatomy.pit_mm**2), np.clip((np.sqrt(d2) - 1) / 2, 0, 1)
+    pit = np.exp(-.5 * d2 / anatomy.pit_mm**2)
+    far = np.clip((np.sqrt(d2) - 1) / 2, 0, 1)
     near, fovea, edge = _THICKNESS.T[..., None]
     t = anatomy.scale * (near + (fovea - near) * pit + (edge - near) * far)
     t[0] *= 1 + .28 * anatomy.nasal * np.clip(x - anatomy.fovea_mm, -3, 3)
@@ -206,8 +161,8 @@ class _Lesion(NamedTuple):
     fluid: np.ndarray    # height of the subretinal space [µm]
     material: np.ndarray # share of it filled with hyperreflective material [0-1]
     thick: np.ndarray    # added thickness of INL to ONL [µm]
-    cysts: np.ndarray    # a row each: x [mm], layer coordinate, half width [mm], half height [µm]
-    foci: np.ndarray     # the same, bright
+    cysts: np.ndarray = np.zeros((0, 4)) # a row each: x [mm], layer coordinate, half width [mm], half height [µm]
+    foci: np.ndarray = np.zeros((0, 4))  # the same, bright
 
 def _mounds(x, centre, half, height, power=2.5):
     "The upper envelope of bell curves at `centre` with half widths `half` and the given heights."
@@ -224,88 +179,94 @@ def _drusen(rng, x, s, x0):
     n = 3 + int(rng.integers(0, 3 + round(5 * s)))
     centre, height = x0 + rng.normal(0, .6, n), 28 + 85 * s * rng.random(n)
     centre[0], height[0] = x0, 42 + 80 * s # one that is sure to be in the field and to be seen
-    sub = _mounds(x, centre, rng.uniform(.06, .12, n) + .0008 * height, height)
-    return _Lesion(sub, 0 * x, 0 * x, 0 * x, np.zeros((0, 4)), np.zeros((0, 4)))
+    half = rng.uniform(.06, .12, n) + .0008 * height
+    return _Lesion(_mounds(x, centre, half, height), fluid=0*x, material=0*x, thick=0*x)
 
 # %% ../../nbs/01d_data.phantom.ipynb #1f699e66
 def _cnv(rng, x, s, x0):
     "Choroidal neovascularisation of severity `s` about `x0` mm."
     n, kind = int(rng.integers(2, 5)), rng.random()
+    detached, wet, solid = kind < .8, kind > .35, kind > .6
     height = 25 + 160 * s * rng.random(n)
     height[0] = 55 + 130 * s
-    sub = (kind < .8) * _mounds(x, x0 + rng.uniform(-.35, .35, n), rng.uniform(.25, .6, n), height)
+    centre, half = x0 + rng.uniform(-.35, .35, n), rng.uniform(.25, .6, n)
+    sub = detached * _mounds(x, centre, half, height)
     sub *= 1 + .22 * np.clip(_wave(rng, x, 60), -1.5, 1.5)
-    wet = (kind > .35) * (40 + 140 * s * rng.random())
-    fluid = _mounds(x, x0 + rng.choice([-1, 1]) * rng.uniform(.1, .6), rng.uniform(.35, .8), wet, 3)
-    solid = (kind > .6) * (35 + 100 * s * rng.random())
-    material = _mounds(x, x0 + rng.uniform(-.25, .25), rng.uniform(.15, .4), solid)
-    return _Lesion(
-        sub,
-        fluid + material,
-        material / (fluid + material + 8),
-        0 * x,
-        np.zeros((0, 4)),
-        np.zeros((0, 4)),
-    )
+    deep = wet * (40 + 140 * s * rng.random())
+    aside = rng.choice([-1, 1]) * rng.uniform(.1, .6)
+    fluid = _mounds(x, x0 + aside, rng.uniform(.35, .8), deep, 3)
+    high = solid * (35 + 100 * s * rng.random())
+    material = _mounds(x, x0 + rng.uniform(-.25, .25), rng.uniform(.15, .4), high)
+    space = fluid + material
+    return _Lesion(sub, fluid=space, material=material / (space + 8), thick=0*x)
 
 # %% ../../nbs/01d_data.phantom.ipynb #c6f67b95
+def _cysts(rng, s, x0, n):
+    "`n` cysts in ONL and INL about `x0` mm, as rows of a lesion's `cysts`."
+    centre, tall = x0 + rng.normal(0, .16 + .4 * s, n), 28 + rng.random(n) * (25 + 80 * s)
+    in_onl, onl, inl = rng.random(n) < .55, rng.uniform(4.2, 4.7, n), rng.uniform(2.3, 2.8, n)
+    wide = tall * rng.uniform(.7, 1.3, n) / 1000
+    centre[0], tall[0], wide[0] = x0, 45 + 55 * s, .08
+    return np.stack([centre, np.where(in_onl, onl, inl), wide, tall], 1)
+
+def _foci(rng, x0, n):
+    "`n` bright foci of exudate about `x0` mm, as rows of a lesion's `foci`."
+    centre, depth = x0 + rng.normal(0, .6, n), rng.uniform(1.5, 4.6, n)
+    wide, tall = rng.uniform(.012, .03, n), rng.uniform(8, 16, n)
+    return np.stack([centre, depth, wide, tall], 1)
+
 def _dme(rng, x, s, x0):
     "Diabetic macular oedema of severity `s` about `x0` mm."
     n, k = 3 + int(rng.integers(0, 4 + round(10 * s))), int(rng.integers(0, 9))
-    centre, tall = x0 + rng.normal(0, .16 + .4 * s, n), 28 + rng.random(n) * (25 + 80 * s)
-    depth = np.where(rng.random(n) < .55, rng.uniform(4.2, 4.7, n), rng.uniform(2.3, 2.8, n))
-    wide = tall * rng.uniform(.7, 1.3, n) / 1000
-    centre[0], tall[0], wide[0] = x0, 45 + 55 * s, .08
-    thick = _mounds(x, x0, rng.uniform(.6, 1.3), 25 + 210 * s * rng.uniform(.4, 1), 2)
-    foci = np.stack([x0 + rng.normal(0, .6, k), rng.uniform(1.5, 4.6, k), rng.uniform(.012, .03, k),
-                     rng.uniform(8, 16, k)], 1)
-    fluid = _mounds(
-        x, x0 + rng.normal(0, 0.2), rng.uniform(0.3, 0.7), (rng.random() < 0.2) * (30 + 70 * s), 3
-    )
-    return _Lesion(0 * x, fluid, 0 * x, thick, np.stack([centre, depth, wide, tall], 1), foci)
+    cysts = _cysts(rng, s, x0, n)
+    half, swelling = rng.uniform(.6, 1.3), 25 + 210 * s * rng.uniform(.4, 1)
+    foci = _foci(rng, x0, k)
+    centre, width = x0 + rng.normal(0, .2), rng.uniform(.3, .7)
+    fluid = _mounds(x, centre, width, (rng.random() < .2) * (30 + 70 * s), 3)
+    thick = _mounds(x, x0, half, swelling, 2)
+    return _Lesion(0*x, fluid, material=0*x, thick=thick, cysts=cysts, foci=foci)
 
 # %% ../../nbs/01d_data.phantom.ipynb #640ce6d9
 _LESIONS = dict(DRUSEN=_drusen, CNV=_cnv, DME=_dme)
 
 def _slice_lesion(seed, patient, eye, slice, diagnosis, severity, x):
     "The lesion of one slice; all zero at severity 0."
-    if severity <= 0: return _Lesion(0 * x, 0 * x, 0 * x, 0 * x, np.zeros((0, 4)), np.zeros((0, 4)))
-    place, r = (
-        _rng('lesion', seed, patient, eye, 0).normal(0, 1),
-        _rng('lesion', seed, patient, eye, slice + 1),
-    )
-    return _LESIONS[diagnosis](r, x, severity, float(np.clip(place + r.normal(0, .15), -2.3, 2.3)))
+    if severity <= 0: return _Lesion(0*x, fluid=0*x, material=0*x, thick=0*x)
+    of_eye = _rng('lesion', seed, patient, eye, 0)
+    of_slice = _rng('lesion', seed, patient, eye, slice + 1)
+    place = of_eye.normal(0, 1) + of_slice.normal(0, .15)
+    return _LESIONS[diagnosis](of_slice, x, severity, float(np.clip(place, -2.3, 2.3)))
 
 # %% ../../nbs/01d_data.phantom.ipynb #94effa4d
-def _boundary_rows(anatomy, lesion, x, z, rng, height):
-    "Rows (11, len(x)) of BOUNDARIES; `rng` draws position and tilt, the same whatever the lesion."
+def _lifted_thickness(anatomy, lesion, x, z):
+    "Thickness [µm] of the layers NFL to RPE over a lesion, (8, len(x))."
     t = _healthy_thickness(anatomy, x, z)
     lift = lesion.sub_rpe + lesion.fluid
+    smooth = gaussian_filter1d(lift, .3 * len(x) / FIELD_MM)
     t[2:5] *= 1 + lesion.thick / t[2:5].sum(0)
-    t[4] -= np.clip(lift - .85 * gaussian_filter1d(lift, .3 * len(x) / FIELD_MM), -25, .7 * t[4])
+    t[4] -= np.clip(lift - .85 * smooth, -25, .7 * t[4])
     t[6] = lesion.fluid
-    sub = np.maximum(lesion.sub_rpe, np.clip(4 * _wave(rng, x, 70), 0, 7)) # no RPE is perfectly smooth
+    return t
+
+def _boundary_rows(anatomy, lesion, x, z, rng, height):
+    "Rows (11, len(x)) of BOUNDARIES; `rng` draws position and tilt, the same whatever the lesion."
+    t = _lifted_thickness(anatomy, lesion, x, z)
+    roughness = np.clip(4 * _wave(rng, x, 70), 0, 7) # no RPE is perfectly smooth
+    sub = np.maximum(lesion.sub_rpe, roughness)
     tilt, bend = np.clip(rng.normal(0, 32), -80, 80), anatomy.curve_um + rng.normal(0, 3)
-    bm = (
-        rng.uniform(0.42, 0.68) * DEPTH_UM
-        + tilt * x
-        - bend * (x - rng.uniform(-0.5, 0.5)) ** 2
-        + 4 * _wave(rng, x, 9)
-    )
+    depth, apex = rng.uniform(.42, .68) * DEPTH_UM, rng.uniform(-.5, .5)
+    bm = depth + tilt * x - bend * (x - apex)**2 + 4 * _wave(rng, x, 9)
     above = np.cumsum(np.concatenate([sub[None], t[::-1]]), 0)
     csi = bm + anatomy.choroid_um * (1 + .08 * _wave(rng, x, 12))
-    return (np.concatenate([(bm - above)[::-1], bm[None], csi[None]]) * (height / DEPTH_UM)).astype(
-        np.float32
-    )
+    um = np.concatenate([(bm - above)[::-1], bm[None], csi[None]])
+    return (um * (height / DEPTH_UM)).astype(np.float32)
 
 # %% ../../nbs/01d_data.phantom.ipynb #f37df6e2
 def _layer_coordinate(rows, height):
     "Layer coordinate (height, width) for boundary rows; 0 above the ILM, up to 11 deep in the sclera."
     rows = np.concatenate([rows, rows[-1:] + .55 * height])
-    u, r = (
-        np.zeros((height, rows.shape[1]), np.float32),
-        np.arange(height, dtype=np.float32)[:, None],
-    )
+    u = np.zeros((height, rows.shape[1]), np.float32)
+    r = np.arange(height, dtype=np.float32)[:, None]
     for top, end in zip(rows[:-1], rows[1:], strict=True):
         a, b = (int(np.clip(v, 0, height)) for v in (top.min(), end.max() + 2)) # rows this layer touches
         part = r[a:b] - top
@@ -319,40 +280,48 @@ def _layer_coordinate(rows, height):
 # %% ../../nbs/01d_data.phantom.ipynb #b9479c23
 _STEPS = 32 # samples a layer
 _REFLECT = (
-    [0.72, 0.8, 0.72],
-    [0.5, 0.46, 0.48, 0.54],
-    [0.37, 0.34, 0.36],
-    [0.5, 0.56, 0.48],
-    [0.34, 0.3, 0.28, 0.28, 0.29, 0.45, 0.28],
-    [0.88, 0.98, 0.6, 0.42, 0.5],
-    [0.06, 0.05, 0.06],
-    [0.95, 1.15, 1.1, 0.75],
-    [0.42, 0.46, 0.42, 0.55],
-    [0.5, 0.44, 0.37, 0.31, 0.26],
-    [0.22, 0.13, 0.08, 0.05, 0.035, 0.025],
+    [.72, .8, .72],                             # NFL
+    [.5, .46, .48, .54],                        # GCL+IPL
+    [.37, .34, .36],                            # INL
+    [.5, .56, .48],                             # OPL
+    [.34, .3, .28, .28, .29, .45, .28],         # ONL
+    [.88, .98, .6, .42, .5],                    # EZ
+    [.06, .05, .06],                            # SRF
+    [.95, 1.15, 1.1, .75],                      # RPE
+    [.42, .46, .42, .55],                       # sub-RPE
+    [.5, .44, .37, .31, .26],                   # choroid
+    [.22, .13, .08, .05, .035, .025],           # sclera
 )
 _TEXTURE = (.12, .1, .08, .1, .08, .12, .1, .1, .3, .42, .3) # relative strength of the tissue's own texture
+
+# %% ../../nbs/01d_data.phantom.ipynb #d303b164
+def _stretched(profile):
+    "A layer's profile as `_STEPS` samples."
+    return np.interp(np.linspace(0, 1, _STEPS), np.linspace(0, 1, len(profile)), profile)
 
 @lru_cache(maxsize=8)
 def _tables(contrast):
     "Reflectivity and texture strength for layer coordinate * _STEPS; entry 0 is the vitreous."
-    stretch = lambda k: np.interp(np.linspace(0, 1, _STEPS), np.linspace(0, 1, len(k)), k)
-    reflect = np.concatenate([stretch(k) for k in _REFLECT] + [_REFLECT[-1][-1:]])**contrast
+    layers = [_stretched(profile) for profile in _REFLECT]
+    reflect = np.concatenate(layers + [_REFLECT[-1][-1:]])**contrast
     grain = np.append(np.repeat(_TEXTURE, _STEPS), _TEXTURE[-1])
     reflect[0], grain[0] = .015, 0
     return reflect.astype(np.float32), grain.astype(np.float32)
 
 # %% ../../nbs/01d_data.phantom.ipynb #77d3cbea
+def _taps(fwhm):
+    "Weights of the middle pixel and of its neighbours at distance 1 and 2, for a Gaussian of this FWHM [px]."
+    k = np.exp(-.5 * (np.arange(3) / (max(fwhm, .3) / 2.355))**2)
+    return (k / (2 * k.sum() - k[0])).astype(np.float32)
+
 def _smooth(a, axial_px, lateral_px):
     "`a` smoothed with Gaussians of these FWHM [px]; two pixels are lost at each side."
     for axis, fwhm in enumerate((axial_px, lateral_px)):
-        k = np.exp(-.5 * (np.arange(3) / (max(fwhm, .3) / 2.355))**2)
-        k = (k / (2 * k.sum() - k[0])).astype(np.float32)
-        n = a.shape[axis] - 4
-        part = lambda i: a[i:i + n] if axis == 0 else a[:, i:i + n] # noqa: B023 (used within this turn only)
-        out = part(2) * k[0]
+        k, n = _taps(fwhm), a.shape[axis] - 4
+        shifted = [a[i:i + n] if axis == 0 else a[:, i:i + n] for i in range(5)]
+        out = shifted[2] * k[0]
         for j in (1, 2):
-            pair = part(2 - j) + part(2 + j)
+            pair = shifted[2 - j] + shifted[2 + j]
             pair *= k[j]
             out += pair
         a = out
@@ -393,17 +362,31 @@ def _speckle(rng, height, width, device):
     return s
 
 # %% ../../nbs/01d_data.phantom.ipynb #8497888d
+def _row_at(level, column, rows):
+    "Row of a layer coordinate in a column [px]."
+    layer = int(level)
+    top, end = rows[layer, column], rows[layer + 1, column]
+    return top + (end - top) * (level - layer)
+
+def _clipped(start, end, size):
+    "Whole pixels from `start` to `end` within an image of this `size`."
+    return slice(int(np.clip(start, 0, size)), int(np.clip(end, 0, size)))
+
 def _ellipse(spec, rows, shape):
-    "Window (two slices) and coverage [0-1] of the ellipse `spec` (x mm, layer coordinate, half width mm, half height µm)."
-    (h, w), (x, level, wide, tall) = shape, spec
-    col, a, b = (x / FIELD_MM + .5) * w - .5, wide / FIELD_MM * w, tall / DEPTH_UM * h
-    c, k = int(np.clip(round(col), 0, w - 1)), int(level)
-    row = rows[k, c] + (rows[k + 1, c] - rows[k, c]) * (level - k)
-    r0, r1 = (int(np.clip(v, 0, h)) for v in (row - b - 2, row + b + 3))
-    c0, c1 = (int(np.clip(v, 0, w)) for v in (col - a - 2, col + a + 3))
-    dy, dx = (np.arange(r0, r1)[:, None] - row) / b, (np.arange(c0, c1) - col) / a
-    cover = np.clip((1 - np.sqrt(dy * dy + dx * dx)) * min(a, b) + .5, 0, 1)
-    return np.s_[r0:r1, c0:c1], cover.astype(np.float32)
+    "Window (two slices) and coverage [0-1] of an ellipse: x [mm], layer coordinate, half width [mm], half height [µm]."
+    (height, width), (x, level, half_mm, half_um) = shape, spec
+    x_px = (x / FIELD_MM + .5) * width - .5
+    a, b = half_mm / FIELD_MM * width, half_um / DEPTH_UM * height    # half axes [px]
+    y_px = _row_at(level, int(np.clip(round(x_px), 0, width - 1)), rows)
+    window = (
+        _clipped(y_px - b - 2, y_px + b + 3, height),
+        _clipped(x_px - a - 2, x_px + a + 3, width),
+    )
+    y, x = (np.arange(part.start, part.stop) for part in window)
+    dy, dx = (y[:, None] - y_px) / b, (x - x_px) / a
+    distance = np.sqrt(dy * dy + dx * dx)    # 1 on the edge
+    cover = np.clip((1 - distance) * min(a, b) + .5, 0, 1)
+    return window, cover.astype(np.float32)
 
 # %% ../../nbs/01d_data.phantom.ipynb #6c73206f
 def _paint_lesion(img, u, rows, lesion, contrast):
@@ -433,9 +416,8 @@ def _paint_vitreous(img, rows, x, rng):
     h = len(img)
     y = np.minimum(rows[9] - (350 + line) * h / DEPTH_UM, rows[0] - 2) # by BM, which no lesion moves
     a, b = (int(np.clip(v, 0, h)) for v in (y.min() - 4, y.max() + 4))
-    img[a:b] += light * np.exp(
-        -0.5 * (np.arange(a, b, dtype=np.float32)[:, None] - y.astype(np.float32)) ** 2
-    )
+    off = np.arange(a, b, dtype=np.float32)[:, None] - y.astype(np.float32)
+    img[a:b] += light * np.exp(-.5 * off**2)
 
 def _light(img, u, anatomy, device, x, z, rng):
     "Shadows, vignetting, brightness and roll-off, applied to `img` in place."
@@ -476,14 +458,22 @@ class BScan(NamedTuple):
     layers: np.ndarray # (len(BOUNDARIES), width) float32, rows of the boundaries [px]
     device: str        # key of DEVICES
 
-def _check_size(seed, patients, slices, height, width):
+# %% ../../nbs/01d_data.phantom.ipynb #0c9a0262
+def check_size(
+    seed:int,     # seed of the phantom, >= 0
+    patients:int, # number of patients, >= 1
+    slices:int,   # slices an eye, >= 1
+    height:int,   # rows, >= 64 [px]
+    width:int,    # columns, >= 64 [px]
+):
     "`KdoctError` unless the numbers describe a phantom."
-    for name, value, least in (('seed', seed, 0), ('patients', patients, 1), ('slices', slices, 1),
-                               ('height', height, 64), ('width', width, 64)):
-        if int(value) != value or value < least:
+    values = dict(seed=seed, patients=patients, slices=slices, height=height, width=width)
+    least = dict(seed=0, patients=1, slices=1, height=64, width=64)
+    for name, value in values.items():
+        if int(value) != value or value < least[name]:
             raise KdoctError(
                 f"{name}={value!r} is not possible for a phantom.",
-                fix=f"Give a whole number >= {least}.",
+                fix=f"Give a whole number >= {least[name]}.",
             )
 
 # %% ../../nbs/01d_data.phantom.ipynb #5b188dfb
@@ -497,6 +487,22 @@ def _check_slice(eye, diagnosis):
             fix=f"Give one of {', '.join(CLASSES)}, or None.",
         )
 
+# %% ../../nbs/01d_data.phantom.ipynb #09daf653
+def _reflect(rows, lesion, anatomy, device, x, z, rng, height):
+    "Light that comes back from the tissue, and the lesion's mask (none: no lesion), both (height, len(x))."
+    u = _layer_coordinate(rows, height)
+    index = (u * _STEPS).astype(np.int16).astype(np.intp)
+    reflect, strength = _tables(device.contrast)
+    img, grain = reflect.take(index), strength.take(index)
+    mask = np.zeros(img.shape, bool)
+    if lesion is not None: mask = _paint_lesion(img, u, rows, lesion, device.contrast)
+    grain *= _texture(rng, *img.shape)
+    grain += 1
+    img *= np.maximum(grain, 0, out=grain)
+    _paint_vitreous(img, rows, x, rng)
+    _light(img, u, anatomy, device, x, z, rng)
+    return img, mask
+
 # %% ../../nbs/01d_data.phantom.ipynb #7ab2e48f
 def simulate_bscan(
     seed:int,           # seed of the phantom, >= 0
@@ -509,148 +515,16 @@ def simulate_bscan(
     width:int=512,      # columns (A-scans), >= 64 [px]
 )->BScan:
     "Simulate one B-scan: a pure function of its arguments."
-    _check_size(seed, patient + 1, slice + 1, height, width)
+    check_size(seed, patient + 1, slice + 1, height, width)
     _check_slice(eye, diagnosis)
-    diagnosis, name = diagnosis or patient_diagnosis(seed, patient), patient_device(seed, patient)
-    anatomy, z, device = _eye_anatomy(seed, patient, eye), slice_offset(slice), DEVICES[name]
-    x, scan = (
-        ((np.arange(width) + 0.5) / width - 0.5) * FIELD_MM,
-        _rng('scan', seed, patient, eye, slice),
-    )
+    diagnosis = diagnosis or patient_diagnosis(seed, patient)
+    device, z = patient_device(seed, patient), slice_offset(slice)
+    x = ((np.arange(width) + .5) / width - .5) * FIELD_MM
+    anatomy, scan = _eye_anatomy(seed, patient, eye), _rng('scan', seed, patient, eye, slice)
     severity = slice_severity(seed, patient, eye, slice, diagnosis)
     lesion = _slice_lesion(seed, patient, eye, slice, diagnosis, severity, x)
     rows = _boundary_rows(anatomy, lesion, x, z, scan, height)
-    img, mask = _reflect(rows, lesion, severity, anatomy, device, x, z, scan, height)
-    image = _detect(img, device, _rng('speckle', seed, patient, eye, slice))
-    return BScan(image, mask, diagnosis if severity > 0 else 'NORMAL', diagnosis, rows, name)
-
-# %% ../../nbs/01d_data.phantom.ipynb #09daf653
-def _reflect(rows, lesion, severity, anatomy, device, x, z, rng, height):
-    "Light that comes back from the tissue, and the lesion's mask, both (height, len(x))."
-    u = _layer_coordinate(rows, height)
-    index = (u * _STEPS).astype(np.int16).astype(np.intp)
-    reflect, strength = _tables(device.contrast)
-    img, grain = reflect.take(index), strength.take(index)
-    mask = (
-        _paint_lesion(img, u, rows, lesion, device.contrast)
-        if severity > 0
-        else np.zeros(img.shape, bool)
-    )
-    grain *= _texture(rng, *img.shape)
-    grain += 1
-    img *= np.maximum(grain, 0, out=grain)
-    _paint_vitreous(img, rows, x, rng)
-    _light(img, u, anatomy, device, x, z, rng)
-    return img, mask
-
-# %% ../../nbs/01d_data.phantom.ipynb #6bc91b17
-def phantom_table(
-    seed:int,     # seed of the phantom, >= 0
-    patients:int, # number of patients, >= 1
-    slices:int,   # slices an eye, >= 1
-)->pd.DataFrame:  # path, label, diagnosis, patient, eye, volume, slice, device, mask
-    "The table of a phantom, known without rendering it."
-    _check_size(seed, patients, slices, 64, 64)
-    rows = []
-    for p in range(patients):
-        name, diagnosis, device = f'P{p:04d}', patient_diagnosis(seed, p), patient_device(seed, p)
-        for (e, eye), k in ((i, k) for i in enumerate(EYES) for k in range(slices)):
-            label = diagnosis if slice_severity(seed, p, e, k, diagnosis) > 0 else 'NORMAL'
-            tail = f'{name}/{eye}/{k:03d}.png'
-            rows.append(
-                dict(
-                    path=f'images/{tail}',
-                    label=label,
-                    diagnosis=diagnosis,
-                    patient=name,
-                    eye=eye,
-                    volume=f'{name}-{eye}',
-                    slice=k,
-                    device=device,
-                    mask=f'masks/{tail}',
-                )
-            )
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/01d_data.phantom.ipynb #02eda078
-_PNG_END = b'IEND\xaeB`\x82' # the last bytes of every complete PNG
-
-def _complete(path):
-    "Is `path` a PNG with both ends?"
-    if not path.is_file() or path.stat().st_size < 64: return False
-    with open(path, 'rb') as f:
-        head = f.read(8)
-        f.seek(-len(_PNG_END), os.SEEK_END)
-        return head == b'\x89PNG\r\n\x1a\n' and f.read() == _PNG_END
-
-def _write_slice(job):
-    "Simulate and write one image and its mask, unless both are there; returns whether it did."
-    root, seed, patient, eye, slice, height, width = job
-    tail = f'P{patient:04d}/{EYES[eye]}/{slice:03d}.png'
-    files = [Path(root) / part / tail for part in ('images', 'masks')]
-    if all(_complete(f) for f in files): return False
-    s = simulate_bscan(seed, patient, eye, slice, height=height, width=width)
-    for f, array in zip(files, (s.image, s.mask.astype(np.uint8) * 255), strict=True):
-        with atomic_path(f) as tmp: Image.fromarray(array).save(tmp, format='PNG', compress_level=1)
-    return True
-
-# %% ../../nbs/01d_data.phantom.ipynb #3e6cf3aa
-def _claim(root, wanted):
-    "Write `phantom.json`, or make sure that the one in `root` says the same."
-    file = root / 'phantom.json'
-    if file.exists():
-        found = read_json(file)
-        if found == wanted: return
-        differ = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-        raise KdoctError(
-            f"{root} holds a phantom made with other parameters (there, wanted): {differ}.",
-            fix="Give another folder or the parameters it was made with, or delete it.",
-        )
-    other = [n for n in ('images', 'masks', 'table.csv') if (root / n).exists()]
-    if other:
-        raise KdoctError(
-            f"{root} holds {', '.join(other)} but no phantom.json: it is not a phantom.",
-            fix="Give an empty or new folder.",
-        )
-    write_json(file, wanted)
-
-# %% ../../nbs/01d_data.phantom.ipynb #c2583e74
-def write_phantom(
-    root:str|Path,   # folder to write, made if needed
-    seed:int=0,      # seed of the phantom, >= 0
-    patients:int=60, # number of patients, >= 1; a quarter a diagnosis
-    slices:int=3,    # slices an eye, >= 1
-    height:int=496,  # rows, >= 64 [px]
-    width:int=512,   # columns, >= 64 [px]
-    processes:int=1, # worker processes, >= 1; the files do not depend on it
-)->pd.DataFrame:     # the table, see `phantom_table`
-    "Write a phantom, or finish one; `KdoctError` if `root` holds another one or something else."
-    _check_size(seed, patients, slices, height, width)
-    if processes < 1:
-        raise KdoctError(f"processes={processes!r} cannot work.", fix="Give a whole number >= 1.")
-    root, table = Path(root), phantom_table(seed, patients, slices)
-    jobs = [
-        (str(root), seed, p, e, k, height, width)
-        for p in range(patients)
-        for e in (0, 1)
-        for k in range(slices)
-    ]
-    with locked(root / 'phantom', what=f'the phantom in {root}', wait=600):
-        _claim(
-            root,
-            dict(
-                simulator=PHANTOM_VERSION,
-                seed=seed,
-                patients=patients,
-                slices=slices,
-                height=height,
-                width=width,
-            ),
-        )
-        if processes == 1: wrote = [_write_slice(j) for j in jobs]
-        else:
-            with ProcessPoolExecutor(processes) as pool:
-                wrote = list(pool.map(_write_slice, jobs, chunksize=8))
-        if any(wrote) or not (root / 'table.csv').exists():
-            with atomic_path(root / 'table.csv') as tmp: table.to_csv(tmp, index=False)
-    return table
+    seen = lesion if severity > 0 else None
+    img, mask = _reflect(rows, seen, anatomy, DEVICES[device], x, z, scan, height)
+    image = _detect(img, DEVICES[device], _rng('speckle', seed, patient, eye, slice))
+    return BScan(image, mask, diagnosis if severity > 0 else 'NORMAL', diagnosis, rows, device)

@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.files import KdoctError
-from .images import BadImage, DECODE_ERRORS
+from .problems import BadImage, DECODE_ERRORS
 from .scans import Scan
 from .volumes import read_picture, read_scans, reader_of
 

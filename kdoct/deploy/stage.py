@@ -37,7 +37,7 @@ from ..core.files import KdoctError, provenance, read_json, require_extra, write
 
 from ..core.runs import require_same_folds, Run, run_of
 
-from ..data.augment import Batches
+from ..data.batches import Batches
 
 from ..data.cache import FRAMING
 

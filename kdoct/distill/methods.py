@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.files import counted, KdoctError
 from ..core.sections import DistillRecipe
-from ..data.augment import Batches, view_number
+from ..data.batches import Batches, view_number
 from .teacher_cache import TeacherCache
 from ..models.backbones import class_order, Classifier, load_model_folder
 from ..training.inference import InferenceModel

@@ -19,7 +19,8 @@ from fastprogress.fastprogress import progress_bar
 
 from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_json, write_json
 from ..core.sections import DataRecipe
-from ..data.augment import Batches, DRAWS
+from ..data.augment import DRAWS
+from ..data.batches import Batches
 from ..data.cache import DECODER, FRAMING
 from ..models.backbones import Classifier
 from ..training.distributed import rank_world

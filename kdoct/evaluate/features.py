@@ -56,7 +56,7 @@ def fold_batches(
     images:np.ndarray|None=None,  # (m, s, s) or (m, s, s, 3) uint8 in place of those of the fold
 ):                   # yields (images in [0, 1], labels); the labels are all 0
     "Images of a fold in order, or other pictures of the same size."
-    from kdoct.data.augment import Batches  # here, so that reading a decision does not wait for torch
+    from kdoct.data.batches import Batches  # here, so that reading a decision does not wait for torch
     images = data.images if images is None else images
     place = dict(device=model.mean.device, size=run.recipe.data.size)
     return Batches.in_order(images, 32, rows, **place)

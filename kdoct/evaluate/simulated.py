@@ -18,7 +18,7 @@ import torch
 
 from ..core.files import atomic_path, KdoctError, write_json
 from ..core.runs import Run, ROLES
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..data.stage import open_fold, prepare_data
 from .tables import BLANKED, MANY, ONE
 from ..models.backbones import create_classifier, save_model_folder

@@ -275,7 +275,7 @@ def _check_images(x):
     is_stack = torch.is_tensor(x) and x.ndim == 4 and len(x) and x.shape[1] in (1, 3)
     if is_stack and x.is_floating_point() and 0 <= x.min() and x.max() <= 1: return
     raise KdoctError("Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.",
-                     fix="Scale them as kdoct.data.augment.Batches does.")
+                     fix="Scale them as kdoct.data.batches.Batches does.")
 
 # %% ../../nbs/06a_explain.cam.ipynb #45f90395
 def _check_options(score:str, variant:str, tolerance:float, clusters:int|None):

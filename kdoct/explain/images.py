@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from ..core.runs import Run
-from ..data.augment import Batches, image_ids, uniforms
+from ..data.augment import image_ids, uniforms
+from ..data.batches import Batches
 from ..data.framing import to_square
 from ..data.images import decode_image, read_image_bytes
 from ..data.stage import FoldData

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from ..core.sections import TrainRecipe
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..models.backbones import Classifier
 
 # %% ../../nbs/02f_training.averaging.ipynb #b4ee4030

@@ -24,7 +24,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ..core.files import KdoctError
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..models.backbones import set_tf32
 
 # %% ../../nbs/02g_training.distributed.ipynb #a4fe0f62

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from ..core.files import KdoctError
-from ..data.augment import in_thread
+from ..data.batches import in_thread
 from ..models.backbones import Classifier, computes_bf16, float32_products
 from .precision import faster, measure_steps, seconds_of
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core.files import atomic_path, KdoctError
 from ..core.sections import TrainRecipe
-from ..data.augment import Batches
+from ..data.batches import Batches
 from ..data.mixing import Mix
 from ..models.backbones import Classifier, float32_products, head_modules, undecayed
 from .averaging import Averaging

@@ -17,8 +17,9 @@ import torch
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
 from ..core.sections import TrainRecipe
 from ..core.runs import require_same_folds, Run
-from ..data.augment import Batches, image_ids
-from ..data.shortcuts import blank_retina
+from ..data.augment import image_ids
+from ..data.batches import Batches
+from ..data.retina_mask import blank_retina
 from ..data.stage import FoldData, open_fold
 from kdoct.models.backbones import (
     check_origin,
