@@ -385,6 +385,7 @@ def run_with(name, *folders, **changes):
     return run
 
 
+@pytest.mark.slow
 def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     mine = imported(tmp_path/'mine')
     run = run_with('own', mine, **{'distill.views': 1})
