@@ -143,10 +143,9 @@ def crossval(
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
     "Print what the shortcut probe finds, or why it cannot be run."
-    from kdoct.data.audit import quiet_decoders
     from kdoct.data.shortcuts import probe_shortcuts
     try:
-        with quiet_decoders(): found = probe_shortcuts(table, root)
+        found = probe_shortcuts(table, root)
         typer.echo(found['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 

@@ -120,6 +120,8 @@ def other_file(
 # %% ../../nbs/01e_data.images.ipynb #0feb7781
 # of metadata, which are not used, in words that may quote the header
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
+# of pictures with more than MAX_PIXELS, which are refused
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 

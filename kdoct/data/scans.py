@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from .images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
+from .patient_names import eye_name
 from .problems import BadImage
-from .spreadsheet import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
 class Scan(NamedTuple):

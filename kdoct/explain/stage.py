@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
 from ..core.runs import Run
 from ..data.stage import open_fold
-from ..evaluate.figures import save_figure
+from ..evaluate.figure_style import save_figure
 from ..evaluate.tables import Section
 from .figures import agreement_figure, curves_figure, Explained, map_figure, save_maps
 from .images import explained_images, Images
