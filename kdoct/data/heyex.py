@@ -134,26 +134,30 @@ def _check_more_bscans(f:ByteReader, at:int, n:int, header:int, values:int):
         what = f"its header says {counted(n, 'B-scan')}, and there are more behind"
         raise BadImage('corrupt', f"{what}: which is right is not known; export it again")
 
-def _bscan_places(f:ByteReader, at:int, n:int, values:int)->list[tuple[int, int]]:
-    "Where the `values` bytes of each B-scan begin, and its header's size; `BadImage` unless there are `n`."
-    f.need(at + n*(_SMALLEST_HEADER + values))
-    places = []
+def _bscan_places(f:ByteReader, at:int, n:int, values:int)->Iterator[tuple[int, int]]:
+    "Where the `values` bytes of each B-scan begin, and its header's size; `BadImage` unless all are there."
     for i in range(n):
         size = int(f.record(at, _VOL_BSCAN)['header'])
         if size < _SMALLEST_HEADER:
             raise BadImage('corrupt', f"the header of B-scan {i + 1} claims {size} bytes")
-        places.append((at + size, size))
+        f.need(at + size + values)
+        yield at + size, size
         at += size + values
-        f.need(at)
-    _check_more_bscans(f, at, n, places[-1][1], values)
-    return places
+
+def _check_number(f:ByteReader, at:int, n:int, values:int):
+    "`BadImage` where the file has fewer or more than `n` B-scans."
+    f.need(at + n*(_SMALLEST_HEADER + values))
+    _, size = next(_bscan_places(f, at, n, values))
+    if at + n*(size + values) == f.size: return   # as in most files
+    *_, (last, size) = _bscan_places(f, at, n, values)
+    _check_more_bscans(f, last + values, n, size, values)
 
 # %% ../../nbs/01z_data.heyex.ipynb #3664a0d7
-def _vol_notes(a:np.ndarray, said:int, size:int, which:str)->tuple[str, ...]:
-    "Notes on a B-scan, whose header has `size` bytes where the file says `said`."
+def _vol_notes(a:np.ndarray, stated:int, size:int, which:str)->tuple[str, ...]:
+    "Notes on a B-scan, whose header has `size` bytes where the file says `stated`."
     notes = ()
-    if size != said:
-        says = f"the file header says {said} bytes for a B-scan's header"
+    if size != stated:
+        says = f"the file header says {stated} bytes for a B-scan's header"
         notes += (f"{says}; its own says {size}",)
     if ((a > 2) & (a < 1e30)).any():
         notes += ("intensities far above 1, the format's limit, are white",)
@@ -171,12 +175,12 @@ def read_vol(
         h, w, n = (int(head[k]) for k in ('height', 'width', 'slices'))
         check_shape(h, w, n)
         first = 2048 + int(head['slo_width'])*int(head['slo_height'])
-        places = _bscan_places(f, first, n, 4*h*w)
+        _check_number(f, first, n, 4*h*w)
         patient, withheld = _heyex_patient(bytes(head['patient']), head['number'])
         twin = _vol_kind(path, f)
         eye = eye_side(head['eye'].decode('latin-1'))
         pattern = (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
-        for i, (at, size) in enumerate(places):
+        for i, (at, size) in enumerate(_bscan_places(f, first, n, 4*h*w)):
             a = np.frombuffer(f.read(at, 4*h*w), '<f4').reshape(h, w)
             about = _vol_notes(a, int(head['header']), size, f"B-scan {i + 1}")
             notes = (*pattern, *about, *twin, *withheld)
@@ -231,7 +235,7 @@ class _Heyex:
 
 # %% ../../nbs/01z_data.heyex.ipynb #29c09370
 def _of_patient(about:dict)->dict:
-    "What still holds in another series: what is said of the patient."
+    "What still holds in another series: what holds for the patient."
     return {k: v for k, v in about.items() if k.startswith('Patient/')}
 
 def _check_element(tag:str, target:_Heyex):
@@ -315,8 +319,8 @@ def read_heyex_xml(
         eye = eye_side(about.get('Image/Laterality') or about.get('Series/Laterality'))
         given, number = about.get('Patient/PatientID', ''), about.get('Patient/ID', '')
         patient, withheld = _heyex_patient(given, number)
-        said = (*notes, *left_out, *withheld)
-        yield Scan(image, str(path), seen[series], total[series], volume, eye, patient, said)
+        about_it = (*notes, *left_out, *withheld)
+        yield Scan(image, str(path), seen[series], total[series], volume, eye, patient, about_it)
         seen[series] += 1
 
 # %% ../../nbs/01z_data.heyex.ipynb #1ac808e5
@@ -440,6 +444,6 @@ def read_e2e(
             if (left := left - codes.nbytes) < 0: raise BadImage('corrupt', "its B-scans overlap")
             patient, withheld = patients.get(key[0], ('', ()))
             volume, eye = '{}/{}-{}-{}'.format(path.stem, *key), eyes.get(key, '')
-            image, said = Image.fromarray(_e2e_grey()[codes]), (*notes, *withheld)
-            yield Scan(image, str(path), seen[key], total[key], volume, eye, patient, said)
+            image, about = Image.fromarray(_e2e_grey()[codes]), (*notes, *withheld)
+            yield Scan(image, str(path), seen[key], total[key], volume, eye, patient, about)
             seen[key] += 1

@@ -50,8 +50,8 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         for i, at in enumerate(pages):
             im.seek(at)
             page, notes = decoded(im)
-            said = (*notes, *left_out, *stack.notes)
-            yield Scan(page.copy(), str(path), i, n, path.stem, notes=said)
+            about = (*notes, *left_out, *stack.notes)
+            yield Scan(page.copy(), str(path), i, n, path.stem, notes=about)
     except DECODE_ERRORS as e: raise broken_file(e) from e
 
 def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
@@ -215,12 +215,14 @@ def passed_over(
     paths:str|Path|Iterable[str|Path],  # files and folders, as for `find_files`
 )->Counter:                             # why -> files and folders
     "What `find_files` does not look at in folders; what is named itself is read."
-    found, left = Counter(), [str(paths)] if isinstance(paths, (str, Path)) else list(map(str, paths))
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    found, left = Counter(), [str(path) for path in several]
     while left:
         try:
             with os.scandir(left.pop()) as it: entries = list(it)
         except OSError: continue   # a file, or a folder that cannot be listed, which `find_files` gives
         reasons = {entry: _why_passed_over(entry) for entry in entries}
         found.update(why for why in reasons.values() if why)
-        left += [e.path for e, why in reasons.items() if not why and e.is_dir(follow_symlinks=False)]
+        read = (entry for entry, why in reasons.items() if not why)
+        left += [entry.path for entry in read if entry.is_dir(follow_symlinks=False)]
     return found
