@@ -820,7 +820,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdoct.data.dicom._natural': ('data.dicom.html#_natural', 'kdoct/data/dicom.py'),
                                   'kdoct.data.dicom._pixel_element': ('data.dicom.html#_pixel_element', 'kdoct/data/dicom.py'),
                                   'kdoct.data.dicom._place_in_series': ('data.dicom.html#_place_in_series', 'kdoct/data/dicom.py'),
-                                  'kdoct.data.dicom._said': ('data.dicom.html#_said', 'kdoct/data/dicom.py'),
+                                  'kdoct.data.dicom._statements': ('data.dicom.html#_statements', 'kdoct/data/dicom.py'),
                                   'kdoct.data.dicom._values': ('data.dicom.html#_values', 'kdoct/data/dicom.py'),
                                   'kdoct.data.dicom._without_picture': ('data.dicom.html#_without_picture', 'kdoct/data/dicom.py'),
                                   'kdoct.data.dicom.read_dicom': ('data.dicom.html#read_dicom', 'kdoct/data/dicom.py')},
