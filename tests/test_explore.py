@@ -1005,6 +1005,7 @@ def test_a_screen_reader_has_a_name_for_everything_and_grey_controls_say_why(mad
     assert "No decision is fitted" in points.get_attribute("title")
 
     hand.labelled(explore.VIEWS[0]).send_keys(Keys.SPACE)
+    hand.until(lambda: not points.is_displayed())
     grey = hand.until(lambda: [e for e in hand.all(":is(select, button)") if not e.is_enabled()])
     assert {e.accessible_name for e in grey} == {
         "deferral",
