@@ -70,6 +70,21 @@ def test_module_is_of_a_readable_size_and_imports_no_private_name(module):
     assert not private
 
 
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: ".".join(p.relative_to(LIBRARY).with_suffix("").parts))
+def test_code_ends_at_column_100_and_definitions_have_40_lines_at_most(module):
+    source = module.read_text(encoding="utf-8")
+    widths = enumerate(HOUSE["code_widths"](source), start=1)
+    assert not [f"line {n} has {width} columns" for n, width in widths if width > 100]
+    assert not HOUSE["long_definitions"](source)
+
+
+def test_a_docment_and_a_docstring_are_no_code_and_a_long_definition_is_named():
+    docment = "def f(\n    a,  # " + "x"*100 + "\n):\n"
+    long = docment + '    "' + "y"*110 + '"\n' + "    a += 1\n"*37
+    assert max(HOUSE["code_widths"](long)) == 10
+    assert HOUSE["long_definitions"](long) == ["f"] and not HOUSE["long_definitions"](long[:-11])
+
+
 def test_statistics_count_what_a_notebook_holds(tmp_path):
     import nbformat
     from nbformat.v4 import new_code_cell, new_notebook
@@ -98,7 +113,7 @@ def test_wide_and_long_cells_are_counted(tmp_path):
     nbformat.write(new_notebook(cells=[new_code_cell(long)]), tmp_path / "a.ipynb")
     row = HOUSE["statistics"](tmp_path)
     assert row["cells above 25 lines %"] == 100.0 and row[
-        "lines beyond column 100 %"
+        "code beyond column 100 %"
     ] == pytest.approx(100 / 32, abs=0.1)
 
 
