@@ -17,7 +17,7 @@ PUBLIC = {  # public name -> module that defines it
     'new_run': 'app.stages',
     'open_run': 'core.runs',
     'write_phantom': 'data.phantom_files',
-    'load_model_folder': 'models.backbones',
+    'load_model_folder': 'models.folders',
     'Distill': 'distill.methods',
     'Teachers': 'distill.methods',
     'evaluate_run': 'evaluate.stage',

@@ -241,7 +241,7 @@ def audit(
 ):
     "Look at every file: unreadable, truncated, duplicated, mislabelled, telling the class without the retina; exit status 1 if something would stop a run."
     from kdoct.data.audit import audit_page, check_data_recipe
-    from kdoct.data.stage import list_and_audit, plan_folds, write_findings
+    from kdoct.data.plan import list_and_audit, plan_folds, write_findings
     recipe = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
@@ -256,7 +256,7 @@ def audit(
 # %% ../../nbs/10_app.cli.ipynb #3824b2d6
 def _look_first(name:str):
     "What `folds` does before it makes a run of that name: the audit, and folds as a trial. What it refuses leaves its findings, and no run."
-    from kdoct.data.stage import list_and_audit, plan_folds, write_findings
+    from kdoct.data.plan import list_and_audit, plan_folds, write_findings
     def look(recipe):
         seen = list_and_audit(recipe.data)
         out = outputs_root()/'audit'/f'{name}.csv'
@@ -277,7 +277,8 @@ def folds(
     import pandas as pd
 
     from kdoct.data.audit import PART_WORDS
-    from kdoct.data.stage import folds_of, prepare_data
+    from kdoct.data.stage import prepare_data
+    from kdoct.data.fold_data import folds_of
     recipe = _recipe(
         preset_name, source, data_root, changes, group_pattern=group_pattern, classes=classes
     )
@@ -376,7 +377,7 @@ def import_(
                                                "of the fundus. Default: not known.")]=None,
 ):
     "Make a model folder of somebody else's state dict, after checking every name and shape."
-    from kdoct.models.backbones import import_model_folder
+    from kdoct.models.folders import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
     about = import_model_folder(
         file,

@@ -49,7 +49,7 @@ from ..data.sandbox import Sandbox
 
 from ..data.sources import modality_of
 
-from ..data.stage import FoldData, open_fold
+from ..data.fold_data import FoldData, open_fold
 
 from ..data.volumes import find_files
 
@@ -76,7 +76,8 @@ from ..evaluate.decide import decide_fold
 from ..evaluate.decisions import Decision, load_decision
 from ..evaluate.features import features_and_logits
 
-from ..models.backbones import load_model_folder, read_model_folder
+from ..models.backbones import read_model_folder
+from ..models.folders import load_model_folder
 
 # %% ../../nbs/07_deploy.ipynb #45134e73
 FORMATS = {

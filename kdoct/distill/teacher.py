@@ -24,14 +24,10 @@ from ..core.runs import require_same_folds, Run, stage_command, train_again
 
 from ..data.cache import FRAMING
 
-from ..data.stage import FoldData, open_fold
+from ..data.fold_data import FoldData, open_fold
 
-from kdoct.models.backbones import (
-    Classifier,
-    load_for_classes,
-    load_model_folder,
-    save_model_folder,
-)
+from ..models.backbones import Classifier
+from ..models.folders import load_for_classes, load_model_folder, save_model_folder
 
 from ..training.distributed import best_device, broadcast, init_group, propagate_failure
 

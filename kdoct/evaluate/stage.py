@@ -28,7 +28,7 @@ from ..data.images import decode_image, read_image_bytes
 
 from ..data.shortcuts import run_verdict
 
-from ..data.stage import folds_of, open_fold
+from ..data.fold_data import folds_of, open_fold
 
 from .decision_tables import decision_sections
 

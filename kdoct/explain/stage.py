@@ -35,7 +35,7 @@ from ..data.framing import to_square
 
 from ..data.images import decode_image, read_image_bytes
 
-from ..data.stage import FoldData, open_fold
+from ..data.fold_data import FoldData, open_fold
 
 from ..evaluate.figures import save_figure
 
@@ -58,7 +58,9 @@ from .figures import agreement_figure, curves_figure, Explained, map_figure, sav
 
 from .tables import agreement_table, explanation_table, sanity_verdict
 
-from ..models.backbones import Classifier, load_model_folder, resolve_precision
+from ..models.backbones import Classifier
+from ..models.folders import load_model_folder
+from ..models.arithmetic import resolve_precision
 
 from ..training.distributed import best_device
 

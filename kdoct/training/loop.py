@@ -52,7 +52,8 @@ from ..data.batches import Batches
 
 from ..data.mixing import Mix
 
-from ..models.backbones import Classifier, float32_products, head_modules, undecayed
+from ..models.backbones import Classifier, head_modules, undecayed
+from ..models.arithmetic import float32_products
 
 from .averaging import Averaging
 

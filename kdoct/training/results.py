@@ -28,16 +28,10 @@ from ..data.batches import Batches
 
 from ..data.retina_mask import blank_retina
 
-from ..data.stage import FoldData, open_fold
+from ..data.fold_data import FoldData, open_fold
 
-from kdoct.models.backbones import (
-    check_origin,
-    Classifier,
-    create_classifier,
-    data_identity,
-    save_model_folder,
-    weights_origin,
-)
+from ..models.backbones import Classifier, create_classifier
+from ..models.folders import check_origin, data_identity, save_model_folder, weights_origin
 
 from .averaging import average_candidates
 
