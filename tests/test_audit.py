@@ -3,6 +3,8 @@ import io
 import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 
@@ -15,16 +17,10 @@ from PIL import Image
 from kdoct.core.files import KdoctError
 from kdoct.core.sections import DataRecipe
 from kdoct.data.audit import audit, audit_page, check_data_recipe
-from kdoct.data.images import (
-    MAX_PIXELS,
-    PROBLEMS,
-    BadImage,
-    check_jpeg,
-    decode_image,
-    inspect_file,
-    read_image_bytes,
-)
+from kdoct.data.damage import check_jpeg, jpeg_segments
+from kdoct.data.images import MAX_PIXELS, decode_image, inspect_file, read_image_bytes
 from kdoct.data.listing import finding, make_listing
+from kdoct.data.problems import PROBLEMS, BadImage
 from kdoct.data.sources import load_table
 
 RNG = np.random.default_rng(0)
@@ -150,6 +146,19 @@ def lost(data):
     return data[:middle] + data[middle + 300:]
 
 
+def zeroed_part(data, begin, end):
+    "Any file with a part of its bytes zeroed."
+    a, b = (int(share*len(data)) for share in (begin, end))
+    return data[:a] + bytes(b - a) + data[b:]
+
+
+def first_scans(data, n):
+    "A progressive JPEG that ends behind its first scans."
+    ends = [end for marker, end, _ in jpeg_segments(data) if marker == 0xDA]
+    at = min(data.find(mark, ends[n - 1]) % len(data) for mark in (b"\xff\xc4", b"\xff\xda"))
+    return data[:at] + b"\xff\xd9"
+
+
 def flip_middle(data): return data[:len(data) // 2] + bytes(64) + data[len(data) // 2 + 64:]
 
 
@@ -227,8 +236,36 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
         zeroed(coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), 0.5, 1),
         "corrupt",
     ),
+    **{
+        f"first {n} scans.jpg": (
+            first_scans(coded(scan(channels=3), "JPEG", progressive=True), n),
+            "truncated",
+        )
+        for n in (1, 3, 5, 8)
+    },
     "lost part.jpg": (lost(coded(scan(), "JPEG")), "corrupt"),
     "zero half, jpeg.tif": (zeroed(coded(scan(), "TIFF", compression="jpeg"), 0.3, 0.4), "corrupt"),
+    **{
+        f"{part[0]} to {part[1]} zero.{kind}": (zeroed_part(file, *part), "corrupt|truncated")
+        for part in ((0.5, 1), (0.3, 0.6))
+        for kind, file in {
+            "bmp": coded(scan(), "BMP"),
+            "24 bit.bmp": coded(scan(channels=3), "BMP"),
+            "tif": coded(scan(), "TIFF"),
+            "webp": coded(scan(channels=3), "WEBP"),
+            "lossless.webp": coded(scan(channels=3), "WEBP", lossless=True),
+            "jp2": coded(scan(), "JPEG2000"),
+            "lossy.jp2": coded(scan(), "JPEG2000", irreversible=True, quality_layers=[8, 4]),
+            "tiles.jp2": coded(scan(), "JPEG2000", tile_size=(40, 40)),
+        }.items()
+    },
+    **{
+        f"cut, too.{end}": (coded(scan(channels=3), kind)[:-2000], "truncated|corrupt")
+        for end, kind in dict(jp2="JPEG2000", webp="WEBP", gif="GIF").items()
+    },
+    "half black.bmp": (coded(np.vstack([scan(), scan()*0]), "BMP"), ""),
+    "half black.webp": (coded(np.dstack([np.vstack([scan(), scan()*0])]*3), "WEBP"), ""),
+    "half black.jp2": (coded(np.vstack([scan(), scan()*0]), "JPEG2000"), ""),
     "restarts.jpg": (coded(scan(), "JPEG", restart_marker_blocks=4), ""),
     "jpeg.tif": (coded(scan(), "TIFF", compression="jpeg"), ""),
     "other pages.tif": (pages_of(scan(), scan(), scan(40, 50)), "mixed-pages"),
@@ -296,7 +333,8 @@ def test_there_are_more_than_40_broken_files():
 @pytest.mark.parametrize("name", FILES)
 def test_each_file_is_reported_as_what_it_is(wrecked, name):
     want, got = FILES[name][1], kinds(wrecked.findings, f"CNV/{name}")
-    if want.endswith("?"): assert got <= {want[:-1]}  # a grey GIF is L or P, as PIL's version has it
+    # a grey GIF is L or P, as PIL's version has it
+    if want.endswith("?"): assert got <= {want[:-1]}
     elif "|" in want: assert len(got) == 1 and got < set(want.split("|"))
     else: assert got == ({want} if want else set())
 
@@ -617,7 +655,7 @@ def refused(data):
 
 
 def test_wrong_bytes_of_a_jpeg_are_found_where_libjpeg_finds_a_contradiction():
-    "A single wrong byte often decodes to other pixels without one: that it is found is no rule, and the documentation says so."
+    "A single wrong byte often decodes to other pixels without one: that it is found is no rule."
     data, found = coded(scan(496, 512), "JPEG"), 0
     first, last = entropy_coded(data)
     for at in np.random.default_rng(1).integers(first, last, 100):
@@ -633,10 +671,43 @@ def test_a_warning_of_libjpeg_that_is_no_damage_is_a_note():
     assert decode_image(data[:at] + b"\2" + data[at + 1:])[1] == ["not-checked"]
 
 
-@pytest.mark.parametrize("data", [coded(scan().astype(np.uint16)*257, "PNG"), coded(scan().astype(np.uint16)*257, "TIFF"), png_16bit_rgb(),
-                                  coded(scan().astype(np.uint16)*257, "JPEG2000"), coded(scan().astype(np.float32), "TIFF")])
+@pytest.mark.parametrize(
+    "data",
+    [
+        coded(scan().astype(np.uint16) * 257, "PNG"),
+        coded(scan().astype(np.uint16) * 257, "TIFF"),
+        png_16bit_rgb(),
+        coded(scan().astype(np.uint16) * 257, "JPEG2000"),
+        coded(scan().astype(np.float32), "TIFF"),
+    ],
+)
 def test_more_than_8_bits_says_how_to_save_8(data):
     assert "Image > Type > 8-bit" in refused(data)
+
+
+def test_what_libtiff_says_stands_with_the_file_and_not_on_standard_error(capfd):
+    data = coded(scan(), "TIFF", compression="tiff_lzw")
+    damaged = data[:3000] + b"\xff"*200 + data[3200:]
+    assert "(libtiff: " in refused(damaged)
+    assert capfd.readouterr().err == ""
+
+
+def test_nothing_that_damage_can_do_is_written_on_standard_error(tmp_path):
+    "In a process of its own, as pytest has its own filters of warnings."
+    rng = np.random.default_rng(0)
+    kinds = [("TIFF", dict(compression=c)) for c in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+    for k, (kind, options) in enumerate([*kinds, ("JPEG", {}), ("JPEG2000", {}), ("PNG", {})]):
+        for i in range(30):
+            data = np.frombuffer(coded(scan(), kind, **options), np.uint8).copy()
+            data[rng.integers(8, len(data), 6)] = rng.integers(0, 256, 6)
+            (tmp_path/f"{k}-{i}").write_bytes(data)
+    code = (
+        "import sys; from pathlib import Path; from kdoct.data.images import inspect_file\n"
+        "print(sum(bool(inspect_file(p)['problems']) for p in Path(sys.argv[1]).iterdir()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and int(done.stdout) > 50
 
 
 def test_a_damaged_file_is_named_in_our_words():
@@ -646,14 +717,23 @@ def test_a_damaged_file_is_named_in_our_words():
         if struct.pack("<HH", 257, 4) in tiff
         else tiff.index(struct.pack("<HH", 257, 3))
     )
-    said = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])   # Pillow: "Missing dimensions"
+    # Pillow: "Missing dimensions"
+    said = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])
     assert (
         "dimensions" not in said and "damaged" in said and "copy or export the file again" in said
     )
     assert "copy or export the file again" in refused(coded(scan(), "JPEG")[:-2000])
 
 
-@pytest.mark.parametrize("begin,kind", [(b"HSF-OCT-103", ".vol"), (b"CMDb", ".e2e"), (b"E2EMultipleVolumeFile", ".e2e"), (b"FOCT", ".fda")])
+@pytest.mark.parametrize(
+    "begin,kind",
+    [
+        (b"HSF-OCT-103", ".vol"),
+        (b"CMDb", ".e2e"),
+        (b"E2EMultipleVolumeFile", ".e2e"),
+        (b"FOCT", ".fda"),
+    ],
+)
 def test_a_volume_with_the_ending_of_a_picture_is_named_by_its_first_bytes(begin, kind):
     assert kind in refused(begin + bytes(4000)) and "kdoct predict" in refused(begin + bytes(4000))
 
@@ -679,7 +759,8 @@ def test_what_decoders_say_of_damaged_files_is_not_printed(tmp_path, capfd, recw
     tiff = bytearray(coded(scan(), "TIFF", compression="tiff_adobe_deflate"))
     tiff[20:60] = bytes(40)
     exif = coded(scan(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff garbage")
-    files = dict(A_1_1=png_bomb(10_000), A_2_1=bytes(tiff), A_3_1=exif, A_4_1=lost(coded(scan(), "JPEG")))
+    cut = lost(coded(scan(), "JPEG"))
+    files = dict(A_1_1=png_bomb(10_000), A_2_1=bytes(tiff), A_3_1=exif, A_4_1=cut)
     result = audit(listed(tmp_path, **files))
     assert len(result.findings) >= 3
     assert capfd.readouterr().err == "" and not len(recwarn)
@@ -695,5 +776,6 @@ def test_what_the_audit_would_refuse_of_a_recipe_is_known_without_images():
         (dict(source="folder", classes=("CNV", "CNV")), "twice"),
         (dict(source="folder", root="/no/such/folder"), "does not exist"),
     ]:
-        with pytest.raises(KdoctError, match=re.escape(says)): check_data_recipe(DataRecipe(**wrong))
+        with pytest.raises(KdoctError, match=re.escape(says)):
+            check_data_recipe(DataRecipe(**wrong))
     check_data_recipe(DataRecipe(source="folder", group_pattern="(P)", leave_out=("truncated",)))

@@ -1,4 +1,4 @@
-"The benchmark measures what it says: the reference's pattern as it is, our real steps, ratios within a round."
+"The benchmark measures what it says: the reference's pattern, our steps, ratios in a round."
 import functools
 import json
 import os
@@ -96,7 +96,8 @@ def test_reference_loss_is_the_papers(plan):
     step = bench_reference.ReferenceStep(
         teacher := Watching(), student := Watching(), plan.recipe, "cpu"
     )
-    with torch.no_grad(): t, s = (net(x).log_softmax(1) / 4 for net in (teacher, student))  # softening by T = 4
+    # softening by T = 4
+    with torch.no_grad(): t, s = (net(x).log_softmax(1) / 4 for net in (teacher, student))
     soft = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean() * 16
     with torch.no_grad(): hard = torch.nn.functional.cross_entropy(student(x), y)
     assert step.losses(x, y).item() == pytest.approx((0.3 * hard + 0.7 * soft).item(), rel=1e-4)
@@ -115,7 +116,8 @@ def test_every_row_can_be_timed_and_knows_its_comparison(what, rows_of):
 
 def test_steps_are_counted_in_whole_blocks_of_the_teacher(rows_of):
     online = rows_of("step")["kdoct, online"].turn()
-    assert online["images"] == 32  # two batches of 8 were asked for; the teacher is asked about four at once
+    # two batches of 8 were wanted; the teacher is queried about four at once
+    assert online["images"] == 32
     assert online["precision"] in ("fp32", "bf16")
 
 

@@ -1,4 +1,5 @@
-"What the command says before it begins: what cannot end well is refused at once, and leaves nothing behind."
+"What the command does before it begins: what cannot end well is refused and leaves nothing."
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +73,34 @@ except SystemExit as e: print(e.code, 'torch' in sys.modules)
     assert not outputs.exists()
 
 
+def command_helps():
+    "The help of `kdoct` and of each command, by name."
+    from typer.main import get_command
+    names = ["", *get_command(app).commands]
+    return {n: CliRunner().invoke(app, [*n.split(), "--help"]).output for n in names}
+
+
+def test_help_has_whole_sentences_and_no_types_of_python():
+    helps = command_helps()
+    assert "..." not in helps[""].partition("Commands:")[2]
+    typed = {n: re.findall(r"<[a-z[\] |]+>|list\[", text) for n, text in helps.items()}
+    assert not any(typed.values()), typed
+    assert "--set FIELD=VALUE" in helps["crossval"] and "--data-root DIR" in helps["audit"]
+
+
+def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
+    monkeypatch.setattr("kdoct.app.cli._checked_run", lambda *_: sys.exit(7))
+    with pytest.raises(SystemExit): main(["demo"])
+    assert "about 5 minutes" in capsys.readouterr().out
+
+
+def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):
+    root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)))
+    (tmp_path / "d" / "CNV" / "x.png").touch()
+    said = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-probe")
+    assert "1 empty among 19 images" in said and "stops the run" not in said
+
+
 def test_recipe_shows_what_crossval_would_use():
     shown = CliRunner().invoke(app, ["recipe", "--set", "student.epochs=3"]).output
     assert "name = edge\n" in shown and "student.epochs = 3\n" in shown
@@ -83,12 +112,7 @@ def test_a_pattern_and_classes_are_typed_without_nested_quotes():
         .invoke(
             app,
             [
-                "recipe",
-                "--group-pattern",
-                r"(P\d+)_",
-                "--classes",
-                "NORMAL,CNV",
-                "--set",
+                "recipe", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV", "--set",
                 r"data.root=C:\new data",
             ],
         )
@@ -109,17 +133,8 @@ def test_a_run_may_have_a_name_like_a_number(name, tmp_path, capsys):
             Image.effect_noise((64, 48), 20 + 60*(c == "A")).save(tmp_path / c / f"P{c}{i}_1.png")
     main_(
         [
-            "folds",
-            "--preset",
-            "tiny",
-            "--source",
-            "folder",
-            "--data-root",
-            str(tmp_path),
-            "--group-pattern",
-            "(P[^_]+)_",
-            "--run",
-            name,
+            "folds", "--preset", "tiny", "--source", "folder", "--data-root", str(tmp_path),
+            "--group-pattern", "(P[^_]+)_", "--run", name,
         ]
     )
     main_(["runs"])
@@ -160,8 +175,17 @@ def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
 
 @pytest.mark.parametrize(("names", "more", "says"), [
     ([f"CNV/{i}.png" for i in range(9)], [], "All images are of class CNV"),
-    ([f"{c}/P1_{i}.png" for c in ("CNV", "NORMAL") for i in range(5)], ["--group-pattern", "(P[0-9]+)_"], "there are 1 of CNV, 1 of NORMAL"),
-    ([f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)], ["--classes", "CNV,DME,NORMAL"], "no image of class DME")])
+    (
+        [f"{c}/P1_{i}.png" for c in ("CNV", "NORMAL") for i in range(5)],
+        ["--group-pattern", "(P[0-9]+)_"],
+        "there are 1 of CNV, 1 of NORMAL",
+    ),
+    (
+        [f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)],
+        ["--classes", "CNV,DME,NORMAL"],
+        "no image of class DME",
+    ),
+])
 def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(
     names, more, says, tmp_path, capsys
 ):
@@ -200,14 +224,7 @@ def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_p
     if broken:
         main_(
             [
-                "folds",
-                "--source",
-                "folder",
-                "--data-root",
-                root,
-                "--run",
-                "mine",
-                "--set",
+                "folds", "--source", "folder", "--data-root", root, "--run", "mine", "--set",
                 "data.leave_out=empty",
             ]
         )
@@ -216,16 +233,8 @@ def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_p
 def test_folds_that_do_not_exist_leave_no_run(capsys, tmp_path):
     root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(2)))
     said = refused(
-        capsys,
-        "crossval",
-        "--preset",
-        "tiny",
-        "--source",
-        "folder",
-        "--data-root",
-        root,
-        "--folds",
-        "9",
+        capsys, "crossval", "--preset", "tiny", "--source", "folder", "--data-root", root,
+        "--folds", "9",
     )
     assert "0 to 2" in said and not outputs_root().exists()
 
@@ -239,13 +248,7 @@ def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(
         "kdoct.data.sources.load_table", lambda data: pytest.fail("looked at the images")
     )
     said = refused(
-        capsys,
-        "crossval",
-        "--source",
-        "folder",
-        "--data-root",
-        tmp_path / "d",
-        "--set",
+        capsys, "crossval", "--source", "folder", "--data-root", tmp_path / "d", "--set",
         f"{field}=efficientnt_b2",
     )
     assert (
@@ -271,15 +274,8 @@ def in_parts(folder):
 @pytest.mark.parametrize("command", ["audit", "folds"])
 def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path, capsys):
     argv = [
-        command,
-        "--preset",
-        "tiny",
-        "--source",
-        "folder",
-        "--data-root",
-        in_parts(tmp_path / "d"),
-        "--group-pattern",
-        "/(P[^_]+)_",
+        command, "--preset", "tiny", "--source", "folder", "--data-root", in_parts(tmp_path / "d"),
+        "--group-pattern", "/(P[^_]+)_",
     ]
     main_(argv)
     said = capsys.readouterr().out
@@ -307,15 +303,8 @@ def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
     monkeypatch.setitem(SOURCES, "folder", counted_calls)
     main_(
         [
-            "folds",
-            "--preset",
-            "tiny",
-            "--source",
-            "folder",
-            "--data-root",
-            in_parts(tmp_path / "d"),
-            "--group-pattern",
-            "/(P[^_]+)_",
+            "folds", "--preset", "tiny", "--source", "folder", "--data-root",
+            in_parts(tmp_path / "d"), "--group-pattern", "/(P[^_]+)_",
         ]
     )
     assert len(calls) == 1
@@ -333,8 +322,17 @@ def test_a_new_run_lists_its_images_once(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("given", [dict(fold=9), dict(fold="two"), dict(fold=True), dict(overrides="student.epoch=3"), dict(overrides="student"),
-                                   dict(student="efficientnt_b2"), dict(data_root="nowhere"), dict(run="a/b"), dict(overrides=[1])])
+@pytest.mark.parametrize("given", [
+    dict(fold=9),
+    dict(fold="two"),
+    dict(fold=True),
+    dict(overrides="student.epoch=3"),
+    dict(overrides="student"),
+    dict(overrides=[1]),
+    dict(student="efficientnt_b2"),
+    dict(data_root="nowhere"),
+    dict(run="a/b"),
+])
 def test_a_stage_with_a_wrong_parameter_leaves_no_run(given):
     from kdoct.app.stages import open_stage
     from kdoct.core.files import KdoctError

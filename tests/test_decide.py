@@ -69,7 +69,10 @@ def calibrated(tmp_path_factory):
         yield run, decide_fold(run, 0, 'baseline')
 
 
-@pytest.mark.parametrize('part,changes', [('val', False), ('test', False), ('calib', True), ('train', True)])
+PARTS = [('val', False), ('test', False), ('calib', True), ('train', True)]
+
+
+@pytest.mark.parametrize('part,changes', PARTS)
 def test_with_a_calibration_part_patients_who_chose_the_epoch_decide_nothing(
     calibrated, monkeypatch, part, changes
 ):

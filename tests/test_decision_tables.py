@@ -18,7 +18,8 @@ from kdoct.evaluate.stage import evaluate_fold
 
 def test_aurc_and_curve_agree_with_their_definition():
     df = simulate_predictions(60, 1.5)
-    p, y = np.exp(log_softmax(logits_of(df))).round(1), targets_of(df)   # rounded: with equal confidences
+    # rounded: with equal confidences
+    p, y = np.exp(log_softmax(logits_of(df))).round(1), targets_of(df)
     c, right = p.max(1), p.argmax(1) == y
     def risk(least): return (~right)[c >= least].mean()
     assert aurc(c, right, df.group)['estimate'] == pytest.approx(np.mean([risk(x) for x in c]))
@@ -28,7 +29,8 @@ def test_aurc_and_curve_agree_with_their_definition():
 
 
 def test_intervals_of_shares_resample_patients():
-    hit = np.repeat(np.random.default_rng(0).random(40) < .3, 25)      # all images of a patient alike
+    patients = np.random.default_rng(0).random(40) < .3
+    hit = np.repeat(patients, 25)   # all images of a patient alike
     by_patient, by_image = (
         share_interval(hit, g) for g in (np.repeat(np.arange(40), 25), np.arange(1000))
     )
@@ -45,7 +47,7 @@ def test_sections_count_what_the_decision_does():
     assert s['deferral'].table.coverage['student'] == pytest.approx(kept.mean())
     assert s['outliers'].table.outliers['student'] == pytest.approx((~usual).mean())
     hit = d.sets(p, .1)[np.arange(len(test)), targets_of(test)]
-    assert s['sets'].table.covered['student, wished 90 %'] == pytest.approx(hit.mean())
+    assert s['sets'].table.covered['student, target 90 %'] == pytest.approx(hit.mean())
     threshold, own = d.operating_points.threshold[0], targets_of(test) == 0
     found = (p[own, 0] >= threshold).mean()
     assert s['operating'].table.sensitivity.iloc[0] == pytest.approx(found)
@@ -68,7 +70,7 @@ def test_evaluation_shows_decisions_where_they_are():
     distances = df[['path', 'fold']].assign(distance=d.outlier.score(features(len(df))))
     save_decision(folder, d)
     distances.to_parquet(folder/'outliers.parquet')
-    assert not run.is_finished('evaluate', 0)                      # the evaluation does not know of it yet
+    assert not run.is_finished('evaluate', 0)   # the evaluation does not know of it yet
     after = evaluate_fold(run, 0, verbose=False)
     assert 'calibration' not in before['sections'] and run.is_finished('evaluate', 0)
     saved = read_json(run.fold_dir(0)/'evaluation.json')

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kdoct.data import dicom, dicom_pixels
-from kdoct.data.images import BadImage
+from kdoct.data.problems import BadImage
 from kdoct.data.volumes import read_scans
 
 pydicom = pytest.importorskip("pydicom")
@@ -157,7 +157,10 @@ def test_16_bits_of_one_value_but_for_a_few_bright_rows_are_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("elements", [dict(PixelPaddingValue=0xffff), dict(PixelPaddingValue=60000, PixelPaddingRangeLimit=0xffff)])
+@pytest.mark.parametrize(
+    "elements",
+    [dict(PixelPaddingValue=0xFFFF), dict(PixelPaddingValue=60000, PixelPaddingRangeLimit=0xFFFF)],
+)
 def test_padding_pixels_are_black_and_do_not_count(tmp_path, elements):
     a = bscans(low=12, high=803)
     padded = a.copy()
@@ -181,7 +184,9 @@ def test_padding_pixels_are_black_in_an_inverted_picture_too(tmp_path):
     )
 
 
-@pytest.mark.parametrize("padding,high", [(65535, 255), (65535, 4000), (65535, 16383), (-20000, 3000)])
+@pytest.mark.parametrize(
+    "padding,high", [(65535, 255), (65535, 4000), (65535, 16383), (-20000, 3000)]
+)
 @pytest.mark.parametrize("columns", [6, 12, 30])
 def test_padding_that_the_header_does_not_name_is_refused(tmp_path, padding, high, columns):
     a = bscans(high=high)
@@ -256,6 +261,59 @@ def test_a_sigmoid_window_is_applied(tmp_path):
     path = write(tmp_path/"a.dcm", a, WindowCenter=450, WindowWidth=300, VOILUTFunction="SIGMOID")
     want = 255/(1 + np.exp(-4*(a - 450)/300))
     assert np.abs(pictures(path) - want).max() <= 1 and "sigmoid" in notes(path)
+
+
+@pytest.mark.parametrize("centre,width,said", [
+    (40, 400, "of the pixels would be white"), (60000, 1000, "would span 0 of 256"),
+    (32768, 65535, "would span"), (-5000, 300, "would span 0 of 256"),
+])
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_a_window_far_off_the_values_is_no_window_and_is_noted(
+    tmp_path, centre, width, said, photometric
+):
+    a = bscans(low=10, high=4000) if width == 400 else bscans(low=12, high=803)
+    path = write(
+        tmp_path/"a.dcm", a, WindowCenter=centre, WindowWidth=width,
+        PhotometricInterpretation=photometric,
+    )
+    want = spread(a)
+    assert np.array_equal(pictures(path), 255 - want if photometric == "MONOCHROME1" else want)
+    assert "is not applied" in notes(path) and "are spread over 0-255" in notes(path)
+    if photometric == "MONOCHROME2": assert said in notes(path)
+
+
+def test_a_window_far_off_8_bits_leaves_them_as_they_are(tmp_path):
+    a = bscans(low=60, high=200)
+    path = write(tmp_path/"a.dcm", a, 8, WindowCenter=2000, WindowWidth=300)
+    assert np.array_equal(pictures(path), a) and "is not applied" in notes(path)
+
+
+@pytest.mark.parametrize("centre,width", [(500, 200), (700, 900), (300, 4000), (200, 400)])
+def test_a_window_that_shows_something_is_applied(tmp_path, centre, width):
+    a = bscans(low=0, high=900)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=centre, WindowWidth=width)
+    low, high = centre - .5 - (width - 1)/2, centre - .5 + (width - 1)/2
+    assert np.abs(pictures(path).astype(int) - spread(a, low, high)).max() <= 1
+    assert "is not applied" not in notes(path)
+
+
+def test_a_dark_background_is_no_sign_of_a_wrong_window(tmp_path):
+    "A thin bright layer before noise, as in a B-scan: a window that cuts the noise off is sound."
+    a = np.random.default_rng(0).integers(0, 60, (3, 100, 48))
+    a[:, 40:55] = bscans(3, 15, low=300, high=1000)
+    path = write(tmp_path/"a.dcm", a, WindowCenter=550, WindowWidth=900)
+    assert "is not applied" not in notes(path)
+
+
+def test_the_window_of_one_frame_may_be_wrong(tmp_path):
+    a = bscans(2, high=900)
+    groups = [
+        data_set(FrameVOILUTSequence=[data_set(WindowCenter=c, WindowWidth=900)])
+        for c in (450, 60000)
+    ]
+    got = pictures(write(tmp_path/"a.dcm", a, PerFrameFunctionalGroupsSequence=groups))
+    assert np.abs(got[1].astype(int) - spread(a[1], a[1].min(), a[1].max())).max() <= 1
+    assert np.abs(got[0].astype(int) - spread(a[0], 0, 899)).max() <= 1
 
 
 def test_each_frame_has_the_window_of_its_own_group(tmp_path):
@@ -353,7 +411,10 @@ def test_a_rescale_of_slope_0_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("element,value", [("RescaleSlope", b"nan "), ("RescaleSlope", b"inf "), ("RescaleIntercept", b"nan ")])
+@pytest.mark.parametrize(
+    "element,value",
+    [("RescaleSlope", b"nan "), ("RescaleSlope", b"inf "), ("RescaleIntercept", b"nan ")],
+)
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_rescale_that_is_no_number_is_refused(tmp_path, element, value, bits):
     path = write(
@@ -386,7 +447,9 @@ def test_bits_that_an_overlay_uses_are_no_part_of_the_picture(tmp_path):
     assert np.array_equal(pictures(tmp_path/"a.dcm"), spread(a))
 
 
-@pytest.mark.parametrize("elements", [{}, dict(WindowCenter=2048, WindowWidth=4096), dict(HighBit=15), dict(HighBit=7)])
+@pytest.mark.parametrize(
+    "elements", [{}, dict(WindowCenter=2048, WindowWidth=4096), dict(HighBit=15), dict(HighBit=7)]
+)
 @pytest.mark.parametrize("stored,high", [(12, 4096), (12, 65535), (10, 4095), (8, 300)])
 def test_values_beyond_the_bits_of_the_header_are_refused(tmp_path, stored, high, elements):
     a = bscans(high=high)
@@ -529,7 +592,15 @@ def test_a_file_without_meta_information_is_read_as_its_elements_are(tmp_path):
     assert np.array_equal(pictures(tmp_path/"b"), spread(a))
 
 
-@pytest.mark.parametrize("name", ["SC_rgb_jpeg_gdcm.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_jp2klossless.dcm", "J2K_pixelrep_mismatch.dcm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SC_rgb_jpeg_gdcm.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_jp2klossless.dcm",
+        "J2K_pixelrep_mismatch.dcm",
+    ],
+)
 def test_jpeg_lossless_jpeg_ls_and_jpeg_2000_are_read_with_the_extra(name):
     pytest.importorskip("gdcm")
     pytest.importorskip("openjpeg")
@@ -567,7 +638,15 @@ def test_a_volume_of_jpeg_of_12_bits_is_read_and_without_gdcm_names_the_extra(
     assert "JPEG Extended" in refusal(path) and "kdoct[volumes]" in refusal(path)
 
 
-@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.100", "1.2.840.10008.1.2.4.102", "1.2.840.10008.1.2.4.103.1", "1.2.840.10008.1.2.4.107"])
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        "1.2.840.10008.1.2.4.100",
+        "1.2.840.10008.1.2.4.102",
+        "1.2.840.10008.1.2.4.103.1",
+        "1.2.840.10008.1.2.4.107",
+    ],
+)
 def test_a_video_is_named_with_a_remedy_that_helps(tmp_path, syntax):
     heard = refusal(encapsulated(tmp_path/"a.dcm", syntax))
     assert "a video" in heard and "uncompressed" in heard and "pip install" not in heard
@@ -611,8 +690,13 @@ def test_a_jpeg_in_dicom_that_is_cut_or_zeroed_is_refused(tmp_path, share):
         assert heard.startswith(f"corrupt: {name}: frame 2: ") and "damaged or lost" in heard
 
 
-@pytest.mark.parametrize("frame,said", [(np.stack([bscans(1)[0]]*3, -1), "48 x 40 "
-                                                                         "pixels, 3 samples"), (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample ")])
+@pytest.mark.parametrize(
+    "frame,said",
+    [
+        (np.stack([bscans(1)[0]] * 3, -1), "48 x 40 pixels, 3 samples"),
+        (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample "),
+    ],
+)
 def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_path, frame, said):
     heard = refusal(write_jpegs(tmp_path/"a.dcm", [jpeg(frame)]))
     assert (
@@ -643,9 +727,9 @@ def test_a_compression_that_nothing_decodes_names_the_extra(tmp_path, monkeypatc
     assert "JPEG-LS" in refusal(tmp_path/"a.dcm") and "kdoct[volumes]" in refusal(tmp_path/"a.dcm")
 
 
-@pytest.mark.parametrize("maker,said", [("Carl "
-                                         "Zeiss Meditec", "another decoder "
-                                                          "will not help"), ("Nobody", "damaged")])
+@pytest.mark.parametrize(
+    "maker,said", [("Carl Zeiss Meditec", "another decoder will not help"), ("Nobody", "damaged")]
+)
 def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_damaged(
     tmp_path, maker, said
 ):
@@ -684,18 +768,29 @@ def test_float_pixels_are_named(tmp_path):
     assert "float pixels" in refusal(tmp_path/"a.dcm")
 
 
-@pytest.mark.parametrize("elements,said", [
-    (dict(Modality="OP"), "a photograph by "
-                          "its Modality"), (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a "
-                                                                                             "photograph by its ImageType, RED"),
-    (dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO"]), "OCT "
-                                                       "angiography"), (dict(sop=PHOTOGRAPH, Modality="OP"), "a photograph"),
-    (dict(sop=uid.OphthalmicPhotography16BitImageStorage, Modality=None), "a photograph"),
-    (dict(sop=uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage, Modality="OPTENF"), "en face"),
-    (dict(sop=uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage, Modality="OPTBSV"), "angiography"),
-    (dict(sop=uid.SegmentationStorage, Modality="SEG"), "a "
-                                                        "segmentation"), (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
-])
+@pytest.mark.parametrize(
+    "elements,said",
+    [
+        (dict(Modality="OP"), "a photograph by its Modality"),
+        (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a photograph by its ImageType, RED"),
+        (dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO"]), "OCT angiography"),
+        (dict(sop=PHOTOGRAPH, Modality="OP"), "a photograph"),
+        (dict(sop=uid.OphthalmicPhotography16BitImageStorage, Modality=None), "a photograph"),
+        (
+            dict(sop=uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage, Modality="OPTENF"),
+            "en face",
+        ),
+        (
+            dict(
+                sop=uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage,
+                Modality="OPTBSV",
+            ),
+            "angiography",
+        ),
+        (dict(sop=uid.SegmentationStorage, Modality="SEG"), "a segmentation"),
+        (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
+    ],
+)
 def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, said):
     assert (heard := refusal(write(tmp_path / "a.dcm", bscans(1), 8, **elements))).startswith(
         "not-a-bscan"
@@ -703,11 +798,24 @@ def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, 
 
 
 @pytest.mark.parametrize("modality", ["OPT", "OT", None])
-@pytest.mark.parametrize("sop", [
-    uid.OphthalmicPhotography8BitImageStorage, uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage,
-    uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage, uid.OphthalmicThicknessMapStorage, uid.SegmentationStorage, uid.CTImageStorage,
-    uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation, uid.UltrasoundImageStorage, uid.UltrasoundMultiFrameImageStorage,
-    uid.MRImageStorage, uid.VLPhotographicImageStorage, uid.IntravascularOpticalCoherenceTomographyImageStorageForPresentation])
+@pytest.mark.parametrize(
+    "sop",
+    [
+        uid.OphthalmicPhotography8BitImageStorage,
+        uid.OphthalmicOpticalCoherenceTomographyEnFaceImageStorage,
+        uid.OphthalmicOpticalCoherenceTomographyBscanVolumeAnalysisStorage,
+        uid.OphthalmicThicknessMapStorage,
+        uid.SegmentationStorage,
+        uid.CTImageStorage,
+        uid.ComputedRadiographyImageStorage,
+        uid.DigitalXRayImageStorageForPresentation,
+        uid.UltrasoundImageStorage,
+        uid.UltrasoundMultiFrameImageStorage,
+        uid.MRImageStorage,
+        uid.VLPhotographicImageStorage,
+        uid.IntravascularOpticalCoherenceTomographyImageStorageForPresentation,
+    ],
+)
 def test_another_class_is_refused_whatever_the_modality(tmp_path, sop, modality):
     heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, sop=sop, Modality=modality))
     assert (
@@ -724,7 +832,10 @@ def test_another_class_in_the_meta_information_is_refused(tmp_path):
     assert "a photograph by its MediaStorageSOPClassUID" in refusal(tmp_path/"a.dcm")
 
 
-@pytest.mark.parametrize("modality", ["OP", "OPTENF", "OPTBSV", "OPM", "SEG", "CT", "CR", "DX", "US", "MR", "MG", "ES", "IVOCT"])
+@pytest.mark.parametrize(
+    "modality",
+    ["OP", "OPTENF", "OPTBSV", "OPM", "SEG", "CT", "CR", "DX", "US", "MR", "MG", "ES", "IVOCT"],
+)
 @pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
 def test_another_modality_is_refused_whatever_the_class(tmp_path, modality, sop):
     assert f"by its Modality, {modality}, where an OCT is expected" in refusal(
@@ -733,9 +844,34 @@ def test_another_modality_is_refused_whatever_the_class(tmp_path, modality, sop)
 
 
 @pytest.mark.parametrize("sop", [OCT, uid.SecondaryCaptureImageStorage])
-@pytest.mark.parametrize("value", [
-    "SLO", "CSLO", "FUNDUS", "FUNDUS PHOTO", "LOCALIZER", "THICKNESS", "THICKNESS MAP", "THICKNESS_MAP", "PROJECTION", "EN FACE", "ENFACE", "REPORT",
-    "SCREEN SAVE", "SCREENSHOT", "PREVIEW", "THUMBNAIL", "REFERENCE IMAGE", "IR", "FA", "ICGA", "FAF", "SEGMENTATION", "OCTA"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "SLO",
+        "CSLO",
+        "FUNDUS",
+        "FUNDUS PHOTO",
+        "LOCALIZER",
+        "THICKNESS",
+        "THICKNESS MAP",
+        "THICKNESS_MAP",
+        "PROJECTION",
+        "EN FACE",
+        "ENFACE",
+        "REPORT",
+        "SCREEN SAVE",
+        "SCREENSHOT",
+        "PREVIEW",
+        "THUMBNAIL",
+        "REFERENCE IMAGE",
+        "IR",
+        "FA",
+        "ICGA",
+        "FAF",
+        "SEGMENTATION",
+        "OCTA",
+    ],
+)
 def test_an_image_type_of_another_kind_is_refused(tmp_path, value, sop):
     heard = refusal(
         write(tmp_path / "a.dcm", bscans(1), 8, sop=sop, ImageType=["DERIVED", "SECONDARY", value])
@@ -747,9 +883,19 @@ def test_an_image_type_of_another_kind_is_refused(tmp_path, value, sop):
 
 
 @pytest.mark.parametrize("element", ["SeriesDescription", "ProtocolName"])
-@pytest.mark.parametrize("text", [
-    "Fundus photograph", "Colour fundus", "Thickness map", "RNFL "
-                                                           "Thickness Map", "En face", "en-face slab", "Report", "Screenshot"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Fundus photograph",
+        "Colour fundus",
+        "Thickness map",
+        "RNFL Thickness Map",
+        "En face",
+        "en-face slab",
+        "Report",
+        "Screenshot",
+    ],
+)
 def test_a_text_that_names_another_kind_is_refused(tmp_path, element, text):
     heard = refusal(write(tmp_path/"a.dcm", bscans(1), 8, **{element: text}))
     assert f"by its {element}, which says '" in heard and "leave it out" in heard
@@ -772,10 +918,16 @@ def test_the_mode_of_the_camera_is_noted_in_an_oct_and_refused_elsewhere(tmp_pat
     assert f"by its {element}" in refusal(path)
 
 
-@pytest.mark.parametrize("text", ["IR "
-                                  "+ OCT volume", "OCT with "
-                                                  "fundus photograph", "Volume IR", "Macular Cube "
-                                                                                    "512x128, en face", "3D OCT, thickness map"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "IR + OCT volume",
+        "OCT with fundus photograph",
+        "Volume IR",
+        "Macular Cube 512x128, en face",
+        "3D OCT, thickness map",
+    ],
+)
 def test_a_text_that_names_bscans_too_is_noted(tmp_path, text):
     path = write(tmp_path/"a.dcm", bscans(), 8, SeriesDescription=text)
     assert np.array_equal(pictures(path), bscans()) and "its SeriesDescription names " in notes(
@@ -783,13 +935,22 @@ def test_a_text_that_names_bscans_too_is_noted(tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("elements", [
-    dict(ImageType=["ORIGINAL", "PRIMARY"]), dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]),
-    dict(ImageType=["DERIVED", "SECONDARY"]),
-    dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]), dict(SeriesDescription="Macular "
-                                                                                          "Cube 512x128"), dict(SeriesDescription="HD 5 Line Raster"),
-    dict(SeriesDescription="Volume", ProtocolName="OCT ART"), dict(SeriesDescription="RNFL circle"),
-    dict(Modality=None), dict(Modality="OCT"), dict(Modality="OT")])
+@pytest.mark.parametrize(
+    "elements",
+    [
+        dict(ImageType=["ORIGINAL", "PRIMARY"]),
+        dict(ImageType=["ORIGINAL", "PRIMARY", "VOLUME"]),
+        dict(ImageType=["DERIVED", "SECONDARY"]),
+        dict(ImageType=["ORIGINAL", "PRIMARY", "ANGIO", "STRUCTURE"]),
+        dict(SeriesDescription="Macular Cube 512x128"),
+        dict(SeriesDescription="HD 5 Line Raster"),
+        dict(SeriesDescription="Volume", ProtocolName="OCT ART"),
+        dict(SeriesDescription="RNFL circle"),
+        dict(Modality=None),
+        dict(Modality="OCT"),
+        dict(Modality="OT"),
+    ],
+)
 def test_a_sound_oct_is_read_without_a_note(tmp_path, elements):
     path = write(tmp_path/"a.dcm", bscans(), 8, **elements)
     assert np.array_equal(pictures(path), bscans()) and notes(path) == ""
@@ -869,7 +1030,9 @@ def test_a_network_of_radiographs_refuses_reports_and_other_modalities_and_notes
     assert notes(path, "radiograph") == "no radiograph: Secondary Capture Image Storage"
 
 
-@pytest.mark.parametrize("modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")])
+@pytest.mark.parametrize(
+    "modality,error", [("radiograph", ""), ("oct", "not-a-bscan"), ("", "not-a-bscan")]
+)
 def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality, error):
     from kdoct.deploy.engines import Engine  # here: they import torch
     from kdoct.deploy.predict import Predictor
@@ -885,7 +1048,9 @@ def test_predict_refuses_what_its_network_was_not_trained_on(tmp_path, modality,
     if error: assert f"not-a-bscan: {row['detail']}" in refusal(path)
 
 
-@pytest.mark.parametrize("name,begin", [("a.vol", b"HSF-OCT-103"), ("a.e2e", b"CMDb"), ("a.fda", b"FOCT")])
+@pytest.mark.parametrize(
+    "name,begin", [("a.vol", b"HSF-OCT-103"), ("a.e2e", b"CMDb"), ("a.fda", b"FOCT")]
+)
 def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name, begin):
     (tmp_path/name).write_bytes(begin + bytes(5000))
     assert "a file of an OCT device, where a radiograph is expected" in refusal(
@@ -895,13 +1060,17 @@ def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name,
 
 # --- which eye
 
-@pytest.mark.parametrize("frame,image,series,eye,said", [
-    ("L", "R", None, "OS", "FrameLaterality says OS, "
-                           "ImageLaterality says OD"), (None, "L", "R", "OS", "ImageLaterality "
-                                                                              "says OS, "
-                                                                              "Laterality says OD"),
-    ("R", "R", "L", "OD", "Laterality says OS; "
-                          "OD is taken"), ("R", "R", "R", "OD", ""), ("U", "B", "L", "OS", ""), (None, None, "R", "OD", "")])
+@pytest.mark.parametrize(
+    "frame,image,series,eye,said",
+    [
+        ("L", "R", None, "OS", "FrameLaterality says OS, ImageLaterality says OD"),
+        (None, "L", "R", "OS", "ImageLaterality says OS, Laterality says OD"),
+        ("R", "R", "L", "OD", "Laterality says OS; OD is taken"),
+        ("R", "R", "R", "OD", ""),
+        ("U", "B", "L", "OS", ""),
+        (None, None, "R", "OD", ""),
+    ],
+)
 def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, eye, said):
     elements = dict(ImageLaterality=image, Laterality=series)
     if frame:
@@ -963,7 +1132,9 @@ def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp
         assert said in refusal(tmp_path/"c.dcm")
 
 
-@pytest.mark.parametrize("element", ["PhotometricInterpretation", "BitsStored", "PixelRepresentation"])
+@pytest.mark.parametrize(
+    "element", ["PhotometricInterpretation", "BitsStored", "PixelRepresentation"]
+)
 def test_what_the_header_lacks_is_named(tmp_path, element):
     assert f"lacks {element}" in refusal(write(tmp_path/"a.dcm", bscans(), 8, **{element: None}))
 

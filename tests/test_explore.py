@@ -1,4 +1,4 @@
-"The explorer: its state without widgets, its widgets without a browser, and all of it in a real browser."
+"The explorer: state without widgets, widgets without a browser, and all of it in a browser."
 import base64
 import dataclasses
 import io
@@ -126,12 +126,7 @@ def test_what_the_numbers_are_of_is_said(run):
     cases = open_cases(run, 0, "student")
     n = len(cases.predictions)
     for words in (
-        "small",
-        "fold 0",
-        "student",
-        "test_efficientnet",
-        f"{n} images of",
-        "not calibrated",
+        "small", "fold 0", "student", "test_efficientnet", f"{n} images of", "not calibrated",
     ):
         assert words in cases.about
     assert "phantom" in cases.protocol and "seed" in cases.protocol
@@ -203,7 +198,7 @@ def test_predict_and_explorer_say_the_same_of_every_picture(run):
 
 
 def between(values):
-    "A threshold in the widest gap of the middle half of some values, so that rounding decides nothing."
+    "A threshold in the widest gap of the middle half of some values: rounding decides nothing."
     v = np.sort(values)
     some = v[len(v) // 4:-(len(v) // 4)]
     at = np.diff(some).argmax()
@@ -677,7 +672,8 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
     app.viewer.map_on.value = True
     assert begun.wait(30)
     rows = [i for _, i in app.tests.list.options]
-    for row in rows[1:5]: app.tests.list.value = row        # the page answers while the first map is made
+    # the page answers while the first map is made
+    for row in rows[1:5]: app.tests.list.value = row
     assert "Computing" in app.viewer.status.value
     gate.set()
     app.work.wait()

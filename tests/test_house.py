@@ -1,5 +1,6 @@
 "The plan of the house: packages in one order, modules of a readable size, and no private name that crosses a module."
 import ast
+import re
 import runpy
 import shutil
 import subprocess
@@ -99,3 +100,55 @@ def test_wide_and_long_cells_are_counted(tmp_path):
     assert row["cells above 25 lines %"] == 100.0 and row[
         "lines beyond column 100 %"
     ] == pytest.approx(100 / 32, abs=0.1)
+
+
+def names_of(module):
+    "Names that a module of ours has, read from its source; None: there is no such module."
+    folder = LIBRARY.joinpath(*module.split(".")[1:])
+    if (folder / "__init__.py").exists():
+        source = (folder / "__init__.py").read_text(encoding="utf-8")
+        modules = {p.stem for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+        return modules | set(re.findall(r"\w+", source))
+    file = folder.with_suffix(".py")
+    if not file.exists(): return None
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef): found.add(node.name)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {a.asname or a.name for a in node.names}
+        for target in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ():
+            if isinstance(target, ast.Name): found.add(target.id)
+    return found
+
+
+IMPORT = re.compile(r"^\s*from (kdoct[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))", re.M)
+SHOWN_CODE = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.ipynb"))
+
+
+def imports_in(file):
+    "(module, name) that a text, or the code of a notebook, imports from the library."
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        import nbformat
+        cells = nbformat.reads(text, 4).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "code")
+    for module, in_brackets, on_the_line in IMPORT.findall(text):
+        names = in_brackets or on_the_line
+        for name in re.split(r"[,\n]", names):
+            if name.strip(): yield module, name.split(" as ")[0].strip()
+
+
+def test_an_import_is_found_in_text_on_one_line_and_on_several(tmp_path):
+    file = tmp_path / "a.md"
+    file.write_text("    from kdoct import Recipe\nfrom kdoct.core.files import (\n    locked,\n    a as b,\n)\n")
+    assert list(imports_in(file)) == [
+        ("kdoct", "Recipe"), ("kdoct.core.files", "locked"), ("kdoct.core.files", "a")
+    ]
+    assert "locked" in names_of("kdoct.core.files") and names_of("kdoct.core.nothing") is None
+
+
+@pytest.mark.parametrize("file", [*SHOWN_CODE, *EXPERIMENTS], ids=lambda p: p.name)
+def test_what_experiments_and_documents_import_is_there(file):
+    wrong = [(m, n) for m, n in imports_in(file) if n not in (names_of(m) or ())]
+    assert not wrong

@@ -22,9 +22,11 @@ def test_resamples_that_lose_a_class_are_left_out_and_counted():
     rare = pd.concat([df[df.label != 'DME'], df[df.label == 'DME'].head(1)])
     ci = N.bootstrap(rare, n_boot=400)
     assert ci.n_used['accuracy'] == 400
-    assert 200 < ci.n_used['sensitivity'] < 300  # one patient is in a resample with probability 1 - 1/e = 0.63
+    # one patient is in a resample with probability 1 - 1/e = 0.63
+    assert 200 < ci.n_used['sensitivity'] < 300
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_when_images_of_a_patient_agree():
     "Four equal images a patient: resampling patients covers at about 95 %, resampling images does not."
     rng, truth = np.random.default_rng(0), .85

@@ -11,22 +11,36 @@ from kdoct.evaluate import metrics as M
 
 # Confusion matrices of every fold as counts in the figures of the KD-OCT repository's README (arXiv:2512.09069);
 # rows true, columns predicted; NEH: normal, drusen, CNV; UCSD: CNV, DME, DRUSEN, NORMAL.
-NEH_TEACHER = '''986 75 1 36 749 11 0 17 628 | 1049 59 0 50 660 8 2 32 585 | 1087 142 0 77 553 11 2 32 615 |
-                 1102 43 0 45 752 25 2 13 610 | 948 173 2 57 704 4 1 21 680'''
+NEH_TEACHER = '''
+    986 75 1 36 749 11 0 17 628 |
+    1049 59 0 50 660 8 2 32 585 |
+    1087 142 0 77 553 11 2 32 615 |
+    1102 43 0 45 752 25 2 13 610 |
+    948 173 2 57 704 4 1 21 680'''
 
 
-NEH_STUDENT = '''1107 24 0 103 651 54 1 32 632 | 1067 18 0 76 593 3 6 63 587 | 1057 40 0 30 631 32 2 22 627 |
-                 1030 133 3 64 701 8 1 17 606 | 1127 61 0 115 676 5 7 38 599'''
+NEH_STUDENT = '''
+    1107 24 0 103 651 54 1 32 632 |
+    1067 18 0 76 593 3 6 63 587 |
+    1057 40 0 30 631 32 2 22 627 |
+    1030 133 3 64 701 8 1 17 606 |
+    1127 61 0 115 676 5 7 38 599'''
 
 
-UCSD_TEACHER = '''248 2 0 0 0 250 0 0 14 0 236 0 0 1 7 242 | 247 2 1 0 0 250 0 0 11 0 239 0 0 1 5 244 |
-                  249 1 0 0 2 248 0 0 7 0 243 0 0 2 11 237 | 248 2 0 0 1 249 0 0 10 0 240 0 0 2 10 238 |
-                  248 1 1 0 0 250 0 0 10 0 240 0 0 1 9 240'''
+UCSD_TEACHER = '''
+    248 2 0 0 0 250 0 0 14 0 236 0 0 1 7 242 |
+    247 2 1 0 0 250 0 0 11 0 239 0 0 1 5 244 |
+    249 1 0 0 2 248 0 0 7 0 243 0 0 2 11 237 |
+    248 2 0 0 1 249 0 0 10 0 240 0 0 2 10 238 |
+    248 1 1 0 0 250 0 0 10 0 240 0 0 1 9 240'''
 
 
-UCSD_STUDENT = '''248 2 0 0 0 250 0 0 18 0 232 0 0 0 4 246 | 249 1 0 0 0 250 0 0 19 0 229 2 0 1 1 248 |
-                  250 0 0 0 2 248 0 0 13 0 237 0 0 0 5 245 | 249 0 1 0 1 249 0 0 14 0 236 0 0 0 3 247 |
-                  249 0 1 0 1 249 0 0 21 0 228 1 0 0 2 248'''
+UCSD_STUDENT = '''
+    248 2 0 0 0 250 0 0 18 0 232 0 0 0 4 246 |
+    249 1 0 0 0 250 0 0 19 0 229 2 0 1 1 248 |
+    250 0 0 0 2 248 0 0 13 0 237 0 0 0 5 245 |
+    249 0 1 0 1 249 0 0 14 0 236 0 0 0 3 247 |
+    249 0 1 0 1 249 0 0 21 0 228 1 0 0 2 248'''
 
 
 def matrices(text):
@@ -46,9 +60,17 @@ def as_predictions(cm, fold):
 
 # accuracy, sensitivity, specificity, precision, F1: percent, mean and standard deviation (ddof 0) over folds
 PUBLISHED = {
-    'NEH student': (NEH_STUDENT, ['92.46 ± 1.36', '92.15 ± 1.29', '96.04 ± 0.78'], [92.70, 92.34]),
+    'NEH student': (
+        NEH_STUDENT,
+        ['92.46 ± 1.36', '92.15 ± 1.29', '96.04 ± 0.78'],
+        [92.70, 92.34],
+    ),
     # the README says 98.1 ± 0.8 for the teacher's specificity; its own matrices say 96.22
-    'NEH teacher': (NEH_TEACHER, ['92.57 ± 2.32', '92.90 ± 2.08', '96.22 ± 1.14'], [92.65, 92.68]),
+    'NEH teacher': (
+        NEH_TEACHER,
+        ['92.57 ± 2.32', '92.90 ± 2.08', '96.22 ± 1.14'],
+        [92.65, 92.68],
+    ),
     'UCSD teacher': (
         UCSD_TEACHER,
         ['97.72 ± 0.17', '97.72 ± 0.17', '99.24 ± 0.06'],
@@ -144,8 +166,11 @@ def test_point_estimates_equal_scikit_learn(seed, k, digits):
     )
 
 
+IMAGES = st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3))  # score, positive, weight
+
+
 @settings(max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40))
+@given(st.lists(IMAGES, min_size=2, max_size=40))
 def test_weighted_auc_equals_scikit_learn(rows):
     score, pos, w = (np.array(c) for c in zip(*rows, strict=True))
     num, den = M.weighted_auc(score.astype(float), pos, w[None].astype(float))

@@ -37,7 +37,8 @@ def test_a_target_out_of_reach_is_a_note():
     t = operating_points(np.array([[.5, .5]]*4), y, ['a', 'b'], DecideRecipe())
     extremes = {f'not reachable: only by predicting it {how}' for how in ('always', 'never')}
     assert t.threshold.isna().all() and set(t.note) == extremes
-    t = operating_points(np.eye(3)[[0, 1, 0, 1]], np.array([0, 1, 0, 1]), list('abc'), DecideRecipe())
+    y = np.array([0, 1, 0, 1])
+    t = operating_points(np.eye(3)[y], y, list('abc'), DecideRecipe())
     t = t.set_index('class')
     assert set(t.loc['c', 'note']) == {'not reachable: no image of the class'}
     assert (t.loc['a', 'sensitivity'] == 1).all()

@@ -32,7 +32,7 @@ from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
-from kdoct.distill.methods import Distill, Teachers
+from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import load_teachers, train_teacher
 from kdoct.evaluate.decide import decide_fold
@@ -337,6 +337,19 @@ def test_a_plain_loop_learns_the_same_as_the_callback(images, folder):
         ours.backward()
     assert all(p.grad is not None for p in net.parameters()) and learn.model is not net
     with pytest.raises(KdoctError, match='here they are A, B'): Teachers(folder, classes=['A', 'B'])
+
+
+def test_a_plain_loop_over_fastai_loaders_takes_plain_tensors(images, folder):
+    "The types of fastai stop PyTorch's own losses, before kdoct is called."
+    dls = loaders(images)
+    net, teachers = student(), Teachers(folder, normalised=STATS, classes=dls.vocab)
+    x, y = dls.train.one_batch()
+    with pytest.raises(TypeError): torch.nn.functional.cross_entropy(net(x), y)
+    x, y = map(plain_tensor, (x, y))
+    logits = net(x)
+    loss = teachers.loss(torch.nn.functional.cross_entropy(logits, y), logits, x)
+    loss.backward()
+    assert type(loss) is torch.Tensor and all(p.grad is not None for p in net.parameters())
 
 
 def test_the_exported_callback_is_a_small_file(folder):

@@ -23,7 +23,8 @@ from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
-from kdoct.data.images import BadImage, inspect_file
+from kdoct.data.images import inspect_file
+from kdoct.data.problems import BadImage
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
 from kdoct.data.stage import prepare_data
 from kdoct.deploy.bundle import new_keys, seal
@@ -388,7 +389,7 @@ def test_what_is_said_of_deferred_pictures_adds_up(folder, tmp_path, capsys):
 
 
 def test_files_passed_over_for_their_names_are_counted_in_one_line(folder, tmp_path, capsys):
-    (folder/'scan.txt').write_bytes(b'\0'*128 + b'DICM')
+    (folder/'scan.txt').write_text('what was scanned')
     (folder/'.hidden.png').write_bytes((folder/'0.png').read_bytes())
     (folder/'.cache').mkdir()
     predict_files(straw(), [folder], tmp_path/'r.csv')
@@ -662,6 +663,11 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(folder, tmp_path)
             predict_files(straw(interrupted), [folder], tmp_path/f'r.{kind}', tmp_path/'v.csv')
     assert all(p.endswith('.partial') for p in os.listdir(tmp_path) if p != 'in')
     predict_files(straw(), [folder], tmp_path/'r.csv')   # and the next run begins anew
+
+
+def test_a_table_of_volumes_without_a_row_is_announced(folder, tmp_path, capsys):
+    predict_files(straw(), [folder], tmp_path/'r.csv', tmp_path/'v.csv')
+    assert "None of these files is a volume: " in capsys.readouterr().err
     assert len(pd.read_csv(tmp_path/'r.csv')) == 10
 
 
@@ -718,7 +724,8 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
     from kdoct.core.sections import EvaluateRecipe
-    from kdoct.evaluate.decision_tables import read_decided, volumes_section
+    from kdoct.evaluate.decision_tables import read_decided
+    from kdoct.evaluate.volume_tables import volumes_section
     bundle, table, root = shipped
     for (patient, eye), rows in table.groupby(['patient', 'eye']):
         pages = [Image.open(root/path).convert('L') for path in rows.sort_values('slice').path]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_volumes import write_dicom, write_e2e, write_topcon, write_vol, write_xml
 
-from kdoct.data.images import PROBLEMS
 from kdoct.data.phantom import simulate_bscan
+from kdoct.data.problems import PROBLEMS
 from kdoct.data.sandbox import READ_PROBLEMS
 from kdoct.deploy.engines import Engine
 from kdoct.deploy.predict import Predictor

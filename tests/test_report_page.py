@@ -1,4 +1,4 @@
-"The report in a real browser: it asks for nothing, shows everything, and prints without cutting anything."
+"The report in a real browser: it loads nothing else, shows everything, and prints without cuts."
 import base64
 import json
 import re
@@ -100,8 +100,7 @@ def test_what_went_wrong_is_said(browser, page):
     text = opened(browser, page).find_element(By.ID, "wrong").text
     for said in (
         "Fold 2, teacher, failed: loss is not finite <nan> in epoch 3",
-        "Fold 2 has no predictions of the student",
-        "4 images were read twice",
+        "Fold 2 has no predictions of the student", "4 images were read twice",
     ):
         assert said in text
 
@@ -123,7 +122,7 @@ def test_tables_of_scores_have_their_protocol_in_a_column(browser, page):
 # --- on paper
 
 def printed(browser, page, paper):
-    "The page as it is laid out for paper: browser in print style, at the width between the margins."
+    "The page laid out for paper: browser in print style, at the width between the margins."
     opened(browser, page)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dict(media="print"))
     width, height = (round(96*(inches - 2*MARGIN)) for inches in paper)
@@ -145,10 +144,15 @@ def on_screen_again(browser):
 @pytest.mark.parametrize("paper", [A4, LETTER], ids=["A4", "Letter"])
 def test_no_table_and_no_figure_is_cut_on_paper(browser, page, paper):
     browser, width, height = printed(browser, page, paper)
-    wide = browser.execute_script("""return [...document.querySelectorAll('table, figure, p, ul, h1, h2, h3')].filter(e => !e.closest('.broad'))
-        .filter(e => e.getBoundingClientRect().right > arguments[0] + 1).map(e => (e.caption || e).textContent.slice(0, 60))""", width)
-    high = browser.execute_script("""return [...document.querySelectorAll('figure, tr')]
-        .filter(e => e.getBoundingClientRect().height > arguments[0]).map(e => e.textContent.slice(0, 60))""", height)
+    wide = browser.execute_script("""
+        return [...document.querySelectorAll('table, figure, p, ul, h1, h2, h3')]
+            .filter(e => !e.closest('.broad'))
+            .filter(e => e.getBoundingClientRect().right > arguments[0] + 1)
+            .map(e => (e.caption || e).textContent.slice(0, 60))""", width)
+    high = browser.execute_script("""
+        return [...document.querySelectorAll('figure, tr')]
+            .filter(e => e.getBoundingClientRect().height > arguments[0])
+            .map(e => e.textContent.slice(0, 60))""", height)
     assert (wide, high) == ([], [])
 
 
@@ -196,6 +200,8 @@ def test_the_whole_recipe_is_folded_and_what_was_changed_is_not(browser, page):
 
 
 def test_no_caption_is_cut(browser, page):
-    cut = opened(browser, page).execute_script("""return [...document.querySelectorAll('caption')]
-        .filter(c => !c.closest('.titled') && c.scrollWidth > c.clientWidth + 1).map(c => c.textContent.slice(0, 60))""")
+    cut = opened(browser, page).execute_script("""
+        return [...document.querySelectorAll('caption')]
+            .filter(c => !c.closest('.titled') && c.scrollWidth > c.clientWidth + 1)
+            .map(c => c.textContent.slice(0, 60))""")
     assert cut == []

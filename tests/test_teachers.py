@@ -360,7 +360,7 @@ def test_the_protocol_says_who_taught_how(here):
 
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
     from kdoct.evaluate.metrics import simulate_predictions
-    from kdoct.evaluate.tables import protocol_of
+    from kdoct.evaluate.protocol import protocol_of
     assert 'taught' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
 
 

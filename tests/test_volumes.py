@@ -1,7 +1,8 @@
-"Clinical files: what libraries read is read alike, what is damaged is refused in time, and no name gets out."
+"Clinical files: read as libraries read them, refused in time where damaged, and no name gets out."
 import io
 import os
 import resource
+import struct
 import sys
 import time
 import tracemalloc
@@ -14,9 +15,10 @@ from PIL import Image
 
 from kdoct.core.files import KdoctError
 from kdoct.data import volumes
-from kdoct.data.images import BadImage, decode_image, inspect_file, read_image_bytes
+from kdoct.data.images import decode_image, inspect_file, read_image_bytes
+from kdoct.data.problems import BadImage
 from kdoct.data.scans import Scan, display_grey
-from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, read_scans
+from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, passed_over, read_scans
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -68,13 +70,15 @@ def write_dicom(path, frames, bits=8, **elements):
     return path
 
 
-def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
+def write_vol(
+    path, bscans, header=300, lie=61440, version=b"HSF-OCT-103", patient=b"Study-07"
+):
     n, h, w = bscans.shape
     head = bytearray(2048)
     head[:len(version)] = version
     for at, v in ((12, w), (16, n), (20, h), (100, lie)):
         head[at:at + 4] = int(v).to_bytes(4, "little")
-    head[84:86], head[140:148] = b"OD", b"Study-07"
+    head[84:86], head[140:164] = b"OD", patient.ljust(24, b"\0")
     part = bytes(12) + header.to_bytes(4, "little") + bytes(header - 16)
     values = (np.exp(bscans.astype(np.float32)/255*8.285 - 8.3) - 2.44e-4).astype("<f4")
     path.write_bytes(bytes(head) + b"".join(part + v.tobytes() for v in values))
@@ -82,7 +86,7 @@ def write_vol(path, bscans, header=300, lie=61440, version=b"HSF-OCT-103"):
 
 
 def write_e2e(path, series, patient=b"Study-07", eye_kinds=(11, 3)):
-    "An .e2e file of oct-converter's structures; `series`: (eye letter, uint16 codes (n, h, w)) each."
+    "An .e2e file of oct-converter's structures; `series`: eye letter, uint16 codes (n, h, w) each."
     from oct_converter.readers.binary_structs import e2e_binary as e2e
     person = (
         b"Quilla".ljust(31, b"\0")
@@ -214,14 +218,13 @@ def write_topcon(path, pixels, jpeg=False, name="Zzyzx Müller", corrected=None)
 def write_xml(folder, bscans, extra=""):
     folder.mkdir()
     for i, b in enumerate(bscans): Image.fromarray(b).save(folder/f"B{i}.tif")
-    image = "<Image><ImageType><Type>OCT</Type></ImageType><ImageData><ExamURL>file:///\\\\server\\B{}.tif</ExamURL></ImageData></Image>"
+    url = "<ExamURL>file:///\\\\server\\B{}.tif</ExamURL>"
+    image = f"<Image><ImageType><Type>OCT</Type></ImageType><ImageData>{url}</ImageData></Image>"
     made = "".join(image.format(i) for i in range(len(bscans)))
-    (folder / "e.xml").write_text(
-        extra
-        + "<HEDX><BODY><Patient><ID>1</ID><PatientID>Study-07</PatientID><LastName>Zzyzx-Müller</LastName><Study>"
-        f"<Series><ID>9</ID><Laterality>R</Laterality>{made}</Series></Study></Patient></BODY></HEDX>",
-        "latin-1",
-    )
+    series = f"<Series><ID>9</ID><Laterality>R</Laterality>{made}</Series>"
+    person = "<ID>1</ID><PatientID>Study-07</PatientID><LastName>Zzyzx-Müller</LastName>"
+    patient = f"<Patient>{person}<Study>{series}</Study></Patient>"
+    (folder/"e.xml").write_text(f"{extra}<HEDX><BODY>{patient}</BODY></HEDX>", "latin-1")
     return folder/"e.xml"
 
 
@@ -266,7 +269,8 @@ def test_the_heyex_export_is_read_as_eyepy_reads_it(shared_data):
 
 
 def test_pictures_that_an_xml_names_do_not_come_again(shared_data):
-    found = [p.name for p in find_files(shared_data/"volumes")]   # the XML names ten of its eleven pictures
+    # the XML names ten of its eleven pictures
+    found = [p.name for p in find_files(shared_data/"volumes")]
     assert found == [
         "empty.vol",
         "B11.tif",
@@ -424,8 +428,16 @@ def test_a_topcon_header_that_asks_for_more_than_there_is_is_refused(tmp_path):
     assert refusal(path).startswith("truncated: a.fds")
 
 
-@pytest.mark.parametrize("name", ["cube.img", "512x128.img", "P1_Macular Cube "
-                                                             "64x3_and 80x3_x.img", "80x64x2.img", "P1_Angio (6mmx6mm)_OD.img"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cube.img",
+        "512x128.img",
+        "P1_Macular Cube 64x3_and 80x3_x.img",
+        "80x64x2.img",
+        "P1_Angio (6mmx6mm)_OD.img",
+    ],
+)
 def test_an_img_of_unsaid_or_wrong_size_is_refused(tmp_path, name):
     (tmp_path/name).write_bytes(textured().tobytes())
     assert "WIDTHxHEIGHTxB-SCANS" in refusal(tmp_path/name)
@@ -437,7 +449,10 @@ def test_an_img_is_turned_by_half_a_turn(tmp_path):
     assert np.array_equal(images(tmp_path/"80x64x3.img"), pixels)
 
 
-@pytest.mark.parametrize("begin,patient", [("P0017_Macular", "P0017"), ("PSmith_Macular", ""), ("Macular", ""), ("0017_Macular", "")])
+@pytest.mark.parametrize(
+    "begin,patient",
+    [("P0017_Macular", "P0017"), ("PSmith_Macular", ""), ("Macular", ""), ("0017_Macular", "")],
+)
 def test_eye_and_patient_of_a_cirrus_name(tmp_path, begin, patient):
     path = tmp_path/f"{begin} Cube 200x2_3-14-2026_9-26-53_OS_sn4711_cube_z.img"
     path.write_bytes(bytes(2*1024*200))
@@ -461,7 +476,15 @@ def with_values(path, values):
     return path
 
 
-@pytest.mark.parametrize("value,said", [(np.nan, "not a number"), (np.inf, "not a number"), (-.25, "below 0"), ([[np.nan, -1]*40], "below 0 or not a number")])
+@pytest.mark.parametrize(
+    "value,said",
+    [
+        (np.nan, "not a number"),
+        (np.inf, "not a number"),
+        (-0.25, "below 0"),
+        ([[np.nan, -1] * 40], "below 0 or not a number"),
+    ],
+)
 def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, said):
     found = refusal(with_values(tmp_path/"a.vol", value))
     assert found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {said}" in found
@@ -601,8 +624,14 @@ def test_an_e2e_file_of_fundus_pictures_says_so(tmp_path):
     assert "2 infrared" in refusal(path)
 
 
-@pytest.mark.parametrize("tag,value", [("<ImageType><Type>OCT</Type>", "<ImageType><Type>ANGIO</Type>"),
-                                       ("<Laterality>R", "<Modality>OCTA</Modality><Laterality>R"), ("<Laterality>R", "<Type>Angiography</Type><Laterality>R")])
+@pytest.mark.parametrize(
+    "tag,value",
+    [
+        ("<ImageType><Type>OCT</Type>", "<ImageType><Type>ANGIO</Type>"),
+        ("<Laterality>R", "<Modality>OCTA</Modality><Laterality>R"),
+        ("<Laterality>R", "<Type>Angiography</Type><Laterality>R"),
+    ],
+)
 def test_angiography_in_a_heyex_export_is_no_bscan(tmp_path, tag, value):
     path = write_xml(tmp_path/"x", textured())
     path.write_text(path.read_text("latin-1").replace(tag, value, 3), "latin-1")
@@ -676,7 +705,16 @@ def test_the_patient_in_every_topcon_part(tmp_path, part):
     assert next(read_scans(path)).patient == "Study-07"
 
 
-@pytest.mark.parametrize("begin", [b"Zzyzx", b"Zzyzx Quilla 7", bytes(range(128, 160)), b"\x07\x9a3" + b"\xfe"*29, b"M\xfcller7"])
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"Zzyzx",
+        b"Zzyzx Quilla 7",
+        bytes(range(128, 160)),
+        b"\x07\x9a3" + b"\xfe" * 29,
+        b"M\xfcller7",
+    ],
+)
 def test_a_topcon_part_that_may_begin_with_a_name_gives_no_patient_and_says_so(tmp_path, begin):
     path = topcon(
         tmp_path / "a.fds",
@@ -706,7 +744,8 @@ def test_colour_jpeg_2000_of_topcon_is_read(tmp_path):
 
 def test_heyex_pictures_whose_names_have_another_unicode_form_are_found(tmp_path):
     path = write_xml(tmp_path/"x", textured())
-    for i in range(3): (tmp_path/"x"/f"B{i}.tif").rename(tmp_path/"x"/f"Mu\u0308ller{i}.tif")   # as macOS unpacks it
+    for i in range(3):   # as macOS unpacks it
+        (tmp_path/"x"/f"B{i}.tif").rename(tmp_path/"x"/f"Mu\u0308ller{i}.tif")
     text = path.read_text("latin-1").replace("\\B", "\\M\u00fcller")
     path.write_text('<?xml version="1.0" encoding="UTF-8"?>' + text, "utf-8")
     assert np.array_equal(images(path), textured()) and [p.name for p in find_files(tmp_path)] == [
@@ -871,7 +910,14 @@ def save_tiff(path, a, **options):
     return path
 
 
-@pytest.mark.parametrize("options", [dict(truncate=True), dict(imagej=True, metadata={"axes": "ZYX"}), dict(truncate=True, imagej=False, bigtiff=True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(truncate=True),
+        dict(imagej=True, metadata={"axes": "ZYX"}),
+        dict(truncate=True, imagej=False, bigtiff=True),
+    ],
+)
 def test_a_stack_with_one_directory_is_all_its_bscans(tmp_path, options):
     path = save_tiff(tmp_path/"a.tif", textured(n=5), **options)
     scans = list(read_scans(path))
@@ -895,7 +941,7 @@ def test_a_page_whose_strips_are_missing_is_refused_alike_by_audit_and_predictio
 
 
 def imagej_one_directory(path, a, images):
-    "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, and nothing but the description says so."
+    "As ImageJ writes stacks of more than 4 GB: one page, the others behind it, by the description."
     tifffile.imwrite(
         path,
         a[0],
@@ -910,6 +956,57 @@ def test_an_imagej_stack_with_one_directory_is_all_its_bscans(tmp_path):
     assert np.array_equal(
         images(imagej_one_directory(tmp_path / "a.tif", textured(n=4), 4)), textured(n=4)
     )
+
+
+def nih_image(path, a, slices):
+    "As NIH Image writes a stack: one page, the others behind it, and their number in a tag."
+    header = np.zeros(1, tifffile.TIFF.NIH_IMAGE_HEADER)
+    header["nSlices"] = slices
+    tag = (43314, "B", len(header.tobytes()), header.tobytes(), True)
+    tifffile.imwrite(path, a[0], metadata=None, extratags=[tag], byteorder="<")
+    with tifffile.TiffFile(path) as t: end = t.pages.first.dataoffsets[0] + a[0].size
+    path.write_bytes(path.read_bytes()[:end] + a[1:].tobytes())
+    return path
+
+
+def test_an_nih_image_stack_is_all_its_bscans(tmp_path):
+    assert np.array_equal(images(nih_image(tmp_path/"a.tif", textured(n=4), 4)), textured(n=4))
+    assert "claims 9 pictures; 1 can be found" in refusal(
+        nih_image(tmp_path/"b.tif", textured(n=4), 9)
+    )
+
+
+def test_pictures_that_only_the_index_of_micro_manager_names_are_refused(tmp_path):
+    "As in a file that it could not close: nothing leads from one directory to the next."
+    path, pixels = tmp_path/"a.tif", textured()[0]
+    summary = b'{"Slices": 3, "Frames": 1, "Channels": 1, "MicroManagerVersion": "1.4"}'.ljust(80)
+    index = np.uint32([3453623, 3, *np.ravel([(0, i, 0, 0, 500 + i) for i in range(3)])])
+    places = 40 + len(summary) + index.nbytes    # of the directory
+    data = places + 2 + 10*12 + 4
+    tags = [(256, 80), (257, 64), (258, 8), (259, 1), (262, 1), (273, data), (277, 1), (278, 64)]
+    tags = [(tag, 4, 1, value) for tag, value in [*tags, (279, pixels.size)]]
+    tags.append((51123, 2, 3, int.from_bytes(b"{}\0\0", "little")))
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags)
+    numbers = [54773648, 40 + len(summary), 0, 0, 0, 0, 2355492, len(summary)]
+    begin = b"II*\0" + struct.pack("<9I", places, *numbers)
+    path.write_bytes(begin + summary + index.tobytes() + directory + bytes(4) + pixels.tobytes())
+    assert "index names 3 pictures; 1 can be found" in refusal(path)
+
+
+@pytest.mark.parametrize("more", [1, 4])
+def test_pictures_that_nothing_in_a_tiff_tells_of_are_refused(tmp_path, more):
+    path = save_tiff(tmp_path/"a.tif", textured()[0], metadata=None)
+    path.write_bytes(path.read_bytes() + textured(n=more).tobytes())
+    assert f"bytes for {more} more that nothing in the file tells of" in refusal(path)
+
+
+def test_other_data_in_a_tiff_of_one_picture_are_no_pictures(tmp_path):
+    long = [(65000, "B", 64*80, bytes(64*80), True)]   # as layers of Photoshop are kept
+    path = save_tiff(tmp_path/"a.tif", textured()[0], metadata=None, extratags=long)
+    assert np.array_equal(images(path), textured()[:1])
+    path = save_tiff(tmp_path/"b.tif", textured()[0], metadata=None)
+    path.write_bytes(path.read_bytes() + bytes(900))
+    assert np.array_equal(images(path), textured()[:1])
 
 
 def test_a_stack_that_claims_more_pictures_than_it_has_is_refused(tmp_path):
@@ -1031,7 +1128,15 @@ def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_pat
         assert f"or {n} B-scans?" in refusal(save_tiff(tmp_path/f"{n}.tif", textured(n=n)))
 
 
-@pytest.mark.parametrize("options", [{}, dict(truncate=True), dict(imagej=True, metadata={"axes": "TZYX"}), dict(metadata={"axes": "TZYX"})])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(truncate=True),
+        dict(imagej=True, metadata={"axes": "TZYX"}),
+        dict(metadata={"axes": "TZYX"}),
+    ],
+)
 def test_two_volumes_in_one_tiff_are_not_one(tmp_path, options):
     path = save_tiff(tmp_path/"a.tif", textured(n=10).reshape(2, 5, 64, 80), **options)
     said = refusal(path)
@@ -1108,7 +1213,9 @@ def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
         assert "1 bit a pixel: a mask" in refusal(tmp_path/name)
 
 
-@pytest.mark.parametrize("options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)])
+@pytest.mark.parametrize(
+    "options", [dict(dtype=np.int8), dict(dtype=np.float32), dict(dtype=np.int16)]
+)
 def test_signed_and_float_tiff_is_refused(tmp_path, options):
     assert refusal(
         save_tiff(tmp_path / "a.tif", (textured()[0].astype(int) - 128).astype(options["dtype"]))
@@ -1207,6 +1314,34 @@ def test_xml_that_could_grow_is_refused(tmp_path):
     assert "not one that HEYEX wrote" in refusal(tmp_path/"other.xml")
 
 
+# --- other numbers of B-scans than are said
+
+@pytest.mark.parametrize("version", [b"HSF-OCT-103", b"ep-v0.6.8"])
+@pytest.mark.parametrize("headers", ["alike", "named"])
+def test_a_vol_with_more_bscans_than_its_header_says_is_refused(tmp_path, version, headers):
+    path = write_vol(tmp_path/"a.vol", textured(n=4), version=version)
+    data, size = bytearray(path.read_bytes()), 300 + 4*64*80
+    data[16:20] = (3).to_bytes(4, "little")
+    if headers == "named":   # the one behind is larger, and says what it is
+        last = 2048 + 3*size
+        data[last:last + 16] = b"HSF-BS-103".ljust(12, b"\0") + (400).to_bytes(4, "little")
+        data += bytes(100)
+    path.write_bytes(data)
+    assert "says 3 B-scans, and there are more behind" in refusal(path)
+
+
+def test_a_vol_with_fewer_bscans_than_its_header_says_is_refused_before_the_first(tmp_path):
+    path = write_vol(tmp_path/"a.vol", textured(n=4), header=5000)
+    path.write_bytes(path.read_bytes()[:-64*80*4])   # long enough for B-scans with small headers
+    with pytest.raises(BadImage, match="truncated"): next(read_scans(path))
+
+
+def test_thickness_maps_behind_the_bscans_of_a_vol_are_no_bscans(tmp_path):
+    path = write_vol(tmp_path/"a.vol", textured(n=4))
+    with open(path, "ab") as f: f.write(b"grid" + bytes(9*64*80))
+    assert np.array_equal(images(path), textured(n=4))
+
+
 # --- large files
 
 def test_a_volume_of_gigabytes_is_read_one_bscan_at_a_time(tmp_path):
@@ -1215,12 +1350,36 @@ def test_a_volume_of_gigabytes_is_read_one_bscan_at_a_time(tmp_path):
     with open(path, "r+b") as f:
         f.seek(16)
         f.write(n.to_bytes(4, "little"))
-        f.truncate(2048 + n*(300 + 4*h*w))   # sparse: takes no room on the disk
+        for i in range(1, n):
+            f.seek(2048 + i*(300 + 4*h*w) + 12)
+            f.write((300).to_bytes(4, "little"))
+        f.truncate(2048 + n*(300 + 4*h*w))   # sparse: takes little room on the disk
     tracemalloc.start()
     begin = time.perf_counter()
     assert next(read_scans(path)).n_slices == n
     assert time.perf_counter() - begin < 2 and tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+# --- names of persons
+
+@pytest.mark.parametrize(
+    "name", ["John Zzyzx", "ZZYZX^JOHN", "Zzyzx, John", "J. Zzyzx", "Mary-Ann O'Zzyzx"]
+)
+def test_a_name_in_the_place_of_the_identifier_is_withheld_in_every_format(tmp_path, name):
+    scans = [
+        *read_scans(write_dicom(tmp_path/"a.dcm", textured(), PatientID=name, PatientName=name)),
+        *read_scans(write_vol(tmp_path/"a.vol", textured(), patient=name.encode())),
+    ]
+    for scan in scans:
+        assert scan.patient == "" and "patient id withheld: it looks like a name" in scan.notes
+        assert "zzyzx" not in repr(scan).lower()
+
+
+@pytest.mark.parametrize("code", ["Study 07", "AMD control 12", "0017", "A17", "Zurich"])
+def test_an_identifier_with_a_blank_in_it_is_kept(tmp_path, code):
+    path = write_dicom(tmp_path/"a.dcm", textured(), PatientID=code)
+    assert {scan.patient for scan in read_scans(path)} == {code}
 
 
 # --- folders
@@ -1241,6 +1400,29 @@ def test_files_come_in_one_order_and_nothing_is_lost(tmp_path):
     assert {"dicomdir", "thumbs.db"} <= set(SYSTEM_FILES) and ".csv" in SIDE_FILES
 
 
+def test_a_clinical_file_or_picture_under_the_name_of_a_text_is_read(tmp_path):
+    write_dicom(tmp_path/"scan.txt", textured())
+    write_vol(tmp_path/"volume.csv", textured())
+    Image.fromarray(textured()[0]).save(tmp_path/"picture.md", "png")
+    (tmp_path/"labels.csv").write_text("path,label\na.png,CNV\n")
+    (tmp_path/"notes.txt").write_text("HSF is a name, DICM another")
+    (tmp_path/"empty.json").touch()
+    found = list(find_files(tmp_path))
+    assert [p.name for p in found] == ["picture.md", "scan.txt", "volume.csv"]
+    assert [len(list(read_scans(p))) for p in found] == [1, 3, 3]
+
+
+def test_what_is_passed_over_is_counted_by_reason(tmp_path):
+    for name in (".scan.dcm", "a/.b.png", ".old/c.png", "._d.png", ".DS_Store", "e.png", "f.txt"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).touch()
+    write_dicom(tmp_path/"g.txt", textured())
+    assert [p.name for p in find_files(tmp_path)] == ["e.png", "g.txt"]
+    want = {"hidden": 3, "of the system": 2, ".txt (lists and texts)": 1}
+    assert passed_over([tmp_path]) == want == passed_over(tmp_path)
+    assert passed_over(tmp_path/"f.txt") == passed_over(tmp_path/"gone") == {}
+
+
 def test_what_is_named_twice_comes_once(tmp_path):
     (tmp_path/"a").mkdir()
     for name in ("a/1.png", "a/2.png"): (tmp_path/name).touch()
@@ -1252,8 +1434,9 @@ def test_what_is_named_twice_comes_once(tmp_path):
         assert sorted(p.name for p in find_files(args)) == ["1.png", "2.png"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may "
-                                                                            "read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
+)
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path):
     (tmp_path/"shut").mkdir(mode=0)
     assert list(find_files(tmp_path)) == [tmp_path/"shut"]
@@ -1307,8 +1490,12 @@ def one_of_each(tmp_path):
         ),
         write_xml(tmp_path / "x", textured()),
     ]
-    try: made += [write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]), write_topcon(tmp_path/"a.fda", textured(), jpeg=True),
-                  write_topcon(tmp_path/"a.fds", textured().astype(np.uint16))]
+    try:
+        made += [
+            write_e2e(tmp_path/"a.e2e", [("R", np.full((2, 40, 48), 60 << 10))]),
+            write_topcon(tmp_path/"a.fda", textured(), jpeg=True),
+            write_topcon(tmp_path/"a.fds", textured().astype(np.uint16)),
+        ]
     except ImportError: pass
     return made
 
@@ -1320,17 +1507,13 @@ def damaged(raw, times, rng):
         at = rng.integers(0, [len(raw), min(len(raw), 3000)][k % 2], rng.integers(1, 8))
         data[at] = rng.integers(0, 256, len(at))
         cut = int(rng.integers(1, len(raw)))
-        yield (
-            data[:cut].tobytes()
-            if k % 10 == 0
-            else data.tobytes()
-            if k % 10 < 8
-            else raw[:cut] + bytes(int(rng.integers(1, 99))) + raw[cut:]
-        )
+        if k % 10 == 0: yield data[:cut].tobytes()
+        elif k % 10 < 8: yield data.tobytes()
+        else: yield raw[:cut] + bytes(int(rng.integers(1, 99))) + raw[cut:]
 
 
 def survive(path, times, rng):
-    "What is said of damaged copies of a file; none takes longer than 5 seconds, none raises anything else."
+    "Scans and messages of damaged copies of a file; none takes over 5 s or raises another error."
     raw, heard = path.read_bytes(), []
     for data in damaged(raw, times, rng):
         path.write_bytes(data)

@@ -6,7 +6,9 @@
 import ast
 import re
 import sys
+import tokenize
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from textwrap import wrap
 
@@ -26,6 +28,27 @@ def is_exported(source):
 def is_code_line(line):
     "Neither empty nor a comment of its own."
     return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+def code_widths(source):
+    "Columns that the code of each line takes; comments and docstrings are left out."
+    comments = {}
+    for token in tokenize.generate_tokens(StringIO(source).readline):
+        if token.type == tokenize.COMMENT: comments[token.start[0]] = token.start[1]
+    in_docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        is_definition = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if not is_definition or ast.get_docstring(node) is None: continue
+        docstring = node.body[0]
+        in_docstrings |= set(range(docstring.lineno, docstring.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return [0 if n in in_docstrings else len(line[:comments.get(n)].rstrip()) for n, line in lines]
+
+
+def long_definitions(source, limit=40):
+    "Functions of more lines than this, docstring and signature included."
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    return [n.name for n in functions if n.end_lineno - n.lineno + 1 > limit]
 
 
 def code_cells(notebook):
@@ -73,7 +96,7 @@ def statistics(folder=ROOT / "nbs"):
             counts["cells"] += 1
             counts["long cells"] += len(lines) > 25
             counts["lines"] += len(lines)
-            counts["wide lines"] += sum(len(line) > 100 for line in lines)
+            counts["wide lines"] += sum(width > 100 for width in code_widths(source))
             counts["nodes"] += sum(1 for _ in ast.walk(ast.parse(source)))
             counts["words"] += sum(len(re.findall(r"[A-Za-z]{2,}", line)) for line in lines)
             counts["symbols"] += len(public_symbols(source))
@@ -83,7 +106,7 @@ def statistics(folder=ROOT / "nbs"):
         "exported cells": counts["cells"],
         "cells above 25 lines %": round(100*counts["long cells"]/counts["cells"], 1),
         "lines": counts["lines"],
-        "lines beyond column 100 %": round(100*counts["wide lines"]/counts["lines"], 1),
+        "code beyond column 100 %": round(100*counts["wide lines"]/counts["lines"], 1),
         "syntax nodes a line": round(counts["nodes"]/counts["lines"], 1),
         "words a line": round(counts["words"]/counts["lines"], 1),
         "public symbols": counts["symbols"],

@@ -30,15 +30,21 @@ def gpu_memory()->int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 def _about(row:Row)->dict:
+    "What a row is, without the function that is timed."
     return {k: v for k, v in asdict(replace(row, turn=None)).items() if k != 'turn'}
 
+def _turn(row:Row)->dict:
+    "A turn of a row, and the memory that its process has taken so far."
+    return row.turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory())
+
+# %% ../../nbs/12_app.bench.ipynb #3d92ab2a
 def serve(
     pipe,           # of multiprocessing
     settings:dict,  # fields of the plan, with `place`
     side:str,       # of `BENCHES[what]`
     threads:int,    # for torch
 ):
-    "A side's process: make the rows, say what they are, then time each that is asked for, until None is."
+    "A side's process: make the rows, tell what they are, then time each whose name arrives, until None does."
     plan = Plan(**settings)
     try:
         torch.set_num_threads(threads)
@@ -46,47 +52,50 @@ def serve(
         with redirect_stdout(sys.stderr):   # the table alone is for printing
             rows = BENCHES[plan.what][side](plan, bench_images(plan))
             pipe.send({name: _about(row) for name, row in rows.items()})
-            while (name := pipe.recv()) is not None:
-                pipe.send(
-                    rows[name].turn() | dict(peak=peak_memory('cpu')['bytes'], gpu=gpu_memory())
-                )
+            while (name := pipe.recv()) is not None: pipe.send(_turn(rows[name]))
     except KdoctError as e: pipe.send((e.problem, e.fix))
 
 # %% ../../nbs/12_app.bench.ipynb #58cf1c18
 def _answer(pipe, side:str)->dict:
-    "What a side says; its errors become ours."
-    try: said = pipe.recv()
-    except EOFError as e: raise KdoctError(f"The process of "
-                                           f"'{side}' has ended.", fix="Its message stands above; "
-                                                                       "if there is none, "
-                                                                       "memory was short.") from e
-    if isinstance(said, tuple): raise KdoctError(*said)
-    return said
+    "What a side sends; its errors become ours."
+    try: answer = pipe.recv()
+    except EOFError as e:
+        remedy = "Its message stands above; if there is none, memory was short."
+        raise KdoctError(f"The process of '{side}' has ended.", fix=remedy) from e
+    if isinstance(answer, tuple): raise KdoctError(*answer)
+    return answer
 
 # %% ../../nbs/12_app.bench.ipynb #32360f70
+def _started(plan:Plan, side:str)->tuple:
+    "A side's process, and our end of its pipe."
+    # a notebook's own function could not be found by the new process
+    from kdoct.app.bench import serve
+    context = multiprocessing.get_context('spawn')
+    here, there = context.Pipe()
+    arguments = there, asdict(plan), side, torch.get_num_threads()
+    process = context.Process(target=serve, args=arguments)
+    process.start()
+    there.close()
+    return process, here
+
+def _end(process, pipe):
+    "Tell a process to end."
+    if not process.is_alive(): return
+    try: pipe.send(None)
+    except OSError: pass   # it has ended meanwhile
+
+# %% ../../nbs/12_app.bench.ipynb #25dc432d
 @contextmanager
 def sides(
     plan:Plan,  # with `place`
 ):              # side -> its pipe, and the rows it has
     "Start the processes of a benchmark; they end with the block."
-    # a notebook's own function could not be found by the new process
-    from kdoct.app.bench import serve
-    context, running = multiprocessing.get_context('spawn'), {}
+    running = {}
     try:
-        for side in BENCHES[plan.what]:
-            here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(there, asdict(plan), side, torch.get_num_threads())
-            )
-            process.start()
-            there.close()
-            running[side] = (process, here)
+        for side in BENCHES[plan.what]: running[side] = _started(plan, side)
         yield {side: (pipe, _answer(pipe, side)) for side, (_, pipe) in running.items()}
     finally:
-        for process, pipe in running.values():
-            if process.is_alive():
-                try: pipe.send(None)
-                except OSError: pass   # it has ended meanwhile
+        for process, pipe in running.values(): _end(process, pipe)
         for process, _ in running.values():
             process.join(20)
             if process.is_alive(): process.terminate()
@@ -98,16 +107,8 @@ def _round(plan:Plan, open_sides:dict, number:int)->list[dict]:
     for side, (pipe, rows) in open_sides.items():
         for name in rows:
             pipe.send(name)
-            out.append(
-                dict(
-                    round=number,
-                    side=side,
-                    row=name,
-                    load=os.getloadavg()[0],
-                    rates=rates,
-                    **_answer(pipe, side),
-                )
-            )
+            where = dict(round=number, side=side, row=name)
+            out.append(dict(**where, load=os.getloadavg()[0], rates=rates, **_answer(pipe, side)))
     return out
 
 # %% ../../nbs/12_app.bench.ipynb #db2e4745
@@ -121,11 +122,10 @@ def turns(
         for number in range(plan.rounds):
             if number and time.perf_counter() - began > plan.seconds: break
             times += _round(plan, there, number)
-        return {
-            name: row | dict(side=side)
-            for side, (_, rows) in there.items()
-            for name, row in rows.items()
-        }, times
+    rows = {}
+    for side, (_, of_side) in there.items():
+        rows |= {name: row | dict(side=side) for name, row in of_side.items()}
+    return rows, times
 
 # %% ../../nbs/12_app.bench.ipynb #a0cc4896
 def _spread(v:Iterable[float])->dict:
@@ -135,24 +135,34 @@ def _spread(v:Iterable[float])->dict:
 
 def _limits(row:dict, part:list[dict])->dict[str, dict]:
     "Share of each limit that the row knows, round by round."
-    out = {}
     def share(operations, rate):
         return _spread(operations*t['images']/t['rates'][rate]/t['seconds'] for t in part)
-    products = [rate for rate in ('fp32', 'bf16') if all(rate in t['rates'] for t in part)]
+    out, products = {}, [r for r in ('fp32', 'bf16') if all(r in t['rates'] for t in part)]
     if row['macs']: out |= {rate: share(2*row['macs'], rate) for rate in products}
     if row['nbytes']: out['copy'] = share(row['nbytes'], 'copy')
     return out
 
 def _noted(part:list[dict])->dict:
     "What the turns of a row have noted beside their time."
-    out = {'precision': part[-1]['precision']} if 'precision' in part[-1] else {}
-    if part[-1].get('correlation'):
-        out['correlation'] = {
-            o: min(t['correlation'][o] for t in part) for o in part[-1]['correlation']
-        }
+    last, out = part[-1], {}
+    if 'precision' in last: out['precision'] = last['precision']
+    if last.get('correlation'):
+        others = last['correlation']
+        out['correlation'] = {o: min(t['correlation'][o] for t in part) for o in others}
     return out
 
 # %% ../../nbs/12_app.bench.ipynb #10cb852a
+def _ratios(name:str, part:list[dict], against:list[str], each:dict)->dict[str, dict]:
+    "How many times as fast as other rows a row is, round by round."
+    def ratio(other): return _spread(each[other, t['round']]/each[name, t['round']] for t in part)
+    return {other: ratio(other) for other in against}
+
+def _peaks(part:list[dict])->dict:
+    "Most memory in any turn."
+    cpu, gpu = (max(t[k] for t in part) for k in ('peak', 'gpu'))
+    return dict(peak_memory_mb=round(cpu/2**20), peak_gpu_mb=round(gpu/2**20))
+
+# %% ../../nbs/12_app.bench.ipynb #a1c4aad8
 def summary(
     rows:dict,         # from `turns`
     times:list[dict],  # the same
@@ -163,19 +173,14 @@ def summary(
     for name, row in rows.items():
         part = [t for t in times if t['row'] == name]
         took = _spread(each[name, t['round']] for t in part)
-        ratios = {
-            other: _spread(each[other, t['round']] / each[name, t['round']] for t in part)
-            for other in row['against']
-            if other in rows
-        }
+        against = [other for other in row['against'] if other in rows]
         out[name] = dict(
             seconds_an_image=took,
             images_a_second=1 / took['median'],
-            times_as_fast_as=ratios,
+            times_as_fast_as=_ratios(name, part, against, each),
             share_of_limit=_limits(row, part),
             rounds=len(part),
-            peak_memory_mb=round(max(t['peak'] for t in part) / 2**20),
-            peak_gpu_mb=round(max(t['gpu'] for t in part) / 2**20),
+            **_peaks(part),
             side=row['side'],
             **row['about'],
             **_noted(part),
@@ -183,45 +188,39 @@ def summary(
     return out
 
 # %% ../../nbs/12_app.bench.ipynb #b53f9378
+_INPUT = (
+    "Training pictures with the teacher's augmentation, ready on the device. Reference pattern: "
+    "files opened, decoded and augmented one by one with PIL and torchvision in a DataLoader."
+)
+_STEP = (
+    "Whole training steps of the student, input included. Reference pattern: float32 teacher "
+    "outside autocast on every batch, PIL input, AdamW not fused, channels first."
+)
+_CACHE = (
+    "Whole training steps of the student, input included, with the teacher's outputs from the "
+    "cache, and with the teacher queried about every batch; and views queried while the cache is "
+    "built."
+)
+_SCORE_CAM = (
+    "One map of one image and class: kdoct beside published implementations; batch "
+    "normalisation and head fitted to the images."
+)
+
+# %% ../../nbs/12_app.bench.ipynb #296d7f09
+_INFER = (
+    "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures "
+    "normalised before; kdoct: grey pictures in [0, 1], normalised by the network; inference copy: "
+    "the network simplified for inference (`kdoct.training.inference`); ONNX Runtime, OpenVINO: "
+    "the network of the graph that is shipped; whole path: one file after the other, read, decoded "
+    "and classified by the whole graph. A turn is done again until it took a quarter of a second."
+)
+
 WHATS = {  # what -> side of the pictures [px], batches a turn, what stands beside what
-    'input': (
-        384,
-        16,
-        "Training pictures with the teacher's augmentation, ready on the device. Reference "
-        "pattern: files opened, decoded and augmented one by "
-        "one with PIL and torchvision in a DataLoader.",
-    ),
-    'step': (
-        224,
-        8,
-        "Whole training steps of the student, input included. Reference pattern: float32 teacher "
-        "outside autocast on every batch, PIL "
-        "input, AdamW not fused, channels first.",
-    ),
-    'cache': (
-        224,
-        8,
-        "Whole training steps of the student, input included, with the teacher's answers from the "
-        "cache, and with the teacher asked about "
-        "every batch; and views answered while the cache is built.",
-    ),
-    'infer': (
-        224,
-        8,
-        "Forward passes. float32 eager: channels first, as the authors' code runs them, pictures "
-        "normalised before; kdoct: grey pictures "
-        "in [0, 1], normalised by the network; frozen: the inference copy of a network "
-        "(`kdoct.training.inference`); ONNX Runtime, OpenVINO: the network of "
-        "the graph that is shipped; whole path: one file after the other, read, decoded and "
-        "answered by the whole graph. "
-        "A turn is done again until it took a quarter of a second.",
-    ),
-    'score-cam': (
-        224,
-        1,
-        "One map of one image and class: kdoct beside published implementations; batch "
-        "normalisation and head fitted to the images.",
-    ),
+    'input': (384, 16, _INPUT),
+    'step': (224, 8, _STEP),
+    'cache': (224, 8, _CACHE),
+    'infer': (224, 8, _INFER),
+    'score-cam': (224, 1, _SCORE_CAM),
 }
 
 # %% ../../nbs/12_app.bench.ipynb #7be44daa
@@ -231,14 +230,13 @@ def bench(
 )->dict:            # the record
     "Run a benchmark; `KdoctError` for one that does not exist."
     if what not in WHATS:
-        raise KdoctError(f"There is no benchmark '{what}'.",
-                         fix=f"Take one of: {', '.join(WHATS)}.")
-    defaults = {
-        k: v for k, v in zip(('size', 'steps'), WHATS[what], strict=False) if not settings.get(k)
-    }
+        remedy = f"Take one of: {', '.join(WHATS)}."
+        raise KdoctError(f"There is no benchmark '{what}'.", fix=remedy)
+    size, steps, _ = WHATS[what]
+    usual = {k: v for k, v in dict(size=size, steps=steps).items() if not settings.get(k)}
     with tempfile.TemporaryDirectory(prefix='kdoct-bench-') as d:
-        plan = Plan(what, **settings | defaults | dict(place=d))
-        bench_images(plan)   # made before any side asks for them
+        plan = Plan(what, **settings | usual | dict(place=d))
+        bench_images(plan)   # made before any side wants them
         rows, times = turns(plan)
     return record_of(plan, rows, times)
 
@@ -268,65 +266,65 @@ def record_of(
     )
 
 # %% ../../nbs/12_app.bench.ipynb #366598ae
-def _times(s:dict)->str: return f"{s['median']:.2f} ({s['least']:.2f}-{s['largest']:.2f})"
+def _times(s:dict)->str:
+    "A ratio with its spread."
+    return f"{s['median']:.2f} ({s['least']:.2f}-{s['largest']:.2f})"
 
 def _limit_text(shares:dict)->str:
     "Share of the limit: of the copy, or of the matrix product in both precisions."
     percent = {k: f"{100*v['median']:.1f} %" for k, v in shares.items()}
     return ', '.join(f'{percent[k]} of {k}' for k in ('copy', 'bf16', 'fp32') if k in percent)
 
+def _how(row:dict)->str:
+    "The precision of a row, or how well its maps agree with those of others."
+    if 'correlation' not in row: return row.get('precision', '')
+    return 'least correlation ' + ', '.join(f'{v:.4f} ({k})' for k, v in row['correlation'].items())
+
 # %% ../../nbs/12_app.bench.ipynb #b28de774
+def _line(name:str, row:dict, others:list[str])->list[str]:
+    "A row of the table."
+    took, ratios = 1e3*row['seconds_an_image']['median'], row['times_as_fast_as']
+    speed = [f"{row['images_a_second']:.1f}", f'{took:.2f}']
+    times = [_times(ratios[other]) if other in ratios else '' for other in others]
+    memory = str(row['peak_gpu_mb'] or row['peak_memory_mb'])
+    return [name, _how(row), *speed, *times, _limit_text(row['share_of_limit']), memory]
+
 def table(
     record:dict,  # of `bench`
 )->str:           # Markdown
     "A record for reading."
-    rows, head = record['rows'], ['row', 'precision', 'images/s', 'ms an image']
-    lines = [
-        [
-            name,
-            r.get('precision', ''),
-            f"{r['images_a_second']:.1f}",
-            f"{1e3 * r['seconds_an_image']['median']:.2f}",
-        ]
-        for name, r in rows.items()
-    ]
-    for other in dict.fromkeys(o for r in rows.values() for o in r['times_as_fast_as']):
-        head.append(f'times {other}')
-        for line, r in zip(lines, rows.values(), strict=True):
-            line.append(
-                _times(r['times_as_fast_as'][other]) if other in r['times_as_fast_as'] else ''
-            )
-    for line, r in zip(lines, rows.values(), strict=True):
-        if 'correlation' in r:
-            line[1] = 'least correlation ' + ', '.join(
-                f'{v:.4f} ({k})' for k, v in r['correlation'].items()
-            )
-        line += [_limit_text(r['share_of_limit']), str(r['peak_gpu_mb'] or r['peak_memory_mb'])]
-    lines = [[*head, 'of the limit', 'peak MB'], ['---']*(len(head) + 2), *lines]
+    rows = record['rows']
+    others = list(dict.fromkeys(o for r in rows.values() for o in r['times_as_fast_as']))
+    head = ['row', 'precision', 'images/s', 'ms an image', *(f'times {o}' for o in others)]
+    head += ['of the limit', 'peak MB']
+    lines = [head, ['---']*len(head), *(_line(name, r, others) for name, r in rows.items())]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n\n' + caption(record)
 
 # %% ../../nbs/12_app.bench.ipynb #22dc9a74
+def _limits_text(record:dict)->str:
+    "What the machine's matrix product and copy reach."
+    r = {k: f'{x / 1e9:.0f}' for k, x in record['rates'].items()}
+    products = ' and '.join(f'{r[k]} ({k})' for k in ('fp32', 'bf16') if k in r)
+    return f"Limit: matrix product {products} GFLOP/s, copy {r['copy']} GB/s"
+
+def _machine_text(record:dict)->str:
+    "Processor, load and versions."
+    m, v = record['machine'], record['packages']
+    return (f"{m['gpu'] or m['processor']}, {m['cores']} cores, {record['threads']} threads, "
+            f"load {record['load']['median']:.1f}; torch {v['torch']}, timm {v['timm']}, "
+            f"kdoct {(record['git'] or v['kdoct'])[:8]}")
+
+# %% ../../nbs/12_app.bench.ipynb #93d63996
 def caption(
     record:dict,  # of `bench`
 )->str:
     "What a table is about: networks, sizes, machine, versions."
-    p, m, v, r = (
-        record['plan'],
-        record['machine'],
-        record['packages'],
-        {k: f'{x / 1e9:.0f}' for k, x in record['rates'].items()},
-    )
-    rounds = max(row['rounds'] for row in record['rows'].values())
-    products = ' and '.join(f'{r[k]} ({k})' for k in ('fp32', 'bf16') if k in r)
+    p, rounds = record['plan'], max(row['rounds'] for row in record['rows'].values())
     return (
         f"{record['about']} Teacher {p['teacher']}, student {p['student']}, random weights; "
         f"{p['size']} px, {2 * p['batch']} images a step "
         f"(reference: two batches of {p['batch']}), {p['steps']} batches "
         f"a turn, {record['workers']} workers; {record['images']} images. Medians of {rounds} "
-        f"rounds after one that is not counted; ratios within a "
-        f"round, in brackets the least and the largest. Limit: matrix product {products} GFLOP/s, "
-        f"copy {r['copy']} GB/s, "
-        f"measured in the same run. {m['gpu'] or m['processor']}, {m['cores']} cores, "
-        f"{record['threads']} threads, load {record['load']['median']:.1f}; "
-        f"torch {v['torch']}, timm {v['timm']}, kdoct {(record['git'] or v['kdoct'])[:8]}."
+        f"rounds after one that is not counted; ratios within a round, in brackets the least and "
+        f"the largest. {_limits_text(record)}, measured in the same run. {_machine_text(record)}."
     )

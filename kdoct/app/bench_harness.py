@@ -37,7 +37,7 @@ class Plan:
     teacher:str='convnextv2_tiny'     # timm name; its weights are random: they change no time
     student:str='efficientnet_b2'     # timm name
     size:int=0                        # side of the pictures [px]; 0: the default of `what`
-    batch:int=8                       # images a batch of the reference, which makes a step of two (NEH); ours takes them at once
+    batch:int=8                       # images a batch of the reference; two make a step (NEH), ours takes them at once
     rounds:int=5                      # turns of each row, after one that is not counted
     seconds:float=90.                 # no new round begins after this time, once there is one [s]
     steps:int=0                       # batches a turn; 0: the default of `what`
@@ -52,41 +52,43 @@ class Plan:
     @property
     def workers(self)->int: return min(4, usable_cores())   # the authors have 4; not more than the machine has cores
     @property
-    def recipe(self)->Recipe:  # the authors' recipe with the networks and sizes of this plan
-        return preset(
-            'paper-neh',
-            **{
-                'data.size': self.size,
-                'data.margin': round(self.size / 12),
-                'teacher.arch': self.teacher,
-                'student.arch': self.student,
-                'teacher.weights': 'none',
-                'student.weights': 'none',
-                'student.batch_size': self.step,
-                'student.accumulate': 1,
-                'teacher.drop_path_rate': 0.0,
-                'student.checkpoint_minutes': 1e6,
-                'student.compile': self.compile,
-            },
-        )
+    def recipe(self)->Recipe: return _recipe_of(self)   # the authors', with the networks and sizes of this plan
+
+# %% ../../nbs/12a_app.bench_harness.ipynb #0caeb27c
+def _recipe_of(plan:Plan)->Recipe:
+    "The authors' recipe with the networks and sizes of a plan."
+    teacher = {'arch': plan.teacher, 'weights': 'none', 'drop_path_rate': 0.0}
+    student = {
+        'arch': plan.student,
+        'weights': 'none',
+        'batch_size': plan.step,
+        'accumulate': 1,
+        'checkpoint_minutes': 1e6,
+        'compile': plan.compile,
+    }
+    changes = {'data.size': plan.size, 'data.margin': round(plan.size/12)}
+    changes |= {f'teacher.{k}': v for k, v in teacher.items()}
+    changes |= {f'student.{k}': v for k, v in student.items()}
+    return preset('paper-neh', **changes)
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #3240a5d8
+def _data_of(plan:Plan)->DataRecipe:
+    "Real images where a folder is named, else simulated ones of eight patients at least."
+    if plan.root: return DataRecipe(source=plan.source or 'ucsd', root=plan.root)
+    slices = min(4, -(-plan.images//16))   # of each of two eyes
+    patients = max(8, -(-plan.images//(2*slices)))
+    phantom = PhantomRecipe(patients=patients, slices=slices)
+    return DataRecipe(root=f'{plan.place}/images', phantom=phantom)
+
 def bench_listing(
     plan:Plan,  # with `place`
 )->Listing:     # of `plan.images` files, or as many as there are
     "Files for a benchmark, spread over the table; `KdoctError` if there are none."
-    if plan.root: data = DataRecipe(source=plan.source or 'ucsd', root=plan.root)
-    else:
-        # of each of two eyes; there are eight patients at least
-        slices = min(4, -(-plan.images//16))
-        data = DataRecipe(
-            root=f'{plan.place}/images',
-            phantom=PhantomRecipe(patients=max(8, -(-plan.images // (2 * slices))), slices=slices),
-        )
-    listing = load_table(data)
+    listing = load_table(_data_of(plan))
     at = np.linspace(0, len(listing.table) - 1, min(plan.images, len(listing.table))).astype(int)
     return replace(listing, table=listing.table.iloc[at].reset_index(drop=True))
 
+# %% ../../nbs/12a_app.bench_harness.ipynb #afa87a48
 @dataclass(frozen=True)
 class Images:
     "The files of a benchmark, and the same decoded."
@@ -98,32 +100,26 @@ class Images:
     root:str             # folder that the table's paths are relative to
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #f3291652
-def bench_images(
-    plan:Plan,  # with `place`
-)->Images:
-    "Audit and decode the files of a benchmark, or open what was decoded."
+def _audited(plan:Plan)->pd.DataFrame:
+    "The table of a benchmark after the audit; made once."
     saved = Path(plan.place)/'table.parquet'
     if not saved.exists():
         listing = bench_listing(plan)
         audit(listing).check().table.assign(root=str(listing.root)).to_parquet(saved)
-    table, data = pd.read_parquet(saved), plan.recipe.data
-    root = table.root[0]
-    with outputs_in(plan.place):
-        cache = decode_cache(
-            table, root, data.size + data.margin, 3 if (table.colour > 0.02).any() else 1
-        )
-    row, labels = (
-        cache.rows(table.sha256),
-        table.label.astype('category').cat.codes.to_numpy(np.int64),
-    )
-    return Images(
-        [Path(root) / p for p in table.path],
-        labels,
-        image_ids(table.sha256),
-        cache.images[row],
-        table,
-        root,
-    )
+    return pd.read_parquet(saved)
+
+def bench_images(
+    plan:Plan,  # with `place`
+)->Images:
+    "Audit and decode the files of a benchmark, or open what was decoded."
+    table, data = _audited(plan), plan.recipe.data
+    root, channels = table.root[0], 3 if (table.colour > 0.02).any() else 1
+    side = data.size + data.margin
+    with outputs_in(plan.place): cache = decode_cache(table, root, side, channels)
+    files = [Path(root)/p for p in table.path]
+    labels = table.label.astype('category').cat.codes.to_numpy(np.int64)
+    decoded = cache.images[cache.rows(table.sha256)]
+    return Images(files, labels, image_ids(table.sha256), decoded, table, root)
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #74d803d6
 @contextmanager
@@ -156,25 +152,24 @@ def clock(
     return time.perf_counter() - began
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #1aa44c49
+def _median_time(work:Callable, device, n:int)->float:
+    "Median clock time of `n` calls, after one that is not counted [s]."
+    return np.median([clock(work, device) for _ in range(n + 1)][1:])
+
 def machine_rates(
     device='cpu',  # which one
 )->dict:           # fp32, bf16 where the device has it: operations a second, two a multiply-add;
                   # copy: bytes read and written a second
     "What this machine does at this moment; a moment is about half a second."
     side, size = (8192, 1 << 30) if torch.device(device).type == 'cuda' else (1536, 1 << 26)
-    out = {}
-    kinds = dict(fp32=torch.float32) | (dict(bf16=torch.bfloat16) if computes_bf16(device) else {})
+    kinds, out = dict(fp32=torch.float32), {}
+    if computes_bf16(device): kinds['bf16'] = torch.bfloat16
     for name, dtype in kinds.items():
         a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-        out[name] = (
-            2
-            * side**3
-            / np.median([clock(lambda a=a, b=b: torch.mm(a, b), device) for _ in range(4)][1:])
-        )
+        def product(a=a, b=b): return torch.mm(a, b)
+        out[name] = 2*side**3/_median_time(product, device, 3)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    out['copy'] = (
-        2 * size / np.median([clock(lambda: target.copy_(source), device) for _ in range(5)][1:])
-    )
+    out['copy'] = 2*size/_median_time(lambda: target.copy_(source), device, 4)
     return out
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #91f8200b
@@ -187,7 +182,8 @@ class Row:
     nbytes:int=0             # bytes an image that it cannot do without, read or written
     about:dict=field(default_factory=dict)  # e.g. precision, workers
 
-BENCHES:dict[str, dict[str, Callable]] = {}  # what -> side -> (plan, images) -> rows by name; each side runs in a process of its own
+# what -> side -> (plan, images) -> rows by name; each side runs in a process of its own
+BENCHES:dict[str, dict[str, Callable]] = {}
 
 def side_of(
     what:str,  # the benchmark

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as tv
@@ -36,40 +37,31 @@ class PilOps:
         return im
 
 # %% ../../nbs/12b_app.bench_reference.ipynb #88da0dde
+def _distortions(r:AugmentRecipe)->list:
+    "Changes of geometry and brightness."
+    out = [PilOps(r), T.RandomRotation(r.rotate)]
+    if r.shear or r.scale:
+        out.append(T.RandomAffine(0, scale=(1 - r.scale, 1 + r.scale), shear=r.shear))
+    out += [T.ColorJitter(r.gain, r.contrast, r.saturation, r.hue), T.RandomHorizontalFlip(r.hflip)]
+    if r.vflip: out.append(T.RandomVerticalFlip(r.vflip))
+    if r.blur: out.append(T.RandomApply([T.GaussianBlur(3)], r.blur))
+    if r.posterize: out.append(T.RandomPosterize(4, r.posterize))
+    return out
+
 def pil_changes(
     recipe:AugmentRecipe,  # which changes, how far
     size:int,              # side of the result [px]
     margin:int,            # what a crop may leave out [px]
 )->T.Compose:              # PIL image -> (3, size, size) float32, normalised
     "The chain of torchvision operations that a recipe stands for."
-    r, some = (
-        recipe,
-        [
-            T.Resize((size + margin,) * 2),
-            T.RandomCrop(size),
-            PilOps(recipe),
-            T.RandomRotation(recipe.rotate),
-        ],
-    )
-    if r.shear or r.scale:
-        some.append(T.RandomAffine(0, scale=(1 - r.scale, 1 + r.scale), shear=r.shear))
-    some += [
-        T.ColorJitter(r.gain, r.contrast, r.saturation, r.hue),
-        T.RandomHorizontalFlip(r.hflip),
-    ]
-    if r.vflip: some.append(T.RandomVerticalFlip(r.vflip))
-    if r.blur: some.append(T.RandomApply([T.GaussianBlur(3)], r.blur))
-    if r.posterize: some.append(T.RandomPosterize(4, r.posterize))
-    some += [
-        T.ToTensor(),
-        T.RandomErasing(r.erase, (0.02, r.erase_area), value=0.0),
-        T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
-    return T.Compose(some)
+    framed = [T.Resize((size + margin,)*2), T.RandomCrop(size)]
+    erased = T.RandomErasing(recipe.erase, (0.02, recipe.erase_area), value=0.0)
+    normalised = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return T.Compose([*framed, *_distortions(recipe), T.ToTensor(), erased, normalised])
 
 # %% ../../nbs/12b_app.bench_reference.ipynb #7442d36d
 class PilFiles(torch.utils.data.Dataset):
-    "Opens, decodes and changes a file each time it is asked for one; begins again after the last."
+    "Opens, decodes and changes a file each time it is wanted; begins again after the last."
     def __init__(self, images:Images, changes:Callable, length:int):
         self.images, self.changes, self.length = images, changes, length
     def __len__(self)->int: return self.length
@@ -85,13 +77,11 @@ def pil_loader(
     plan:Plan,             # sizes, workers
 )->torch.utils.data.DataLoader:
     "The reference's batches: shuffled, the last incomplete one dropped."
-    data = PilFiles(
-        images, pil_changes(recipe, plan.size, plan.recipe.data.margin), plan.batch * 10_000
-    )
+    changes = pil_changes(recipe, plan.size, plan.recipe.data.margin)
     # as under the authors' Python
     fork = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else None
     return torch.utils.data.DataLoader(
-        data,
+        PilFiles(images, changes, plan.batch*10_000),
         plan.batch,
         shuffle=True,
         drop_last=True,
@@ -110,40 +100,32 @@ class ReferenceStep:
         device,                   # where both are
         accumulate:int=2,         # batches a step of the optimiser
     ):
-        self.teacher, self.student, self.device, self.half = (
-            teacher.eval(),
-            student.train(),
-            torch.device(device),
-            torch.device(device).type == 'cuda',
-        )
+        self.teacher, self.student = teacher.eval(), student.train()
+        self.device = torch.device(device)
+        self.half = self.device.type == 'cuda'
         self.loss, self.accumulate, self.seen, self.total = recipe.distill, accumulate, 0, 0.
-        self.opt = torch.optim.AdamW(
-            student.parameters(),
-            lr=recipe.student.lr,
-            weight_decay=recipe.student.weight_decay,
-            fused=False,
-        )
+        rates = dict(lr=recipe.student.lr, weight_decay=recipe.student.weight_decay)
+        self.opt = torch.optim.AdamW(student.parameters(), fused=False, **rates)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.half)
-
-    def losses(self, x:torch.Tensor, y:torch.Tensor)->torch.Tensor:
-        "Weighted sum of cross-entropy and the divergence of softened answers."
-        with torch.no_grad(): asked = self.teacher(x)
-        t = self.loss.temperature
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
-            said = self.student(x)
-            soft = (
-                F.kl_div(F.log_softmax(said / t, 1), F.softmax(asked / t, 1), reduction='batchmean')
-                * t
-                * t
-            )
-            return self.loss.beta*F.cross_entropy(said, y) + self.loss.alpha*soft
 
     def __call__(self, batch):
         x, y = (v.to(self.device) for v in batch)
         loss, self.seen = self.losses(x, y), self.seen + 1
         self.scaler.scale(loss/self.accumulate).backward()
         self.total += loss.item()
-        if self.seen % self.accumulate == 0:
-            self.scaler.step(self.opt)
-            self.scaler.update()
-            self.opt.zero_grad()
+        if self.seen % self.accumulate: return
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        self.opt.zero_grad()
+
+# %% ../../nbs/12b_app.bench_reference.ipynb #f48ccd71
+@patch
+def losses(self:ReferenceStep, x:torch.Tensor, y:torch.Tensor)->torch.Tensor:
+    "Weighted sum of cross-entropy and the divergence of softened outputs."
+    with torch.no_grad(): teacher_logits = self.teacher(x)
+    t = self.loss.temperature
+    with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+        logits = self.student(x)
+        softened = F.log_softmax(logits/t, 1), F.softmax(teacher_logits/t, 1)
+        soft = F.kl_div(*softened, reduction='batchmean')*t*t
+        return self.loss.beta*F.cross_entropy(logits, y) + self.loss.alpha*soft

@@ -8,79 +8,42 @@ __all__ = ['SHIPPED', 'PUBLISHED', 'Stretch', 'learner_turn', 'distilled_rows', 
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #imp-app-bench-rows
 import functools
-
 import importlib.util
-
 import tempfile
-
 import time
-
 from collections.abc import Callable
-
 from pathlib import Path
-
 from types import SimpleNamespace
 
 import numpy as np
-
 import torch
-
 import torch.nn.functional as F
-
 from fastai.callback.core import Callback, CancelFitException
 
-from kdoct.app.bench_harness import (
-    clock,
-    Images,
-    outputs_in,
-    Plan,
-    Row,
-    side_of,
-    timed_stretch,
-    wait_for,
-)
-
+from .bench_harness import clock, Images, outputs_in, Plan, Row
+from .bench_harness import side_of, timed_stretch, wait_for
 from .bench_reference import pil_loader, ReferenceStep
 
-from ..core.files import KdoctError
-
-from ..core.sections import AugmentRecipe, TrainRecipe
-
-from ..data.batches import Batches
-
 # %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
+from ..core.files import KdoctError
+from ..core.sections import AugmentRecipe, TrainRecipe
+from ..data.batches import Batches
 from ..data.cache import decode_cache
-
 from ..data.framing import framed
-
 from ..data.images import decode_image, read_image_bytes
-
 from ..deploy.engines import make_engine, network_alone, runs_here
-
 from ..deploy.graph import Deployable
-
 from ..deploy.stage import write_formats
-
 from ..distill.methods import Distill
-
 from ..distill.teacher_cache import TeacherCache
-
 from ..evaluate.outliers import fit_outlier
-
 from ..explain.cam import Layer, score_cam, stretch, target_layer
-
 from ..models.backbones import Classifier, create_classifier
-
 from ..models.cost import count_macs
-
 from ..training.distributed import best_device
-
 from ..training.inference import inference_model, InferenceModel
-
 from ..training.loop import keep_freed_memory, make_learner
-
 from ..training.losses import cross_entropy
-
 from ..training.precision import compile_here
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #94879810
@@ -88,61 +51,50 @@ def _used(device):
     "What the loop does to a batch: it takes it to the device."
     return lambda batch: [v.to(device) for v in batch]
 
+def _channels(images:Images)->int:
+    "Of the decoded images."
+    return 1 if images.decoded.ndim == 3 else 3
+
 def _view_bytes(images:Images, size:int)->int:
     "Bytes of a view that were to be read and written at least: the stored image, the picture as float32."
-    channels = 1 if images.decoded.ndim == 3 else 3
-    return images.decoded[0].nbytes + 4*channels*size*size
+    return images.decoded[0].nbytes + 4*_channels(images)*size*size
 
 def _batches(
     plan:Plan, images:Images, rows:np.ndarray, recipe:AugmentRecipe|None, seed:int=0
 )->Batches:
     "Our batches of some rows, on the best device."
-    return Batches(
-        images.decoded,
-        images.labels,
-        images.ids,
-        rows,
-        plan.step,
-        recipe,
-        seed,
-        best_device(),
-        plan.size,
-    )
+    what = images.decoded, images.labels, images.ids, rows
+    return Batches(*what, plan.step, recipe, seed, best_device(), plan.size)
 
 def _endless_rows(images:Images, batch:int)->np.ndarray:
+    "Rows of the images again and again, for 256 batches."
     return np.resize(np.arange(len(images.labels)), batch*256)
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #1e0db06f
 @side_of('input', 'reference')
 def _reference_input(plan:Plan, images:Images)->dict[str, Row]:
+    "Pictures by PIL."
     device, loader = best_device(), pil_loader(images, plan.recipe.teacher.augment, plan)
     def turn(): return timed_stretch(loader, _used(device), plan.steps, 2*plan.workers, device)
-    return {
-        'reference pattern': Row(
-            turn, (), nbytes=_view_bytes(images, plan.size), about=dict(workers=plan.workers)
-        )
-    }
+    nbytes, about = _view_bytes(images, plan.size), dict(workers=plan.workers)
+    return {'reference pattern': Row(turn, (), nbytes=nbytes, about=about)}
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #45778b2b
 @side_of('input', 'kdoct')
 def _kdoct_input(plan:Plan, images:Images)->dict[str, Row]:
+    "Pictures of images that were decoded once, and what decoding costs."
     keep_freed_memory()   # as `train_role` does
     device = best_device()
     batches = _batches(plan, images, _endless_rows(images, plan.step), plan.recipe.teacher.augment)
     def turn():
         batches.epoch += 1
         return timed_stretch(batches, _used(device), plan.steps, 2, device)
+    def decode_all():
+        side = images.decoded.shape[1]
+        decode_cache(images.table, images.root, side, _channels(images))
     def decode():
         with tempfile.TemporaryDirectory(dir=plan.place) as d, outputs_in(d):
-            channels = 1 if images.decoded.ndim == 3 else 3
-            return dict(
-                images=len(images.files),
-                seconds=clock(
-                    lambda: decode_cache(
-                        images.table, images.root, images.decoded.shape[1], channels
-                    )
-                ),
-            )
+            return dict(images=len(images.files), seconds=clock(decode_all))
     return {'kdoct': Row(turn, ('reference pattern',), nbytes=_view_bytes(images, plan.size)),
             'kdoct, decoding once': Row(decode, (), about=dict(note='once for all epochs'))}
 
@@ -166,6 +118,15 @@ class Stretch(Callback):
             raise CancelFitException
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #9c5f6c61
+def _learner(plan:Plan, images:Images, recipe:TrainRecipe, cbs:list):
+    "The Learner that trains a student, on the best device."
+    n = len(np.unique(images.labels))
+    model = create_classifier(recipe, n, plan.size, best_device())
+    train = _batches(plan, images, _endless_rows(images, plan.step), recipe.augment)
+    valid = _batches(plan, images, np.arange(len(images.labels)), None)
+    folder = Path(tempfile.mkdtemp(dir=plan.place))
+    return make_learner(model, train, valid, cross_entropy, recipe, folder, cbs=cbs)
+
 def learner_turn(
     plan:Plan,      # recipe, batches a turn
     images:Images,  # decoded
@@ -173,36 +134,23 @@ def learner_turn(
     precision:str='auto',  # fp32, bf16, or auto: measured in the first turn
 )->Callable:        # () -> images, seconds, precision
     "Steps of the Learner that trains a student, on the best device."
-    recipe = plan.recipe.override(**{'student.precision': precision})
-    model, stretch = (
-        create_classifier(recipe.student, len(np.unique(images.labels)), plan.size, best_device()),
-        Stretch(plan.steps),
-    )
-    train = _batches(plan, images, _endless_rows(images, plan.step), recipe.student.augment)
-    valid = _batches(plan, images, np.arange(len(images.labels)), None)
-    learn = make_learner(
-        model,
-        train,
-        valid,
-        cross_entropy,
-        recipe.student,
-        Path(tempfile.mkdtemp(dir=plan.place)),
-        cbs=[*cbs, stretch],
-    )
+    recipe = plan.recipe.override(**{'student.precision': precision}).student
+    stretch = Stretch(plan.steps)
+    learn = _learner(plan, images, recipe, [*cbs, stretch])
     def turn():
         with outputs_in(plan.place), learn.no_bar(), learn.no_logging(): learn.fit(1)
         learn.precision.auto = False   # measured in the first turn, which is not counted
-        return dict(images=stretch.images, seconds=stretch.seconds, precision=model.precision)
+        took = dict(images=stretch.images, seconds=stretch.seconds)
+        return took | dict(precision=learn.model.precision)
     return turn
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #755c4c88
 def _teacher(plan:Plan, images:Images)->InferenceModel:
-    "The teacher of a benchmark as `train_student` would ask it."
+    "The teacher of a benchmark as `train_student` would query it."
     torch.manual_seed(plan.recipe.seed)   # always the same, as its cache expects
-    model = create_classifier(
-        plan.recipe.teacher, len(np.unique(images.labels)), plan.size, best_device()
-    )
-    return inference_model(model.eval(), plan.recipe.teacher.precision, best_device())[0]
+    recipe, n = plan.recipe.teacher, len(np.unique(images.labels))
+    model = create_classifier(recipe, n, plan.size, best_device())
+    return inference_model(model.eval(), recipe.precision, best_device())[0]
 
 @functools.cache
 def _forward_macs(plan:Plan, role:str)->int:
@@ -216,26 +164,17 @@ def _macs(plan:Plan, teachers:int)->int:
 # %% ../../nbs/12c_app.bench_rows.ipynb #bd27c7a4
 @side_of('step', 'reference')
 def _reference_step(plan:Plan, images:Images)->dict[str, Row]:
+    "Steps of the reference's pattern."
     device, recipe, n = best_device(), plan.recipe, len(np.unique(images.labels))
-    nets = [
-        create_classifier(r, n, plan.size, device).body.to(memory_format=torch.contiguous_format)
-        for r in (recipe.teacher, recipe.student)
-    ]
-    use, loader = (
-        ReferenceStep(*nets, recipe, device),
-        pil_loader(images, recipe.student.augment, plan),
-    )
+    def network(r):
+        body = create_classifier(r, n, plan.size, device).body
+        return body.to(memory_format=torch.contiguous_format)
+    use = ReferenceStep(network(recipe.teacher), network(recipe.student), recipe, device)
+    loader = pil_loader(images, recipe.student.augment, plan)
     def turn(): return timed_stretch(loader, use, plan.steps, 2, device)
-    return {
-        'reference pattern': Row(
-            turn,
-            (),
-            macs=_macs(plan, 1),
-            about=dict(
-                precision='fp32, student fp16' if use.half else 'fp32', workers=plan.workers
-            ),
-        )
-    }
+    precision = 'fp32, student fp16' if use.half else 'fp32'
+    about = dict(precision=precision, workers=plan.workers)
+    return {'reference pattern': Row(turn, (), macs=_macs(plan, 1), about=about)}
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #b32a1fe5
 def distilled_rows(
@@ -243,35 +182,32 @@ def distilled_rows(
     images:Images,   # decoded
     *against:str,    # what online steps are compared with
 )->dict[str, Row]:
-    "Steps of the Learner: the teacher asked about every batch, its answers kept in a cache, and without a teacher."
+    "Steps of the Learner: the teacher queried about every batch, its outputs kept in a cache, and without a teacher."
     keep_freed_memory()   # as `train_role` does
     recipe, teacher = plan.recipe.distill, _teacher(plan, images)
-    kept = Distill(
-        {'teacher': TeacherCache(teacher, 'bench', recipe.teacher_batch)},
-        recipe.model_copy(update=dict(views=1)),
-    )
+    cache = {'teacher': TeacherCache(teacher, 'bench', recipe.teacher_batch)}
+    kept = Distill(cache, recipe.model_copy(update=dict(views=1)))
     alone = learner_turn(plan, images)
     precision = alone()['precision']   # the same for all three, or noise could set them apart
-    online, cached = (
-        learner_turn(plan, images, [cb], precision)
-        for cb in (Distill({'teacher': teacher}, recipe), kept)
-    )
+    online = learner_turn(plan, images, [Distill({'teacher': teacher}, recipe)], precision)
+    cached = learner_turn(plan, images, [kept], precision)
+    others = (*against, 'kdoct, online', 'kdoct, no teacher')
     return {
         'kdoct, online': Row(online, against, macs=_macs(plan, 1)),
-        'kdoct, from the cache': Row(
-            cached, (*against, 'kdoct, online', 'kdoct, no teacher'), macs=_macs(plan, 0)
-        ),
+        'kdoct, from the cache': Row(cached, others, macs=_macs(plan, 0)),
         'kdoct, no teacher': Row(alone, against, macs=_macs(plan, 0)),
     }
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #14157943
 @side_of('step', 'kdoct')
 def _kdoct_step(plan:Plan, images:Images)->dict[str, Row]:
+    "Our steps beside those of the reference's pattern."
     return distilled_rows(plan, images, 'reference pattern')
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #c25dcc55
 @side_of('cache', 'kdoct')
 def _cache(plan:Plan, images:Images)->dict[str, Row]:
+    "Steps with and without kept outputs, and what it costs to keep them."
     rows, recipe, teacher = distilled_rows(plan, images), plan.recipe, _teacher(plan, images)
     # another cache than the steps'
     every = _batches(plan, images, np.arange(len(images.labels)), recipe.student.augment, seed=1)
@@ -280,20 +216,10 @@ def _cache(plan:Plan, images:Images)->dict[str, Row]:
     def build():
         queried, seconds = cache.queried, cache.seconds
         cache.build([len(cache.views)])   # the next view of every image
-        return dict(
-            images=cache.queried - queried,
-            seconds=cache.seconds - seconds,
-            precision=teacher.precision,
-        )
-    return {
-        **rows,
-        'building the cache': Row(
-            build,
-            ('kdoct, online',),
-            macs=_forward_macs(plan, 'teacher'),
-            about=dict(note='images are views here'),
-        ),
-    }
+        took = dict(images=cache.queried - queried, seconds=cache.seconds - seconds)
+        return took | dict(precision=teacher.precision)
+    macs, about = _forward_macs(plan, 'teacher'), dict(note='images are views here')
+    return rows | {'building the cache': Row(build, ('kdoct, online',), macs=macs, about=about)}
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #b3203420
 def repeated(
@@ -307,10 +233,10 @@ def repeated(
     while seconds < least: done, seconds = done + images, seconds + clock(work, device)
     return dict(images=done, seconds=seconds)
 
-@torch.inference_mode()
 def _passes(f:Callable, x:torch.Tensor, n:int)->dict:
     "Time of at least `n` forward passes."
-    return repeated(lambda: [f(x) for _ in range(n)], n*len(x), x.device)
+    with torch.inference_mode():
+        return repeated(lambda: [f(x) for _ in range(n)], n*len(x), x.device)
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #bd360317
 def inference_rows(
@@ -327,51 +253,43 @@ def inference_rows(
         for n in (1, plan.batch):
             x = torch.rand(n, channels, plan.size, plan.size, device=best_device())
             other = (f'{role}, batch {n}, {against}',) if against else ()
-            out[f'{role}, batch {n}, {how}'] = Row(
-                lambda f=f, x=x: _passes(f, x, plan.steps),
-                other,
-                _forward_macs(plan, role),
-                about=about,
-            )
+            def turn(f=f, x=x): return _passes(f, x, plan.steps)
+            macs = _forward_macs(plan, role)
+            out[f'{role}, batch {n}, {how}'] = Row(turn, other, macs, about=about)
     return out
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #4201acd2
 def _networks(plan:Plan)->dict[str, Classifier]:
-    return {
-        role: create_classifier(getattr(plan.recipe, role), 4, plan.size, best_device()).eval()
-        for role in ('teacher', 'student')
-    }
+    "Teacher and student with random weights."
+    def network(role):
+        recipe = getattr(plan.recipe, role)
+        return create_classifier(recipe, 4, plan.size, best_device()).eval()
+    return {role: network(role) for role in ('teacher', 'student')}
 
 @side_of('infer', 'reference')
 def _reference_inference(plan:Plan, images:Images)->dict[str, Row]:
-    nets = {
-        role: m.body.to(memory_format=torch.contiguous_format)
-        for role, m in _networks(plan).items()
-    }
+    "Networks as the authors' code runs them."
+    plain = torch.contiguous_format
+    nets = {role: m.body.to(memory_format=plain) for role, m in _networks(plan).items()}
     return inference_rows(plan, 'float32 eager', nets, 3, precision='fp32')
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #0e8587d6
+def _precisions(networks:dict)->str:
+    "Precisions of some networks, each named once."
+    return ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in networks.values()))
+
 @side_of('infer', 'kdoct')
 def _kdoct_inference(plan:Plan, images:Images)->dict[str, Row]:
+    "Our networks: as trained, as inference copies and, where wanted, compiled."
     nets = _networks(plan)
-    ways = {
-        'kdoct': nets,
-        'kdoct frozen': {
-            role: inference_model(m, device=best_device())[0] for role, m in nets.items()
-        },
-    }
+    copies = {role: inference_model(m, device=best_device())[0] for role, m in nets.items()}
+    ways = {'kdoct': nets, 'kdoct, inference copy': copies}
     if plan.compile: ways['kdoct compiled'] = {role: compile_here(m) for role, m in nets.items()}
-    precisions = {
-        how: ', '.join(dict.fromkeys(getattr(m, 'precision', '') for m in made.values()))
-        for how, made in ways.items()
-    }
-    return {
-        k: row
-        for how, made in ways.items()
-        for k, row in inference_rows(
-            plan, how, made, 1, 'float32 eager', precision=precisions[how]
-        ).items()
-    }
+    precisions = {how: _precisions(made) for how, made in ways.items()}
+    out = {}
+    for how, made in ways.items():
+        out |= inference_rows(plan, how, made, 1, 'float32 eager', precision=precisions[how])
+    return out
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #fa387b3e
 SHIPPED = {
@@ -384,43 +302,30 @@ SHIPPED = {
 _CALIBRATION = 16   # pictures
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #3197dd37
+def _random_outlier(features:int):
+    "An outlier detector fitted to noise; it takes as long as any."
+    noise = np.random.default_rng(0).normal(size=(64, features))
+    return fit_outlier(noise.astype(np.float32))
+
 def shipped_graphs(
     plan:Plan,         # with `place`
     role:str,          # teacher or student
     images:Images,     # decoded
 )->tuple[Path, dict]:  # folder with the files of a bundle; what makes engines of them
     "The graphs of a network with random weights."
-    channels, model = (
-        1 if images.decoded.ndim == 3 else 3,
-        create_classifier(getattr(plan.recipe, role), 4, plan.size).eval(),
-    )
-    stand_in = SimpleNamespace(
-        temperature=1.0,
-        outlier=fit_outlier(
-            np.random.default_rng(0).normal(size=(64, model.body.num_features)).astype(np.float32)
-        ),
-    )
+    channels = _channels(images)
+    model = create_classifier(getattr(plan.recipe, role), 4, plan.size).eval()
+    outlier = _random_outlier(model.body.num_features)
+    stand_in = SimpleNamespace(temperature=1.0, outlier=outlier)
     folder = Path(tempfile.mkdtemp(dir=plan.place))
     net = Deployable(model, stand_in, plan.size, images.decoded.shape[1] - plan.size)
-    failed = write_formats(
-        net,
-        folder,
-        ('onnx', 'openvino', 'int8'),
-        channels,
-        [x[None] for x in images.decoded[:_CALIBRATION]],
-    )
+    pictures = [x[None] for x in images.decoded[:_CALIBRATION]]
+    failed = write_formats(net, folder, ('onnx', 'openvino', 'int8'), channels, pictures)
     if failed:
-        raise KdoctError(f"{getattr(plan, role)}: {next(iter(failed.values()))}.",
-                         fix="Name another network.")
-    return folder, dict(
-        about=dict(
-            size=plan.size,
-            margin=net.prepare.stored - plan.size,
-            channels=channels,
-            classes=range(4),
-        ),
-        decision=None,
-    )
+        problem = f"{getattr(plan, role)}: {next(iter(failed.values()))}."
+        raise KdoctError(problem, fix="Name another network.")
+    about = dict(size=plan.size, margin=net.prepare.stored - plan.size, channels=channels)
+    return folder, dict(about=about | dict(classes=range(4)), decision=None)
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #bdd1364a
 def file_passes(
@@ -434,56 +339,79 @@ def file_passes(
     return repeated(work, len(files))
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #b34a28f6
+def _alone_rows(plan:Plan, role:str, engine:str, alone:Callable)->dict[str, Row]:
+    "The network alone in one engine, in batches of 1 and of `plan.batch`."
+    how, out, macs = SHIPPED[engine], {}, _forward_macs(plan, role)
+    about = dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:])
+    for n in (1, plan.batch):
+        x = np.random.default_rng(0).normal(size=(n, 3, plan.size, plan.size)).astype(np.float32)
+        def turn(x=x):
+            return repeated(lambda: [alone(x) for _ in range(plan.steps)], plan.steps*len(x))
+        against = tuple(f'{r}, batch {n}, float32 eager' for r in dict.fromkeys((role, 'teacher')))
+        out[f'{role}, batch {n}, {how}'] = Row(turn, against, macs, about=about)
+    return out
+
+def _whole_row(plan:Plan, images:Images, engine:str, whole)->dict[str, Row]:
+    "The student's whole path in one engine, from file to answer."
+    how = SHIPPED[engine]
+    about = dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:])
+    def turn(): return file_passes(whole, images.files[:4*plan.steps], whole.channels)
+    against = (f'student, batch 1, {how}',)
+    row = Row(turn, against, _forward_macs(plan, 'student'), about=about)
+    return {f'student, whole path, {how}': row}
+
+# %% ../../nbs/12c_app.bench_rows.ipynb #39b94e03
 def shipped_rows(
     plan:Plan,       # with `place`
     role:str,        # teacher or student
     images:Images,   # files
 )->dict[str, Row]:
     "The network alone in each engine that runs here, and of the student the whole path."
-    (folder, made), out, macs, threads = (
-        shipped_graphs(plan, role, images),
-        {},
-        _forward_macs(plan, role),
-        torch.get_num_threads(),
-    )
-    for engine, how in SHIPPED.items():
+    (folder, made), out = shipped_graphs(plan, role, images), {}
+    threads = torch.get_num_threads()
+    for engine in SHIPPED:
         if runs_here(engine): continue
-        alone, about = (
-            network_alone(folder, engine, threads),
-            dict(precision='fp32' if engine in ('onnx', 'openvino') else engine[-4:]),
-        )
-        for n in (1, plan.batch):
-            x, other = (
-                np.random.default_rng(0)
-                .normal(size=(n, 3, plan.size, plan.size))
-                .astype(np.float32),
-                dict.fromkeys((role, 'teacher')),
-            )
-            def turn(f=alone, x=x):
-                return repeated(lambda: [f(x) for _ in range(plan.steps)], plan.steps*len(x))
-            out[f'{role}, batch {n}, {how}'] = Row(
-                turn, tuple(f'{r}, batch {n}, float32 eager' for r in other), macs, about=about
-            )
+        out |= _alone_rows(plan, role, engine, network_alone(folder, engine, threads))
         if role == 'teacher': continue
         whole = make_engine(folder, engine, threads=threads, **made)
-        out[f'student, whole path, {how}'] = Row(
-            lambda f=whole: file_passes(f, images.files[: 4 * plan.steps], f.channels),
-            (f'student, batch 1, {how}',),
-            macs,
-            about=about,
-        )
+        out |= _whole_row(plan, images, engine, whole)
     return out
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #64e478ea
 @side_of('infer', 'shipped')
 def _shipped_inference(plan:Plan, images:Images)->dict[str, Row]:
-    if not all(
-        importlib.util.find_spec(p) for p in ('onnxscript', 'onnxruntime', 'openvino', 'nncf')
-    ):
-        return {}
+    "What is shipped; nothing where the packages are not installed."
+    needed = ('onnxscript', 'onnxruntime', 'openvino', 'nncf')
+    if not all(importlib.util.find_spec(p) for p in needed): return {}
     return shipped_rows(plan, 'teacher', images) | shipped_rows(plan, 'student', images)
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #8d49a823
+def _take_statistics(model:Classifier, x:torch.Tensor):
+    "Batch normalisation receives the statistics of some images."
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    if not norms: return
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    shuffled = x[torch.randperm(len(x))]
+    for p in model.prepare(shuffled).split(8): model.body.forward_features(p)
+
+def _fit_head(model:Classifier, x:torch.Tensor, y:np.ndarray):
+    "A logistic regression on the pooled features becomes the head."
+    from sklearn.linear_model import LogisticRegression
+    body = model.body
+    def features(p): return body.forward_head(body.forward_features(p), pre_logits=True)
+    f = torch.cat([features(p) for p in model.prepare(x).split(8)])
+    mean, scale, head = f.mean(0), f.std(0).mean(), body.get_classifier()
+    fit = LogisticRegression(max_iter=1000).fit((f - mean)/scale, y)
+    weight, bias = fit.coef_, fit.intercept_
+    if len(weight) == 1:  # two classes
+        weight, bias = (np.concatenate([-v, v])/2 for v in (weight, bias))
+    w = torch.from_numpy(weight).float()/scale
+    head.weight.copy_(w.view_as(head.weight))
+    head.bias.copy_(torch.from_numpy(bias).float() - w @ mean)
+
+# %% ../../nbs/12c_app.bench_rows.ipynb #9a5f9852
 def answering_network(
     arch:str,         # timm name
     weights:str,      # none or package
@@ -492,35 +420,12 @@ def answering_network(
     y:np.ndarray,     # (n,) class numbers, from 0
 )->Classifier:        # float32, evaluation mode
     "A classifier with statistics and a head that belong to the images."
-    from sklearn.linear_model import LogisticRegression
     torch.manual_seed(0)
-    model = create_classifier(
-        TrainRecipe(arch=arch, weights=weights, precision='fp32', drop_rate=0),
-        len(np.unique(y)),
-        size,
-    )
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    recipe = TrainRecipe(arch=arch, weights=weights, precision='fp32', drop_rate=0)
+    model = create_classifier(recipe, len(np.unique(y)), size)
     with torch.no_grad():
-        if weights == 'none' and norms:
-            for m in norms: m.reset_running_stats(), setattr(m, 'momentum', None)
-            for p in model.prepare(x[torch.randperm(len(x))]).split(8):
-                model.body.forward_features(p)
-        body = model.eval().body
-        f = torch.cat(
-            [
-                body.forward_head(body.forward_features(p), pre_logits=True)
-                for p in model.prepare(x).split(8)
-            ]
-        )
-        mean, scale, head = f.mean(0), f.std(0).mean(), body.get_classifier()
-        fit = LogisticRegression(max_iter=1000).fit((f - mean)/scale, y)
-        if len(fit.coef_) == 1:
-            fit.coef_, fit.intercept_ = (
-                np.concatenate([-v, v]) / 2 for v in (fit.coef_, fit.intercept_)
-            )  # two classes
-        w = torch.from_numpy(fit.coef_).float()/scale
-        head.weight.copy_(w.view_as(head.weight))
-        head.bias.copy_(torch.from_numpy(fit.intercept_).float() - w @ mean)
+        if weights == 'none': _take_statistics(model, x)
+        _fit_head(model.eval(), x, y)
     return model
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #161ad352
@@ -554,9 +459,8 @@ def by_torchcam(
     return stretch(F.interpolate(small[None], x.shape[-2:], mode='bilinear')[0, 0]).cpu()
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #2c170e26
-PUBLISHED = {'pytorch-grad-cam': by_grad_cam} | (
-    {'torchcam': by_torchcam} if importlib.util.find_spec('torchcam') else {}
-)
+PUBLISHED = {'pytorch-grad-cam': by_grad_cam}
+if importlib.util.find_spec('torchcam'): PUBLISHED['torchcam'] = by_torchcam
 
 def cam_maps(
     model:Classifier,  # network
@@ -572,35 +476,36 @@ def cam_maps(
         model.body.to(memory_format=torch.channels_last)
         found = score_cam(model, x, number, **kwargs)
         return found.maps[0], found.cost[0]
-    return {name: lambda f=f: theirs(f) for name, f in PUBLISHED.items()} | dict(kdoct=ours) | {
-        f'kdoct as {name}': lambda name=name: ours(variant=name) for name in PUBLISHED}
+    ways = {name: functools.partial(theirs, f) for name, f in PUBLISHED.items()}
+    ways['kdoct'] = ours
+    return ways | {f'kdoct as {name}': functools.partial(ours, variant=name) for name in PUBLISHED}
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #da0a49f2
+def _correlation(a, b)->float:
+    "Of two maps."
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+def _cam_turn(name:str, way:Callable, maps:dict, device)->dict:
+    "A map, what it took, and how well it agrees with those of others."
+    wait_for(device)
+    began = time.perf_counter()
+    maps[name], cost = way()
+    took = time.perf_counter() - began
+    known = [o for o in PUBLISHED if name.startswith('kdoct') and o in maps]
+    agrees = {o: _correlation(maps[o], maps[name]) for o in known}
+    return dict(images=1, seconds=took, cost=cost, correlation=agrees)
+
+# %% ../../nbs/12c_app.bench_rows.ipynb #7a24c4e3
 @side_of('score-cam', 'all')
 def _score_cam(plan:Plan, images:Images)->dict[str, Row]:
+    "One map, by each way."
     rows = np.arange(len(images.labels))
     x = _batches(plan, images, rows, None).batch(rows)[0].cpu()
-    model, x, maps = (
-        answering_network(plan.student, 'none', plan.size, x, images.labels).to(best_device()),
-        x[:1].to(best_device()),
-        {},
-    )
+    model = answering_network(plan.student, 'none', plan.size, x, images.labels)
+    model, x, maps, out = model.to(best_device()), x[:1].to(best_device()), {}, {}
     with torch.no_grad(): number = int(model(x).argmax())
-    def turn(name, way):
-        wait_for(x.device)
-        began = time.perf_counter()
-        maps[name], cost = way()
-        took, known = (
-            time.perf_counter() - began,
-            [o for o in PUBLISHED if name.startswith('kdoct') and o in maps],
-        )
-        agrees = {o: float(np.corrcoef(maps[o].ravel(), maps[name].ravel())[0, 1]) for o in known}
-        return dict(images=1, seconds=took, cost=cost, correlation=agrees)
-    return {
-        name: Row(
-            lambda name=name, way=way: turn(name, way),
-            tuple(PUBLISHED) if name.startswith('kdoct') else (),
-            about=dict(network=plan.student),
-        )
-        for name, way in cam_maps(model, x, number).items()
-    }
+    for name, way in cam_maps(model, x, number).items():
+        turn = functools.partial(_cam_turn, name, way, maps, x.device)
+        against = tuple(PUBLISHED) if name.startswith('kdoct') else ()
+        out[name] = Row(turn, against, about=dict(network=plan.student))
+    return out

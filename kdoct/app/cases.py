@@ -27,7 +27,7 @@ from ..data.images import decode_image, read_image_bytes
 from ..deploy.predict import check_out
 from ..evaluate.intervals import group_weights
 from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_role, targets_of
-from ..evaluate.tables import protocol_of
+from ..evaluate.protocol import protocol_of
 
 # %% ../../nbs/09a_app.cases.ipynb #a1426b4e
 def runs_there()->list[str]:  # the one worked on last is first
@@ -69,12 +69,20 @@ def require_model(
     )
 
 # %% ../../nbs/09a_app.cases.ipynb #6b726cf9
+def _calibrated(decision)->str:
+    "Whether probabilities are calibrated, and on how many patients."
+    from kdoct.evaluate.decisions import fitted_on
+    if decision is None: return "as the network gives them, not calibrated"
+    patients = counted(fitted_on(decision)[0], 'patient')
+    return f"after calibration (temperature {decision.temperature:.2f}, fitted on {patients})"
+
 def _decided(folder:Path, predictions:pd.DataFrame)->tuple:
-    "What was decided about a network and its predictions; None, or the error, where it is not there or does not fit."
+    "What was decided about a network; None, and the error, where it is not there or does not fit."
     from kdoct.evaluate.decision_tables import read_decided
     try: return read_decided(folder, predictions), ''
     except KdoctError as e: return None, f'{e.problem} It is left out here. {e.fix}'
 
+# %% ../../nbs/09a_app.cases.ipynb #039c6efc
 def _aligned(role:str, predictions:pd.DataFrame, first:pd.DataFrame, fix:str)->pd.DataFrame:
     "Predictions in the order of `first`."
     has_same_images = sorted(predictions.path) == sorted(first.path)
@@ -98,74 +106,59 @@ class Cases:
     predictions:pd.DataFrame             # n rows, as predictions.parquet has them
     probabilities:dict[str, np.ndarray]  # role -> (n, K)
     decisions:dict[str, object]          # role -> kdoct.evaluate.decisions.Decision, for those that have one
-    distances:np.ndarray|None            # (n,) of each image from the training images of the network that is looked at; None without a decision
+    distances:np.ndarray|None            # (n,) of each image from the training images; None without a decision
     notes:tuple[str, ...]=()             # what could not be used, or not fitted as wished
-
-    @property
-    def about(self)->str:
-        "What the numbers are of."
-        from kdoct.evaluate.decisions import fitted_on
-        d, t = self.decisions.get(self.role), self.predictions
-        how = "as the network gives them, not calibrated"
-        if d:
-            how = (f"after calibration (temperature {d.temperature:.2f}, fitted on "
-                   f"{counted(fitted_on(d)[0], 'patient')})")
-        return (
-            f"Run {self.run.name}, fold {self.fold}, {self.role} "
-            f"({self.run.recipe.training(self.role).arch}); "
-            f"test part, {counted(len(t), 'image')} of "
-            f"{counted(t.group.nunique(), 'patient (group)', 'patients (groups)')}; "
-            f"probabilities {how}"
-        )
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)
 
+@patch(as_prop=True)
+def about(self:Cases)->str:
+    "What the numbers are of."
+    arch, t = self.run.recipe.training(self.role).arch, self.predictions
+    patients = counted(t.group.nunique(), 'patient (group)', 'patients (groups)')
+    return (f"Run {self.run.name}, fold {self.fold}, {self.role} ({arch}); "
+            f"test part, {counted(len(t), 'image')} of {patients}; "
+            f"probabilities {_calibrated(self.decisions.get(self.role))}")
+
 # %% ../../nbs/09a_app.cases.ipynb #ee5a312f
+def _probabilities(z:np.ndarray, decision)->np.ndarray:
+    "After calibration where there is a decision, else as the network gives them."
+    return np.exp(log_softmax(z)) if decision is None else decision.probabilities(z)
+
+def _notes_of(found:dict, role:str)->tuple[str, ...]:
+    "What could not be used of the decisions, and what the role's own decision has noted."
+    errors = dict.fromkeys(error for _, error in found.values() if error)
+    decided, _ = found[role]
+    of_decision = '; '.join(decided.decision.notes) if decided else ''
+    return *errors, *([f'Of the decision: {of_decision}.'] if of_decision else [])
+
+# %% ../../nbs/09a_app.cases.ipynb #9264acdb
 def open_cases(
     run:Run,   # the run
     fold:int,  # counted from 0
     role:str,  # the network that is looked at
 )->Cases:
-    "Read what the networks of a fold say of its test images; `KdoctError` with a command where that is missing."
+    "Read the predictions of a fold's networks; `KdoctError` with a command where they are missing."
     require_model(run, fold, role)
     predictions = {r: read_role(run, fold, r) for r in models_there(run, fold)}
-    first, found = (
-        predictions[role],
-        {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()},
-    )
-    decisions = {r: j.decision for r, (j, _) in found.items() if j}
-    z = {
-        r: logits_of(_aligned(r, df, first, train_again(run, fold, r))) for r, df in predictions.items()
-    }
-    p = {
-        r: decisions[r].probabilities(v) if r in decisions else np.exp(log_softmax(v))
-        for r, v in z.items()
-    }
-    beside = 'student' if role == 'teacher' else 'teacher'
-    of_decision = '; '.join(decisions[role].notes) if role in decisions else ''
-    notes = (
-        *dict.fromkeys(n for _, n in found.values() if n),
-        *([f'Of the decision: {of_decision}.'] if of_decision else []),
-    )
+    first = predictions[role]
+    found = {r: _decided(run.stage_dir(fold, r), df) for r, df in predictions.items()}
+    decisions = {r: decided.decision for r, (decided, _) in found.items() if decided}
+    p = {}
+    for r, df in predictions.items():
+        logits = logits_of(_aligned(r, df, first, train_again(run, fold, r)))
+        p[r] = _probabilities(logits, decisions.get(r))
+    other = 'student' if role == 'teacher' else 'teacher'
+    beside = other if other in predictions else ''
     distances = found[role][0].distance if role in decisions else None
-    return Cases(
-        run,
-        fold,
-        role,
-        beside if beside in predictions else '',
-        classes_of(first),
-        first,
-        p,
-        decisions,
-        distances,
-        notes,
-    )
+    known = classes_of(first), first, p, decisions, distances, _notes_of(found, role)
+    return Cases(run, fold, role, beside, *known)
 
 # %% ../../nbs/09a_app.cases.ipynb #a7b01c53
 def case_table(
     cases:Cases,  # of a fold
-)->pd.DataFrame:  # path, patient, group, label, eye, volume, slice, predicted, confidence, right, other, apart, deferred, why, distance, outlier
+)->pd.DataFrame:  # of each image what is known; predicted, confidence, right; other, apart; deferred ... outlier
     "One row a test image."
     p, names = cases.probabilities[cases.role], np.array(cases.classes, dtype=object)
     q, d = cases.probabilities.get(cases.beside), cases.decisions.get(cases.role)
@@ -213,6 +206,22 @@ def _kept(t:pd.DataFrame, wanted:str, column:pd.Series, yes:str, no:str, what:st
     return column.astype(bool) == (wanted == yes)
 
 # %% ../../nbs/09a_app.cases.ipynb #290c3a19
+_SORTED_BY = {  # order -> column, whether the largest comes first
+    ORDERS[0]: ('confidence', False),
+    ORDERS[1]: ('confidence', True),
+    ORDERS[2]: ('apart', True),
+    ORDERS[3]: ('distance', True),
+}
+
+def _sorted(t:pd.DataFrame, order:str)->pd.DataFrame:
+    "Rows in one of ORDERS."
+    if order not in ORDERS:
+        raise KdoctError(f"'{order}' is no order.", fix=f"Orders: {', '.join(ORDERS)}.")
+    if order not in _SORTED_BY: return t
+    column, is_down = _SORTED_BY[order]
+    return t.sort_values(column, ascending=not is_down, kind='stable')
+
+# %% ../../nbs/09a_app.cases.ipynb #d4dba243
 def pick(
     table:pd.DataFrame,  # from `case_table`
     choice:CaseFilter,   # which of its rows
@@ -223,30 +232,12 @@ def pick(
     if choice.true: keep &= t.label == choice.true
     if choice.predicted: keep &= t.predicted == choice.predicted
     keep &= _kept(t, choice.result, t.right, 'right', 'wrong', '')
-    keep &= _kept(
-        t,
-        choice.beside,
-        (t.other == t.predicted).where(t.apart.notna()),
-        'same',
-        'other',
-        "No other network is trained in this fold",
-    )
+    same = (t.other == t.predicted).where(t.apart.notna())
+    alone = "No other network is trained in this fold"
+    keep &= _kept(t, choice.beside, same, 'same', 'other', alone)
     keep &= _kept(t, choice.deferred, t.deferred, 'deferred', 'decided', NO_DECISION)
     keep &= _kept(t, choice.outlier, t.outlier, 'outlier', 'usual', NO_DECISION)
-    if choice.order not in ORDERS:
-        raise KdoctError(f"'{choice.order}' is no order.", fix=f"Orders: {', '.join(ORDERS)}.")
-    column, down = {
-        ORDERS[0]: ('confidence', False),
-        ORDERS[1]: ('confidence', True),
-        ORDERS[2]: ('apart', True),
-        ORDERS[3]: ('distance', True),
-    }.get(choice.order, (None, False))
-    found = (
-        t[keep]
-        if column is None
-        else t[keep].sort_values(column, ascending=not down, kind='stable')
-    )
-    return found.index.to_numpy()
+    return _sorted(t[keep], choice.order).index.to_numpy()
 
 # %% ../../nbs/09a_app.cases.ipynb #c0c113d0
 def selection_table(
@@ -286,26 +277,25 @@ def selection_files(
     }
 
 # %% ../../nbs/09a_app.cases.ipynb #7fa9860e
+def _free_csv(path:str|Path)->Path:
+    "A path for a selection; `KdoctError` if it is no CSV file, or it or its JSON file exists."
+    path = check_out(Path(path).expanduser())
+    if path.suffix.lower() != '.csv':
+        problem = f"A selection is saved as CSV, not as '{path.suffix}'."
+        raise KdoctError(problem, fix="End the name with .csv.")
+    beside = path.with_suffix('.json')
+    if beside.exists(): raise KdoctError(f"{beside} exists already.", fix="Give another name.")
+    return path
+
 def save_selection(
     cases:Cases,         # of a fold
     table:pd.DataFrame,  # from `case_table`
     choice:CaseFilter,   # which of its rows
-    path:str|Path='',    # the CSV file, which must not exist; '': into the folder `selections` of the run, under a name of its own
+    path:str|Path='',    # a new CSV file; '': a name of its own in the folder `selections` of the run
 )->Path:                 # the CSV file
     "Write the chosen test images as CSV, and a JSON file of the same name beside it."
     files = selection_files(cases, table, choice)
-    if path:
-        path = check_out(Path(path).expanduser())
-        if path.suffix.lower() != '.csv':
-            raise KdoctError(
-                f"A selection is saved as CSV, not as '{path.suffix}'.",
-                fix="End the name with .csv.",
-            )
-        if path.with_suffix('.json').exists():
-            raise KdoctError(
-                f"{path.with_suffix('.json')} exists already.", fix="Give another name."
-            )
-    else: path = cases.run.path/'selections'/next(iter(files))
+    path = _free_csv(path) if path else cases.run.path/'selections'/next(iter(files))
     for place, data in zip((path, path.with_suffix('.json')), files.values(), strict=True):
         with atomic_path(place) as tmp: tmp.write_bytes(data)
     return path
@@ -330,22 +320,17 @@ class Thresholds:
         seed:int=0,                # of the resampling
     ):
         if name not in cases.classes:
-            raise KdoctError(
-                f"There is no class '{name}'.", fix=f"Classes: {', '.join(cases.classes)}."
-            )
+            known = f"Classes: {', '.join(cases.classes)}."
+            raise KdoctError(f"There is no class '{name}'.", fix=known)
+        number = cases.classes.index(name)
         self.name, self.level, self.n_classes = name, evaluate.level, len(cases.classes)
-        self.p, self.y = (
-            cases.probabilities[cases.role][:, cases.classes.index(name)],
-            targets_of(cases.predictions),
-        )
-        self.positive = self.y == cases.classes.index(name)
+        self.p, self.y = cases.probabilities[cases.role][:, number], targets_of(cases.predictions)
+        self.positive = self.y == number
         names, self.groups = np.unique(cases.predictions.group.astype(str), return_inverse=True)
-        self.n_groups = len(names)
-        self.weights = (
-            group_weights(len(names), evaluate.n_boot, seed).astype(np.float32)
-            if len(names) > 1
-            else None
-        )
+        self.n_groups, self.weights = len(names), None
+        if len(names) > 1:
+            weights = group_weights(len(names), evaluate.n_boot, seed)
+            self.weights = weights.astype(np.float32)
 
 # %% ../../nbs/09a_app.cases.ipynb #532acb94
 @patch
@@ -355,9 +340,9 @@ def _share(self:Thresholds, yes:np.ndarray, of:np.ndarray)->tuple[float, float, 
     share = float((yes & of).sum()/of.sum())
     if self.weights is None: return share, np.nan, np.nan
     top, all_ = (self.weights @ np.bincount(self.groups, m, self.n_groups) for m in (yes & of, of))
-    return share, *np.quantile(
-        top[all_ > 0] / all_[all_ > 0], [(1 - self.level) / 2, (1 + self.level) / 2]
-    ).tolist()
+    resampled = top[all_ > 0]/all_[all_ > 0]
+    ends = [(1 - self.level)/2, (1 + self.level)/2]
+    return share, *np.quantile(resampled, ends).tolist()
 
 # %% ../../nbs/09a_app.cases.ipynb #a9ce3cf1
 @patch
@@ -366,17 +351,10 @@ def at(self:Thresholds,
 )->ThresholdStats:
     "What this threshold does."
     predicted = self.p >= threshold
-    counts = [
-        np.bincount(self.y[m], minlength=self.n_classes)
-        for m in (predicted, np.ones(len(predicted), bool))
-    ]
-    return ThresholdStats(
-        self.name,
-        float(threshold),
-        *counts,
-        self._share(predicted, self.positive),
-        self._share(~predicted, ~self.positive),
-    )
+    def of_each_class(rows): return np.bincount(self.y[rows], minlength=self.n_classes)
+    counts = of_each_class(predicted), of_each_class(np.ones(len(predicted), bool))
+    shares = self._share(predicted, self.positive), self._share(~predicted, ~self.positive)
+    return ThresholdStats(self.name, float(threshold), *counts, *shares)
 
 # %% ../../nbs/09a_app.cases.ipynb #fe68900d
 @patch
@@ -385,11 +363,9 @@ def curves(self:Thresholds,
 )->np.ndarray:      # (3, steps): threshold, sensitivity, specificity
     "Both shares at all thresholds."
     t = np.linspace(0, 1, steps)
-    below = [
-        np.searchsorted(np.sort(self.p[m]), t, 'left') / (m.sum() or np.nan)
-        for m in (self.positive, ~self.positive)
-    ]
-    return np.stack([t, 1 - below[0], below[1]])
+    def share_below(rows):
+        return np.searchsorted(np.sort(self.p[rows]), t, 'left')/(rows.sum() or np.nan)
+    return np.stack([t, 1 - share_below(self.positive), share_below(~self.positive)])
 
 # %% ../../nbs/09a_app.cases.ipynb #d3c2658d
 def read_case(

@@ -8,6 +8,7 @@ __all__ = ['RUN_HEADING', 'parse_folds', 'stage_cells', 'run_stage', 'crossval',
 # %% ../../nbs/08_app.crossval.ipynb #imp-app-crossval
 import os
 import re
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -24,29 +25,29 @@ from ..core.runs import planned_stages, Run, stage_of
 from ..training.distributed import launched
 
 # %% ../../nbs/08_app.crossval.ipynb #ad933817
+_FOLDS = r'\d+(-\d+)?(,\d+(-\d+)?)*'
+
+def _fold_range(part:str)->range:
+    "The folds of '2' or '0-4'."
+    first, _, last = part.partition('-')
+    if int(last or first) < int(first):
+        remedy = f"Write the smaller number first: {last}-{first}"
+        raise KdoctError(f"'{part}' does not name folds.", fix=remedy)
+    return range(int(first), int(last or first) + 1)
+
 def parse_folds(
     text:str,     # '0', '0,1' or '0-4'; 'all'
     n_folds:int,  # folds there are
 )->list[int]:     # sorted, without repetition
     "Fold numbers of a text; `KdoctError` for one that does not exist."
     if text == 'all': return list(range(n_folds))
-    if not re.fullmatch(r'\d+(-\d+)?(,\d+(-\d+)?)*', text):
+    if not re.fullmatch(_FOLDS, text):
         raise KdoctError(f"'{text}' does not name folds.", fix="Write 0,1 or 0-4 or all")
-    folds = set()
-    for part in text.split(','):
-        first, _, last = part.partition('-')
-        if int(last or first) < int(first):
-            raise KdoctError(
-                f"'{part}' does not name folds.",
-                fix=f"Write the smaller number first: {last}-{first}",
-            )
-        folds |= set(range(int(first), int(last or first) + 1))
-    if bad := sorted(f for f in folds if f >= n_folds):
-        raise KdoctError(
-            f"Fold {bad[0]} does not exist.",
-            fix=f"This run has {n_folds} folds, 0 to {n_folds - 1}.",
-        )
-    return sorted(folds)
+    folds = sorted({fold for part in text.split(',') for fold in _fold_range(part)})
+    if bad := [f for f in folds if f >= n_folds]:
+        there = f"This run has {n_folds} folds, 0 to {n_folds - 1}."
+        raise KdoctError(f"Fold {bad[0]} does not exist.", fix=there)
+    return folds
 
 # %% ../../nbs/08_app.crossval.ipynb #7cd6a621
 RUN_HEADING = '## Run this stage'
@@ -69,12 +70,69 @@ def stage_cells(
 
 # %% ../../nbs/08_app.crossval.ipynb #805d98c4
 class _LocalKernel(KernelManager):
-    "A kernel that is spoken to through files of this user instead of network ports, where the system has them."
+    "A kernel that is reached through files of this user instead of network ports, where the system has them."
     def __init__(self, **kwargs):
         files = dict(transport='ipc', ip=f'{tempfile.gettempdir()}/kdoct-{os.getpid()}')
         super().__init__(**(files if os.name != 'nt' else {}) | kwargs)
 
+    def shutdown_kernel(self, now:bool=False, restart:bool=False):
+        "End the kernel, and note whether the user has broken its work off."
+        self.is_broken_off = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        super().shutdown_kernel(now, restart)
+
+    async def _async_interrupt_kernel(self):
+        "Interrupt the kernel, unless it only ends."
+        if self.shutting_down and not self.is_broken_off: return
+        await super()._async_interrupt_kernel()
+
+# %% ../../nbs/08_app.crossval.ipynb #12edb824
+@contextmanager
+def _environment(stage:str):
+    "What the kernel of a stage must know: where the runs are, and which processes it meets."
+    names = ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST')
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= dict(KDOCT_OUTPUTS=str(outputs_root().resolve()), KDOCT_STAGE=stage)
+    os.environ.pop('IN_TEST', None)
+    try: yield
+    finally:
+        for name, value in before.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
+
+# %% ../../nbs/08_app.crossval.ipynb #05c16ad7
+def _key(stage:str, fold:int)->str:
+    "A stage's name in run.json."
+    return 'data' if stage == 'data' else f'fold_{fold}/{stage}'
+
+def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
+    "What a failed stage says, and where to look; noted in run.json."
+    message = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
+    if not launched()[0]:
+        notebook = out.relative_to(run.path)
+        run.record(_key(stage, fold), status='failed', error=message, notebook=notebook)
+    where = '' if stage == 'data' else f' of fold {fold}'
+    return KdoctError(
+        f"The {stage} stage{where} failed: {message}",
+        fix=f"Look at {out}; the same command goes on from here.",
+    )
+
+def _folder_of_notebooks(run:Run, fold:int):
+    "Where the executed notebook goes; of several processes, that of process 0 is kept."
+    return tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold))
+
 # %% ../../nbs/08_app.crossval.ipynb #ee110b9a
+def _execute(notebook:Path, given:dict):
+    "Run a notebook in its place."
+    papermill.execute_notebook(
+        str(notebook),
+        str(notebook),
+        given,
+        kernel_name='python3',
+        progress_bar=False,
+        kernel_manager_class=_LocalKernel,
+    )
+
+# %% ../../nbs/08_app.crossval.ipynb #e4ddb9ba
 def run_stage(
     run:Run,                     # existing run
     stage:str,                   # data, teacher, teacher-NAME, student, baseline, decide, evaluate or explain
@@ -86,52 +144,29 @@ def run_stage(
     row = stage_of(stage)
     source = Path(notebooks or notebooks_dir())/f'{row.notebook}.ipynb'
     if not source.exists():
-        raise KdoctError(
-            f"There is no {source}.",
-            fix="`kdoct notebooks DIR` writes the stage notebooks to a folder.",
-        )
+        remedy = "`kdoct notebooks DIR` writes the stage notebooks to a folder."
+        raise KdoctError(f"There is no {source}.", fix=remedy)
     given = dict(run=run.name, fold=fold) | row.parameters(stage)
     if overrides: given['overrides'] = overrides
-    with (
-        tempfile.TemporaryDirectory()
-        if launched()[0]
-        else nullcontext(run.notebooks_dir(fold)) as folder,
-        _environment(f'{stage}-{fold}'),
-    ):
-        out = Path(folder)/f'{stage}.ipynb'   # that of process 0 is kept
+    with _folder_of_notebooks(run, fold) as folder, _environment(f'{stage}-{fold}'):
+        out = Path(folder)/f'{stage}.ipynb'
         with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
-        try: papermill.execute_notebook(str(out), str(out), given, kernel_name='python3', progress_bar=False, kernel_manager_class=_LocalKernel)
+        try: _execute(out, given)
         except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
     return out
 
-# %% ../../nbs/08_app.crossval.ipynb #d7677f2e
-@contextmanager
-def _environment(stage:str):
-    "What the kernel of a stage must know: where the runs are, and whom it meets."
-    env = {k: os.environ.get(k) for k in ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST')}
-    os.environ |= dict(KDOCT_OUTPUTS=str(outputs_root().resolve()), KDOCT_STAGE=stage)
-    os.environ.pop('IN_TEST', None)
-    try: yield
-    finally:
-        for k, v in env.items():
-            os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
-
-def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
-    "What a failed stage says, and where to look; noted in run.json."
-    said = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
-    if not launched()[0]:
-        run.record(
-            _key(stage, fold), status='failed', error=said, notebook=out.relative_to(run.path)
-        )
-    where = '' if stage == 'data' else f' of fold {fold}'
-    return KdoctError(
-        f"The {stage} stage{where} failed: {said}",
-        fix=f"Look at {out}; the same command goes on from here.",
-    )
-
-def _key(stage:str, fold:int)->str: return 'data' if stage == 'data' else f'fold_{fold}/{stage}'
-
 # %% ../../nbs/08_app.crossval.ipynb #374dc885
+def _planned(run:Run, folds:list[int])->list[tuple[str, int]]:
+    "Stages and folds in order; where several processes work, those that train."
+    stages = planned_stages(run, folds)
+    return [s for s in stages if stage_of(s[0]).trains] if launched()[0] else stages
+
+def _changes_for(run:Run, stage:str)->dict|None:
+    "Decisions may be others than those of a finished run; all else is in the run."
+    if stage != 'decide': return None
+    return {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()}
+
+# %% ../../nbs/08_app.crossval.ipynb #bfe25861
 def crossval(
     run:Run,                     # existing run
     folds:list[int],             # folds, counted from 0
@@ -139,24 +174,19 @@ def crossval(
 )->Run:
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
-    stages = planned_stages(run, folds)
-    if launched()[0]: stages = [(stage, fold) for stage, fold in stages if stage_of(stage).trains]
-    for stage, fold in stages:
-        name = 'data' if stage == 'data' else f'fold {fold} {stage}'
+    stages = _planned(run, folds)
+    for number, (stage, fold) in enumerate(stages, 1):
+        name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
+        name = f'[{number}/{len(stages)}] {name}'
         if run.is_finished(stage, fold):
-            print(f'{name:<18} finished before', flush=True)
+            print(f'{name}: finished before', flush=True)
             continue
-        print(f'{name:<18} ', end='', flush=True)
+        print(f'{name} ...', flush=True)
         began = time.perf_counter()
-        wishes = (
-            {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()}
-            if stage == 'decide'
-            else None
-        )
-        run_stage(run, stage, fold, notebooks, wishes)   # which may be others than those of a finished run
-        print(human_time(time.perf_counter() - began), flush=True)
-        if stage == 'data' and (said := run.stage('data').get('mixed_parts')):
-            print(said, flush=True)
+        run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
+        print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
+        mixed = run.stage('data').get('mixed_parts') if stage == 'data' else None
+        if mixed: print(mixed, flush=True)
     return run
 
 # %% ../../nbs/08_app.crossval.ipynb #aab0b3b8
@@ -168,10 +198,8 @@ def write_notebooks(
     sources = sorted(notebooks_dir().glob('*.ipynb'))
     there = [p.name for p in sources if (folder/p.name).exists()]
     if there:
-        raise KdoctError(
-            f"{folder} already has {', '.join(there[:3])}{' ...' if len(there) > 3 else ''}.",
-            fix="Give an empty folder.",
-        )
+        names = ', '.join(there[:3]) + (' ...' if len(there) > 3 else '')
+        raise KdoctError(f"{folder} already has {names}.", fix="Give an empty folder.")
     for p in sources:
         with atomic_path(folder/p.name) as tmp: tmp.write_bytes(p.read_bytes())
     return [folder/p.name for p in sources]

@@ -20,9 +20,10 @@ import nbformat
 from fastcore.basics import patch
 
 from .cases import models_there, runs_there
-from .html import error_html, text_html, with_css_class
+from .html import error_html, text_html, with_css_class, wrapped_row
 from .networks import Background, Explorer, outcome
-from .panels import TestPanel, ThresholdPanel, UploadPanel, Viewer
+from .panels import TestPanel, ThresholdPanel, UploadPanel
+from .viewer import Viewer
 from ..core.files import KdoctError, outputs_root, require_extra, write_json
 from ..core.runs import open_run, Run
 from ..data.images import MAX_BYTES
@@ -41,90 +42,176 @@ def fold_label(
 )->str:
     "A fold, and what it lacks."
     there = models_there(run, fold)
-    lacks = [r for r in run.recipe.roles if r not in there]
-    return f'{fold}' + (
-        ': nothing is trained' if not there else f": no {', no '.join(lacks)}" if lacks else ''
-    )
+    if not there: return f'{fold}: nothing is trained'
+    lacks = [f'no {r}' for r in run.recipe.roles if r not in there]
+    return f'{fold}: {", ".join(lacks)}' if lacks else f'{fold}'
 
 # %% ../../nbs/09_app.explore.ipynb #fb6729ac
-CSS = '''
-.kd-app{font:14px/1.4 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c1f23;width:100%;padding:0 10px;container-type:inline-size}
+_TEXT_CSS = '''
+.kd-app{font:14px/1.4 system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;color:#1c1f23;
+  width:100%;padding:0 10px;container-type:inline-size}
 .kd-app .widget-html-content{line-height:1.4;font-size:14px;white-space:normal}
-.kd-app .widget-html{margin:0 2px}.kd-app p{margin:3px 0;max-width:none;overflow-wrap:anywhere}
-.kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}.kd-app .kd-busy{border-left:4px solid #e69f00;padding-left:8px}
-.kd-app .kd-bad{border-left:4px solid #b3261e;background:#fdf3f2;padding:6px 10px;margin:4px 0;overflow-wrap:anywhere}.kd-fix{font-size:13px}
-.kd-app .kd-about{font-weight:600}.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
-.kd-app .kd-case-view,.kd-app .kd-viewer{display:flex;flex-direction:column;gap:8px 14px;width:100%}
-.kd-app .kd-side{width:auto;gap:4px 14px}.kd-middle,.kd-words{min-width:0}.kd-words{overflow:auto}
-.kd-app .kd-panes{display:grid;gap:8px;overflow:visible}
-.kd-app .kd-pane{--kd-height:min(520px,64vh);display:block;container-type:inline-size;overflow:auto;max-height:calc(var(--kd-height) + 2px);
-background:#000;cursor:grab}.kd-app .kd-pane.kd-plain{display:none}
-.kd-app .kd-pane .widget-html{margin:0;width:max-content;min-width:100%}.kd-app .kd-pane .kd-bad{max-width:calc(100cqw - 26px)}
-.kd-pane .widget-html-content{overflow:visible}
-.kd-stack{--kd-fit:min(100cqw,calc(var(--kd-height)*var(--kd-aspect)));display:grid;margin:0 auto;width:var(--kd-fit);aspect-ratio:var(--kd-aspect)}
-.kd-base{grid-area:1/1;display:block;width:100%;height:100%;max-width:none}
-.kd-app .kd-list{max-height:300px;overflow-y:auto;border:1px solid #9aa3ad;margin:2px}
-.kd-app .kd-list>label,.kd-app .kd-views>label{position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
-.kd-app .kd-list .widget-radio-box{padding:2px}.kd-app .kd-list .widget-radio-box label{display:flex;align-items:center;gap:8px;height:60px;margin:0;
-line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6ea}
-.kd-list .widget-radio-box label::before{content:"";flex:0 0 56px;height:56px;background:#000 center/contain no-repeat}
-.kd-app .kd-list .widget-radio-box input{order:-1;margin:0 2px;flex:none}.kd-app .kd-list label:has(input:checked){background:#e8f1f8;font-weight:600}
-.kd-app a.kd-file{color:#0b5cad;text-decoration:underline}
-.kd-app .kd-pages .widget-button{padding:0 8px}.kd-page{font-weight:600}
-.kd-app .kd-above{flex-direction:column;height:auto}.kd-app .kd-above>label{width:auto;text-align:left}
-@container (min-width:860px){.kd-app .kd-case-view{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}.kd-app .kd-list{max-height:48vh}}
-@container (min-width:1180px){.kd-app .kd-viewer{display:grid;grid-template-columns:minmax(0,1fr) 420px}}
-@container (min-width:1480px){.kd-app .kd-pane{--kd-height:min(760px,62vh)}.kd-app .kd-pane.kd-plain{display:block}
-.kd-app .kd-panes{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}}
-.kd-scale{display:flex;gap:8px;align-items:center;font-size:12.5px}.kd-scale img{height:12px;width:200px}
-.kd-app table.kd-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:2px 0 6px}
-.kd-table caption{text-align:left;caption-side:top;padding:0 0 3px}.kd-table thead th{background:#f4f6f8}.kd-table tbody th{font-weight:400}
-.kd-table th,.kd-table td{padding:3px 8px;text-align:left;border-bottom:1px solid #d7dce2;white-space:nowrap}
-.kd-bar{display:inline-block;width:64px;height:10px;background:#e3e6ea;margin-right:6px}.kd-bar span{display:block;height:10px;background:#0072b2}
-.kd-number{display:inline-block;min-width:64px}.kd-roles3 .kd-bar{width:32px;margin-right:4px}
-.kd-app .kd-roles3 :is(th,td){padding:3px 4px}.kd-app .kd-share{font-size:17px;margin:6px 0}.kd-count{color:#4d5661}
-.kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 12px;font-size:12.5px;margin:4px 0;overflow-wrap:anywhere}
-.kd-app .kd-facts dt{color:#4d5661;font-weight:400}.kd-facts dd{margin:0}.kd-curves{width:520px;max-width:100%;font-size:11px}
-.kd-app select[size]{font:12px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
-.kd-app .widget-radio-box{padding:4px;margin:0}.kd-app .widget-radio-box label{margin-right:10px}
-.kd-app :is(button,select,input,.noUi-handle,.kd-pane):focus-visible{outline:3px solid #d55e00!important;outline-offset:1px}
+.kd-app .widget-html{margin:0 2px}
+.kd-app p{margin:3px 0;max-width:none;overflow-wrap:anywhere}
+.kd-app .kd-soft,.kd-app caption{color:#4d5661;font-size:12.5px}
+.kd-app .kd-busy{border-left:4px solid #e69f00;padding-left:8px}
+.kd-app .kd-bad{border-left:4px solid #b3261e;background:#fdf3f2;padding:6px 10px;margin:4px 0;
+  overflow-wrap:anywhere}
+.kd-fix{font-size:13px}
+.kd-app .kd-about{font-weight:600}
+.kd-app .kd-protocol{color:#4d5661;font-size:12px;line-height:1.3}
+.kd-app .kd-case-view,.kd-app .kd-viewer{display:flex;flex-direction:column;gap:8px 14px;
+  width:100%}
+.kd-app .kd-side{width:auto;gap:4px 14px}
+.kd-middle,.kd-words{min-width:0}
+.kd-words{overflow:auto}
 '''
+
+# %% ../../nbs/09_app.explore.ipynb #69370649
+_PICTURE_CSS = '''
+.kd-app .kd-panes{display:grid;gap:8px;overflow:visible}
+.kd-app .kd-pane{--kd-height:min(520px,64vh);display:block;container-type:inline-size;
+  overflow:auto;max-height:calc(var(--kd-height) + 2px);background:#000;cursor:grab}
+.kd-app .kd-pane.kd-plain{display:none}
+.kd-app .kd-pane .widget-html{margin:0;width:max-content;min-width:100%}
+.kd-app .kd-pane .kd-bad{max-width:calc(100cqw - 26px)}
+.kd-pane .widget-html-content{overflow:visible}
+.kd-stack{--kd-fit:min(100cqw,calc(var(--kd-height)*var(--kd-aspect)));display:grid;margin:0 auto;
+  width:var(--kd-fit);aspect-ratio:var(--kd-aspect)}
+.kd-base{grid-area:1/1;display:block;width:100%;height:100%;max-width:none}
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #fd251f5b
+_LIST_CSS = '''
+.kd-app .kd-list{max-height:300px;overflow-y:auto;border:1px solid #9aa3ad;margin:2px}
+.kd-app .kd-list>label,.kd-app .kd-views>label{position:absolute;clip-path:inset(50%);width:1px;
+  height:1px;overflow:hidden}
+.kd-app .kd-list .widget-radio-box{padding:2px}
+.kd-app .kd-list .widget-radio-box label{display:flex;align-items:center;gap:8px;height:60px;
+  margin:0;line-height:1.3;font-size:13px;white-space:normal;border-bottom:1px solid #e3e6ea}
+.kd-list .widget-radio-box label::before{content:"";flex:0 0 56px;height:56px;
+  background:#000 center/contain no-repeat}
+.kd-app .kd-list .widget-radio-box input{order:-1;margin:0 2px;flex:none}
+.kd-app .kd-list label:has(input:checked){background:#e8f1f8;font-weight:600}
+.kd-app a.kd-file{color:#0b5cad;text-decoration:underline}
+.kd-app .kd-pages .widget-button{padding:0 8px}
+.kd-page{font-weight:600}
+.kd-app .kd-above{flex-direction:column;height:auto}
+.kd-app .kd-above>label{width:auto;text-align:left}
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #dd17afa9
+_WIDE_CSS = '''
+@container (min-width:860px){
+  .kd-app .kd-case-view{display:grid;grid-template-columns:344px minmax(0,1fr);align-items:start}
+  .kd-app .kd-list{max-height:48vh}
+}
+@container (min-width:1180px){
+  .kd-app .kd-viewer{display:grid;grid-template-columns:minmax(0,1fr) 420px}
+}
+@container (min-width:1480px){
+  .kd-app .kd-pane{--kd-height:min(760px,62vh)}
+  .kd-app .kd-pane.kd-plain{display:block}
+  .kd-app .kd-panes{grid-template-columns:repeat(auto-fit,minmax(300px,1fr))}
+}
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #d3fa03eb
+_TABLE_CSS = '''
+.kd-scale{display:flex;gap:8px;align-items:center;font-size:12.5px}
+.kd-scale img{height:12px;width:200px}
+.kd-app table.kd-table{border-collapse:collapse;font-variant-numeric:tabular-nums;
+  font-size:13.5px;margin:2px 0 6px}
+.kd-table caption{text-align:left;caption-side:top;padding:0 0 3px}
+.kd-table thead th{background:#f4f6f8}
+.kd-table tbody th{font-weight:400}
+.kd-table th,.kd-table td{padding:3px 8px;text-align:left;border-bottom:1px solid #d7dce2;
+  white-space:nowrap}
+.kd-bar{display:inline-block;width:64px;height:10px;background:#e3e6ea;margin-right:6px}
+.kd-bar span{display:block;height:10px;background:#0072b2}
+.kd-number{display:inline-block;min-width:64px}
+.kd-roles3 .kd-bar{width:32px;margin-right:4px}
+.kd-app .kd-roles3 :is(th,td){padding:3px 4px}
+.kd-app .kd-share{font-size:17px;margin:6px 0}
+.kd-count{color:#4d5661}
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #c37ef452
+_FACTS_CSS = '''
+.kd-facts{display:grid;grid-template-columns:auto 1fr;gap:0 12px;font-size:12.5px;margin:4px 0;
+  overflow-wrap:anywhere}
+.kd-app .kd-facts dt{color:#4d5661;font-weight:400}
+.kd-facts dd{margin:0}
+.kd-curves{width:520px;max-width:100%;font-size:11px}
+.kd-app select[size]{font:12px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
+.kd-app .widget-radio-box{padding:4px;margin:0}
+.kd-app .widget-radio-box label{margin-right:10px}
+.kd-app :is(button,select,input,.noUi-handle,.kd-pane):focus-visible{
+  outline:3px solid #d55e00!important;outline-offset:1px}
+'''
+CSS = _TEXT_CSS + _PICTURE_CSS + _LIST_CSS + _WIDE_CSS + _TABLE_CSS + _FACTS_CSS
 
 # %% ../../nbs/09_app.explore.ipynb #4c4420c8
 VIEWS = ('Test images', 'A file of your own', 'Threshold')
 
 # %% ../../nbs/09_app.explore.ipynb #2f377eed
-SCRIPT = '''
-(() => {
-  if (window.kdoctExplore) return;
-  window.kdoctExplore = true;
-  const put = (e, name, value) => { if (e.getAttribute(name) !== value) e.setAttribute(name, value); };
+_NAMES_JS = '''
+  const put = (e, name, value) => {
+    if (e.getAttribute(name) !== value) e.setAttribute(name, value);
+  };
   const words = e => e ? e.textContent.trim() : '';
   let number = 0;
 
   function slider(e) {
-    const text = words(e.querySelector('label')), handles = [...e.querySelectorAll('[role=slider]')];
-    handles.forEach((h, i) => put(h, 'aria-label', handles.length > 1 ? `${text}, ${i ? 'largest' : 'least'}` : text));
-    for (const r of e.querySelectorAll('.widget-readout')) { put(r, 'role', 'textbox'); put(r, 'aria-label', `${text} as a number`); }
+    const text = words(e.querySelector('label'));
+    const handles = [...e.querySelectorAll('[role=slider]')];
+    const end = i => i ? 'largest' : 'least';
+    handles.forEach((h, i) =>
+      put(h, 'aria-label', handles.length > 1 ? `${text}, ${end(i)}` : text));
+    for (const r of e.querySelectorAll('.widget-readout')) {
+      put(r, 'role', 'textbox');
+      put(r, 'aria-label', `${text} as a number`);
+    }
   }
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #44425c7a
+_GROUPS_JS = '''
   function radios(e) {
     const box = e.querySelector('.widget-radio-box');
     put(box, 'role', 'radiogroup');
     put(box, 'aria-label', words(e.querySelector(':scope > label')));
     box.id = box.id || `kd-group-${number += 1}`;
-    for (const r of box.querySelectorAll('input')) r.name = box.id;   // one stop of the tab key, arrows within
+    // one stop of the tab key, arrows within
+    for (const r of box.querySelectorAll('input')) r.name = box.id;
+  }
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #5d9a22ab
+_REASONS_JS = '''
+  const rows = '.widget-inline-hbox, .widget-slider, .widget-checkbox';
+  function explain(e, reason) {
+    const grey = e.disabled || e.closest('.noUi-target')?.hasAttribute('disabled');
+    if (reason && grey) {
+      reason.id = reason.id || `kd-why-${number += 1}`;
+      put(e, 'title', words(reason));
+      put(e, 'aria-describedby', reason.id);
+    } else if (e.hasAttribute('aria-describedby')) {
+      e.removeAttribute('title');
+      e.removeAttribute('aria-describedby');
+    }
   }
   function reasons(app) {
     const why = new Map();
-    for (const p of app.querySelectorAll('.kd-why')) for (const name of p.dataset.for.split(', ')) why.set(name, p);
-    for (const e of app.querySelectorAll(':is(select, input, [role=slider])')) {
-      const reason = why.get(words(e.closest('.widget-inline-hbox, .widget-slider, .widget-checkbox')?.querySelector('label, span')));
-      const grey = e.disabled || e.closest('.noUi-target')?.hasAttribute('disabled');
-      if (reason && grey) { reason.id = reason.id || `kd-why-${number += 1}`; put(e, 'title', words(reason)); put(e, 'aria-describedby', reason.id); }
-      else if (e.hasAttribute('aria-describedby')) { e.removeAttribute('title'); e.removeAttribute('aria-describedby'); }
-    }
+    for (const p of app.querySelectorAll('.kd-why'))
+      for (const name of p.dataset.for.split(', ')) why.set(name, p);
+    for (const e of app.querySelectorAll(':is(select, input, [role=slider])'))
+      explain(e, why.get(words(e.closest(rows)?.querySelector('label, span'))));
   }
+'''
 
+# %% ../../nbs/09_app.explore.ipynb #aa315878
+_MIDDLE_JS = '''
   const middle = new WeakMap();   // pane -> which point of its picture is in its middle
   const panes = pane => [...pane.closest('.kd-app').querySelectorAll('.kd-pane')];
   function restore(pane) {
@@ -132,42 +219,79 @@ SCRIPT = '''
     pane.scrollLeft = x*pane.scrollWidth - pane.clientWidth/2;
     pane.scrollTop = y*pane.scrollHeight - pane.clientHeight/2;
   }
-  const sized = new ResizeObserver(all => { for (const e of all) { const pane = e.target.closest('.kd-pane'); if (pane) restore(pane); } });
+  const sized = new ResizeObserver(all => {
+    for (const e of all) {
+      const pane = e.target.closest('.kd-pane');
+      if (pane) restore(pane);
+    }
+  });
   function moved(pane) {
-    const at = [(pane.scrollLeft + pane.clientWidth/2)/pane.scrollWidth, (pane.scrollTop + pane.clientHeight/2)/pane.scrollHeight];
-    middle.set(pane, at);
-    for (const other of panes(pane)) if (other !== pane && other.clientWidth) { middle.set(other, at); restore(other); }
+    const x = (pane.scrollLeft + pane.clientWidth/2)/pane.scrollWidth;
+    const y = (pane.scrollTop + pane.clientHeight/2)/pane.scrollHeight;
+    middle.set(pane, [x, y]);
+    for (const other of panes(pane))
+      if (other !== pane && other.clientWidth) { middle.set(other, [x, y]); restore(other); }
   }
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #88eed0a7
+_PANES_JS = '''
+  const zooms = { '+': '.kd-closer', '=': '.kd-closer', '-': '.kd-farther' };
   function enlarged(pane) {
     put(pane, 'role', 'group');
     put(pane, 'tabindex', '0');
-    put(pane, 'aria-label', 'Picture. Arrow keys move it, plus and minus enlarge and reduce it.');
+    put(pane, 'aria-label',
+      'Picture. Arrow keys move it, plus and minus enlarge and reduce it.');
     pane.addEventListener('scroll', () => moved(pane));
     pane.addEventListener('keydown', e => {
-      const button = { '+': '.kd-closer', '=': '.kd-closer', '-': '.kd-farther' }[e.key];
-      if (button && !e.ctrlKey && !e.metaKey) { pane.closest('.kd-app').querySelector(button).click(); e.preventDefault(); }
+      const button = zooms[e.key];
+      if (!button || e.ctrlKey || e.metaKey) return;
+      pane.closest('.kd-app').querySelector(button).click();
+      e.preventDefault();
     });
-    pane.addEventListener('pointermove', e => { if (e.buttons & 1) { pane.scrollLeft -= e.movementX; pane.scrollTop -= e.movementY; } });
+    pane.addEventListener('pointermove', e => {
+      if (e.buttons & 1) { pane.scrollLeft -= e.movementX; pane.scrollTop -= e.movementY; }
+    });
   }
+'''
 
+# %% ../../nbs/09_app.explore.ipynb #59903eac
+_UPDATE_JS = '''
+  const controls = ':is(select, input, button, [role=slider], .kd-pane)';
+  function save(app) {   // the first file is saved at once
+    const file = app.querySelector('.kd-file:not([data-given])');
+    if (!file) return;
+    app.querySelectorAll('.kd-file').forEach(a => put(a, 'data-given', 'yes'));
+    file.click();
+  }
   function update() {
     for (const app of document.querySelectorAll('.kd-app')) {
       app.querySelectorAll('.widget-slider').forEach(slider);
       app.querySelectorAll('.widget-radio').forEach(radios);
       reasons(app);
       for (const pane of app.querySelectorAll('.kd-pane')) if (!pane.role) enlarged(pane);
-      const file = app.querySelector('.kd-file:not([data-given])');
-      if (file) { app.querySelectorAll('.kd-file').forEach(a => put(a, 'data-given', 'yes')); file.click(); }   // the first is saved at once
+      save(app);
       app.querySelectorAll('.kd-stack').forEach(stack => sized.observe(stack));
-      for (const e of app.querySelectorAll(':is(select, input, button, [role=slider], .kd-pane)'))
-        put(e, 'data-lm-suppress-shortcuts', 'true');   // else JupyterLab takes the arrow keys for its cells
+      // else JupyterLab takes the arrow keys for its cells
+      app.querySelectorAll(controls).forEach(e => put(e, 'data-lm-suppress-shortcuts', 'true'));
     }
   }
+'''
+
+# %% ../../nbs/09_app.explore.ipynb #900b844d
+_START_JS = '''
   let soon = 0;
   const changed = () => { cancelAnimationFrame(soon); soon = requestAnimationFrame(update); };
-  new MutationObserver(changed).observe(document.body, { childList: true, subtree: true, attributeFilter: ['disabled'] });
+  const watched = { childList: true, subtree: true, attributeFilter: ['disabled'] };
+  new MutationObserver(changed).observe(document.body, watched);
   changed();
-})();
+'''
+_BODY_JS = _NAMES_JS + _GROUPS_JS + _REASONS_JS + _MIDDLE_JS + _PANES_JS + _UPDATE_JS + _START_JS
+SCRIPT = f'''
+(() => {{
+  if (window.kdoctExplore) return;
+  window.kdoctExplore = true;
+{_BODY_JS}}})();
 '''
 
 # %% ../../nbs/09_app.explore.ipynb #b2806d28
@@ -178,58 +302,60 @@ class App(w.VBox):
         fold:int|None=None, # counted from 0; None: the first that has a network
         role:str='',        # '': the student, or what there is
     ):
-        post, self.filling = kernel_post(), False
-        self.state, self.work = (
-            Explorer(),
-            Background(lambda f, *a: post(lambda: self.guarded(lambda: f(*a), clear=False))),
-        )
-        self.viewer, self.threshold = (
-            Viewer(self.state, self.work, self.guarded),
-            ThresholdPanel(self.state, self.guarded),
-        )
-        self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
-        self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
-        self.message, self.about = w.HTML(), w.HTML()
-        wide = dict(style=dict(description_width='50px'), layout=w.Layout(width='260px'))
-        self.run, self.fold, self.role = (
-            w.Dropdown(description=d, **wide) for d in ('Run', 'Fold', 'Model')
-        )
-        self.view = w.RadioButtons(
-            options=VIEWS,
-            description='What is shown',
-            orientation='horizontal',
-            layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'),
-        )
-        self.view.add_class('kd-views')
-        top = w.HBox(
-            [self.run, self.fold, self.role, self.view],
-            layout=w.Layout(flex_flow='row wrap', align_items='center'),
-        )
-        self.case_view = with_css_class(
-            w.Box([self.tests.box, self.uploads.box, self.viewer.box]), 'kd-case-view'
-        )
-        run_once = {
-            'output_type': 'display_data',
-            'data': {'application/javascript': SCRIPT},
-            'metadata': {},
-        }
-        script = w.Output(outputs=(run_once,))
-        super().__init__(
-            [
-                w.HTML(f'<style>{CSS}</style>'),
-                top,
-                self.about,
-                self.message,
-                self.case_view,
-                self.threshold.box,
-                script,
-            ]
-        )
+        self.filling = False
+        self.make_panels()
+        self.make_choosers()
+        super().__init__(self.parts())
         self.add_class('kd-app')
         for control in (self.run, self.fold, self.role, self.view):
             control.observe(self.changed, 'value')
         self.arrange()
         self.guarded(lambda: self.start(run, fold, role))
+
+# %% ../../nbs/09_app.explore.ipynb #45dd4275
+@patch
+def make_panels(self:App):
+    "State, background, and the parts of the page."
+    post = kernel_post()
+    def hand_over(f, *a): post(lambda: self.guarded(lambda: f(*a), clear=False))
+    self.state, self.work = Explorer(), Background(hand_over)
+    self.viewer = Viewer(self.state, self.work, self.guarded)
+    self.threshold = ThresholdPanel(self.state, self.guarded)
+    self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
+    self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
+    self.message, self.about = w.HTML(), w.HTML()
+
+@patch
+def make_choosers(self:App):
+    "What is opened, and which part of the page is seen."
+    def choose(what):
+        style, layout = dict(description_width='50px'), w.Layout(width='260px')
+        return w.Dropdown(description=what, style=style, layout=layout)
+    self.run, self.fold, self.role = choose('Run'), choose('Fold'), choose('Model')
+    self.view = w.RadioButtons(
+        options=VIEWS,
+        description='What is shown',
+        orientation='horizontal',
+        layout=w.Layout(width='auto', margin='4px 0 0 12px', overflow='visible'),
+    )
+    self.view.add_class('kd-views')
+
+# %% ../../nbs/09_app.explore.ipynb #e4179e76
+def _script_widget()->w.Output:
+    "An output whose only content is the page's script."
+    data = {'application/javascript': SCRIPT}
+    run_once = {'output_type': 'display_data', 'data': data, 'metadata': {}}
+    return w.Output(outputs=(run_once,))
+
+@patch
+def parts(self:App)->list:
+    "The page from top to bottom."
+    top = w.HBox([self.run, self.fold, self.role, self.view], layout=wrapped_row())
+    panels = w.Box([self.tests.box, self.uploads.box, self.viewer.box])
+    self.case_view = with_css_class(panels, 'kd-case-view')
+    style = w.HTML(f'<style>{CSS}</style>')
+    shown = [self.about, self.message, self.case_view, self.threshold.box]
+    return [style, top, *shown, _script_widget()]
 
 # %% ../../nbs/09_app.explore.ipynb #2a2dedb0
 @patch
@@ -252,35 +378,44 @@ def start(self:App, run:str, fold:int|None, role:str):
 # %% ../../nbs/09_app.explore.ipynb #9a0cf11e
 @patch
 def choose(self:App, run:str, fold:int|None=None, role:str=''):
-    "Open a fold, and show on the choosers what is open or was asked for."
+    "Open a fold, and show on the choosers what is open."
     self.viewer.show(None)
     self.about.value, self.filling = '', True
     try:
         self.run.value = run
-        r = open_run(run)
-        folds = range(r.recipe.data.n_folds)
-        self.fold.options = [(fold_label(r, k), k) for k in folds]
-        self.fold.value = (
-            next((k for k in folds if models_there(r, k)), 0) if fold is None else fold
-        )
-        there = models_there(r, self.fold.value)
-        self.role.options = [(k if k in there else f'{k}: not trained', k) for k in r.recipe.roles]
-        self.role.value = role or ('student' if 'student' in there or not there else there[0])
+        self.offer_folds(open_run(run), fold)
+        self.offer_roles(open_run(run), role)
         self.state.open(run, self.fold.value, self.role.value)
     finally:
         self.filling = False
         self.arrange()
     self.show_opened()
 
+# %% ../../nbs/09_app.explore.ipynb #60ccc96c
+@patch
+def offer_folds(self:App, run:Run, fold:int|None):
+    "The folds of a run; the first that has a network where none is chosen."
+    folds = range(run.recipe.data.n_folds)
+    self.fold.options = [(fold_label(run, k), k) for k in folds]
+    if fold is None: fold = next((k for k in folds if models_there(run, k)), 0)
+    self.fold.value = fold
+
+@patch
+def offer_roles(self:App, run:Run, role:str):
+    "The networks of a fold; the student, or what there is, where none is chosen."
+    there = models_there(run, self.fold.value)
+    self.role.options = [(k if k in there else f'{k}: not trained', k) for k in run.recipe.roles]
+    usual = 'student' if 'student' in there or not there else there[0]
+    self.role.value = role or usual
+
 # %% ../../nbs/09_app.explore.ipynb #12fac9b5
 @patch
 def show_opened(self:App):
     "Show what was opened, and say what it is."
     c = self.state.cases
-    self.about.value = text_html(c.about, 'about', 'status') + text_html(
-        f'For research; not for diagnosis. Protocol. {c.protocol}', 'protocol'
-    )
-    self.about.value += ''.join(text_html(n, 'busy') for n in c.notes)
+    protocol = f'For research; not for diagnosis. Protocol. {c.protocol}'
+    about = text_html(c.about, 'about', 'status') + text_html(protocol, 'protocol')
+    self.about.value = about + ''.join(text_html(n, 'busy') for n in c.notes)
     self.viewer.offer()
     self.threshold.offer_classes()
     self.tests.opened()
@@ -289,16 +424,17 @@ def show_opened(self:App):
 @patch
 def arrange(self:App):
     "Show the chosen part of the page; nothing of it while no fold is open."
-    here, view = self.state.cases is not None, self.view.value
+    is_open, view = self.state.cases is not None, self.view.value
+    tests, uploads, threshold = (view == name for name in VIEWS)
     wanted = {
-        self.tests.box: view == VIEWS[0],
-        self.uploads.box: view == VIEWS[1],
-        self.case_view: view != VIEWS[2],
-        self.threshold.box: view == VIEWS[2],
+        self.tests.box: tests,
+        self.uploads.box: uploads,
+        self.case_view: not threshold,
+        self.threshold.box: threshold,
     }
-    for box, yes in wanted.items(): box.layout.display = None if here and yes else 'none'
-    if here and view == VIEWS[0]: self.tests.show_case()
-    if here and view == VIEWS[1]: self.uploads.show_upload()
+    for box, yes in wanted.items(): box.layout.display = None if is_open and yes else 'none'
+    if is_open and tests: self.tests.show_case()
+    if is_open and uploads: self.uploads.show_upload()
 
 # %% ../../nbs/09_app.explore.ipynb #e0f9ca68
 @patch
@@ -311,13 +447,20 @@ def changed(self:App, change):
 
 # %% ../../nbs/09_app.explore.ipynb #e0da06e4
 _LATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}
-{%- block notebook_css -%}{{ super() | replace('https://cdn.jsdelivr.net/npm', 'data:text/css,none') }}{%- endblock -%}
+{%- block notebook_css -%}
+{{- super() | replace('https://cdn.jsdelivr.net/npm', 'data:text/css,none') }}
+{%- endblock -%}
 '''
 
 _POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: "
            "wss: data: blob:; frame-ancestors 'self'")
 
 # %% ../../nbs/09_app.explore.ipynb #e73926db
+def _code_of_page(cwd:str|Path, run:str)->str:
+    "What the notebook of the page runs."
+    folder = str(Path(cwd).absolute())
+    return f'import os\nos.chdir({folder!r})\nfrom kdoct.app.explore import App\nApp({run!r})'
+
 def write_page(
     folder:str|Path,  # where to write; exists
     cwd:str|Path,     # folder that the user stands in
@@ -329,24 +472,43 @@ def write_page(
     template.mkdir(parents=True)
     (template/'index.html.j2').write_text(_LATE, encoding='utf-8')
     write_json(template/'conf.json', dict(base_template='lab'))
-    code = (f'import os\nos.chdir({str(Path(cwd).absolute())!r})\nfrom kdoct.app.explore import '
-            f'App\nApp({run!r})')
-    nb = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(code)],
-        metadata=dict(
-            title='kdoct explore',
-            kernelspec=dict(display_name='Python 3', language='python', name='python3'),
-        ),
-    )
-    nbformat.write(nb, folder/'explore.ipynb')
+    cells = [nbformat.v4.new_code_cell(_code_of_page(cwd, run))]
+    kernel = dict(display_name='Python 3', language='python', name='python3')
+    metadata = dict(title='kdoct explore', kernelspec=kernel)
+    page = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+    nbformat.write(page, folder/'explore.ipynb')
     return folder/'explore.ipynb'
 
 # %% ../../nbs/09_app.explore.ipynb #8223a9e2
-def _voila():
-    "Voilà's application class; `KdoctError` where it is not installed."
+def _open_browser(url:str, folder:Path):
+    "Open an address by way of a file, so that its token does not show among the machine's processes."
+    page = f'<meta http-equiv="refresh" content="0;url={html.escape(url)}">'
+    (folder/'open.html').write_text(page, encoding='utf-8')
+    webbrowser.open((folder/'open.html').as_uri())
+
+def _page_class(browser:bool, say)->type:
+    "Voilà's application class, which tells the page's address; `KdoctError` where it is not installed."
     require_extra('app')
     from voila.app import Voila
-    return Voila
+    class Page(Voila):
+        def launch_browser(self):
+            url = f'http://localhost:{self.port}/?token={self.token}'
+            say(f'The explorer is at {url}\nInterrupt with Ctrl-C.')
+            if browser: _open_browser(url, Path(self.notebook_path).parent)
+    return Page
+
+# %% ../../nbs/09_app.explore.ipynb #a8267abf
+def _settings(folder:str)->dict:
+    "How Voilà serves a page: with a token, and without asking any other machine."
+    return dict(
+        token=secrets.token_hex(24),
+        log_level='WARN',
+        connection_dir_root=folder,
+        tornado_settings=dict(
+            websocket_max_message_size=MAX_BYTES + (1 << 20),
+            headers={'Content-Security-Policy': _POLICY},
+        ),
+    )
 
 # %% ../../nbs/09_app.explore.ipynb #cea23fc7
 def serve(
@@ -356,33 +518,11 @@ def serve(
     say=print,            # is told the address
 ):
     "Serve the explorer as a page on this machine until it is interrupted; `KdoctError` without voila or without runs."
-    Voila, _ = _voila(), open_run(run) if run else runs_there()
-    class Page(Voila):
-        def launch_browser(self):
-            url = f'http://localhost:{self.port}/?token={self.token}'
-            say(f'The explorer is at {url}\nInterrupt with Ctrl-C.')
-            if browser: _open_browser(url, Path(self.notebook_path).parent)
+    Page, _ = _page_class(browser, say), open_run(run) if run else runs_there()
     os.environ['KDOCT_OUTPUTS'] = str(outputs_root().absolute())
     with tempfile.TemporaryDirectory(prefix='kdoct-') as folder:
         page = write_page(folder, Path.cwd(), run)
-        os.environ['JUPYTER_PATH'] = os.pathsep.join(
-            [folder, *filter(None, [os.environ.get('JUPYTER_PATH')])]
-        )
-        Page.launch_instance(
-            [str(page), '--port', str(port), '--template', 'kdoct'],
-            token=secrets.token_hex(24),
-            log_level='WARN',
-            connection_dir_root=folder,
-            tornado_settings=dict(
-                websocket_max_message_size=MAX_BYTES + (1 << 20),
-                headers={'Content-Security-Policy': _POLICY},
-            ),
-        )
-
-# %% ../../nbs/09_app.explore.ipynb #e84ce068
-def _open_browser(url:str, folder:Path):
-    "Open an address by way of a file, so that its token does not show among the machine's processes."
-    (folder / 'open.html').write_text(
-        f'<meta http-equiv="refresh" content="0;url={html.escape(url)}">', encoding='utf-8'
-    )
-    webbrowser.open((folder/'open.html').as_uri())
+        places = [folder, *filter(None, [os.environ.get('JUPYTER_PATH')])]
+        os.environ['JUPYTER_PATH'] = os.pathsep.join(places)
+        options = [str(page), '--port', str(port), '--template', 'kdoct']
+        Page.launch_instance(options, **_settings(folder))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'text_html', 'why_html', 'error_html', 'table_html', 'picture_html', 'size_text', 'scale_html',
-           'probabilities_html', 'verdict', 'threshold_html', 'curves_svg', 'with_css_class']
+           'probabilities_html', 'verdict', 'threshold_html', 'curves_svg', 'with_css_class', 'press_button',
+           'wrapped_row']
 
 # %% ../../nbs/09c_app.html.ipynb #imp-app-html
 import base64
@@ -30,25 +31,23 @@ def text_html(
     role:str='',   # status: a screen reader says it when it changes; alert: at once
 )->str:
     "A paragraph."
-    return (
-        f'<p class="kd-{kind or "text"}"{f" role={role}" if role else ""}>{html.escape(text)}</p>'
-        if text
-        else ''
-    )
+    if not text: return ''
+    spoken = f' role={role}' if role else ''
+    return f'<p class="kd-{kind or "text"}"{spoken}>{html.escape(text)}</p>'
+
+def _why_html(names:str, why:str)->str:
+    "Why some controls cannot be used."
+    shown = html.escape(f"{names}: {why}")
+    return f'<p class="kd-soft kd-why" data-for="{html.escape(names)}">{shown}</p>'
 
 def why_html(
     reasons:dict[str, str],  # name of a control -> why it is grey; '': it is not
 )->str:
     "Why controls cannot be used; the page's script makes each reason the tooltip of its control too."
-    names = {
-        why: ', '.join(n for n, same in reasons.items() if same == why)
-        for why in reasons.values()
-        if why
-    }
-    return ''.join(
-        f'<p class="kd-soft kd-why" data-for="{html.escape(n)}">{html.escape(f"{n}: {why}")}</p>'
-        for why, n in names.items()
-    )
+    names = {}
+    for name, why in reasons.items():
+        if why: names.setdefault(why, []).append(name)
+    return ''.join(_why_html(', '.join(grey), why) for why, grey in names.items())
 
 # %% ../../nbs/09c_app.html.ipynb #9632ca36
 def error_html(
@@ -59,6 +58,11 @@ def error_html(
     return (f'<div class="kd-bad" role="alert"><b>{html.escape(error.problem)}</b><br><span '
             f'class="kd-fix">What to do: {fix}</span></div>')
 
+def _row_html(row:list[str])->str:
+    "A row of a table; its first cell heads it."
+    cells = ''.join(f'<td>{c}</td>' for c in row[1:])
+    return f'<tr><th scope="row">{row[0]}</th>{cells}</tr>'
+
 def table_html(
     head:list[str],        # of the columns
     rows:list[list[str]],  # HTML; the first cell heads its row
@@ -66,12 +70,9 @@ def table_html(
 )->str:
     "A table with its caption."
     first = ''.join(f'<th scope="col">{html.escape(h)}</th>' for h in head)
-    body = ''.join(
-        f'<tr><th scope="row">{r[0]}</th>' + ''.join(f'<td>{c}</td>' for c in r[1:]) + '</tr>'
-        for r in rows
-    )
-    return (f'<table '
-            f'class="kd-table"><caption>{html.escape(caption)}</caption><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>')
+    return (f'<table class="kd-table"><caption>{html.escape(caption)}</caption>'
+            f'<thead><tr>{first}</tr></thead>'
+            f'<tbody>{"".join(map(_row_html, rows))}</tbody></table>')
 
 # %% ../../nbs/09c_app.html.ipynb #6f1a554c
 def _uri(picture:Image.Image, kind:str='png', **how)->str:
@@ -87,6 +88,12 @@ def _fitted(image:Image.Image, width:int=1024, height:int=768)->Image.Image:
     return image
 
 # %% ../../nbs/09c_app.html.ipynb #f754d6fe
+def _map_picture(shown:Image.Image, heatmap:np.ndarray, resize:str)->Image.Image:
+    "The map as the report draws it, as large as the picture that is shown."
+    from kdoct.explain.figures import overlay
+    values = lay_back(heatmap, (shown.height, shown.width), resize)
+    return Image.fromarray((255*overlay(np.asarray(shown), values)).astype(np.uint8))
+
 def picture_html(
     image:Image.Image,           # what is shown
     name:str,                    # what a screen reader says of it
@@ -96,17 +103,14 @@ def picture_html(
     whole:bool=False,            # all of its pixels; else at most 1024 x 768
 )->str:
     "A picture, and a map above it as the report draws it."
+    def img(classes, alt, picture):
+        return f'<img class="{classes}" draggable="false" alt="{alt}" src="{_uri(picture)}">'
     shown = image if whole else _fitted(image)
     size = f'--kd-aspect:{image.width/image.height:.4f};--kd-pixels:{image.width}px'
-    top = f'<img class="kd-base" draggable="false" alt="{html.escape(name)}" src="{_uri(shown)}">'
+    layers = [img('kd-base', html.escape(name), shown)]
     if heatmap is not None:
-        from kdoct.explain.figures import overlay
-        painted = (
-            255 * overlay(np.asarray(shown), lay_back(heatmap, (shown.height, shown.width), resize))
-        ).astype(np.uint8)
-        top += (f'<img class="kd-base {layer}" draggable="false" alt="Score-CAM" '
-                f'src="{_uri(Image.fromarray(painted))}">')
-    return f'<div class="kd-stack" style="{size}">{top}</div>'
+        layers.append(img(f'kd-base {layer}', 'Score-CAM', _map_picture(shown, heatmap, resize)))
+    return f'<div class="kd-stack" style="{size}">{"".join(layers)}</div>'
 
 # %% ../../nbs/09c_app.html.ipynb #2cae5406
 def size_text(
@@ -139,13 +143,16 @@ def thumbnails(self:Explorer,
 
 
 # %% ../../nbs/09c_app.html.ipynb #b6888d99
-def _bar(p:float, top:bool)->str:
+def _bar(p:float, is_top:bool)->str:
     "A probability as a bar and a number; the largest of a network is marked."
-    return (
-        f'<span class="kd-bar"><span style="width:{100 * p:.1f}%"></span></span><span '
-        f'class="kd-number">{"<b>" if top else ""}{100 * p:.1f} %'
-        f'{" ◀</b>" if top else ""}</span>'
-    )
+    number = f'<b>{100*p:.1f} % ◀</b>' if is_top else f'{100*p:.1f} %'
+    bar = f'<span class="kd-bar"><span style="width:{100*p:.1f}%"></span></span>'
+    return f'{bar}<span class="kd-number">{number}</span>'
+
+def _calibration(role:str, decision)->str:
+    "Whether a network's probabilities are calibrated."
+    if not decision: return f'{role} not calibrated'
+    return f'{role} after calibration (temperature {decision.temperature:.2f})'
 
 # %% ../../nbs/09c_app.html.ipynb #a7f71a1f
 def probabilities_html(
@@ -156,65 +163,73 @@ def probabilities_html(
     "Probabilities by class and network, the predicted class of each marked."
     p = subject.probabilities or ({cases.role: output.probabilities} if output else {})
     roles = sorted(p, key=lambda r: r != cases.role)
-    rows = [
-        [
-            html.escape(c) + (' <b>(true)</b>' if c == subject.label else ''),
-            *(_bar(p[r][k], p[r].argmax() == k) for r in roles),
-        ]
-        for k, c in enumerate(cases.classes)
-    ]
-    def calibrated(d):
-        return f'after calibration (temperature {d.temperature:.2f})' if d else 'not calibrated'
-    how = '; '.join(f'{r} {calibrated(cases.decisions.get(r))}' for r in roles)
-    table = table_html(
-        ['class', *roles], rows, f'Probability of each class, ◀ the predicted one. {how}.'
-    )
-    return f'<div class="kd-roles{min(len(roles), 3)}">{table}</div>' if roles else ''
+    if not roles: return ''
+    rows = []
+    for k, name in enumerate(cases.classes):
+        is_true = ' <b>(true)</b>' if name == subject.label else ''
+        bars = [_bar(p[r][k], p[r].argmax() == k) for r in roles]
+        rows.append([html.escape(name) + is_true, *bars])
+    how = '; '.join(_calibration(r, cases.decisions.get(r)) for r in roles)
+    caption = f'Probability of each class, ◀ the predicted one. {how}.'
+    table = table_html(['class', *roles], rows, caption)
+    return f'<div class="kd-roles{min(len(roles), 3)}">{table}</div>'
 
 # %% ../../nbs/09c_app.html.ipynb #c65af393
+def _own_sentence(cases:Cases, subject:Subject, p:np.ndarray)->str:
+    "What the network predicts, and whether that is right."
+    name, top = cases.classes[p.argmax()], float(p.max())
+    right = f', which is wrong: it is labelled {subject.label}'
+    if name == subject.label: right = ', which is right'
+    if not subject.label: right = ' (a file of your own: its class is not known here)'
+    return f'The {cases.role} predicts {name} with {100*top:.1f} %{right}.'
+
+def _other_sentence(cases:Cases, p:np.ndarray, q:np.ndarray)->str:
+    "What the network beside it predicts, and how far the two are apart."
+    is_same = q.argmax() == p.argmax()
+    what = 'predicts the same' if is_same else f'predicts {cases.classes[q.argmax()]}'
+    apart = f'{abs(p - q).sum() / 2:.2f} apart (0 the same, 1 opposite)'
+    return f'The {cases.beside} {what}; they are {apart}.'
+
+# %% ../../nbs/09c_app.html.ipynb #8fcad2a5
 def verdict(
     cases:Cases,             # of a fold
     subject:Subject,         # what is looked at
     output:NetworkOutput|None=None,  # of the network now; needed for a file of one's own
 )->list[str]:                # sentences
-    "What the network predicts, whether that is right, and what `kdoct predict` would say of it: the same words of the same function."
+    "What the network predicts, whether that is right, and the words that `kdoct predict` has for it."
     from kdoct.evaluate.decisions import explained
     p = subject.probabilities.get(cases.role, output.probabilities if output else None)
     if p is None: return []
-    name, top, d = cases.classes[p.argmax()], float(p.max()), cases.decisions.get(cases.role)
-    right = (
-        ', which is right'
-        if name == subject.label
-        else f', which is wrong: it is labelled {subject.label}'
-    )
-    if not subject.label: right = ' (a file of your own: its class is not known here)'
-    out = [f'The {cases.role} predicts {name} with {100*top:.1f} %{right}.']
+    out, decision = [_own_sentence(cases, subject, p)], cases.decisions.get(cases.role)
     if cases.beside in subject.probabilities:
-        q = subject.probabilities[cases.beside]
-        same = (
-            'predicts the same'
-            if q.argmax() == p.argmax()
-            else f'predicts {cases.classes[q.argmax()]}'
-        )
-        out.append(
-            f'The {cases.beside} {same}; they are {abs(p - q).sum() / 2:.2f} apart (0 the same, '
-            f'1 opposite).'
-        )
+        out.append(_other_sentence(cases, p, subject.probabilities[cases.beside]))
     distance = subject.distance if subject.distance is not None else output and output.distance
-    if d: return out + explained(d, p, distance)
-    return [
-        *out,
-        'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: '
-        + stage_command('decide', cases.run, cases.fold),
-    ]
+    if decision: return out + explained(decision, p, distance)
+    command = stage_command('decide', cases.run, cases.fold)
+    unfitted = 'No decision is fitted, so nothing is said of deferral and of outliers. To fit it: '
+    return [*out, unfitted + command]
 
 # %% ../../nbs/09c_app.html.ipynb #2435d1bf
-def _percent(share:tuple, yes:int, of:int, level:float)->str:
+def _percent(share:tuple, yes:int, of:int)->str:
     "A share with its counts and interval."
     value, low, high = share
     if not np.isfinite(value): return 'undefined: no such image'
     interval = f' [{100*low:.1f}, {100*high:.1f}]' if np.isfinite(low) else ' (no interval)'
     return f'<b>{100*value:.1f} %</b>{interval} <span class="kd-count">({yes} of {of})</span>'
+
+def _share_html(kind:str, name:str, text:str)->str:
+    "Sensitivity or specificity in a paragraph of its own."
+    return f'<p class="kd-share" id="kd-{kind.lower()}">{kind} for {name}: {text}</p>'
+
+# %% ../../nbs/09c_app.html.ipynb #945a76ff
+def _confusion_rows(stats:ThresholdStats, classes:list[str])->list[list[str]]:
+    "Of each class and of all: predicted, not predicted, images."
+    def row(name, predicted, total): return [name, *map(str, (predicted, total - predicted, total))]
+    rows = []
+    for name, predicted, total in zip(classes, stats.predicted, stats.total, strict=True):
+        mark = ' <b>(the class)</b>' if name == stats.name else ''
+        rows.append(row(html.escape(name) + mark, predicted, total))
+    return [*rows, row('all', stats.predicted.sum(), stats.total.sum())]
 
 # %% ../../nbs/09c_app.html.ipynb #c3c0ceac
 def threshold_html(
@@ -225,82 +240,75 @@ def threshold_html(
 )->str:
     "Confusion, sensitivity and specificity of a threshold, with counts."
     k, name = classes.index(stats.name), html.escape(stats.name)
-    rows = [
-        [
-            html.escape(c) + (' <b>(the class)</b>' if i == k else ''),
-            str(stats.predicted[i]),
-            str(stats.total[i] - stats.predicted[i]),
-            str(stats.total[i]),
-        ]
-        for i, c in enumerate(classes)
-    ]
-    rest = stats.total.sum() - stats.total[k], stats.predicted.sum() - stats.predicted[k]
-    rows.append(
-        [
-            'all',
-            str(stats.predicted.sum()),
-            str(stats.total.sum() - stats.predicted.sum()),
-            str(stats.total.sum()),
-        ]
-    )
-    table = table_html(
-        ['true class', f'predicted {stats.name}', f'not predicted {stats.name}', 'images'],
-        rows,
-        f'{counted(stats.total.sum(), "test image")} of '
-        f'{counted(n_groups, "group (patient)", "groups (patients)")}; '
-        f'predicted {stats.name} from a probability of {100 * stats.threshold:.1f} % on.',
-    )
-    return (
-        f'<p class="kd-share" id="kd-sensitivity">Sensitivity for {name}: '
-        f'{_percent(stats.sensitivity, stats.predicted[k], stats.total[k], level)}</p>'
-        f'<p class="kd-share" id="kd-specificity">Specificity for {name}: '
-        f'{_percent(stats.specificity, rest[0] - rest[1], rest[0], level)}</p>{table}'
-        + text_html(
-            f'In brackets the {100 * level:g} % interval from resampling groups. At 0 or 100 % it '
+    head = ['true class', f'predicted {stats.name}', f'not predicted {stats.name}', 'images']
+    images = counted(stats.total.sum(), "test image")
+    groups = counted(n_groups, "group (patient)", "groups (patients)")
+    start = f'predicted {stats.name} from a probability of {100*stats.threshold:.1f} % on.'
+    table = table_html(head, _confusion_rows(stats, classes), f'{images} of {groups}; {start}')
+    others, wrong = stats.total.sum() - stats.total[k], stats.predicted.sum() - stats.predicted[k]
+    found = _percent(stats.sensitivity, stats.predicted[k], stats.total[k])
+    spared = _percent(stats.specificity, others - wrong, others)
+    note = (f'In brackets the {100 * level:g} % interval from resampling groups. At 0 or 100 % it '
             f'is a point and says little: with n patients '
-            'and no exception, the rate of exceptions may still be up to 300/n %.',
-            'soft',
-        )
-    )
+            'and no exception, the rate of exceptions may still be up to 300/n %.')
+    shares = _share_html('Sensitivity', name, found) + _share_html('Specificity', name, spared)
+    return shares + table + text_html(note, 'soft')
 
 # %% ../../nbs/09c_app.html.ipynb #1fc0ac3a
+def _x(share:float)->float:
+    "Where a threshold stands in the drawing."
+    return 46 + 380*share
+
+def _y(share:float)->float:
+    "Where a sensitivity or specificity stands in the drawing."
+    return 14 + 190*(1 - share)
+
+_LINES = (  # the lines differ in dash as in colour
+    ('sensitivity', BLUE, f'stroke="{BLUE}" stroke-width="2.2"'),
+    ('specificity', ORANGE, f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"'),
+)
+
+def _line_svg(x:np.ndarray, y:np.ndarray, style:str)->str:
+    "A curve; nothing where it is not defined."
+    if np.isnan(y).any(): return ''
+    points = ' '.join(f'{_x(a):.1f},{_y(b):.1f}' for a, b in zip(x, y, strict=True))
+    return f'<polyline fill="none" {style} points="{points}"/>'
+
+# %% ../../nbs/09c_app.html.ipynb #14b67a2b
+def _tick_svg(v:float)->str:
+    "A number at each axis and a line across."
+    below = f'<text x="{46 + 380 * v}" y="220" text-anchor="middle">{100 * v:.0f}</text>'
+    across = f'<path d="M46 {14 + 190 * (1 - v)}h380" stroke="#e3e6ea"/>'
+    left = f'<text x="40" y="{18 + 190 * (1 - v)}" text-anchor="end">{100 * v:.0f}</text>'
+    return below + across + left
+
+def _key_svg(x:int, name:str, style:str)->str:
+    "A line's name."
+    return f'<path d="M{x} 238h26" {style}/><text x="{x + 32}" y="242">{name} %</text>'
+
+def _mark_svg(x:float, share:tuple, colour:str)->str:
+    "A dot where a curve meets the threshold; nothing where it is not defined."
+    if not np.isfinite(share[0]): return ''
+    return f'<circle cx="{x}" cy="{_y(share[0])}" r="4.5" fill="{colour}"/>'
+
+# %% ../../nbs/09c_app.html.ipynb #9ee8fd10
 def curves_svg(
     curves:np.ndarray,     # (3, steps) from `Thresholds.curves`
     stats:ThresholdStats,  # where the threshold is
 )->str:
-    "Sensitivity and specificity over the threshold, and where it stands; the lines differ in dash as in colour."
-    def at(x, y): return f'{46 + 380*x:.1f},{14 + 190*(1 - y):.1f}'
-    def line(y, style):
-        return (
-            ''
-            if np.isnan(y).any()
-            else f'<polyline fill="none" {style} points="{" ".join(map(at, curves[0], y))}"/>'
-        )
-    ticks = ''.join(
-        f'<text x="{46 + 380 * v}" y="220" text-anchor="middle">{100 * v:.0f}</text><path d="M46 '
-        f'{14 + 190 * (1 - v)}h380" stroke="#e3e6ea"/>'
-        f'<text x="40" y="{18 + 190 * (1 - v)}" text-anchor="end">{100 * v:.0f}</text>'
-        for v in (0, 0.25, 0.5, 0.75, 1)
-    )
-    styles = (
-        f'stroke="{BLUE}" stroke-width="2.2"',
-        f'stroke="{ORANGE}" stroke-width="2.2" stroke-dasharray="6 4"',
-    )
-    here = 46 + 380*stats.threshold
-    key = ''.join(
-        f'<path d="M{x} 238h26" {style}/><text x="{x + 32}" y="242">{name} %</text>'
-        for x, style, name in zip((60, 196), styles, ('sensitivity', 'specificity'), strict=True)
-    )
-    marks = ''.join(
-        f'<circle cx="{here}" cy="{14 + 190 * (1 - v[0])}" r="4.5" fill="{c}"/>'
-        for v, c in ((stats.sensitivity, BLUE), (stats.specificity, ORANGE))
-        if np.isfinite(v[0])
-    )
+    "Sensitivity and specificity over the threshold, and where it stands."
+    x, *both = curves
+    here, shares = _x(stats.threshold), (stats.sensitivity, stats.specificity)
+    ticks = ''.join(map(_tick_svg, (0, 0.25, 0.5, 0.75, 1)))
+    lines = key = marks = ''
+    for (name, colour, style), y, share, at in zip(_LINES, both, shares, (60, 196), strict=True):
+        lines += _line_svg(x, y, style)
+        marks += _mark_svg(here, share, colour)
+        key += _key_svg(at, name, style)
     return (
         f'<svg class="kd-curves" viewBox="0 0 440 262" role="img" aria-label="Sensitivity and '
-        f'specificity over the threshold">{ticks}'
-        + ''.join(line(y, style) for y, style in zip(curves[1:], styles, strict=True))
-        + f'<path d="M{here} 14v190" stroke="#1c1f23" stroke-width="1.2"/>{marks}{key}'
+        f'specificity over the threshold">{ticks}{lines}'
+        f'<path d="M{here} 14v190" stroke="#1c1f23" stroke-width="1.2"/>{marks}{key}'
         f'<text x="236" y="258" text-anchor="middle">threshold on the probability, %</text></svg>'
     )
 
@@ -312,3 +320,17 @@ def with_css_class(
     "Give a widget classes that the style sheet knows."
     for name in names: widget.add_class(name)
     return widget
+
+def press_button(
+    name:str,      # what stands on it
+    do,            # function without arguments
+    *classes:str,  # that the style sheet knows
+)->w.Button:
+    "A button as wide as its name."
+    button = with_css_class(w.Button(description=name, layout=w.Layout(width='auto')), *classes)
+    button.on_click(lambda button: do())
+    return button
+
+def wrapped_row()->w.Layout:
+    "Parts in a row, and in several where the page is narrow."
+    return w.Layout(flex_flow='row wrap', align_items='center')

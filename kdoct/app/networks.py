@@ -44,6 +44,12 @@ class Upload(NamedTuple):
 MOST_SCANS = 1000  # of one file
 
 # %% ../../nbs/09b_app.networks.ipynb #7963c00c
+def _scan_name(scan)->str:
+    "Which B-scan of a volume, and the eye; '' for a picture."
+    if scan.slice is None: return scan.eye.strip()
+    of = f' of {scan.n_slices}' if scan.n_slices else ''
+    return f'B-scan {scan.slice + 1}{of} {scan.eye}'.strip()
+
 def read_upload_path(
     file:str|Path,   # a picture or a volume
     name:str='',     # how to call it; '': the file's name
@@ -51,18 +57,10 @@ def read_upload_path(
 )->list[Upload]:     # at most MOST_SCANS
     "The pictures of a file; `KdoctError` says why there are none."
     name = name or Path(file).name
-    def which(s):
-        return (
-            ''
-            if s.slice is None
-            else f'B-scan {s.slice + 1}' + (f' of {s.n_slices}' if s.n_slices else '')
-        )
     # a damaged file gets so much time and memory, and the page goes on
     with closing(Sandbox(modality=modality)) as sandbox:
-        uploads = [
-            Upload(name, ' '.join([which(s), s.eye]).strip(), s.image, tuple(s.notes))
-            for s in islice(sandbox.scans(file), MOST_SCANS)
-        ]
+        scans = islice(sandbox.scans(file), MOST_SCANS)
+        uploads = [Upload(name, _scan_name(s), s.image, tuple(s.notes)) for s in scans]
     if not uploads: raise KdoctError(f"{name} holds no picture.", fix="Give a B-scan or a volume.")
     return uploads
 
@@ -86,16 +84,15 @@ def lay_back(
 )->np.ndarray:             # (height, width) float32; 0 where the network saw nothing
     "Values of the square, on the picture that it was made of."
     h, w = shape
-    side = {'squash': None, 'crop': min(h, w), 'pad': max(h, w)}[resize]
-    big = np.asarray(
-        Image.fromarray(np.asarray(values, np.float32)).resize(
-            (w, h) if side is None else (side, side), Image.Resampling.BILINEAR
-        )
-    )
+    sizes = {'squash': (w, h), 'crop': (min(h, w),)*2, 'pad': (max(h, w),)*2}
+    square = Image.fromarray(np.asarray(values, np.float32))
+    big = np.asarray(square.resize(sizes[resize], Image.Resampling.BILINEAR))
     if resize == 'squash': return big
-    out, top, left = np.zeros((h, w), np.float32), abs(h - side)//2, abs(w - side)//2
-    if resize == 'crop': out[top:top + side, left:left + side] = big
-    else: out = big[top:top + h, left:left + w]
+    side = len(big)
+    top, left = abs(h - side)//2, abs(w - side)//2
+    if resize == 'pad': return big[top:top + h, left:left + w]
+    out = np.zeros((h, w), np.float32)
+    out[top:top + side, left:left + side] = big
     return out
 
 # %% ../../nbs/09b_app.networks.ipynb #83b27d84
@@ -141,20 +138,12 @@ def seen_by(
     import torch
 
     from kdoct.data.augment import apply_view, to_unit
-    d = run.recipe.data
-    x = torch.from_numpy(
-        np.array(
-            to_square(
-                image,
-                d.size + d.margin,
-                run.stage('data')['channels'],
-                **{k: getattr(d, k) for k in FRAMING},
-            )
-        )
-    )
-    return apply_view(
-        to_unit((x[None] if x.ndim == 2 else x.permute(2, 0, 1))[None]), 'identity', d.size
-    )
+    d, channels = run.recipe.data, run.stage('data')['channels']
+    framing = {k: getattr(d, k) for k in FRAMING}
+    square = np.array(to_square(image, d.size + d.margin, channels, **framing))
+    x = torch.from_numpy(square)
+    x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
+    return apply_view(to_unit(x[None]), 'identity', d.size)
 
 # %% ../../nbs/09b_app.networks.ipynb #eac36ae3
 def seen_picture(
@@ -179,24 +168,26 @@ def output(self:Network,
 
 # %% ../../nbs/09b_app.networks.ipynb #b6ebb278
 @patch
+def no_heatmap(self:Network, failed:KdoctError)->KdoctError:
+    "`NoHeatmap` if the network has no layer for a map, else the error itself."
+    from kdoct.explain.cam import target_layer
+    layer = outcome(lambda: target_layer(self.model, self.layer))
+    return NoHeatmap(layer.problem, fix=layer.fix) if isinstance(layer, KdoctError) else failed
+
+@patch
 def heatmap(self:Network,
     image:Image.Image,  # mode L or RGB
     number:int,         # of the class
 )->Heatmap:
     "Score-CAM of a class, as the run's recipe wants it; `NoHeatmap` if the network has no layer for it."
-    from kdoct.explain.cam import score_cam, target_layer
+    from kdoct.explain.cam import score_cam
     began, e = time.perf_counter(), self.run.recipe.explain
-    try: made = score_cam(self.model, seen_by(self.run, image), number, self.layer, e.score, e.tolerance)
-    except KdoctError as failed:
-        layer = outcome(lambda: target_layer(self.model, self.layer))
-        if isinstance(layer, KdoctError): raise NoHeatmap(layer.problem, fix=layer.fix) from failed
-        raise
+    x = seen_by(self.run, image)
+    try: made = score_cam(self.model, x, number, self.layer, e.score, e.tolerance)
+    except KdoctError as failed: raise self.no_heatmap(failed) from failed
     c = made.cost[0]
-    return Heatmap(
-        made.maps[0].numpy(),
-        f"layer {made.layer}, {c['exact']} exact and {c['cheap']} approximate forward passes",
-        time.perf_counter() - began,
-    )
+    cost = f"layer {made.layer}, {c['exact']} exact and {c['cheap']} approximate forward passes"
+    return Heatmap(made.maps[0].numpy(), cost, time.perf_counter() - began)
 
 # %% ../../nbs/09b_app.networks.ipynb #20d70d0c
 def outcome(
@@ -242,8 +233,8 @@ class Background:
 def _next(self:Background):
     "The job that has waited longest, and what is known of it; None where there is none, and the thread ends."
     with self.lock:
-        if not self.waiting: self.thread = None; return None
-        return self.waiting.pop(next(iter(self.waiting)))
+        if self.waiting: return self.waiting.pop(next(iter(self.waiting)))
+        self.thread = None
 
 @patch
 def _work(self:Background):
@@ -272,44 +263,39 @@ class Explorer:
     "What is chosen, and what follows from it."
     def __init__(self): self.cases, self.table, self._networks = None, None, OrderedDict()
 
-    def open(self,
-        run:str='',         # its name; '': the one worked on last
-        fold:int|None=None, # counted from 0; None: the first that has a network
-        role:str='',        # the network that is looked at; '': the student, or what there is
-    )->Cases:
-        "Open the test images of a fold; `KdoctError` with a command where something is missing, and nothing is open then."
-        self.cases = self.table = None
-        for known in ('hashes', 'cache'): self.__dict__.pop(known, None)
-        r = open_run(run or runs_there()[0])
-        if fold is None:
-            fold = next((k for k in range(r.recipe.data.n_folds) if models_there(r, k)), 0)
-        there = models_there(r, fold)
-        self.cases = open_cases(
-            r, fold, role or ('student' if 'student' in there or not there else there[0])
-        )
-        self.table = case_table(self.cases)
-        return self.cases
-
     @cached_property
     def hashes(self)->dict[str, str]:
         "What the audit found: path of an image -> hash of its file."
-        return (
-            pd.read_parquet(self.cases.run.path / 'table.parquet', columns=['path', 'sha256'])
-            .set_index('path')
-            .sha256.to_dict()
-        )
+        table = self.cases.run.path/'table.parquet'
+        rows = pd.read_parquet(table, columns=['path', 'sha256'])
+        return rows.set_index('path').sha256.to_dict()
 
     @cached_property
     def cache(self):
         "The decoded squares of the run's images (`DecodeCache`); None where they are no longer there."
-        d, data = self.cases.run.recipe.data, self.cases.run.stage('data')
-        wanted = cache_facts(
-            self.hashes.values(),
-            d.size + d.margin,
-            data['channels'],
-            **{k: getattr(d, k) for k in FRAMING},
-        )
+        d, channels = self.cases.run.recipe.data, self.cases.run.stage('data')['channels']
+        framing = {k: getattr(d, k) for k in FRAMING}
+        wanted = cache_facts(self.hashes.values(), d.size + d.margin, channels, **framing)
         return open_cache(outputs_root()/'cache'/f"{wanted['key']}.npy", wanted)
+
+# %% ../../nbs/09b_app.networks.ipynb #df53c3e5
+@patch
+def open(self:Explorer,
+    run:str='',         # its name; '': the one worked on last
+    fold:int|None=None, # counted from 0; None: the first that has a network
+    role:str='',        # the network that is looked at; '': the student, or what there is
+)->Cases:
+    "Open the test images of a fold; `KdoctError` with a command if it cannot be, and nothing is open then."
+    self.cases = self.table = None
+    for known in ('hashes', 'cache'): self.__dict__.pop(known, None)
+    r = open_run(run or runs_there()[0])
+    if fold is None:
+        fold = next((k for k in range(r.recipe.data.n_folds) if models_there(r, k)), 0)
+    there = models_there(r, fold)
+    usual = 'student' if 'student' in there or not there else there[0]
+    self.cases = open_cases(r, fold, role or usual)
+    self.table = case_table(self.cases)
+    return self.cases
 
 # %% ../../nbs/09b_app.networks.ipynb #c0f71808
 _FACTS = dict(path='file', patient='patient', eye='eye', volume='volume', slice='slice')
@@ -318,11 +304,9 @@ def known_facts(
     row,             # of `case_table`
 )->dict[str, str]:   # name for people -> value
     "What the table says of an image, without what it leaves open."
-    return {
-        name: str(v)
-        for c, name in _FACTS.items()
-        if not pd.isna(v := row[c]) and str(v) not in ('', '-1')
-    }
+    values = {name: row[column] for column, name in _FACTS.items()}
+    known = {name: str(v) for name, v in values.items() if not pd.isna(v)}
+    return {name: text for name, text in known.items() if text not in ('', '-1')}
 
 # %% ../../nbs/09b_app.networks.ipynb #942d5cf5
 @patch
@@ -332,15 +316,9 @@ def subject(self:Explorer,
     "A test image with everything that is known of it."
     c, r = self.cases, self.table.loc[row]
     image = outcome(lambda: read_case(c.run, r.path, self.hashes[r.path]))
-    return Subject(
-        ('test', r.path),
-        r.path,
-        known_facts(r),
-        image,
-        r.label,
-        {role: p[row] for role, p in c.probabilities.items()},
-        None if pd.isna(r.distance) else float(r.distance),
-    )
+    p = {role: p[row] for role, p in c.probabilities.items()}
+    distance = None if pd.isna(r.distance) else float(r.distance)
+    return Subject(('test', r.path), r.path, known_facts(r), image, r.label, p, distance)
 
 # %% ../../nbs/09b_app.networks.ipynb #08839643
 @patch
@@ -348,34 +326,26 @@ def upload_subject(self:Explorer,
     upload:Upload,  # from a file of one's own
 )->Subject:
     "A picture of one's own: nothing is known of it but what the file says."
+    image = upload.image
+    facts = dict(file=upload.file, size=f'{image.width} x {image.height} px')
     more = {'B-scan': upload.scan, 'on reading': '; '.join(upload.notes)}
-    facts = dict(file=upload.file, size=f'{upload.image.width} x {upload.image.height} px') | {
-        k: v for k, v in more.items() if v
-    }
-    return Subject(
-        ('upload', hashlib.sha256(upload.image.tobytes()).hexdigest()),
-        f'{upload.file} {upload.scan}'.strip(),
-        facts,
-        upload.image,
-    )
+    facts |= {k: v for k, v in more.items() if v}
+    key = 'upload', hashlib.sha256(image.tobytes()).hexdigest()
+    return Subject(key, f'{upload.file} {upload.scan}'.strip(), facts, image)
 
 # %% ../../nbs/09b_app.networks.ipynb #a4d68922
 @patch
 def stamp(self:Explorer)->tuple:  # run, fold, role, and when the network was written
     "Which network is looked at."
     c = self.cases
-    return (
-        c.run.name,
-        c.fold,
-        c.role,
-        (c.run.stage_dir(c.fold, c.role) / 'model.json').stat().st_mtime_ns,
-    )
+    written = (c.run.stage_dir(c.fold, c.role)/'model.json').stat().st_mtime_ns
+    return c.run.name, c.fold, c.role, written
 
 @patch
 def network(self:Explorer,
     stamp:tuple,  # from `stamp`
 )->Network:
-    "A network, loaded when it is asked for; two are kept."
+    "A network, loaded when it is first used; two are kept."
     if stamp not in self._networks:
         self._networks[stamp] = Network(open_run(stamp[0]), stamp[1], stamp[2])
     self._networks.move_to_end(stamp)

@@ -23,7 +23,7 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError, usable_cores
 from ..core.sections import DataRecipe
-from .images import COLOUR_SHARE, inspect_file, PROBLEMS
+from .images import COLOUR_SHARE, inspect_file
 from kdoct.data.listing import (
     classes_option,
     counted_endings,
@@ -32,6 +32,7 @@ from kdoct.data.listing import (
     Listing,
     merge_groups,
 )
+from .problems import PROBLEMS
 from .sources import check_source
 
 # %% ../../nbs/01f_data.audit.ipynb #4f49a990
@@ -128,7 +129,7 @@ class Audit:
         stops = self.findings.problem[self.findings.action == 'stops the run'].value_counts()
         if len(stops):
             raise KdoctError(
-                f"The audit stops the run: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
+                f"The audit finds what no run may contain: {', '.join(f'{n} {k}' for k, n in stops.items())} among "
                 f"{counted(self.summary['listed'], 'image')}. {where} names each file.",
                 fix=self._remedy({*stops.index}, new_run),
             )

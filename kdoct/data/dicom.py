@@ -9,7 +9,7 @@ __all__ = ['MODALITIES', 'MAX_COMPARED', 'DICOM_WITHOUT_PREAMBLE', 'read_dicom']
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from kdoct.data.dicom_pixels import (
     is_jpeg_12,
     OVERLAY_BITS,
 )
-from .images import BadImage, DECODE_ERRORS
+from .problems import BadImage, DECODE_ERRORS
 from kdoct.data.scans import (
     ByteReader,
     check_shape,
@@ -35,47 +35,12 @@ from kdoct.data.scans import (
 )
 
 # %% ../../nbs/01l_data.dicom.ipynb #4a4818a6
-_DICOM_ELEMENTS = (
-    'SOPClassUID',
-    'Modality',
-    'ImageType',
-    'Manufacturer',
-    'SeriesDescription',
-    'ProtocolName',
-    'PatientID',
-    'Laterality',
-    'ImageLaterality',
-    'SeriesInstanceUID',
-    'InstanceNumber',
-    'NumberOfFrames',
-    'Rows',
-    'Columns',
-    'SamplesPerPixel',
-    'PhotometricInterpretation',
-    'PlanarConfiguration',
-    'BitsAllocated',
-    'BitsStored',
-    'HighBit',
-    'PixelRepresentation',
-    'PixelPaddingValue',
-    'PixelPaddingRangeLimit',
-    'RescaleSlope',
-    'RescaleIntercept',
-    'ModalityLUTSequence',
-    'WindowCenter',
-    'WindowWidth',
-    'VOILUTFunction',
-    'VOILUTSequence',
-    'SharedFunctionalGroupsSequence',
-    'PerFrameFunctionalGroupsSequence',
-    *(
-        f'{segmented}{colour}PaletteColorLookupTable{part}'
-        for colour in ('Red', 'Green', 'Blue')
-        for segmented, part in (('', 'Descriptor'), ('', 'Data'), ('Segmented', 'Data'))
-    ),
+_PALETTES = tuple(
+    f'{segmented}{colour}PaletteColorLookupTable{part}'
+    for colour in ('Red', 'Green', 'Blue')
+    for segmented, part in (('', 'Descriptor'), ('', 'Data'), ('Segmented', 'Data'))
 )
 
-# %% ../../nbs/01l_data.dicom.ipynb #f0fee259
 _DICOM_NEEDED = (
     'Rows',
     'Columns',
@@ -86,10 +51,23 @@ _DICOM_NEEDED = (
     'PixelRepresentation',
 )
 
+# nothing else is read: no name, no birth date
+_ABOUT = (
+    'SOPClassUID', 'Modality', 'ImageType', 'Manufacturer', 'SeriesDescription', 'ProtocolName',
+    'PatientID', 'Laterality', 'ImageLaterality', 'SeriesInstanceUID', 'InstanceNumber',
+    'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence',
+)
+_GREY = (
+    'PlanarConfiguration', 'HighBit', 'PixelPaddingValue', 'PixelPaddingRangeLimit',
+    'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence',
+    'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'VOILUTSequence',
+)
+_DICOM_ELEMENTS = (*_ABOUT, 'NumberOfFrames', *_DICOM_NEEDED, *_GREY, *_PALETTES)
+
+# %% ../../nbs/01l_data.dicom.ipynb #f0fee259
 _DECODERS = "pip install 'kdoct[volumes]', or decompress the file: gdcmconv --raw IN OUT"
 
-_ANEW = ("export it again from the program that wrote it, uncompressed, a B-scan a frame (not "
-         "as a video)")
+_ANEW = "export it again from its program, uncompressed, a B-scan a frame (not as a video)"
 
 _VIDEO = re.compile(r'1\.2\.840\.10008\.1\.2\.(4\.10[0-8](\.1)?|7\.[1-3])$')   # MPEG-2, MPEG-4, HEVC, SMPTE ST 2110
 
@@ -100,8 +78,8 @@ def _first(groups, *names):
     "The first element that is found on the way down from one of the groups; None: nowhere."
     for g in groups:
         for name in names[:-1]: g = (getattr(g, name, None) or [None])[0]
-        if g is not None and getattr(g, names[-1], None) not in (None, ''):
-            return getattr(g, names[-1])
+        value = getattr(g, names[-1], None)
+        if value not in (None, ''): return value
     return None
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a001
@@ -280,46 +258,35 @@ def _dicom_syntax(d):
     uid = import_pydicom().uid
     if (said := d.file_meta.get('TransferSyntaxUID')): return said
     implicit, little = d.original_encoding
-    return (
-        uid.ImplicitVRLittleEndian
-        if implicit
-        else uid.ExplicitVRLittleEndian
-        if little
-        else uid.ExplicitVRBigEndian
-    )
+    if implicit: return uid.ImplicitVRLittleEndian
+    return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
 
 # %% ../../nbs/01l_data.dicom.ipynb #a2cb9352
+def _check_syntax(syntax):
+    "`BadImage` where a transfer syntax is none, or hides how large the file is."
+    if syntax == _DEFLATED:
+        how = "convert it: dcmconv +te IN OUT"
+        raise BadImage('unreadable', f"a deflated DICOM file, which is not read; {how}")
+    if not syntax.is_transfer_syntax:
+        what = f"its pixels are stored in a way that is not known, {syntax}"
+        raise BadImage('unreadable', f"{what}; {_ANEW}")
+
+# %% ../../nbs/01l_data.dicom.ipynb #be049eb5
 def _dicom_head(path:Path):
-    "The elements that are needed, the number of frames, and notes; `BadImage` unless the pixels can be decoded here."
+    "The elements that are needed, the number of frames, and notes; `BadImage` unless pixels can be decoded."
     pydicom = import_pydicom()
     with ByteReader(path) as f:
         whole = f.size >= 132 and f.read(128, 4) == b'DICM'
         f.file.seek(0)
-        if (
-            whole
-            and (syntax := pydicom.filereader.read_file_meta_info(path).get('TransferSyntaxUID'))
-            == _DEFLATED
-        ):
-            raise BadImage(
-                'unreadable',
-                "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT",
-            )
-        f.file.seek(0)
+        said = pydicom.filereader.read_file_meta_info(path) if whole else {}
+        if said.get('TransferSyntaxUID') == _DEFLATED: _check_syntax(_DEFLATED)   # before it is inflated
         wanted = [*_DICOM_ELEMENTS, *OVERLAY_BITS]
         # leaves the file at the pixels
         d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=wanted)
         if not whole and not ('SOPClassUID' in d or 'Rows' in d):
             raise BadImage('corrupt', "it does not begin like a DICOM file")
         syntax = d.file_meta.TransferSyntaxUID = _dicom_syntax(d)
-        if not syntax.is_transfer_syntax:
-            raise BadImage(
-                'unreadable', f"its pixels are stored in a way that is not known, {syntax}; {_ANEW}"
-            )
-        if syntax == _DEFLATED:
-            raise BadImage(
-                'unreadable',
-                "a deflated DICOM file, which is not read; convert it: dcmconv +te IN OUT",
-            )
+        _check_syntax(syntax)
         n, extra = _dicom_pixels(f, d, syntax)
     _check_decoder(d, syntax)
     notes = () if whole else ("a DICOM file without preamble",)
@@ -331,19 +298,14 @@ def _check_decoder(d, syntax):
     if not syntax.is_compressed: return
     if _VIDEO.match(syntax):
         raise BadImage('unreadable', f"a video, {syntax.name}, which is not read; {_ANEW}")
+    packed = f"it is compressed as {syntax.name}"
     try: available = import_pydicom().pixels.get_decoder(syntax).is_available
     except NotImplementedError as e:
-        raise BadImage(
-            'unreadable',
-            f"it is compressed as {syntax.name}, which no decoder is known for; {_ANEW}",
-        ) from e
+        raise BadImage('unreadable', f"{packed}, which no decoder is known for; {_ANEW}") from e
     if is_jpeg_12(d, syntax): available = find_spec('gdcm') is not None
     if not available:
-        raise BadImage(
-            'unreadable',
-            f"it is compressed as {syntax.name}, which nothing that is installed decodes; "
-            f"{_DECODERS}",
-        )
+        what = f"{packed}, which nothing that is installed decodes"
+        raise BadImage('unreadable', f"{what}; {_DECODERS}")
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a002
 _FLOATS, _PIXELS = (0x7fe00008, 0x7fe00009), 0x7fe00010
@@ -359,56 +321,61 @@ def _pixel_element(f:ByteReader, syntax)->tuple[int, int, int]:
     return tag, int.from_bytes(begin[skip - 4:skip], order), at + skip
 
 # %% ../../nbs/01l_data.dicom.ipynb #823949ac
+def _without_picture(d)->str:
+    "What a DICOM file is that has no pixels."
+    index = d.file_meta.get('MediaStorageSOPClassUID') == '1.2.840.10008.1.3.10'   # DICOMDIR
+    if index: return "an index of DICOM files (DICOMDIR); give the folder"
+    return getattr(d.get('SOPClassUID'), 'name', 'unknown kind')
+
+def _check_pixel_element(tag:int, d):
+    "`BadImage` unless there are pixels of whole numbers, and what is needed to read them."
+    if tag in _FLOATS:
+        what = "float pixels: which values are black and white would be a guess"
+        raise BadImage('wrong-mode', f"{what}; export it with whole numbers")
+    if tag != _PIXELS or 'Rows' not in d:
+        raise BadImage('not-an-image', f"a DICOM file without a picture: {_without_picture(d)}")
+    lacking = [k for k in _DICOM_NEEDED if d.get(k) in (None, '')]
+    if lacking: raise BadImage('corrupt', f"its header lacks {', '.join(lacking)}")
+
+def _frame_bytes(d)->float:
+    "Bytes of a frame that is not compressed."
+    # 422: colour at every second pixel
+    samples = 2 if d.PhotometricInterpretation == 'YBR_FULL_422' else int(d.SamplesPerPixel)
+    return int(d.Rows)*int(d.Columns)*samples*int(d.BitsAllocated)/8
+
+# %% ../../nbs/01l_data.dicom.ipynb #d4bde010
 def _dicom_pixels(f:ByteReader, d, syntax)->tuple[int, tuple[str, ...]]:
     "The number of frames, and notes; `BadImage` unless header and length of the pixels agree."
     tag, length, at = _pixel_element(f, syntax)
-    if tag in _FLOATS:
-        raise BadImage(
-            'wrong-mode',
-            "float pixels: which values are black and white would be a guess; export it with "
-            "whole numbers",
-        )
-    if tag != _PIXELS or 'Rows' not in d:
-        index = d.file_meta.get('MediaStorageSOPClassUID') == '1.2.840.10008.1.3.10'   # DICOMDIR
-        what = (
-            "an index of DICOM files (DICOMDIR); give the folder"
-            if index
-            else getattr(d.get('SOPClassUID'), 'name', 'unknown kind')
-        )
-        raise BadImage('not-an-image', f"a DICOM file without a picture: {what}")
-    if lacking := [k for k in _DICOM_NEEDED if d.get(k) in (None, '')]:
-        raise BadImage('corrupt', f"its header lacks {', '.join(lacking)}")
+    _check_pixel_element(tag, d)
     n = int(d.get('NumberOfFrames') or 1)
     check_shape(d.Rows, d.Columns, n)
     if syntax.is_compressed: return n, ()
-    # 422: colour at every second pixel
-    samples = 2 if d.PhotometricInterpretation == 'YBR_FULL_422' else int(d.SamplesPerPixel)
-    frame = int(d.Rows)*int(d.Columns)*samples*int(d.BitsAllocated)/8
+    frame = _frame_bytes(d)
     want = int(np.ceil(n*frame))
     if length == _UNDEFINED:
-        raise BadImage(
-            'corrupt', "its pixels are compressed, and its header says that they are not"
-        )
+        what = "its pixels are compressed, and its header says that they are not"
+        raise BadImage('corrupt', what)
     if length < want:
-        raise BadImage(
-            'truncated', f"pixels of {counted(n, 'frame')} need {want} bytes; it has {length}"
-        )
+        what = f"pixels of {counted(n, 'frame')} need {want} bytes; it has {length}"
+        raise BadImage('truncated', what)
     f.need(at + length)
     if length >= want + frame:
-        raise BadImage(
-            'corrupt', f"NumberOfFrames is {n}, and there are pixels for {int(length / frame)}"
-        )
-    return n, (
-        f"{length - want} bytes behind the pixels are ignored",
-    ) if length > want + want % 2 else ()
+        what = f"NumberOfFrames is {n}, and there are pixels for {int(length/frame)}"
+        raise BadImage('corrupt', what)
+    rest = length - want
+    return n, (f"{rest} bytes behind the pixels are ignored",) if rest > want % 2 else ()
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a006
 MAX_COMPARED = 2048   # files of a folder whose DICOM headers are compared
 
-DICOM_WITHOUT_PREAMBLE = re.compile(
-    rb'\x02\0[\0-\x20]\0(?:UL|OB|UI)|\x08\0[\0-\x70]\0(?:UL|CS|UI|DA|TM|SH|LO)|\0\x08\0[\0-\x70](?:UL|CS|UI|DA|TM|SH|LO)|'
-    rb'\x08\0\x05\0[\2-\x20]\0\0\0ISO|\x08\0[\x08\x16]\0[\2-\x40]\0\0\0[A-Z1]'
-)  # the first element, with its type or without
+DICOM_WITHOUT_PREAMBLE = re.compile(   # the first element, with its type or without
+    rb'\x02\0[\0-\x20]\0(?:UL|OB|UI)|'
+    rb'\x08\0[\0-\x70]\0(?:UL|CS|UI|DA|TM|SH|LO)|'
+    rb'\0\x08\0[\0-\x70](?:UL|CS|UI|DA|TM|SH|LO)|'
+    rb'\x08\0\x05\0[\2-\x20]\0\0\0ISO|'
+    rb'\x08\0[\x08\x16]\0[\2-\x40]\0\0\0[A-Z1]'
+)
 
 def _natural(name:str)->list:
     "A key that puts name 2 before name 10."
@@ -419,58 +386,59 @@ def _natural(name:str)->list:
     ]
 
 # %% ../../nbs/01l_data.dicom.ipynb #caeb1a74
+_PLACE = ('SeriesInstanceUID', 'PatientID', 'InstanceNumber', 'ImagePositionPatient')
+
+def _place_in_series(path:str)->tuple[tuple, int|None, tuple|None]|None:
+    "Series and patient, InstanceNumber and position of a DICOM file; None: it is none that is read."
+    with open(path, 'rb') as f:
+        begin = f.read(1024)
+        dicom = begin[128:132] == b'DICM' or DICOM_WITHOUT_PREAMBLE.match(begin)
+        if not dicom or _DEFLATED.encode() in begin: return None
+        f.seek(0)
+        wanted = list(_PLACE)
+        d = import_pydicom().dcmread(f, stop_before_pixels=True, specific_tags=wanted, force=True)
+        series, patient, number, position = (d.get(k) for k in _PLACE)
+        position = tuple(map(float, position)) if position and len(position) == 3 else None
+        key = str(series or ''), str(patient or '')
+        return key, None if number is None else int(number), position
+
 @lru_cache(maxsize=8)
 def _dicom_folder(folder:str, changed:int)->dict[tuple, list[tuple]]|None:
-    "Name, InstanceNumber and position of a folder's DICOM files by series and patient; None: too many. `changed`: when the folder was."
-    pydicom, found = import_pydicom(), {}
+    "Name, InstanceNumber, position of a folder's files by series and patient; None: too many."
+    # `changed`, when the folder was, is part of what is remembered
+    found = {}
     with os.scandir(folder) as it: names = [e.name for e in it if e.is_file()]
     if len(names) > MAX_COMPARED: return None
-    wanted = ('SeriesInstanceUID', 'PatientID', 'InstanceNumber', 'ImagePositionPatient')
     for name in sorted(names, key=_natural):
-        try:
-            with open(os.path.join(folder, name), 'rb') as f:
-                begin = f.read(1024)
-                if (
-                    begin[128:132] != b'DICM'
-                    and not DICOM_WITHOUT_PREAMBLE.match(begin)
-                    or _DEFLATED.encode() in begin
-                ):
-                    continue
-                f.seek(0)
-                d = pydicom.dcmread(
-                    f, stop_before_pixels=True, specific_tags=list(wanted), force=True
-                )
-                number, position = (d.get(k) for k in wanted[2:])
-                position = tuple(map(float, position)) if position and len(position) == 3 else None
-                key = str(d.get(wanted[0]) or ''), str(d.get(wanted[1]) or '')
-                found.setdefault(key, []).append(
-                    (name, None if number is None else int(number), position)
-                )
+        try: place = _place_in_series(os.path.join(folder, name))
         except (*DECODE_ERRORS, AttributeError): continue   # it will be named when it is read itself
+        if place is not None: found.setdefault(place[0], []).append((name, *place[1:]))
     return found
 
 # %% ../../nbs/01l_data.dicom.ipynb #77a30f14
+def _by_position(files:list[tuple])->list[tuple]|None:
+    "Files of a series in the order of their positions; None where these do not give one."
+    positions = [position for _, _, position in files]
+    if len(files) < 2 or None in positions or len(set(positions)) < len(files): return None
+    axis = int(np.ptp(np.array(positions), axis=0).argmax())
+    return sorted(files, key=lambda f: f[2][axis])
+
 def _in_series(path:Path, d)->tuple[int, tuple[str, ...]]:
     "Number of a file's B-scan in its series, and a note where InstanceNumber does not give it."
     number = max(int(d.get('InstanceNumber') or 0) - 1, 0)
     folder = _dicom_folder(str(path.parent), os.stat(path.parent).st_mtime_ns)
     if folder is None:
-        return number, (
-            f"more than {MAX_COMPARED} files in the folder: not compared with the others "
-            f"of its series",
-        )
+        what = f"more than {MAX_COMPARED} files in the folder"
+        return number, (f"{what}: not compared with the others of its series",)
     files = folder.get((str(d.get('SeriesInstanceUID') or ''), str(d.get('PatientID') or '')), [])
     if path.name not in [f[0] for f in files]: return number, ()
-    numbers, positions = [f[1] for f in files], [f[2] for f in files]
+    numbers = [f[1] for f in files]
     if None not in numbers and len(set(numbers)) == len(files): return number, ()
     why = "no InstanceNumber" if None in numbers else "equal InstanceNumbers"
-    if len(files) > 1 and None not in positions and len(set(positions)) == len(files):
-        axis = int(np.ptp(np.array(positions), axis=0).argmax())
-        files, order = sorted(files, key=lambda f: f[2][axis]), "ImagePositionPatient"
-    else: order = "file name"
-    return [f[0] for f in files].index(path.name), (
-        f"{why} in its series: slices are in the order of {order}",
-    )
+    ordered = _by_position(files)
+    order = "file name" if ordered is None else "ImagePositionPatient"
+    note = f"{why} in its series: slices are in the order of {order}"
+    return [f[0] for f in ordered or files].index(path.name), (note,)
 
 # %% ../../nbs/01l_data.dicom.ipynb #cdfd2797
 def _dicom_eye(groups)->tuple[str, tuple[str, ...]]:
@@ -496,21 +464,21 @@ def _dicom_place(
 
 # %% ../../nbs/01l_data.dicom.ipynb #d1c0a012
 def _check_stacks(frames):
-    "`BadImage` where a file's frames are of several volumes; a stack for each frame, as of a radial scan, is one volume."
-    stacks = Counter(
-        str(stack)
-        for frame in frames
-        if (stack := _first([frame], 'FrameContentSequence', 'StackID'))
-    )
+    "`BadImage` where frames are of several volumes; a stack a frame, as of a radial scan, is one."
+    named = (_first([frame], 'FrameContentSequence', 'StackID') for frame in frames)
+    stacks = Counter(str(stack) for stack in named if stack)
     if len(stacks) < 2 or max(stacks.values()) == 1: return
     each = ', '.join(f"{n} of StackID {stack}" for stack, n in stacks.most_common(8))
-    raise BadImage(
-        'mixed-pages',
-        f"frames of {len(stacks)} volumes in one file: {each}; save each volume as a "
-        f"file of its own",
-    )
+    what = f"frames of {len(stacks)} volumes in one file: {each}"
+    raise BadImage('mixed-pages', f"{what}; save each volume as a file of its own")
 
 # %% ../../nbs/01l_data.dicom.ipynb #8e155904
+def _groups(d)->Callable[[int], list]:
+    "Number of a frame -> where its elements are looked for: its groups, those of all frames, the file."
+    shared = list(d.get('SharedFunctionalGroupsSequence') or [])[:1]
+    frames = d.get('PerFrameFunctionalGroupsSequence') or []
+    return lambda i: [*frames[i:i + 1], *shared, d]
+
 def read_dicom(
     path:Path,           # a DICOM file, with preamble or without
     modality:str='oct',  # what it must hold: a key of `MODALITIES`; another word: anything
@@ -518,26 +486,14 @@ def read_dicom(
     "A DICOM file of that modality, or a picture of which none is said, with a note."
     d, n, read = _dicom_head(path)
     what, bits = _dicom_kind(d, modality), check_bits(d)
-    shared, frames = (
-        list(d.get('SharedFunctionalGroupsSequence') or [])[:1],
-        d.get('PerFrameFunctionalGroupsSequence') or [],
-    )
-    _check_stacks(frames[:n])
-    def groups_of(i): return [*frames[i:i + 1], *shared, d]
+    frames, groups_of = (d.get('PerFrameFunctionalGroupsSequence') or [])[:n], _groups(d)
+    _check_stacks(frames)
     patient, withheld = patient_identifier(str(d.get('PatientID') or ''))
-    slice, total, volume, order = _dicom_place(path, d, n, withheld)
-    eyes = {_dicom_eye(groups_of(i))[0] for i in range(len(frames[:n]))} - {''}
+    first, total, volume, order = _dicom_place(path, d, n, withheld)
+    eyes = {_dicom_eye(groups_of(i))[0] for i in range(len(frames))} - {''}
     both = ("its B-scans are of both eyes",) if len(eyes) > 1 else ()
     for i, (image, notes) in enumerate(dicom_pictures(path, d, n, groups_of)):
         eye, doubt = _dicom_eye(groups_of(i))
         about = (*what, *read, *bits, *notes, *doubt, *both, *order, *withheld)
-        yield Scan(
-            image,
-            str(path),
-            None if slice is None else slice + i,
-            total,
-            volume,
-            eye,
-            patient,
-            about,
-        )
+        number = None if first is None else first + i
+        yield Scan(image, str(path), number, total, volume, eye, patient, about)

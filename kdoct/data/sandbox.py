@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.files import KdoctError
-from .images import BadImage, DECODE_ERRORS
+from .problems import BadImage, DECODE_ERRORS
 from .scans import Scan
 from .volumes import read_picture, read_scans, reader_of
 
@@ -54,22 +54,22 @@ PLAIN_BYTES, PLAIN_PIXELS = 1 << 24, 1 << 24
 # how TIFF, GIF, WebP and JPEG 2000 begin
 _OTHERS = (b'II', b'MM', b'GIF8', b'RIFF', b'\0\0\0\x0c', b'\xff\x4f\xff\x51')
 
+def _has_plain_header(path:str|Path)->bool:
+    "Whether a picture's header says JPEG (not progressive), PNG or BMP of at most `PLAIN_PIXELS`."
+    with Image.open(path, formats=('JPEG', 'PNG', 'BMP')) as im:
+        known = im.format in ('JPEG', 'PNG', 'BMP') and not im.info.get('progressive')
+        return known and im.width*im.height <= PLAIN_PIXELS
+
 def is_plain(
     path:str|Path,  # a file
 )->bool:
-    "Whether it is a JPEG (not progressive), PNG or BMP of at most 16 MiB and 16.8 megapixels, by its header, or has nothing to decode."
+    "Whether it is a JPEG, PNG or BMP of at most 16 MiB and 16.8 megapixels, or nothing to decode."
     try: reader = reader_of(Path(path))
     except KdoctError: return True   # missing, empty, a folder, a pipe
     if reader is not read_picture or os.path.getsize(path) > PLAIN_BYTES: return False
     with open(path, 'rb') as f: begin = f.read(4)
     if begin.startswith(_OTHERS): return False
-    try:
-        with Image.open(path, formats=('JPEG', 'PNG', 'BMP')) as im:
-            return (
-                im.format in ('JPEG', 'PNG', 'BMP')
-                and im.width * im.height <= PLAIN_PIXELS
-                and not im.info.get('progressive')
-            )
+    try: return _has_plain_header(path)
     # its header cannot be read; `decode_image` will stop there too, and name it
     except (*DECODE_ERRORS, Image.DecompressionBombError): return True
 
@@ -84,41 +84,41 @@ def _limit_time(seconds:float):
     "End this process when it has used the processor for that long from now on; 0: never."
     with suppress(AttributeError): signal.setitimer(signal.ITIMER_PROF, seconds)   # Windows has none
 
-def _told(path:str, modality:str)->Iterator[tuple[dict, bytes]]:
-    "What the process says about a file: head and pixels of each scan, and how it ended."
+def _head(s:Scan)->dict:
+    "What is sent of a scan before its pixels."
+    return dict(s._asdict(), image=None, path=str(s.path), mode=s.image.mode, size=s.image.size)
+
+def _answers(path:str, modality:str)->Iterator[tuple[dict, bytes]]:
+    "What the process sends about a file: head and pixels of each scan, and how it ended."
     try:
-        for s in read_scans(path, modality):
-            yield (
-                dict(
-                    s._asdict(), image=None, path=str(s.path), mode=s.image.mode, size=s.image.size
-                ),
-                s.image.tobytes(),
-            )
+        for s in read_scans(path, modality): yield _head(s), s.image.tobytes()
     except Exception as e:  # noqa: BLE001 (named by `bad_image`)
         bad = bad_image(e)
         yield dict(kind=bad.kind, detail=bad.detail), b''
     else: yield dict(kind=''), b''
 
 # %% ../../nbs/01n_data.sandbox.ipynb #5e833cc6
-def serve(
-    memory:float,  # address space that this process may have [GiB]
-):
-    "Read the files that are asked for on standard input; `Reader` starts this in a process of its own."
-    answers, nowhere = os.fdopen(os.dup(1), 'wb'), os.open(os.devnull, os.O_WRONLY)
-    for fd in (1, 2): os.dup2(nowhere, fd)
-    _limit_memory(memory)
-    answers.write(_packed(dict(ready=True))); answers.flush()
-    for line in sys.stdin.buffer:
-        path, seconds, modality = json.loads(line)
-        _limit_time(seconds)
-        for head, pixels in _told(path, modality):
-            answers.write(_packed(head)); answers.write(pixels); answers.flush()
-        _limit_time(0)
-
 def _packed(head:dict)->bytes:
     "A head behind its length."
     text = json.dumps(head).encode()
     return struct.pack('>I', len(text)) + text
+
+def serve(
+    memory:float,  # address space that this process may have [GiB]
+):
+    "Read the files that standard input names; `Reader` starts this in a process of its own."
+    out, nowhere = os.fdopen(os.dup(1), 'wb'), os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2): os.dup2(nowhere, fd)
+    _limit_memory(memory)
+    out.write(_packed(dict(ready=True)))
+    out.flush()
+    for line in sys.stdin.buffer:
+        path, seconds, modality = json.loads(line)
+        _limit_time(seconds)
+        for head, pixels in _answers(path, modality):
+            out.write(_packed(head) + pixels)
+            out.flush()
+        _limit_time(0)
 
 # %% ../../nbs/01n_data.sandbox.ipynb #24d3bb06
 BYTES_PER_SECOND, PATIENCE = 20e6, 6
@@ -127,7 +127,7 @@ _START = 120.   # the process imports the readers first; on a busy machine that 
 
 # %% ../../nbs/01n_data.sandbox.ipynb #b874156c
 class Reader:
-    "A process that reads one file after the other; started when it is needed, ended when a file takes too long."
+    "A process that reads one file after the other; started when needed, ended when one takes too long."
     code = "from kdoct.data.sandbox import serve; serve(float(sys.argv[2]))"   # what the process runs
 
     def __init__(self,
@@ -135,26 +135,6 @@ class Reader:
         memory:float=4.,   # address space that the process may have [GiB]
         modality:str='oct',  # what DICOM and volumes must hold, as `read_scans` takes it
     ): self.seconds, self.memory, self.modality, self.process = seconds, memory, modality, None
-
-    def scans(self,
-        path:str|Path,  # the file
-    )->Iterator[Scan]:
-        "Its B-scans; `BadImage` where it cannot be read, or not within the limits."
-        self._start()
-        limit = self.seconds + _bytes_of(path)/BYTES_PER_SECOND
-        left, head = PATIENCE*limit, {}
-        try:
-            self._ask(os.fspath(path), limit)
-            while True:
-                start = time.monotonic()
-                head = self._hear(left)
-                left -= time.monotonic() - start
-                if 'kind' in head: break
-                yield _scan(head)
-        finally:
-            # too slow, crashed, or nobody wants the rest; or it has no memory left
-            if head.get('kind', 'none') in ('none', 'too-much-memory'): self.close()
-        if head['kind']: raise BadImage(head['kind'], head['detail'])
 
     def close(self):
         "End the process."
@@ -165,6 +145,7 @@ class Reader:
 
 # %% ../../nbs/01n_data.sandbox.ipynb #3db3de89
 def _bytes_of(path)->int:
+    "Length of a file; 0 where it cannot be opened, as reading it will tell."
     try: return os.path.getsize(path)
     except (OSError, ValueError): return 0
 
@@ -179,10 +160,8 @@ def _start(self:Reader):
     "Start the process, if there is none that works."
     if self.process is not None and self.process.poll() is None: return
     self.close()
-    code, root = (
-        "import sys; sys.path.append(sys.argv[1])\n" + self.code,
-        str(Path(str(importlib.resources.files('kdoct'))).parent),
-    )
+    root = str(Path(str(importlib.resources.files('kdoct'))).parent)
+    code = "import sys; sys.path.append(sys.argv[1])\n" + self.code
     few = {f'{k}_NUM_THREADS': '1' for k in ('OMP', 'OPENBLAS', 'MKL')}   # each thread has address space of its own
     self.process = subprocess.Popen(
         [sys.executable, '-c', code, root, str(self.memory)],
@@ -190,10 +169,10 @@ def _start(self:Reader):
         stdout=subprocess.PIPE,
         env={**os.environ, **few, 'PYTHONSAFEPATH': '1'},
     )
-    self._hear(_START)
+    self._next_head(_START)
 
 @patch
-def _ask(self:Reader, path:str, limit:float):
+def _send(self:Reader, path:str, limit:float):
     "Send a path, and how long it may take."
     try:
         self.process.stdin.write(json.dumps([path, limit, self.modality]).encode() + b'\n')
@@ -201,41 +180,62 @@ def _ask(self:Reader, path:str, limit:float):
     except OSError as e: raise self._ended() from e
 
 # %% ../../nbs/01n_data.sandbox.ipynb #1e907780
+def _exactly(stream, n:int)->bytes:
+    "The next `n` bytes; `EOFError` where there are fewer."
+    if len(out := stream.read(n)) < n: raise EOFError
+    return out
+
 @patch
-def _hear(self:Reader, seconds:float)->dict:
+def _next_head(self:Reader, seconds:float)->dict:
     "The next head, with the pixels that follow it; the process is killed when it takes longer."
     late, process = threading.Event(), self.process
-    def kill(): late.set(); process.kill()
+    def kill():
+        late.set()
+        process.kill()
     clock = threading.Timer(max(seconds, 0.01), kill)
     clock.start()
     try:
-        size = process.stdout.read(4)
-        head = json.loads(process.stdout.read(*struct.unpack('>I', size)))
+        size, = struct.unpack('>I', process.stdout.read(4))
+        head = json.loads(process.stdout.read(size))
         if 'mode' in head:
-            head['pixels'] = _exactly(
-                process.stdout, len(head['mode']) * head['size'][0] * head['size'][1]
-            )
+            pixels = head['size'][0]*head['size'][1]
+            head['pixels'] = _exactly(process.stdout, len(head['mode'])*pixels)
         return head
-    except (struct.error, ValueError, EOFError) as e:   # the end of what it says
+    except (struct.error, ValueError, EOFError) as e:   # the end of what it sends
         raise self._ended(late.is_set()) from e
     finally: clock.cancel()
-
-def _exactly(stream, n:int)->bytes:
-    if len(out := stream.read(n)) < n: raise EOFError
-    return out
 
 # %% ../../nbs/01n_data.sandbox.ipynb #9ff914d0
 @patch
 def _ended(self:Reader, late:bool=False)->BadImage:
-    "What to say when the process is there no more."
+    "Why the process is there no more."
     code = self.process.wait()
     if late or code == -getattr(signal, 'SIGPROF', 0):
         return BadImage('too-slow', f"more than {self.seconds:g} s, and a second for each 20 MB")
-    return BadImage(
-        'reader-crashed',
-        f"{READ_PROBLEMS['reader-crashed']} "
-        f"({f'signal {-code}' if code < 0 else f'status {code}'})",
-    )
+    how = f'signal {-code}' if code < 0 else f'status {code}'
+    return BadImage('reader-crashed', f"{READ_PROBLEMS['reader-crashed']} ({how})")
+
+# %% ../../nbs/01n_data.sandbox.ipynb #4967a3f7
+@patch
+def scans(self:Reader,
+    path:str|Path,  # the file
+)->Iterator[Scan]:
+    "Its B-scans; `BadImage` where it cannot be read, or not within the limits."
+    self._start()
+    limit = self.seconds + _bytes_of(path)/BYTES_PER_SECOND
+    left, head = PATIENCE*limit, {}
+    try:
+        self._send(os.fspath(path), limit)
+        while True:
+            start = time.monotonic()
+            head = self._next_head(left)
+            left -= time.monotonic() - start
+            if 'kind' in head: break
+            yield _scan(head)
+    finally:
+        # too slow, crashed, or nobody wants the rest; or it has no memory left
+        if head.get('kind', 'none') in ('none', 'too-much-memory'): self.close()
+    if head['kind']: raise BadImage(head['kind'], head['detail'])
 
 # %% ../../nbs/01n_data.sandbox.ipynb #e97581ad
 @contextmanager
@@ -253,13 +253,8 @@ class Sandbox:
         memory:float=4.,   # address space that a reader process may have [GiB]
         modality:str='oct',  # what DICOM and volumes must hold, as `read_scans` takes it
     ):
-        self.seconds, self.memory, self.modality, self.idle, self.all = (
-            seconds,
-            memory,
-            modality,
-            deque(),
-            [],
-        )
+        self.seconds, self.memory, self.modality = seconds, memory, modality
+        self.idle, self.all = deque(), []   # readers
 
     def scans(self,
         path:str|Path,  # the file
@@ -272,10 +267,15 @@ class Sandbox:
         try: yield from reader.scans(path)
         finally: self.idle.append(reader)
 
-    def _reader(self)->Reader:
-        try: return self.idle.pop()
-        except IndexError: self.all.append(Reader(self.seconds, self.memory, self.modality)); return self.all[-1]
-
     def close(self):
         "End the reader processes."
         for reader in self.all: reader.close()
+
+# %% ../../nbs/01n_data.sandbox.ipynb #72afb968
+@patch
+def _reader(self:Sandbox)->Reader:
+    "A reader that has nothing to do, or a new one."
+    try: return self.idle.pop()
+    except IndexError:
+        self.all.append(Reader(self.seconds, self.memory, self.modality))
+        return self.all[-1]

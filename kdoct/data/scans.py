@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANGIOGRAPHY_NAME', 'MAX_SLICES', 'Scan', 'eye_side', 'patient_identifier', 'other_kind_of_image', 'check_shape',
-           'ByteReader', 'display_grey']
+           'binary_layout', 'ByteReader', 'display_grey']
 
 # %% ../../nbs/01j_data.scans.ipynb #imp-data-scans
 import os
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .images import BadImage, MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
+from .images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
+from .problems import BadImage
 from .spreadsheet import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
@@ -37,27 +38,28 @@ def eye_side(
     "The eye that a code of a clinical file means."
     return eye_name(str(code or '').strip(' \0'))
 
+_WORDS = re.compile(r"[^\W\d_][^\W\d_.'’-]*\.?(?:[ '’-]+[^\W\d_]+\.?)*")   # letters only
+
+def _is_name(text:str)->bool:
+    "Whether an identifier looks like a person's name."
+    return '^' in text or ',' in text or (' ' in text and bool(_WORDS.fullmatch(text)))
+
 def patient_identifier(
     raw:bytes|str,  # a file's field; bytes are Latin-1 and end at the first zero
 )->tuple[str, tuple[str, ...]]:  # at most 64 printable characters, '' where it looks like a name; notes
     "A patient identifier as text, and a note where it is withheld."
     text = raw.split(b'\0')[0].decode('latin-1') if isinstance(raw, bytes) else raw
-    text = ''.join(c for c in text if c.isprintable()).strip()[:64]
-    return (
-        ('', ("patient id withheld: it looks like a name",))
-        if '^' in text or ',' in text
-        else (text, ())
-    )
+    text = ''.join(c for c in text if c.isprintable()).strip()
+    if _is_name(text): return '', ("patient id withheld: it looks like a name",)
+    return text[:64], ()
 
 # %% ../../nbs/01j_data.scans.ipynb #76fab2d6
 ANGIOGRAPHY_NAME = re.compile(
     r'(?<![a-z])(?:flow(?:cube)?(?![a-z])|oct[-_]?a(?![a-z]))', re.IGNORECASE
 )
+_ANGIOGRAPHY = rf'{ANGIOGRAPHY_NAME.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio'
 _OTHER_KINDS = (  # pattern, what it is
-    (
-        re.compile(rf'{ANGIOGRAPHY_NAME.pattern}|(?<![a-z])(?:oct)?[-_ ]?angio', re.IGNORECASE),
-        "OCT angiography",
-    ),
+    (re.compile(_ANGIOGRAPHY, re.IGNORECASE), "OCT angiography"),
     (re.compile(r'(?<![a-z])en[-_ ]?face', re.IGNORECASE), "an en face picture"),
 )
 
@@ -85,15 +87,26 @@ def check_shape(
     if min(height, width) < MIN_SIDE or max(height, width) > MAX_ASPECT*min(height, width):
         raise BadImage('suspicious-size', f"{width} x {height} pixels")
 
+# %% ../../nbs/01j_data.scans.ipynb #232554c8
+def binary_layout(
+    size:int, /,  # length of the record, in bytes
+    **fields,     # name=(offset in bytes, numpy type)
+)->np.dtype:
+    "A record of `size` bytes of which only the named fields (offset, type) are read."
+    offsets, formats = zip(*fields.values(), strict=True)
+    return np.dtype(dict(names=list(fields), offsets=offsets, formats=formats, itemsize=size))
+
 # %% ../../nbs/01j_data.scans.ipynb #54007cb9
 class ByteReader:
     "A file that is read in parts, each checked against the file's length."
     def __init__(self, path:Path):
-        if not os.path.isfile(path): read_image_bytes(path)   # says what it is instead
+        if not os.path.isfile(path): read_image_bytes(path)   # names what it is instead
         try: self.file = open(path, 'rb')
         except OSError as e: raise BadImage('unreadable', e.strerror or '') from e
         self.size = os.fstat(self.file.fileno()).st_size
-        if not self.size: self.file.close(); raise BadImage('empty')
+        if not self.size:
+            self.file.close()
+            raise BadImage('empty')
 
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close()
@@ -117,7 +130,7 @@ class ByteReader:
 
 # %% ../../nbs/01j_data.scans.ipynb #29bfc509
 def display_grey(
-    intensity:np.ndarray,  # reflectivity as Heidelberg stores it, 0 to 1; less than 0, not a number or above 1e30: not measured
+    intensity:np.ndarray,  # reflectivity as Heidelberg stores it, 0 to 1; below 0, NaN or above 1e30: not measured
 )->np.ndarray:             # uint8, same shape
     "Grey values as HEYEX shows them (eyepy's `from_vol_intensity`)."
     a = np.where((intensity >= 0) & (intensity < 1e30), intensity, np.float32(0))   # 0 is black too

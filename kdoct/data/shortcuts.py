@@ -26,7 +26,8 @@ from ..core.files import counted, KdoctError, read_json, usable_cores, write_jso
 from ..core.runs import Run, stage_command
 from .fold_data import open_fold
 from .framing import scale_bar
-from .images import BadImage, decode_image, FORMATS, read_image_bytes
+from .images import decode_image, FORMATS, read_image_bytes
+from .problems import BadImage
 from .retina_mask import grey_values, retina_band, white_pixels
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #9f9dd6e9

@@ -7,51 +7,32 @@ __all__ = ['SYSTEM_FILES', 'SIDE_FILES', 'read_picture', 'reader_of', 'read_scan
 
 # %% ../../nbs/01m_data.volumes.ipynb #imp-data-volumes
 import io
-
 import os
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-
 from pathlib import Path
 
 from PIL import Image
 
 from ..core.files import KdoctError
-
 from .dicom import DICOM_WITHOUT_PREAMBLE, MODALITIES, read_dicom
-
 from kdoct.data.images import (
-    BadImage,
-    broken_file,
     check_pages,
-    DECODE_ERRORS,
     decode_image,
     decoded,
     FORMATS,
-    full_pages,
-    has_copies,
     is_picture,
     other_file,
     read_image_bytes,
-    tiff_stack,
-    TiffStack,
 )
-
 from .listing import IMAGE_EXTENSIONS, name_key
-
+from .problems import BadImage, broken_file, DECODE_ERRORS
 from .scans import ByteReader, check_shape, MAX_SLICES, Scan
+from .tiff import full_pages, has_copies, tiff_stack, TiffStack
 
 # %% ../../nbs/01m_data.volumes.ipynb #e5fa07f2
-from kdoct.data.volume_formats import (
-    heyex_images,
-    named_file,
-    read_cirrus_img,
-    read_e2e,
-    read_heyex_xml,
-    read_topcon,
-    read_vol,
-)
+from .heyex import heyex_images, named_file, read_e2e, read_heyex_xml, read_vol
+from .volume_formats import read_cirrus_img, read_topcon
 
 # %% ../../nbs/01m_data.volumes.ipynb #1d8a6e81
 def _pages(path:Path, data:bytes)->Iterator[Scan]:
@@ -59,7 +40,9 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
     try:
         im = Image.open(io.BytesIO(data), formats=FORMATS)
         pages, stack = full_pages(im), tiff_stack(data) if im.format == 'TIFF' else TiffStack()
-        if stack.pictures is not None: yield from _planes(path, stack); return
+        if stack.pictures is not None:
+            yield from _planes(path, stack)
+            return
         n = len(pages)
         if n > MAX_SLICES: raise BadImage('several-frames', f"{n} pages")
         check_pages(im, data, pages)
@@ -67,17 +50,16 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         for i, at in enumerate(pages):
             im.seek(at)
             page, notes = decoded(im)
-            yield Scan(
-                page.copy(), str(path), i, n, path.stem, notes=(*notes, *left_out, *stack.notes)
-            )
+            said = (*notes, *left_out, *stack.notes)
+            yield Scan(page.copy(), str(path), i, n, path.stem, notes=said)
     except DECODE_ERRORS as e: raise broken_file(e) from e
 
 def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
     "The pictures of a TIFF with one directory for all of them."
     n, h, w = stack.pictures.shape[:3]
     check_shape(h, w, n)
+    notes = (*stack.notes, f"{n} pictures in one TIFF directory")
     for i, a in enumerate(stack.pictures):
-        notes = (*stack.notes, f"{n} pictures in one TIFF directory")
         yield Scan(Image.fromarray(a), str(path), i, n, path.stem, notes=notes)
 
 # %% ../../nbs/01m_data.volumes.ipynb #c49c9ce7
@@ -113,78 +95,82 @@ _SUFFIXES = {
 }
 
 # %% ../../nbs/01m_data.volumes.ipynb #9269577e
+def _reader_by_content(begin:bytes)->Callable[[Path], Iterator[Scan]]|None:
+    "The reader of the files of clinical devices that begin like this; None: there is none."
+    for at, magic, reader in _MAGIC:
+        if begin[at:].startswith(magic): return reader
+    return read_dicom if DICOM_WITHOUT_PREAMBLE.match(begin) else None
+
 def reader_of(
     path:Path,  # a file of any kind
 )->Callable[[Path], Iterator[Scan]]:  # one of the readers
-    "What reads this file; `KdoctError` or `BadImage` where it is a folder, cannot be opened, or is known to be no image."
+    "What reads this file; `KdoctError` where it is a folder, cannot be opened, or is no image."
     if path.is_dir():
         raise KdoctError(
             f"{path} is a folder, or a link to one, which is not followed.",
             fix="Name the folder itself, and see that it can be listed.",
         )
     with ByteReader(path) as f: begin = f.read(0, min(f.size, 160))
-    if (
-        reader := next((r for at, magic, r in _MAGIC if begin[at:].startswith(magic)), None)
-    ) is not None:
-        return reader
-    if DICOM_WITHOUT_PREAMBLE.match(begin): return read_dicom
+    if (reader := _reader_by_content(begin)) is not None: return reader
     if what := other_file(begin): raise BadImage('not-an-image', what)
     return read_picture if is_picture(begin) else _SUFFIXES.get(path.suffix.lower(), read_picture)
 
 # %% ../../nbs/01m_data.volumes.ipynb #5ca6a580
 def read_scans(
     path:str|Path,    # one file: picture, TIFF of several pages, DICOM, .vol, HEYEX .xml, .e2e, .fda, .fds or .img
-    modality:str='oct',  # what DICOM and volumes must hold, as `data.modality` names it: oct, radiograph, histology, or other (anything)
-)->Iterator[Scan]:    # its B-scans, in the order of the file, each read when it is asked for
-    "The B-scans of a file; `BadImage` or `KdoctError` names the file and says why not, perhaps after the first B-scans."
+    modality:str='oct',  # what clinical files must hold (`data.modality`): oct, radiograph, histology; other: anything
+)->Iterator[Scan]:    # its B-scans, in the order of the file, each read when it is wanted
+    "B-scans of a file; a `KdoctError` names it and says what is wrong, perhaps after the first ones."
     path = Path(path)
     try:
         reader = reader_of(path)
         if reader is read_dicom: yield from reader(path, modality)
         elif reader is read_picture or modality in ('oct', 'other'): yield from reader(path)
-        else: raise BadImage('not-a-bscan', f"a file of an OCT device, where "
-                                            f"{MODALITIES[modality]} is expected")
+        else:
+            what = f"a file of an OCT device, where {MODALITIES[modality]} is expected"
+            raise BadImage('not-a-bscan', what)
     except BadImage as e: raise BadImage(e.kind, f"{path.name}: {e.detail}") from e
     except KdoctError: raise
-    except Exception as e: raise BadImage('corrupt', f"{path.name}: {type(e).__name__} while "
-                                                     f"it was read") from e
+    except Exception as e:
+        raise BadImage('corrupt', f"{path.name}: {type(e).__name__} while it was read") from e
 
 # %% ../../nbs/01m_data.volumes.ipynb #209f0546
-SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini')     # compared in lower case
+SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini', '.ds_store')     # compared in lower case
 
 SIDE_FILES = ('.csv', '.tsv', '.json', '.txt', '.md')       # what lies beside images: lists, results, explanations
 
 def _claimed(xml:Path)->set[str]:
     "The pictures, as `name_key` has them, that a HEYEX XML names; none if it is no such XML."
-    try: return {name_key(name) for i in heyex_images(xml) if (name := named_file(i)).lower().endswith(IMAGE_EXTENSIONS)}
+    try: names = map(named_file, heyex_images(xml))
     except KdoctError: return set()
+    return {name_key(name) for name in names if name.lower().endswith(IMAGE_EXTENSIONS)}
+
+def _is_text(entry:os.DirEntry)->bool:
+    "Whether what is a table or a text by its name is no clinical file or picture by its content."
+    if not entry.is_file(): return True
+    try:
+        with open(entry.path, 'rb') as f: begin = f.read(160)
+    except OSError: return True
+    return _reader_by_content(begin) is None and not is_picture(begin)
+
+def _why_passed_over(entry:os.DirEntry)->str:
+    "Why a file or folder below a folder is not read; '' if it is."
+    name = entry.name.lower()
+    if name in SYSTEM_FILES or name.startswith('._'): return 'of the system'
+    if name.startswith('.'): return 'hidden'
+    ending = os.path.splitext(name)[1]
+    return f'{ending} (lists and texts)' if ending in SIDE_FILES and _is_text(entry) else ''
 
 # %% ../../nbs/01m_data.volumes.ipynb #e22378b8
-def _why_passed_over(name:str)->str:
-    "Why a file or folder below a folder is not read; '' if it is."
-    if name.startswith('.'): return 'hidden'
-    if name.lower() in SYSTEM_FILES: return 'of the system'
-    ending = os.path.splitext(name)[1].lower()
-    return f'{ending} (lists and texts)' if ending in SIDE_FILES else ''
-
 def _entries(folder:str)->list[tuple[str, bool]]:
     "Names in a folder that are not passed over, sorted, and whether each is a folder itself."
     with os.scandir(folder) as it:
-        found = sorted(
-            (e.name, e.is_dir(follow_symlinks=False))
-            for e in it
-            if not _why_passed_over(e.name)
-        )
-    claimed = set().union(
-        *(
-            _claimed(Path(folder, name))
-            for name, is_folder in found
-            if not is_folder and name.lower().endswith('.xml')
-        )
-    )
-    return [
+        found = [(e.name, e.is_dir(follow_symlinks=False)) for e in it if not _why_passed_over(e)]
+    exports = [n for n, is_folder in found if not is_folder and n.lower().endswith('.xml')]
+    claimed = set().union(*(_claimed(Path(folder, name)) for name in exports))
+    return sorted(
         (name, is_folder) for name, is_folder in found if is_folder or name_key(name) not in claimed
-    ]
+    )
 
 # %% ../../nbs/01m_data.volumes.ipynb #d6e0a7e9
 def _walk(folder:str, named:set[str])->Iterator[Path]:
@@ -209,10 +195,9 @@ def _walk(folder:str, named:set[str])->Iterator[Path]:
 def find_files(
     paths:str|Path|Iterable[str|Path],  # files and folders
 )->Iterator[Path]:                      # files, each once, in the order of `paths` and by name within a folder
-    "The files to read, as they are found; what is missing or of no known kind comes too, and `read_scans` says what is wrong."
-    given = {
-        os.path.abspath(p): Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)
-    }
+    "The files to read; what is missing or of no known kind comes too, and `read_scans` says why."
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    given = {os.path.abspath(p): Path(p) for p in several}
     named = set(given)
     claimed = {
         os.path.join(os.path.dirname(a), name)
@@ -221,21 +206,23 @@ def find_files(
         for name in _claimed(p)
     }
     for absolute, path in given.items():
+        place, name = os.path.split(absolute)
         if os.path.isdir(path): yield from _walk(str(path), named)
-        elif (
-            os.path.join(os.path.dirname(absolute), name_key(os.path.basename(absolute)))
-            not in claimed
-        ):
-            yield path
+        elif os.path.join(place, name_key(name)) not in claimed: yield path
 
-# %% ../../nbs/01m_data.volumes.ipynb #passedover
+# %% ../../nbs/01m_data.volumes.ipynb #352a970c
 def passed_over(
     paths:str|Path|Iterable[str|Path],  # files and folders, as for `find_files`
 )->Counter:                             # why -> files and folders
-    "What `find_files` does not look at in folders, for its name alone; what is named itself is read."
-    found = Counter()
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        for _, folders, files in os.walk(path):
-            found.update(why for name in (*folders, *files) if (why := _why_passed_over(name)))
-            folders[:] = [name for name in folders if not _why_passed_over(name)]
+    "What `find_files` does not look at in folders; what is named itself is read."
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    found, left = Counter(), [str(path) for path in several]
+    while left:
+        try:
+            with os.scandir(left.pop()) as it: entries = list(it)
+        except OSError: continue   # a file, or a folder that cannot be listed, which `find_files` gives
+        reasons = {entry: _why_passed_over(entry) for entry in entries}
+        found.update(why for why in reasons.values() if why)
+        read = (entry for entry, why in reasons.items() if not why)
+        left += [entry.path for entry in read if entry.is_dir(follow_symlinks=False)]
     return found

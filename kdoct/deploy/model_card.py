@@ -17,7 +17,8 @@ from ..core.runs import Run, stage_command
 from ..data.shortcuts import run_verdict
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
-from ..evaluate.tables import blanked_warning, interval_text, PART_NAMES
+from ..evaluate.tables import interval_text, PART_NAMES
+from ..evaluate.variants import blanked_warning
 
 # %% ../../nbs/07b_deploy.model_card.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'

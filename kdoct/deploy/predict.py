@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
 from ..data.framing import framed
-from ..data.images import BadImage, COLOURED, decode_image, is_blank, main_colour
+from ..data.images import COLOURED, decode_image, is_blank, main_colour
+from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
 from ..data.scans import Scan
 from ..data.volumes import find_files, passed_over
@@ -775,6 +776,8 @@ def predict_files(
         )
         for row in _with_bar(p.predict(paths), paths): write(volumes.add(counts.add(row)))
         for row in volumes.rows(): write_volume(row)
+    if volumes_out and not volumes.volumes:
+        print(f"None of these files is a volume: {volumes_out} has no rows.", file=sys.stderr)
     print(
         _summary(counts, len(volumes.volumes), time.monotonic() - start, p.engine.name, judges),
         file=sys.stderr,

@@ -44,7 +44,7 @@ def _network_of(run, fold, role, data):
     return model.to(best_device()), about
 
 def _write(folder, predicted, features, decision):
-    "Distances of the test images, then the decision, which says that all is there."
+    "Distances of the test images, then the decision, which comes last: with it all is there."
     distances = predicted[['path', 'fold']].assign(distance=decision.outlier.score(features))
     with atomic_path(folder/'outliers.parquet') as tmp: distances.to_parquet(tmp, index=False)
     save_decision(folder, decision)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DecidedPredictions', 'read_decided', 'calibration_section', 'operating_section', 'deferral_section', 'sets_section',
-           'outliers_section', 'volumes_section', 'decision_sections']
+           'outliers_section', 'decision_sections']
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #imp-evaluate-decision-tables
 from pathlib import Path
@@ -17,9 +17,8 @@ from ..core.files import KdoctError
 from ..core.sections import EvaluateRecipe
 from .decisions import Decision, fitted_on, load_decision
 from .intervals import aurc, bootstrap, paired_difference, share_interval
-from .metrics import classes_of, HEADLINE, LABEL_METRICS, logits_of, targets_of
-from .patients import decide_all_volumes, LEVELS, VolumeRule
-from .tables import interval_text, scores_section, Section
+from .metrics import classes_of, logits_of, targets_of
+from .tables import interval_text, Section
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #0ddcff01
 class DecidedPredictions(NamedTuple):
@@ -31,12 +30,9 @@ class DecidedPredictions(NamedTuple):
     @property
     def after(self)->pd.DataFrame:
         "The same predictions at the fitted temperature."
-        return self.before.assign(
-            **{
-                f'logit_{c}': self.before[f'logit_{c}'].astype(float) / self.decision.temperature
-                for c in classes_of(self.before)
-            }
-        )
+        logits = logits_of(self.before)/self.decision.temperature
+        names = [f'logit_{c}' for c in classes_of(self.before)]
+        return self.before.assign(**dict(zip(names, logits.T, strict=True)))
 
     @property
     def probs(self)->np.ndarray:
@@ -58,24 +54,28 @@ class DecidedPredictions(NamedTuple):
         "(n,) whether each prediction is right."
         return self.probs.argmax(1) == self.y
 
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #384c98b8
+def _distances(folder, fix):
+    "outliers.parquet of a network's folder."
+    path = folder/'outliers.parquet'
+    try:
+        table = pd.read_parquet(path)
+        if 'distance' not in table: raise ValueError('it has no column distance')
+    except (OSError, ValueError) as e:
+        raise KdoctError(f'{path} cannot be read: {e}', fix=fix) from e
+    return table
+
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #d68e7f93
 def read_decided(
     folder:str|Path,           # a network's folder
     predictions:pd.DataFrame,  # its predictions of the test images
-)->DecidedPredictions|None:                # None where there is no decision yet
-    "The decision beside a network with its test images; `KdoctError` where they do not belong together."
-    folder = Path(folder)
+)->DecidedPredictions|None:    # None where there is no decision yet
+    "A network's decision with its test images; `KdoctError` where they do not belong together."
+    folder, fix = Path(folder), 'Make it again with notebook 05g_decide.'
     if not (folder/'decision.json').exists(): return None
-    decision, fix = load_decision(folder), 'Make it again with notebook 05g_decide.'
-    try:
-        table = pd.read_parquet(folder/'outliers.parquet')
-        if 'distance' not in table: raise ValueError('it has no column distance')
-    except (OSError, ValueError) as e: raise KdoctError(f'{folder/"outliers.parquet"} cannot '
-                                                        f'be read: {e}', fix=fix) from e
-    if (
-        list(decision.classes) != classes_of(predictions)
-        or table.path.tolist() != predictions.path.tolist()
-    ):
+    decision, table = load_decision(folder), _distances(folder, fix)
+    same_classes = list(decision.classes) == classes_of(predictions)
+    if not same_classes or table.path.tolist() != predictions.path.tolist():
         raise KdoctError(
             f'The decision in {folder} is not about the images or classes of its predictions.',
             fix=fix,
@@ -88,68 +88,91 @@ def _span(values, text='{:.3g}'):
     low, high = text.format(min(values)), text.format(max(values))
     return low if low == high else f'{low} to {high}'
 
+def _first(decided)->Decision:
+    "The decision of the first model in its first fold."
+    return next(iter(decided.values()))[0].decision
+
 def _fitted_on(decided)->str:
     "On what the decisions were fitted."
-    decisions = [j.decision for folds in decided.values() for j in folds]
-    about, (part, _) = [d.about for d in decisions], fitted_on(decisions[0])
-    return (
-        f'Fitted on the {part} part ({_span([a["images"] for a in about], "{:d}")} images of '
-        f'{_span([a["patients"] for a in about], "{:d}")} patients'
-        f'{" a fold" if len(next(iter(decided.values()))) > 1 else ""}), counted on test. '
-        + about[0].get('caveat', '')
-    ).strip()
+    about = [j.decision.about for folds in decided.values() for j in folds]
+    part, _ = fitted_on(_first(decided))
+    images, patients = (_span([a[n] for a in about], '{:d}') for n in ('images', 'patients'))
+    each = ' a fold' if len(next(iter(decided.values()))) > 1 else ''
+    counts = f'{images} images of {patients} patients{each}'
+    caveat = about[0].get('caveat', '')
+    return f'Fitted on the {part} part ({counts}), counted on test. {caveat}'.strip()
 
 def _bias(decided)->str:
     "What fitting on the patients who chose the epoch does; '' for patients of their own."
-    return fitted_on(next(iter(decided.values()))[0].decision)[1]
+    return fitted_on(_first(decided))[1]
 
 def _notes(folds, *words)->str:
-    "What could not be fitted as wished, of the notes with one of these words."
-    return '; '.join(
-        dict.fromkeys(n for j in folds for n in j.decision.notes if any(w in n for w in words))
-    )
+    "What could not be fitted, of the notes with one of these words."
+    notes = [n for j in folds for n in j.decision.notes if any(w in n for w in words)]
+    return '; '.join(dict.fromkeys(notes))
 
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #045df542
 def _joined(folds, what):
     "One array of all folds: of what `what` gives for one."
     return np.concatenate([np.asarray(what(j)) for j in folds])
 
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #045df542
-def _groups(folds): return _joined(folds, lambda j: j.before.group.astype(str))
+def _groups(folds):
+    "The group of every image, all folds."
+    return _joined(folds, lambda j: j.before.group.astype(str))
+
+def _resampling(evaluate, seed):
+    "Number of resamples, level and seed, as the functions of intervals take them."
+    return evaluate.n_boot, evaluate.level, seed
 
 def _section(title, rows, texts, caption):
     "Rows of numbers, and the same for reading, as a section."
-    return Section(
-        title,
-        pd.DataFrame(rows).T.infer_objects(),
-        pd.DataFrame(texts).T.fillna(''),
-        ' '.join(caption.split()),
-    )
+    table = pd.DataFrame(rows).T.infer_objects()
+    return Section(title, table, pd.DataFrame(texts).T.fillna(''), ' '.join(caption.split()))
+
+def _from_pairs(title, made, caption):
+    "A section from rows of numbers and texts, by name."
+    rows, texts = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+    return _section(title, rows, texts, caption)
 
 def _numbers(name, r):
+    "An estimate and its interval as three columns."
     return {name: r['estimate'], f'{name}_low': r['low'], f'{name}_high': r['high']}
 
-def _text(r, percent=True): return interval_text(r['estimate'], r['low'], r['high'], percent)
+def _text(r, percent=True):
+    "An estimate and its interval for reading."
+    return interval_text(r['estimate'], r['low'], r['high'], percent)
 
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #1fdbc4d6
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #484b04a2
 _CALIBRATION = {'nll': ('NLL', False), 'ece': ('ECE %', True), 'brier': ('Brier', False)}
+_THREE = ('difference', 'low', 'high')
 
 def _calibration_row(df, temperatures, e, change=None):
-    "Numbers and texts of one row."
+    "Numbers and texts of one row; `change` is from `paired_difference`, None as trained."
     ci = bootstrap(df, *e, metrics=tuple(_CALIBRATION))
     row, text = {'temperature': float(np.mean(temperatures))}, {'temperature': _span(temperatures)}
-    for m, (title, percent) in _CALIBRATION.items(): row |= _numbers(m, ci.loc[m]); text[title] = _text(ci.loc[m], percent)
-    text['change of NLL'] = (
-        ''
-        if change is None
-        else '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*change.loc['nll', ['difference', 'low', 'high']])
-    )
+    for m, (title, percent) in _CALIBRATION.items():
+        row |= _numbers(m, ci.loc[m])
+        text[title] = _text(ci.loc[m], percent)
+    text['change of NLL'] = ''
     if change is not None:
-        row |= {
-            f'change_{m}_{c}': change.loc[m, c]
-            for m in _CALIBRATION
-            for c in ('difference', 'low', 'high')
-        }
+        nll = change.loc['nll', [*_THREE]]
+        text['change of NLL'] = '{:+.3f} [{:+.3f}, {:+.3f}]'.format(*nll)
+        row |= {f'change_{m}_{c}': change.loc[m, c] for m in _CALIBRATION for c in _THREE}
     return row | {'n_images': len(df), 'n_groups': int(ci.n_groups.iloc[0])}, text
+
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #1fdbc4d6
+def _before_and_after(folds, e):
+    "Rows of one model: as trained, and after calibration."
+    before = pd.concat([j.before for j in folds], ignore_index=True)
+    after = pd.concat([j.after for j in folds], ignore_index=True)
+    change = paired_difference(after, before, *e, metrics=tuple(_CALIBRATION))
+    trained, trained_text = _calibration_row(before, [1.], e)
+    temperatures = [j.decision.temperature for j in folds]
+    fitted, fitted_text = _calibration_row(after, temperatures, e, change)
+    return {
+        'as trained': (trained | {'note': ''}, trained_text),
+        'after calibration': (fitted | {'note': _notes(folds, 'temperature')}, fitted_text),
+    }
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #92419d00
 def calibration_section(
@@ -158,22 +181,10 @@ def calibration_section(
     seed:int=0,                       # of the resampling
 )->Section:
     "NLL, ECE and Brier score before and after temperature scaling."
-    rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
+    rows, texts = {}, {}
     for m, folds in decided.items():
-        before, after = (
-            pd.concat([getattr(j, w) for j in folds], ignore_index=True)
-            for w in ('before', 'after')
-        )
-        change = paired_difference(after, before, *e, metrics=tuple(_CALIBRATION))
-        for name, *given in (
-            ('as trained', before, [1.0], e),
-            ('after calibration', after, [j.decision.temperature for j in folds], e, change),
-        ):
-            rows[f'{m}, {name}'], texts[f'{m}, {name}'] = _calibration_row(*given)
-        rows[f'{m}, as trained']['note'], rows[f'{m}, after calibration']['note'] = (
-            '',
-            _notes(folds, 'temperature'),
-        )
+        for name, made in _before_and_after(folds, _resampling(evaluate, seed)).items():
+            rows[f'{m}, {name}'], texts[f'{m}, {name}'] = made
     caption = (
         f'Temperature scaling. {_fitted_on(decided)} {_bias(decided)} No prediction changes. '
         'NLL: mean negative log-likelihood. ECE: 15 bins of equal width. Brier: squared distance '
@@ -182,157 +193,161 @@ def calibration_section(
     )
     return _section('Calibration', rows, texts, caption)
 
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #24826821
+def _reachable(folds, points):
+    "The folds whose operating point has a threshold, with it and the number of its class; the other folds."
+    pairs = list(zip(folds, points, strict=True))
+    with_threshold = [(j, p) for j, p in pairs if np.isfinite(p.threshold)]
+    kept = [(j, p, j.decision.classes.index(p['class'])) for j, p in with_threshold]
+    lost = [j.before.fold.iloc[0] for j, p in pairs if not np.isfinite(p.threshold)]
+    return kept, lost
+
+def _unreachable_note(points, lost):
+    "Why, and in which folds, an operating point has no threshold; '' if it has one in all."
+    if not lost: return ''
+    why = next(p.note for p in points if p.note)
+    return why + (f' in fold {", ".join(map(str, lost))}' if len(points) > 1 else '')
+
+def _on_test(kept, e):
+    "Sensitivity and specificity of the test images, each fold's at its own threshold."
+    positive = np.concatenate([j.probs[:, k] >= p.threshold for j, p, k in kept])
+    own = np.concatenate([j.y == k for j, _, k in kept])
+    groups = np.concatenate([j.before.group.astype(str) for j, _, _ in kept])
+    return {
+        'sensitivity': share_interval(positive, groups, own, *e),
+        'specificity': share_interval(~positive, groups, ~own, *e),
+    }
+
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #d0ae1f96
 def _point_row(folds, i, e):
     "Numbers and texts of operating point number `i`."
     points = [j.decision.operating_points.iloc[i] for j in folds]
-    p, lost = (
-        points[0],
-        [
-            j.before.fold.iloc[0]
-            for j, p in zip(folds, points, strict=True)
-            if not np.isfinite(p.threshold)
-        ],
-    )
-    kept = [
-        (j, p, j.decision.classes.index(p['class']))
-        for j, p in zip(folds, points, strict=True)
-        if np.isfinite(p.threshold)
-    ]
-    row = {'class': p['class'], 'kind': p.kind, 'wished': p.wished, 'threshold': np.nan}
-    note = (
-        ''
-        if not lost
-        else next(q.note for q in points if q.note)
-        + (f' in fold {", ".join(map(str, lost))}' if len(folds) > 1 else '')
-    )
+    kept, lost = _reachable(folds, points)
+    first, note = points[0], _unreachable_note(points, lost)
+    row = {'class': first['class'], 'kind': first.kind, 'wished': first.wished, 'threshold': np.nan}
     if not kept: return row | {'note': note}, {'threshold': note}
-    each = [
-        (j.probs[:, k] >= q.threshold, j.y == k, j.before.group.astype(str)) for j, q, k in kept
-    ]
-    positive, own, groups = (np.concatenate(a) for a in zip(*each, strict=True))
-    does = {
-        'sensitivity': share_interval(positive, groups, own, *e),
-        'specificity': share_interval(~positive, groups, ~own, *e),
-    }
-    for kind, r in does.items():
-        row |= _numbers(kind, r) | {f'fitted_{kind}': float(np.mean([q[kind] for _, q, _ in kept]))}
-    t = [q.threshold for _, q, _ in kept]
-    return row | {'threshold': float(np.mean(t)), 'note': note}, {'threshold': _span(t)} | {
-        f'{kind} %, test': _text(r) for kind, r in does.items()
-    } | {
-        fitted_on(folds[0].decision)[0]: ' / '.join(
-            f'{100 * row[f"fitted_{kind}"]:.1f}' for kind in does
-        )
-    }
+    text = {'threshold': _span([p.threshold for _, p, _ in kept])}
+    fitted = []
+    for kind, r in _on_test(kept, e).items():
+        was = float(np.mean([p[kind] for _, p, _ in kept]))
+        row |= _numbers(kind, r) | {f'fitted_{kind}': was}
+        text[f'{kind} %, test'] = _text(r)
+        fitted.append(f'{100 * was:.1f}')
+    part, _ = fitted_on(folds[0].decision)
+    threshold = float(np.mean([p.threshold for _, p, _ in kept]))
+    return row | {'threshold': threshold, 'note': note}, text | {part: ' / '.join(fitted)}
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #f519d887
 def operating_section(
-    folds:list[DecidedPredictions],       # of one model, one a fold
+    folds:list[DecidedPredictions],  # of one model, one a fold
     evaluate:EvaluateRecipe,  # resamples and level
     seed:int=0,               # of the resampling
     model:str='student',      # its name, for the title
 )->Section:
-    "Thresholds chosen for a wished sensitivity or specificity, and what they do on test."
-    rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
-    for i, p in enumerate(folds[0].decision.operating_points.itertuples()):
-        name = f'{p[1]}, {p.kind} {100*p.wished:g} %'
-        rows[name], texts[name] = _point_row(folds, i, e)
+    "Thresholds chosen for a target sensitivity or specificity, and what they do on test."
+    rows, texts = {}, {}
+    for i, p in folds[0].decision.operating_points.iterrows():
+        name = f'{p["class"]}, {p.kind} {100*p.wished:g} %'
+        rows[name], texts[name] = _point_row(folds, i, _resampling(evaluate, seed))
+    part, _ = fitted_on(folds[0].decision)
     caption = (
         f'One class against the rest, by its calibrated probability. {_fitted_on({model: folds})} '
         f'Columns: what the threshold does on test, and '
-        f'(sensitivity / specificity) what it did on {fitted_on(folds[0].decision)[0]}, where it '
+        f'(sensitivity / specificity) what it did on {part}, where it '
         f'was chosen and is a little too good. "Not reachable": '
         'only a threshold that predicts the class always or never would do, or there was no image '
         'of the class.'
     )
     return _section(f'Operating points of the {model}', rows, texts, caption)
 
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #2a988555
+_DEFERRAL = {  # share -> its title
+    'coverage': 'kept %',
+    'unsure': 'low confidence %',
+    'outliers': 'outliers %',
+    'risk': 'mistakes among kept %',
+    'deferred_risk': 'among deferred %',
+    'error': 'mistakes of all %',
+    'aurc': 'AURC %',
+}
+
+def _deferral_shares(folds, e):
+    "What is kept and why not, and how much of it is wrong; each with its interval."
+    groups, right = _groups(folds), _joined(folds, lambda j: j.right)
+    outputs = [j.output for j in folds]
+    kept = ~np.concatenate([o.deferred for o in outputs])
+    why = pd.concat([o.why for o in outputs])
+    confidence = np.concatenate([o.confidence for o in outputs])
+    def share(hit, of=None): return share_interval(hit, groups, of, *e)
+    return dict(
+        coverage=share(kept),
+        unsure=share(why.str.contains('confidence').to_numpy()),
+        outliers=share(why.str.contains('outlier').to_numpy()),
+        risk=share(~right, kept),
+        deferred_risk=share(~right, ~kept),
+        error=share(~right),
+        aurc=aurc(confidence, right, groups, *e),
+    )
+
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #08ecbf0d
+def _deferral_row(folds, e):
+    "Numbers and texts of one model."
+    shares, below = _deferral_shares(folds, e), [j.decision.defer_below for j in folds]
+    row, text = {'defer_below': float(np.mean(below))}, {'deferred below': _span(below)}
+    for name, r in shares.items():
+        row |= _numbers(name, r)
+        text[_DEFERRAL[name]] = _text(r)
+    n = sum(len(j.before) for j in folds)
+    return row | {'n_images': n, 'note': _notes(folds, 'deferred')}, text
+
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #3e492aa0
+def _deferral_target(decided)->str:
+    "What share the threshold of deferral was chosen for, in words."
+    recipe = _first(decided).about['recipe']
+    share = f'{100 * recipe["defer_target"]:g} %'
+    if recipe['defer'] == 'coverage': return f'{share} of sufficient confidence'
+    return f'{share} mistakes among those of sufficient confidence'
+
 def deferral_section(
     decided:dict[str, list[DecidedPredictions]],  # model -> one a fold
     evaluate:EvaluateRecipe,          # resamples and level
     seed:int=0,                       # of the resampling
 )->Section:
-    "What is kept, and how much of it is wrong, when B-scans are deferred for a low confidence or as outliers."
-    rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
-    for m, folds in decided.items():
-        kept, right = (_joined(folds, f) for f in (lambda j: ~j.output.deferred, lambda j: j.right))
-        groups, below = _groups(folds), [j.decision.defer_below for j in folds]
-        unsure, outlier = (
-            _joined(folds, lambda j, w=w: j.output.why.str.contains(w))
-            for w in ('confidence', 'outlier')
-        )
-        area = aurc(_joined(folds, lambda j: j.output.confidence), right, groups, *e)
-        r = dict(
-            coverage=share_interval(kept, groups, None, *e),
-            unsure=share_interval(unsure, groups, None, *e),
-            outliers=share_interval(outlier, groups, None, *e),
-            risk=share_interval(~right, groups, kept, *e),
-            deferred_risk=share_interval(~right, groups, ~kept, *e),
-            error=share_interval(~right, groups, None, *e),
-            aurc=area,
-        )
-        rows[m] = {
-            'defer_below': float(np.mean(below)),
-            **{k: v for name, s in r.items() for k, v in _numbers(name, s).items()},
-            'n_images': len(kept),
-            'note': _notes(folds, 'deferred'),
-        }
-        texts[m] = {
-            'deferred below': _span(below),
-            'kept %': _text(r['coverage']),
-            'low confidence %': _text(r['unsure']),
-            'outliers %': _text(r['outliers']),
-            'mistakes among kept %': _text(r['risk']),
-            'among deferred %': _text(r['deferred_risk']),
-            'mistakes of all %': _text(r['error']),
-            'AURC %': _text(area),
-        }
-    w = next(iter(decided.values()))[0].decision.about['recipe']
-    wish = (
-        f'{100 * w["defer_target"]:g} % of sufficient confidence'
-        if w['defer'] == 'coverage'
-        else f'{100 * w["defer_target"]:g} % mistakes among those of sufficient confidence'
-    )
+    "What is kept, and how much of it is wrong, when unsure B-scans and outliers are deferred."
+    e = _resampling(evaluate, seed)
+    made = {m: _deferral_row(folds, e) for m, folds in decided.items()}
     caption = (
         f'As `kdoct predict` defers: B-scans of low confidence, and outliers, go to a person. '
-        f'Wished: {wish}. {_fitted_on(decided)} '
+        f'Target: {_deferral_target(decided)}. {_fitted_on(decided)} '
         'AURC: mean share of mistakes over all coverages by confidence, smaller is better (Geifman '
         'and El-Yaniv 2017); folds pooled by probability.'
     )
-    return _section('Deferral', rows, texts, caption)
+    return _from_pairs('Deferral', made, caption)
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #5b2545ee
+def _covered_by_class(hit, y, classes):
+    "Class -> share of its images whose set holds it, of the classes that have images."
+    return {c: float(hit[y == k].mean()) for k, c in enumerate(classes) if (y == k).any()}
+
 def _set_row(folds, alpha, e):
     "Numbers and texts of the sets of one model and target."
-    sets, y, groups = (
-        _joined(folds, lambda j: j.decision.sets(j.probs, alpha)),
-        _joined(folds, lambda j: j.y),
-        _groups(folds),
-    )
-    hit, size, classes = sets[np.arange(len(y)), y], sets.sum(1), folds[0].decision.classes
-    r, each = (
-        share_interval(hit, groups, None, *e),
-        {c: float(hit[y == k].mean()) for k, c in enumerate(classes) if (y == k).any()},
-    )
-    patients, least = float(pd.Series(hit).groupby(groups).mean().mean()), min(each, key=each.get)
-    row = {
-        'wished': 1 - alpha,
-        **_numbers('covered', r),
-        'covered_patients': patients,
-        'mean_size': float(size.mean()),
-        'single': float((size == 1).mean()),
-        **{f'covered_{c}': v for c, v in each.items()},
-        'n_images': len(y),
-        'note': _notes(folds, f'sets with {100 * alpha:g} %'),
-    }
+    sets = _joined(folds, lambda j: j.decision.sets(j.probs, alpha))
+    y, groups = _joined(folds, lambda j: j.y), _groups(folds)
+    hit, size = sets[np.arange(len(y)), y], sets.sum(1)
+    covered = share_interval(hit, groups, None, *e)
+    by_class = _covered_by_class(hit, y, folds[0].decision.classes)
+    patients = float(pd.Series(hit).groupby(groups).mean().mean())
+    least, single = min(by_class, key=by_class.get), float((size == 1).mean())
+    row = {'wished': 1 - alpha, **_numbers('covered', covered), 'covered_patients': patients,
+           'mean_size': float(size.mean()), 'single': single}
+    row |= {f'covered_{c}': share for c, share in by_class.items()}
+    row |= {'n_images': len(y), 'note': _notes(folds, f'sets with {100 * alpha:g} %')}
     return row, {
-        'covered %': _text(r),
+        'covered %': _text(covered),
         'mean over patients %': f'{100 * patients:.1f}',
         'classes a set': f'{size.mean():.2f}',
-        'one class %': f'{100 * row["single"]:.1f}',
-        'least covered class': f'{least} {100 * each[least]:.1f} %',
+        'one class %': f'{100 * single:.1f}',
+        'least covered class': f'{least} {100 * by_class[least]:.1f} %',
     }
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #de702947
@@ -342,21 +357,29 @@ def sets_section(
     seed:int=0,                       # of the resampling
 )->Section:
     "How often prediction sets hold the true class, and how large they are."
-    e = (evaluate.n_boot, evaluate.level, seed)
-    made = {
-        f'{m}, wished {100 * (1 - a):g} %': _set_row(folds, a, e)
-        for m, folds in decided.items()
-        for a in folds[0].decision.set_minimum
-    }
+    made, e = {}, _resampling(evaluate, seed)
+    for m, folds in decided.items():
+        for alpha in folds[0].decision.set_minimum:
+            made[f'{m}, target {100 * (1 - alpha):g} %'] = _set_row(folds, alpha, e)
     caption = (
         f'Sets of classes by split conformal prediction (LAC, one vote a patient; the predicted '
-        f'class is always in). {_fitted_on(decided)} The wish is '
+        f'class is always in). {_fitted_on(decided)} The target is '
         f'about an image of a new patient, on average over draws of the patients it is fitted on; '
         f'one draw may do better or worse. {_bias(decided)}'
     )
-    return _section(
-        'Prediction sets', *({n: pair[i] for n, pair in made.items()} for i in (0, 1)), caption
-    )
+    return _from_pairs('Prediction sets', made, caption)
+
+# %% ../../nbs/05o_evaluate.decision_tables.ipynb #8bd911a5
+def _outlier_row(folds, e):
+    "Numbers and texts of one model."
+    r = share_interval(_joined(folds, lambda j: j.output.outlier), _groups(folds), None, *e)
+    thresholds = [j.decision.outlier.threshold for j in folds]
+    pictures = [j.decision.about.get('outlier_pictures', {}) for j in folds]
+    kinds = {k: float(np.mean([shares[k]['outliers'] for shares in pictures])) for k in pictures[0]}
+    row = {'threshold': float(np.mean(thresholds)), **_numbers('outliers', r), **kinds}
+    text = {'outlier above': _span(thresholds), 'outliers among test images %': _text(r)}
+    text |= {f'{k} %': f'{100 * v:.0f}' for k, v in kinds.items()}
+    return row | {'n_images': r['n'], 'note': _notes(folds, 'outliers among')}, text
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #5add9f23
 def outliers_section(
@@ -365,200 +388,23 @@ def outliers_section(
     seed:int=0,                       # of the resampling
 )->Section:
     "How many test images are outliers, and how many pictures that are no B-scans."
-    rows, texts, e = {}, {}, (evaluate.n_boot, evaluate.level, seed)
-    for m, folds in decided.items():
-        r = share_interval(_joined(folds, lambda j: j.output.outlier), _groups(folds), None, *e)
-        t = [j.decision.outlier.threshold for j in folds]
-        each = [j.decision.about.get('outlier_pictures', {}) for j in folds]
-        kinds = {k: float(np.mean([shares[k]['outliers'] for shares in each])) for k in each[0]}
-        rows[m] = {
-            'threshold': float(np.mean(t)),
-            **_numbers('outliers', r),
-            **kinds,
-            'n_images': r['n'],
-            'note': _notes(folds, 'outliers among'),
-        }
-        texts[m] = {
-            'outlier above': _span(t),
-            'outliers among test images %': _text(r),
-            **{f'{k} %': f'{100 * v:.0f}' for k, v in kinds.items()},
-        }
-    w = next(iter(decided.values()))[0].decision.about['recipe']
+    e, target = _resampling(evaluate, seed), _first(decided).about['recipe']['outliers']
+    made = {m: _outlier_row(folds, e) for m, folds in decided.items()}
     caption = (
-        f'Distance of pooled features from those of the training images. Wished: '
-        f'{100 * w["outliers"]:g} % outliers among images of new patients. '
+        f'Distance of pooled features from those of the training images. Target: '
+        f'{100 * target:g} % outliers among images of new patients. '
         f'{_fitted_on(decided)} Further columns: share of outliers among pictures that are no '
         f'B-scans, made from noise or from '
-        'training images (notebook 05g); they chose nothing.'
+        'training images (notebook 05l); they chose nothing.'
     )
-    return _section('Pictures unlike the training', rows, texts, caption)
-
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #2af284dc
-def _named(df):
-    return (
-        (df.volume.astype('string').fillna('') != '').to_numpy(bool)
-        if 'volume' in df
-        else np.zeros(len(df), bool)
-    )
-
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #b387f69a
-def _decided_units(df, folds, rule, level):
-    "Every unit of a model decided, fold by fold; and the units left out."
-    parts = [(df, None)] if folds is None else [(j.before, j) for j in folds]
-    tables, lost = [], []
-    for part, j in parts:
-        rows = _named(part) if level == 'volume' else np.ones(len(part), bool)
-        given = (
-            {}
-            if j is None
-            else dict(
-                probabilities=j.probs[rows],
-                outlier=j.output.outlier[rows],
-                deferred=j.output.deferred[rows],
-            )
-        )
-        made, left = decide_all_volumes(
-            part[rows].reset_index(drop=True),
-            rule if j is None else j.decision.volume,
-            level=level,
-            **given,
-        )
-        tables, lost = [*tables, made], [*lost, *left]
-    return pd.concat(tables, ignore_index=True), lost
-
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #74ec71f3
-def _unit_counts(t, e):
-    "Numbers and texts of what is deferred among units, and what is wrong among the rest."
-    kept, right, groups = (
-        ~t.deferred.to_numpy(bool),
-        (t.predicted == t.label).to_numpy(),
-        t.group.astype(str),
-    )
-    r = dict(
-        deferred=share_interval(~kept, groups, None, *e),
-        kept_risk=share_interval(~right, groups, kept, *e),
-    )
-    none = int((t.predicted == '').sum())
-    note = [f'{none} without a usable B-scan: deferred, and in no score'] if none else []
-    row = {k: v for name, s in r.items() for k, v in _numbers(name, s).items()} | dict(
-        n_units=len(t), without=none
-    )
-    return (
-        row,
-        {'deferred %': _text(r['deferred']), 'mistakes among the rest %': _text(r['kept_risk'])},
-        note,
-    )
-
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #3f4681ff
-def volumes_section(
-    models:dict[str, pd.DataFrame],   # name -> predictions, one row a B-scan
-    decided:dict[str, list[DecidedPredictions]],  # model -> one a fold, in the order of its predictions; may lack models
-    rule:VolumeRule,                  # the recipe's, for models without a decision
-    evaluate:EvaluateRecipe,          # resamples and level
-    seed:int=0,                       # of the resampling
-)->Section|None:                      # None where no unit can be decided
-    "Volumes and patients, decided as `kdoct predict` decides them."
-    e, rules = (
-        (evaluate.n_boot, evaluate.level, seed),
-        {m: decided[m][0].decision.volume if m in decided else rule for m in models},
-    )
-    made = {
-        (m, level): _decided_units(df, decided.get(m), rule, level)
-        for m, df in models.items()
-        for level in LEVELS
-        if level == 'patient' or _named(df).any()
-    }
-    once = next(iter(models))
-    if (
-        (once, 'volume') in made
-        and len(made[once, 'volume'][0]) == len(made[once, 'patient'][0])
-        and _named(models[once]).all()
-    ):
-        made = {(m, level): v for (m, level), v in made.items() if level == 'volume'}   # every patient has one volume
-    kept = {
-        f'{m}, {level}s': t[t.predicted != '']
-        for (m, level), (t, _) in made.items()
-        if (t.predicted != '').any()
-    }
-    if not kept: return None
-    def metrics(name):
-        return HEADLINE if rules[name.rpartition(', ')[0]].rule == 'mean' else LABEL_METRICS
-    s = scores_section(
-        'Volumes and patients',
-        kept,
-        _units_caption(made, rules, decided, models),
-        evaluate,
-        seed,
-        metrics,
-    )
-    counts = {f'{m}, {level}s': _unit_counts(t, e) for (m, level), (t, _) in made.items()}
-    notes = {n: '; '.join(filter(None, [s.table.note[n], *counts[n][2]])) for n in kept}
-    numbers = s.table.drop(columns=[c for c in s.texts if c in s.table])
-    table = numbers.join(pd.DataFrame({n: counts[n][0] for n in kept}).T).assign(
-        note=pd.Series(notes)
-    )
-    texts = s.texts.drop(columns='note', errors='ignore').join(
-        pd.DataFrame({n: counts[n][1] for n in kept}).T
-    )
-    return Section(
-        s.title,
-        table,
-        texts.assign(note=pd.Series(notes)) if any(notes.values()) else texts,
-        s.caption,
-    )
-
-# %% ../../nbs/05o_evaluate.decision_tables.ipynb #8d7f6fa0
-def _units_caption(made, rules, decided, models):
-    "How volumes and patients were decided, and which could not be."
-    (first, level), (t, lost) = next(iter(made.items()))
-    rule, diagnosis = rules[first], 'patient_label' in models[first]
-    label = (
-        'the most severe label of its B-scans'
-        if rule.severity
-        else 'the label that all its B-scans share'
-    )
-    truth = {'volume': 'the diagnosis of its patient' if diagnosis and not rule.severity else label,
-             'patient': 'the diagnosis' if diagnosis else label}
-    levels = list(dict.fromkeys(name for _, name in made))
-    counts = ' and '.join(f'{made[first, name][0].patient.nunique()} {name}s' for name in levels)
-    out = [
-        f'{counts}; B-scans in a {level}: {t.n_slices.min()} to {t.n_slices.max()}, median '
-        f'{t.n_slices.median():g}.',
-        f'Decided as `kdoct predict` decides, by the function and rule that the bundle carries: '
-        f'{rule.text}.'
-        if decided
-        else f'Decided by the recipe\'s rule ({rule.text}).',
-        'Deferred: more than half of the B-scans left out, or all deciding ones deferred '
-        'on their own.',
-        'Truth of ' + ', of '.join(f'a {name}: {truth[name]}' for name in levels) + '.',
-    ]
-    if rule.rule == 'worst':
-        out.append(
-            f'The rule ({" < ".join(rule.severity)}) gives a class without probabilities, '
-            f'hence no AUC.'
-        )
-    if t.fold.nunique() > 1 and t.patient.nunique() < len(t):
-        out.append(f'Each is decided by {t.fold.nunique()} models.')
-    if bare := [m for m in models if m not in decided]:
-        out.append(
-            f'Without a decision, so not calibrated, with no outliers and none deferred for its '
-            f'confidence: {", ".join(bare)}.'
-        )
-    out.append('Intervals over groups.')
-    if lost:
-        out.append(
-            f'Left out for B-scans of several classes, and the classes have no order of severity: '
-            f'{len(lost)} {level}s ({", ".join(lost[:10])}'
-            f'{", ..." if len(lost) > 10 else ""}).'
-        )
-    return ' '.join(out)
+    return _from_pairs('Pictures unlike the training', made, caption)
 
 # %% ../../nbs/05o_evaluate.decision_tables.ipynb #a8fa2b79
 def decision_sections(
     decided:dict[str, list[DecidedPredictions]],  # model -> one a fold; may be empty
     evaluate:EvaluateRecipe,          # resamples and level
     seed:int=0,                       # of the resampling
-)->dict[str, Section]:                # calibration, operating (the student's), deferral, sets, outliers; empty without decisions
+)->dict[str, Section]:  # calibration, operating (the student's), deferral, sets, outliers; empty without decisions
     "All tables about decisions."
     if not decided: return {}
     out = dict(calibration=calibration_section(decided, evaluate, seed))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECTED', 'Decision', 'fit_decision', 'fitted_on', 'told_apart', 'explained', 'save_decision', 'load_decision']
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #ecf55102
+# %% ../../nbs/05m_evaluate.decisions.ipynb #29480f46
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Decision:
     about:dict                      # what it was fitted on: part, run, fold, role, hashes, images, patients, recipe
     volume:VolumeRule=VolumeRule()  # how B-scans decide a volume
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #1ad9785c
+# %% ../../nbs/05m_evaluate.decisions.ipynb #0ee2bea5
 def _counts(held, train_features):
     "On how many images and patients a decision was fitted."
     patients = held.group.astype(str).nunique()
@@ -77,7 +77,7 @@ def fit_decision(
     return Decision(tuple(classes_of(held)), temperature, defer_below, minimum, points,
                     outlier, notes, about, rule_of(recipe, severity))
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #896abc9b
+# %% ../../nbs/05m_evaluate.decisions.ipynb #e317c3ad
 @patch
 def probabilities(
     self:Decision,
@@ -102,7 +102,7 @@ def sets(
     predicted = np.arange(probs.shape[1]) == probs.argmax(1)[:, None]
     return (probs >= self.set_minimum[alpha]) | predicted
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #69d709da
+# %% ../../nbs/05m_evaluate.decisions.ipynb #6e8d2e08
 @patch
 def judge(
     self:Decision,
@@ -148,7 +148,7 @@ def told_apart(
         if x != y or a == b: return x, y
     return repr(float(a)), repr(float(b))
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #dd9c28c0
+# %% ../../nbs/05m_evaluate.decisions.ipynb #81a03b3c
 def _confidence_sentence(confidence, least):
     "The confidence of a picture beside the threshold of deferral."
     if least > 1:
@@ -191,7 +191,7 @@ def explained(
 # %% ../../nbs/05m_evaluate.decisions.ipynb #c85b4558
 _FIX = 'Make it again with notebook 05g_decide.'
 
-# %% ../../nbs/05m_evaluate.decisions.ipynb #95884833
+# %% ../../nbs/05m_evaluate.decisions.ipynb #7d621e51
 def _as_json(decision, statistics):
     "What decision.json holds; `statistics` is the path of the other file."
     d, (_, k, n_features) = decision, decision.outlier.axes.shape

@@ -31,38 +31,31 @@ class VolumeRule:
     severity:tuple[str, ...]=() # classes from harmless to severe; empty: not known
 
     def __post_init__(self):
+        "`KdoctError` for a rule that cannot be."
         if self.rule not in RULES:
-            raise KdoctError(
-                f"There is no volume rule '{self.rule}'.", fix=f"Rules: {', '.join(RULES)}."
-            )
-        if self.min_slices < 1:
-            raise KdoctError(
-                f"The volume rule wants {self.min_slices} B-scans.", fix="Give 1 or more."
-            )
-        if self.rule == 'worst' and not self.severity:
-            raise KdoctError(
-                "The volume rule 'worst' needs the order of severity, and there is none.",
-                fix="Take the rule 'mean', or set data.severity, the classes from "
-                    "harmless to severe.",
-            )
+            problem, fix = f"There is no volume rule '{self.rule}'.", f"Rules: {', '.join(RULES)}."
+        elif self.min_slices < 1:
+            problem, fix = f"The volume rule wants {self.min_slices} B-scans.", "Give 1 or more."
+        elif self.rule == 'worst' and not self.severity:
+            problem = "The volume rule 'worst' needs the order of severity, and there is none."
+            fix = ("Take the rule 'mean', or set data.severity, the classes from "
+                   "harmless to severe.")
+        else: return
+        raise KdoctError(problem, fix=fix)
 
     @property
     def text(self)->str:
         "The rule in words."
-        n = self.min_slices
-        scans = (
-            f"most severe class on {n} B-scan{'s' if n > 1 else ''}"
-            if self.rule == 'worst'
-            else 'mean of the B-scans'
-        )
-        return f"{scans}, outliers {'left out' if self.drop_outliers else 'included'}"
+        n, outliers = self.min_slices, 'left out' if self.drop_outliers else 'included'
+        if self.rule == 'mean': return f'mean of the B-scans, outliers {outliers}'
+        return f"most severe class on {n} B-scan{'s' if n > 1 else ''}, outliers {outliers}"
 
 # %% ../../nbs/05c_evaluate.patients.ipynb #ecc2564a
 def rule_of(
     decide:DecideRecipe,   # volume_rule, min_slices, drop_outliers
     severity=None,         # data.severity: classes from harmless to severe; None: no order
 )->VolumeRule:
-    "The rule that a recipe asks for; `auto` is worst where the order of severity is known, else mean."
+    "The rule of a recipe; `auto` is worst where the order of severity is known, else mean."
     name = decide.volume_rule
     if name == 'auto': name = 'worst' if severity else 'mean'
     return VolumeRule(name, decide.min_slices, decide.drop_outliers, tuple(severity or ()))
@@ -90,6 +83,11 @@ def _worst_rule(p, order, min_slices):
     sure = p[rows].max(1)
     return order[level], float(sure.mean()), rows[np.argsort(-sure, kind='stable')]
 
+# %% ../../nbs/05c_evaluate.patients.ipynb #04aaa921
+def _flags(given, n):
+    "(n,) bool, all False where nothing is given."
+    return np.zeros(n, bool) if given is None else np.asarray(given, bool)
+
 # %% ../../nbs/05c_evaluate.patients.ipynb #b7bcb5e0
 def decide_volume(
     probabilities:np.ndarray,  # (n, K) calibrated probabilities of its B-scans
@@ -101,22 +99,18 @@ def decide_volume(
 )->VolumeDecision:
     "Decide a volume or a patient from its B-scans."
     p, classes = np.asarray(probabilities, dtype=float), list(classes)
-    outlier, deferred = (
-        np.zeros(len(p), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred)
-    )
-    used = ~outlier if rule.drop_outliers else np.ones(len(p), bool)
+    used = ~(_flags(outlier, len(p)) & rule.drop_outliers)
     at = np.flatnonzero(used)
     if not len(at): return VolumeDecision('', None, True, 'no usable B-scan', [], used)
-    order = [classes.index(c) for c in rule.severity]
-    k, confidence, rows = (
-        _mean_rule(p[at]) if rule.rule == 'mean' else _worst_rule(p[at], order, rule.min_slices)
-    )
+    if rule.rule == 'mean': k, confidence, rows = _mean_rule(p[at])
+    else:
+        order = [classes.index(c) for c in rule.severity]
+        k, confidence, rows = _worst_rule(p[at], order, rule.min_slices)
     deciding = sorted(at[rows[:MOST_DECIDING]].tolist())
-    reasons = {
-        'most B-scans left out': 2 * len(at) < len(p) + lost,
-        'deciding B-scans deferred': deferred[deciding].all(),
-    }
-    why = ', '.join(w for w, yes in reasons.items() if yes)
+    reasons = []
+    if 2*len(at) < len(p) + lost: reasons.append('most B-scans left out')
+    if _flags(deferred, len(p))[deciding].all(): reasons.append('deciding B-scans deferred')
+    why = ', '.join(reasons)
     return VolumeDecision(classes[k], confidence, bool(why), why, deciding, used)
 
 # %% ../../nbs/05c_evaluate.patients.ipynb #68989e74
@@ -132,6 +126,7 @@ def check_severity(
         )
     return list(severity)
 
+# %% ../../nbs/05c_evaluate.patients.ipynb #993e9189
 LEVELS = ('volume', 'patient')
 
 def unit_keys(
@@ -144,6 +139,16 @@ def unit_keys(
     if level == 'volume': name = name.str.cat([text('volume'), text('eye')], sep=' | ')
     return pd.DataFrame(dict(fold=df.fold, name=name.astype(str)), index=df.index)
 
+# %% ../../nbs/05c_evaluate.patients.ipynb #735de6aa
+def _one_diagnosis(several):
+    "`KdoctError` where a patient has several diagnoses; `several` is (fold, name) -> how many."
+    if (several > 1).any():
+        patients = counted((several > 1).sum(), 'patient')
+        raise KdoctError(
+            f'{patients} with several diagnoses in `patient_label`, such as {several.idxmax()[1]}.',
+            fix='Mend the image table: one diagnosis a patient.',
+        )
+
 # %% ../../nbs/05c_evaluate.patients.ipynb #33bbc33c
 def unit_truth(
     df:pd.DataFrame,       # predictions, with or without `patient_label`
@@ -153,44 +158,57 @@ def unit_truth(
     "What each patient, or each volume, has."
     known = 'patient_label' in df and (level == 'patient' or severity is None)   # a fellow eye may be healthy
     t = unit_keys(df, level).assign(label=(df.patient_label if known else df.label).astype(str))
-    g = t.groupby(['fold', 'name']).label
-    if known and (g.nunique() > 1).any():
-        raise KdoctError(
-            f'{counted((g.nunique() > 1).sum(), "patient")} with several diagnoses in '
-            f'`patient_label`, such as {g.nunique().idxmax()[1]}.',
-            fix='Mend the image table: one diagnosis a patient.',
-        )
+    labels = t.groupby(['fold', 'name']).label
+    if known: _one_diagnosis(labels.nunique())
     if other := sorted(set(t.label) - set(classes_of(df))):
         raise KdoctError(
             f'`patient_label` has {", ".join(other)}, which is none of the classes.',
             fix='Mend the image table, or data.classes.',
         )
-    if severity is None: return g.first().where(g.nunique() == 1)
+    if severity is None: return labels.first().where(labels.nunique() == 1)
     order = check_severity(severity, classes_of(df))
     worst = t.assign(rank=t.label.map(order.index)).groupby(['fold', 'name'])['rank'].max()
     return worst.map(dict(enumerate(order))).rename('label')
 
 # %% ../../nbs/05c_evaluate.patients.ipynb #be501c17
+def _group_of_each(df, code, truth, level):
+    "The group of every unit with a truth; `KdoctError` where one is in several."
+    groups = df.group.astype(str).groupby(code)
+    n = groups.nunique().loc[0:]
+    if n.max() > 1:
+        raise KdoctError(f'The {level} {truth.index[n.idxmax()][1]} is in several groups.',
+                         fix='Merge the groups of a patient (01_data), then train again.')
+    return groups.first().loc[0:].to_numpy()
+
 def _units(df, severity, level):
     "One row a unit with a truth; codes of those rows for every B-scan (-1: no truth); names of those without."
     truth = unit_truth(check_predictions(df), severity, level)
     lost, truth = truth.index[truth.isna()], truth.dropna()
-    if truth.empty: raise KdoctError(f'All {len(lost)} {level}s have slices of several classes.',
-                                     fix='Set data.severity, the classes from harmless to severe.')
+    if truth.empty:
+        raise KdoctError(f'All {len(lost)} {level}s have slices of several classes.',
+                         fix='Set data.severity, the classes from harmless to severe.')
     code = truth.index.get_indexer(pd.MultiIndex.from_frame(unit_keys(df, level)))
-    groups = df.group.astype(str).groupby(code)
-    if (n := groups.nunique()).loc[0:].max() > 1:
-        raise KdoctError(f'The {level} {truth.index[n.loc[0:].idxmax()][1]} is in several groups.',
-                         fix='Merge the groups of a patient (01_data), then train again.')
+    groups = _group_of_each(df, code, truth, level)
     table = truth.rename('label').reset_index()
     table.insert(0, 'path', table['name'])
-    return (
-        table.rename(columns=dict(name='patient')).assign(group=groups.first().loc[0:].to_numpy()),
-        code,
-        [name for _, name in lost],
-    )
+    table = table.rename(columns=dict(name='patient')).assign(group=groups)
+    return table, code, [name for _, name in lost]
+
+# %% ../../nbs/05c_evaluate.patients.ipynb #3f121640
+def _logits(p, classes, decided, rule):
+    "Logarithms of mean probabilities; 1 for the predicted class, else 0, where a rule gives no probabilities."
+    if not len(p): return np.full(len(classes), np.nan)
+    if rule.rule == 'mean': return np.log(p.mean(0).clip(np.finfo(float).tiny))
+    return (np.array(classes) == decided.predicted).astype(float)
+
+def _rows_of_each(code, n):
+    "The rows of every unit, 0..n-1."
+    order = np.argsort(code, kind='stable')
+    return np.split(order, np.searchsorted(code[order], np.arange(n)))[1:]
 
 # %% ../../nbs/05c_evaluate.patients.ipynb #dbb1a58b
+_DECIDED = ('predicted', 'confidence', 'deferred', 'why')
+
 def decide_all_volumes(
     df:pd.DataFrame,       # predictions, one row a B-scan
     rule:VolumeRule,       # how volumes are decided; its severity also decides what a volume has
@@ -198,38 +216,18 @@ def decide_all_volumes(
     outlier=None,          # (N,) bool: outliers; None: none is known
     deferred=None,         # (N,) bool: B-scans that are deferred on their own; None: none
     level:str='volume',    # volume or patient
-)->tuple[pd.DataFrame, list[str]]:  # predictions, one row a unit, with n_slices, n_used, predicted, deferred, why; units left out
-    "Decide every volume, or every patient, of a predictions table; the logits of one without a usable B-scan are NaN."
+)->tuple[pd.DataFrame, list[str]]:  # a row a unit: n_slices, n_used, predicted, deferred, why, ...; units left out
+    "Decide every volume, or every patient; the logits of one without a usable B-scan are NaN."
     classes, (table, code, lost) = classes_of(df), _units(df, rule.severity or None, level)
-    p = (
-        np.exp(log_softmax(logits_of(df)))
-        if probabilities is None
-        else np.asarray(probabilities, dtype=float)
-    )
-    outlier, deferred = (
-        np.zeros(len(df), bool) if a is None else np.asarray(a, bool) for a in (outlier, deferred)
-    )
-    rows = np.split(
-        order := np.argsort(code, kind='stable'),
-        np.searchsorted(code[order], np.arange(len(table))),
-    )[1:]
+    if probabilities is None: probabilities = np.exp(log_softmax(logits_of(df)))
+    p, outlier = np.asarray(probabilities, dtype=float), _flags(outlier, len(df))
+    deferred, rows = _flags(deferred, len(df)), _rows_of_each(code, len(table))
     made = [decide_volume(p[r], classes, rule, outlier[r], deferred[r]) for r in rows]
     facts = dict(n_slices=[len(r) for r in rows], n_used=[int(d.used.sum()) for d in made])
-    facts |= {
-        k: [getattr(d, k) for d in made] for k in ('predicted', 'confidence', 'deferred', 'why')
-    }
-    z = np.array([_logits(p[r][d.used], classes, d, rule) for r, d in zip(rows, made, strict=True)])
-    return table.assign(**facts, **{f'logit_{c}': z[:, i] for i, c in enumerate(classes)}), lost
-
-# %% ../../nbs/05c_evaluate.patients.ipynb #3f121640
-def _logits(p, classes, decided, rule):
-    "Logarithms of mean probabilities; 1 for the predicted class, else 0, where a rule gives no probabilities."
-    if not len(p): return np.full(len(classes), np.nan)
-    return (
-        np.log(p.mean(0).clip(np.finfo(float).tiny))
-        if rule.rule == 'mean'
-        else (np.array(classes) == decided.predicted).astype(float)
-    )
+    facts |= {name: [getattr(d, name) for d in made] for name in _DECIDED}
+    z = [_logits(p[r][d.used], classes, d, rule) for r, d in zip(rows, made, strict=True)]
+    logits = {f'logit_{c}': column for c, column in zip(classes, np.array(z).T, strict=True)}
+    return table.assign(**facts, **logits), lost
 
 # %% ../../nbs/05c_evaluate.patients.ipynb #b083f1ff
 def published_selection(

@@ -7,32 +7,21 @@ __all__ = ['is_evaluated', 'folds_summary', 'warnings_of', 'fold_figures', 'eval
 
 # %% ../../nbs/05_evaluate.ipynb #imp-evaluate-stage
 import textwrap
-
 import time
-
 from pathlib import Path
 
 import numpy as np
-
 import pandas as pd
-
 from IPython.display import display, Image
-
 from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
-
 from ..core.runs import ROLES, Run, stage_command, train_again
-
 from ..data.images import decode_image, read_image_bytes
-
 from ..data.shortcuts import run_verdict
-
 from ..data.fold_data import folds_of, open_fold
-
 from .decision_tables import decision_sections
-
-# %% ../../nbs/05_evaluate.ipynb #f5bfcbdb
+from .figure_style import save_figure
 from kdoct.evaluate.figures import (
     calibration_figure,
     confusion_figure,
@@ -44,14 +33,11 @@ from kdoct.evaluate.figures import (
     mistakes_figure,
     reliability_figure,
     roc_figure,
-    save_figure,
     views_figure,
 )
-
+from .fold_tables import folds_section
 from .intervals import fold_summary
 from .metrics import classes_of, evaluate_predictions
-
-# %% ../../nbs/05_evaluate.ipynb #ac8d11b1
 from kdoct.evaluate.pooling import (
     complete_folds,
     costs_of,
@@ -67,14 +53,10 @@ from kdoct.evaluate.pooling import (
     pool_variants,
     sections_of,
 )
-
-# %% ../../nbs/05_evaluate.ipynb #c0bee08c
+from .protocol import protocol_of
 from kdoct.evaluate.tables import (
-    blanked_warning,
     differences_of,
-    folds_section,
     named_together,
-    protocol_of,
     resampled,
     Section,
     shown,
@@ -82,6 +64,7 @@ from kdoct.evaluate.tables import (
     table_of,
     TOGETHER,
 )
+from .variants import blanked_warning
 
 # %% ../../nbs/05_evaluate.ipynb #f3a7bbd8
 def is_evaluated(
@@ -89,11 +72,9 @@ def is_evaluated(
     fold:int,  # counted from 0
 ) -> bool:
     "Whether a fold's evaluation is of the predictions that are there now, further models included."
-    here = {*ROLES, *finished_models(run, fold)}
-    return (
-        run.is_finished('evaluate', fold)
-        and set(read_json(run.fold_dir(fold) / 'evaluation.json')['predictions']) == here
-    )
+    if not run.is_finished('evaluate', fold): return False
+    of = read_json(run.fold_dir(fold)/'evaluation.json')['predictions']
+    return set(of) == {*ROLES, *finished_models(run, fold)}
 
 # %% ../../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
@@ -101,9 +82,9 @@ def _about(run, fold, models):
     out = {m: read_json(model_dir(run, fold, m)/'model.json') for m in models if m != TOGETHER}
     for role in (r for r in run.recipe.roles if r in out):
         if not isinstance(out[role].get('parameters'), int):
+            path = run.stage_dir(fold, role)/'model.json'
             raise KdoctError(
-                f'{run.stage_dir(fold, role) / "model.json"} does not say the number of '
-                f'parameters.',
+                f'{path} does not say the number of parameters.',
                 fix=train_again(run, fold, role),
             )
     return out
@@ -114,126 +95,145 @@ def _histories(run, fold):
     return {r: pd.read_csv(p) for r, p in paths.items() if p.is_file()}
 
 # %% ../../nbs/05_evaluate.ipynb #31722e62
-def folds_summary(
-    run:Run|str,  # run or its name
-    folds:list[int]|None=None,  # folds to sum up; None: all in which the three models have predictions
-) -> Section:  # mean and standard deviation of slices, weights and views
-    "The summary over folds from the files that training left, also of runs finished long ago."
-    run = opened_run(run)
+def _folds_of_run(run, folds):
+    "The folds to evaluate, ascending; `KdoctError` where there is none."
     folds = complete_folds(run) if folds is None else sorted(set(folds))
     if not folds:
         raise KdoctError(
             f"No fold of run '{run.name}' has predictions of all three models.",
             fix=f'Train them, beginning with {stage_command("teacher", run, 0)}',
         )
-    models = {k: fold_models(run, k) for k in folds}
-    return folds_section(
-        {k: (m, *fold_variants(run, k, m)) for k, m in models.items()},
-        run.recipe.data.n_folds,
-        run.recipe.evaluate.views,
-    )
+    return folds
 
-# %% ../../nbs/05_evaluate.ipynb #e2df3b12
-def warnings_of(
-    run:Run,  # the run
-    sections:dict[str, Section]|None=None,  # of its results; None: there are none yet
-) -> list[str]:  # sentences
-    "What must be known before any score is read: shortcuts, leaks, doubtful labels, decisions that could not be made."
-    sections, data = sections or {}, run.stage('data')
-    verdict, words = run_verdict(run)
-    out = [f'Shortcut. {words}'] if verdict == 'above' else []
-    if 'blanked' in sections and (w := blanked_warning(sections['blanked'].table.to_dict('index'))):
-        out.append(w)
-    if leak := data.get('leak'):
-        out.append(
-            f'The published leak is kept: {counted(leak["groups"], "tested group")} '
-            f'trained on too; '
-            'the scores are too good.'
-        )
-    chosen = dict(validation=('val_lacks', 'The epoch, and what else was chosen there,'),
-                  calibration=('calib_lacks', 'The temperature, thresholds and prediction sets'))
-    out += [
-        f'{_lacking(part, data[key])}. {what} know nothing of it.'
-        for part, (key, what) in chosen.items()
-        if any((data.get(key) or {}).values())
-    ]
-    if n := _torn_duplicates(run):
-        out.append(
-            f'{n} near-duplicates have another class than the image that they copy: one of the two '
-            f'labels is wrong. audit.csv names them.'
-        )
-    return out + _unfitted(sections)
+def folds_summary(
+    run:Run|str,  # run or its name
+    folds:list[int]|None=None,  # folds to sum up; None: all in which the three models have predictions
+) -> Section:  # mean and standard deviation of slices, weights and views
+    "The summary over folds from the files that training left, also of runs finished long ago."
+    run = opened_run(run)
+    models = {k: fold_models(run, k) for k in _folds_of_run(run, folds)}
+    each = {k: (m, *fold_variants(run, k, m)) for k, m in models.items()}
+    return folds_section(each, run.recipe.data.n_folds, run.recipe.evaluate.views)
 
 # %% ../../nbs/05_evaluate.ipynb #787112a0
+_CHOSEN = {  # part of a fold -> what the data stage calls its missing classes; what was chosen there
+    'validation': ('val_lacks', 'The epoch, and what else was chosen there,'),
+    'calibration': ('calib_lacks', 'The temperature, thresholds and prediction sets'),
+}
+
 def _lacking(part, lacks):
     "Which folds have no image of a class in a part, each class named once."
-    folds = {
-        c: [k for k, lost in lacks.items() if c in lost]
-        for c in dict.fromkeys(c for lost in lacks.values() for c in lost)
-    }
-    return f'The {part} part has no image of ' + ', and none of '.join(
-        f'{c} in {folds_text(there)}' for c, there in folds.items()
-    )
+    folds = {}
+    for fold, lost in lacks.items():
+        for c in lost: folds.setdefault(c, []).append(fold)
+    texts = [f'{c} in {folds_text(there)}' for c, there in folds.items()]
+    return f'The {part} part has no image of {", and none of ".join(texts)}'
 
 def _torn_duplicates(run):
     "Near-duplicates of an image of another class, as the audit noted them."
     path = run.path/'audit.csv'
     found = pd.read_csv(path, dtype=str).fillna('') if path.is_file() else pd.DataFrame()
     if not {'problem', 'detail'} <= set(found): return 0
-    return int(
-        (
-            (found.problem == 'near-duplicate')
-            & found.detail.str.contains(', which is ', regex=False)
-        ).sum()
-    )
+    of_other_class = found.detail.str.contains(', which is ', regex=False)
+    return int(((found.problem == 'near-duplicate') & of_other_class).sum())
 
-# %% ../../nbs/05_evaluate.ipynb #0a61e9f0
-def _unfitted(sections):
-    "Decisions that could not be fitted as wished, one sentence a table."
-    out = []
-    for s in (
-        sections[k]
-        for k in ('calibration', 'operating', 'deferral', 'sets', 'outliers')
-        if k in sections and 'note' in sections[k].table
-    ):
-        note = s.table.note.fillna('')
-        if (note != '').any():
-            # each note once, with all that it is about
-            same = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}
-            out.append(
-                f'{s.title}, not fitted as wished. '
-                f'{" ".join(f"For {names}: {n}." for n, names in same.items())} See Decisions.'
-            )
+# %% ../../nbs/05_evaluate.ipynb #6f9e72cb
+def _of_data(run):
+    "Warnings of the data stage: a kept leak, classes that a part lacks, doubtful labels."
+    data, out = run.stage('data'), []
+    if leak := data.get('leak'):
+        groups = counted(leak['groups'], 'tested group')
+        out.append(f'The published leak is kept: {groups} trained on too; the scores are too good.')
+    for part, (key, what) in _CHOSEN.items():
+        lacks = data.get(key) or {}
+        if any(lacks.values()): out.append(f'{_lacking(part, lacks)}. {what} know nothing of it.')
+    if n := _torn_duplicates(run):
+        out.append(
+            f'{n} near-duplicates have another class than the image that they copy: one of the two '
+            f'labels is wrong. audit.csv names them.'
+        )
     return out
+
+# %% ../../nbs/05_evaluate.ipynb #1878ae52
+def _unfitted(sections):
+    "Decisions that could not be fitted to their targets, one sentence a table."
+    out = []
+    for key in ('calibration', 'operating', 'deferral', 'sets', 'outliers'):
+        if key not in sections or 'note' not in sections[key].table: continue
+        note = sections[key].table.note.fillna('')
+        # each note once, with all that it is about
+        about = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}
+        texts = ' '.join(f'For {names}: {n}.' for n, names in about.items())
+        title = sections[key].title
+        if texts: out.append(f'{title}: not every target was reached. {texts} See Decisions.')
+    return out
+
+# %% ../../nbs/05_evaluate.ipynb #e2df3b12
+def warnings_of(
+    run:Run,  # the run
+    sections:dict[str, Section]|None=None,  # of its results; None: there are none yet
+) -> list[str]:  # sentences
+    "What must be known before any score is read: shortcuts, leaks, doubtful labels, failed decisions."
+    sections = sections or {}
+    verdict, words = run_verdict(run)
+    out = [f'Shortcut. {words}'] if verdict == 'above' else []
+    if 'blanked' in sections:
+        out.append(blanked_warning(sections['blanked'].table.to_dict('index')))
+    return [w for w in [*out, *_of_data(run), *_unfitted(sections)] if w]
+
+# %% ../../nbs/05_evaluate.ipynb #27cca23f
+def _weights_text(run, folds):
+    "How much each teacher counted, fold by fold."
+    texts = []
+    for k in folds:
+        taught_by = read_json(run.stage_dir(k, 'student')/'model.json')['taught_by']
+        each = ', '.join(f'{r} {t["weight"]:.3f}' for r, t in taught_by.items())
+        texts.append(f'fold {k} {each}')
+    return 'weights of the teachers: ' + '; '.join(texts)
+
+def _protocol(run, folds, models, about, notes):
+    "How the numbers came about, with what could not be shown or needs a remark."
+    notes = list(notes)
+    if run.recipe.distill.combine == 'nll' and TOGETHER in models:
+        notes.append(_weights_text(run, folds))
+    uncalibrated = [m for m, d in about.items() if d.get('calibrated') is False]
+    notes += [
+        f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax'
+        for m in uncalibrated
+    ]
+    sentences = [f'{n[0].upper()}{n[1:]}.' for n in notes]
+    return ' '.join([protocol_of(run, models['student']), *sentences])
+
+def _parameters(run, about, models):
+    "The number of parameters of each model; several teachers together have the sum."
+    params = {m: d.get('parameters') for m, d in about.items()}
+    if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
+    return params
+
+# %% ../../nbs/05_evaluate.ipynb #6ff60f5c
+def _all_sections(run, each, models, drawn):
+    "All tables beside the main one; the decisions they rest on; what could not be pooled, before and after notes."
+    e, seed, first = run.recipe.evaluate, run.recipe.seed, next(iter(each))
+    variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
+    decided, lost = pool_decisions({k: fold_decisions(run, k, m) for k, m in each.items()})
+    costs = costs_of(run, first, models)
+    sections = sections_of(run, models, variants, kept, costs, decided, drawn)
+    sections |= decision_sections(decided, e, seed)
+    if len(each) > 1:
+        together, reason = ensemble_section(run, list(each), models)
+        if together: sections = dict(ensemble=together) | sections
+        else: lost.append(reason)
+    return sections, decided, missing, lost
 
 # %% ../../nbs/05_evaluate.ipynb #77ac7a18
 def _tables(run, each, models, notes=()):
-    "Protocol, main table, differences and sections: of one fold, or of several (`each`) whose predictions are pooled in `models`."
+    "Protocol, main table, differences and sections of folds (`each`), whose predictions are pooled in `models`."
     e, seed, folds = run.recipe.evaluate, run.recipe.seed, list(each)
-    variants, kept, missing = pool_variants({k: fold_variants(run, k, m) for k, m in each.items()})
-    decided, lost = pool_decisions({k: fold_decisions(run, k, m) for k, m in each.items()})
     drawn = resampled(models, e, seed)
-    sections = sections_of(
-        run, models, variants, kept, costs_of(run, folds[0], models), decided, drawn
-    ) | decision_sections(decided, e, seed)
-    notes = [*missing, *notes, *lost]
-    if len(folds) > 1:
-        together, reason = ensemble_section(run, folds, models)
-        if together: sections = dict(ensemble=together) | sections
-        else: notes.append(reason)
+    sections, decided, missing, lost = _all_sections(run, each, models, drawn)
     about = _about(run, folds[0], models)
-    if run.recipe.distill.combine == 'nll' and TOGETHER in models:
-        notes.append(_weights_text(run, folds))
-    notes += [
-        f'{m} gives margins, no probabilities: its AUC and its mean of slices use their softmax'
-        for m, d in about.items()
-        if d.get('calibrated') is False
-    ]
-    protocol = ' '.join(
-        [protocol_of(run, models['student']), *(f'{n[0].upper()}{n[1:]}.' for n in notes)]
-    )
-    params = {m: d.get('parameters') for m, d in about.items()}
-    if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
+    params = _parameters(run, about, models)
+    protocol = _protocol(run, folds, models, about, [*missing, *notes, *lost])
     return dict(
         protocol=protocol,
         parameters=params,
@@ -244,51 +244,36 @@ def _tables(run, each, models, notes=()):
         warnings=warnings_of(run, sections),
     )
 
-# %% ../../nbs/05_evaluate.ipynb #27cca23f
-def _weights_text(run, folds):
-    "How much each teacher counted, fold by fold."
-    taught_by = {k: read_json(run.stage_dir(k, 'student')/'model.json')['taught_by'] for k in folds}
-    return 'weights of the teachers: ' + '; '.join(
-        f'fold {k} ' + ', '.join(f'{r} {t["weight"]:.3f}' for r, t in by.items())
-        for k, by in taught_by.items()
-    )
+# %% ../../nbs/05_evaluate.ipynb #5438383a
+def _numbers(t):
+    "A frame as nested dicts: row -> column -> value, a row's tuple joined."
+    def name(k): return ' | '.join(k) if isinstance(k, tuple) else str(k)
+    return {name(k): v for k, v in t.to_dict('index').items()}
+
+def _plain_section(s):
+    "A section as JSON wants it: numbers for programs, texts as a report shows them."
+    texts = _numbers(s.texts.fillna('').astype(str))
+    return dict(title=s.title, caption=s.caption, table=_numbers(s.table), texts=texts)
 
 def _plain_tables(result):
-    "The same as JSON wants it."
-    plain = {
-        k: dict(
-            title=s.title,
-            caption=s.caption,
-            table=_numbers(s.table),
-            texts=_numbers(s.texts.fillna('').astype(str)),
-        )
-        for k, s in result['sections'].items()
-    }  # numbers for programs, texts as a report shows them
+    "Tables as JSON wants them."
     return dict(
         warnings=result['warnings'],
         protocol=result['protocol'],
         table=_numbers(result['table']),
         differences=_numbers(result['differences']),
-        sections=plain,
+        sections={k: _plain_section(s) for k, s in result['sections'].items()},
     )
-
-# %% ../../nbs/05_evaluate.ipynb #5438383a
-def _numbers(t):
-    "A frame as nested dicts: row -> column -> value, a row's tuple joined."
-    return {
-        ' | '.join(k) if isinstance(k, tuple) else str(k): v for k, v in t.to_dict('index').items()
-    }
 
 # %% ../../nbs/05_evaluate.ipynb #9fa8f33f
 def _further_figures(made, models)->dict[str, Figure]:
-    "Figures of what only some runs have: views, decisions; without decisions, how reliable the probabilities are as trained."
-    out = dict(views=views_figure(made['sections']['views'])) if 'views' in made['sections'] else {}
-    if not made['decided']:
+    "Figures of views and of decisions; without decisions, how reliable probabilities are as trained."
+    sections, decided = made['sections'], made['decided']
+    out = dict(views=views_figure(sections['views'])) if 'views' in sections else {}
+    if not decided:
         return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
-    return out | dict(
-        calibration=calibration_figure(made['decided']),
-        coverage_risk=coverage_figure(made['decided']),
-    )
+    calibration, coverage = calibration_figure(decided), coverage_figure(decided)
+    return out | dict(calibration=calibration, coverage_risk=coverage)
 
 def fold_figures(
     run:Run,  # the run
@@ -298,13 +283,12 @@ def fold_figures(
     labels:pd.Series,  # class name of every image of folds.csv, indexed by path
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
-    folds = folds_of(run)
+    folds, student = folds_of(run), models['student']
     out = dict(confusion=confusion_figure(models), roc=roc_figure(models))
     if histories := _histories(run, fold): out['training'] = history_figure(histories)
-    out['mistakes'] = mistakes_figure(models['student'], load_image)
-    out['counts'] = counts_figure(
-        counts_of(folds[folds.fold == fold], labels), classes_of(models['student'])
-    )
+    out['mistakes'] = mistakes_figure(student, load_image)
+    counts = counts_of(folds[folds.fold == fold], labels)
+    out['counts'] = counts_figure(counts, classes_of(student))
     return out
 
 # %% ../../nbs/05_evaluate.ipynb #890aca7a
@@ -315,30 +299,40 @@ def _images_of(run, fold):
     return load, table.set_index('path').label
 
 # %% ../../nbs/05_evaluate.ipynb #9d586053
-def _print(text): print(textwrap.fill(text, 118), end='\n\n')
+def _print(text):
+    "A text within the page, and an empty line."
+    print(textwrap.fill(text, 118), end='\n\n')
+
+def _without_note(table):
+    "A table for printing; its notes stand below it."
+    return table.drop(columns='note', errors='ignore')
 
 def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
     for w in result['warnings']: _print(f'WARNING: {w}')
-    print(
-        shown(table).drop(columns='note', errors='ignore').T.to_string(),
-        *(f'note on {m}: {n}' for m, n in table.note.items() if n),
-        '',
-        sep='\n',
-    )
+    notes = [f'note on {m}: {n}' for m, n in table.note.items() if n]
+    print(_without_note(shown(table)).T.to_string(), *notes, '', sep='\n')
     print(shown_differences(result['differences']).T.to_string(), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
-        print(s.title, s.texts.drop(columns='note', errors='ignore').to_string(), sep='\n\n')
+        print(s.title, _without_note(s.texts).to_string(), sep='\n\n')
         _print(s.caption)
         for name, n in (s.table.note.items() if 'note' in s.table else ()):
             if n: _print(f'note on {name}: {n}')
-    print(
-        f"written in run '{run.name}':",
-        *(f.relative_to(run.path).as_posix() for f in files),
-        sep='\n  ',
-    )
+    names = [f.relative_to(run.path).as_posix() for f in files]
+    print(f"written in run '{run.name}':", *names, sep='\n  ')
+
+# %% ../../nbs/05_evaluate.ipynb #8da45820
+def _saved(run, drawn, folder):
+    "Save figures; name -> path, and name -> path within the run."
+    figures = {n: save_figure(f, folder/f'{n}.png') for n, f in drawn.items()}
+    return figures, {n: p.relative_to(run.path) for n, p in figures.items()}
+
+def _hashes(run, fold, models):
+    "What was read: model -> hash of its predictions."
+    own = [m for m in models if m != TOGETHER]
+    return {m: sha256_file(model_dir(run, fold, m)/'predictions.parquet') for m in own}
 
 # %% ../../nbs/05_evaluate.ipynb #c0b18dae
 def evaluate_fold(
@@ -349,39 +343,23 @@ def evaluate_fold(
     verbose:bool=True,  # print the tables and the files
 ) -> dict:  # table, differences, sections, estimates, protocol, figures (name -> path), models
     "Evaluate a fold: print the tables, write evaluation.json and figures/*.png, return everything."
-    run, t0 = opened_run(run), time.perf_counter()
+    run, began = opened_run(run), time.perf_counter()
     models = fold_models(run, fold)
-    made, estimates = (
-        _tables(run, {fold: models}, models),
-        {m: evaluate_predictions(df) for m, df in models.items()},
-    )
+    made = _tables(run, {fold: models}, models)
+    estimates = {m: evaluate_predictions(df) for m, df in models.items()}
     if load_image is None or labels is None:
         own = _images_of(run, fold)
         load_image, labels = load_image or own[0], own[1] if labels is None else labels
     drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made, models)
-    figures = {n: save_figure(f, run.figures_dir(fold)/f'{n}.png') for n, f in drawn.items()}
-    write_json(
-        run.fold_dir(fold) / 'evaluation.json',
-        dict(
-            run=run.name,
-            fold=fold,
-            parameters=made['parameters'],
-            estimates=estimates,
-            **_plain_tables(made),
-            figures={n: p.relative_to(run.path) for n, p in figures.items()},
-            predictions={
-                m: sha256_file(model_dir(run, fold, m) / 'predictions.parquet')
-                for m in models
-                if m != TOGETHER
-            },
-        ),
-    )
-    run.record(f'fold_{fold}/evaluate', status='done', seconds=round(time.perf_counter() - t0, 1),
-               accuracy={m: v['accuracy'] for m, v in estimates.items()})
-    result = dict(
-        run=run.name, fold=fold, **made, estimates=estimates, figures=figures, models=models
-    )
-    if verbose: _say(run, result, [run.fold_dir(fold)/'evaluation.json', *figures.values()])
+    figures, names = _saved(run, drawn, run.figures_dir(fold))
+    path, about = run.fold_dir(fold)/'evaluation.json', dict(run=run.name, fold=fold)
+    record = about | dict(parameters=made['parameters'], estimates=estimates) | _plain_tables(made)
+    write_json(path, record | dict(figures=names, predictions=_hashes(run, fold, models)))
+    seconds = round(time.perf_counter() - began, 1)
+    accuracy = {m: v['accuracy'] for m, v in estimates.items()}
+    run.record(f'fold_{fold}/evaluate', status='done', seconds=seconds, accuracy=accuracy)
+    result = about | made | dict(estimates=estimates, figures=figures, models=models)
+    if verbose: _say(run, result, [path, *figures.values()])
     return result
 
 # %% ../../nbs/05_evaluate.ipynb #34f131a9
@@ -391,32 +369,57 @@ def show_figures(
     "Display the figures of a result below the cell."
     for path in result['figures'].values(): display(Image(data=path.read_bytes(), alt=path.stem))
 
-# %% ../../nbs/05_evaluate.ipynb #6e6ddbe9
-def _pool(per_fold, protocol='grouped-cv'):
-    "Predictions of all folds in one table a model; `KdoctError` where the folds do not test what the protocol says."
-    names = [
-        m for m in next(iter(per_fold.values())) if all(m in models for models in per_fold.values())
-    ]
-    pooled = {
-        m: pd.concat([models[m] for models in per_fold.values()], ignore_index=True) for m in names
-    }
-    tested = pooled['student'].groupby('path' if protocol == 'official' else 'group').fold.nunique()
-    if protocol == 'official':
-        if (some := tested != len(per_fold)).any():
-            raise KdoctError(
-                f'{counted(some.sum(), "image")} not tested in every fold, such as '
-                f'{tested.index[some][0]}.',
-                fix='The official protocol tests the same images in every fold: train the folds '
-                    'again on one folds.csv.',
-            )
-    elif (tested > 1).any():
+# %% ../../nbs/05_evaluate.ipynb #644799be
+def _require_same_images(tested, n_folds):
+    "`KdoctError` unless every image is tested in all folds; `tested` is path -> in how many."
+    some = tested != n_folds
+    if some.any():
         raise KdoctError(
-            f'{counted((tested > 1).sum(), "group")} tested in more than one fold, such as '
-            f'{tested.index[tested > 1][0]}.',
+            f'{counted(some.sum(), "image")} not tested in every fold, such as '
+            f'{tested.index[some][0]}.',
+            fix='The official protocol tests the same images in every fold: train the folds '
+                'again on one folds.csv.',
+        )
+
+# %% ../../nbs/05_evaluate.ipynb #6e6ddbe9
+def _require_other_groups(tested):
+    "`KdoctError` unless every group is tested in one fold; `tested` is group -> in how many."
+    twice = tested > 1
+    if twice.any():
+        raise KdoctError(
+            f'{counted(twice.sum(), "group")} tested in more than one fold, such as '
+            f'{tested.index[twice][0]}.',
             fix='Evaluate the folds one by one, or make folds whose test parts share no '
                 'patient (01_data).',
         )
+
+def _pool(per_fold, protocol='grouped-cv'):
+    "Predictions of all folds in one table a model; `KdoctError` where folds break the protocol."
+    first, *others = per_fold.values()
+    names = [m for m in first if all(m in models for models in others)]
+    def joined(m): return pd.concat([models[m] for models in per_fold.values()], ignore_index=True)
+    pooled = {m: joined(m) for m in names}
+    unit = 'path' if protocol == 'official' else 'group'
+    tested = pooled['student'].groupby(unit).fold.nunique()
+    if protocol == 'official': _require_same_images(tested, len(per_fold))
+    else: _require_other_groups(tested)
     return pooled
+
+# %% ../../nbs/05_evaluate.ipynb #89804609
+def _scores_of_folds(each):
+    "The scores of every model in every fold, and their mean and standard deviation."
+    rows = []
+    for k, models in each.items():
+        rows += [dict(fold=k, model=r, **evaluate_predictions(df)) for r, df in models.items()]
+    per_fold = pd.DataFrame(rows)
+    by_model = per_fold.groupby('model', sort=False)
+    summaries = {r: fold_summary(t.to_dict('records')) for r, t in by_model}
+    return per_fold, pd.concat(summaries, names=['model', 'metric'])
+
+def _not_pooled(each, models):
+    "Notes on models that some folds lack."
+    lost = [m for m in dict.fromkeys(m for some in each.values() for m in some) if m not in models]
+    return [f'{m} is not in every fold and is left out here' for m in lost]
 
 # %% ../../nbs/05_evaluate.ipynb #06210d44
 def evaluate_run(
@@ -425,52 +428,21 @@ def evaluate_run(
     verbose:bool=True,  # print the tables and the files
 ) -> dict:  # table, differences, sections, folds (mean and sd), per_fold, protocol, figures
     "Pool the folds: print the tables, write summary.json and figures/*.png, return everything."
-    run, t0 = opened_run(run), time.perf_counter()
-    folds = complete_folds(run) if folds is None else sorted(set(folds))
-    if not folds:
-        raise KdoctError(
-            f"No fold of run '{run.name}' has predictions of all three models.",
-            fix=f'Train them, beginning with {stage_command("teacher", run, 0)}',
-        )
+    run, began = opened_run(run), time.perf_counter()
+    folds = _folds_of_run(run, folds)
     each = {k: fold_models(run, k) for k in folds}
     models = _pool(each, run.recipe.data.protocol)
-    made = _tables(
-        run,
-        each,
-        models,
-        [
-            f'{m} is not in every fold and is left out here'
-            for m in dict.fromkeys(m for some in each.values() for m in some)
-            if m not in models
-        ],
-    )
+    made = _tables(run, each, models, _not_pooled(each, models))
     made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
-    per_fold = pd.DataFrame(
-        [
-            dict(fold=k, model=r, **evaluate_predictions(df))
-            for k, m in each.items()
-            for r, df in m.items()
-        ]
-    )
-    summary = pd.concat(
-        {r: fold_summary(t.to_dict('records')) for r, t in per_fold.groupby('model', sort=False)},
-        names=['model', 'metric'],
-    )
+    per_fold, summary = _scores_of_folds(each)
     drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
     drawn |= _further_figures(made, models)
-    figures = {n: save_figure(f, run.path/'figures'/f'{n}.png') for n, f in drawn.items()}
-    write_json(
-        run.path / 'summary.json',
-        dict(
-            run=run.name,
-            folds=folds,
-            **_plain_tables(made),
-            mean_sd=_numbers(summary),
-            per_fold=per_fold.to_dict('records'),
-            figures={n: p.relative_to(run.path) for n, p in figures.items()},
-        ),
-    )
-    run.record('summary', status='done', folds=folds, seconds=round(time.perf_counter() - t0, 1))
+    figures, names = _saved(run, drawn, run.path/'figures')
+    path, spread = run.path/'summary.json', dict(mean_sd=_numbers(summary))
+    record = dict(run=run.name, folds=folds) | _plain_tables(made) | spread
+    write_json(path, record | dict(per_fold=per_fold.to_dict('records'), figures=names))
+    seconds = round(time.perf_counter() - began, 1)
+    run.record('summary', status='done', folds=folds, seconds=seconds)
     result = made | dict(folds=summary, per_fold=per_fold, figures=figures)
-    if verbose: _say(run, result, [run.path/'summary.json', *figures.values()])
+    if verbose: _say(run, result, [path, *figures.values()])
     return result

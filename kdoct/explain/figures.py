@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..core.files import counted, KdoctError
 from ..core.sections import EvaluateRecipe
-from ..evaluate.figures import ROLE_COLOUR, save_figure
+from ..evaluate.figure_style import ROLE_COLOUR, save_figure
 from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from .comparison import CORRECTNESS

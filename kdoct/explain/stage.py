@@ -37,7 +37,7 @@ from ..data.images import decode_image, read_image_bytes
 
 from ..data.fold_data import FoldData, open_fold
 
-from ..evaluate.figures import save_figure
+from ..evaluate.figure_style import save_figure
 
 from ..evaluate.tables import Section
 
