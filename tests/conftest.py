@@ -25,6 +25,14 @@ def lay_out(folder, *names):
     return str(folder)
 
 
+def table_recipe(folder, text, encoding="utf-8", name="table.csv"):
+    "Write a table; the part of a recipe that reads it."
+    from kdoct.core.sections import DataRecipe
+    data = text if isinstance(text, bytes) else text.encode(encoding)
+    (folder / name).write_bytes(data)
+    return DataRecipe(source="csv", root=str(folder / name))
+
+
 def problems(listing):
     "Path -> problem of a listing's findings."
     return dict(zip(listing.findings.path, listing.findings.problem, strict=True))

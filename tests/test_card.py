@@ -11,7 +11,8 @@ from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DecideRecipe
 from kdoct.deploy.bundle import strict_json
-from kdoct.deploy.model_card import NOT, model_card
+from kdoct.deploy.licences import NOT
+from kdoct.deploy.model_card import model_card
 from kdoct.evaluate.decisions import fit_decision
 from kdoct.evaluate.metrics import simulate_predictions
 from kdoct.evaluate.simulated import write_simulated_stages
@@ -246,7 +247,7 @@ def test_the_card_has_words_where_files_have_names(run):
         "| training",
         "| validation",
         "| test",
-    ] and "Prediction sets with a wished error of 5 %" in text
+    ] and "Prediction sets with a target error of 5 %" in text
 
 
 def test_energy_is_shown_where_stages_recorded_it(run):

@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kdoct.app.cli import app, main
+from kdoct.app.cli_options import recipe_of
 from kdoct.core.files import outputs_root
 
 
@@ -89,7 +90,7 @@ def test_help_has_whole_sentences_and_no_types_of_python():
 
 
 def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
-    monkeypatch.setattr("kdoct.app.cli._checked_run", lambda *_: sys.exit(7))
+    monkeypatch.setattr("kdoct.app.cli.new_run", lambda *_: sys.exit(7))
     with pytest.raises(SystemExit): main(["demo"])
     assert "about 5 minutes" in capsys.readouterr().out
 
@@ -107,22 +108,11 @@ def test_recipe_shows_what_crossval_would_use():
 
 
 def test_a_pattern_and_classes_are_typed_without_nested_quotes():
-    shown = (
-        CliRunner()
-        .invoke(
-            app,
-            [
-                "recipe", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV", "--set",
-                r"data.root=C:\new data",
-            ],
-        )
-        .output
-    )
-    assert (
-        r"data.group_pattern = (P\d+)_" in shown
-        and "data.classes = ('NORMAL', 'CNV')" in shown
-        and r"data.root = C:\new data" in shown
-    )
+    options = ["--source", "folder", "--group-pattern", r"(P\d+)_", "--classes", "NORMAL,CNV"]
+    shown = CliRunner().invoke(app, ["recipe", *options]).output
+    assert r"data.group_pattern = (P\d+)_" in shown and "data.classes = ('NORMAL', 'CNV')" in shown
+    recipe = recipe_of("tiny", "", "", [r"data.root=C:\new data"])
+    assert recipe.data.root == r"C:\new data"
 
 
 @pytest.mark.parametrize("name", ["2026", "007", "1e5", "true", "null", "None", "True"])

@@ -22,8 +22,7 @@ from kdoct.data.batches import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes
 from kdoct.data.stage import prepare_data
-from kdoct.deploy import engines, graph
-from kdoct.deploy import stage as deploy
+from kdoct.deploy import engines, formats, graph, networks
 from kdoct.deploy import stage as deploy_stage
 from kdoct.distill.student import train_baseline
 from kdoct.evaluate.features import features_and_logits
@@ -55,7 +54,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bundle(made): return deploy_stage.open_bundle(made.folder)
+def bundle(made): return networks.open_bundle(made.folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +197,7 @@ def test_record_and_bundle_say_what_was_measured(made, bundle):
 
 
 def test_distances_flags_and_the_spread_of_times_are_recorded_and_shown(made, bundle):
-    shown, card = deploy_stage.summary(bundle.about["formats"]), (made.folder / "CARD.md").read_text()
+    shown, card = formats.summary(bundle.about["formats"]), (made.folder / "CARD.md").read_text()
     for name in bundle.engines:
         f = bundle.about["formats"][name]
         fastest, slowest = f["latency_range_ms"]
@@ -231,8 +230,8 @@ def test_the_times_are_shown_once_by_the_command_and_not_by_the_export(made, tmp
 def test_a_format_that_cannot_be_written_is_recorded_and_left_out(made, tmp_path, monkeypatch):
     def fails(*_): raise RuntimeError("no such operator")
     monkeypatch.setenv("KDOCT_OUTPUTS", str(made.run.path.parent))
-    monkeypatch.setattr(deploy, "write_onnx", fails)
-    got = deploy_stage.open_bundle(
+    monkeypatch.setattr(formats, "write_onnx", fails)
+    got = networks.open_bundle(
         deploy_stage.export_fold(
             open_run("tiny"), 0, "baseline", tmp_path / "b", ["int8"], images=8
         )
@@ -274,7 +273,7 @@ def test_a_reason_never_compares_two_numbers_that_read_alike():
                                                                      "times as fast"), (5., .6, "loses 0.60 points")])
 def test_int8_is_kept_only_if_it_is_worth_it(ms, lost, why):
     found = found_of(ms, lost)
-    deploy_stage._judge_int8(found)
+    formats.evaluate_int8(found)
     assert found["int8"]["kept"] == (not why) and why in found["int8"]["reason"]
     assert found["int8"]["times_as_fast"] == pytest.approx(13 / ms)
 
@@ -378,7 +377,7 @@ def theirs(tmp_path_factory):
 
 def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decision(theirs):
     from kdoct import Predictor
-    opened = deploy_stage.open_bundle(theirs.bundle)
+    opened = networks.open_bundle(theirs.bundle)
     f = opened.about["formats"]
     assert {"torch", "onnx", "openvino"} <= set(
         opened.engines
@@ -447,14 +446,14 @@ def test_a_bundle_that_lost_its_decision_is_refused(made, theirs, tmp_path):
     about = json.loads((copy / "bundle.json").read_text())
     seal(copy, {k: v for k, v in about.items() if k not in ("bundle", "files")})
     with pytest.raises(KdoctError, match="contradict each other on whether there is a decision"):
-        deploy_stage.open_bundle(copy)
+        networks.open_bundle(copy)
 
 
 def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
     from kdoct.app import cli
     asked = []
     monkeypatch.setattr(
-        deploy, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder
+        deploy_stage, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder
     )
     folder = str(made.run.stage_dir(0, "baseline"))
     with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])
@@ -468,10 +467,10 @@ def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_p
         tmp_path / "copied",
         ignore=shutil.ignore_patterns("bundle", "resume"),
     )
-    opened = deploy_stage.open_bundle(
+    opened = networks.open_bundle(
         deploy_stage.export_folder(copied, theirs.pictures, formats=[])
     )
-    assert opened.decision.temperature == deploy_stage.load_decision(copied).temperature
+    assert opened.decision.temperature == networks.load_decision(copied).temperature
     parity = opened.about["formats"]["torch"]["parity"]
     assert (
         {"distance", "flags"} <= set(parity)

@@ -706,6 +706,37 @@ def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_pa
     )
 
 
+def write_jpegs_2000(path, frames):
+    "A file of JPEG 2000 frames that are written as they are."
+    write(path, bscans(len(frames)), 8)
+    d = pydicom.dcmread(path)
+    d.PixelData = pydicom.encaps.encapsulate(frames)
+    d["PixelData"].VR, d.file_meta.TransferSyntaxUID = "OB", uid.JPEG2000Lossless
+    d.save_as(path)
+    return path
+
+
+def jpeg_2000(a):
+    f = io.BytesIO()
+    Image.fromarray(a).save(f, "JPEG2000", no_jp2=True)
+    return f.getvalue()
+
+
+def test_jpegs_2000_are_read(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (3, 40, 48), np.uint8)
+    frames = [jpeg_2000(x) for x in a]
+    assert np.array_equal(pictures(write_jpegs_2000(tmp_path/"a.dcm", frames)), a)
+
+
+def test_a_jpeg_2000_in_dicom_that_is_zeroed_is_refused(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (3, 40, 48), np.uint8)
+    frames = [jpeg_2000(x) for x in a]
+    middle = len(frames[1])//2
+    frames[1] = frames[1][:middle] + bytes(300) + frames[1][middle + 300:]
+    heard = refusal(write_jpegs_2000(tmp_path/"a.dcm", frames))
+    assert heard.startswith("corrupt: a.dcm: frame 2: a part of the JPEG 2000 data is zeroed")
+
+
 def encapsulated(path, syntax):
     "A file whose pixels are said to be compressed in some way."
     d = pydicom.dcmread(write(path, bscans(), 8))

@@ -176,7 +176,7 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
 
 
 def test_predict_and_explorer_say_the_same_of_every_picture(run):
-    from kdoct.deploy.predict import judged
+    from kdoct.deploy.rows import with_decision
     decision, state = decide_fold(run, 0), Explorer()
     cases = state.open()
     middle = float(np.median(cases.distances))
@@ -185,7 +185,7 @@ def test_predict_and_explorer_say_the_same_of_every_picture(run):
     )  # half are outliers
     state.cases = cases = dataclasses.replace(cases, decisions=dict(student=decision))
     state.table = case_table(cases)
-    rows = judged(decision, cases.probabilities["student"], cases.distances, .1)
+    rows = with_decision(decision, cases.probabilities["student"], cases.distances, .1)
     for i, row in enumerate(rows):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [
             row[k] for k in ("predicted", "deferred", "why", "outlier")
@@ -1007,6 +1007,7 @@ def test_a_screen_reader_has_a_name_for_everything_and_grey_controls_say_why(mad
     assert "No decision is fitted" in points.get_attribute("title")
 
     hand.labelled(explore.VIEWS[0]).send_keys(Keys.SPACE)
+    hand.until(lambda: not points.is_displayed())
     grey = hand.until(lambda: [e for e in hand.all(":is(select, button)") if not e.is_enabled()])
     assert {e.accessible_name for e in grey} == {
         "deferral",

@@ -4,6 +4,7 @@ from conftest import lay_out, problems
 
 from kdoct.core.files import KdoctError
 from kdoct.core.sections import DataRecipe
+from kdoct.data.listing import part_name
 from kdoct.data.sources import load_table
 
 
@@ -67,7 +68,9 @@ def test_folders_that_are_no_classes_are_refused_and_naming_the_classes_helps(to
     assert set(table_of(tmp_path, [], tops).label) == set(tops)   # who names them means them
 
 
-@pytest.mark.parametrize("tops", [("OD", "OS"), ("fold_0", "fold_1"), ("train1", "test1")], ids="-".join)
+@pytest.mark.parametrize(
+    "tops", [("OD", "OS"), ("fold_0", "fold_1"), ("train1", "test1")], ids="-".join
+)
 def test_without_folders_below_the_remedy_is_a_table(tops, tmp_path):
     with pytest.raises(KdoctError) as e:
         table_of(tmp_path, [f"{top}/{i}.png" for top in tops for i in range(3)])
@@ -75,8 +78,11 @@ def test_without_folders_below_the_remedy_is_a_table(tops, tmp_path):
 
 
 @pytest.mark.parametrize("tops", [
-    ("Training", "Validierung", "Testdaten"), ("Trainingsdaten", "Validierungsdaten", "Pr\u00fcfung"), ("Training", "Val", "Pruefdaten"),
-    ("entra\u00eenement", "validation", "test"), ("entrenamiento", "validaci\u00f3n", "prueba"), ("Train", "Dev", "hold-out")], ids="-".join)
+    ("Training", "Validierung", "Testdaten"),
+    ("Trainingsdaten", "Validierungsdaten", "Pr\u00fcfung"), ("Training", "Val", "Pruefdaten"),
+    ("entra\u00eenement", "validation", "test"), ("entrenamiento", "validaci\u00f3n", "prueba"),
+    ("Train", "Dev", "hold-out"),
+], ids="-".join)
 def test_parts_in_other_words_are_the_split(tops, tmp_path):
     t = table_of(tmp_path, tree(tops))
     assert set(t.label) == {"CNV", "NORMAL"} and dict(t.split.value_counts()) == dict(
@@ -84,7 +90,9 @@ def test_parts_in_other_words_are_the_split(tops, tmp_path):
     )
 
 
-@pytest.mark.parametrize("mark", ["masks", "annotations", "labels", "segmentation", "ground_truth", "CNV_masks"])
+@pytest.mark.parametrize(
+    "mark", ["masks", "annotations", "labels", "segmentation", "ground_truth", "CNV_masks"]
+)
 def test_folders_of_marks_beside_classes_are_refused_and_left_out_where_the_classes_are_named(
     mark, tmp_path
 ):
@@ -111,14 +119,21 @@ def test_marks_beside_parts_and_in_them_are_no_images(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "says", "helps"), [
-    (["images/1.png", "masks/1.png"], "folders of images "
-                                      "and of masks", "table"), (["images/1.png", "images/2.png"], "folders of images", "table"),
-    (["train/images/1.png", "train/labels/1.png", "test/images/2.png"], "folders of images "
-                                                                        "and of masks", "table"),
-    (["images/CNV/1.png", "images/DME/1.png", "labels/CNV/1.png"], "folders of images "
-                                                                   "and of masks", "--data-root {}/images"),
-    (["SiteA/CNV/1.png", "SiteB/DME/1.png", "masks/1.png"], "masks or other "
-                                                            "marks (masks)", "--classes CNV,DME")])
+    (["images/1.png", "masks/1.png"], "folders of images and of masks", "table"),
+    (["images/1.png", "images/2.png"], "folders of images", "table"),
+    (
+        ["train/images/1.png", "train/labels/1.png", "test/images/2.png"],
+        "folders of images and of masks", "table",
+    ),
+    (
+        ["images/CNV/1.png", "images/DME/1.png", "labels/CNV/1.png"],
+        "folders of images and of masks", "--data-root {}/images",
+    ),
+    (
+        ["SiteA/CNV/1.png", "SiteB/DME/1.png", "masks/1.png"], "masks or other marks (masks)",
+        "--classes CNV,DME",
+    ),
+])
 def test_images_beside_their_masks_are_no_classes(names, says, helps, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, names)
     assert says in e.value.problem and helps.format(tmp_path) in e.value.fix
@@ -140,10 +155,11 @@ def test_masks_named_like_their_image_in_its_folder_are_no_images(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "there"), [
-    (["dataset/CNV/1.png", "dataset/NORMAL/1.png"], "dataset"), (["dataset/CNV/1.png", "dataset/NORMAL/1.png", "dataset/cover.png"], "dataset"),
-    (["a/b "
-      "c/CNV/1.png", "a/b "
-                     "c/NORMAL/1.png"], "a/b c"), (["dataset/train/CNV/1.png", "dataset/test/CNV/1.png"], "dataset")])
+    (["dataset/CNV/1.png", "dataset/NORMAL/1.png"], "dataset"),
+    (["dataset/CNV/1.png", "dataset/NORMAL/1.png", "dataset/cover.png"], "dataset"),
+    (["a/b c/CNV/1.png", "a/b c/NORMAL/1.png"], "a/b c"),
+    (["dataset/train/CNV/1.png", "dataset/test/CNV/1.png"], "dataset"),
+])
 def test_a_root_that_is_too_high_is_answered_with_the_right_folder(names, there, tmp_path):
     with pytest.raises(KdoctError) as e: table_of(tmp_path, names)
     assert f"--data-root '{tmp_path / there}'" in e.value.fix or e.value.fix.endswith(
@@ -161,28 +177,31 @@ def test_a_root_that_is_too_high_is_no_matter_where_the_classes_are_named(tmp_pa
 
 
 @pytest.mark.parametrize("names", [
-    ["0/1.png", "1/1.png"], ["grade 1/1.png", "grade 2/1.png"], ["stage_1/1.png", "stage_2/1.png"], ["Type A/1.png", "Type B/1.png"], ["A/1.png", "B/1.png"],
-    ["case/1.png", "control/1.png"], ["test "
-                                      "positive/1.png", "test "
-                                                        "negative/1.png"], ["with_mask/1.png", "no_mask/1.png"], ["label_0/1.png", "label_1/1.png"],
-    ["CNV/OD/1.png", "NORMAL/OD/1.png"], ["CNV/P001/1.png", "NORMAL/P001/1.png"], ["benign/a/1.png", "benign/b/1.png", "malign/a/1.png", "malign/b/1.png"],
-    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("OD", "OS")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("001", "2")],
-    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("40X", "100X")], [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("train", "test")],
-    ["COVID/images/1.png", "Normal/images/1.png"], ["center "
-                                                    "involved/1.png", "non center "
-                                                                      "involved/1.png"], ["CNV/1.png", "trainable/1.png"]])
+    ["0/1.png", "1/1.png"], ["grade 1/1.png", "grade 2/1.png"], ["stage_1/1.png", "stage_2/1.png"],
+    ["Type A/1.png", "Type B/1.png"], ["A/1.png", "B/1.png"], ["case/1.png", "control/1.png"],
+    ["test positive/1.png", "test negative/1.png"], ["with_mask/1.png", "no_mask/1.png"],
+    ["label_0/1.png", "label_1/1.png"], ["CNV/OD/1.png", "NORMAL/OD/1.png"],
+    ["CNV/P001/1.png", "NORMAL/P001/1.png"],
+    ["benign/a/1.png", "benign/b/1.png", "malign/a/1.png", "malign/b/1.png"],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("OD", "OS")],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("001", "2")],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("40X", "100X")],
+    [f"{c}/{d}/1.png" for c in ("A", "B") for d in ("train", "test")],
+    ["COVID/images/1.png", "Normal/images/1.png"],
+    ["center involved/1.png", "non center involved/1.png"], ["CNV/1.png", "trainable/1.png"],
+])
 def test_sound_folders_are_classes(names, tmp_path):
     t = table_of(tmp_path, names)
     assert set(t.label) == {n.split("/")[0] for n in names} and len(t) == len(names)
 
 
 @pytest.mark.parametrize(("typed", "helps"), [
-    (("CNV;NORMAL",), "Put commas between the classes: "
-                      "--classes CNV,NORMAL"), (("CNV NORMAL",), "Put commas"), (("CNV|NORMAL",), "Put commas"),
-    (("CNV", "NROMAL"), "Did you mean: "
-                        "--classes CNV,NORMAL"), (("normal", "cnv"), "Did you mean: "
-                                                                     "--classes NORMAL,CNV"),
-    (("AMD", "DME"), "The images are of these classes: --classes CNV,NORMAL")])
+    (("CNV;NORMAL",), "Put commas between the classes: --classes CNV,NORMAL"),
+    (("CNV NORMAL",), "Put commas"), (("CNV|NORMAL",), "Put commas"),
+    (("CNV", "NROMAL"), "Did you mean: --classes CNV,NORMAL"),
+    (("normal", "cnv"), "Did you mean: --classes NORMAL,CNV"),
+    (("AMD", "DME"), "The images are of these classes: --classes CNV,NORMAL"),
+])
 def test_classes_that_are_misspelt_are_refused_with_what_was_meant(typed, helps, tmp_path):
     with pytest.raises(KdoctError, match="There is no image of class") as e:
         table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png"], typed)
@@ -202,7 +221,8 @@ def test_covid_folders_are_named_in_words(names, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", ["gradcam", "Grad-CAM", "old", "trash", "unknown", "Unlabelled", "to_delete", "tmp", "backup"]
+    "other",
+    ["gradcam", "Grad-CAM", "old", "trash", "unknown", "Unlabelled", "to_delete", "tmp", "backup"],
 )
 def test_folders_that_are_no_classes_beside_classes_are_refused_and_left_out_where_these_are_named(
     other, tmp_path
@@ -218,7 +238,9 @@ def test_folders_that_are_no_classes_beside_classes_are_refused_and_left_out_whe
     assert set(table_of(tmp_path, [], everything).label) == set(everything)
 
 
-@pytest.mark.parametrize("copy", ["CNV (1)", "CNV - Copy", "CNV - Kopie (2)", "CNV_copy", "Copy of CNV"])
+@pytest.mark.parametrize(
+    "copy", ["CNV (1)", "CNV - Copy", "CNV - Kopie (2)", "CNV_copy", "Copy of CNV"]
+)
 def test_a_copy_of_a_class_folder_is_no_class(copy, tmp_path):
     with pytest.raises(KdoctError, match="One class in several spellings") as e:
         table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png", f"{copy}/1.png"])
@@ -235,11 +257,10 @@ def test_left_overs_below_a_class_are_no_images_of_it(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "tops",
-    [("none", "mild", "severe"), ("0", "1"), ("good", "bad"), ("No DR", "Mild"), ("other", "CNV"), ("gold", "cold")],
-    ids="-".join,
-)
+@pytest.mark.parametrize("tops", [
+    ("none", "mild", "severe"), ("0", "1"), ("good", "bad"), ("No DR", "Mild"), ("other", "CNV"),
+    ("gold", "cold"),
+], ids="-".join)
 def test_classes_that_only_resemble_left_overs_are_classes(tops, tmp_path):
     assert set(table_of(tmp_path, [f"{top}/1.png" for top in tops]).label) == set(tops)
 
@@ -279,3 +300,138 @@ def test_every_image_a_patient_of_its_own_is_said_with_a_pattern_too(tmp_path, c
     assert "--group-pattern finds another patient in each path" in capsys.readouterr().out
     load_table(data.model_copy(update=dict(group_pattern=r"/(\d)")))
     assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [
+    ("train", "val", "test"), ("Train", "Valid", "Test"), ("training", "validation", "Testing"),
+    ("train_set", "dev", "test set"),
+])
+def test_folders_of_parts_are_the_split_and_not_the_classes(names, tmp_path):
+    root = lay_out(
+        tmp_path,
+        *(
+            f"{part}/{c}/{c}_{part}{i}_1.png"
+            for part in names
+            for c in ("AMD", "NORMAL")
+            for i in range(2)
+        ),
+    )
+    t = load_table(DataRecipe(source="folder", root=root, group_pattern=r"_([^_]+)_")).table
+    assert set(t.label) == {"AMD", "NORMAL"} and dict(t.split.value_counts()) == dict(
+        train=4, val=4, test=4
+    )
+
+
+def test_parts_within_classes_and_patients_within_parts(tmp_path):
+    inner = lay_out(tmp_path / "a", "CNV/train/1.png", "CNV/test/2.png", "DME/train/3.png")
+    assert list(load_table(DataRecipe(source="folder", root=inner)).table.split) == [
+        "test",
+        "train",
+        "train",
+    ]
+    deep = lay_out(tmp_path / "b", "train/CNV/p1/OD/1.png", "train/DME/p2/1.png")
+    t = load_table(DataRecipe(source="folder", root=deep, group_pattern=r"/(p\d+)/")).table
+    assert (
+        list(t.label) == ["CNV", "DME"]
+        and list(t.patient) == ["p1", "p2"]
+        and set(t.split) == {"train"}
+    )
+
+
+@pytest.mark.parametrize(("names", "says"), [
+    (("train/CNV/1.png", "DME/2.png"), "parts (train) beside other folders (DME)"),
+    (("images/1.png", "masks/1.png"), "folders of images and of masks"),
+    (("OCTDL/AMD/1.png", "OCTDL/NO/2.png"), "one class folder, OCTDL, with folders AMD, NO in it"),
+])
+def test_folders_that_cannot_be_classes_are_refused(names, says, tmp_path):
+    with pytest.raises(KdoctError, match="->") as e:
+        load_table(DataRecipe(source="folder", root=lay_out(tmp_path, *names)))
+    assert says in e.value.problem and "--data-root" in e.value.fix or "--classes" in e.value.fix
+
+
+def test_a_class_may_be_called_test_where_it_is_named(tmp_path):
+    data = DataRecipe(
+        source="folder",
+        root=lay_out(tmp_path, "test/1.png", "control/2.png"),
+        classes=("control", "test"),
+    )
+    assert list(load_table(data).table.label) == ["control", "test"] and part_name("contest") == ""
+
+
+def test_masks_below_a_class_are_no_images_of_it(tmp_path):
+    listing = load_table(
+        DataRecipe(
+            source="folder",
+            root=lay_out(tmp_path, "CNV/1.png", "CNV/masks/1.png", "DME/images/2.png"),
+        )
+    )
+    assert problems(listing) == {"CNV/masks/1.png": "mask-folder"} and len(listing.table) == 2
+
+
+def test_a_class_folder_without_an_image_stops_the_run_and_says_why(tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "DME/1.ppm", "DME/2.ppm")
+    for folder, target in dict(DRUSEN="not mounted", loop="loop").items():
+        (tmp_path / folder).symlink_to(tmp_path / target)
+    (tmp_path / "NORMAL").mkdir()
+    (tmp_path / "again").symlink_to(tmp_path / "CNV")
+    listing = load_table(DataRecipe(source="folder", root=root))
+    f = listing.findings[listing.findings.problem == "empty-class"].set_index("path").detail
+    assert set(f.index) == {"DME", "DRUSEN", "NORMAL", "again", "loop"}
+    assert (
+        "2 .ppm" in f.DME
+        and "leads nowhere" in f.DRUSEN
+        and f.NORMAL == "no file in it"
+        and "read already" in f.again
+    )
+    named = load_table(DataRecipe(source="folder", root=root, classes=("CNV", "DME")))
+    # what is no class may be empty
+    assert list(named.findings.path[named.findings.problem == "empty-class"]) == ["DME"]
+
+
+def test_a_class_on_another_disk_is_followed_and_circles_are_not(tmp_path):
+    lay_out(tmp_path, "data/CNV/CNV-1-1.jpeg", "disk/NORMAL/NORMAL-2-1.jpeg")
+    (tmp_path / "data/NORMAL").symlink_to(tmp_path / "disk/NORMAL")
+    (tmp_path / "disk/NORMAL/up").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/NORMAL/home").symlink_to(tmp_path / "data")
+    listing = load_table(DataRecipe(source="ucsd", root=str(tmp_path / "data")))
+    assert (
+        list(listing.table.label) == ["CNV", "NORMAL"]
+        and (listing.root / listing.table.path[1]).is_file()
+    )
+    assert list(listing.findings.action) == ["followed", "not used", "not used"]
+
+
+def test_our_own_outputs_in_the_folder_of_the_images_are_no_class(tmp_path, outputs):
+    root = lay_out(tmp_path, "CNV/1.png", "DME/1.png", "outputs/edge/fold_0/figures/curves.png")
+    assert outputs == tmp_path / "outputs"
+    listing = load_table(DataRecipe(source="folder", root=root))
+    assert set(listing.table.label) == {"CNV", "DME"} and problems(listing) == {"outputs": "hidden"}
+
+
+def test_a_picture_under_a_name_of_no_picture_is_not_passed_over(tmp_path):
+    root = lay_out(tmp_path, "CNV/1.png", "NORMAL/1.png", "NORMAL/3.txt")
+    (tmp_path / "NORMAL/2.jpg_large").write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
+    (tmp_path / "NORMAL/4").write_bytes(bytes(128) + b"DICM")
+    assert problems(load_table(DataRecipe(source="folder", root=root))) == {
+        "NORMAL/2.jpg_large": "picture-by-content",
+        "NORMAL/4": "picture-by-content",
+        "NORMAL/3.txt": "other-file",
+    }
+
+
+def test_the_folder_that_is_meant_is_named(tmp_path):
+    lay_out(
+        tmp_path, "OCT2017 /train/CNV/CNV-1-1.jpeg", "__MACOSX/OCT2017 /train/CNV/._CNV-1-1.jpeg"
+    )
+    with pytest.raises(KdoctError) as e: load_table(DataRecipe(source="ucsd", root=str(tmp_path)))
+    assert f"Did you mean --data-root '{tmp_path}/OCT2017 '" in e.value.fix
+
+
+def test_a_pattern_that_matches_nothing_is_shown_with_three_names(tmp_path):
+    root = lay_out(tmp_path, *(f"CNV/{i}.png" for i in range(5)))
+    with pytest.raises(KdoctError) as e:
+        load_table(DataRecipe(source="folder", root=root, group_pattern=r"(P\d+)_"))
+    assert (
+        r"(P\d+)_" in e.value.problem
+        and "none of 5 paths, such as CNV/0.png, CNV/1.png, CNV/2.png" in e.value.problem
+    )

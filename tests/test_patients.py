@@ -8,7 +8,7 @@ from simulated_models import QUICK, log_probs
 
 from kdoct.core.files import KdoctError
 from kdoct.core.sections import DecideRecipe
-from kdoct.deploy.predict import Volumes, judged
+from kdoct.deploy.rows import Volumes, with_decision
 from kdoct.evaluate import patients as P
 from kdoct.evaluate import volume_tables as W
 from kdoct.evaluate.decision_tables import DecidedPredictions
@@ -66,7 +66,7 @@ def test_evaluation_decides_every_volume_as_predict_does(rule):
     j = decided(df, rule, df.path[::3])
     volumes = Volumes(j.decision.classes, rule)
     for row, about in zip(
-        judged(j.decision, j.probs, j.distance, 0.1), df.to_dict('records'), strict=True
+        with_decision(j.decision, j.probs, j.distance, 0.1), df.to_dict('records'), strict=True
     ):
         volumes.add(
             row

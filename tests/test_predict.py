@@ -29,17 +29,11 @@ from kdoct.data.sandbox import Reader, Sandbox, is_plain
 from kdoct.data.stage import prepare_data
 from kdoct.deploy.bundle import new_keys, seal
 from kdoct.deploy.engines import Engine
-from kdoct.deploy.predict import (
-    Predictor,
-    Volumes,
-    _Slot,
-    answered,
-    predict_files,
-    read_ahead,
-    record_fields,
-    results_file,
-)
-from kdoct.deploy.stage import _taken, open_bundle
+from kdoct.deploy.networks import open_bundle, pictures_taken
+from kdoct.deploy.predict import Predictor, predict_files
+from kdoct.deploy.result_files import results_file
+from kdoct.deploy.rows import Volumes, record_fields
+from kdoct.deploy.streams import Slot, predict_in_batches, read_ahead
 from kdoct.evaluate.decisions import Decision
 from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule, decide_volume
@@ -416,7 +410,7 @@ def test_every_row_comes_back_once_in_order_and_few_wait(sizes, batch, rows, hel
     def slots():
         for i, s in enumerate(sizes):
             taken[0] = i + 1
-            yield _Slot(
+            yield Slot(
                 i,
                 None if s is None else np.full(s, i % 256, np.uint8),
                 'bad' if s is None else None,
@@ -425,9 +419,9 @@ def test_every_row_comes_back_once_in_order_and_few_wait(sizes, batch, rows, hel
         assert len(pictures) <= batch and len({p.shape for p in pictures}) == 1
         return [int(p[0, 0]) for p in pictures]
     out = []
-    for slot in answered(slots(), ask, batch, rows, held):
+    for slot in predict_in_batches(slots(), ask, batch, rows, held):
         most = max(most, taken[0] - len(out))
-        out.append((slot.about, slot.answer))
+        out.append((slot.about, slot.output))
     assert out == [(i, 'bad' if s is None else i) for i, s in enumerate(sizes)]
     assert most <= rows + 1
 
@@ -703,7 +697,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
     bundle = straw()
     bundle.decision = replace(bundle.decision, volume=VolumeRule('worst', 2, True, order))
     predict_files(bundle, [folder], tmp_path/'a.csv')
-    assert 'decided as asked' not in capsys.readouterr().err
+    assert 'by another rule' not in capsys.readouterr().err
     predict_files(bundle, [folder], tmp_path/'b.csv', volume_rule='mean')
     assert (
         'mean of the B-scans' in (err := capsys.readouterr().err)
@@ -764,7 +758,7 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
 
 
 def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
-    from kdoct.deploy.stage import open_bundle
+    from kdoct.deploy.networks import open_bundle
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
 
 
@@ -773,7 +767,7 @@ def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_sa
 ):
     assert open_bundle(shipped[0]).about['modality'] == 'oct'
     assert (
-        _taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality']
+        pictures_taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality']
         == 'radiograph'
     )
     older = shutil.copytree(shipped[0], tmp_path/'older')
@@ -801,7 +795,7 @@ def test_a_wish_that_the_bundle_cannot_fulfil_is_refused():
 
 # --- model folders
 
-UNJUDGED = ['deferred', 'distance', 'outlier', 'prediction_set']
+UNDECIDED = ['deferred', 'distance', 'outlier', 'prediction_set']
 
 
 @pytest.fixture
@@ -840,7 +834,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     )
     assert '7 predicted, 3 failed' in err and 'engine torch' in err
     good = rows[rows.error == '']
-    assert (good[[*UNJUDGED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
+    assert (good[[*UNDECIDED, 'why']] == '').all(axis=None) and (good.notes == 'no-decision').all()
     x = np.stack([resized(np.asarray(Image.open(p).convert('RGB')), 48) for p in good.path])
     with torch.no_grad():
         want = (
@@ -860,9 +854,9 @@ def test_what_is_not_known_is_empty_in_every_format(mine, folder, tmp_path, endi
     read = {'.csv': pd.read_csv, '.parquet': pd.read_parquet}.get(ending)
     (row,) = read(tmp_path/f'r{ending}').to_dict('records') if read else \
         map(json.loads, [(tmp_path/f'r{ending}').read_text().strip('[]\n')])
-    assert all(row[k] is None or row[k] != row[k] for k in UNJUDGED)
+    assert all(row[k] is None or row[k] != row[k] for k in UNDECIDED)
     with Predictor(mine) as p:
-        assert [p.image(Image.open(folder/'0.png'))[k] for k in UNJUDGED] == [None]*4
+        assert [p.image(Image.open(folder/'0.png'))[k] for k in UNDECIDED] == [None]*4
 
 
 def test_volumes_without_a_decision_are_decided_by_the_mean_and_said_so(mine, tmp_path, capsys):
@@ -930,7 +924,7 @@ def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, sh
         want / want.sum(1, keepdims=True),
         atol=1e-4,
     )
-    assert decision is None and channels == 1 and all(r[k] is None for r in got for k in UNJUDGED)
+    assert decision is None and channels == 1 and all(r[k] is None for r in got for k in UNDECIDED)
 
 
 def test_what_is_no_model_folder_is_refused_with_a_way_out(mine, shipped, folder, tmp_path):

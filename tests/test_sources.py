@@ -29,8 +29,10 @@ def test_ucsd_groups_by_number_alone_across_classes_and_official_parts(tmp_path)
     assert list(t["slice"]) == [3, 2, 1]
 
 
-@pytest.mark.parametrize("name", ["CNV/CNV-7.jpeg", "CNV/DME-7-1.jpeg", "CNV/CNV-7a-1.jpeg", "CNV/CNV-7-1 (copy).jpeg",
-                                  "CNV/sub/CNV-7-1.jpeg", "CNV-7-1.jpeg", "cnv/CNV-7-2.jpeg", "CNV/CNV--7-1.jpeg"])
+@pytest.mark.parametrize("name", [
+    "CNV/CNV-7.jpeg", "CNV/DME-7-1.jpeg", "CNV/CNV-7a-1.jpeg", "CNV/CNV-7-1 (copy).jpeg",
+    "CNV/sub/CNV-7-1.jpeg", "CNV-7-1.jpeg", "cnv/CNV-7-2.jpeg", "CNV/CNV--7-1.jpeg",
+])
 def test_ucsd_does_not_guess_a_name(tmp_path, name):
     listing = load_table(
         DataRecipe(source="ucsd", root=lay_out(tmp_path, "CNV/CNV-1-1.jpeg", name))
@@ -72,7 +74,10 @@ def test_folder_pattern_that_matches_without_a_patient_is_a_finding(tmp_path):
     ) == {"CNV/other.png": "unparsable-name"}
 
 
-@pytest.mark.parametrize(("source", "helps"), [("csv", "data.columns.patient"), ("ucsd", "data.groups"), ("phantom", "data.groups")])
+@pytest.mark.parametrize(
+    ("source", "helps"),
+    [("csv", "data.columns.patient"), ("ucsd", "data.groups"), ("phantom", "data.groups")],
+)
 def test_a_pattern_that_the_source_does_not_read_is_refused(source, helps, tmp_path):
     with pytest.raises(KdoctError, match="does not read --group-pattern") as e:
         load_table(DataRecipe(source=source, root=str(tmp_path), group_pattern=r"(P\d+)_"))
@@ -157,8 +162,10 @@ def test_csv_rows_that_say_too_little_or_contradict_are_findings(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("text", "says"), [("", "cannot be read"), ("path,label\na.png,A\n", "patient (or group)"),
-                                            ("label,patient\nA,1\n", "path")])
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "cannot be read"), ("path,label\na.png,A\n", "patient (or group)"),
+    ("label,patient\nA,1\n", "path"),
+])
 def test_csv_that_is_no_table_says_what_is_missing(tmp_path, text, says):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(KdoctError, match="->") as e:
@@ -204,7 +211,8 @@ def test_real_ucsd_listing_agrees_with_its_manifest(shared_data):
         and list(t.label) == list(manifest["class"])
     )
     assert len(t) == 800 and t.group.nunique() == 508 and set(t.label.value_counts()) == {200}
-    assert (t.groupby("group").label.nunique() > 1).sum() == 19  # numbers that occur under two classes
+    under_two_classes = t.groupby("group").label.nunique() > 1
+    assert under_two_classes.sum() == 19
 
 
 def test_real_lung_and_chest_tables_are_read_as_csv(shared_data):
@@ -268,7 +276,7 @@ def test_neh_images_may_lie_beside_the_table_or_one_folder_deeper(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     flat, deep = neh_tree(tmp_path / "a", rows, deeper=False), neh_tree(tmp_path / "b", rows)
     assert flat.table.equals(deep.table) and len(flat.table) == 2 and not len(flat.findings)
-    images = load_table(DataRecipe(source="neh", root=str(deep.root)))  # the folder of the images itself
+    images = load_table(DataRecipe(source="neh", root=str(deep.root)))   # the images' own folder
     assert images.table.equals(deep.table)
 
 
@@ -359,9 +367,13 @@ def test_neh_repeated_rows_are_dropped_and_contradicting_ones_taken_out(tmp_path
 
 
 @pytest.mark.parametrize(("row", "problem"), [
-    (("1", "CNV", "OS", "DRUSEN", "CNV/1/000_CNV.jpg"), "contradicts-path"), (("1", "DRUSEN", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"),
-    (("2", "CNV", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"), (("1", "CNV", "OS", "AMD", "CNV/1/000_AMD.jpg"), "unknown-label"),
-    (("1", "CNV", "OS", "", "CNV/1/000_CNV.jpg"), "no-label"), (("1", "CNV", "OS", "CNV", "CNV/1/CNV.jpg"), "unparsable-name")])
+    (("1", "CNV", "OS", "DRUSEN", "CNV/1/000_CNV.jpg"), "contradicts-path"),
+    (("1", "DRUSEN", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"),
+    (("2", "CNV", "OS", "CNV", "CNV/1/000_CNV.jpg"), "contradicts-path"),
+    (("1", "CNV", "OS", "AMD", "CNV/1/000_AMD.jpg"), "unknown-label"),
+    (("1", "CNV", "OS", "", "CNV/1/000_CNV.jpg"), "no-label"),
+    (("1", "CNV", "OS", "CNV", "CNV/1/CNV.jpg"), "unparsable-name"),
+])
 def test_neh_rows_that_contradict_their_path_stop_the_run(tmp_path, row, problem):
     listing = neh_tree(tmp_path, [row, ("9", "CNV", "od", "Cnv", "CNV/9/000_CNV.jpg")])
     assert list(listing.table.path) == ["CNV/9/000_CNV.jpg"] and listing.table.label[0] == "CNV"
@@ -455,9 +467,9 @@ COVID = [
 ]
 
 
-@pytest.mark.parametrize("outer", ["", "Lung "
-                                       "Segmentation Data/", "Lung Segmentation Data/Lung "
-                                                             "Segmentation Data/"])
+@pytest.mark.parametrize(
+    "outer", ["", "Lung Segmentation Data/", "Lung Segmentation Data/Lung Segmentation Data/"]
+)
 def test_covid_parts_labels_and_masks_come_from_the_published_tree_at_each_level(tmp_path, outer):
     listing = load_table(
         DataRecipe(source="covid_qu_ex", root=lay_out(tmp_path, *(outer + p for p in COVID)))
@@ -555,13 +567,16 @@ BOTH = [("CNV/CNV-1-1.jpeg", "x"), ("CNV/CNV-2-1.jpeg", "x")]
 
 
 def test_a_table_of_groups_replaces_those_of_any_source_and_keeps_the_patients(tmp_path):
-    t = regrouped(tmp_path, [*BOTH, ("odd.jpeg", "y")])  # a file that the source could not place may have a row
+    # a file that the source could not place may have a row
+    t = regrouped(tmp_path, [*BOTH, ("odd.jpeg", "y")])
     assert list(t.group) == ["x", "x"] and list(t.patient) == ["1", "2"]
 
 
-@pytest.mark.parametrize(("rows", "says"), [(BOTH[:1], "1 image of the source is in no row, first "
-                                                       "CNV/CNV-2-1"), ([*BOTH, ("z.png", "x")], "z.png"),
-                                            ([*BOTH, (BOTH[0][0], "y")], "in two groups"), ([BOTH[0], (BOTH[1][0], " ")], "no group")])
+@pytest.mark.parametrize(("rows", "says"), [
+    (BOTH[:1], "1 image of the source is in no row, first CNV/CNV-2-1"),
+    ([*BOTH, ("z.png", "x")], "z.png"), ([*BOTH, (BOTH[0][0], "y")], "in two groups"),
+    ([BOTH[0], (BOTH[1][0], " ")], "no group"),
+])
 def test_a_table_of_groups_that_does_not_fit_is_refused_with_the_first_row(tmp_path, rows, says):
     with pytest.raises(KdoctError, match="->") as e: regrouped(tmp_path, rows)
     assert says in str(e.value)

@@ -518,6 +518,15 @@ def test_a_volume_with_another_ending_is_read_as_what_it_is(tmp_path, name):
     assert np.array_equal(images(tmp_path/name), textured())
 
 
+def test_zeroed_jpeg_2000_of_topcon_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 80), np.uint8)
+    path = write_topcon(tmp_path/"a.fda", noise, jpeg=True)
+    data, coded = path.read_bytes(), jpeg2000(noise[1])
+    at = data.index(coded) + len(coded)//2
+    path.write_bytes(data[:at] + bytes(500) + data[at + 500:])
+    assert "corrupt: a.fda: a part of the JPEG 2000 data is zeroed" in refusal(path)
+
+
 def test_damaged_jpeg_of_topcon_is_refused(tmp_path):
     def part(coded):
         head = b"\2" + bytes(8) + b"".join(v.to_bytes(4, "little") for v in (80, 64, 1, 0))

@@ -24,7 +24,7 @@ from ..core.files import atomic_path, counted, KdoctError, outputs_root
 from ..core.sections import EvaluateRecipe
 from ..core.runs import Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
-from ..deploy.predict import check_out
+from ..deploy.result_files import check_out
 from ..evaluate.intervals import group_weights
 from ..evaluate.metrics import classes_of, log_softmax, logits_of, read_role, targets_of
 from ..evaluate.protocol import protocol_of

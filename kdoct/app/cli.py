@@ -59,13 +59,13 @@ app = typer.Typer(
 _command = partial(app.command, cls=PlainHelp)
 
 # %% ../../nbs/10_app.cli.ipynb #f75246e0
-def _checked_run(recipe, name:str, folds:str)->tuple:
+def _checked_run(recipe, name:str, folds:str, about:str='')->tuple:
     "The run, its folds, and whether it is new; `KdoctError` before it is made, if something it needs is missing."
     is_new = not (outputs_root()/name/'run.json').exists()
     # at once; `new_run` checks it too, after torch is there
     if is_new: require_data_root(recipe.data)
     for role in recipe.roles: require_weights(recipe.training(role))
-    typer.echo('Loading libraries ...')
+    typer.echo(f'{about}Loading libraries ...')
     from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
     numbers = parse_folds(folds, recipe.data.n_folds)
     return new_run(name, recipe), numbers, is_new
@@ -108,6 +108,9 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     for p in _files_of(run, report): typer.echo(f'  {short_path(p)}')
 
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
+_DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a baseline "
+         "on one fold,\nevaluates them, and writes a report: about 5 minutes on 2 cores.\n")
+
 @_command()
 def demo(
     run:RunOption='',
@@ -115,10 +118,9 @@ def demo(
     notebooks:NotebooksOption=None,
 ):
     "Run every stage on a small simulated data set. It takes about 5 minutes on 2 cores."
-    typer.echo("The demo simulates OCT images of four classes, trains a teacher, a student and a\n"
-               "baseline on one fold, evaluates them, and writes a report: about 5 minutes.")
     recipe = recipe_of('demo', '', '', changes)
-    _all_stages(*_checked_run(recipe, run_name(run, 'demo', recipe), '0'), notebooks)
+    name = run_name(run, 'demo', recipe)
+    _all_stages(*_checked_run(recipe, name, '0', _DEMO), notebooks)
 
 # %% ../../nbs/10_app.cli.ipynb #0662f39c
 @_command()
@@ -143,10 +145,9 @@ def crossval(
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_probe(table, root):
     "Print what the shortcut probe finds, or why it cannot be run."
-    from kdoct.data.audit import quiet_decoders
     from kdoct.data.shortcuts import probe_shortcuts
     try:
-        with quiet_decoders(): found = probe_shortcuts(table, root)
+        found = probe_shortcuts(table, root)
         typer.echo(found['sentence'])
     except KdoctError as e: typer.echo(f"No shortcut probe. {e.problem}")
 

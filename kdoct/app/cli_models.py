@@ -260,7 +260,9 @@ def export(
     chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
     if chosen or key: require_extra('deploy')   # said now, not after torch is imported
     place = _network_of(network, fold, role, images)
-    from kdoct.deploy.stage import export_fold, export_folder, open_bundle, summary
+    from kdoct.deploy.formats import summary
+    from kdoct.deploy.networks import open_bundle
+    from kdoct.deploy.stage import export_fold, export_folder
     write = export_fold if isinstance(place[0], Run) else export_folder
     written = write(*place, out, chosen, key)
     formats = summary(open_bundle(written).about['formats'])

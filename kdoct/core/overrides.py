@@ -35,7 +35,8 @@ def _cut_value(text:str)->tuple[str, str]:
 # %% ../../nbs/00d_core.overrides.ipynb #acd0f2e0
 def _override_value(name:str, raw:str):
     "What a field is given: its text without quotes around it, or the JSON it is."
-    kind = field_kind(name) or ('text' if field_kind(name.rpartition('.')[0]) == 'named texts' else '')
+    kind, of_part = field_kind(name), field_kind(name.rpartition('.')[0])
+    if not kind and of_part == 'named texts': kind = 'text'
     if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in '"\'':
         if raw[0] == '"' and re.search(r'\\[\\"]', raw):   # escaped, so it is meant as JSON
             try: return json.loads(raw)

@@ -161,10 +161,9 @@ def _refuse_part(name:str, known:dict[str, tuple]):
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
     known = recipe_fields()
-    within = next(
-        (f for f in known if name.startswith(f + '.') and field_kind(f) in ('named texts', 'dict')), None
-    )  # data.columns.label
-    if name not in known and not within:
+    with_names = (f for f in known if field_kind(f) in ('named texts', 'dict'))
+    is_within = any(name.startswith(f + '.') for f in with_names)   # data.columns.label
+    if name not in known and not is_within:
         _refuse_part(name, known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
             k for k in known if k.endswith('.' + name)

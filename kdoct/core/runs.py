@@ -115,46 +115,40 @@ def check_run_name(
         )
 
 # %% ../../nbs/00g_core.runs.ipynb #a80d512bc
+def _has_results(name:str, recipe:Recipe)->bool:
+    "Whether a run of this name has folds, or the same recipe; if not, it can be made anew."
+    if not (outputs_root()/name/'run.json').exists(): return False
+    run = open_run(name)
+    return run.recipe == recipe or run.folds_csv.exists()
+
+def _continued(name:str, recipe:Recipe)->Run:
+    "The run of this name, with the recipe's decisions and explanations; `KdoctError` if it has another recipe."
+    run = open_run(name)
+    diff = _differences(run.recipe, recipe)
+    if not diff: return run
+    # nothing that was trained depends on it
+    if all(d.startswith(('decide.', 'explain.')) for d in diff): return Run(run.path, recipe)
+    raise KdoctError(
+        f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
+        fix=f"To go on with it, give its name alone (papermill: -p run {name}, without "
+            f"preset, overrides and the like; kdoct: the options it was made with). "
+            f"Give a new run another name, or delete {run.path} to start over.",
+    )
+
+# %% ../../nbs/00g_core.runs.ipynb #create-run
 def create_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
-    look=None,      # function of the recipe, called before a new run is made; gives its `Run.seen`. None: nothing is checked
+    look=None,      # function of the recipe, called before a new run is made; gives its `Run.seen`. None: no check
 )->Run:
-    """Make the run folder, or open it; `KdoctError` if a new run cannot begin, or if it has results of another recipe.
-
-    Other decisions and explanations change no network, so they are no other recipe."""
+    "Make the run folder, or open it; `KdoctError` if it cannot begin, or has results of another recipe."
     check_run_name(name)
     path = outputs_root()/name
-    is_new = not (path / 'run.json').exists() or (
-        (there := open_run(name)).recipe != recipe and not there.folds_csv.exists()
-    )
-    seen = look(recipe) if is_new and look else None   # before there is a folder
+    seen = look(recipe) if look and not _has_results(name, recipe) else None   # before there is a folder
     with locked(path/'.run', what=f"run '{name}'", wait=30):
-        if (path / 'run.json').exists() and (
-            (run := open_run(name)).recipe == recipe or run.folds_csv.exists()
-        ):
-            diff = _differences(run.recipe, recipe)
-            if diff and all(d.startswith(('decide.', 'explain.')) for d in diff):
-                return Run(path, recipe)   # nothing that was trained depends on it
-            if diff:
-                raise KdoctError(
-                    f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
-                    fix=f"To go on with it, give its name alone (papermill: -p run {name}, without "
-                        f"preset, overrides and the like; kdoct: the options it was made with). "
-                        f"Give a new run another name, or delete {path} to start over.",
-                )
-            return run
-        write_json(
-            path / 'run.json',
-            dict(
-                name=name,
-                created=_now(),
-                recipe=recipe.model_dump(mode='json'),
-                recipe_key=recipe.key,
-                **provenance(),
-                stages={},
-            ),
-        )
+        if _has_results(name, recipe): return _continued(name, recipe)
+        begun = dict(name=name, created=_now(), recipe=recipe.model_dump(mode='json'))
+        write_json(path/'run.json', begun | dict(recipe_key=recipe.key, **provenance(), stages={}))
     return Run(path, recipe, seen)
 
 # %% ../../nbs/00g_core.runs.ipynb #4f212e03
@@ -174,6 +168,7 @@ def open_run(
         )
     return Run(path, validated_recipe(read_json(path/'run.json')['recipe']))
 
+# %% ../../nbs/00g_core.runs.ipynb #run-of
 def run_of(
     folder:str|Path,  # a model folder
 )->tuple[Run, int, str]|None:  # the run that it lies in, its fold and its role; None: it lies in none
@@ -211,7 +206,7 @@ class Stage:
     "One step of a run."
     name:str                   # data, teacher, student, ...
     notebook:str               # its notebook in nbs/, without the ending
-    finished:Callable          # of (run, fold, stage name): are its results there, and newer than what they were made of?
+    finished:Callable          # of (run, fold, stage name): are results there, newer than what they are of?
     needs:tuple[str, ...]=()   # stages whose results it reads
     per_fold:bool=True         # once a fold; False: once a run
     trains:bool=False          # trains a network of the recipe
@@ -263,48 +258,25 @@ def _teacher_parameters(stage:str)->dict:
     return {'name': name} if name else {}
 
 # %% ../../nbs/00g_core.runs.ipynb #1e1346e3
+_NETWORKS = ('data', 'teacher', 'student', 'baseline')
+
 STAGES = {
     s.name: s
     for s in (
         Stage('data', '01_data', _data_is_prepared, per_fold=False),
         Stage(
-            'teacher',
-            '03_teacher',
-            _is_trained,
-            ('data',),
-            trains=True,
-            parameters=_teacher_parameters,
+            'teacher', '03_teacher', _is_trained, ('data',),
+            trains=True, parameters=_teacher_parameters,
         ),
         Stage('student', '04_distill', _is_trained, ('data', 'teacher'), trains=True),
         Stage(
-            'baseline',
-            '04_distill',
-            _is_trained,
-            ('data',),
-            trains=True,
-            parameters=lambda stage: {'role': stage},
+            'baseline', '04_distill', _is_trained, ('data',),
+            trains=True, parameters=lambda stage: {'role': stage},
         ),
-        Stage('decide', '05g_decide', _is_decided, ('data', 'teacher', 'student', 'baseline')),
-        Stage(
-            'evaluate',
-            '05_evaluate',
-            _is_evaluated,
-            ('data', 'teacher', 'student', 'baseline', 'decide'),
-        ),
-        Stage(
-            'explain',
-            '06_explain',
-            _is_noted_as_done,
-            ('data', 'teacher', 'student', 'baseline'),
-            in_crossval=False,
-        ),
-        Stage(
-            'deploy',
-            '07_deploy',
-            _is_noted_as_done,
-            ('data', 'teacher', 'student'),
-            in_crossval=False,
-        ),
+        Stage('decide', '05g_decide', _is_decided, _NETWORKS),
+        Stage('evaluate', '05_evaluate', _is_evaluated, (*_NETWORKS, 'decide')),
+        Stage('explain', '06_explain', _is_noted_as_done, _NETWORKS, in_crossval=False),
+        Stage('deploy', '07_deploy', _is_noted_as_done, _NETWORKS[:3], in_crossval=False),
     )
 }
 

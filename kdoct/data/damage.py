@@ -206,18 +206,18 @@ def _printable(words:bytes)->list[str]:
 @contextmanager
 def decoder_words():
     "What C libraries write on standard error while this lasts, as a list of lines that is filled at the end."
-    said = []
+    lines = []
     with _ONE_AT_A_TIME:
         try: kept = os.dup(2)
         except OSError: kept = None   # there is no standard error
         if kept is None:
-            yield said
+            yield lines
             return
         with tempfile.TemporaryFile() as words:
             os.dup2(words.fileno(), 2)
-            try: yield said
+            try: yield lines
             finally:
                 os.dup2(kept, 2)
                 os.close(kept)
                 words.seek(0)
-                said += _printable(words.read())
+                lines += _printable(words.read())

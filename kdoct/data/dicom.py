@@ -197,7 +197,7 @@ def _by_image_type(value:str, of_eye:bool, kinds)->str:
     angiography = other_kind_of_image(value) if kinds is _KINDS else ''
     return angiography or next((what for what, words, *_ in kinds if _named(words, value)), '')
 
-def _said(d, kinds)->Iterator[tuple[str, str, str]]:
+def _statements(d, kinds)->Iterator[tuple[str, str, str]]:
     "Element, value, and what it says that the file holds, for each that says it."
     sop = d.get('SOPClassUID')
     classes = {
@@ -234,18 +234,18 @@ def _dicom_kind(d, modality:str)->tuple[str, ...]:
     wanted = MODALITIES.get(modality)
     if not wanted: return ()
     kinds, fix = (_KINDS, _LEAVE_OUT) if modality == 'oct' else (_ANY_KINDS, "leave it out")
-    said = list(_said(d, kinds))
-    for element, value, what in said:
+    stated = list(_statements(d, kinds))
+    for element, value, what in stated:
         if what == wanted: continue
         if what in MODALITIES.values(): fix = _AS_PNG
         raise BadImage(
             'not-a-bscan', f"{what} by its {element}, {value}, where {wanted} is expected: {fix}"
         )
     notes = []
-    if not any(element == 'SOP class' for element, *_ in said):
+    if not any(element == 'SOP class' for element, *_ in stated):
         name = getattr(d.get('SOPClassUID'), 'name', '') or 'unknown kind of DICOM file'
         notes.append(f"no {wanted.split(' ', 1)[1]}: {name}")
-    for element, words, what, refused in _described(d, kinds, bool(said)):
+    for element, words, what, refused in _described(d, kinds, bool(stated)):
         if refused:
             says = f"{what} by its {element}, which says '{words}', where {wanted} is expected"
             raise BadImage('not-a-bscan', f"{says}: {fix}")
@@ -256,7 +256,7 @@ def _dicom_kind(d, modality:str)->tuple[str, ...]:
 def _dicom_syntax(d):
     "The transfer syntax; without file meta information, the one by which the elements could be read."
     uid = import_pydicom().uid
-    if (said := d.file_meta.get('TransferSyntaxUID')): return said
+    if (stated := d.file_meta.get('TransferSyntaxUID')): return stated
     implicit, little = d.original_encoding
     if implicit: return uid.ImplicitVRLittleEndian
     return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
@@ -278,8 +278,8 @@ def _dicom_head(path:Path):
     with ByteReader(path) as f:
         whole = f.size >= 132 and f.read(128, 4) == b'DICM'
         f.file.seek(0)
-        said = pydicom.filereader.read_file_meta_info(path) if whole else {}
-        if said.get('TransferSyntaxUID') == _DEFLATED: _check_syntax(_DEFLATED)   # before it is inflated
+        meta = pydicom.filereader.read_file_meta_info(path) if whole else {}
+        if meta.get('TransferSyntaxUID') == _DEFLATED: _check_syntax(_DEFLATED)   # before it is inflated
         wanted = [*_DICOM_ELEMENTS, *OVERLAY_BITS]
         # leaves the file at the pixels
         d = pydicom.dcmread(f.file, stop_before_pixels=True, force=not whole, specific_tags=wanted)
@@ -447,8 +447,8 @@ def _dicom_eye(groups)->tuple[str, tuple[str, ...]]:
     found = {names[-1]: eye for names in places if (eye := eye_side(_first(groups, *names)))}
     eye = next(iter(found.values()), '')
     if len(set(found.values())) < 2: return eye, ()
-    said = ', '.join(f'{k} says {v}' for k, v in found.items())
-    return eye, (f"which eye is not clear: {said}; {eye} is taken",)
+    both = ', '.join(f'{k} says {v}' for k, v in found.items())
+    return eye, (f"which eye is not clear: {both}; {eye} is taken",)
 
 def _dicom_place(
     path:Path, d, n:int, withheld:tuple

@@ -31,7 +31,7 @@ def import_pydicom():
         raise KdoctError(
             "pydicom, which reads DICOM, is not installed.", fix="pip install 'kdoct[volumes]'"
         ) from e
-    # what is wrong with a file is said here; pydicom's words quote elements, a name perhaps
+    # what is wrong with a file is named here; pydicom's words quote elements, a name perhaps
     logging.getLogger('pydicom').setLevel(logging.CRITICAL)
     warnings.filterwarnings('ignore', category=UserWarning, module=r'pydicom\.')
     return pydicom
@@ -459,10 +459,10 @@ def _ends(sample:np.ndarray, low:float, high:float)->tuple[float, float, int]:
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #6e22aac9
 class _Spread(NamedTuple):
-    "What becomes black and white in the frames that have no window, and how that is said."
+    "What becomes black and white in the frames that have no window, and the note on it."
     black:float
     white:float
-    said:str
+    note:str
 
 _NOTHING = _Spread(0., 1., "nothing but padding pixels")
 
@@ -523,9 +523,9 @@ def _dicom_grey(
         return grey, [f"{int(d.BitsStored)} bit to 8 bit {how}"]
     if _plain_8_bits(d, groups):
         return a.astype(np.uint8), [how]*(how != "no window in the file")
-    low, high, said = spread
+    low, high, note = spread
     scaled = (_modality_values(a, d, groups) - low)*(255/(high - low))
-    return np.clip(scaled, 0, 255), [f"{how}: {said}"]
+    return np.clip(scaled, 0, 255), [f"{how}: {note}"]
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #2d2dbd4a
 def _dicom_picture(

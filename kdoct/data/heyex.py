@@ -153,11 +153,11 @@ def _check_number(f:ByteReader, at:int, n:int, values:int):
     _check_more_bscans(f, last + values, n, size, values)
 
 # %% ../../nbs/01z_data.heyex.ipynb #3664a0d7
-def _vol_notes(a:np.ndarray, said:int, size:int, which:str)->tuple[str, ...]:
-    "Notes on a B-scan, whose header has `size` bytes where the file says `said`."
+def _vol_notes(a:np.ndarray, stated:int, size:int, which:str)->tuple[str, ...]:
+    "Notes on a B-scan, whose header has `size` bytes where the file says `stated`."
     notes = ()
-    if size != said:
-        says = f"the file header says {said} bytes for a B-scan's header"
+    if size != stated:
+        says = f"the file header says {stated} bytes for a B-scan's header"
         notes += (f"{says}; its own says {size}",)
     if ((a > 2) & (a < 1e30)).any():
         notes += ("intensities far above 1, the format's limit, are white",)
@@ -235,7 +235,7 @@ class _Heyex:
 
 # %% ../../nbs/01z_data.heyex.ipynb #29c09370
 def _of_patient(about:dict)->dict:
-    "What still holds in another series: what is said of the patient."
+    "What still holds in another series: what holds for the patient."
     return {k: v for k, v in about.items() if k.startswith('Patient/')}
 
 def _check_element(tag:str, target:_Heyex):
@@ -319,8 +319,8 @@ def read_heyex_xml(
         eye = eye_side(about.get('Image/Laterality') or about.get('Series/Laterality'))
         given, number = about.get('Patient/PatientID', ''), about.get('Patient/ID', '')
         patient, withheld = _heyex_patient(given, number)
-        said = (*notes, *left_out, *withheld)
-        yield Scan(image, str(path), seen[series], total[series], volume, eye, patient, said)
+        about_it = (*notes, *left_out, *withheld)
+        yield Scan(image, str(path), seen[series], total[series], volume, eye, patient, about_it)
         seen[series] += 1
 
 # %% ../../nbs/01z_data.heyex.ipynb #1ac808e5
@@ -444,6 +444,6 @@ def read_e2e(
             if (left := left - codes.nbytes) < 0: raise BadImage('corrupt', "its B-scans overlap")
             patient, withheld = patients.get(key[0], ('', ()))
             volume, eye = '{}/{}-{}-{}'.format(path.stem, *key), eyes.get(key, '')
-            image, said = Image.fromarray(_e2e_grey()[codes]), (*notes, *withheld)
-            yield Scan(image, str(path), seen[key], total[key], volume, eye, patient, said)
+            image, about = Image.fromarray(_e2e_grey()[codes]), (*notes, *withheld)
+            yield Scan(image, str(path), seen[key], total[key], volume, eye, patient, about)
             seen[key] += 1

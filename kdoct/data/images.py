@@ -75,7 +75,7 @@ _SIGNATURES = (
 _AS_PNG = "save each picture as PNG or TIFF"
 
 def _volume_words(kind:str)->str:
-    "What a volume of B-scans is said to be where a picture is wanted."
+    "What a volume of B-scans is called where a picture is wanted."
     use = "'kdoct predict' reads it; for training save its B-scans as PNG"
     return f"a volume of B-scans ({kind}), whatever its name says: {use}"
 
@@ -120,6 +120,8 @@ def other_file(
 # %% ../../nbs/01e_data.images.ipynb #0feb7781
 # of metadata, which are not used, in words that may quote the header
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
+# of pictures with more than MAX_PIXELS, which are refused
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -239,9 +241,9 @@ def _orientation_note(orientation)->list[str]:
 def _plain(im:Image.Image)->tuple[Image.Image, list[str]]:
     "A decoded image as L or RGB, and the notes on how it became that."
     notes, mode = [], im.mode
-    said = _orientation_note(im.getexif().get(0x0112, 1))
-    if said == ['exif-rotated']: im = ImageOps.exif_transpose(im)
-    notes += said
+    turned = _orientation_note(im.getexif().get(0x0112, 1))
+    if turned == ['exif-rotated']: im = ImageOps.exif_transpose(im)
+    notes += turned
     if im.has_transparency_data and im.convert('RGBA').getchannel('A').getextrema() != (255, 255):
         raise BadImage('transparent', f"mode {mode}")
     if mode not in ('L', 'RGB'): notes.append('converted')
@@ -264,10 +266,10 @@ def _load(im:Image.Image):
         im.load()
         return
     try:
-        with decoder_words() as said: im.load()
+        with decoder_words() as words: im.load()
     except DECODE_ERRORS as e:
-        if not said: raise
-        raise BadImage('corrupt', f"{DAMAGED} (libtiff: {'; '.join(said[:3])})") from e
+        if not words: raise
+        raise BadImage('corrupt', f"{DAMAGED} (libtiff: {'; '.join(words[:3])})") from e
 
 # %% ../../nbs/01e_data.images.ipynb #1da4fbef
 def decoded(
@@ -275,14 +277,14 @@ def decoded(
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
     # PIL turns a TIFF while it decodes it, and forgets that it has
-    said = _orientation_note(im.tag_v2.get(274, 1)) if im.format == 'TIFF' else []
+    turned = _orientation_note(im.tag_v2.get(274, 1)) if im.format == 'TIFF' else []
     plainly, bottom_up = _stored_plainly(im), im.format == 'BMP'
     _load(im)
     if plainly: check_zeroed_rows(np.asarray(im)[::-1] if bottom_up else np.asarray(im))
     two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
     if two_colours: check_depth(1)
     out, notes = _plain(im)
-    notes += [note for note in said if note not in notes]
+    notes += [note for note in turned if note not in notes]
     unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
     if unsaid: notes.append('extra-channels')
     return out, notes

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'check_table', 'image_table', 'finding',
-           'Listing', 'make_listing', 'name_key', 'path_stem', 'walk_images', 'counted_endings', 'is_no_data',
-           'check_labels', 'classes_option', 'merge_groups', 'join_spellings', 'part_name', 'with_empty_classes']
+           'Listing', 'make_listing', 'name_key', 'path_stem', 'counted_endings', 'is_no_data', 'walk_images',
+           'check_labels', 'classes_option', 'merge_groups', 'with_findings', 'join_spellings', 'part_name',
+           'with_empty_classes']
 
 # %% ../../nbs/01b_data.listing.ipynb #imp-data-listing
 import errno
@@ -22,7 +23,8 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError, outputs_root
 from ..core.presets import preset
-from .spreadsheet import copied_name, patient_keys, same_name_key, say_name, spellings
+from .patient_names import patient_keys
+from .spellings import copied_name, same_name_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91
 TABLE_COLUMNS = (
@@ -42,7 +44,7 @@ TABLE_COLUMNS = (
 def check_table(
     table:pd.DataFrame,  # an image table
 )->pd.DataFrame:         # the same table
-    "`KdoctError` unless the table keeps the contract: its columns, unique paths, no empty label or group, text and whole numbers."
+    "`KdoctError` unless columns, unique paths, labels, groups and types are as the contract says."
     def refuse(what):
         raise KdoctError(
             f"This is not an image table: {what}.",
@@ -205,7 +207,8 @@ IMAGE_EXTENSIONS = (  # of pictures, in lower case; the one list in the project
 def name_key(
     name:str,  # a file's name or path
 )->str:
-    "What two spellings of one name have in common: neither upper and lower case nor the form of accents (macOS takes 'ü' apart) counts."
+    "What two spellings of one name have in common: neither case nor the form of accents counts."
+    # macOS takes 'ü' apart
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
 def path_stem(
@@ -215,6 +218,7 @@ def path_stem(
     ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
     return path[:len(path) - len(ending)]
 
+# %% ../../nbs/01b_data.listing.ipynb #6cf63c73
 _SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
 
 _STARTS = (  # problem, offset, how the file goes on from there
@@ -232,7 +236,7 @@ _STARTS = (  # problem, offset, how the file goes on from there
     ),
     ('picture-by-content', 8, b'WEBP'),
     ('picture-by-content', 128, b'DICM'),
-    *(('other-format', 0, mark) for mark in (b'HSF-OCT-', b'CMDb', b'E2EMultipleVolumeFile', b'FOCT')),
+    *(('other-format', 0, mark) for mark in (b'HSF-OCT-', b'CMDb', b'E2EMultiple', b'FOCT')),
     *(('other-format', 4, b'ftyp' + brand) for brand in (b'he', b'mif1', b'msf1', b'av')),
     ('other-format', 0, b'\0\0\0\x0cJXL '),
     ('other-format', 0, b'8BPS'),
@@ -241,40 +245,6 @@ _STARTS = (  # problem, offset, how the file goes on from there
 # of pictures and volumes that are not read from folders
 _OTHER_FORMATS = ('.heic', '.heif', '.hif', '.avif', '.jxl', '.psd', '.dng',
                   '.dcm', '.dicom', '.vol', '.e2e', '.fda', '.fds')
-
-# %% ../../nbs/01b_data.listing.ipynb #a883598c
-def walk_images(
-    root:str|Path,                                # folder
-    extensions:tuple[str, ...]=IMAGE_EXTENSIONS,  # lower case; names are compared without regard to case
-)->tuple[list[str], list[dict]]:                  # paths relative to root, sorted; findings
-    "Everything below `root` that is named like an image, and a finding for everything that is not; links to other folders are followed."
-    paths, found, seen = [], [], [os.path.realpath(root)]
-    def visit(folder, prefix):
-        try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
-        except PermissionError as e: return found.append(finding(prefix or '.', 'folder-unreadable', e.strerror))
-        for e in entries:
-            path, is_image, is_link = (
-                prefix + e.name,
-                e.name.lower().endswith(extensions),
-                _links_to_folder(e),
-            )
-            if is_no_data(e): found.append(finding(path, 'hidden', action='not used'))
-            elif is_image and not is_link: paths.append(path)
-            elif e.is_dir(follow_symlinks=False): visit(e.path, path + '/')
-            elif is_link and _is_elsewhere(target := os.path.realpath(e.path), seen):
-                seen.append(target)
-                found.append(finding(path, 'linked-folder', f"leads to {target}", 'followed'))
-                visit(e.path, path + '/')
-            elif is_link:
-                found.append(
-                    finding(
-                        path, 'linked-folder', "leads to a folder that is read already", 'not used'
-                    )
-                )
-            elif problem := _unread_picture(e): found.append(finding(path, problem))
-            else: found.append(finding(path, 'other-file', action='not used'))
-    visit(root, '')
-    return sorted(paths), found
 
 # %% ../../nbs/01b_data.listing.ipynb #92c7213f
 def counted_endings(
@@ -306,6 +276,7 @@ def _is_elsewhere(target:str, seen:list[str])->bool:
     def is_below(a, b): return Path(a).is_relative_to(b)   # unlike os.path.commonpath, also between drives
     return not any(is_below(target, s) or is_below(s, target) for s in seen)
 
+# %% ../../nbs/01b_data.listing.ipynb #99bc605a
 def _is_bitmap(head:bytes)->bool:
     "Whether a file begins like BMP: two letters, which may begin anything, and a known size of its header."
     return head.startswith(b'BM') and head[6:10] == bytes(4) and head[14:18] in _BITMAP_HEADERS
@@ -323,6 +294,51 @@ def _unread_picture(entry:os.DirEntry)->str:
     by_name = 'other-format' if entry.name.lower().endswith(_OTHER_FORMATS) else ''
     return next(known, by_name)
 
+# %% ../../nbs/01b_data.listing.ipynb #a883598c
+class _Walk:
+    "A walk through a folder and those to which links in it lead: what it has found so far."
+    def __init__(self, root:str|Path, extensions:tuple[str, ...]):
+        self.extensions, self.paths, self.found = extensions, [], []
+        self.seen = [os.path.realpath(root)]
+
+    def note(self, *args): self.found.append(finding(*args))
+
+    def folder(self, folder:str|Path, prefix:str):
+        "Visit what is in a folder; `prefix` is its path from the root, with a slash."
+        try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
+        except PermissionError as e: self.note(prefix or '.', 'folder-unreadable', e.strerror)
+        else:
+            for entry in entries: self.entry(entry, prefix + entry.name)
+
+    def entry(self, e:os.DirEntry, path:str):
+        "Visit a file, a folder or a link."
+        if is_no_data(e): self.note(path, 'hidden', '', 'not used')
+        elif _links_to_folder(e): self.link(e, path)
+        elif e.name.lower().endswith(self.extensions): self.paths.append(path)
+        elif e.is_dir(follow_symlinks=False): self.folder(e.path, path + '/')
+        elif problem := _unread_picture(e): self.note(path, problem)
+        else: self.note(path, 'other-file', '', 'not used')
+
+    def link(self, e:os.DirEntry, path:str):
+        "Follow a link to a folder, unless that is read already."
+        target = os.path.realpath(e.path)
+        if not _is_elsewhere(target, self.seen):
+            known = "leads to a folder that is read already"
+            return self.note(path, 'linked-folder', known, 'not used')
+        self.seen.append(target)
+        self.note(path, 'linked-folder', f"leads to {target}", 'followed')
+        self.folder(e.path, path + '/')
+
+# %% ../../nbs/01b_data.listing.ipynb #fd6f3968
+def walk_images(
+    root:str|Path,                                # folder
+    extensions:tuple[str, ...]=IMAGE_EXTENSIONS,  # lower case; names are compared without regard to case
+)->tuple[list[str], list[dict]]:                  # paths relative to root, sorted; findings
+    "All files below a folder that are named like an image, and a finding for each of the others."
+    walk = _Walk(root, extensions)
+    walk.folder(root, '')
+    return sorted(walk.paths), walk.found
+
 # %% ../../nbs/01b_data.listing.ipynb #8802855a
 def check_labels(
     table:pd.DataFrame,                 # image table
@@ -335,16 +351,15 @@ def check_labels(
     def key(label):
         original = same_name_key(copied_name(label))
         return original if original and original in keys else same_name_key(label)
+    def say(c): return f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})"
     for several in spellings(table.label, key):
-        said = ', '.join(
-            f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})" for c in several
-        )
         raise KdoctError(
-            f"One class in several spellings: {said}.",
+            f"One class in several spellings: {', '.join(map(say, several))}.",
             fix=f"Write it in one way. If they are different classes, name all of them: "
                 f"{classes_option(sorted(n.index))}",
         )
 
+# %% ../../nbs/01b_data.listing.ipynb #a2105de5
 def classes_option(
     names:Iterable[str],  # classes, in the order of the logits
 )->str:                   # as it is typed in a shell
@@ -372,40 +387,18 @@ def merge_groups(
     return group.map(top)
 
 # %% ../../nbs/01b_data.listing.ipynb #8802855ac
-def join_spellings(
-    listing:Listing,  # what a source found
-)->Listing:           # the same with one group where a patient's name is spelled in several ways
-    "Merge groups whose names differ only by spelling, and groups that part a patient, with a note on each."
-    table, notes = listing.table, []
-    named, join = table[table.group != table.path], {}
+def _joined_names(table:pd.DataFrame)->tuple[dict[str, str], list[dict]]:
+    "Group -> the spelling that counts, of groups whose names differ only by spelling, and a note on each."
+    named, join, notes = table[table.group != table.path], {}, []
     n, first = named.group.value_counts(), named.drop_duplicates('group').set_index('group').path
+    def say(name): return f"{say_name(name)} ({counted(n[name], 'image')})"
     for main, *others in spellings(named.group, patient_keys(named.group).get):
         for other in others:
             join[other] = main
-            both = ' and '.join(
-                f"{say_name(name)} ({counted(n[name], 'image')})" for name in (other, main)
-            )
-            notes.append(
-                finding(
-                    first[other],
-                    'patient-spelling',
-                    f"{both} are taken for one",
-                    f"groups {main} and {other} merged",
-                )
-            )
-    group = table.group.where(table.group == table.path, table.group.map(lambda g: join.get(g, g)))
-    patient = table.patient.map(patient_keys(table.patient) | {'': ''})
-    notes += _parted_patients(table.assign(group=group), patient)
-    group = merge_groups(group, patient)
-    if not notes: return listing
-    found = pd.concat(
-        [listing.findings, pd.DataFrame(notes, columns=list(FINDING_COLUMNS)).astype('str')]
-    )
-    return replace(
-        listing,
-        table=table.assign(group=group),
-        findings=found.sort_values(['path', 'problem'], ignore_index=True),
-    )
+            are_one = f"{say(other)} and {say(main)} are taken for one"
+            merged = f"groups {main} and {other} merged"
+            notes.append(finding(first[other], 'patient-spelling', are_one, merged))
+    return join, notes
 
 # %% ../../nbs/01b_data.listing.ipynb #c20f274b
 def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
@@ -422,9 +415,36 @@ def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
         )
     return [say(rows) for _, rows in parted.groupby(patient[parted.index])]
 
+# %% ../../nbs/01b_data.listing.ipynb #890b7d91
+def with_findings(
+    listing:Listing,  # what a source found
+    more:list[dict],  # from `finding`
+    **changes,        # other fields of the listing
+)->Listing:
+    "The listing with further findings, in their order."
+    rows = pd.DataFrame(more, columns=list(FINDING_COLUMNS)).astype('str')
+    found = pd.concat([changes.pop('findings', listing.findings), rows])
+    found = found.sort_values(['path', 'problem'], ignore_index=True)
+    return replace(listing, findings=found, **changes)
+
+# %% ../../nbs/01b_data.listing.ipynb #6e78db84
+def join_spellings(
+    listing:Listing,  # what a source found
+)->Listing:           # the same with one group where a patient's name is spelled in several ways
+    "Merge groups whose names differ only by spelling, and groups that part a patient, with a note on each."
+    table = listing.table
+    join, notes = _joined_names(table)
+    named = table.group.map(lambda g: join.get(g, g))
+    group = table.group.where(table.group == table.path, named)
+    patient = table.patient.map(patient_keys(table.patient) | {'': ''})
+    notes += _parted_patients(table.assign(group=group), patient)
+    if not notes: return listing
+    return with_findings(listing, notes, table=table.assign(group=merge_groups(group, patient)))
+
 # %% ../../nbs/01b_data.listing.ipynb #4c6615e0
 _PARTS = {  # part -> what it is called in English, German, French, Spanish, Italian and Portuguese
-    'train': 'train|trainings?|lernen|entra[iî]nement|apprentissage|entrenamiento|addestramento|treino|treinamento',
+    'train': 'train|trainings?|lernen|entra[iî]nement|apprentissage|entrenamiento|addestramento|'
+             'treino|treinamento',
     'val': 'val|valid|validation|dev|validierungs?|validaci[oó]n|validazione|valida[cç][aã]o',
     'test': 'test|tests|testing|pr(?:ü|ue)f(?:ungs?)?|prueba|prova|teste|hold ?out',
 }
@@ -461,44 +481,32 @@ def _class_folders(root:Path)->list[str]:
         for d in (below(root / top, f'{top}/') if part_name(top) else [top])
     ]
 
+# %% ../../nbs/01b_data.listing.ipynb #3b8eaba4
+def _what_is_in(listing:Listing, folder:str)->str:
+    "Why a folder gives no image, in words."
+    path, f = listing.root/folder, listing.findings
+    if not path.exists(): return f"a link that leads nowhere ({os.readlink(path)})"
+    is_unread_link = (f.problem == 'linked-folder') & (f.action == 'not used')
+    link = f[(f.path == folder) & is_unread_link]
+    if len(link): return f"a link that {link.detail.iloc[0]}"
+    inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
+    return f"no picture in it, but {counted_endings(inside)}" if len(inside) else "no file in it"
+
 # %% ../../nbs/01b_data.listing.ipynb #3f039837
 def with_empty_classes(
     listing:Listing,               # what a source found
     classes:tuple[str, ...]|None,  # `data.classes`; None: every folder of the level is one
 )->Listing:
     "The listing with a finding for each class folder that gives no image and has no other error."
-    named = listing.findings.path[
-        (listing.findings.severity == 'error') | (listing.findings.problem == 'annotation-folder')
-    ]
-    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *named] for n in (1, 2)}
-    found = []
-    for d in _class_folders(listing.root):
-        if d in used: continue
-        wanted = not classes or d.rpartition('/')[2] in classes
-        found.append(
-            finding(
-                d,
-                'empty-class' if wanted else 'folder-without-image',
-                _what_is_in(listing, d),
-                '' if wanted else 'not used',
-            )
-        )
-    if not found: return listing
-    rows = pd.DataFrame(found, columns=list(FINDING_COLUMNS)).astype('str')
-    others = listing.findings[~listing.findings.path.isin(rows.path)]
-    return replace(
-        listing,
-        findings=pd.concat([others, rows]).sort_values(['path', 'problem'], ignore_index=True),
-    )
-
-# %% ../../nbs/01b_data.listing.ipynb #3b8eaba4
-def _what_is_in(listing:Listing, folder:str)->str:
-    "Why a folder gives no image, in words."
-    path, f = listing.root/folder, listing.findings
-    if not path.exists(): return f"a link that leads nowhere ({os.readlink(path)})"
-    if len(
-        link := f[(f.path == folder) & (f.problem == 'linked-folder') & (f.action == 'not used')]
-    ):
-        return f"a link that {link.detail.iloc[0]}"
-    inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
-    return f"no picture in it, but {counted_endings(inside)}" if len(inside) else "no file in it"
+    f = listing.findings
+    explained = f.path[(f.severity == 'error') | (f.problem == 'annotation-folder')]
+    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *explained] for n in (1, 2)}
+    empty = [d for d in _class_folders(listing.root) if d not in used]
+    if not empty: return listing
+    def note(folder):
+        what = _what_is_in(listing, folder)
+        is_class = not classes or folder.rpartition('/')[2] in classes
+        if is_class: return finding(folder, 'empty-class', what)
+        return finding(folder, 'folder-without-image', what, 'not used')
+    others = f[~f.path.isin(empty)]
+    return with_findings(listing, [*map(note, empty)], findings=others)

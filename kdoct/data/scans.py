@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from .images import MAX_ASPECT, MAX_PIXELS, MIN_SIDE, read_image_bytes
+from .patient_names import eye_name
 from .problems import BadImage
-from .spreadsheet import eye_name
 
 # %% ../../nbs/01j_data.scans.ipynb #86ecd2af
 class Scan(NamedTuple):
@@ -67,8 +67,8 @@ def other_kind_of_image(
     *texts:str|None,  # names and types of one file
 )->str:               # "OCT angiography", "an en face picture", or '' where they say nothing of the kind
     "What names or types say that is no B-scan."
-    said = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part is a B-scan
-    return next((what for pattern, what in _OTHER_KINDS if any(map(pattern.search, said))), '')
+    others = [t for t in texts if t and 'struct' not in t.lower()]   # the structural part is a B-scan
+    return next((what for pattern, what in _OTHER_KINDS if any(map(pattern.search, others))), '')
 
 # %% ../../nbs/01j_data.scans.ipynb #5b458a6a
 MAX_SLICES = 4096   # the largest clinical cubes have 1,024 B-scans

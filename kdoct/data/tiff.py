@@ -94,7 +94,7 @@ def full_pages(
     return kept
 
 # %% ../../nbs/01y_data.tiff.ipynb #32f662e4
-logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is said here
+logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # what is wrong with a file is named here
 
 def _shaped_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
     "Stacks, and channels of each, that tifffile's descriptions claim; one stands before every series."
@@ -102,23 +102,23 @@ def _shaped_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
     while at < len(t.pages):
         page = t.pages[at]
         text = page.shaped_description
-        said = shaped_description_metadata(text) if text else {'shape': page.shape}
-        claimed = max(math.prod(said['shape'])//max(page.size, 1), 1)
-        leading = tuple(int(k) for k in said['shape'][:-page.ndim])
-        sizes = dict(zip(said.get('axes', ''), said['shape'], strict=False))
+        stated = shaped_description_metadata(text) if text else {'shape': page.shape}
+        claimed = max(math.prod(stated['shape'])//max(page.size, 1), 1)
+        leading = tuple(int(k) for k in stated['shape'][:-page.ndim])
+        sizes = dict(zip(stated.get('axes', ''), stated['shape'], strict=False))
         channels = max(channels, sizes.get('C', 1))
         stacks.append(leading if math.prod(leading) == claimed else (claimed,))
-        at += 1 if said.get('truncated') else claimed
+        at += 1 if stated.get('truncated') else claimed
     return stacks, channels
 
 # %% ../../nbs/01y_data.tiff.ipynb #838d9cad
 def _imagej_stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
     "As `_stacks`, of a file that ImageJ wrote."
     page, counted = t.pages.first, ('images', 'slices', 'frames', 'channels')
-    said = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
-    channels = 1 if said['channels'] == page.samplesperpixel else said['channels']
-    images = said['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
-    stack = (said['frames'], said['slices'], channels)
+    stated = {k: max(int(t.imagej_metadata.get(k, 1)), 1) for k in counted}
+    channels = 1 if stated['channels'] == page.samplesperpixel else stated['channels']
+    images = stated['images'] if page.samplesperpixel == 1 else 1   # some writers count samples of colour
+    stack = (stated['frames'], stated['slices'], channels)
     return [stack if math.prod(stack) >= images else (images,)], channels
 
 def _stacks(t:TiffFile)->tuple[list[tuple[int, ...]], int]:
@@ -178,8 +178,8 @@ _INDEXED = 54773648   # what stands at byte 8 of a file of Micro-Manager with an
 
 def _check_index(data:bytes, t:TiffFile):
     "`BadImage` where Micro-Manager's index names more pictures than there are directories."
-    said = int.from_bytes(data[8:12], 'little' if t.byteorder == '<' else 'big')
-    if said != _INDEXED: return
+    mark = int.from_bytes(data[8:12], 'little' if t.byteorder == '<' else 'big')
+    if mark != _INDEXED: return
     index = read_micromanager_metadata(io.BytesIO(data), {'IndexMap'}).get('IndexMap', ())
     if len(index) > len(t.pages):
         what = f"Micro-Manager's index names {len(index)} pictures; {len(t.pages)} can be found"

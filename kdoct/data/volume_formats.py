@@ -52,8 +52,8 @@ def _coded_bscan(coded:bytes, size:tuple[int, int])->tuple[Image.Image, tuple[st
     "A B-scan from its JPEG 2000 or JPEG, and notes; `BadImage` unless it is undamaged and of that size."
     im = Image.open(io.BytesIO(coded), formats=('JPEG2000', 'JPEG'))
     if im.size != size:
-        there, said = (f"{w} x {h}" for w, h in (im.size, size))
-        raise BadImage('corrupt', f"a B-scan of {there} pixels where the header says {said}")
+        there, stated = (f"{w} x {h}" for w, h in (im.size, size))
+        raise BadImage('corrupt', f"a B-scan of {there} pixels where the header says {stated}")
     if im.mode not in ('L', 'RGB'): raise BadImage('wrong-mode', f"a B-scan of mode {im.mode}")
     if im.format == 'JPEG2000': check_jpeg_2000(coded, ends=False)
     notes = tuple(check_jpeg(coded)) if im.format == 'JPEG' else ()
@@ -181,9 +181,9 @@ def read_cirrus_img(
         raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")
     with ByteReader(path) as f:
         h, w, n = _cirrus_shape(path.name, f.size)
-        said = _CIRRUS_NAME.match(path.name)
-        patient, withheld = patient_identifier(said[1] or '' if said else '')
-        eye = said[2] if said else ''
+        parts = _CIRRUS_NAME.match(path.name)
+        patient, withheld = patient_identifier(parts[1] or '' if parts else '')
+        eye = parts[2] if parts else ''
         for i in range(n):
             grey = np.frombuffer(f.read(h*w*i, h*w), np.uint8).reshape(h, w)[::-1, ::-1]
             image = Image.fromarray(np.ascontiguousarray(grey))

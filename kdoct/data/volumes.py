@@ -50,8 +50,8 @@ def _pages(path:Path, data:bytes)->Iterator[Scan]:
         for i, at in enumerate(pages):
             im.seek(at)
             page, notes = decoded(im)
-            said = (*notes, *left_out, *stack.notes)
-            yield Scan(page.copy(), str(path), i, n, path.stem, notes=said)
+            about = (*notes, *left_out, *stack.notes)
+            yield Scan(page.copy(), str(path), i, n, path.stem, notes=about)
     except DECODE_ERRORS as e: raise broken_file(e) from e
 
 def _planes(path:Path, stack:TiffStack)->Iterator[Scan]:
