@@ -8,6 +8,7 @@ import pytest
 from simulated_models import models, quiet
 
 from kdoct.app import report as R
+from kdoct.app import report_parts
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
@@ -296,6 +297,7 @@ def test_a_class_that_validation_or_calibration_lacks_stands_at_the_top_of_the_r
         assert html.count(words) == 1 and html.index(words) < html.index('<h2>Results')
 
 
+@pytest.mark.slow
 def test_a_single_fold_has_no_summary_over_folds_in_the_report(run):
     one, two = (R.report_html(run, folds).read_text() for folds in ([0], [0, 1]))
     assert '<h3>Mean and standard deviation over folds</h3>' in two and 'One fold only' not in two
@@ -336,11 +338,11 @@ def test_the_report_has_words_where_files_have_names(probed):
 
 
 def test_the_recipe_is_read_once_for_both_of_its_tables(run, monkeypatch):
-    rows, asked = R._recipe_rows, []
-    monkeypatch.setattr(R, '_recipe_rows', lambda r: asked.append(r) or rows(r))
+    rows, read = report_parts._recipe_rows, []
+    monkeypatch.setattr(report_parts, '_recipe_rows', lambda r: read.append(r) or rows(r))
     html = R.report_html(run, [0]).read_text()
     assert (
-        len(asked) == 1
+        len(read) == 1
         and 'teacher: passes over the training part' in html
         and html.count('<td>teacher.epochs</td>') == 2
     )

@@ -21,15 +21,8 @@ from kdoct.data.stage import prepare_data
 from kdoct.explain.cam import explain
 from kdoct.explain.comparison import randomised
 from kdoct.explain.faithfulness import energy_in_mask
-from kdoct.explain.stage import (
-    explain_fold,
-    explained_folds,
-    explained_images,
-    explained_rows,
-    explanation_sections,
-    masks_of,
-    read_mask,
-)
+from kdoct.explain.images import explained_images, explained_rows, masks_of, read_mask
+from kdoct.explain.stage import explain_fold, explained_folds, explanation_sections
 from kdoct.models.backbones import create_classifier
 from kdoct.models.folders import save_model_folder
 
@@ -76,6 +69,7 @@ def test_a_layer_of_a_role_that_there_is_not_is_refused():
     with pytest.raises(KdoctError, match="explain.layers names pupil"): explain_fold(run, 0)
 
 
+@pytest.mark.slow
 def test_a_fold_is_explained_until_a_network_changes(run):
     facts = prepare_data(run)
     bundles(run, facts["folds_sha256"])
@@ -173,10 +167,12 @@ def energy_over_area(net, x, classes, masks):
     return np.nansum(e.inside)/np.nansum(e.area)
 
 
+@pytest.mark.slow
 def test_score_cam_of_a_network_that_has_learned_finds_the_lesion(phantom_network):
     assert energy_over_area(*phantom_network) >= 2
 
 
+@pytest.mark.slow
 def test_score_cam_of_networks_with_shuffled_weights_does_not_find_it(phantom_network):
     net, x, classes, masks = phantom_network   # one shuffle may hit the place by luck: 0.4 to 2.5 were seen
     assert (

@@ -32,9 +32,10 @@ from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
+from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
-from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
@@ -380,6 +381,7 @@ def run_with(name, *folders, **changes):
     return run
 
 
+@pytest.mark.slow
 def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     mine = imported(tmp_path/'mine')
     run = run_with('own', mine, **{'distill.views': 1})

@@ -253,6 +253,7 @@ def test_official_folds_must_test_the_same_images():
         )
 
 
+@pytest.mark.slow
 def test_the_summary_over_folds_needs_files_only(viewed):
     run, _, pooled = viewed
     (run.path/'summary.json').unlink()

@@ -103,6 +103,7 @@ def shipped(trained):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('engine', 'close'), [('torch', 1e-4), ('onnx', 1e-3)])
 def test_a_test_image_gets_the_probabilities_of_the_run(shipped, engine, close):
     bundle, table, root = shipped
@@ -115,6 +116,7 @@ def test_a_test_image_gets_the_probabilities_of_the_run(shipped, engine, close):
     assert [r['error'] for r in rows] == ['']*len(rows)
 
 
+@pytest.mark.slow
 def test_a_picture_from_memory_gets_the_row_of_its_file(shipped):
     bundle, table, root = shipped
     path = root/table.path[0]
@@ -143,6 +145,7 @@ def test_a_turned_tiff_from_memory_is_turned_once_and_a_page_of_a_stack_is_a_pic
     assert [np.array_equal(s, a) for s in seen] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):
     bundle, table, root = shipped
     (tmp_path/'bad.png').write_bytes(b'')
@@ -170,6 +173,7 @@ def test_the_exit_status_says_whether_a_file_failed(shipped, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_signed_bundle_with_a_changed_byte_is_refused(shipped, tmp_path):
     signed, (private, public) = (
         shutil.copytree(shipped[0], tmp_path / 'signed'),
@@ -713,6 +717,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
         predict_files(bundle, [folder], tmp_path/'f.csv', min_slices=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', [{}, dict(volume_rule='mean')], ids=['default', 'the '
                                                                                 'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
@@ -757,11 +762,13 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
     assert s.caption.count(said.rule.iloc[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_bundle_carries_the_rule_of_its_recipe(shipped):
     from kdoct.deploy.networks import open_bundle
     assert open_bundle(shipped[0]).decision.volume == VolumeRule('mean', 2, True)
 
 
+@pytest.mark.slow
 def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_says(
     shipped, tmp_path
 ):
@@ -902,11 +909,13 @@ def test_a_colour_photograph_is_refused_where_model_json_says_that_none_was_trai
         assert row['error'] == error and 'coloured' not in row['notes']
 
 
+@pytest.mark.slow
 def test_training_notes_in_model_json_whether_pictures_were_coloured(trained):
     about = json.loads((trained[0].stage_dir(0, 'teacher')/'model.json').read_text())
     assert about['coloured'] == 0
 
 
+@pytest.mark.slow
 def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, shipped, tmp_path):
     "With decision.json beside it the same rows as its bundle; without it the same probabilities before calibration, and nothing else."
     run, (bundle, table, root) = trained[0], shipped
@@ -927,6 +936,7 @@ def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, sh
     assert decision is None and channels == 1 and all(r[k] is None for r in got for k in UNDECIDED)
 
 
+@pytest.mark.slow
 def test_what_is_no_model_folder_is_refused_with_a_way_out(mine, shipped, folder, tmp_path):
     for what, says in (
         (folder, 'neither a bundle nor a model folder'),

@@ -40,8 +40,11 @@ def test_a_change_that_cannot_be_meant_is_refused_with_what_helps(typed):
     assert fix in e.value.fix
 
 
+TYPED = ["student=3", "student.epochs=true", "a,b", "student.arch=no_such_net"]
+
+
 @pytest.mark.parametrize("command", ["recipe", "audit", "folds", "crossval"])
-@pytest.mark.parametrize("typed", ["student=3", "student.epochs=true", "a,b", "student.arch=no_such_net"])
+@pytest.mark.parametrize("typed", TYPED)
 def test_every_command_refuses_the_same_changes(command, typed, outputs):
     with pytest.raises(KdoctError) as e:
         app([command, "--preset", "tiny", "--set", typed], standalone_mode=False)
@@ -49,9 +52,13 @@ def test_every_command_refuses_the_same_changes(command, typed, outputs):
     assert not list(outputs.iterdir())
 
 
-@pytest.mark.parametrize("name", ["con", "NUL", "aux.txt", "COM1", "lpt9.a.b", "a.", "Cache", "b" * 101])
+NO_NAMES = ["con", "NUL", "aux.txt", "COM1", "lpt9.a.b", "a.", "Cache", "b" * 101]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 def test_a_run_has_a_name_that_every_system_can_have(name, outputs):
-    with pytest.raises(KdoctError, match="cannot be a run's name") as e: create_run(name, preset("tiny"))
+    with pytest.raises(KdoctError, match="cannot be a run's name") as e:
+        create_run(name, preset("tiny"))
     assert "Choose another name" in e.value.fix
     assert not list(outputs.iterdir())
 
@@ -69,5 +76,6 @@ def test_two_runs_do_not_differ_by_small_and_large_letters_alone():
 
 def test_a_run_made_with_overrides_is_continued_by_its_name_as_the_message_says():
     create_run("mine", preset("tiny", **{"student.epochs": 3})).folds_csv.write_text("")
-    with pytest.raises(KdoctError, match="student.epochs: 3, not 2") as e: create_run("mine", preset("tiny"))
+    with pytest.raises(KdoctError, match="student.epochs: 3, not 2") as e:
+        create_run("mine", preset("tiny"))
     assert "papermill: -p run mine, without preset, overrides" in e.value.fix

@@ -1,4 +1,4 @@
-"""A student taught from the cache: the same training, asked once, and refused where it would not be the same."""
+"""A student with a teacher cache: the same training, each view queried once, refused where it would differ."""
 import numpy as np
 import pytest
 import torch
@@ -70,6 +70,7 @@ def fit(learn):
 def losses(learn): return [row['train_loss'] for row in learn.history.rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('combine', ['probabilities', 'turn'])
 def test_with_as_many_views_as_epochs_it_is_the_training_that_asks_every_time(outputs, combine):
     two = {'teacher': teacher(), 'teacher-b': teacher(4, 'test_resnet', 48)}
@@ -197,6 +198,7 @@ def test_a_build_that_was_killed_goes_on_where_it_stopped(outputs):
     assert losses(kept) == pytest.approx(losses(online), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_cut_off_goes_on_with_the_right_view(outputs):
     class StopAt(Callback):
         order = 99
@@ -246,13 +248,14 @@ def test_a_changed_or_foreign_file_is_refused(outputs):
     folder, = (outputs_root()/'cache').glob('teacher-*[0-9a-f]/')
     z = np.load(folder/'view_00000.npy')
     np.save(folder/'view_00000.npy', z[::-1])   # the answers to other images
-    with pytest.raises(KdoctError, match='does not say today'):
+    with pytest.raises(KdoctError, match='does not give today'):
         fit(learner(outputs/'b', {'teacher': cached(teacher())}, views=1, epochs=1))
     np.save(folder/'view_00000.npy', z[:-1])
     with pytest.raises(KdoctError, match=r'not float32 \(24, 3\)'):
         fit(learner(outputs/'c', {'teacher': cached(teacher())}, views=1, epochs=1))
 
 
+@pytest.mark.slow
 def test_a_run_with_views_records_what_was_asked(outputs):
     run = create_run(
         'kept', preset('tiny', **{'student.epochs': 2, 'teacher.epochs': 1, 'distill.views': 2})

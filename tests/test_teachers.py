@@ -1,4 +1,4 @@
-"Several teachers: each sees the images as its weights want them, all are trained before the student, and the result shows them."
+"Several teachers: each sees the images in its own way, all come before the student, the result shows them."
 import numpy as np
 import pytest
 import torch
@@ -12,9 +12,10 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
+from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
-from kdoct.distill.teacher import load_teachers, train_teacher
+from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate import stage as evaluate_stage
 from kdoct.evaluate.metrics import log_softmax, logits_of
 from kdoct.evaluate.pooling import fold_models
@@ -197,6 +198,7 @@ class StopAt(Callback):
         if self.training and (self.epoch, self.iter) == (1, 0): raise Stop('now')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['turn', 'nll'])
 def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_path, how):
     pair, w = dict(list(strangers().items())[:2]), torch.tensor([.7, .3])
@@ -219,7 +221,7 @@ def test_a_teacher_that_says_nonsense_stops_the_run_with_its_name(tmp_path):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    "The shape of `explainable-covid`, three teachers of three families and sizes, from the data to the evaluation of a fold."
+    "`explainable-covid` in small: three teachers of three families and sizes, from data to evaluation."
     with pytest.MonkeyPatch.context() as m:
         m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
         short = {
@@ -272,6 +274,7 @@ def here(run, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_preset_keeps_its_shape(run):
     r = run.recipe
     assert (r.name, r.teacher_roles) == (
@@ -290,6 +293,7 @@ def test_the_preset_keeps_its_shape(run):
     )
 
 
+@pytest.mark.slow
 def test_each_teacher_has_its_own_bundle_and_input_size(here):
     found = load_teachers(here, 0)
     assert {
@@ -304,6 +308,7 @@ def test_each_teacher_has_its_own_bundle_and_input_size(here):
     assert len(hashes) == 3
 
 
+@pytest.mark.slow
 def test_the_student_says_who_taught_it_and_with_which_weight(here):
     taught_by, found = (
         read_json(here.stage_dir(0, 'student') / 'model.json')['taught_by'],
@@ -319,6 +324,7 @@ def test_the_student_says_who_taught_it_and_with_which_weight(here):
     assert 'taught_by' not in read_json(here.stage_dir(0, 'baseline')/'model.json')
 
 
+@pytest.mark.slow
 def test_every_teacher_and_what_they_say_together_is_a_row(here):
     models, saved = fold_models(here, 0), read_json(here.fold_dir(0)/'evaluation.json')
     rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', TOGETHER, 'student', 'baseline']
@@ -339,6 +345,7 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     assert {'teacher-visformer', 'teacher-autoformer'} <= set(saved['sections']['blanked']['table'])
 
 
+@pytest.mark.slow
 def test_the_protocol_says_who_taught_how(here):
     said = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
     assert (
@@ -364,6 +371,7 @@ def test_a_single_teachers_protocol_says_nothing_of_teachers():
     assert 'taught' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
 
 
+@pytest.mark.slow
 def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(here):
     report = report_html(here).read_text()
     assert (
@@ -389,6 +397,7 @@ def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(her
         evaluate_fold(here, 0, verbose=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change,says', [
     (dict(classes=['NORMAL', 'CNV', 'DME', 'DRUSEN']), 'teacher-autoformer of fold 0 has the '
                                                        'classes NORMAL, CNV'),
@@ -405,6 +414,7 @@ def test_a_teacher_that_does_not_belong_is_refused(here, change, says):
     finally: path.write_bytes(right)
 
 
+@pytest.mark.slow
 def test_a_student_of_other_teachers_is_not_shown_as_taught_by_these(here):
     path = here.stage_dir(0, 'student')/'model.json'
     right = path.read_bytes()
@@ -417,11 +427,13 @@ def test_a_student_of_other_teachers_is_not_shown_as_taught_by_these(here):
     finally: path.write_bytes(right)
 
 
+@pytest.mark.slow
 def test_no_student_before_all_its_teachers(here):
     with pytest.raises(KdoctError, match='no teacher for fold 1'): train_student(here, 1)
     with pytest.raises(KdoctError, match="no role 'teacher-vgg'"): train_teacher(here, 0, 'vgg')
 
 
+@pytest.mark.slow
 def test_enlarged_images_are_told_of_once(here, capsys):
     (path := here.stage_dir(0, 'teacher-visformer') / 'model.json').rename(
         path.with_suffix('.hidden')
@@ -480,6 +492,7 @@ def test_the_notebook_trains_a_further_teacher_by_name():
     )
 
 
+@pytest.mark.slow
 def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch):
     class Stop(Exception): pass
 

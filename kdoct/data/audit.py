@@ -149,7 +149,8 @@ def check(self:Audit,
         counts = ', '.join(f'{n} {k}' for k, n in self.stops.value_counts().items())
         listed = counted(self.summary['listed'], 'image')
         raise KdoctError(
-            f"The audit finds what no run may contain: {counts} among {listed}. {where} names each file.",
+            f"The audit finds what no run may contain: {counts} among {listed}. {where} names each "
+            f"file.",
             fix=_remedy(self, new_run),
         )
     if len(self.table) == 0:
@@ -348,10 +349,10 @@ def mixed_parts(
     parts = ', '.join(
         f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items()
     )
-    said = (f"WARNING: the images come in parts ({parts}); they are put together, and split anew "
-            f"by patient (data.protocol is grouped-cv).")
+    warning = (f"WARNING: the images come in parts ({parts}); they are put together, and split "
+               f"anew by patient (data.protocol is grouped-cv).")
     can_keep = 'test' in n and set(table.split) <= {'train', 'val', 'test'}
-    return said + (
+    return warning + (
         " To test on the source's own test part: --set data.protocol=official" if can_keep else ''
     )
 
@@ -411,6 +412,6 @@ def audit_page(
     if parts := mixed_parts(result.table, protocol): lines.append(parts)
     labels = result.table.label
     if labels.nunique() == 1:
-        lines.append(f"All images are of class {labels.iloc[0]}: there is nothing to tell apart.")
+        lines.append(f"All images are of class {labels.iloc[0]}: there is nothing to classify.")
     if where and n: lines.append(f"All findings, one a line: {where}")
     return '\n'.join(lines)

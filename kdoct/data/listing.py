@@ -351,10 +351,10 @@ def check_labels(
     def key(label):
         original = same_name_key(copied_name(label))
         return original if original and original in keys else same_name_key(label)
-    def say(c): return f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})"
+    def named(c): return f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})"
     for several in spellings(table.label, key):
         raise KdoctError(
-            f"One class in several spellings: {', '.join(map(say, several))}.",
+            f"One class in several spellings: {', '.join(map(named, several))}.",
             fix=f"Write it in one way. If they are different classes, name all of them: "
                 f"{classes_option(sorted(n.index))}",
         )
@@ -391,11 +391,11 @@ def _joined_names(table:pd.DataFrame)->tuple[dict[str, str], list[dict]]:
     "Group -> the spelling that counts, of groups whose names differ only by spelling, and a note on each."
     named, join, notes = table[table.group != table.path], {}, []
     n, first = named.group.value_counts(), named.drop_duplicates('group').set_index('group').path
-    def say(name): return f"{say_name(name)} ({counted(n[name], 'image')})"
+    def with_count(name): return f"{say_name(name)} ({counted(n[name], 'image')})"
     for main, *others in spellings(named.group, patient_keys(named.group).get):
         for other in others:
             join[other] = main
-            are_one = f"{say(other)} and {say(main)} are taken for one"
+            are_one = f"{with_count(other)} and {with_count(main)} are taken for one"
             merged = f"groups {main} and {other} merged"
             notes.append(finding(first[other], 'patient-spelling', are_one, merged))
     return join, notes
@@ -404,7 +404,7 @@ def _joined_names(table:pd.DataFrame)->tuple[dict[str, str], list[dict]]:
 def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
     "A note on each patient (a key of the name) whose images are in several groups."
     parted = table[(patient != '') & (table.groupby(patient).group.transform('nunique') > 1)]
-    def say(rows):
+    def note(rows):
         groups = ', '.join(sorted(rows.group.unique())[:5])
         names = ' / '.join(sorted(rows.patient.unique())[:3])
         return finding(
@@ -413,7 +413,7 @@ def _parted_patients(table:pd.DataFrame, patient:pd.Series)->list[dict]:
             f"patient {names}: groups {groups}",
             f"groups {groups} merged",
         )
-    return [say(rows) for _, rows in parted.groupby(patient[parted.index])]
+    return [note(rows) for _, rows in parted.groupby(patient[parted.index])]
 
 # %% ../../nbs/01b_data.listing.ipynb #890b7d91
 def with_findings(

@@ -19,7 +19,7 @@ from .listing import Listing
 # %% ../../nbs/01ba_data.registry.ipynb #083b5275
 @dataclass(frozen=True)
 class Source:
-    "A data set: the function that lists its images, and what is said about it wherever sources are named."
+    "A data set: the function that lists its images, and what is shown of it wherever sources are named."
     read:Callable[[DataRecipe], Listing]   # the function
     layout:str                             # what its root must look like
     help:str                               # what it is, in a sentence
@@ -34,7 +34,7 @@ SOURCES:dict[str, Source] = {}
 
 def source(
     name:str,      # as in `data.source`
-    layout:str='', # what the root must look like; said with every error about it
+    layout:str='', # what the root must look like; shown with every error about it
     help:str='',   # what data it is for, in a sentence; '': the function's docstring
 ):
     "Decorator: register a source."

@@ -318,7 +318,7 @@ _NO_OCT = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}   # source -> mo
 def modality_of(
     data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
 )->str:         # oct, radiograph, histology or other
-    "What the pictures of a recipe are; OCT where nothing is said."
+    "What the pictures of a recipe are; OCT where the recipe does not tell."
     return _NO_OCT.get(data.get('source'), data.get('modality') or 'oct')
 
 # %% ../../nbs/01c_data.sources.ipynb #11989bd0

@@ -58,7 +58,7 @@ def strict_json(
     what:str,             # its name, for the error
     limit:int=_TEXT_BYTES, # largest number of bytes that is read
 )->dict|list:             # plain values, all numbers finite
-    "What a JSON file says; `KdoctError` where it is none, is huge or deep, repeats a key, or holds what cannot be written again."
+    "What a JSON file says; `KdoctError` where it is none, huge or deep, repeats a key, or is no plain text."
     if len(data) > limit:
         _refuse(what, f"{len(data)} bytes are too many for this file (at most {limit})")
     try:
@@ -173,6 +173,16 @@ def _extent(name, t):
         raise ValueError(f'{name} declares {need} bytes and has {place[1] - place[0]}')
     return tuple(place)
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #f419f839
+def _check_places(name:str, table:dict, size:int):
+    "`KdoctError` unless the tensors of a table fill `size` bytes without overlap."
+    try: places = sorted(_extent(k, t) for k, t in table.items())
+    except ValueError as e: _refuse(name, f"its table is not of this file ({e})")
+    ends = [0, *(end for _, end in places)]
+    if any(start != end for (start, _), end in zip(places, ends, strict=False)):
+        _refuse(name, "its tensors overlap, or leave holes")
+    if ends[-1] != size: _refuse(name, f"its tensors end at byte {ends[-1]} of {size}")
+
 # %% ../../nbs/07a_deploy.bundle.ipynb #77a67103
 def tensor_table(
     path:str|Path,  # a safetensors file
@@ -193,13 +203,7 @@ def tensor_table(
         table = strict_json(f.read(n), path.name)
     if not isinstance(table, dict): _refuse(path.name, "its table is no table")
     table.pop('__metadata__', None)
-    try: places = sorted(_extent(k, t) for k, t in table.items())
-    except ValueError as e: _refuse(path.name, f"its table is not of this file ({e})")
-    ends = [0, *(end for _, end in places)]
-    if any(start != end for (start, _), end in zip(places, ends, strict=False)):
-        _refuse(path.name, "its tensors overlap, or leave holes")
-    if ends[-1] != size - 8 - n:
-        _refuse(path.name, f"its tensors end at byte {ends[-1]} of {size - 8 - n}")
+    _check_places(path.name, table, size - 8 - n)
     return table
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #26603efa
@@ -226,7 +230,7 @@ def _varint(view, i):
 _FIELDS = 2_000_000  # of one model; real ones have some thousands
 
 def _fields(view, budget):
-    "Fields of a protobuf message: (number, value), the value a number or a view of bytes; `budget` ends a file of endless fields."
+    "Fields of a protobuf message: (number, value); `budget` ends a file of endless fields."
     i = 0
     while i < len(view):
         if next(budget, None) is None: raise ValueError('too many fields')
@@ -294,7 +298,7 @@ def _tensor_facts(view, budget):
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #eeb1de2c
 def _check_onnx(path, name, files):
-    "`KdoctError` where an ONNX file is damaged, declares more than it has, or points to a file that is not of the bundle."
+    "`KdoctError` where an ONNX file is damaged, declares more than it has, or points out of the bundle."
     # let go of when the last view of it is
     with open(path, 'rb') as f: view = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     budget = iter(range(_FIELDS))
@@ -344,7 +348,7 @@ def _check_text(path, name, files):
 def _check_tensors(path, name, files): tensor_table(path)
 
 def _check_numbers(path, name, files):
-    "Numbers without a form of their own: refused where they begin and end as a pickle does, or begin as an archive or program."
+    "Numbers without a form of their own: refused where they look like a pickle, an archive or a program."
     with open(path, 'rb') as f:
         head, end = f.read(8), f.seek(-1, os.SEEK_END) and f.read(1)
     kind = _looks_like(head)
@@ -433,6 +437,15 @@ def _sign(folder, key):
         dict(algorithm='Ed25519', of='bundle.json', key=key_name(key), signature=signature.hex()),
     )
 
+# %% ../../nbs/07a_deploy.bundle.ipynb #9744a2bd
+def _signature_record(raw:bytes)->dict:
+    "What signature.json says; `KdoctError` if it is no Ed25519 signature."
+    record = strict_json(raw, 'signature.json')
+    is_ours = isinstance(record, dict) and record.get('algorithm') == 'Ed25519'
+    if is_ours and all(re.fullmatch('[0-9a-f]+', str(record.get(k))) for k in ('key', 'signature')):
+        return record
+    _refuse('signature.json', "no Ed25519 signature")
+
 # %% ../../nbs/07a_deploy.bundle.ipynb #5092c3ac
 def _check_signature(
     folder,  # the bundle
@@ -445,27 +458,17 @@ def _check_signature(
         if public is not None:
             _refuse(folder.name, "it is not signed, and a public key was given to check it with")
         return False, 'not signed'
-    said = strict_json(raw, 'signature.json')
-    if not (
-        isinstance(said, dict)
-        and said.get('algorithm') == 'Ed25519'
-        and all(re.fullmatch('[0-9a-f]+', str(said.get(k))) for k in ('key', 'signature'))
-    ):
-        _refuse('signature.json', "no Ed25519 signature")
+    record = _signature_record(raw)
+    by = record['key'][:16]
     if public is None:
-        return (
-            False,
-            f"says that it is signed by the key {said['key'][:16]}; not checked, because no public "
-            f"key was given",
-        )
-    if said['key'] != key_name(public):
-        _refuse(
-            folder.name, f"it is signed by another key ({said['key'][:16]}, not {key_name(public)})"
-        )
-    try: public.verify(bytes.fromhex(said['signature']), text)
-    except (_crypto()[2][0], ValueError): _refuse(folder.name, "the signature is not of this "
-                                                               "bundle.json")
-    return True, f"signed by the key {key_name(public)}"
+        doubt = 'not checked, because no public key was given'
+        return False, f'says that it is signed by the key {by}; {doubt}'
+    own = key_name(public)
+    if record['key'] != own: _refuse(folder.name, f"it is signed by another key ({by}, not {own})")
+    try: public.verify(bytes.fromhex(record['signature']), text)
+    except (_crypto()[2][0], ValueError):
+        _refuse(folder.name, "the signature is not of this bundle.json")
+    return True, f"signed by the key {own}"
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #c5a08a37
 _OWN = ('bundle.json', 'signature.json')
@@ -529,7 +532,7 @@ def _open(folder, public):
 def open_sealed(
     folder:str|Path,                # the bundle
     public_key:str|Path|None=None,  # file of the public key (.pub); None: a signature is mentioned, not checked
-)->dict:                            # bundle.json, with `signed` (bool: checked with the key given) and `signature` (in words)
+)->dict:                            # bundle.json, `signed` (bool: checked with the key) and `signature` (in words)
     "Check a bundle without running anything in it; `KdoctError` with the reason where it is not what was sealed."
     folder = Path(folder)
     if not folder.is_dir():
@@ -555,6 +558,11 @@ def _list(folder):
     return files
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #8e89440f
+def _sign(folder:Path, text:bytes, private):
+    "Write signature.json for the bytes of bundle.json."
+    signature = dict(key=key_name(private), signature=private.sign(text).hex())
+    write_json(folder/'signature.json', dict(algorithm='Ed25519', of='bundle.json', **signature))
+
 def seal(
     folder:str|Path,           # with all files of the bundle, and nothing else
     about:dict,                # what bundle.json shall say, plain values
@@ -573,15 +581,6 @@ def seal(
     (folder/'signature.json').unlink(missing_ok=True)
     write_json(folder/'bundle.json', dict(bundle=1, **about, files=files))
     text = (folder/'bundle.json').read_bytes()
-    if private is not None:
-        write_json(
-            folder / 'signature.json',
-            dict(
-                algorithm='Ed25519',
-                of='bundle.json',
-                key=key_name(private),
-                signature=private.sign(text).hex(),
-            ),
-        )
+    if private is not None: _sign(folder, text, private)
     signed, words = _check_signature(folder, text, private and private.public_key())
     return strict_json(text, 'bundle.json') | dict(signed=signed, signature=words)

@@ -45,7 +45,7 @@ _SOURCES = {  # source -> what it is, its licence as far as it is known, the kin
 
 _SQUARE = dict(squash='changing the aspect ratio', crop='cropping', pad='padding')
 
-# %% ../../nbs/07c_deploy.card_facts.ipynb #a5b2baba
+# %% ../../nbs/07c_deploy.card_facts.ipynb #71329e3f
 _SAME_KIND = 'picture of the same kind as its training data'
 
 def _framing_text(recipe)->str:
@@ -54,6 +54,7 @@ def _framing_text(recipe)->str:
     changes = [text for field, text in done.items() if getattr(recipe, field)]
     return ', '.join([f'made square by {_SQUARE[recipe.resize]}', f'{recipe.size} px', *changes])
 
+# %% ../../nbs/07c_deploy.card_facts.ipynb #a5b2baba
 def _data_facts(run, fold):
     "What the network was trained, chosen and tested on."
     recipe, stage = run.recipe.data, run.stage('data')
@@ -114,7 +115,8 @@ _DECISIONS = ('volumes', 'calibration', 'operating', 'deferral', 'sets', 'outlie
 
 def _rows_of_role(key:str, section:dict, role:str)->list[str]:
     "Names of the rows about one model; all of the operating points where the section is about it alone."
-    if key == 'operating' and section['title'].endswith(f'the {role}'): return list(section['table'])
+    is_all_about_it = key == 'operating' and section['title'].endswith(f'the {role}')
+    if is_all_about_it: return list(section['table'])
     return [n for n in section['table'] if n == role or n.startswith(f'{role}, ')]
 
 def _of_role(sections, role):
@@ -290,7 +292,7 @@ def _all_folds(run:Run, role:str)->dict:
     }
     return dict(folds=summary.get('folds', []), mean_sd=spread)
 
-# %% ../../nbs/07c_deploy.card_facts.ipynb #c4d87363
+# %% ../../nbs/07c_deploy.card_facts.ipynb #a430d427
 def _model_of(run:Run, fold:int, role:str)->dict:
     "model.json of a network of a run; `KdoctError` if it is not trained."
     path = run.stage_dir(fold, role)/'model.json'
@@ -313,6 +315,7 @@ def _model_facts(about:dict, model:dict, role:str)->dict:
         kept=model.get('metrics', {}).get('kept', NOT),
     )
 
+# %% ../../nbs/07c_deploy.card_facts.ipynb #c4d87363
 def _source_facts(run:Run, fold:int, model:dict)->dict:
     "Where a network comes from."
     facts = run.facts()
@@ -369,7 +372,7 @@ def _unknown_data(model:dict)->dict:
     what = f'{what}; {unknown}' if what else unknown
     return dict(source=source or None, what=what, licence=licence, kind=kind)
 
-# %% ../../nbs/07c_deploy.card_facts.ipynb #2c0290be
+# %% ../../nbs/07c_deploy.card_facts.ipynb #32c4b0e8
 _UNCALIBRATED = (
     'Its probabilities are as trained: their calibration is not known. Nothing is deferred, no '
     'outlier is found, and there is no '
@@ -384,6 +387,7 @@ def _colour_limit(about:dict)->list[str]:
         'are not refused.'
     ]
 
+# %% ../../nbs/07c_deploy.card_facts.ipynb #2c0290be
 def _unknown_limits(about:dict, decision)->list[str]:
     "What must be said of a network that nobody here has evaluated."
     compared = [f['parity']['images'] for f in about.get('formats', {}).values() if 'parity' in f]

@@ -45,9 +45,21 @@ ENGINES = {
     'int8': ('int8.xml', ('openvino',)),
 }  # engine -> file, packages that run it
 
+# %% ../../nbs/07f_deploy.engines.ipynb #16d64522
+def _check_pictures(x:np.ndarray, channels:int):
+    "`KdoctError` unless these are pictures as an engine takes them."
+    last = () if channels == 1 else (3,)
+    has_axes = x.ndim == 3 + len(last) and x.shape[3:] == last
+    if x.dtype == np.uint8 and has_axes and 0 not in x.shape: return
+    raise KdoctError(
+        f"Pictures of shape {x.shape} and type {x.dtype}: the engine takes uint8 (n, h, "
+        f"w{', 3' if last else ''}).",
+        fix="Take them from `kdoct.data.framing.framed`, with the bundle's framing.",
+    )
+
 # %% ../../nbs/07f_deploy.engines.ipynb #b85a457c
 class Engine:
-    "Answers pictures."
+    "A network that predicts pictures."
     def __init__(self,
         name:str,         # one of `ENGINES`
         answer:Callable,  # uint8 array -> probabilities, outlier
@@ -59,20 +71,15 @@ class Engine:
     def __call__(self,
         images:np.ndarray,  # uint8 (n, h, w), or (n, h, w, 3) where `channels` is 3
     )->dict:                # probabilities: float32 (n, classes); outlier: float32 (n,)
-        "What the network says of pictures; `KdoctError` if they are not such pictures, or what it says is no number."
-        x, last = np.require(images, requirements=['C', 'W']), () if self.channels == 1 else (3,)
-        if x.dtype != np.uint8 or x.ndim != 3 + len(last) or x.shape[3:] != last or 0 in x.shape:
-            raise KdoctError(
-                f"Pictures of shape {x.shape} and type {x.dtype}: the engine takes uint8 (n, h, "
-                f"w{', 3' if last else ''}).",
-                fix="Take them from `kdoct.data.framing.framed`, with the bundle's framing.",
-            )
+        "What the network gives for pictures; `KdoctError` if they are none, or the output is no number."
+        x = np.require(images, requirements=['C', 'W'])
+        _check_pictures(x, self.channels)
         out = dict(zip(OUTPUTS, (np.asarray(v, np.float32) for v in self.answer(x)), strict=True))
         if all(np.isfinite(out[k]).all() for k in (OUTPUTS if self.measures else OUTPUTS[:1])):
             return out
         raise KdoctError(
             f"The engine '{self.name}' gives numbers that are not finite.",
-            fix="Ask each picture alone to find the one; try the engine 'torch'.",
+            fix="Predict each picture alone to find the one; try the engine 'torch'.",
         )
 
 # %% ../../nbs/07f_deploy.engines.ipynb #719d40f9
@@ -136,6 +143,14 @@ def cut_graph(
         for there in place.get_target_inputs(): there.replace_source_output(params[-1].output(0))
     return ov.Model(ends, params or model.get_parameters())
 
+# %% ../../nbs/07f_deploy.engines.ipynb #5df6121e
+def _for_one(model):
+    "A copy of a graph that takes one picture."
+    shape, model = import_openvino().PartialShape, model.clone()
+    inputs = enumerate(model.inputs)
+    model.reshape({i: shape([1, *list(v.get_partial_shape())[1:]]) for i, v in inputs})
+    return model
+
 # %% ../../nbs/07f_deploy.engines.ipynb #50674cde
 class Compiled:
     "A graph, or a part of one, that threads may call at once."
@@ -154,21 +169,12 @@ class Compiled:
         self._graph(True)   # what cannot be compiled says so here
 
     def _graph(self, single:bool)->tuple:
-        "The graph for one picture, or for any number of them, made when it is first asked for; and what each thread has of it."
+        "The graph for one picture, or for any number, made at its first use; and what each thread has of it."
         with self.lock:
             if single not in self.made:
-                model = self.model.clone()
-                if single:
-                    model.reshape(
-                        {
-                            i: import_openvino().PartialShape([1, *list(v.get_partial_shape())[1:]])
-                            for i, v in enumerate(model.inputs)
-                        }
-                    )
-                self.made[single] = (
-                    openvino_core().compile_model(model, 'CPU', self.options),
-                    threading.local(),
-                )
+                model = _for_one(self.model) if single else self.model.clone()
+                compiled = openvino_core().compile_model(model, 'CPU', self.options)
+                self.made[single] = compiled, threading.local()
             return self.made[single]
 
     def __call__(self, *inputs)->list[np.ndarray]:
@@ -180,38 +186,41 @@ class Compiled:
         own.request.infer()
         return [own.request.get_output_tensor(i).data for i in range(len(compiled.outputs))]
 
+# %% ../../nbs/07f_deploy.engines.ipynb #3d5d1a80
+def _type_and_shape(v)->tuple[str, list]:
+    "Of an input or output of a graph; an axis without a fixed size is None."
+    kind = v.get_element_type()
+    name = {'u8': 'uint8', 'f32': 'float32'}.get(kind.get_type_name(), str(kind))
+    return name, [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()]
+
+def _sized(model, side:int):
+    "A graph for squares of one size; 0: for pictures of any size."
+    shape = model.inputs[0].get_partial_shape()
+    if side and shape.rank.is_static and len(shape) > 2:   # else it is none of ours, and refused later
+        model.reshape(import_openvino().PartialShape([shape[0], side, side, *list(shape)[3:]]))
+    return model
+
 # %% ../../nbs/07f_deploy.engines.ipynb #f746cea1
 def openvino_engine(
     file:str|Path,        # of `write_openvino` or `write_int8`
     precision:str='f32',  # of the network's layers that are in floats: f32 or bf16
     threads:int=0,        # 0: all usable cores
-    side:int=0,           # side of the squares that it is asked about [px]; 0: pictures of any size
+    side:int=0,           # side of the squares that it predicts [px]; 0: pictures of any size
 )->tuple[Callable, dict]:   # uint8 array -> probabilities, outlier; name -> (type, shape) of inputs and outputs
     "OpenVINO on the CPU. A graph that knows the size of its pictures does not work out anew how to resize each."
     def read(): return openvino_core().read_model(str(file))
-    def sized(model):
-        shape = model.inputs[0].get_partial_shape()
-        if side and shape.rank.is_static and len(shape) > 2:   # else it is none of ours, and refused for what it takes
-            model.reshape(import_openvino().PartialShape([shape[0], side, side, *list(shape)[3:]]))
-        return model
-    model, types = read(), {'u8': 'uint8', 'f32': 'float32'}
-    facts = {
-        v.get_any_name(): (
-            types.get(v.get_element_type().get_type_name(), str(v.get_element_type())),
-            [None if k.is_dynamic else k.get_length() for k in v.get_partial_shape()],
-        )
-        for v in (*model.inputs, *model.outputs)
-    }
+    model = read()
+    facts = {v.get_any_name(): _type_and_shape(v) for v in (*model.inputs, *model.outputs)}
     order = [[o.get_any_name() for o in model.outputs].index(k) for k in OUTPUTS]
     if precision == 'f32':
-        whole = Compiled(sized(model), 'f32', threads)
+        whole = Compiled(_sized(model, side), 'f32', threads)
         def answer(x):
-            said = whole(x)
-            return [said[i].copy() for i in order]
+            outputs = whole(x)
+            return [outputs[i].copy() for i in order]
         return answer, facts
     places = [], list(JOINTS[:1]), list(JOINTS[1:]), list(OUTPUTS)
     first, network, last = (
-        Compiled(cut_graph(sized(read()), *ends), how, threads)
+        Compiled(cut_graph(_sized(read(), side), *ends), how, threads)
         for ends, how in zip(pairwise(places), ('f32', precision, 'f32'), strict=True)
     )
     return lambda x: [v.copy() for v in last(*network(*first(x)))], facts
@@ -259,10 +268,8 @@ def compare(
         labels=float((predicted == wanted).mean()),
     )
     if threshold is not None:
-        same, near = (
-            (got['outlier'] > threshold) == (want['outlier'] > threshold),
-            np.abs(want['outlier'] / threshold - 1) < LIMITS['near'],
-        )
+        same = (got['outlier'] > threshold) == (want['outlier'] > threshold)
+        near = np.abs(want['outlier'] / threshold - 1) < LIMITS['near']
         out |= dict(
             distance=float(np.abs(got['outlier'] / want['outlier'] - 1).max()),
             flags=float((same | near).mean()),
@@ -306,14 +313,30 @@ def predict_all(
     engines:dict[str, Engine],      # by name
     pictures:Iterable[np.ndarray],  # each uint8 (h, w) or (h, w, 3)
 )->dict[str, dict]:                 # name -> probabilities (n, classes), outlier (n,)
-    "What each engine says of pictures, one at a time, each read once."
-    said = {name: [] for name in engines}
+    "What each engine gives for pictures, one at a time, each read once."
+    outputs = {name: [] for name in engines}
     for x in pictures:
-        for name, engine in engines.items(): said[name].append(engine(x[None]))
-    return {
-        name: {k: np.concatenate([a[k] for a in all_]) for k in OUTPUTS}
-        for name, all_ in said.items()
-    }
+        for name, engine in engines.items(): outputs[name].append(engine(x[None]))
+    def joined(each): return {k: np.concatenate([out[k] for out in each]) for k in OUTPUTS}
+    return {name: joined(each) for name, each in outputs.items()}
+
+# %% ../../nbs/07f_deploy.engines.ipynb #b25c2755
+def _seconds(engine:Engine, x:np.ndarray, repeats:int)->float:
+    "Time of an engine for a picture of `x` [s]."
+    engine(x)   # another number of pictures than the call before: not counted
+    start = time.perf_counter()
+    for _ in range(repeats): engine(x)
+    return (time.perf_counter() - start)/repeats/len(x)
+
+def _medians(one:list[float], many:list[float], batch:int)->dict:
+    "What is noted of times [s] for pictures alone and in batches, one each round."
+    return dict(
+        latency_ms=1e3 * float(np.median(one)),
+        latency_range_ms=[1e3 * float(min(one)), 1e3 * float(max(one))],
+        images_a_second=1 / float(np.median(many)),
+        batch=batch,
+        rounds=len(one),
+    )
 
 # %% ../../nbs/07f_deploy.engines.ipynb #9ad04a98
 def time_engines(
@@ -324,29 +347,15 @@ def time_engines(
     seconds:float=60.,          # no new round begins after this time, once there is one [s]
 )->dict[str, dict]:             # name -> latency_ms (one picture) and its range, images_a_second (in batches); medians
     "Time engines in turn."
-    few, times, began = (
-        [picture[None], np.stack([picture] * batch)],
-        {name: ([], []) for name in engines},
-        time.perf_counter(),
-    )
+    one, many = picture[None], np.stack([picture] * batch)
+    times, began = {name: ([], []) for name in engines}, time.perf_counter()
     for number in range(-1, rounds):
         if number > 0 and time.perf_counter() - began > seconds: break
         for name, engine in engines.items():
-            for x, each, repeats in zip(few, times[name], (4, 1), strict=True):
-                engine(x)   # another number of pictures than the call before: not counted
-                start = time.perf_counter()
-                for _ in range(repeats): engine(x)
-                if number >= 0: each.append((time.perf_counter() - start)/repeats/len(x))
-    return {
-        name: dict(
-            latency_ms=1e3 * float(np.median(one)),
-            latency_range_ms=[1e3 * float(min(one)), 1e3 * float(max(one))],
-            images_a_second=1 / float(np.median(many)),
-            batch=batch,
-            rounds=len(one),
-        )
-        for name, (one, many) in times.items()
-    }
+            took = _seconds(engine, one, 4), _seconds(engine, many, 1)
+            if number < 0: continue
+            for each, t in zip(times[name], took, strict=True): each.append(t)
+    return {name: _medians(*both, batch) for name, both in times.items()}
 
 # %% ../../nbs/07f_deploy.engines.ipynb #f5211eff
 def worth_it(
@@ -354,20 +363,14 @@ def worth_it(
     parity:dict,        # of `compare`, for int8
 )->tuple[dict, str]:    # what was found; why INT8 is not kept, '' if it is
     "Whether INT8 is faster enough than OpenVINO in float32, and loses little enough."
-    times, many = (
-        timed['openvino']['latency_ms'] / timed['int8']['latency_ms'],
-        timed['int8']['images_a_second'] / timed['openvino']['images_a_second'],
-    )
+    times = timed['openvino']['latency_ms'] / timed['int8']['latency_ms']
+    many = timed['int8']['images_a_second'] / timed['openvino']['images_a_second']
     facts = dict(times_as_fast=times, times_as_fast_in_batches=many)
-    (fast, wished), (lost, most) = (
-        told_apart(times, LIMITS['speed'], 2),
-        told_apart(parity['lost_points'], LIMITS['points'], 2),
-    )
-    why = (
-        []
-        if times >= LIMITS['speed']
-        else [f'{fast} times as fast as OpenVINO in float32 (at least {wished})']
-    )
+    fast, least = told_apart(times, LIMITS['speed'], 2)
+    lost, most = told_apart(parity['lost_points'], LIMITS['points'], 2)
+    why = []
+    if times < LIMITS['speed']:
+        why.append(f'{fast} times as fast as OpenVINO in float32 (at least {least})')
     if parity['lost_points'] > LIMITS['points']:
         why.append(f'loses {lost} points of accuracy (at most {most})')
     return facts, '; '.join(why)
@@ -415,11 +418,17 @@ def runs_here(
         return ''
     return 'this processor has no bfloat16'
 
+# %% ../../nbs/07f_deploy.engines.ipynb #7d61a74f
+def _graph_engine(file:Path, name:str, threads:int, side:int)->tuple[Callable, dict]:
+    "What runs a file of a graph, and its inputs and outputs."
+    if name == 'onnx': return onnx_engine(file, threads)
+    return openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, side)
+
 # %% ../../nbs/07f_deploy.engines.ipynb #e8a43bbe
 def make_engine(
     folder:str|Path,     # with the files of a bundle
     name:str,            # one of `ENGINES`
-    about:dict,          # size, margin, channels, classes, as in bundle.json; temperature None: no distance is measured
+    about:dict,          # size, margin, channels, classes, as in bundle.json; temperature None: no distance
     decision:Decision|None,  # for the engine torch; graphs have it in them
     threads:int=0,       # 0: all usable cores
 )->Engine:
@@ -429,23 +438,16 @@ def make_engine(
             f"The engine '{name}' does not run here: {why}.",
             fix="pip install 'kdoct[deploy]', or use another engine.",
         )
-    file, want, stored = (
-        Path(folder) / ENGINES[name][0],
-        graph_signature(about['channels'], len(about['classes'])),
-        about['size'] + about['margin'],
-    )
-    match name:
-        case 'torch': answer, facts = torch_engine(load_model_folder(folder)[0], decision, about['size'], about['margin'], threads), want
-        case 'onnx': answer, facts = onnx_engine(file, threads)
-        case _: answer, facts = openvino_engine(file, 'bf16' if name == 'openvino-bf16' else 'f32', threads, stored)
+    file, stored = Path(folder)/ENGINES[name][0], about['size'] + about['margin']
+    want = graph_signature(about['channels'], len(about['classes']))
+    if name == 'torch':
+        model, facts = load_model_folder(folder)[0], want
+        answer = torch_engine(model, decision, about['size'], about['margin'], threads)
+    else: answer, facts = _graph_engine(file, name, threads, stored)
     if facts != want:
         raise KdoctError(
             f"The graph {file.name} takes and gives {facts}, not {want}.",
             fix="Do not use this bundle. Get it again from whoever made it.",
         )
-    return Engine(
-        name,
-        lambda x: answer(squared(x, stored)),
-        about['channels'],
-        about.get('temperature', 1.0) is not None,
-    )
+    measures = about.get('temperature', 1.) is not None
+    return Engine(name, lambda x: answer(squared(x, stored)), about['channels'], measures)

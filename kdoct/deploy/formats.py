@@ -62,12 +62,13 @@ def checked_formats(
         require_extra('deploy', *FORMATS[f], *(p for e in ENGINES_OF[f] for p in ENGINES[e][1]))
     return tuple(f for f in FORMATS if f in formats)
 
-# %% ../../nbs/07g_deploy.formats.ipynb #5af9f5bf
+# %% ../../nbs/07g_deploy.formats.ipynb #80af66cf
 def _reason(e:Exception)->str:
     "The first line of what a package says went wrong."
     lines = str(e).strip().splitlines()
     return f"{type(e).__name__}: {lines[0][:200] if lines else ''}"
 
+# %% ../../nbs/07g_deploy.formats.ipynb #5af9f5bf
 def write_formats(
     net:Deployable,                # what is written
     folder:Path,                   # where to
@@ -141,7 +142,7 @@ def pictures_of_run(
         (table.role == 'val').to_numpy(),
     )
 
-# %% ../../nbs/07g_deploy.formats.ipynb #ff973c13
+# %% ../../nbs/07g_deploy.formats.ipynb #6f8693cd
 def _framed_scans(files:list[Path], about:dict)->Iterator[np.ndarray]:
     "The B-scans of files, as a graph takes them; `KdoctError` naming the first that cannot be read."
     with closing(Sandbox(modality=about.get('modality', 'oct'))) as guard:
@@ -155,6 +156,7 @@ def _framed_scans(files:list[Path], about:dict)->Iterator[np.ndarray]:
                     fix="Every file of --images is read: leave out those that are no pictures.",
                 ) from e
 
+# %% ../../nbs/07g_deploy.formats.ipynb #ff973c13
 def pictures_of_files(
     paths,           # files and folders, or one of either
     about:dict,      # size, margin, channels, framing, as in bundle.json

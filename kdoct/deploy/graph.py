@@ -94,7 +94,8 @@ class Prepare(nn.Module):
         ):
             self.register_buffer(name, m)
 
-    def forward(self, images:torch.Tensor)->torch.Tensor:  # uint8 (n, h, w) or (n, h, w, 3) -> (n, 3, side, side), normalised
+    # uint8 (n, h, w) or (n, h, w, 3) -> (n, 3, side, side), normalised
+    def forward(self, images:torch.Tensor)->torch.Tensor:
         x = images.float()
         x = pil_resize(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), self.stored)/255
         for m in (getattr(self, name) for name in self.steps): x = (m @ x @ m.T).clamp(0, 1)
@@ -111,7 +112,7 @@ class Network(nn.Module):
         return pooled_and_logits(self.body, x)
 
 class Finish(nn.Module):
-    "Features and logits -> probabilities and distance; without a decision probabilities as trained, and NaN: no distance is measured."
+    "Features and logits -> probabilities and distance; without a decision as trained, and NaN."
     def __init__(self, decision:Decision|None):
         super().__init__()
         self.temperature, self.measures = (
@@ -121,7 +122,10 @@ class Finish(nn.Module):
         for name, v in statistics.items():
             self.register_buffer(name, torch.from_numpy(np.array(v, np.float32)))
 
-    def forward(self, features:torch.Tensor, logits:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # -> (n, classes), (n,)
+    def forward(self,
+        features:torch.Tensor,  # (n, d)
+        logits:torch.Tensor,    # (n, classes)
+    )->tuple[torch.Tensor, torch.Tensor]:   # (n, classes), (n,)
         probabilities = (logits/self.temperature).softmax(1)
         if not self.measures: return probabilities, features[:, 0]*torch.nan
         return probabilities, distance(features, self.mean, self.axes, self.scale, self.residual)
@@ -143,7 +147,8 @@ class Deployable(nn.Module):
         )
         self.eval().requires_grad_(False)
 
-    def forward(self, images:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:  # uint8 (n, h, w) or (n, h, w, 3) -> (n, classes), (n,)
+    # uint8 (n, h, w) or (n, h, w, 3) -> (n, classes), (n,)
+    def forward(self, images:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:
         return self.finish(*self.network(self.prepare(images)))
 
 # %% ../../nbs/07e_deploy.graph.ipynb #d921ca41
@@ -153,7 +158,7 @@ OPSET = 20
 
 @contextmanager
 def _quietly():
-    "Exporters tell what they do at length; OpenVINO's and NNCF also report their use to their maker, but not where these two are set."
+    "Exporters tell what they do at length, and some report their use to their maker: not here."
     before, told = logging.root.manager.disable, {k: os.environ.get(k) for k in ('CI', 'NNCF_CI')}
     try:
         logging.disable(logging.ERROR)
@@ -167,7 +172,7 @@ def _quietly():
 
 # %% ../../nbs/07e_deploy.graph.ipynb #2bf1cfb7
 def _onnx_part(module:nn.Module, inputs:dict, outputs:tuple, free:tuple, prefix:str):
-    "One part as an ONNX model whose inner names begin with `prefix`; `free` names the axes of its inputs that have no fixed size."
+    "One part as an ONNX model whose inner names begin with `prefix`; `free` names axes without a fixed size."
     import onnx
     with _quietly(), torch.no_grad():
         proto = torch.onnx.export(
@@ -198,19 +203,14 @@ def write_onnx(
     require_extra('deploy', 'onnx', 'onnxscript')
     import onnx
     x = torch.zeros(2, 40, 48, *(() if channels == 1 else (3,)), dtype=torch.uint8)
-    with torch.no_grad(): prepared, (features, logits) = (made := net.prepare(x)), net.network(made)
+    with torch.no_grad():
+        prepared = net.prepare(x)
+        features, logits = net.network(prepared)
+    last, n, size = dict(features=features, logits=logits), {0: 'n'}, {0: 'n', 1: 'h', 2: 'w'}
     parts = [
-        _onnx_part(
-            net.prepare, dict(images=x), JOINTS[:1], ({0: 'n', 1: 'h', 2: 'w'},), 'prepare/'
-        ),
-        _onnx_part(net.network, dict(prepared=prepared), JOINTS[1:], ({0: 'n'},), 'network/'),
-        _onnx_part(
-            net.finish,
-            dict(features=features, logits=logits),
-            OUTPUTS,
-            ({0: 'n'}, {0: 'n'}),
-            'finish/',
-        ),
+        _onnx_part(net.prepare, dict(images=x), JOINTS[:1], (size,), 'prepare/'),
+        _onnx_part(net.network, dict(prepared=prepared), JOINTS[1:], (n,), 'network/'),
+        _onnx_part(net.finish, last, OUTPUTS, (n, n), 'finish/'),
     ]
     whole = onnx.compose.merge_models(parts[0], parts[1], [('prepared',)*2])
     whole = onnx.compose.merge_models(whole, parts[2], [('features',)*2, ('logits',)*2])
@@ -227,7 +227,8 @@ def import_openvino():
 
 @functools.cache
 def openvino_core():
-    "OpenVINO's one core of this process, which is never freed: a freed one may leave its signal stack behind, and the next signal ends the process."
+    "OpenVINO's one core of this process, which is never freed."
+    # a freed one may leave its signal stack behind, and the next signal ends the process
     return import_openvino().Core()
 
 # %% ../../nbs/07e_deploy.graph.ipynb #b61de732
@@ -253,9 +254,8 @@ def write_openvino(
             place = joint_output(model, name)
             p.output(0).replace(place)
             place.add_names({name})
-        model = ov.Model(
-            [o.get_node().input_value(0) for o in other.outputs], model.get_parameters(), 'kdoct'
-        )
+        ends = [o.get_node().input_value(0) for o in other.outputs]
+        model = ov.Model(ends, model.get_parameters(), 'kdoct')
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 # %% ../../nbs/07e_deploy.graph.ipynb #70eb776a
@@ -289,10 +289,8 @@ def write_int8(
     with _quietly(): import nncf
     model = openvino_core().read_model(str(openvino_file))
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}
-    first, network = (
-        _before([joint_output(model, 'prepared')]),
-        _before([joint_output(model, n) for n in JOINTS[1:]]),
-    )
+    first = _before([joint_output(model, 'prepared')])
+    network = _before([joint_output(model, n) for n in JOINTS[1:]])
     with _quietly():
         small = nncf.quantize(
             model,

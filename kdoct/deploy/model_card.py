@@ -120,7 +120,7 @@ def _set_text(alpha:str, least:float)->str:
     )
     return f'Prediction sets with a target error of {100 * float(alpha):g} %: {members}.'
 
-# %% ../../nbs/07d_deploy.model_card.ipynb #119ce272
+# %% ../../nbs/07d_deploy.model_card.ipynb #b4b483fb
 def _thresholds_text(d:dict)->list[str]:
     "What a decision does, a line a threshold."
     return _list([
@@ -134,6 +134,7 @@ def _thresholds_text(d:dict)->list[str]:
         *d['notes'],
     ])
 
+# %% ../../nbs/07d_deploy.model_card.ipynb #119ce272
 def _points_text(points:list[dict])->list[str]:
     "Operating points, where evaluation has not counted them on test."
     head = ['class', 'target', 'threshold', 'sensitivity %', 'specificity %', 'images', 'note']

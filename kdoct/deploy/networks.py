@@ -166,9 +166,10 @@ def open_model_folder(
     )
     return Bundle(folder, about, decision)
 
-# %% ../../nbs/07h_deploy.networks.ipynb #89a915c3
+# %% ../../nbs/07h_deploy.networks.ipynb #fb9da27e
 _OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
 
+# %% ../../nbs/07h_deploy.networks.ipynb #89a915c3
 def open_network(
     folder:str|Path,     # a bundle, or a model folder
     public_key=None,     # file of the public key that must have signed a bundle; None: a signature is not required

@@ -188,13 +188,14 @@ class Volumes:
         "A row a volume, in the order in which they were met."
         return (self._decided(v) for v in self.volumes.values())
 
-# %% ../../nbs/07i_deploy.rows.ipynb #387060f7
+# %% ../../nbs/07i_deploy.rows.ipynb #1fd5da3d
 def _counts(decided, deferred:np.ndarray, outlier:np.ndarray, has_decision:bool)->dict:
     "What is deferred and counted of a volume; without a decision only that B-scans are lost."
     if not has_decision: return dict(deferred=decided.deferred or None, unsure=None, outliers=None)
     unsure = deferred & decided.used & ~outlier
     return dict(deferred=decided.deferred, unsure=int(unsure.sum()), outliers=int(outlier.sum()))
 
+# %% ../../nbs/07i_deploy.rows.ipynb #387060f7
 @patch
 def _decided(self:Volumes, v:_Volume)->dict:
     "The row of one volume."
@@ -217,7 +218,7 @@ def _decided(self:Volumes, v:_Volume)->dict:
     row |= {f'probability_{c}': m for c, m in zip(self.classes, mean, strict=True)}
     return {k: row[k] for k in volume_fields(self.classes)}
 
-# %% ../../nbs/07i_deploy.rows.ipynb #f4afb60c
+# %% ../../nbs/07i_deploy.rows.ipynb #409902e8
 def _own_rule(
     rule:str,              # mean or worst; '': mean
     min_slices:int|None,   # of `chosen_rule`
@@ -227,6 +228,7 @@ def _own_rule(
     said = f"Volumes are decided by the {used.text}; no rule was evaluated for this network."
     return used, said
 
+# %% ../../nbs/07i_deploy.rows.ipynb #f4afb60c
 def chosen_rule(
     shipped:VolumeRule|None,  # that of the network's decision; None: there is none
     rule:str='',         # mean or worst instead; '': the shipped one, without one mean

@@ -54,7 +54,7 @@ def _shareable(about:dict)->dict:
             part['weights'] = Path(part['weights']).name
     return about
 
-# %% ../../nbs/07_deploy.ipynb #54e738ba
+# %% ../../nbs/07_deploy.ipynb #c1cec25c
 def _arrays(taken:dict, classes:int, decision:Decision|None)->tuple[dict, dict]:
     "Input and outputs of the graph, for whoever calls it without kdoct."
     shapes = {
@@ -71,6 +71,7 @@ def _arrays(taken:dict, classes:int, decision:Decision|None)->tuple[dict, dict]:
     )
     return dict(name='images', **shapes.pop('images'), meaning=meaning), shapes
 
+# %% ../../nbs/07_deploy.ipynb #54e738ba
 def _about(name:str, role:str, model:dict, taken:dict, decision:Decision|None, source:dict)->dict:
     "What bundle.json says of the network, before anything is checked; `taken` is of `pictures_taken`."
     inputs, outputs = _arrays(taken, len(model['classes']), decision)
@@ -167,7 +168,7 @@ def _calibration_facts(data:FoldData, rows:np.ndarray)->dict:
         sha256=sorted(table.sha256),
     )
 
-# %% ../../nbs/07_deploy.ipynb #5355e1b5
+# %% ../../nbs/07_deploy.ipynb #16b79e9d
 def _source(run:Run, fold:int, role:str, model:dict)->dict:
     "Where a run's network comes from."
     return dict(
@@ -179,6 +180,7 @@ def _source(run:Run, fold:int, role:str, model:dict)->dict:
         recipe_key=run.recipe.key,
     )
 
+# %% ../../nbs/07_deploy.ipynb #5355e1b5
 def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->dict:
     "Everything but the seal; returns what bundle.json says."
     # the card reads records of evaluation, which this notebook does not need

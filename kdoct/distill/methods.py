@@ -38,9 +38,9 @@ def as_teacher(
             fix="Give a network (torch.nn.Module), or a model folder; of a Learner: learn.model",
         )
     model, about = load_model_folder(teacher)
-    frozen = InferenceModel(model)
-    frozen.classes = tuple(about['classes'])
-    return frozen
+    copy = InferenceModel(model)
+    copy.classes = tuple(about['classes'])
+    return copy
 
 def plain_tensor(
     x:torch.Tensor,  # of torch, or of one of fastai's types
@@ -51,17 +51,15 @@ def plain_tensor(
 # %% ../../nbs/03b_distill.methods.ipynb #7a1e4f8f
 def unit_pictures(
     x:torch.Tensor,               # (n, channels, h, w)
-    normalised:tuple|None=None,   # mean and standard deviation, of each channel, by which it was normalised; None: it was not
-    known:bool=False,             # whether the batches are known to be right (looking at them makes a GPU wait)
+    normalised:tuple|None=None,   # mean and standard deviation, of each channel, that were applied; None: none were
+    known:bool=False,             # whether the batches are known to be right (to look makes a GPU wait)
 )->torch.Tensor:                  # the same in [0, 1]
     "Undo a normalisation; `KdoctError` if what comes out are no pictures in [0, 1]."
     x = plain_tensor(x).float()
     if normalised is not None:
-        mean, std = (
-            torch.as_tensor(v, dtype=torch.float32).to(x.device).reshape(1, -1, 1, 1)
-            for v in normalised
-        )
-        x = x*plain_tensor(std) + plain_tensor(mean)
+        each = (torch.as_tensor(v, dtype=torch.float32).to(x.device) for v in normalised)
+        mean, std = (plain_tensor(v.reshape(1, -1, 1, 1)) for v in each)
+        x = x*std + mean
     if known: return x if normalised is None else x.clamp(0, 1)
     low, high = (v.item() for v in x.aminmax())
     if -.05 <= low and high <= 1.05: return x.clamp(0, 1)
@@ -74,22 +72,19 @@ def unit_pictures(
 
 # %% ../../nbs/03b_distill.methods.ipynb #2acf1a43
 class Teachers:
-    "Networks that teach in any training loop."
+    "The teachers of any training loop."
     def __init__(self,
         teachers,                        # a network or model folder, or name -> such
         recipe:DistillRecipe|None=None,  # alpha, beta, temperature, how to combine; None: the defaults
         weights:torch.Tensor|None=None,  # (teachers,) where the recipe weighs them
-        normalised:tuple|None=None,      # mean and standard deviation by which the batches are normalised; None: they are not
+        normalised:tuple|None=None,      # mean and standard deviation that the batches are normalised by; None: none
         classes=None,                    # names of the classes in the student's order; None: not compared
     ):
         given = teachers if isinstance(teachers, dict) else dict(teacher=teachers)
-        self.teachers, self.recipe, self.weights = (
-            {name: as_teacher(t) for name, t in given.items()},
-            recipe or DistillRecipe(),
-            weights,
-        )
         if not given:
             raise KdoctError("There is no teacher.", fix="Give a network or a model folder.")
+        self.recipe, self.weights = recipe or DistillRecipe(), weights
+        self.teachers = {name: as_teacher(t) for name, t in given.items()}
         if self.recipe.combine == 'nll' and len(given) > 1 and weights is None:
             raise KdoctError("combine is 'nll', and the teachers have no weights.",
                              fix="Give them: weights=teacher_weights([validation losses])")
@@ -97,81 +92,85 @@ class Teachers:
         self.normalised, self.batches, self.known = normalised, 0, False
         self.set_classes(classes)
 
-    def set_classes(self,
-        classes,  # names in the student's order, or None
-    ):
-        "Find the order of each teacher's logits; `KdoctError` if one has other classes."
-        named = (
-            {}
-            if classes is None
-            else {k: t.classes for k, t in self.teachers.items() if hasattr(t, 'classes')}
-        )
-        self.order = {k: class_order(own, classes, f"The {k}") for k, own in named.items()}
+# %% ../../nbs/03b_distill.methods.ipynb #teachers-classes
+@patch
+def set_classes(self:Teachers,
+    classes,  # names in the student's order, or None
+):
+    "Find the order of each teacher's logits; `KdoctError` if one has other classes."
+    self.order = {}
+    if classes is None: return
+    for name, teacher in self.teachers.items():
+        if hasattr(teacher, 'classes'):
+            self.order[name] = class_order(teacher.classes, classes, f"The {name}")
 
-    def logits(self,
-        name:str,          # of the teacher
-        x:torch.Tensor,    # (n, channels, h, w), as the student sees it
-        when:str='',       # a word on the time, for the error
-    )->torch.Tensor:       # (n, classes) float32, in the order of the student's classes
-        "One teacher's logits of a batch; `KdoctError` if they are not finite."
-        teacher, own = self.teachers[name], next(self.teachers[name].parameters(), None)
-        if own is not None and own.device != x.device: teacher.to(x.device)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if isinstance(teacher, Classifier):
-                z = teacher(unit_pictures(x, self.normalised, self.known))
-            else: z = teacher(plain_tensor(x).to(x.dtype if own is None else own.dtype))
-        self.known |= isinstance(teacher, Classifier)
-        if not plain_tensor(z).isfinite().all():
-            raise KdoctError(f"The logits of the {name} are not finite{when}.",
-                             fix="Set that teacher's precision to fp32, or train it again.")
-        return plain_tensor(z).float()[:, self.order.get(name, slice(None))]
+@patch
+def queried(self:Teachers,
+    number:int,    # of the batch, counted from 0 over all epochs
+)->list[str]:
+    "Names of the teachers that are queried about a batch."
+    names = list(self.teachers)
+    return [names[number % len(names)]] if self.recipe.combine == 'turn' else names
 
-    def queried(self,
-        number:int,    # of the batch, counted from 0 over all epochs
-    )->list[str]:
-        "Names of the teachers that are queried about a batch."
-        names = list(self.teachers)
-        return [names[number % len(names)]] if self.recipe.combine == 'turn' else names
+# %% ../../nbs/03b_distill.methods.ipynb #teachers-logits
+@patch
+def logits(self:Teachers,
+    name:str,          # of the teacher
+    x:torch.Tensor,    # (n, channels, h, w), as the student sees it
+    when:str='',       # a word on the time, for the error
+)->torch.Tensor:       # (n, classes) float32, in the order of the student's classes
+    "One teacher's logits of a batch; `KdoctError` if they are not finite."
+    teacher = self.teachers[name]
+    own = next(teacher.parameters(), None)
+    if own is not None and own.device != x.device: teacher.to(x.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if isinstance(teacher, Classifier):
+            z = teacher(unit_pictures(x, self.normalised, self.known))
+            self.known = True
+        else: z = teacher(plain_tensor(x).to(x.dtype if own is None else own.dtype))
+    if not plain_tensor(z).isfinite().all():
+        raise KdoctError(f"The logits of the {name} are not finite{when}.",
+                         fix="Set that teacher's precision to fp32, or train it again.")
+    return plain_tensor(z).float()[:, self.order.get(name, slice(None))]
 
-    def terms(self,
-        hard:torch.Tensor,    # scalar, the loss against the label
-        logits:torch.Tensor,  # (n, classes) of the student
-        teacher_logits:torch.Tensor,  # (n, classes) of the teachers, combined
-    )->tuple:                 # whole loss, hard term, soft term
-        "The loss of distillation; `KdoctError` if student and teachers have other classes, or the loss is no single number."
-        hard, logits = plain_tensor(hard), plain_tensor(logits)
-        if logits.shape != teacher_logits.shape:
-            raise KdoctError(
-                f"The student gives {tuple(logits.shape)} logits, the teachers "
-                f"{tuple(teacher_logits.shape)}.",
-                fix="Both must have the same classes.",
-            )
-        if hard.ndim:
-            raise KdoctError(f"The hard loss is of the shape {tuple(hard.shape)}.",
-                             fix="Take its mean: reduction='mean'.")
-        soft = soft_loss(logits, teacher_logits, self.recipe.temperature)
-        return distillation_loss(hard, soft, self.recipe), hard, soft
+# %% ../../nbs/03b_distill.methods.ipynb #teachers-loss
+@patch
+def terms(self:Teachers,
+    hard:torch.Tensor,    # scalar, the loss against the label
+    logits:torch.Tensor,  # (n, classes) of the student
+    teacher_logits:torch.Tensor,  # (n, classes) of the teachers, combined
+)->tuple:                 # whole loss, hard term, soft term
+    "The loss of distillation; `KdoctError` if the classes differ, or the hard loss is no single number."
+    hard, logits = plain_tensor(hard), plain_tensor(logits)
+    if logits.shape != teacher_logits.shape:
+        raise KdoctError(f"The student gives {tuple(logits.shape)} logits, the teachers "
+                         f"{tuple(teacher_logits.shape)}.",
+                         fix="Both must have the same classes.")
+    if hard.ndim:
+        raise KdoctError(f"The hard loss is of the shape {tuple(hard.shape)}.",
+                         fix="Take its mean: reduction='mean'.")
+    soft = soft_loss(logits, teacher_logits, self.recipe.temperature)
+    return distillation_loss(hard, soft, self.recipe), hard, soft
 
-    def loss(self,
-        hard:torch.Tensor,    # scalar, the loss against the label
-        logits:torch.Tensor,  # (n, classes) of the student, with gradient
-        x:torch.Tensor,       # (n, channels, h, w), the batch that the student saw
-    )->torch.Tensor:          # scalar
-        "The loss of a batch: beta * hard + alpha * T^2 KL."
-        each = [self.logits(name, x) for name in self.queried(self.batches)]
-        self.batches += 1
-        return self.terms(hard, logits, combine(each, self.recipe, self.weights))[0]
+# %% ../../nbs/03b_distill.methods.ipynb #teachers-of-loop
+@patch
+def loss(self:Teachers,
+    hard:torch.Tensor,    # scalar, the loss against the label
+    logits:torch.Tensor,  # (n, classes) of the student, with gradient
+    x:torch.Tensor,       # (n, channels, h, w), the batch that the student saw
+)->torch.Tensor:          # scalar
+    "The loss of a batch: beta * hard + alpha * T^2 KL."
+    each = [self.logits(name, x) for name in self.queried(self.batches)]
+    self.batches += 1
+    return self.terms(hard, logits, combine(each, self.recipe, self.weights))[0]
 
 # %% ../../nbs/03b_distill.methods.ipynb #a441a6a7
 def normalisation_of(
     dls,            # fastai's DataLoaders
 )->tuple|None:      # mean and standard deviation of fastai's Normalize; None: there is none
     "How batches are normalised."
-    found = [
-        t
-        for t in getattr(getattr(dls.train, 'after_batch', None), 'fs', ())
-        if isinstance(t, Normalize)
-    ]
+    transforms = getattr(getattr(dls.train, 'after_batch', None), 'fs', ())
+    found = [t for t in transforms if isinstance(t, Normalize)]
     if len(found) > 1:
         raise KdoctError(f"The DataLoaders normalise {len(found)} times.",
                          fix="Keep one Normalize in batch_tfms.")
@@ -198,15 +197,15 @@ class Distill(Callback):
     # before History (15), which checks and records the terms, and MixedPrecision (10), which scales the loss
     order, run_valid = 5, False
     def __init__(self,
-        teachers,                         # network, model folder or kept answers, or name -> such
-        recipe:DistillRecipe|None=None,   # alpha, beta, temperature, how to combine, views, teacher_batch; None: the defaults
+        teachers,                         # network, model folder or teacher cache, or name -> such
+        recipe:DistillRecipe|None=None,   # alpha, beta, temperature, how to combine, views; None: the defaults
         weights:torch.Tensor|None=None,   # (teachers,) where the recipe weighs them
-        normalised:tuple|None=None,       # mean and standard deviation of the batches; None: those of fastai's Normalize
+        normalised:tuple|None=None,       # mean and standard deviation of the batches; None: those of Normalize
     ):
         self.group, self.normalised = Teachers(teachers, recipe, weights), normalised
         self.recipe, self.weights = self.group.recipe, weights
         self.online = not any(isinstance(t, TeacherCache) for t in self.teachers.values())
-        # what comes with a batch, see `QueriedBatches`: (images, teachers, classes); None: it is queried in after_loss
+        # of a batch, see `QueriedBatches`: (images, teachers, classes); None: queried in after_loss
         self.each_logits, self.block = None, 1
 
     @property
@@ -216,44 +215,49 @@ class Distill(Callback):
         "`learn.export` writes its callbacks; the teachers stay here."
         return {k: v for k, v in self.__dict__.items() if k != 'group'}
 
-    def before_fit(self):
-        if 'group' not in self.__dict__: return   # an exported Learner, which predicts
-        self.ours = isinstance(self.dls.train, Batches)   # which hand out pictures in [0, 1]
-        self.group.known = self.ours
-        if not self.ours: self.check_learner()
-        if self.online: return
-        train = self.dls.train
-        train.views, train.refresh = self.recipe.views, self.recipe.refresh
-        for cache in self.teachers.values(): cache.open(train)
-
-    def before_train(self):
-        if 'group' not in self.__dict__:
-            raise KdoctError(
-                "An exported Learner has no teachers.",
-                fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).",
-            )
-        if not self.ours: return
-        train, recipe = self.dls.train, self.recipe
-        if not self.online: self.build()
-        elif hasattr(self.learn, 'mix') or recipe.combine == 'turn':
-            return   # queried about each batch, in after_loss
-        self.block = max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
-        self.learn.dl = QueriedBatches(self, train)
-
     def after_train(self): self.each_logits, self.block = None, 1
     def after_fit(self): self.learn.loss_terms = None
     after_cancel_train, after_cancel_fit = after_train, after_fit
 
+# %% ../../nbs/03b_distill.methods.ipynb #distill-before
+@patch
+def before_fit(self:Distill):
+    "Learn what kind of batches there are, and open the caches."
+    if 'group' not in self.__dict__: return   # an exported Learner, which predicts
+    self.ours = isinstance(self.dls.train, Batches)   # which hand out pictures in [0, 1]
+    self.group.known = self.ours
+    if not self.ours: self.check_learner()
+    if self.online: return
+    train = self.dls.train
+    train.views, train.refresh = self.recipe.views, self.recipe.refresh
+    for cache in self.teachers.values(): cache.open(train)
+
+# %% ../../nbs/03b_distill.methods.ipynb #distill-train
+@patch
+def before_train(self:Distill):
+    "Have the teachers' logits come with the batches, where that is possible."
+    if 'group' not in self.__dict__:
+        raise KdoctError(
+            "An exported Learner has no teachers.",
+            fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).",
+        )
+    if not self.ours: return
+    train, recipe = self.dls.train, self.recipe
+    if not self.online: self.build()
+    elif hasattr(self.learn, 'mix') or recipe.combine == 'turn':
+        return   # queried about each batch, in after_loss
+    self.block = max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
+    self.learn.dl = QueriedBatches(self, train)
+
 # %% ../../nbs/03b_distill.methods.ipynb #fd578544
 @patch
 def check_learner(self:Distill):
-    "Take over normalisation and classes of a user's Learner; `KdoctError` where a teacher cannot be queried rightly."
+    "Take over normalisation and classes of a Learner; `KdoctError` where a teacher does not fit them."
     found = normalisation_of(self.dls)
     self.group.normalised = self.normalised or found
     names = getattr(self.dls, 'vocab', None)
-    self.group.set_classes(
-        names if names is not None and all(isinstance(c, str) for c in names) else None
-    )
+    are_names = names is not None and all(isinstance(c, str) for c in names)
+    self.group.set_classes(names if are_names else None)
     if not self.online or self.recipe.views:
         raise KdoctError(
             "Views that come back are made by kdoct's own batches, which this Learner "
@@ -272,12 +276,12 @@ def _require_same_normalisation(name:str, teacher:nn.Module, normalised:tuple|No
     "`KdoctError` if the network says that it takes batches of another normalisation."
     own = getattr(teacher, 'pretrained_cfg', None) or {}
     if normalised is None or not {'mean', 'std'} <= set(own): return
-    there = [[round(float(v), 3) for v in torch.as_tensor(part).flatten()] for part in normalised]
-    wanted = [[round(float(v), 3) for v in own[k]] for k in ('mean', 'std')]
-    if there != wanted:
+    def rounded(values): return [round(float(v), 3) for v in torch.as_tensor(values).flatten()]
+    batches, network = [rounded(v) for v in normalised], [rounded(own[k]) for k in ('mean', 'std')]
+    if batches != network:
         raise KdoctError(
-            f"The {name} was normalised by {wanted[0]} and {wanted[1]}, the batches are by "
-            f"{there[0]} and {there[1]}.",
+            f"The {name} was normalised by {network[0]} and {network[1]}, the batches are by "
+            f"{batches[0]} and {batches[1]}.",
             fix="Give it as kdoct.models.backbones.Classifier(network, size, mean, std, "
                 "interpolation), which normalises for itself.",
         )
@@ -312,7 +316,7 @@ def query(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, teachers, cl
 
 # %% ../../nbs/03b_distill.methods.ipynb #27532cd2
 @patch
-def queried(self:Distill)->list[str]:
+def queried(self:Distill)->list[str]:  # noqa: F811 (of another class)
     "Roles of the teachers that are queried about this batch; `turn` changes them with the optimiser's steps."
     return self.group.queried(
         step_number(self.learn)[0] if self.ours else self.epoch * self.n_iter + self.iter

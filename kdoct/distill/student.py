@@ -6,62 +6,34 @@
 __all__ = ['train_student', 'train_baseline']
 
 # %% ../../nbs/04_distill.ipynb #imp-distill-student
-import torch
-
 from ..core.files import KdoctError
 from ..core.runs import Run
+from .loading import load_teachers
 from .methods import Distill
-from .teacher import load_teachers
-from .teacher_cache import picture_facts, TeacherCache
-from ..models.backbones import Classifier
-from kdoct.training.distributed import (
-    best_device,
-    broadcast,
-    init_group,
-    propagate_failure,
-    rank_world,
-)
-from ..training.inference import inference_model, InferenceModel
-from ..training.losses import teacher_weights
+from .preparation import ready_teachers, teacher_shares
+from .teacher_cache import TeacherCache
+from ..training.distributed import init_group, propagate_failure, rank_world
 from ..training.results import train_role
 
-# %% ../../nbs/04_distill.ipynb #f6571118
-def _weights(found:dict[str, tuple[Classifier, dict]], how:str)->torch.Tensor:
-    "Share of each teacher, sum 1."
-    if how != 'nll': return torch.full((len(found),), 1/len(found))
-    losses = {
-        role: about['metrics']['validation']['valid_loss'] for role, (_, about) in found.items()
-    }
-    if bad := [role for role, v in losses.items() if v is None]:
-        raise KdoctError(f"The {bad[0]} has no finite validation loss to be weighed by.",
-                         fix="Train it again, or set distill.combine to probabilities.")
-    return teacher_weights(list(losses.values()))
-
-def _frozen(model:Classifier, wanted:str)->tuple[InferenceModel, dict]:
-    "A teacher on this process's device, in the arithmetic that process 0 has found to be faster."
-    if rank_world()[0]: return inference_model(model, broadcast(None)['precision'], best_device())
-    frozen, facts = inference_model(model, wanted, best_device())
-    broadcast(facts)
-    return frozen, facts
-
-# %% ../../nbs/04_distill.ipynb #8a07241e
-def _ready(found:dict[str, tuple[Classifier, dict]], run:Run)->tuple[dict, dict]:
-    "Teachers as `Distill` takes them, and what run.json says of each."
-    recipe, teachers, facts = run.recipe.distill, {}, {}
-    for role, (model, about) in found.items():
-        try: frozen, facts[role] = _frozen(model, run.recipe.training(role).precision)
-        except KdoctError as e: raise KdoctError(f"The {role} of fold {about['fold']}: "
-                                                 f"{e.problem}", fix=e.fix) from e
-        teachers[role] = frozen
-        if recipe.views:
-            teachers[role] = TeacherCache(
-                frozen,
-                about['weights_sha256'],
-                recipe.teacher_batch,
-                about['arch'],
-                picture_facts(run.recipe.data),
-            )
-    return teachers, facts
+# %% ../../nbs/04_distill.ipynb #701f0869
+def _distil(run:Run, fold:int)->dict:
+    "The student of a fold, trained with its teachers."
+    found, role, recipe = load_teachers(run, fold), 'student', run.recipe.distill
+    if run.is_finished(role, fold): return train_role(run, fold, role)
+    shares = teacher_shares(found, recipe.combine)
+    teachers, facts = ready_teachers(found, run)
+    taught_by = {}   # for model.json
+    for (name, (_, about)), share in zip(found.items(), shares.tolist(), strict=True):
+        taught_by[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
+                               weight=share)
+    del found   # the copies are used
+    distill = Distill(teachers, recipe, shares)
+    about = train_role(run, fold, role, [distill], taught_by=taught_by)
+    for name, t in teachers.items():
+        if isinstance(t, TeacherCache):
+            facts[name] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)
+    if not rank_world()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
+    return about
 
 # %% ../../nbs/04_distill.ipynb #eeed97df
 def train_student(
@@ -74,30 +46,10 @@ def train_student(
     if role != 'student':
         raise KdoctError(f"There is no role '{role}'.",
                          fix="Use -p role student or -p role baseline.")
-    init_group()   # before a device is asked for: each process has a GPU of its own
-    with propagate_failure(): return _taught(run, fold)
+    init_group()   # before a device is taken: each process has a GPU of its own
+    with propagate_failure(): return _distil(run, fold)
 
-# %% ../../nbs/04_distill.ipynb #701f0869
-def _taught(run:Run, fold:int)->dict:
-    "The student of a fold, trained with its teachers."
-    found, role = load_teachers(run, fold), 'student'
-    if run.is_finished(role, fold): return train_role(run, fold, role)
-    weights = _weights(found, run.recipe.distill.combine)
-    teachers, facts = _ready(found, run)
-    taught_by = {
-        r: dict(arch=a['arch'], weights_sha256=a['weights_sha256'], weight=w)
-        for (r, (_, a)), w in zip(found.items(), weights.tolist(), strict=True)
-    }
-    del found   # what answers is a copy
-    about = train_role(
-        run, fold, role, [Distill(teachers, run.recipe.distill, weights)], taught_by=taught_by
-    )
-    for r, t in teachers.items():
-        if isinstance(t, TeacherCache):
-            facts[r] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)
-    if not rank_world()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
-    return about
-
+# %% ../../nbs/04_distill.ipynb #0ba0fea6
 def train_baseline(
     run:Run,      # run whose data stage is done
     fold:int=0,   # fold, counted from 0

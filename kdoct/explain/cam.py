@@ -28,8 +28,8 @@ from ..training.inference import each_core, FusedBody, private_copy
 @contextmanager
 def watched(
     module:nn.Module,  # of a network
-):                     # list that receives what the module gives out, one entry a forward pass
-    "Keep what a module gives out; the hook is removed in any case."
+):                     # list that receives the module's output, one entry a forward pass
+    "Keep a module's outputs; the hook is removed in any case."
     kept = []
     handle = module.register_forward_hook(lambda module, args, out: kept.append(out))
     try: yield kept
@@ -94,11 +94,8 @@ def _map_layers(body:nn.Module, size:int)->list[str]:
         with torch.inference_mode(): body(_blank(body, size))
     finally:
         for h in handles: h.remove()
-    return [
-        name
-        for name, layout in found.items()
-        if layout and ('.' not in name or name.rpartition('.')[2].isdecimal())
-    ]
+    def is_block(name): return '.' not in name or name.rpartition('.')[2].isdecimal()
+    return [name for name, layout in found.items() if layout and is_block(name)]
 
 def _blank(body:nn.Module, size:int)->torch.Tensor:
     "An empty image where the network is."
@@ -144,9 +141,8 @@ def enlarge(
 )->torch.Tensor:            # (k, height, width) in [0, 1]
     "Masks from maps."
     if variant == 'torchcam': maps = stretch(maps)
-    masks = F.interpolate(
-        maps[:, None], size, mode='bilinear', align_corners=variant == 'pytorch-grad-cam'
-    )[:, 0]
+    corners = variant == 'pytorch-grad-cam'
+    masks = F.interpolate(maps[:, None], size, mode='bilinear', align_corners=corners)[:, 0]
     return masks if variant == 'torchcam' else stretch(masks)
 
 # %% ../../nbs/06a_explain.cam.ipynb #c454a506
@@ -156,7 +152,9 @@ def class_score(
     score:str='logit',    # logit or probability
 )->torch.Tensor:          # (n,) float32
     "What an image is worth to a class."
-    return (logits.float().softmax(1) if score == 'probability' else logits.float())[:, number]
+    scores = logits.float()
+    if score == 'probability': scores = scores.softmax(1)
+    return scores[:, number]
 
 # %% ../../nbs/06a_explain.cam.ipynb #1624b9b9
 def mask_scores(
@@ -171,12 +169,8 @@ def mask_scores(
     "The score of a class for the image behind each mask."
     @torch.inference_mode()
     def scored(some):
-        masked = torch.empty(
-            (len(some), *x.shape[1:]),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
+        shape, last = (len(some), *x.shape[1:]), torch.channels_last
+        masked = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
         torch.mul(masks(some)[:, None].to(x.dtype), x, out=masked)
         return class_score(net(masked), number, score)
     return torch.cat(each_core(scored, rows.split(batch), x.device))
@@ -190,11 +184,8 @@ def error_shares(
     w = scores.softmax(0)[:, None, None]
     total = (w*maps).sum(0)
     shown = total.relu()
-    return (
-        w
-        * (maps - total).abs()
-        / (shown.max() - shown.min()).clamp(min=torch.finfo(maps.dtype).tiny)
-    )
+    height = (shown.max() - shown.min()).clamp(min=torch.finfo(maps.dtype).tiny)
+    return w*(maps - total).abs()/height
 
 class Scores(NamedTuple):
     "Scores of masks and what they cost."
@@ -212,12 +203,8 @@ def refine(
     batch:int=8,          # scores made exact at a time
 )->Scores:
     "Make scores exact, those first that matter most, until the map is exact enough."
-    s, left, sigma, error = (
-        cheap.clone(),
-        torch.ones(len(cheap), dtype=torch.bool, device=cheap.device),
-        0.0,
-        0.0,
-    )
+    s, sigma, error = cheap.clone(), 0., 0.
+    left = torch.ones(len(cheap), dtype=torch.bool, device=cheap.device)   # not exact yet
     # the first are from everywhere
     rows = error_shares(maps, s).amax((1, 2)).argsort(descending=True)[::max(1, len(s)//batch)]
     while len(rows):
@@ -235,7 +222,7 @@ def refine(
 @dataclass
 class Maps:
     "Where a network looks, for some images."
-    maps:torch.Tensor     # (n, h, w) float32 on the CPU, each in [0, 1], as large as the images; 0 everywhere: nothing speaks for the class
+    maps:torch.Tensor     # (n, h, w) float32 on the CPU, each in [0, 1]; all 0: nothing speaks for the class
     classes:torch.Tensor  # (n,) classes that are explained
     layer:str             # name of the layer, empty if there is none
     method:str            # score-cam, grad-cam, ...
@@ -256,19 +243,13 @@ def _cheap_scores(
     quick:FusedBody, x, maps, number, score, variant, clusters, batch
 )->tuple[torch.Tensor, int]:
     "Approximate scores of all maps, and how many forward passes they took."
-    if clusters is None: clusters = 2*maps[0].numel() if len(maps) > 4*maps[0].numel() else 0
-    centres, which = (
-        cluster_maps(maps, clusters) if 0 < clusters < len(maps) else (maps, slice(None))
-    )
-    s = mask_scores(
-        quick.cheap,
-        x.bfloat16(),
-        lambda rows: enlarge(centres[rows], x.shape[-2:], variant),
-        torch.arange(len(centres), device=x.device),
-        number,
-        score,
-        batch,
-    )
+    cells = maps[0].numel()
+    if clusters is None: clusters = 2*cells if len(maps) > 4*cells else 0
+    centres, which = maps, slice(None)
+    if 0 < clusters < len(maps): centres, which = cluster_maps(maps, clusters)
+    def masks(rows): return enlarge(centres[rows], x.shape[-2:], variant)
+    every = torch.arange(len(centres), device=x.device)
+    s = mask_scores(quick.cheap, x.bfloat16(), masks, every, number, score, batch)
     return s[which], len(centres)
 
 # %% ../../nbs/06a_explain.cam.ipynb #f5c0275e
@@ -279,67 +260,41 @@ def _score_cam_one(
     live = maps[maps.amax((1, 2)) > maps.amin((1, 2))]
     if not len(live):
         return maps[0]*0, dict(cheap=0, exact=0, skipped=len(maps), sigma=0., error=0.)
-    def exact(rows):
-        return mask_scores(
-            quick.exact,
-            x,
-            lambda some: enlarge(live[some], x.shape[-2:], variant),
-            rows,
-            number,
-            score,
-            batch,
-        )
+    def masks(rows): return enlarge(live[rows], x.shape[-2:], variant)
+    def exact(rows): return mask_scores(quick.exact, x, masks, rows, number, score, batch)
     if tolerance and resolve_precision('auto', x.device) == 'bf16':
         rough, cheap = _cheap_scores(quick, x, live, number, score, variant, clusters, batch)
         s = refine(live, rough, exact, tolerance)
     else: s, cheap = Scores(exact(torch.arange(len(live), device=x.device)), len(live), 0., 0.), 0
     cam = (s.values.softmax(0)[:, None, None]*live).sum(0).relu()
-    return cam, dict(
-        cheap=cheap, exact=s.exact, skipped=len(maps) - len(live), sigma=s.sigma, error=s.error
-    )
+    return cam, dict(cheap=cheap, exact=s.exact, skipped=len(maps) - len(live), sigma=s.sigma,
+                     error=s.error)
 
 # %% ../../nbs/06a_explain.cam.ipynb #98adcf4d
 def _check_images(x):
     "`KdoctError` unless these are images in [0, 1]."
-    if not (
-        torch.is_tensor(x)
-        and x.ndim == 4
-        and len(x)
-        and x.shape[1] in (1, 3)
-        and x.is_floating_point()
-        and 0 <= x.min()
-        and x.max() <= 1
-    ):
-        raise KdoctError(
-            "Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.",
-            fix="Scale them as kdoct.data.batches.Batches does.",
-        )
+    is_stack = torch.is_tensor(x) and x.ndim == 4 and len(x) and x.shape[1] in (1, 3)
+    if is_stack and x.is_floating_point() and 0 <= x.min() and x.max() <= 1: return
+    raise KdoctError("Images must be (n, 1 or 3, h, w) floats in [0, 1], at least one.",
+                     fix="Scale them as kdoct.data.batches.Batches does.")
 
 # %% ../../nbs/06a_explain.cam.ipynb #45f90395
 def _check_options(score:str, variant:str, tolerance:float, clusters:int|None):
     "`KdoctError` for an option that cannot work."
-    if (
-        score not in ('logit', 'probability')
-        or variant not in VARIANTS
-        or tolerance < 0
-        or (clusters or 0) < 0
-    ):
-        raise KdoctError(
-            f"score={score!r}, variant={variant!r}, tolerance={tolerance}, clusters={clusters} "
-            f"cannot work.",
-            fix=f"score: logit or probability; variant: {', '.join(VARIANTS)}; the others "
-                f"at least 0.",
-        )
+    known = score in ('logit', 'probability') and variant in VARIANTS
+    if known and tolerance >= 0 and (clusters or 0) >= 0: return
+    raise KdoctError(
+        f"score={score!r}, variant={variant!r}, tolerance={tolerance}, clusters={clusters} "
+        f"cannot work.",
+        fix=f"score: logit or probability; variant: {', '.join(VARIANTS)}; the others at least 0.",
+    )
 
 # %% ../../nbs/06a_explain.cam.ipynb #b17d8303
 def _which_classes(classes, logits:torch.Tensor)->torch.Tensor:
     "The classes to explain, one an image; `KdoctError` for a class that there is not."
     if classes is None: return logits.argmax(1).cpu()
-    out = (
-        torch.as_tensor(classes, device='cpu').long().expand(len(logits))
-        if np.ndim(classes) == 0
-        else torch.as_tensor(classes, device='cpu').long()
-    )
+    out = torch.as_tensor(classes, device='cpu').long()
+    if np.ndim(classes) == 0: out = out.expand(len(logits))
     if len(out) != len(logits) or out.min() < 0 or out.max() >= logits.shape[1]:
         raise KdoctError(
             f"classes={classes!r} does not name one of {logits.shape[1]} classes for each of "
@@ -350,9 +305,8 @@ def _which_classes(classes, logits:torch.Tensor)->torch.Tensor:
 
 def _as_large(cam:torch.Tensor, size:tuple[int, int])->torch.Tensor:
     "A small map (h, w) as large as the image, in [0, 1]."
-    return stretch(
-        F.interpolate(cam[None, None].float(), size, mode='bilinear', align_corners=False)[0, 0]
-    ).cpu()
+    cam = F.interpolate(cam[None, None].float(), size, mode='bilinear', align_corners=False)
+    return stretch(cam[0, 0]).cpu()
 
 # %% ../../nbs/06a_explain.cam.ipynb #ef1706ba
 def _prepare(model:Classifier, x:torch.Tensor, classes)->tuple:
@@ -371,30 +325,21 @@ def score_cam(
     classes=None,          # class to explain, of all images or one an image; None: the predicted one
     layer:str='',          # dotted name in `model.body`; empty: `default_layer`
     score:str='logit',     # what counts of a masked image: logit or probability
-    tolerance:float=1e-2,  # largest expected error of a map in [0, 1] (one standard deviation); 0: every mask in float32
+    tolerance:float=1e-2,  # largest expected error (one SD) of a map in [0, 1]; 0: every mask in float32
     variant:str='paper',   # how masks are made, one of VARIANTS
-    clusters:int|None=None, # cheap scores for so many clusters of maps; 0: for every map; None: two a cell where there are over four maps a cell
+    clusters:int|None=None, # of maps that share a cheap score; 0: none; None: 2 a cell from over 4 maps a cell
     batch:int=4,           # masked images a forward pass
 )->Maps:
     "Score-CAM (Wang et al. 2020): maps added up with the softmax of the scores of the images that they mask."
     _check_options(score, variant, tolerance, clusters)
     body, prepared, numbers = _prepare(model, x, classes)
     at, cams, cost = _layer_of(body, model.size, layer), [], []
+    how = dict(score=score, tolerance=tolerance, variant=variant, clusters=clusters, batch=batch)
     with torch.inference_mode():
         quick = FusedBody(body, prepared[:1])
         for p, number in zip(prepared.split(1), numbers.tolist(), strict=True):
             with watched(at.module) as kept: body(p)
-            cam, c = _score_cam_one(
-                quick,
-                p,
-                at.maps(kept[-1])[0].float(),
-                number,
-                score,
-                tolerance,
-                variant,
-                clusters,
-                batch,
-            )
+            cam, c = _score_cam_one(quick, p, at.maps(kept[-1])[0].float(), number, **how)
             cams.append(_as_large(cam, x.shape[-2:]))
             cost.append(c)
     return Maps(torch.stack(cams), numbers, at.name, 'score-cam', cost)
@@ -415,15 +360,10 @@ def _occlusion_one(quick:FusedBody, x, number, score, batch)->tuple[torch.Tensor
     "How much the score falls where one prepared image is covered."
     size = x.shape[-1]
     covers = sliding_squares(size, max(1, size//6), max(1, size//12)).to(x.device)
-    fall = class_score(quick.exact(x), number, score) - mask_scores(
-        quick.exact,
-        x,
-        lambda rows: (~covers[rows]).float(),
-        torch.arange(len(covers), device=x.device),
-        number,
-        score,
-        batch,
-    )
+    def masks(rows): return (~covers[rows]).float()
+    every = torch.arange(len(covers), device=x.device)
+    covered = mask_scores(quick.exact, x, masks, every, number, score, batch)
+    fall = class_score(quick.exact(x), number, score) - covered
     cam = sum(f*c for f, c in zip(fall, covers, strict=True))/covers.sum(0)
     return cam.relu(), dict(exact=len(covers) + 1)
 
@@ -431,7 +371,8 @@ def _occlusion_one(quick:FusedBody, x, number, score, batch)->tuple[torch.Tensor
 METHODS = ('score-cam', 'grad-cam', 'grad-cam++', 'hirescam', 'layercam', 'eigen-cam', 'occlusion')
 
 def _extractor(method:str):
-    "The class of `grad-cam` that makes these maps; imported here, because it takes seconds (OpenCV, ttach)."
+    "The class of `grad-cam` that makes these maps."
+    # imported here, because it takes seconds (OpenCV, ttach)
     import pytorch_grad_cam as g
     from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sign_correction
     class EigenCAM(g.EigenCAM):
@@ -450,16 +391,10 @@ def _extractor(method:str):
 # %% ../../nbs/06a_explain.cam.ipynb #80bb13c8
 def _gradient_one(method:str, body, at:Layer, x, number, score)->torch.Tensor:
     "A map of `grad-cam` for one prepared image."
-    with (
-        torch.enable_grad(),
-        _extractor(method)(body, [at.module], reshape_transform=at.maps) as cam,
-    ):
-        return torch.from_numpy(
-            cam(
-                x.clone().requires_grad_(),
-                [lambda logits: class_score(logits[None], number, score)[0]],
-            )[0]
-        )
+    def target(logits): return class_score(logits[None], number, score)[0]
+    extractor = _extractor(method)
+    with torch.enable_grad(), extractor(body, [at.module], reshape_transform=at.maps) as cam:
+        return torch.from_numpy(cam(x.clone().requires_grad_(), [target])[0])
 
 # %% ../../nbs/06a_explain.cam.ipynb #11c6fafe
 def _check_method(method:str, options:dict):

@@ -54,13 +54,11 @@ def overlay(
     values:np.ndarray,   # (H, W), a map in [0, 1], or a difference in [-1, 1]
     difference:bool=False, # are these differences
 )->np.ndarray:           # (H, W, 3) in [0, 1]
-    "The grey image, painted where the map is high, or the difference far from 0; `KdoctError` for other sizes or values."
+    "The grey image, painted where the map is high or the difference far from 0."
     grey, v, low = _grey(image), np.asarray(values, dtype=np.float32), -1 if difference else 0
     if grey.shape != v.shape:
-        raise KdoctError(
-            f'an image of {grey.shape} px and a map of {v.shape} px',
-            fix='give both at the same size',
-        )
+        raise KdoctError(f'an image of {grey.shape} px and a map of {v.shape} px',
+                         fix='give both at the same size')
     if not (v >= low - 1e-4).all() or not (v <= 1 + 1e-4).all():
         raise KdoctError(f'values outside [{low}, 1]', fix='scale each map to [0, 1] first')
     return _paint(np.repeat(_DIM*grey[..., None], 3, axis=2), v, difference)
@@ -100,7 +98,7 @@ def _lines(text, width=28, most=3):
 
 def _short(name, width=28): return name if len(name) <= width else f'…{name[1 - width:]}'
 
-def _call(role, row):
+def _prediction(role, row):
     "Role, predicted class, probability, and whether that is right."
     name, p = row.predicted[role]
     return f'{role}\n{_lines(name)}\n{p:.2f}, {"right" if name == row.label else "wrong"}'
@@ -110,7 +108,7 @@ def _titles(row):
     roles = list(row.maps)
     return [
         f'{_short(row.name)}\nlabel\n{_lines(row.label)}'.strip(),
-        *(_call(r, row) for r in roles),
+        *(_prediction(r, row) for r in roles),
         _lines(f'{roles[-1]} minus {roles[0]}'),
     ]
 
@@ -131,12 +129,9 @@ def _scale(fig, cell, difference):
 # %% ../../nbs/06e_explain.figures.ipynb #4defe889
 def _panels(axes, row):
     "One image: itself, its maps, their difference, and the outline of the mask on all of them."
-    roles = list(row.maps)
-    pictures = [
-        row.image,
-        *(overlay(row.image, row.maps[r]) for r in roles),
-        overlay(row.image, row.maps[roles[-1]] - row.maps[roles[0]], True),
-    ]
+    maps = list(row.maps.values())
+    difference = overlay(row.image, maps[-1] - maps[0], True)
+    pictures = [row.image, *(overlay(row.image, m) for m in maps), difference]
     for ax, picture, title in zip(axes, pictures, _titles(row), strict=True):
         ax.imshow(picture, cmap='gray', vmin=0, vmax=255 if picture.dtype == np.uint8 else 1)
         ax.set_title(title, linespacing=1.15)
@@ -147,31 +142,31 @@ def _panels(axes, row):
                 ax.contour(np.asarray(row.mask) > 0, [.5], colors=colour, linewidths=width)
 
 # %% ../../nbs/06e_explain.figures.ipynb #732ec8b0
+def _require_page(rows):
+    "`KdoctError` for no image, too many, or images with other roles."
+    if not 1 <= len(rows) <= 12:
+        raise KdoctError(f'{len(rows)} images for one figure',
+                         fix='give 1 to 12, and draw several figures')
+    roles = list(rows[0].maps)
+    if len(roles) < 2 or any(list(r.maps) != roles for r in rows):
+        raise KdoctError('not the same two roles, or more, for all images',
+                         fix='give teacher and student')
+
+# %% ../../nbs/06e_explain.figures.ipynb #map-figure
 def map_figure(
     rows:list[Explained],   # 1 to 12 images, all with the same roles
     width:float=1.9,        # of a panel [inch]
 )->Figure:
-    "Image, maps and difference, an image a row, with common scales; `KdoctError` for no image, too many, or other roles."
-    if not 1 <= len(rows) <= 12:
-        raise KdoctError(
-            f'{len(rows)} images for one figure', fix='give 1 to 12, and draw several figures'
-        )
-    roles = list(rows[0].maps)
-    if len(roles) < 2 or any(list(r.maps) != roles for r in rows):
-        raise KdoctError(
-            'not the same two roles, or more, for all images', fix='give teacher and student'
-        )
+    "Image, maps and difference, an image a row, with common scales."
+    _require_page(rows)
+    n, columns = len(rows), len(rows[0].maps) + 2
     tall = [width*r.image.shape[0]/r.image.shape[1] for r in rows]
     with _style():
         lines = sum(max(t.count('\n') + 1 for t in _titles(r)) for r in rows)
-        fig = Figure(
-            figsize=(width * (len(roles) + 2), sum(tall) + 0.14 * lines + 0.15 * len(rows) + 0.5),
-            layout='constrained',
-        )
-        grid = fig.add_gridspec(len(rows) + 1, len(roles) + 2, height_ratios=[*tall, .06])
-        axes = [
-            [fig.add_subplot(grid[i, j]) for j in range(len(roles) + 2)] for i in range(len(rows))
-        ]
+        height = sum(tall) + .14*lines + .15*n + .5
+        fig = Figure(figsize=(width*columns, height), layout='constrained')
+        grid = fig.add_gridspec(n + 1, columns, height_ratios=[*tall, .06])
+        axes = [[fig.add_subplot(grid[i, j]) for j in range(columns)] for i in range(n)]
         for a, row in zip(axes, rows, strict=True): _panels(a, row)
         _scale(fig, grid[-1, 1:-1], False)
         _scale(fig, grid[-1, -1], True)
@@ -197,56 +192,51 @@ def _band(curves, groups, e, seed):
     mean = curves.mean(0)
     if len(names) < 2: return mean, mean, mean
     drawn = group_weights(len(names), e.n_boot, seed) @ sums
-    return mean, *np.quantile(
-        drawn[:, :-1] / drawn[:, -1:], [(1 - e.level) / 2, (1 + e.level) / 2], axis=0
-    )
+    means, ends = drawn[:, :-1]/drawn[:, -1:], [(1 - e.level)/2, (1 + e.level)/2]
+    return mean, *np.quantile(means, ends, axis=0)
 
 def _colour(role, i):
     return ROLE_COLOUR.get(role, sns.color_palette('colorblind').as_hex()[(i + 3) % 10])
 
 # %% ../../nbs/06e_explain.figures.ipynb #547d046a
+def _draw_curve(ax, part, kind, look, e, seed):
+    "Mean curve of a role with its band."
+    colour, line = look
+    mean, low, high = _band(np.stack(part[f'{kind}_curve'].tolist()), part.group, e, seed)
+    share = np.linspace(0, 100, len(mean))
+    label = f'{part.role.iloc[0]}, AUC {part[kind].mean():.3f}'
+    ax.fill_between(share, low, high, color=colour, alpha=.2, lw=0)
+    ax.plot(share, mean, line, color=colour, lw=1.6, label=label)
+
+def _label_curves(axes):
+    "Titles and axes of both panels."
+    titles = (('Insertion: high is good', 'put in'), ('Deletion: low is good', 'taken out'))
+    for ax, (title, what) in zip(axes, titles, strict=True):
+        ax.set(title=title, xlim=(0, 100), ylim=(0, 1.02), xlabel=f'pixels {what} [%]')
+        ax.legend(loc='best')
+    axes[0].set_ylabel('probability of the explained class')
+
+# %% ../../nbs/06e_explain.figures.ipynb #curves-figure
 def curves_figure(
-    frame:pd.DataFrame,            # as for `kdoct.explain.tables.explanation_table`, with insertion_curve, deletion_curve, insertion, deletion
+    frame:pd.DataFrame,            # a row an image, role and method, as `map_numbers` makes them; role, method, group
     method:str='',                 # kind of maps; '': the first
     evaluate:EvaluateRecipe=None,  # resamples and level of the bands
     seed:int=0,                    # of the resampling
 )->Figure:
-    "Mean curves of insertion and deletion of every role, with a band over groups; `KdoctError` where there are none."
+    "Mean insertion and deletion curves of each role, with bands over groups; `KdoctError` if there are none."
     rows = frame[(frame.method == (method or frame.method.iloc[0])) & frame.insertion.notna()]
     if rows.empty:
-        raise KdoctError(
-            f"no curves of method '{method}'", fix=f'take one of {", ".join(frame.method.unique())}'
-        )
+        raise KdoctError(f"no curves of method '{method}'",
+                         fix=f'take one of {", ".join(frame.method.unique())}')
+    e = evaluate or EvaluateRecipe()
     with _style():
         fig = Figure(figsize=(6, 2.8), layout='constrained')
         axes = fig.subplots(1, 2, sharex=True, sharey=True)
         for i, (role, part) in enumerate(rows.groupby('role', sort=False)):
+            look = _colour(role, i), ('-', '--', ':', '-.')[i % 4]
             for ax, kind in zip(axes, ('insertion', 'deletion'), strict=True):
-                mean, low, high = _band(
-                    np.stack(part[f'{kind}_curve'].tolist()),
-                    part.group,
-                    evaluate or EvaluateRecipe(),
-                    seed,
-                )
-                share = np.linspace(0, 100, len(mean))
-                ax.fill_between(share, low, high, color=_colour(role, i), alpha=.2, lw=0)
-                ax.plot(
-                    share,
-                    mean,
-                    ('-', '--', ':', '-.')[i % 4],
-                    color=_colour(role, i),
-                    lw=1.6,
-                    label=f'{role}, AUC {part[kind].mean():.3f}',
-                )
-        for ax, title, what in zip(
-            axes,
-            ('Insertion: high is good', 'Deletion: low is good'),
-            ('put in', 'taken out'),
-            strict=True,
-        ):
-            ax.set(title=title, xlim=(0, 100), ylim=(0, 1.02), xlabel=f'pixels {what} [%]')
-            ax.legend(loc='best')
-        axes[0].set_ylabel('probability of the explained class')
+                _draw_curve(ax, part, kind, look, e, seed)
+        _label_curves(axes)
     return fig
 
 # %% ../../nbs/06e_explain.figures.ipynb #4bcf728e
@@ -261,56 +251,48 @@ def _points(ax, table, name, look, shift):
     for y, (_, r) in enumerate(table.iterrows()):
         pale = dict(color=colour, alpha=1 if r.n_groups >= FEW else .35)
         ax.plot([r[f'{name}_low'], r[f'{name}_high']], [y + shift]*2, lw=1.6, **pale)
-        ax.plot(
-            r[name],
-            y + shift,
-            marker,
-            ms=5,
-            mfc='white' if look is _OTHER else colour,
-            label=None if y else label,
-            **pale,
-        )
+        fill = 'white' if look is _OTHER else colour
+        ax.plot(r[name], y + shift, marker, ms=5, mfc=fill, label=None if y else label, **pale)
 
 # %% ../../nbs/06e_explain.figures.ipynb #cc7e9651
-def agreement_figure(
-    section:Section,   # from `kdoct.explain.tables.agreement_table`
-    name:str='',       # method, or 'method, pair', as in its rows; '': the first
-)->Figure:
-    "Rank correlation and IoU of teacher's and student's maps by who was right; `KdoctError` for an unknown name."
+def _parts_of(section, name):
+    "Rows of a method that have images, named by correctness; `KdoctError` for an unknown method."
     names = dict.fromkeys(i.rpartition(': ')[0] for i in section.table.index)
     name = name or next(iter(names))
     if name not in names:
         raise KdoctError(f"no agreement of '{name}'", fix=f'take one of {"; ".join(names)}')
     parts = [c for c in ('all', *CORRECTNESS) if section.table.n_images.get(f'{name}: {c}', 0)]
-    t = section.table.loc[[f'{name}: {c}' for c in parts]]
+    return section.table.loc[[f'{name}: {c}' for c in parts]].set_axis(parts)
+
+def _label_parts(ax, table):
+    "Names and sizes of the parts, a star for few groups."
+    labels = []
+    for part, r in table.iterrows():
+        star = '*' if r.n_groups < FEW else ''
+        size = f'{counted(r.n_images, "image")}, {counted(r.n_groups, "group")}'
+        labels.append(f'{part}{star}\n{size}')
+    ax.set_yticks(range(len(table)), labels)
+    ax.invert_yaxis()
+
+# %% ../../nbs/06e_explain.figures.ipynb #agreement-figure
+def agreement_figure(
+    section:Section,   # from `kdoct.explain.tables.agreement_table`
+    name:str='',       # method, or 'method, pair', as in its rows; '': the first
+)->Figure:
+    "Rank correlation and IoU of teacher's and student's maps by who was right."
+    t = _parts_of(section, name)
+    chance = t.iou_chance.iloc[0]
+    panels = ('rank', 'Rank correlation', 0), ('iou', 'IoU of the top fifth', chance)
+    few = f'* and pale: under {FEW} groups' if (t.n_groups < FEW).any() else None
     with _style():
         fig = Figure(figsize=(6.4, 1.3 + .38*len(t)), layout='constrained')
         axes = fig.subplots(1, 2, sharey=True)
-        for ax, key, title, chance in zip(
-            axes,
-            ('rank', 'iou'),
-            ('Rank correlation', 'IoU of the top fifth'),
-            (0, t.iou_chance.iloc[0]),
-            strict=True,
-        ):
+        for ax, (key, title, chance) in zip(axes, panels, strict=True):
             _points(ax, t, key, _SAME, -.12)
             if f'{key}_other' in t: _points(ax, t, f'{key}_other', _OTHER, .12)
             ax.axvline(chance, color='.5', ls=':', lw=1)
             ax.set(title=title, xlabel='dotted: independent maps')
-        few = ['*'*(n < FEW) for n in t.n_groups]
-        sizes = [
-            f'{counted(i, "image")}, {counted(g, "group")}'
-            for i, g in zip(t.n_images, t.n_groups, strict=True)
-        ]
-        axes[0].set_yticks(
-            range(len(t)), [f'{c}{f}\n{size}' for c, f, size in zip(parts, few, sizes, strict=True)]
-        )
-        axes[0].invert_yaxis()
-        fig.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc='outside lower center',
-            ncols=2,
-            alignment='left',
-            title=f'* and pale: under {FEW} groups' if any(few) else None,
-        )
+        _label_parts(axes[0], t)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2,
+                   alignment='left', title=few)
     return fig

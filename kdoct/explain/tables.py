@@ -104,7 +104,8 @@ def _note(rows, measures, n_images):
     "What a reader must know of one row: numbers left out, few groups."
     lost = {}
     for name, r in rows.items(): lost.setdefault(r['lost'], []).append(measures[name].title)
-    out = [f'without {", ".join(names)}: {n} of {n_images} images' for n, names in lost.items() if n]
+    out = [f'without {", ".join(titles)}: {n} of {n_images} images'
+           for n, titles in lost.items() if n]
     few = min((r['n_groups'] for r in rows.values() if r['n']), default=0)
     if 0 < few < FEW: out.append(f'too few groups ({few}) for an interval to rely on')
     return '; '.join(out)
@@ -186,7 +187,7 @@ def _method_rows(method, part, there, evaluate, seed):
 
 # %% ../../nbs/06d_explain.tables.ipynb #4aedf772
 def explanation_table(
-    frame:pd.DataFrame,            # a row an image, role and method: path, group, role, method, of `NUMBERS` what there is
+    frame:pd.DataFrame,            # a row an image, role and method: path, group, role, method, `NUMBERS`
     evaluate:EvaluateRecipe=None,  # resamples and level of the intervals
     seed:int=0,                    # of the resampling
     about:str='',                  # further sentences for the caption: which images, which class is explained
@@ -207,7 +208,8 @@ def explanation_table(
 def _verdict(r):
     "What an interval of rank correlations says."
     if r['high'] < .5: return 'depend on the weights'
-    return 'do NOT depend on the weights' if r['low'] > .5 else 'may or may not depend on the weights'
+    if r['low'] > .5: return 'do NOT depend on the weights'
+    return 'may or may not depend on the weights'
 
 def sanity_verdict(
     rank,                          # (n,) rank correlation of each map before and after, -1 to 1
@@ -282,7 +284,7 @@ def _agreement_rows(name, part, there, e, seed):
 
 # %% ../../nbs/06d_explain.tables.ipynb #cac60e10
 def agreement_table(
-    frame:pd.DataFrame,            # a row an image, method and pair: path, group, method, correctness, pair, `agreement_numbers`
+    frame:pd.DataFrame,            # path, group, method, pair, correctness, and `agreement_numbers`
     evaluate:EvaluateRecipe=None,  # resamples and level of the intervals
     seed:int=0,                    # of the resampling
     about:str='',                  # further sentences for the caption

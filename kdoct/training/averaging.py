@@ -48,11 +48,8 @@ def refresh_norms(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     model.eval()
     if not norms: return 0
-    momenta, rows, seen = (
-        [m.momentum for m in norms],
-        np.random.default_rng(seed).permutation(np.sort(batches.rows)),
-        0,
-    )
+    momenta, seen = [m.momentum for m in norms], 0
+    rows = np.random.default_rng(seed).permutation(np.sort(batches.rows))
     for m in norms: m.reset_running_stats(); m.train()
     # the variance of a last batch of one image would be none
     for part in np.array_split(rows, math.ceil(len(rows)/batches.batch_size)):
@@ -72,7 +69,7 @@ def average_candidates(
     name:str,               # swa or ema
     clean:Batches,          # training images, unchanged
     augmented:Batches,      # training images as training sees them
-)->dict[str, dict]:         # name -> weights; 'swa' with clean statistics, 'swa-augmented' where the network has BatchNorm
+)->dict[str, dict]:         # name -> weights: 'swa' (clean), and 'swa-augmented' if there is a BatchNorm
     "Averaged weights with BatchNorm statistics of their own."
     out = {}
     for key, batches in ((name, clean), (f'{name}-augmented', augmented)):

@@ -33,7 +33,7 @@ def rank_world()->tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def launched()->tuple[int, int]:
-    "The same from the launcher's variables; `KdoctError` if it was asked for several processes and started one."
+    "The same from the launcher's variables; `KdoctError` if it was to start several and started one."
     env = os.environ
     if int(env.get('WORLD_SIZE', 1)) > 1: return int(env['RANK']), int(env['WORLD_SIZE'])
     by_accelerate = 'MASTER_PORT' in env and 'ACCELERATE_MIXED_PRECISION' in env
@@ -71,7 +71,7 @@ def init_group(
     patience:float=7*86400,   # how long the others may take to arrive [s]
     timeout:float=1800,       # how long to wait for them in a training [s]
 )->tuple[int, int]:           # number of this process, and how many there are
-    "Meet the other processes that the launcher has started; before a stage has begun (`open_stage` says so), stay alone."
+    "Meet the other processes that the launcher has started; before `open_stage`, stay alone."
     global _store
     rank, size = launched()
     if size == 1 or dist.is_initialized() or 'KDOCT_STAGE' not in os.environ: return rank_world()
@@ -104,7 +104,7 @@ def _error_of(e:Exception, rank:int)->Exception:
     if lost and not _store.check(['failed']):
         return KdoctError(
             "Another process of this training has ended, or does not answer.",
-            fix="Look at what it said; the same command goes on from the last checkpoint.",
+            fix="Look at what it printed; the same command goes on from the last checkpoint.",
         )
     first, message = json.loads(_store.compare_set('failed', '', json.dumps([rank, str(e)])))
     if first == rank: return e
@@ -117,17 +117,16 @@ def _abort():
 
 def _failure_text()->str:
     "What another process that has failed says, '' if none has."
-    try: found = json.loads(_store.get('failed')) if _store.check(['failed']) else [rank_world()[0], '']
+    try:
+        if not _store.check(['failed']): return ''
+        rank, message = json.loads(_store.get('failed'))
     except dist.DistError: return "The first process of this training has ended."
-    return (
-        ''
-        if found[0] == rank_world()[0]
-        else f"Process {found[0]} of this training failed: {found[1]}"
-    )
+    if rank == rank_world()[0]: return ''
+    return f"Process {rank} of this training failed: {message}"
 
 # %% ../../nbs/02g_training.distributed.ipynb #872d5176
 def _watch(ended:threading.Event, pause:float=1., patience:float=60.):
-    "Wait for the word of a failed process; then end what this one waits for, and the process where that does not help [s]."
+    "Wait for the word of a failed process; then end what this one waits for, or this process [s]."
     message = ''
     while not message:
         if ended.wait(pause): return
@@ -149,9 +148,9 @@ def propagate_failure():
     except Exception as e:
         if size == 1: raise
         try: error = _error_of(e, rank)
-        except dist.DistError: error = KdoctError("The first process of this "
-                                                  "training has ended.", fix="Look at "
-                                                                             "what it said.")
+        except dist.DistError:
+            error = KdoctError("The first process of this training has ended.",
+                               fix="Look at what it printed.")
         if dist.is_initialized():   # an inner one may have left the group already
             _abort()
             dist.destroy_process_group()

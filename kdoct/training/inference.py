@@ -34,15 +34,12 @@ def private_copy(
     return body
 
 # %% ../../nbs/02i_training.inference.ipynb #c2a28495
-def fold_batchnorm(
-    body:nn.Module,   # private copy; changed
-    x:torch.Tensor,   # (1, 3, s, s) prepared image
-)->int:               # number of layers folded
-    "Move each batch normalisation that follows a convolution into its weights."
+def _norms_after_convolutions(body:nn.Module, x:torch.Tensor)->dict:
+    "Batch normalisation -> the convolution whose output it receives, as seen in one forward pass."
     made, pairs, handles = {}, {}, []
+    def give(conv, args, out): made[id(out)] = (out, conv)  # the output is kept, so that its id stays its own
     def receive(bn, args):
         if id(args[0]) in made: pairs[bn] = made[id(args[0])][1]
-    def give(conv, args, out): made[id(out)] = (out, conv)  # the output is kept, so that its id stays its own
     try:
         for m in body.modules():
             if isinstance(m, nn.Conv2d): handles.append(m.register_forward_hook(give))
@@ -50,23 +47,30 @@ def fold_batchnorm(
         with torch.no_grad(): body(x)
     finally:
         for h in handles: h.remove()
+    return pairs
+
+# %% ../../nbs/02i_training.inference.ipynb #fold-norms
+def fold_batchnorm(
+    body:nn.Module,   # private copy; changed
+    x:torch.Tensor,   # (1, 3, s, s) prepared image
+)->int:               # number of layers folded
+    "Move each batch normalisation that follows a convolution into its weights."
+    pairs = _norms_after_convolutions(body, x)
     for bn, conv in pairs.items():
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
     for parent in list(body.modules()):
         for name, bn in list(parent.named_children()):
-            if bn in pairs:
-                setattr(
-                    parent,
-                    name,
-                    nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity(),
-                )
+            if bn not in pairs: continue
+            # timm's layer applies dropout and the activation too
+            rest = nn.Sequential(bn.drop, bn.act) if hasattr(bn, 'act') else nn.Identity()
+            setattr(parent, name, rest)
     return len(pairs)
 
 # %% ../../nbs/02i_training.inference.ipynb #3f268713
 class ScaledMlp(nn.Module):
-    "The block of ConvNeXtV2 after its convolution; the response normalisation is done to the weights of the second layer."
+    "ConvNeXtV2's block after its convolution; response normalisation scales the second layer's weights."
     def __init__(self,
         mlp:GlobalResponseNormMlp,  # timm's, in evaluation mode, of linear layers
     ):
@@ -103,13 +107,10 @@ class _PixelMeans(TorchFunctionMode):
     "Means over pixels as matrix products."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func is not torch.Tensor.mean
-            or args[0].ndim != 4
-            or (args[1:] or (kwargs.get('dim'),))[0] not in ((2, 3), [2, 3])
-        ):
-            return func(*args, **kwargs)
-        x, keep = args[0], (args[2:] or (kwargs.get('keepdim', False),))[0]
+        if func is not torch.Tensor.mean: return func(*args, **kwargs)
+        x, dim, keep = (*args, None, None)[:3]
+        dim, keep = kwargs.get('dim', dim), kwargs.get('keepdim', keep)
+        if x.ndim != 4 or dim not in ((2, 3), [2, 3]): return func(*args, **kwargs)
         n = x.shape[2]*x.shape[3]
         means = x.flatten(2) @ x.new_full((n, 1), 1/n)
         return means[..., None] if keep else means[..., 0]
@@ -162,24 +163,19 @@ def each_core(
 
 # %% ../../nbs/02i_training.inference.ipynb #718ebd9b
 class InferenceModel(Classifier):
-    "A trained network that only answers."
+    "An inference copy of a trained network."
     def __init__(self,
         model:Classifier,       # trained network; not changed
         precision:str='fp32',   # arithmetic: fp32 or bf16
-        device='cpu',           # where it answers
+        device='cpu',           # where it computes
         chunk:int=8,            # most images that a core of a CPU takes at once
     ):
-        probe = torch.rand(1, 1, model.size, model.size, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            quick = FusedBody(private_copy(model), model.prepare(probe.to(model.mean.device)))
-        super().__init__(
-            quick.low if precision == 'bf16' else quick.body,
-            model.size,
-            model.mean.flatten().tolist(),
-            model.std.flatten().tolist(),
-            model.interpolation,
-            precision,
-        )
+        g = torch.Generator().manual_seed(0)
+        picture = torch.rand(1, 1, model.size, model.size, generator=g).to(model.mean.device)
+        with torch.no_grad(): quick = FusedBody(private_copy(model), model.prepare(picture))
+        body = quick.low if precision == 'bf16' else quick.body
+        mean, std = (v.flatten().tolist() for v in (model.mean, model.std))
+        super().__init__(body, model.size, mean, std, model.interpolation, precision)
         self.chunk = chunk
         self.to(device, memory_format=torch.channels_last).eval()
 
@@ -189,33 +185,25 @@ class InferenceModel(Classifier):
             return self.body(self.prepare(x).to(next(self.body.parameters()).dtype)).float()
 
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
-        n = (
-            min(self.chunk, -(-len(x) // torch.get_num_threads()))
-            if x.device.type == 'cpu'
-            else len(x)
-        )
+        n = len(x)
+        if x.device.type == 'cpu': n = min(self.chunk, -(-n//torch.get_num_threads()))
         with float32_products(False): return torch.cat(each_core(self.some, x.split(n), x.device))
 
 # %% ../../nbs/02i_training.inference.ipynb #8436d326
 def inference_model(
     model:Classifier,        # trained network; not changed
     precision:str='auto',    # fp32, bf16, or auto: what is faster here; fp32 where nothing multiplies in bf16
-    device='cpu',            # where it answers
+    device='cpu',            # where it computes
     seconds:float=1.,        # how long to measure [s]
     timer=seconds_of,        # (pass, precision) -> seconds
-)->tuple[InferenceModel, dict]:      # the frozen network; precision, and with `auto` seconds of a pass in each
-    "A trained network for answering, in the arithmetic that is wanted."
+)->tuple[InferenceModel, dict]:      # the copy; precision, and with `auto` seconds of a pass in each
+    "An inference copy in the arithmetic that is wanted."
     device = torch.device(device)
     if precision == 'auto' and not computes_bf16(device): precision = 'fp32'
     if precision != 'auto':
         return InferenceModel(model, precision, device), dict(precision=precision)
     both = {p: InferenceModel(model, p, device) for p in ('fp32', 'bf16')}
-    x = torch.rand(
-        2 * torch.get_num_threads() if device.type == 'cpu' else 32,
-        1,
-        model.size,
-        model.size,
-        device=device,
-    )
+    n = 2*torch.get_num_threads() if device.type == 'cpu' else 32
+    x = torch.rand(n, 1, model.size, model.size, device=device)
     medians = measure_steps(lambda p: both[p](x), seconds, timer)
     return both[faster(medians)], dict(precision=faster(medians), pass_seconds=medians)

@@ -9,52 +9,31 @@ __all__ = ['param_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_r
 
 # %% ../../nbs/02j_training.loop.ipynb #imp-training-loop
 import ctypes
-
 import json
-
 import math
-
 import platform
-
 import time
-
 from pathlib import Path
 
 import numpy as np
-
 import torch
-
 import torch.nn.functional as F
-
 from fastai.callback.core import Callback, CancelBatchException
-
 from fastai.callback.progress import ProgressCallback
-
 from fastai.data.core import DataLoaders
-
 from fastai.learner import Learner, Recorder
-
 from fastai.optimizer import OptimWrapper
-
 from fastcore.basics import noop, patch
-
 from fastcore.foundation import L
-
 from safetensors import safe_open
-
 from safetensors.torch import load_file, save_file
 
 from ..core.files import atomic_path, KdoctError
-
 from ..core.sections import TrainRecipe
-
 from ..data.batches import Batches
-
 from ..data.mixing import Mix
-
 from ..models.backbones import Classifier, head_modules, undecayed
 from ..models.arithmetic import float32_products
-
 from .averaging import Averaging
 
 # %% ../../nbs/02j_training.loop.ipynb #15abd7ff
@@ -78,26 +57,14 @@ def param_groups(
     "Groups of parameters: backbone and head, each with and without weight decay."
     head = {id(p) for m in head_modules(model.body) for p in m.parameters()}
     exempt = {id(p) for p in undecayed(model.body)}
-    groups = []
-    for is_head, peak in ((False, recipe.lr), (True, recipe.lr_head or recipe.lr)):
-        for decays in (True, False):
-            ps = [
-                p
-                for p in model.parameters()
-                if p.requires_grad
-                and (id(p) in head) == is_head
-                and (id(p) not in exempt) == decays
-            ]
-            if ps:
-                groups.append(
-                    dict(
-                        params=ps,
-                        lr=peak,
-                        peak=peak,
-                        weight_decay=recipe.weight_decay if decays else 0.0,
-                    )
-                )
-    return groups
+    learning = [p for p in model.parameters() if p.requires_grad]
+    def group(is_head, decays):
+        mine = [p for p in learning if (id(p) in head) == is_head]
+        peak = (recipe.lr_head or recipe.lr) if is_head else recipe.lr
+        return dict(params=[p for p in mine if (id(p) not in exempt) == decays], lr=peak,
+                    peak=peak, weight_decay=recipe.weight_decay if decays else 0.)
+    groups = [group(is_head, decays) for is_head in (False, True) for decays in (True, False)]
+    return [g for g in groups if g['params']]
 
 # %% ../../nbs/02j_training.loop.ipynb #695f18ab
 class FrozenStart(Callback):
@@ -144,15 +111,12 @@ def learning_rate(
 )->float:                # the group's rate
     "Rate of a group at a step."
     end = recipe.swa_start if recipe.average == 'swa' else recipe.epochs
-    def falling(i):
-        return peak * warmup_cosine(
-            i, n * end, n * recipe.warmup, recipe.lr_floor / peak, recipe.warmup_from
-        )
+    shape = n*end, n*recipe.warmup, recipe.lr_floor/peak, recipe.warmup_from
+    def falling(i): return peak*warmup_cosine(i, *shape)
     if recipe.average != 'swa' or step < n*swa_from: return falling(step)
     target = recipe.swa_lr*peak/(recipe.lr_head or recipe.lr)
-    return cosine(
-        (step - n * swa_from + 1) / max(n * recipe.swa_anneal, 1), falling(n * swa_from - 1), target
-    )
+    place = (step - n*swa_from + 1)/max(n*recipe.swa_anneal, 1)
+    return cosine(place, falling(n*swa_from - 1), target)
 
 # %% ../../nbs/02j_training.loop.ipynb #2259feb8
 def step_number(
@@ -195,6 +159,14 @@ class Accumulate(Callback):
                 self.model.parameters(), self.clip, error_if_nonfinite=False
             )
 
+# %% ../../nbs/02j_training.loop.ipynb #stop-on-nan
+def _stop(term:str, value:float, epoch:int, batch:int):
+    "`KdoctError` for a term of the loss that is not finite."
+    raise KdoctError(
+        f"The {term} term of the loss became {value} in epoch {epoch}, batch {batch}.",
+        fix="Lower the learning rate, set precision to fp32, or look at the images of that batch.",
+    )
+
 # %% ../../nbs/02j_training.loop.ipynb #29b6a2e6
 class History(Callback):
     "Collects `history.csv` and stops on a loss that is not finite."
@@ -207,28 +179,21 @@ class History(Callback):
     def before_validate(self): self.logits, self.places = [], []
 
     def after_batch(self):
-        if not self.training:
+        if self.training: self.add_terms()
+        else:
             self.places.append(places(self.dls.valid, self.iter))
             self.logits.append(self.pred[:len(self.places[-1])].float())
-            return
-        terms = {
-            **(getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}),
-            'loss': self.loss,
-        }  # the sum last: it does not say which
-        n = self.learn.accumulate.mine
+
+    def add_terms(self):
+        "Add the terms of a batch's loss to the sums of the epoch."
+        terms = getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}
+        terms = {**terms, 'loss': self.loss}   # the sum last: it does not say which
+        n, batch = self.learn.accumulate.mine, self.dls.train.start + self.iter
         # a GPU is waited for once
         for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):
-            if not math.isfinite(value): self._stop(name, value)
+            if not math.isfinite(value): _stop(name, value, self.epoch, batch)
             self.sums[name] = self.sums.get(name, 0.) + value*n
         self.sums['n'] = self.sums.get('n', 0) + n
-
-    def _stop(self, name:str, value:float):
-        raise KdoctError(
-            f"The {name} term of the loss became {value} in epoch {self.epoch}, batch "
-            f"{self.dls.train.start + self.iter}.",
-            fix="Lower the learning rate, set precision to fp32, or look at the images of "
-                "that batch.",
-        )
 
 # %% ../../nbs/02j_training.loop.ipynb #abe9be0d
 def validation_scores(
@@ -246,7 +211,7 @@ def score_of(
     row:dict,      # valid_loss, accuracy, balanced_accuracy
     monitor:str,   # loss, accuracy or balanced_accuracy
 )->list[float]:    # compared like words: the loss decides between equal shares
-    "How good a validation result is; larger is better. A loss that is not finite is worse than every finite one, whatever the monitor."
+    "How good a validation result is; larger is better, and a loss that is not finite is the worst."
     if not math.isfinite(row['valid_loss']): return _WORST
     return [-row['valid_loss']] if monitor == 'loss' else [row[monitor], -row['valid_loss']]
 
@@ -256,26 +221,20 @@ _WORST = [-math.inf]
 @patch
 def totals(self:History)->dict[str, float]:
     "Sums of this epoch's loss terms, and images, over all processes."
-    return dict(
-        zip(
-            self.sums,
-            all_reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist(),
-            strict=True,
-        )
-    )
+    sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
+    return dict(zip(self.sums, all_reduce(sums).tolist(), strict=True))
 
 @patch
 def validated_logits(self:History)->torch.Tensor:  # (n, classes), in the order of the validation part
     "Logits of all processes."
     part, at = torch.cat(self.logits).cpu(), torch.from_numpy(np.concatenate(self.places))
-    return all_reduce(
-        part.new_zeros(len(self.dls.valid.rows), part.shape[1]).index_copy_(0, at, part)
-    )
+    whole = part.new_zeros(len(self.dls.valid.rows), part.shape[1])
+    return all_reduce(whole.index_copy_(0, at, part))
 
 # %% ../../nbs/02j_training.loop.ipynb #2ed18e29
 @patch
 def after_epoch(self:History):
-    "One row; the learning rates (backbone's and classifier's) are those of the last batch. fastai's table shows the same."
+    "One row, with the learning rates (backbone, classifier) of the last batch; fastai's table gets it."
     sums, valid = self.totals(), self.dls.valid
     means = {f'train_{k}': v/sums['n'] for k, v in sums.items() if k != 'n'}
     row = dict(
@@ -317,18 +276,14 @@ def save_resume(
     average=None,                   # averaged weights, if there are any
 ):
     "Everything that a training consists of, in one safetensors file, which process 0 writes."
-    tensors = {f'model.{k}': v for k, v in model.body.state_dict().items()} | _optimizer_tensors(
-        opt
-    )
+    tensors = {f'model.{k}': v for k, v in model.body.state_dict().items()}
+    tensors |= _optimizer_tensors(opt)
     if average is not None: tensors |= {f'average.{k}': v for k, v in average.state_dict().items()}
     tensors |= gather_random_states()   # of all processes, which meet here
     if rank_world()[0]: return
     with atomic_path(path) as tmp:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            tmp,
-            metadata={'about': json.dumps(about)},
-        )
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        save_file(tensors, tmp, metadata={'about': json.dumps(about)})
 
 # %% ../../nbs/02j_training.loop.ipynb #5f4501f7
 def load_resume(
@@ -338,7 +293,7 @@ def load_resume(
     key:str='',                     # what about['key'] must be; '' asks for nothing
     average=None,                   # averaged weights, changed in place, if there are any
 )->dict:                            # what was `about`
-    "Restore network, optimiser and random state; `KdoctError`, before anything is changed, if they belong to something else."
+    "Restore network, optimiser and random state; `KdoctError` before a change if they are not of `key`."
     with safe_open(path, 'pt') as f: about = json.loads(f.metadata()['about'])
     if key and about['key'] != key:
         raise KdoctError(
@@ -360,12 +315,8 @@ class Checkpoint(Callback):
     order = 50
     def __init__(self, folder:Path, recipe:TrainRecipe, key:str):
         self.folder, self.recipe, self.key = Path(folder), recipe, key
-        self.best, self.best_epoch, self.saved, self.swa_from = (
-            None,
-            None,
-            time.monotonic(),
-            recipe.swa_start,
-        )
+        self.best, self.best_epoch, self.swa_from = None, None, recipe.swa_start
+        self.saved = time.monotonic()
 
     @property
     def due(self)->bool: return time.monotonic() - self.saved >= 60*self.recipe.checkpoint_minutes
@@ -378,39 +329,30 @@ class Checkpoint(Callback):
         if not self.state.exists(): return {}
         with safe_open(self.state, 'pt') as f: return json.loads(f.metadata()['about'])
 
-    def before_fit(self):
-        self.learn.first_epoch = 0
-        if not self.state.exists(): return
-        about = load_resume(
-            self.state, self.model, self.opt.opt, self.key, self.learn.averaging.average
-        )
-        self.best, self.best_epoch, self.swa_from = (
-            about['best'],
-            about['best_epoch'],
-            about['swa_from'],
-        )
-        self.learn.history.rows, self.learn.history.sums = (
-            about['rows'],
-            {k: 0 if rank_world()[0] else v for k, v in about['sums'].items()},
-        )
-        self.learn.first_epoch, self.dls.train.start = about['epoch'], about['batch']
-        print(f"Going on in epoch {about['epoch']}, batch {about['batch']}.")
+# %% ../../nbs/02j_training.loop.ipynb #checkpoint-restore
+@patch
+def before_fit(self:Checkpoint):
+    "Go on from the resume state, if there is one."
+    learn, learn.first_epoch = self.learn, 0
+    if not self.state.exists(): return
+    average = learn.averaging.average
+    about = load_resume(self.state, self.model, self.opt.opt, self.key, average)
+    self.best, self.best_epoch = about['best'], about['best_epoch']
+    self.swa_from = about['swa_from']
+    learn.history.rows, learn.history.sums = about['rows'], about['sums']
+    if rank_world()[0]: learn.history.sums = dict.fromkeys(about['sums'], 0)   # process 0 has them all
+    learn.first_epoch, self.dls.train.start = about['epoch'], about['batch']
+    print(f"Going on in epoch {about['epoch']}, batch {about['batch']}.")
 
-    def save(self, epoch:int, batch:int):
-        "Write the state from which training goes on at this place."
-        about = dict(
-            key=self.key,
-            epoch=epoch,
-            batch=batch,
-            best=self.best,
-            best_epoch=self.best_epoch,
-            swa_from=self.swa_from,
-            precision=self.learn.precision.facts,
-            rows=self.learn.history.rows,
-            sums=self.learn.history.totals(),
-        )
-        save_resume(self.state, self.model, self.opt.opt, about, self.learn.averaging.average)
-        self.saved = time.monotonic()
+@patch
+def save(self:Checkpoint, epoch:int, batch:int):
+    "Write the state from which training goes on at this place."
+    about = dict(key=self.key, epoch=epoch, batch=batch, best=self.best,
+                 best_epoch=self.best_epoch, swa_from=self.swa_from,
+                 precision=self.learn.precision.facts, rows=self.learn.history.rows,
+                 sums=self.learn.history.totals())
+    save_resume(self.state, self.model, self.opt.opt, about, self.learn.averaging.average)
+    self.saved = time.monotonic()
 
 # %% ../../nbs/02j_training.loop.ipynb #b31d618f
 @patch
@@ -453,7 +395,7 @@ def after_epoch(self:Checkpoint):  # noqa: F811 (of another class)
 # %% ../../nbs/02j_training.loop.ipynb #87b4756f
 @patch
 def after_fit(self:Checkpoint):
-    "Training ends with the weights of the best epoch; process 0 goes on alone with them. `KdoctError` if there is none."
+    "Process 0 ends with the weights of the best epoch; `KdoctError` if there is none."
     rows = self.learn.history.rows
     if self.best_epoch is None and rows:
         raise KdoctError(
@@ -488,12 +430,13 @@ def accuracy(
     pred:torch.Tensor,    # (n, classes) logits
     target:torch.Tensor,  # (n,) class numbers
 )->torch.Tensor:          # scalar in [0, 1]
-    "Share of images whose largest logit is the label's (for fastai's table; the records are made by `History`)."
+    "Share of images whose largest logit is the label's, for fastai's table; `History` makes the records."
     return (pred.argmax(1) == target).float().mean()
 
 # %% ../../nbs/02j_training.loop.ipynb #58f68554
 class Table(Recorder):
-    "fastai's table of the epochs, filled by `History`. fastai's own sums gather from all processes and wait for the GPU at every batch."
+    "fastai's table of the epochs, filled by `History`."
+    # fastai's own sums gather from all processes and wait for the GPU at every batch
     name, _train_mets, _valid_mets = 'recorder', L(), L()
     def after_batch(self):
         if not self.training: return
@@ -505,12 +448,10 @@ class Table(Recorder):
         self.losses.append(self.learn.smooth_loss)
 
 def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
-    "`KdoctError` if a process would have no image of a step, or a batch of one image is to be blended with itself."
-    step, more = (
-        batch_size * recipe.accumulate,
-        "Start fewer processes, or raise batch_size*accumulate, the images of a step of all "
-        "processes together.",
-    )
+    "`KdoctError` if a process would have no image of a step, or one image would be blended with itself."
+    step = batch_size*recipe.accumulate
+    more = ("Start fewer processes, or raise batch_size*accumulate, the images of a step of all "
+            "processes together.")
     if step < processes:
         raise KdoctError(f"A step of {step} images cannot be shared by {processes} processes.",
                          fix=more)
@@ -519,6 +460,23 @@ def _check_shares(batch_size:int, recipe:TrainRecipe, processes:int):
                          fix="Raise batch_size" if processes == 1 else more)
 
 # %% ../../nbs/02j_training.loop.ipynb #f20b7a42
+def _callbacks(recipe:TrainRecipe, model:Classifier, folder:str|Path, key:str)->list[Callback]:
+    "The parts of the training loop, each one small callback."
+    out = [
+        Precision(recipe),
+        DistributedTraining(),
+        FrozenStart(recipe),
+        Schedule(recipe),
+        History(),
+        Accumulate(recipe),
+        Averaging(recipe),
+        Checkpoint(folder, recipe, key),
+    ]
+    if recipe.compile: out.append(Compile())
+    if recipe.mix_prob > 0: out.append(Mix(recipe, model.body.num_classes))
+    return out
+
+# %% ../../nbs/02j_training.loop.ipynb #make-learner
 def make_learner(
     model:Classifier,      # network, on its device
     train:Batches,         # shuffled, augmented
@@ -532,32 +490,12 @@ def make_learner(
     "A Learner for any role; `KdoctError` if the batches of a process are too small."
     _check_shares(train.batch_size, recipe, rank_world()[1])
     train.accumulate = recipe.accumulate
-    dls = DataLoaders(train, valid, device=train.device)
-    opt = lambda params, lr: OptimWrapper(
-        opt=torch.optim.AdamW(param_groups(model, recipe), fused=True)
-    )
-    ours = [
-        Precision(recipe),
-        DistributedTraining(),
-        FrozenStart(recipe),
-        Schedule(recipe),
-        History(),
-        Accumulate(recipe),
-        Averaging(recipe),
-        Checkpoint(folder, recipe, key),
-    ]
-    if recipe.compile: ours.append(Compile())
-    if recipe.mix_prob > 0: ours.append(Mix(recipe, model.body.num_classes))
+    def optimizer(params, lr):
+        return OptimWrapper(opt=torch.optim.AdamW(param_groups(model, recipe), fused=True))
+    dls, cbs = DataLoaders(train, valid, device=train.device), [*cbs]
     learn = ResumableLearner(
-        dls,
-        model,
-        loss_func=loss,
-        opt_func=opt,
-        metrics=[accuracy],
-        cbs=[*ours, *cbs],
-        path=folder,
-        train_bn=False,
-        wd_bn_bias=True,
+        dls, model, loss_func=loss, opt_func=optimizer, metrics=[accuracy], path=folder,
+        cbs=_callbacks(recipe, model, folder, key) + cbs, train_bn=False, wd_bn_bias=True,
     )
     learn.remove_cb(Recorder).add_cb(Table())
     if rank_world()[0]: learn.remove_cb(ProgressCallback).logger = noop   # process 0 reports

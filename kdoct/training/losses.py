@@ -56,11 +56,9 @@ def balanced_weights(
 )->torch.Tensor:        # (n_classes,) float32; 0 for a class without images
     "Class weights n / (classes that have images * images of the class); their mean over the images is 1."
     counts = np.bincount(labels, minlength=n_classes)
-    present = np.count_nonzero(counts)
-    return torch.tensor(
-        np.divide(len(labels), present * counts, out=np.zeros(n_classes), where=counts > 0),
-        dtype=torch.float32,
-    )
+    total, none = np.count_nonzero(counts)*counts, np.zeros(n_classes)
+    weights = np.divide(len(labels), total, out=none, where=counts > 0)
+    return torch.tensor(weights, dtype=torch.float32)
 
 def hard_loss(
     recipe:TrainRecipe,  # which loss, with which weights
@@ -69,11 +67,8 @@ def hard_loss(
     device='cpu',        # of the logits
 ):                       # function (logits, target) -> scalar
     "The loss against the label that a recipe asks for."
-    weight = (
-        balanced_weights(labels, n_classes).to(device)
-        if recipe.class_weights == 'balanced'
-        else None
-    )
+    weight = None
+    if recipe.class_weights == 'balanced': weight = balanced_weights(labels, n_classes).to(device)
     gamma = recipe.focal_gamma if recipe.loss == 'focal' else 0.
     return partial(focal, weight=weight, gamma=gamma, smoothing=recipe.label_smoothing)
 
@@ -126,7 +121,7 @@ def combine(
     recipe:DistillRecipe,            # how to combine, and the temperature
     weights:torch.Tensor|None=None,  # (teachers,) of `teacher_weights`, for nll
 )->torch.Tensor:                     # (n, classes), as `soft_loss` takes it
-    "What the teachers say together."
+    "The logits of several teachers as those of one."
     if len(logits) == 1: return logits[0]
     if recipe.combine == 'logits': return mean_logits(logits)
     if recipe.combine == 'nll': return mean_probabilities(logits, recipe.temperature, weights)

@@ -100,6 +100,12 @@ def faster(
     "The arithmetic to train in."
     return 'bf16' if medians['bf16'] < (1 - gain)*medians['fp32'] else 'fp32'
 
+# %% ../../nbs/02h_training.precision.ipynb #of-first
+def _of_first(medians:dict)->dict:
+    "Process 0's clock decides for all."
+    times = broadcast_tensors(torch.tensor(list(medians.values()), dtype=torch.float64))
+    return dict(zip(medians, times.tolist(), strict=True))
+
 # %% ../../nbs/02h_training.precision.ipynb #0ca9fc48
 class Precision(Callback):
     "Chooses the arithmetic of a training where the recipe says `auto`."
@@ -121,17 +127,12 @@ class Precision(Callback):
         def step(precision):
             model.precision = precision
             trial_step(model, batch, loss)
-        with untouched(model): medians = self.of_first(measure_steps(step, timer=self.timer))
+        with untouched(model): medians = _of_first(measure_steps(step, timer=self.timer))
         chosen = faster(medians)
         if not rank_world()[0]:
             times = ', '.join(f'{human_time(t)} in {p}' for p, t in medians.items())
             print(f"A training step takes {times}: {chosen} it is.")
         return dict(precision=chosen, step_seconds=medians)
-
-    def of_first(self, medians:dict)->dict:
-        "Process 0's clock decides for all."
-        times = broadcast_tensors(torch.tensor(list(medians.values()), dtype=torch.float64))
-        return dict(zip(medians, times.tolist(), strict=True))
 
 # %% ../../nbs/02h_training.precision.ipynb #94b5d2a5
 def peak_memory(
@@ -192,10 +193,27 @@ def step_agrees(
     room = _RANDOM if random else _ROUNDING[precision]
     return bool((compiled - plain).norm() <= room*plain.norm())
 
+# %% ../../nbs/02h_training.precision.ipynb #reason-against
+def _reason_against(learn, compiled, batch:tuple)->str:  # '' if there is none
+    "Try a compiled step beside two plain ones, which come first in every process."
+    model, body = learn.model, learn.model.body
+    def trial(): return step_numbers(model, batch, learn.loss_func)
+    try:
+        with untouched(model):
+            plain, again = trial(), trial()
+            body.forward = compiled
+            made = trial()
+    except (RuntimeError, ImportError, OSError) as e:   # torch's own errors are RuntimeErrors
+        return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
+    finally: body.__dict__.pop('forward', None)
+    if step_agrees(made, plain, again, model.precision): return ''
+    def describe(x): return f'loss {x[0]:.4g} and gradient norm {x[1:].norm():.4g}'
+    return f'A compiled step has {describe(made)}, a plain one {describe(plain)}.'
+
 # %% ../../nbs/02h_training.precision.ipynb #d426af48
 class Compile(Callback):
     "Runs training batches of the most frequent size by what torch.compile has made of the network."
-    order, run_valid = -11, False   # after Precision (-20); Together (-12) may exchange the body
+    order, run_valid = -11, False   # after Precision (-20); DistributedTraining (-12) may exchange the body
     def __init__(self, make=compile_here): self.make, self.facts = make, {}
 
     def before_fit(self):
@@ -204,29 +222,13 @@ class Compile(Callback):
         usual = next(p for p in parts if len(p) == self.n)
         self.plain = self.model.body.forward
         self.compiled = self.make(self.plain, dynamic=False)
-        reason = self.reason_against(self.dls.train.batch(usual))
+        reason = _reason_against(self.learn, self.compiled, self.dls.train.batch(usual))
         failed = int(all_reduce(torch.tensor(int(bool(reason)))))   # one process falls back: all do
         if not failed: self.facts = dict(compiled=True, compile_seconds=time.perf_counter() - began)
         else:
             reason = reason or 'It failed in another process.'
             self.compiled, self.facts = None, dict(compiled=False, reason=reason)
             print(f"torch.compile cannot be used here, training goes on without. {reason}")
-
-    def reason_against(self, batch:tuple)->str:  # '' if there is none
-        "Try a compiled step beside two plain ones, which come first in every process."
-        body, trial = self.model.body, lambda: step_numbers(self.model, batch, self.learn.loss_func)
-        try:
-            with untouched(self.model):
-                plain, again = trial(), trial()
-                body.forward = self.compiled
-                made = trial()
-        except (RuntimeError, ImportError, OSError) as e:   # torch's own errors are RuntimeErrors
-            return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
-        finally: body.__dict__.pop('forward', None)
-        if step_agrees(made, plain, again, self.model.precision): return ''
-        of_made, of_plain = (f'loss {x[0]:.4g} and gradient norm {x[1:].norm():.4g}'
-                             for x in (made, plain))
-        return f'A compiled step has {of_made}, a plain one {of_plain}.'
 
     def before_train(self):
         if self.compiled is None: return

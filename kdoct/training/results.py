@@ -8,31 +8,21 @@ __all__ = ['predict_logits', 'predictions_frame', 'inference_batches', 'write_pr
 
 # %% ../../nbs/02k_training.results.ipynb #imp-training-results
 import time
-
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
-
 import pandas as pd
-
 import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
-
 from ..core.sections import TrainRecipe
-
 from ..core.runs import require_same_folds, Run
-
 from ..data.augment import image_ids
 from ..data.batches import Batches
-
 from ..data.retina_mask import blank_retina
-
 from ..data.fold_data import FoldData, open_fold
-
 from ..models.backbones import Classifier, create_classifier
 from ..models.folders import check_origin, data_identity, save_model_folder, weights_origin
-
 from .averaging import average_candidates
 
 # %% ../../nbs/02k_training.results.ipynb #7209cb71
@@ -63,7 +53,8 @@ def predict_logits(
     model:Classifier,        # network, on the device of the batches
     batches:Batches,         # in order, unchanged
 )->np.ndarray:               # (n, classes) float32
-    "Logits of all images of a part, in the order of its rows; in float32 whatever the precision of training, as decisions and exported networks are."
+    "Logits of all images of a part, in the order of its rows, in float32."
+    # whatever the precision of training: decisions and exported networks compute in float32 too
     trained_in, model.precision = model.precision, 'fp32'
     try:
         model.eval()
@@ -77,21 +68,12 @@ def predictions_frame(
     logits:np.ndarray,   # (n, classes) of `data.idx[role]`
 )->pd.DataFrame:         # one row an image, as evaluation reads it
     "Predictions beside what identifies an image."
-    columns = [
-        'path',
-        'patient',
-        'group',
-        'label',
-        'eye',
-        'volume',
-        'slice',
-        *(c for c in ('patient_label',) if c in data.table),
-    ]
+    columns = ['path', 'patient', 'group', 'label', 'eye', 'volume', 'slice']
+    if 'patient_label' in data.table: columns.append('patient_label')
     frame = data.rows(role)[columns].reset_index(drop=True)
     frame.insert(3, 'fold', data.fold)
-    return frame.assign(
-        **{f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)}
-    )
+    each = {f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)}
+    return frame.assign(**each)
 
 # %% ../../nbs/02k_training.results.ipynb #e061dc48
 def inference_batches(
@@ -153,16 +135,10 @@ def _candidates(
     "Weights that may be kept: those of the best epoch, and the average with BatchNorm statistics of its own."
     own = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
     if not learn.averaging.ready: return {'checkpoint': own}
-    clean, augmented = (
-        inference_batches(data, 'train', run, recipe, learn.dls.device),
-        _training_batches(data, run, recipe, learn.dls.device),
-    )
-    return {
-        'checkpoint': own,
-        **average_candidates(
-            learn.model, learn.averaging.average, recipe.average, clean, augmented
-        ),
-    }
+    clean = inference_batches(data, 'train', run, recipe, learn.dls.device)
+    augmented = _training_batches(data, run, recipe, learn.dls.device)
+    averaged = learn.averaging.average, recipe.average
+    return {'checkpoint': own} | average_candidates(learn.model, *averaged, clean, augmented)
 
 def _validated(learn:ResumableLearner, weights:dict, batches:Batches)->dict:
     "Validation scores of some weights, which stay in the network."
@@ -176,14 +152,13 @@ def _validated(learn:ResumableLearner, weights:dict, batches:Batches)->dict:
 def _variants(
     run:Run, data:FoldData, model:Classifier, recipe:TrainRecipe, device, kept:bool
 )->dict[str, np.ndarray]:
-    "Test logits by view: 'identity', 'averaged' where the recipe has views, and 'retina blanked' for the kept weights."
+    "Test logits by view: 'identity', with views 'averaged', for the kept weights 'retina blanked'."
     def logits(view):
         return predict_logits(model, inference_batches(data, 'test', run, recipe, device, view))
     out = {'identity': logits('identity')}
     if views := run.recipe.evaluate.views:
-        out['averaged'] = np.mean(
-            [out['identity'] if v == 'identity' else logits(v) for v in views], axis=0
-        )
+        each = [out['identity'] if v == 'identity' else logits(v) for v in views]
+        out['averaged'] = np.mean(each, axis=0)
     if kept: out['retina blanked'] = _blanked_logits(model, data, run.recipe.data.size, device)
     return out
 
@@ -197,16 +172,15 @@ def write_predictions(
     candidates:dict,   # name -> weights of the body
     kept:str,          # name of the candidate that is kept
 ):
-    "predictions.parquet (kept weights, one view) and variants.parquet; leaves the kept weights in the network."
+    "predictions.parquet (kept weights, one view) and variants.parquet; the network ends with the former."
     folder, frames, recipe = run.stage_dir(data.fold, role), [], run.recipe.training(role)
     for name in sorted(candidates, key=lambda n: n == kept):   # the kept ones last
         model.body.load_state_dict(candidates[name])
         for view, logits in _variants(run, data, model, recipe, device, name == kept).items():
             frames.append(predictions_frame(data, 'test', logits).assign(weights=name, view=view))
     table = pd.concat(frames, ignore_index=True)
-    main = table[(table.weights == kept) & (table['view'] == 'identity')].drop(
-        columns=['weights', 'view']
-    )
+    is_main = (table.weights == kept) & (table['view'] == 'identity')
+    main = table[is_main].drop(columns=['weights', 'view'])
     for name, frame in (('variants', table), ('predictions', main)):
         with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
 
@@ -224,56 +198,54 @@ def is_trained(
     return True
 
 # %% ../../nbs/02k_training.results.ipynb #b56119a9
+def _say_scores(scores:dict[str, dict], kept:str):
+    "Print how the candidates did on the validation part."
+    def describe(name, v):
+        return f"{name} {100*v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}"
+    each = '; '.join(describe(name, v) for name, v in scores.items())
+    print('validation:', each, f'; {kept} kept')
+
+def _select(run:Run, data:FoldData, learn:ResumableLearner, recipe:TrainRecipe, candidates:dict):
+    "Name of the candidate to keep, and the metrics that model.json says."
+    valid, scores = inference_batches(data, 'val', run, recipe, learn.dls.device), {}
+    for name, weights in candidates.items(): scores[name] = _validated(learn, weights, valid)
+    # the best epoch where they are equal
+    kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))
+    if len(scores) > 1: _say_scores(scores, kept)
+    metrics = dict(kept=kept, best_epoch=learn.checkpoint.best_epoch, validation=scores[kept],
+                   candidates=scores)
+    if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
+    return kept, metrics
+
+# %% ../../nbs/02k_training.results.ipynb #write-results
 def _write_results(
     run:Run, data:FoldData, role:str, learn:ResumableLearner, recipe:TrainRecipe, facts:dict
 )->dict:
     "History, predictions of the test part, model folder (last: it says that the role is finished)."
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
-    scores = {
-        name: _validated(learn, w, inference_batches(data, 'val', run, recipe, device))
-        for name, w in candidates.items()
-    }
-    # the best epoch where they are equal
-    kept = max(scores, key=lambda name: score_of(scores[name], recipe.monitor))
+    kept, metrics = _select(run, data, learn, recipe, candidates)
     write_predictions(run, data, role, learn.model, device, candidates, kept)
     with atomic_path(folder/'history.csv') as tmp:
         pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
-    metrics = dict(
-        kept=kept,
-        best_epoch=learn.checkpoint.best_epoch,
-        validation=scores[kept],
-        candidates=scores,
-    )
-    if recipe.average == 'swa': metrics['swa_from'] = learn.checkpoint.swa_from
-    if len(scores) > 1:
-        print(
-            'validation:',
-            '; '.join(
-                f"{n} {100 * v['accuracy']:.1f} %, loss {v['valid_loss']:.4f}"
-                for n, v in scores.items()
-            ),
-            f'; {kept} kept',
-        )
-    return save_model_folder(
-        folder,
-        learn.model.cpu(),
-        role,
-        run.recipe,
-        data.classes,
-        folds_sha256=data.folds_sha256,
-        fold=data.fold,
-        precision=learn.model.precision,
-        channels=run.stage('data')['channels'],
-        coloured=run.stage('data').get('coloured'),
-        metrics=metrics,
-        **facts,
-    )
+    of_fold = dict(folds_sha256=data.folds_sha256, fold=data.fold,
+                   precision=learn.model.precision, channels=run.stage('data')['channels'])
+    return save_model_folder(folder, learn.model.cpu(), role, run.recipe, data.classes,
+                             **of_fold, metrics=metrics, **facts)
 
 # %% ../../nbs/02k_training.results.ipynb #64a7d9a6
 _ORDER = 'order 2'   # raised where batches, steps or parameters change places: a state of before cannot go on
 
 # %% ../../nbs/02k_training.results.ipynb #416f8ee0
+def _resume_key(run:Run, data:FoldData, role:str, taught_by:dict)->str:
+    "What a resume state must belong to."
+    # a resumed student must not change its teachers
+    teachers = [t['weights_sha256'][:16] for t in taught_by.values()]
+    n = rank_world()[1]
+    several = [f'{n} processes'] if n > 1 else []
+    return ' '.join([run.recipe.key, data.folds_sha256, role, _ORDER, *teachers, *several])
+
+# %% ../../nbs/02k_training.results.ipynb #train-role
 def train_role(
     run:Run,       # an existing run whose data stage is done
     fold:int,      # fold, counted from 0
@@ -282,49 +254,28 @@ def train_role(
     **facts,       # what else model.json shall say
 )->dict:           # model.json of the trained network
     "Train one network of a fold, or take up where it was interrupted, or return it if it is finished."
-    rank, size = init_group()
+    rank, _ = init_group()
     with propagate_failure(), run.lock(fold, role) if rank == 0 else nullcontext():
         data, folder = open_fold(run, fold), run.stage_dir(fold, role)
         if broadcast(rank == 0 and is_trained(run, fold, role, data.folds_sha256)):
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, origin = time.perf_counter(), check_start(run, data, role)
-        # a resumed student must not change its teachers
-        teachers = [t['weights_sha256'][:16] for t in facts.get('taught_by', {}).values()]
-        key = [
-            run.recipe.key,
-            data.folds_sha256,
-            role,
-            _ORDER,
-            *teachers,
-            *([f'{size} processes'] if size > 1 else []),
-        ]
-        learn = _fold_learner(run, data, role, key=' '.join(key), cbs=cbs)
+        key = _resume_key(run, data, role, facts.get('taught_by', {}))
+        learn = _fold_learner(run, data, role, key, cbs)
         with _within_memory(run, role): learn.fit(run.recipe.training(role).epochs)
-        about = (
-            None
-            if rank
-            else _write_and_record(
-                run,
-                data,
-                role,
-                learn,
-                time.perf_counter() - began,
-                dict(weights_from=origin, **facts),
-            )
-        )
-        return broadcast(about)
+        if rank: return broadcast(None)
+        seconds, facts = time.perf_counter() - began, dict(weights_from=origin, **facts)
+        return broadcast(_write_and_record(run, data, role, learn, seconds, facts))
 
 # %% ../../nbs/02k_training.results.ipynb #a5899d0a
 @contextmanager
 def _within_memory(run:Run, role:str):
-    "`KdoctError` that says which smaller batches make the same step, if the GPU's memory does not hold those of the recipe."
+    "If the GPU's memory is too small: `KdoctError` that says which smaller batches make the same step."
     try: yield
     except torch.OutOfMemoryError as e:
-        recipe, part = (
-            run.recipe.training(role),
-            'student' if role in ('student', 'baseline') else 'teacher',
-        )
+        recipe = run.recipe.training(role)
+        part = 'student' if role in ('student', 'baseline') else 'teacher'
         step = recipe.batch_size*recipe.accumulate
         smaller = next((n for n in range(recipe.batch_size//2, 0, -1) if step % n == 0), None)
         fix = f"Take a smaller network or smaller pictures: {part}.arch, data.size."
@@ -343,25 +294,18 @@ def check_start(
     data:FoldData,  # the fold
     role:str,       # teacher, teacher-NAME, student or baseline
 )->dict:            # of `weights_origin`
-    "Where the first weights come from; `KdoctError` if they know the test images. Notes the beginning in the record."
-    recipe, origin = run.recipe.training(role), weights_origin(run.recipe.training(role))
+    "Record the beginning and where the first weights come from; `KdoctError` if they know test images."
+    recipe = run.recipe.training(role)
+    origin = weights_origin(recipe)
     notes = check_origin(origin, data_identity(run.recipe.data), data.folds_sha256, data.fold)
     if rank_world()[0]: return origin
     for note in notes: print(f'WARNING: {note}')
     if (recipe.size or 0) > run.recipe.data.size:
-        print(
-            f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are "
-            f"enlarged for it."
-        )
-    run.record(
-        f'fold_{data.fold}/{role}',
-        status='running',
-        seed=run.recipe.seed,
-        folds_sha256=data.folds_sha256,
-        weights_from=origin,
-        notes=notes,
-        processes=rank_world()[1],
-    )
+        print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are "
+              f"enlarged for it.")
+    run.record(f'fold_{data.fold}/{role}', status='running', seed=run.recipe.seed,
+               folds_sha256=data.folds_sha256, weights_from=origin, notes=notes,
+               processes=rank_world()[1])
     return origin
 
 # %% ../../nbs/02k_training.results.ipynb #be90b21f
@@ -369,28 +313,25 @@ def _write_and_record(
     run:Run, data:FoldData, role:str, learn:ResumableLearner, seconds:float, facts:dict
 )->dict:
     "Results and record of a training that has ended; the resume state is not needed any more."
-    recipe, memory, began = (
-        run.recipe.training(role),
-        peak_memory(learn.dls.device),
-        time.perf_counter(),
-    )
+    recipe, device = run.recipe.training(role), learn.dls.device
+    folder = run.stage_dir(data.fold, role)
+    memory, began = peak_memory(device), time.perf_counter()
     about = _write_results(run, data, role, learn, recipe, facts)
-    run.record(
-        f'fold_{data.fold}/{role}',
-        status='done',
-        seconds=seconds + time.perf_counter() - began,
+    facts = dict(
         training_seconds=sum(r['seconds'] for r in learn.history.rows),
         parameters=about['parameters'],
         precision=about['precision'],
-        tf32_steps=rounds_steps(learn.dls.device),
+        tf32_steps=rounds_steps(device),
         step_seconds=learn.precision.facts.get('step_seconds'),
         **(learn.compile.facts if recipe.compile else {}),
         peak_memory=memory,
         **about['metrics'],
         weights_sha256=about['weights_sha256'],
     )
-    for f in (run.stage_dir(data.fold, role)/'resume').glob('*.safetensors'): f.unlink()
-    return read_json(run.stage_dir(data.fold, role)/'model.json')
+    seconds += time.perf_counter() - began
+    run.record(f'fold_{data.fold}/{role}', status='done', seconds=seconds, **facts)
+    for f in (folder/'resume').glob('*.safetensors'): f.unlink()
+    return read_json(folder/'model.json')
 
 # %% ../../nbs/02k_training.results.ipynb #767bdbf9
 def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLearner:
@@ -399,20 +340,10 @@ def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLear
     keep_freed_memory()
     seed_everything(run.recipe.seed)
     device = best_device()
-    model = create_classifier(
-        recipe, len(data.classes), recipe.size or run.recipe.data.size, device
-    )
-    train, valid = (
-        _training_batches(data, run, recipe, device, rank_world()),
-        inference_batches(data, 'val', run, recipe, device, share=rank_world()),
-    )
-    return make_learner(
-        model,
-        train,
-        valid,
-        hard_loss(recipe, data.labels[data.idx['train']], len(data.classes), device),
-        recipe,
-        run.stage_dir(data.fold, role) / 'resume',
-        key,
-        cbs,
-    )
+    n_classes, size = len(data.classes), recipe.size or run.recipe.data.size
+    model = create_classifier(recipe, n_classes, size, device)
+    train = _training_batches(data, run, recipe, device, rank_world())
+    valid = inference_batches(data, 'val', run, recipe, device, share=rank_world())
+    loss = hard_loss(recipe, data.labels[data.idx['train']], n_classes, device)
+    folder = run.stage_dir(data.fold, role)/'resume'
+    return make_learner(model, train, valid, loss, recipe, folder, key, cbs)
