@@ -157,7 +157,7 @@ def fenced(language, files=GUIDE):
 def command_lines(program):
     "Lines of the guide that call a program, as words behind its name."
     for file, text in fenced("sh"):
-        for line in text.splitlines():
+        for line in text.replace('\\\n', ' ').splitlines():   # continued lines are one
             words = shlex.split(line, comments=True)
             starts = words[:1] in ([program], ["accelerate"]) and program in words
             if starts: yield f"{file.name}: {line}", words[words.index(program) + 1:]
