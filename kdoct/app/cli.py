@@ -287,11 +287,11 @@ def recipe(
     from kdoct.data.audit import check_data_recipe
     data = dict(group_pattern=group_pattern, classes=classes)
     values = recipe_of(preset_name, source, data_root, changes, **data)
-    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
+    check_data_recipe(values.data)   # behind the list, which may show why
 
 # %% ../../nbs/10_app.cli.ipynb #3c3e1969
 @_command()
