@@ -13,11 +13,11 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 
 PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',
-    'preset': 'core.presets',
+    'preset': 'core.recipe',
     'new_run': 'app.stages',
     'open_run': 'core.runs',
     'write_phantom': 'data.phantom_files',
-    'load_model_folder': 'models.backbones',
+    'load_model_folder': 'models.folders',
     'Distill': 'distill.methods',
     'Teachers': 'distill.methods',
     'evaluate_run': 'evaluate.stage',

@@ -14,7 +14,7 @@ from kdoct.app import bench as bench
 from kdoct.app import bench_harness, bench_reference, bench_rows
 from kdoct.app.cli import app
 from kdoct.core.files import KdoctError, read_json
-from kdoct.models.backbones import computes_bf16
+from kdoct.models.arithmetic import computes_bf16
 
 SMALL = dict(
     teacher="test_convnext2", student="test_efficientnet", size=48, images=8, steps=2, rounds=2

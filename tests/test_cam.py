@@ -20,7 +20,8 @@ from kdoct.explain.cam import (
     stretch,
     target_layer,
 )
-from kdoct.models.backbones import IMAGENET, Classifier
+from kdoct.models.backbones import Classifier
+from kdoct.models.folders import IMAGENET
 from kdoct.training.inference import FusedBody, private_copy
 
 LAYERS = {  # architecture -> layer, channels and side of its maps

@@ -15,7 +15,8 @@ from kdoct.app.stages import open_stage
 from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.fold_data import open_fold
+from kdoct.data.stage import prepare_data
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.hog_svm import SIDE, hog_features, run_hog_svm
 

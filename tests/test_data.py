@@ -16,10 +16,12 @@ from kdoct.core.files import KdoctError, read_json, sha256_file
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.cache import decode_cache
+from kdoct.data.fold_data import folds_of, open_fold
 from kdoct.data.folds import check_folds, make_folds, read_folds, write_folds
 from kdoct.data.framing import cover, scale_bar, to_square, white_padding
 from kdoct.data.listing import image_table
-from kdoct.data.stage import folds_of, leak_of, open_fold, prepare_data
+from kdoct.data.plan import leak_of
+from kdoct.data.stage import prepare_data
 
 
 def table_of(patients):

@@ -11,14 +11,15 @@ from simulated_decisions import QUICK, fitted, same
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.fold_data import open_fold
+from kdoct.data.stage import prepare_data
 from kdoct.evaluate.decide import _check_same, decide_all, decide_fold
 from kdoct.evaluate.decision_tables import DecidedPredictions, calibration_section, sets_section
 from kdoct.evaluate.decisions import fitted_on
 from kdoct.evaluate.features import fold_batches, fold_outputs
 from kdoct.evaluate.fitting import caveat_of, fit_network
 from kdoct.evaluate.metrics import logits_of, simulate_predictions
-from kdoct.models.backbones import load_model_folder
+from kdoct.models.folders import load_model_folder
 from kdoct.training.results import predict_logits, train_role
 
 

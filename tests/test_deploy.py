@@ -168,7 +168,7 @@ def test_answers_that_are_no_numbers_are_not_handed_out():
 
 @pytest.mark.slow
 def test_calibration_is_of_whole_training_patients(made, bundle):
-    from kdoct.data.stage import open_fold
+    from kdoct.data.fold_data import open_fold
     rows, facts = open_fold(made.run, 0).rows("train"), bundle.about["calibration"]
     taken = rows[rows.sha256.isin(facts["sha256"])]
     assert len(taken) == facts["images"] == len(facts["sha256"]) and set(taken.label) == set(
@@ -373,7 +373,7 @@ def theirs(tmp_path_factory):
     "A model folder as `kdoct import` writes it, and pictures."
     import timm
 
-    from kdoct.models.backbones import import_model_folder
+    from kdoct.models.folders import import_model_folder
     at = tmp_path_factory.mktemp("theirs")
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=3)

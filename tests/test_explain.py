@@ -14,15 +14,17 @@ from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import TrainRecipe
 from kdoct.data.augment import apply_view, to_unit
+from kdoct.data.fold_data import open_fold
 from kdoct.data.framing import to_square
 from kdoct.data.phantom import simulate_bscan
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.stage import prepare_data
 from kdoct.explain.cam import explain
 from kdoct.explain.comparison import randomised
 from kdoct.explain.faithfulness import energy_in_mask
 from kdoct.explain.images import explained_images, explained_rows, masks_of, read_mask
 from kdoct.explain.stage import explain_fold, explained_folds, explanation_sections
-from kdoct.models.backbones import create_classifier, save_model_folder
+from kdoct.models.backbones import create_classifier
+from kdoct.models.folders import save_model_folder
 
 
 def bundles(run, folds_sha256, seed=0):

@@ -31,11 +31,13 @@ from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import EvaluateRecipe
 from kdoct.data.batches import Batches
+from kdoct.data.fold_data import open_fold
 from kdoct.data.framing import to_square
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.stage import prepare_data
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import log_softmax, logits_of, simulate_predictions
-from kdoct.models.backbones import create_classifier, save_model_folder
+from kdoct.models.backbones import create_classifier
+from kdoct.models.folders import save_model_folder
 from kdoct.training.results import predict_logits, predictions_frame
 
 ROOT = Path(__file__).resolve().parent.parent

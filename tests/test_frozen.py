@@ -7,7 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kdoct.core.sections import TrainRecipe
-from kdoct.models.backbones import create_classifier, float32_products
+from kdoct.models.arithmetic import float32_products
+from kdoct.models.backbones import create_classifier
 from kdoct.training.inference import (
     FusedBody,
     InferenceModel,

@@ -15,7 +15,7 @@ from kdoct.core.presets import preset
 from kdoct.core.requirements import require_weights
 from kdoct.core.sections import TrainRecipe
 from kdoct.data import packaged_weights
-from kdoct.models import backbones
+from kdoct.models import backbones, folders
 from kdoct.training.loop import param_groups
 
 # Kernel, stride, expansion of the blocks of EfficientNet-Lite, and how often each stage repeats (Liu et al. 2020).
@@ -128,10 +128,10 @@ PUBLISHED = {
 @pytest.mark.parametrize('arch', PUBLISHED)
 def test_compared_networks_are_made_by_name_with_a_classifier_that_can_be_found(arch):
     with torch.device('meta'): body = timm.create_model(arch, num_classes=3)
-    assert backbones._head_names(body) == (f'{PUBLISHED[arch]}.',)
+    assert backbones.head_names(body) == (f'{PUBLISHED[arch]}.',)
     assert body.get_classifier().weight.shape[0] == 3
     body.reset_classifier(5)
-    assert {k for k in body.state_dict() if k.startswith(backbones._head_names(body))} == {
+    assert {k for k in body.state_dict() if k.startswith(backbones.head_names(body))} == {
         f'{PUBLISHED[arch]}.weight',
         f'{PUBLISHED[arch]}.bias',
     }
@@ -159,8 +159,8 @@ def round_trip(arch, drop_path, size, folder):
     del opt
     net.zero_grad(set_to_none=True)
     assert torch.isfinite(loss) and not torch.equal(net.body.get_classifier().weight, before)
-    backbones.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
-    again, about = backbones.load_model_folder(folder)
+    folders.save_model_folder(folder, net, 'student', recipe, ['A', 'B', 'C'])
+    again, about = folders.load_model_folder(folder)
     ours, theirs = net.body.state_dict(), again.body.state_dict()
     assert (
         about['arch'] == arch
@@ -206,9 +206,9 @@ def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, t
         with torch.no_grad(): logits[size] = net(x)
         assert logits[size].shape == (2, 3) and logits[size].isfinite().all()
         if size == 224: assert backbones.count_parameters(net) == SECOND[arch]
-    about = backbones.save_model_folder(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
+    about = folders.save_model_folder(tmp_path, net, 'teacher', recipe, ['A', 'B', 'C'])
     assert about['input_size'] == 96
-    again, _ = backbones.load_model_folder(tmp_path)
+    again, _ = folders.load_model_folder(tmp_path)
     with torch.no_grad(): assert torch.equal(again(x), logits[96])
 
 
@@ -287,7 +287,7 @@ def model_folder_in(folder, **changes):
     "A model folder of the tiny network, as a run would leave it."
     recipe = preset('tiny', **changes)
     net = backbones.create_classifier(recipe.teacher, 4, 64)
-    backbones.save_model_folder(
+    folders.save_model_folder(
         folder,
         net,
         'teacher',
@@ -339,7 +339,7 @@ def test_a_start_that_may_have_seen_the_test_images_is_refused(
     source, folds, fold, leaks, tmp_path
 ):
     model_folder_in(tmp_path, **{'data.source': 'ucsd'})
-    origin = backbones.weights_origin(starting_from(tmp_path))
+    origin = folders.weights_origin(starting_from(tmp_path))
     assert (origin['role'], origin['weights_sha256']) == (
         'teacher',
         read_json(tmp_path / 'model.json')['weights_sha256'],
@@ -358,19 +358,19 @@ def test_a_start_that_may_have_seen_the_test_images_is_refused(
     ):
         if leaks:
             with pytest.raises(KdoctError, match='would not be new'):
-                backbones.check_origin(start, source, folds, fold)
-        else: assert backbones.check_origin(start, source, folds, fold) == []
+                folders.check_origin(start, source, folds, fold)
+        else: assert folders.check_origin(start, source, folds, fold) == []
 
 
 def test_weights_without_images_have_nothing_to_hide_and_a_file_says_so(tmp_path):
     for kind in ('none', 'hub', 'package'):
         assert (
-            backbones.check_origin(backbones.weights_origin(starting_from(kind)), 'neh', 'f', 0)
+            folders.check_origin(folders.weights_origin(starting_from(kind)), 'neh', 'f', 0)
             == []
         )
     save_file({'a': torch.zeros(1)}, tmp_path/'w.safetensors')
-    (note,) = backbones.check_origin(
-        backbones.weights_origin(starting_from(tmp_path / 'w.safetensors')), 'neh', 'f', 0
+    (note,) = folders.check_origin(
+        folders.weights_origin(starting_from(tmp_path / 'w.safetensors')), 'neh', 'f', 0
     )
     assert 'not known which images w.safetensors was trained on' in note
 
@@ -403,7 +403,7 @@ def theirs(): return timm.create_model('test_efficientnet', num_classes=3).eval(
 def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='theirs.pth', **kwargs):
     tmp_path.mkdir(exist_ok=True)
     torch.save(state, tmp_path/name)
-    return backbones.import_model_folder(
+    return folders.import_model_folder(
         tmp_path / name, arch, classes, tmp_path / 'folder', **{'size': 64, **kwargs}
     )
 
@@ -413,7 +413,7 @@ def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='their
     lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
 def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
-    net, _ = backbones.load_model_folder(tmp_path/'folder')
+    net, _ = folders.load_model_folder(tmp_path/'folder')
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): torch.testing.assert_close(net(x), theirs((x - net.mean)/net.std))
     assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406]) and (
@@ -479,7 +479,7 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
     else: save_file(theirs.state_dict(), file)
     file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
     with pytest.raises(KdoctError, match='damaged'):
-        backbones.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
+        folders.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
 @pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
@@ -511,7 +511,7 @@ def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path
         and given['std'] == pytest.approx([0.4, 0.5, 0.6])
         and given['interpolation'] == 'bilinear'
     )
-    assert backbones.load_model_folder(tmp_path / 'b' / 'folder')[
+    assert folders.load_model_folder(tmp_path / 'b' / 'folder')[
         0
     ].std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
@@ -565,6 +565,6 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
     (tmp_path/'theirs.pth').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
     with pytest.raises(KdoctError, match='web page'):
-        backbones.import_model_folder(
+        folders.import_model_folder(
             tmp_path / 'theirs.pth', 'test_efficientnet', NEH, tmp_path / 'folder'
         )

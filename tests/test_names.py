@@ -398,7 +398,7 @@ def test_the_option_that_names_classes_parses_back(names):
 
 
 def test_a_class_without_an_image_is_answered_with_a_quoted_option(tmp_path):
-    from kdoct.data.stage import class_names
+    from kdoct.data.plan import class_names
     with pytest.raises(KdoctError, match="--classes 'NORMAL,wet AMD'"):
         class_names(
             of_patients(tmp_path, "1", "2", labels=("wet AMD", "NORMAL")).table, ("DRUSEN",)

@@ -7,12 +7,8 @@ from safetensors.torch import save_file
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.data.packaged_weights import probe_picture
-from kdoct.models.backbones import (
-    count_parameters,
-    create_classifier,
-    import_model_folder,
-    load_model_folder,
-)
+from kdoct.models.backbones import count_parameters, create_classifier
+from kdoct.models.folders import import_model_folder, load_model_folder
 from kdoct.models.ofa import OFA_595, map_ofa_names
 
 

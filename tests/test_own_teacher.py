@@ -30,7 +30,8 @@ from kdoct.core.requirements import require_weights
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.fold_data import open_fold
+from kdoct.data.stage import prepare_data
 from kdoct.distill.loading import load_teachers
 from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
@@ -38,13 +39,8 @@ from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
-from kdoct.models.backbones import (
-    Classifier,
-    create_classifier,
-    import_model_folder,
-    load_model_folder,
-    save_model_folder,
-)
+from kdoct.models.backbones import Classifier, create_classifier
+from kdoct.models.folders import import_model_folder, load_model_folder, save_model_folder
 from kdoct.training.losses import combine, soft_loss
 
 STATS = (.4, .3, .2), (.2, .3, .4)

@@ -9,9 +9,10 @@ from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import PRESETS, preset
 from kdoct.core.runs import create_run
+from kdoct.data.fold_data import open_fold
 from kdoct.data.folds import read_folds
 from kdoct.data.phantom_files import write_phantom
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.stage import prepare_data
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.stage import evaluate_fold, evaluate_run

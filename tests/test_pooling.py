@@ -62,7 +62,8 @@ def test_views_and_weights_are_those_of_variants_parquet(viewed):
 
 def test_each_architecture_is_measured_once_and_noted(monkeypatch):
     from kdoct.core.sections import TrainRecipe
-    from kdoct.models.backbones import create_classifier, save_model_folder
+    from kdoct.models.backbones import create_classifier
+    from kdoct.models.folders import save_model_folder
     run, net = (
         create_run('cost', preset('tiny')),
         create_classifier(TrainRecipe(arch='test_efficientnet', weights='none'), 4, 64),

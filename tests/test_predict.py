@@ -811,7 +811,7 @@ def mine(tmp_path):
     import timm
     import torch
 
-    from kdoct.models.backbones import import_model_folder
+    from kdoct.models.folders import import_model_folder
     torch.manual_seed(0)
     net = timm.create_model('test_efficientnet', num_classes=3)
     torch.nn.init.normal_(net.classifier.weight, std=8)
@@ -826,7 +826,7 @@ def test_an_imported_network_predicts_what_it_computes_and_says_that_nothing_els
     import torch
 
     from kdoct.data.framing import resized
-    from kdoct.models.backbones import load_model_folder
+    from kdoct.models.folders import load_model_folder
     with pytest.raises(SystemExit) as e:
         main(['predict', str(mine), str(folder), '--out', str(tmp_path/'r.csv')])
     err, rows = (

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kdoct.data.folds import check_folds
-from kdoct.data.stage import leak_of
+from kdoct.data.plan import leak_of
 
 # For each of table, audit and folds: processor seconds of all threads together, which other work on the machine does not
 # change (on two idle cores the clock shows no more); and growth of the peak over the freshly imported package.

@@ -21,7 +21,8 @@ from kdoct.evaluate.metrics import log_softmax, logits_of
 from kdoct.evaluate.pooling import fold_models
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.evaluate.tables import TOGETHER
-from kdoct.models.backbones import create_classifier, load_model_folder
+from kdoct.models.backbones import create_classifier
+from kdoct.models.folders import load_model_folder
 from kdoct.training import results as training
 from kdoct.training.inference import InferenceModel
 from kdoct.training.loop import make_learner

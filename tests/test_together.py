@@ -17,7 +17,7 @@ from kdoct.core.runs import create_run
 from kdoct.data.stage import prepare_data
 from kdoct.distill import student, teacher
 from kdoct.distill.teacher import train_teacher
-from kdoct.models.backbones import float32_products
+from kdoct.models.arithmetic import float32_products
 from kdoct.training import distributed, results
 
 # Trains with toy images, in as many processes as wanted. A process that has imported everything splits; a launcher would start several.

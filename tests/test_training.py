@@ -19,17 +19,13 @@ from kdoct.core.runs import Run, create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import apply_view
 from kdoct.data.batches import Batches, even_batches
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.fold_data import open_fold
+from kdoct.data.stage import prepare_data
 from kdoct.distill.methods import Distill
 from kdoct.distill.teacher import train_teacher
-from kdoct.models.backbones import (
-    computes_bf16,
-    create_classifier,
-    head_modules,
-    load_model_folder,
-    resolve_precision,
-    undecayed,
-)
+from kdoct.models.arithmetic import computes_bf16, resolve_precision
+from kdoct.models.backbones import create_classifier, head_modules, undecayed
+from kdoct.models.folders import load_model_folder
 from kdoct.training.inference import InferenceModel
 from kdoct.training.loop import make_learner, param_groups, score_of, warmup_cosine
 from kdoct.training.losses import balanced_weights, cross_entropy, hard_loss

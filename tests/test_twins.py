@@ -12,6 +12,7 @@ from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe
 from kdoct.data.audit import audit
+from kdoct.data.fold_data import open_fold
 from kdoct.data.near_duplicates import (
     PROFILES,
     agreement,
@@ -21,7 +22,7 @@ from kdoct.data.near_duplicates import (
     polar_map,
 )
 from kdoct.data.sources import load_table, wants_near_duplicates
-from kdoct.data.stage import open_fold, prepare_data
+from kdoct.data.stage import prepare_data
 
 
 def texture(seed, cells=18, side=128, colour=True):

@@ -27,7 +27,7 @@ from ..data.augment import image_ids
 from ..data.cache import decode_cache
 from ..data.listing import Listing
 from ..data.sources import load_table
-from ..models.backbones import computes_bf16
+from ..models.arithmetic import computes_bf16
 
 # %% ../../nbs/12a_app.bench_harness.ipynb #ea5c9c4b
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def audit(
 ):
     "Check every image file before training. The exit status is 1 if no run could begin."
     from kdoct.data.audit import audit_page, check_data_recipe
-    from kdoct.data.stage import list_and_audit, plan_folds, write_findings
+    from kdoct.data.plan import list_and_audit, plan_folds, write_findings
     data = dict(group_pattern=group_pattern, classes=classes)
     recipe = recipe_of(preset_name, source, data_root, changes, **data)
     check_data_recipe(recipe.data)
@@ -207,7 +207,7 @@ def audit(
 # %% ../../nbs/10_app.cli.ipynb #3824b2d6
 def _look_first(name:str):
     "The audit, and folds as a trial, before a run is made; what is refused leaves its findings and no run."
-    from kdoct.data.stage import list_and_audit, plan_folds, write_findings
+    from kdoct.data.plan import list_and_audit, plan_folds, write_findings
     def look(recipe):
         seen = list_and_audit(recipe.data)
         out = outputs_root()/'audit'/f'{name}.csv'
@@ -223,7 +223,7 @@ def _class_counts(run):
     import pandas as pd
 
     from kdoct.data.audit import PART_WORDS
-    from kdoct.data.stage import folds_of
+    from kdoct.data.fold_data import folds_of
     labels = pd.read_parquet(run.path/'table.parquet')[['path', 'label']]
     rows = folds_of(run).merge(labels, on='path')
     index = [rows.fold, rows.role.map(PART_WORDS)]
@@ -287,11 +287,11 @@ def recipe(
     from kdoct.data.audit import check_data_recipe
     data = dict(group_pattern=group_pattern, classes=classes)
     values = recipe_of(preset_name, source, data_root, changes, **data)
-    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
+    check_data_recipe(values.data)   # behind the list, which may show why
 
 # %% ../../nbs/10_app.cli.ipynb #3c3e1969
 @_command()

@@ -132,7 +132,7 @@ def import_(
     coloured:ColouredOption=None,
 ):
     "Make a model folder of somebody else's weights. Every name and shape is checked."
-    from kdoct.models.backbones import import_model_folder
+    from kdoct.models.folders import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
     names = [c.strip() for c in classes.split(',')]
     pixels = _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None

@@ -119,7 +119,8 @@ class Network:
         role:str,  # one of the recipe's roles
     ):
         from kdoct.evaluate.decisions import load_decision
-        from kdoct.models.backbones import load_model_folder, resolve_precision
+        from kdoct.models.folders import load_model_folder
+        from kdoct.models.arithmetic import resolve_precision
         from kdoct.training.distributed import best_device
         folder, device = run.stage_dir(fold, role), best_device()
         self.model, self.about = load_model_folder(folder)

@@ -23,13 +23,9 @@ def mix_batch(
     mixed, cut = torch.rand(2).tolist()
     if mixed >= recipe.mix_prob: return x, torch.eye(n, device=x.device)
     use_cutmix = recipe.cutmix > 0 and (recipe.mixup == 0 or cut < recipe.mix_switch)
-    blend = (
-        v2.CutMix(alpha=recipe.cutmix, num_classes=n)
-        if use_cutmix
-        else v2.MixUp(alpha=recipe.mixup, num_classes=n)
-    )
+    method, alpha = (v2.CutMix, recipe.cutmix) if use_cutmix else (v2.MixUp, recipe.mixup)
     # each image a class of its own: what comes back for the label are the shares
-    return blend(x, torch.arange(n, device=x.device))
+    return method(alpha=alpha, num_classes=n)(x, torch.arange(n, device=x.device))
 
 # %% ../../nbs/01p_data.mixing.ipynb #1ddf9905
 class Mix(Callback):
@@ -39,7 +35,5 @@ class Mix(Callback):
         self.recipe, self.n_classes = recipe, n_classes
     def before_batch(self):
         x, self.shares = mix_batch(self.xb[0], self.recipe)
-        self.learn.xb, self.learn.yb = (
-            (x,),
-            (self.shares @ F.one_hot(self.yb[0], self.n_classes).to(x.dtype),),
-        )
+        labels = F.one_hot(self.yb[0], self.n_classes).to(x.dtype)
+        self.learn.xb, self.learn.yb = (x,), (self.shares @ labels,)

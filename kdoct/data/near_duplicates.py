@@ -40,10 +40,8 @@ def polar_map(
     "Grey values on rings around the middle."
     a = np.asarray(im.convert('L').resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
     (y, fy), (x, fx) = ((np.floor(p).astype(int), p%1) for p in _sampling())
-    top, low = (
-        (1 - fx) * a[k, x] + fx * a[k, np.minimum(x + 1, SIDE - 1)]
-        for k in (y, np.minimum(y + 1, SIDE - 1))
-    )
+    below, right = np.minimum(y + 1, SIDE - 1), np.minimum(x + 1, SIDE - 1)
+    top, low = ((1 - fx)*a[row, x] + fx*a[row, right] for row in (y, below))
     return np.rint((1 - fy)*top + fy*low).astype(np.uint8)
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #7dab338f
@@ -73,6 +71,20 @@ def _spectra(maps:np.ndarray, lowest:int)->tuple[np.ndarray, np.ndarray]:
     return f, (f.real**2 + f.imag**2)@twice
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #e97696d9
+def _allowed_turns(profile:Profile)->tuple[np.ndarray, np.ndarray]:
+    "Shifts along a ring (ANGLES,) that a profile allows: of the picture, and of its mirror image."
+    bins = np.arange(ANGLES)
+    upright = np.minimum(bins, ANGLES - bins)*360/ANGLES <= profile.turn
+    # both flips: upright and left to right are mirror images, 180 degrees apart
+    upside = upright | np.roll(upright, ANGLES//2)
+    return (upside if profile.flips else upright), upside
+
+def _overlap(shift:int)->tuple[slice, slice]:
+    "Rings of the one and of the other picture that meet when one is moved by `shift` rings."
+    if shift >= 0: return slice(shift, None), slice(0, RINGS - shift)
+    return slice(0, RINGS + shift), slice(-shift, None)
+
+# %% ../../nbs/01s_data.near_duplicates.ipynb #99202698
 def agreement(
     a:np.ndarray,      # uint8 (n, RINGS, ANGLES), from `polar_map`
     b:np.ndarray,      # uint8 (n, RINGS, ANGLES)
@@ -80,21 +92,13 @@ def agreement(
 )->np.ndarray:         # float32 (n,), 1 for copies without loss
     "How well each picture of `a` agrees with that of `b`, best over the profile's turns, zooms and flips."
     (fa, ea), (fb, eb) = _spectra(a, profile.lowest), _spectra(b, profile.lowest)
+    turned, flipped = _allowed_turns(profile)
+    others = [(fb.conj(), turned)] + ([(fb, flipped)] if profile.flips else [])
     most, best = round(math.log(profile.zoom)/_STEP), np.full(len(a), -1, np.float32)
-    bins = np.arange(ANGLES)
-    upright = np.minimum(bins, ANGLES - bins)*360/ANGLES <= profile.turn
-    # both flips: upright and left to right are mirror images, 180 degrees apart
-    upside = upright | np.roll(upright, ANGLES//2)
     for shift in range(-most, most + 1):
-        i, j = (
-            (slice(shift, None), slice(0, RINGS - shift))
-            if shift >= 0
-            else (slice(0, RINGS + shift), slice(-shift, None))
-        )
+        i, j = _overlap(shift)
         norm = np.sqrt(ea[:, i].sum(1)*eb[:, j].sum(1)) + 1e-6
-        for other, allowed in ((fb.conj(), upside if profile.flips else upright), (fb, upside))[
-            : 1 + profile.flips
-        ]:
+        for other, allowed in others:
             c = np.fft.irfft((fa[:, i]*other[:, j]).sum(1), ANGLES, axis=1)*ANGLES
             best = np.maximum(best, c[:, allowed].max(1)/norm)
     return best
@@ -109,13 +113,19 @@ def _backbone():
     import torch
 
     from kdoct.data.packaged_weights import load_packaged_weights
-    return (
-        load_packaged_weights(timm.create_model(ARCH), ARCH)
-        .eval()
-        .to(memory_format=torch.channels_last)
-    )
+    body = load_packaged_weights(timm.create_model(ARCH), ARCH)
+    return body.eval().to(memory_format=torch.channels_last)
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #7df630c7
+def _stage_means(body, x):
+    "Mean over each stage's map, one vector an image."
+    import torch
+    h, out = body.bn1(body.conv_stem(x.contiguous(memory_format=torch.channels_last))), []
+    for stage in body.blocks:
+        h = stage(h)
+        out.append(h.mean((2, 3)))
+    return torch.cat(out, 1)
+
 def embed(
     pixels:np.ndarray,  # uint8 (n, LOOK, LOOK, 3)
     body,               # from `_backbone`
@@ -125,17 +135,7 @@ def embed(
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()/127.5 - 1   # mean and std 0.5, as the weights expect
     total = 0
     with torch.inference_mode():
-        for dims in ([], [3], [2], [2, 3]):
-            h, out = (
-                body.bn1(
-                    body.conv_stem(x.flip(dims).contiguous(memory_format=torch.channels_last))
-                ),
-                [],
-            )
-            for stage in body.blocks:
-                h = stage(h)
-                out.append(h.mean((2, 3)))
-            total = total + torch.cat(out, 1)
+        for dims in ([], [3], [2], [2, 3]): total = total + _stage_means(body, x.flip(dims))
     return (total/4).numpy()
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #1d52d143
@@ -199,12 +199,10 @@ def _all_looks(paths:list[Path], batch:int=32)->tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/01s_data.near_duplicates.ipynb #45fa8978
 def _cache_path(sha256:list[str], profile:Profile)->Path:
     "Where the scores of these images are kept."
-    said = (
-        f'{VERSION} {ARCH} {LOOK} {NEAREST} {profile.turn} {profile.zoom} {profile.flips} '
-        f'{profile.lowest} '
-        + ' '.join(sha256)
-    )
-    return outputs_root()/'cache'/f'twins-{hashlib.sha256(said.encode()).hexdigest()[:24]}.npz'
+    method = (VERSION, ARCH, LOOK, NEAREST)
+    allowed = (profile.turn, profile.zoom, profile.flips, profile.lowest)
+    key = ' '.join(map(str, (*method, *allowed, *sha256)))
+    return outputs_root()/'cache'/f'twins-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz'
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #d75d7d26
 def proposals(
@@ -217,13 +215,10 @@ def proposals(
     if file.exists():
         with np.load(file, allow_pickle=False) as z: return z['pairs'], z['scores']
     maps, features = _all_looks(paths)
-    pairs = np.unique(
-        np.concatenate([neighbours(features), neighbours(ring_spectra(maps))]), axis=0
-    )
-    scores = [
-        agreement(maps[p[:, 0]], maps[p[:, 1]], profile)
-        for p in np.array_split(pairs, max(1, len(pairs) // 1024))
-    ]
+    pairs = np.concatenate([neighbours(features), neighbours(ring_spectra(maps))])
+    pairs = np.unique(pairs, axis=0)
+    parts = np.array_split(pairs, max(1, len(pairs)//1024))
+    scores = [agreement(maps[p[:, 0]], maps[p[:, 1]], profile) for p in parts]
     scores = np.concatenate(scores).astype(np.float32)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as tmp, open(tmp, 'wb') as f: np.savez(f, pairs=pairs, scores=scores)
@@ -270,35 +265,29 @@ def joined(
     return out
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #243fb424
+def _best_copies(pairs:np.ndarray, scores:np.ndarray)->pd.DataFrame:
+    "Of each image that is in a pair, the one with which it agrees best: image, twin, agreement."
+    both = np.vstack([pairs, pairs[:, ::-1]])
+    out = pd.DataFrame(both, columns=['image', 'twin']).assign(agreement=np.tile(scores, 2))
+    out = out.sort_values(['image', 'agreement'], ascending=[True, False], kind='stable')
+    return out.drop_duplicates('image')
+
 def find_near_duplicates(
     table:pd.DataFrame,   # path, sha256
     root:str|Path,        # folder that the paths are relative to
     profile:Profile,      # what counts as a copy
-)->pd.DataFrame:          # one row an image that has copies: path, twin (its best copy), agreement, set (first path of its group)
+)->pd.DataFrame:          # one row an image with copies: path, twin (its best copy), agreement, set (its group's first)
     "Which images are near-duplicates of which; `KdoctError` if the backbone's package is missing."
     t = table.sort_values('path', ignore_index=True)
     if len(t) < 2: return pd.DataFrame(columns=['path', 'twin', 'agreement', 'set'])
-    pairs, scores = proposals(
-        [Path(os.path.join(root, p)) for p in t.path], list(t.sha256), profile
-    )
-    group = joined(
-        linked_groups(len(t), pairs[scores >= profile.threshold]), pairs, scores, profile.join
-    )
-    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & (
-        scores >= min(profile.threshold, profile.join)
-    )
-    both = pd.DataFrame(
-        np.vstack([pairs[inside], pairs[inside][:, ::-1]]), columns=['image', 'twin']
-    ).assign(agreement=np.tile(scores[inside], 2))
-    best = both.sort_values(
-        ['image', 'agreement'], ascending=[True, False], kind='stable'
-    ).drop_duplicates('image')
-    path = t.path.to_numpy()
+    files = [Path(os.path.join(root, p)) for p in t.path]
+    pairs, scores = proposals(files, list(t.sha256), profile)
+    group = linked_groups(len(t), pairs[scores >= profile.threshold])
+    group = joined(group, pairs, scores, profile.join)
+    enough = scores >= min(profile.threshold, profile.join)
+    inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & enough
+    best, path = _best_copies(pairs[inside], scores[inside]), t.path.to_numpy()
+    names = dict(path=path[best.image], twin=path[best.twin])
     return pd.DataFrame(
-        dict(
-            path=path[best.image],
-            twin=path[best.twin],
-            agreement=best.agreement.to_numpy(),
-            set=path[group[best.image]],
-        )
+        dict(**names, agreement=best.agreement.to_numpy(), set=path[group[best.image]])
     )

@@ -48,11 +48,12 @@ def probe_picture(
     size:int=64,     # side [px]
 )->torch.Tensor:     # (1, 3, size, size), in [-1, 1]
     "A fixed picture without symmetry, for comparing networks."
-    y, x = torch.meshgrid(torch.linspace(0, 1, size), torch.linspace(0, 1, size), indexing='ij')
-    return torch.stack(
-        [torch.sin(7 * x + 3 * y * y), torch.cos(5 * y - 4 * x * x), torch.sin(11 * x * y + 1)]
-    )[None]
+    line = torch.linspace(0, 1, size)
+    y, x = torch.meshgrid(line, line, indexing='ij')
+    red, green = torch.sin(7*x + 3*y*y), torch.cos(5*y - 4*x*x)
+    return torch.stack([red, green, torch.sin(11*x*y + 1)])[None]
 
+# %% ../../nbs/01q_data.packaged_weights.ipynb #10e75ee7
 # First five logits of `probe_picture`, from the plain re-implementation in tests/test_models.py.
 _EXPECTED = {
     'tf_efficientnet_lite0': (-2.7727, 3.5255, 1.1695, -2.2841, -2.6660),

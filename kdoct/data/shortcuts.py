@@ -24,6 +24,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from ..core.files import counted, KdoctError, read_json, usable_cores, write_json
 from ..core.runs import Run, stage_command
+from .fold_data import open_fold
 from .framing import scale_bar
 from .images import decode_image, FORMATS, read_image_bytes
 from .problems import BadImage
@@ -406,7 +407,6 @@ _VERSION = 1 # raised whenever the same images give another result
 
 def _seen(run, workers, **how):
     "The probe on a run's decoded images."
-    from kdoct.data.stage import open_fold  # here: the data stage calls this module when its own files are written
     d = open_fold(run, 0)
     used = np.flatnonzero(d.labels >= 0)
     labels, groups = [d.classes[k] for k in d.labels[used]], d.groups[used].astype(str)

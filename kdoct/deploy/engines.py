@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..core.files import KdoctError, require_extra, usable_cores
-from ..data.stage import FoldData
+from ..data.fold_data import FoldData
 from kdoct.deploy.graph import (
     Deployable,
     import_openvino,
@@ -32,7 +32,8 @@ from kdoct.deploy.graph import (
     squared,
 )
 from ..evaluate.decisions import Decision, told_apart
-from ..models.backbones import Classifier, load_model_folder
+from ..models.backbones import Classifier
+from ..models.folders import load_model_folder
 from ..training.inference import inference_model
 
 # %% ../../nbs/07f_deploy.engines.ipynb #f46a934d

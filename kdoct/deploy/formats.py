@@ -24,7 +24,7 @@ from ..data.cache import FRAMING
 from ..data.framing import framed, resized
 from ..data.images import decode_image, read_image_bytes
 from ..data.sandbox import Sandbox
-from ..data.stage import FoldData
+from ..data.fold_data import FoldData
 from ..data.volumes import find_files
 from kdoct.deploy.engines import (
     compare,
@@ -39,7 +39,7 @@ from kdoct.deploy.engines import (
 from .graph import Deployable, write_int8, write_onnx, write_openvino
 from ..evaluate.decisions import Decision
 from ..evaluate.features import features_and_logits
-from ..models.backbones import load_model_folder
+from ..models.folders import load_model_folder
 
 # %% ../../nbs/07g_deploy.formats.ipynb #45134e73
 FORMATS = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.files import KdoctError, provenance, write_json
 from ..core.runs import require_same_folds, Run
-from ..data.stage import FoldData, open_fold
+from ..data.fold_data import FoldData, open_fold
 from .bundle import seal
 from .engines import calibration_rows, graph_signature
 from kdoct.deploy.formats import (
@@ -36,7 +36,8 @@ from .graph import Deployable
 from .networks import Bundle, open_model_folder, pictures_taken
 from ..evaluate.decide import decide_fold
 from ..evaluate.decisions import Decision, load_decision
-from ..models.backbones import load_model_folder, read_model_folder
+from ..models.backbones import read_model_folder
+from ..models.folders import load_model_folder
 
 # %% ../../nbs/07_deploy.ipynb #8e0e0aa8
 def _shareable(about:dict)->dict:

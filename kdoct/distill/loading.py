@@ -8,7 +8,8 @@ __all__ = ['load_teacher', 'load_teachers']
 # %% ../../nbs/03c_distill.loading.ipynb #imp-distill-loading
 from ..core.files import KdoctError, read_json, sha256_file
 from ..core.runs import require_same_folds, Run, stage_command, train_again
-from ..models.backbones import Classifier, load_model_folder
+from ..models.backbones import Classifier
+from ..models.folders import load_model_folder
 
 # %% ../../nbs/03c_distill.loading.ipynb #e204e386
 def load_teacher(

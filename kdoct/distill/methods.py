@@ -19,7 +19,8 @@ from ..core.files import counted, KdoctError
 from ..core.sections import DistillRecipe
 from ..data.batches import Batches, view_number
 from .teacher_cache import TeacherCache
-from ..models.backbones import class_order, Classifier, load_model_folder
+from ..models.backbones import Classifier
+from ..models.folders import class_order, load_model_folder
 from ..training.inference import InferenceModel
 from ..training.loop import step_number
 from ..training.losses import blend_logits, combine, distillation_loss, soft_loss

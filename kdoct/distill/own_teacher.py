@@ -17,8 +17,9 @@ from ..core.files import KdoctError, read_json, sha256_file
 from ..core.requirements import require_weights
 from ..core.runs import Run
 from ..data.cache import FRAMING
-from ..data.stage import FoldData, open_fold
-from ..models.backbones import Classifier, load_for_classes, save_model_folder
+from ..data.fold_data import FoldData, open_fold
+from ..models.backbones import Classifier
+from ..models.folders import load_for_classes, save_model_folder
 from ..training.distributed import best_device, broadcast, init_group, propagate_failure
 from ..training.loop import validation_scores
 from kdoct.training.results import (

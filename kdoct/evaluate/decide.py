@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.files import atomic_path, KdoctError
 from ..core.runs import require_same_folds, Run, stage_command
-from ..data.stage import open_fold
+from ..data.fold_data import open_fold
 from .decisions import Decision, save_decision
 from .features import fold_outputs
 from .fitting import fit_network
@@ -37,7 +37,7 @@ def _check_same(folder:Path, predicted:pd.DataFrame, rows:pd.DataFrame, logits:n
 # %% ../../nbs/05g_decide.ipynb #3b943511
 def _network_of(run, fold, role, data):
     "The trained network of a role on the device for it, and its model.json."
-    from kdoct.models.backbones import load_model_folder
+    from kdoct.models.folders import load_model_folder
     from kdoct.training.distributed import best_device
     model, about = load_model_folder(run.stage_dir(fold, role))
     require_same_folds(run, fold, role, about, data.folds_sha256)

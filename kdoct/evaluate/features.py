@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.files import KdoctError
 from ..core.runs import Run
-from ..data.stage import FoldData
+from ..data.fold_data import FoldData
 
 # %% ../../nbs/05k_evaluate.features.ipynb #bc5fceec
 def pooled_and_logits(

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.runs import Run
 from ..data.folds import CALIB
-from ..data.stage import FoldData
+from ..data.fold_data import FoldData
 from .decisions import Decision, fit_decision
 from .features import fold_outputs
 from .outliers import outlier_pictures

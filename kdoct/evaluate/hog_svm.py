@@ -18,7 +18,7 @@ from sklearn.svm import LinearSVC
 
 from ..core.files import atomic_path, provenance, read_json, write_json
 from ..core.runs import require_same_folds, Run
-from ..data.stage import open_fold
+from ..data.fold_data import open_fold
 from ..training.results import predictions_frame
 
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #c3c3a60d

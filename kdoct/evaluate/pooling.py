@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.files import KdoctError, locked, read_json, write_json
 from ..core.runs import open_run, ROLES, Run, stage_command, train_again
-from ..data.stage import folds_of
+from ..data.fold_data import folds_of
 from .decision_tables import DecidedPredictions, read_decided
 from .metrics import classes_of, log_softmax, logits_of, read_role
 from .patients import rule_of

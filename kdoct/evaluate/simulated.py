@@ -17,9 +17,11 @@ from ..core.files import atomic_path, KdoctError, temporary_outputs, write_json
 from ..core.presets import preset
 from ..core.runs import create_run, Run, ROLES
 from ..data.batches import Batches
-from ..data.stage import open_fold, prepare_data
+from ..data.stage import prepare_data
+from ..data.fold_data import open_fold
 from .variants import BLANKED, MANY, ONE
-from ..models.backbones import create_classifier, save_model_folder
+from ..models.backbones import create_classifier
+from ..models.folders import save_model_folder
 from ..training.results import predict_logits, predictions_frame
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #4a47db68

@@ -19,7 +19,7 @@ from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
 from ..core.runs import ROLES, Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..data.shortcuts import run_verdict
-from ..data.stage import folds_of, open_fold
+from ..data.fold_data import folds_of, open_fold
 from .decision_tables import decision_sections
 from .figure_style import save_figure
 from kdoct.evaluate.figures import (

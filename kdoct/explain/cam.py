@@ -19,7 +19,8 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from ..core.files import KdoctError
-from ..models.backbones import Classifier, resolve_precision
+from ..models.backbones import Classifier
+from ..models.arithmetic import resolve_precision
 from ..models.multiscale import MultiScale
 from ..training.inference import each_core, FusedBody, private_copy
 

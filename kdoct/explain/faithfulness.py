@@ -18,7 +18,8 @@ from scipy.integrate import trapezoid
 from scipy.ndimage import distance_transform_edt
 
 from ..core.files import KdoctError
-from ..models.backbones import autocast, Classifier
+from ..models.backbones import Classifier
+from ..models.arithmetic import autocast
 
 # %% ../../nbs/06b_explain.faithfulness.ipynb #44898e3e
 def check_maps(

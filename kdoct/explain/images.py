@@ -18,7 +18,7 @@ from ..data.augment import image_ids, uniforms
 from ..data.batches import Batches
 from ..data.framing import to_square
 from ..data.images import decode_image, read_image_bytes
-from ..data.stage import FoldData
+from ..data.fold_data import FoldData
 
 # %% ../../nbs/06f_explain.images.ipynb #ade0056d
 def explained_rows(

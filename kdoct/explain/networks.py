@@ -27,7 +27,9 @@ from kdoct.explain.comparison import (
 )
 from .faithfulness import check_maps, map_numbers
 from .images import Images
-from ..models.backbones import Classifier, load_model_folder, resolve_precision
+from ..models.backbones import Classifier
+from ..models.folders import load_model_folder
+from ..models.arithmetic import resolve_precision
 from ..training.distributed import best_device
 
 # %% ../../nbs/06g_explain.networks.ipynb #05600f9c

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
 from ..core.runs import Run
-from ..data.stage import open_fold
+from ..data.fold_data import open_fold
 from ..evaluate.figure_style import save_figure
 from ..evaluate.tables import Section
 from .figures import agreement_figure, curves_figure, Explained, map_figure, save_maps

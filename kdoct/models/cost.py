@@ -14,16 +14,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.files import provenance
-from .backbones import Classifier, count_parameters, load_model_folder
+from .backbones import Classifier, count_parameters
+from .folders import load_model_folder
 
 # %% ../../nbs/02d_models.cost.ipynb #e3fc7fdf
-_NORMS = {
+_NORMS = {  # multiply-adds an element, as in fvcore
     torch.ops.aten.native_batch_norm: 2,
     torch.ops.aten.cudnn_batch_norm: 2,
     torch.ops.aten._native_batch_norm_legit_no_training: 2,
     torch.ops.aten.native_layer_norm: 5,
     torch.ops.aten.native_group_norm: 5,
-}  # multiply-adds an element, as in fvcore
+}
 
 def _norm_count(per_element):
     "A counter for `FlopCounterMode`, which counts two a multiply-add."
@@ -36,15 +37,29 @@ def count_macs(
     channels:int=3,         # of the input
 )->int:                     # multiply-adds
     "Multiply-adds of one image."
-    first = next(model.parameters())
-    counter = FlopCounterMode(
-        display=False, custom_mapping={op: _norm_count(n) for op, n in _NORMS.items()}
-    )
-    with torch.no_grad(), counter: model(torch.zeros(1, channels, size, size, device=first.device))
+    device = next(model.parameters()).device
+    norms = {op: _norm_count(n) for op, n in _NORMS.items()}
+    counter = FlopCounterMode(display=False, custom_mapping=norms)
+    with torch.no_grad(), counter: model(torch.zeros(1, channels, size, size, device=device))
     return counter.get_total_flops()//2
 
 # %% ../../nbs/02d_models.cost.ipynb #bb565dbe
 @torch.inference_mode()
+def _times_ms(model:Classifier, device:torch.device, repeats:int, warmup:int, seconds:float)->list:
+    "Times of passes of one image [ms]."
+    x = torch.rand(1, 1, model.size, model.size, device=device)
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    times, end = [], time.perf_counter() + seconds
+    for _ in range(warmup): model(x)
+    while len(times) < repeats and (len(times) < 5 or time.perf_counter() < end):
+        wait()
+        began = time.perf_counter()
+        model(x)
+        wait()
+        times.append(1e3*(time.perf_counter() - began))
+    return times
+
+# %% ../../nbs/02d_models.cost.ipynb #0551aa7f
 def latency(
     model:Classifier,     # network in eval mode
     device='cpu',         # where to time it
@@ -54,13 +69,7 @@ def latency(
 )->dict:                  # device, processor, threads, precision, n, median_ms, p10_ms, p90_ms
     "Time of one image."
     device = torch.device(device)
-    model, x = model.to(device).eval(), torch.rand(1, 1, model.size, model.size, device=device)
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    times, end = [], time.perf_counter() + seconds
-    for _ in range(warmup): model(x)
-    while len(times) < repeats and (len(times) < 5 or time.perf_counter() < end):
-        wait(); began = time.perf_counter(); model(x); wait()
-        times.append(1e3*(time.perf_counter() - began))
+    times = _times_ms(model.to(device).eval(), device, repeats, warmup, seconds)
     low, median, high = np.percentile(times, (10, 50, 90))
     machine = provenance()['machine']
     return dict(
@@ -79,18 +88,20 @@ def efficiency(
     model:Classifier|str|Path,  # a network, or a model folder
     repeats:int=30,             # passes that are timed
     devices=None,               # where to time it; None: the processor, and the GPU if there is one
-)->dict:                        # parameters, macs, bytes (None without a file), input_size, latency: a list, one entry a device
+)->dict:                        # parameters, macs, bytes (None without a file), input_size, latency: a list by device
     "What a network costs."
     folder = None if isinstance(model, Classifier) else Path(model)
     net = model if folder is None else load_model_folder(folder)[0]
     devices = devices or ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
-    was, mode = next(net.parameters()).device, net.training
-    try: macs, timed = count_macs(net.eval(), net.size), [latency(net, d, repeats) for d in devices]
-    finally: net.to(was).train(mode)
+    was, training = next(net.parameters()).device, net.training
+    try:
+        macs = count_macs(net.eval(), net.size)
+        timed = [latency(net, device, repeats) for device in devices]
+    finally: net.to(was).train(training)
     return dict(
         parameters=count_parameters(net),
         macs=macs,
         input_size=net.size,
-        bytes=(folder / 'model.safetensors').stat().st_size if folder else None,
+        bytes=(folder/'model.safetensors').stat().st_size if folder else None,
         latency=timed,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/02c_models.multiscale.ipynb #6844bf2e
 class MultiScale(nn.Module):
-    "A backbone, a `neck` that refines maps of several depths, `hidden` layers that read all of them, and the classifier `fc`."
+    "A backbone, a `neck` for maps of several depths, `hidden` layers that read all, and the classifier `fc`."
     num_features, init = 512, staticmethod(nn.init.xavier_uniform_)
     def __init__(self,
         backbone:nn.Module,  # timm model without a head, that has `forward_intermediates`
@@ -22,28 +22,21 @@ class MultiScale(nn.Module):
     ):
         super().__init__()
         self.backbone, cfg = backbone, backbone.pretrained_cfg
-        self.pretrained_cfg = {
-            **cfg,
-            'architecture': type(self).__name__,
-            'classifier': 'fc',
-            'first_conv': f"backbone.{cfg['first_conv']}",
-        }
+        first, name = f"backbone.{cfg['first_conv']}", type(self).__name__
+        self.pretrained_cfg = dict(cfg, architecture=name, classifier='fc', first_conv=first)
         self.reset_classifier(num_classes)
 
     def get_classifier(self)->nn.Module: return self.fc
     def reset_classifier(self, num_classes:int):
-        self.num_classes, self.fc = (
-            num_classes,
-            nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity(),
-        )
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         fresh(self.fc, self.init)
 
     def forward_features(self, x:torch.Tensor)->list[torch.Tensor]: return self.neck(self.depths(x))
     def forward_head(self, maps:list[torch.Tensor], pre_logits:bool=False)->torch.Tensor:
         h = self.hidden(torch.cat([self.pool(m, 1).flatten(1) for m in maps], 1))
         return h if pre_logits else self.fc(h)
-    def forward(self, x:torch.Tensor)->torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x): return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/02c_models.multiscale.ipynb #5a0126f0
 def fresh(
@@ -70,11 +63,14 @@ class Pyramid(nn.Module):
         self.lateral = nn.ModuleList(conv(n, 1) for n in channels)
         self.smooth = nn.ModuleList(nn.Sequential(conv(width, 3), conv(width, 3)) for _ in channels)
 
-    def forward(self, maps:list[torch.Tensor])->list[torch.Tensor]:  # (n, channels[i], h_i, w_i) -> (n, width, h_i, w_i)
+    def forward(self,
+        maps:list[torch.Tensor],  # (n, channels[i], h_i, w_i)
+    )->list[torch.Tensor]:        # (n, width, h_i, w_i)
         sums = []
         for lateral, m in zip(reversed(self.lateral), reversed(maps), strict=True):
             m = lateral(m)
-            sums.append(m + F.interpolate(sums[-1], m.shape[-2:], mode='nearest') if sums else m)
+            if sums: m = m + F.interpolate(sums[-1], m.shape[-2:], mode='nearest')
+            sums.append(m)
         return [smooth(m) for smooth, m in zip(self.smooth, reversed(sums), strict=True)]
 
 # %% ../../nbs/02c_models.multiscale.ipynb #b9ec6c45
@@ -85,15 +81,12 @@ class FpnVgg16(MultiScale):
         super().__init__(backbone, num_classes)
         backbone.prune_intermediate_layers(range(5))
         self.neck = fresh(Pyramid([64, 128, 256, 512, 512]), self.init)
-        self.hidden = fresh(
-            nn.Sequential(nn.Linear(5 * 256, 512), nn.ReLU(), nn.Dropout(drop_rate)), self.init
-        )
+        hidden = nn.Sequential(nn.Linear(5*256, 512), nn.ReLU(), nn.Dropout(drop_rate))
+        self.hidden = fresh(hidden, self.init)
 
     def depths(self, x:torch.Tensor)->list[torch.Tensor]:
-        return [
-            F.max_pool2d(m, 2)
-            for m in self.backbone.forward_intermediates(x, range(5), intermediates_only=True)
-        ]
+        maps = self.backbone.forward_intermediates(x, range(5), intermediates_only=True)
+        return [F.max_pool2d(m, 2) for m in maps]
 
 # %% ../../nbs/02c_models.multiscale.ipynb #180e87e8
 @register_model
@@ -105,11 +98,8 @@ def fpn_vgg16(
 )->FpnVgg16:
     "FPN-VGG16: 21.65 million parameters at 3 classes."
     small = {} if pretrained else dict(mlp_ratio=1/4096)
-    return FpnVgg16(
-        timm.create_model('vgg16.tv_in1k', pretrained, num_classes=0, **small, **kwargs),
-        num_classes,
-        drop_rate,
-    )
+    vgg = timm.create_model('vgg16.tv_in1k', pretrained, num_classes=0, **small, **kwargs)
+    return FpnVgg16(vgg, num_classes, drop_rate)
 
 # %% ../../nbs/02c_models.multiscale.ipynb #51765169
 class Excite(nn.Module):
@@ -137,40 +127,31 @@ class Neighbours(nn.Module):
         width:int=384,       # channels of every map that comes out
     ):
         super().__init__()
-        self.align = nn.ModuleList(
-            nn.Sequential(Excite(n), nn.Conv2d(n, width, 1, bias=False), nn.BatchNorm2d(width))
-            for n in channels
-        )
+        def align(n):
+            to_width = nn.Conv2d(n, width, 1, bias=False)
+            return nn.Sequential(Excite(n), to_width, nn.BatchNorm2d(width))
+        self.align = nn.ModuleList(align(n) for n in channels)
 
-    def forward(self, maps:list[torch.Tensor])->list[torch.Tensor]:  # (n, channels[i], h_i, w_i) -> (n, width, h_i, w_i)
-        even = [align(m) for align, m in zip(self.align, maps, strict=True)]
-        larger = [
-            F.interpolate(deep, m.shape[-2:], mode='bilinear')
-            for m, deep in zip(even, even[1:], strict=False)
-        ]
-        return [m + deep for m, deep in zip(even, larger, strict=False)] + even[-1:]
+    def forward(self,
+        maps:list[torch.Tensor],  # (n, channels[i], h_i, w_i)
+    )->list[torch.Tensor]:        # (n, width, h_i, w_i)
+        even, out = [align(m) for align, m in zip(self.align, maps, strict=True)], []
+        for m, deep in zip(even, even[1:], strict=False):
+            out.append(m + F.interpolate(deep, m.shape[-2:], mode='bilinear'))
+        return out + even[-1:]
 
 # %% ../../nbs/02c_models.multiscale.ipynb #6f265c4e
 class SFNet(MultiScale):
     "ConvNeXt-T, excitation and fusion of neighbouring depths, global maxima (KD-OCT's comparison, arXiv 2512.09069)."
-    pool, init = (
-        staticmethod(F.adaptive_max_pool2d),
-        staticmethod(lambda w: nn.init.trunc_normal_(w, std=0.02)),
-    )
+    pool = staticmethod(F.adaptive_max_pool2d)
+    init = staticmethod(lambda w: nn.init.trunc_normal_(w, std=0.02))
     def __init__(self, backbone:nn.Module, num_classes:int, drop_rate:float):
         super().__init__(backbone, num_classes)
         backbone.prune_intermediate_layers(range(4))
         self.neck = Neighbours([96, 192, 384, 768])
-        self.hidden = fresh(
-            nn.Sequential(
-                nn.Dropout(drop_rate),
-                nn.Linear(4 * 384, 512),
-                nn.LayerNorm(512),
-                nn.GELU(),
-                nn.Dropout(drop_rate / 2),
-            ),
-            self.init,
-        )
+        hidden = (nn.Linear(4*384, 512), nn.LayerNorm(512), nn.GELU())
+        hidden = nn.Sequential(nn.Dropout(drop_rate), *hidden, nn.Dropout(drop_rate/2))
+        self.hidden = fresh(hidden, self.init)
 
     def depths(self, x:torch.Tensor)->list[torch.Tensor]:
         return self.backbone.forward_intermediates(x, range(4), intermediates_only=True)
@@ -184,8 +165,6 @@ def sfnet(
     **kwargs,                 # for timm's maker of the backbone, e.g. drop_path_rate
 )->SFNet:
     "SFNet: 29.26 million parameters at 3 classes."
-    return SFNet(
-        timm.create_model('convnext_tiny.in12k_ft_in1k', pretrained, num_classes=0, **kwargs),
-        num_classes,
-        drop_rate,
-    )
+    name = 'convnext_tiny.in12k_ft_in1k'
+    convnext = timm.create_model(name, pretrained, num_classes=0, **kwargs)
+    return SFNet(convnext, num_classes, drop_rate)

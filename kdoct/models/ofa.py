@@ -29,21 +29,20 @@ OFA_595 = (  # stages of (channels out, kernel, stride, expansion); excitation a
 
 _SHORT = {'relu': 're', 'hard_swish': 'hs'}
 
+def _block(out, kernel, stride, expand, excite, act):
+    "One block in timm's language."
+    expands = expand > 1
+    kind, factor = ('ir', f'_e{expand}') if expands else ('ds', '')
+    squeeze = '_se0.25' if excite else ''
+    return f'{kind}_r1_k{kernel}_s{stride}{factor}_c{out}{squeeze}_n{_SHORT[act]}'
+
 def arch_def(
     stages:tuple=OFA_595,  # (excitation, activation, blocks)
     last:int=1152,         # channels of the 1x1 convolution behind the blocks
 )->list[list[str]]:        # one list a stage, one text a block
     "The table in timm's language for blocks."
-    def block(out, kernel, stride, expand, excite, act):
-        kind = (
-            f'ir_r1_k{kernel}_s{stride}_e{expand}_c{out}'
-            if expand > 1
-            else f'ds_r1_k{kernel}_s{stride}_c{out}'
-        )
-        return kind + ('_se0.25' if excite else '') + f'_n{_SHORT[act]}'
-    return [[block(*b, excite, act) for b in blocks] for excite, act, blocks in stages] + [
-        [f'cn_r1_k1_s1_c{last}_nhs']
-    ]
+    out = [[_block(*b, excite, act) for b in blocks] for excite, act, blocks in stages]
+    return out + [[f'cn_r1_k1_s1_c{last}_nhs']]
 
 # %% ../../nbs/02b_models.ofa.ipynb #249338a4
 _OUTER = {
@@ -72,28 +71,27 @@ _FIRST = {
 }
 
 # %% ../../nbs/02b_models.ofa.ipynb #62a82909
+def _new_names()->dict[str, str]:
+    "timm's name for each layer of the published network."
+    stages = enumerate(OFA_595)
+    places = [f'blocks.{s}.{i}' for s, (*_, blocks) in stages for i in range(len(blocks))]
+    names, last = dict(_OUTER), f'blocks.{len(OFA_595)}.0'
+    names |= {'final_expand_layer.conv': f'{last}.conv', 'final_expand_layer.bn': f'{last}.bn1'}
+    for k, place in enumerate(places):
+        inside = _FIRST if k == 0 else _INNER
+        names |= {f'blocks.{k}.conv.{old}': f'{place}.{new}' for old, new in inside.items()}
+    return names
+
 def map_ofa_names(
     state:dict,            # name -> tensor
     model:nn.Module=None,  # not used; timm hands it over
 )->dict:                   # the same tensors under timm's names; a state that has them already is returned as it is
     "Rename the published weights of OFA-595 for timm."
     if 'conv_stem.weight' in state: return state
-    places = [
-        f'blocks.{s}.{i}' for s, (*_, blocks) in enumerate(OFA_595) for i in range(len(blocks))
-    ]
-    names = _OUTER | {
-        f'final_expand_layer.{a}': f'blocks.{len(OFA_595)}.0.{b}'
-        for a, b in (('conv', 'conv'), ('bn', 'bn1'))
-    }
-    for k, place in enumerate(places):
-        names |= {
-            f'blocks.{k}.conv.{a}': f'{place}.{b}'
-            for a, b in (_FIRST if k == 0 else _INNER).items()
-        }
+    names = _new_names()
     def new(key):
-        layer, _, last = re.sub(
-            r'^(blocks\.\d+)\.mobile_inverted_conv\.', r'\1.conv.', key
-        ).rpartition('.')
+        key = re.sub(r'^(blocks\.\d+)\.mobile_inverted_conv\.', r'\1.conv.', key)
+        layer, _, last = key.rpartition('.')
         return f'{names.get(layer, layer)}.{last}'
     return {new(k): v for k, v in state.items()}
 
@@ -116,14 +114,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 # %% ../../nbs/02b_models.ofa.ipynb #914d08fb
-@register_model
-def ofa595(
-    pretrained:bool=False,      # no weights are published where timm could fetch them: give a file
-    features_only:bool=False,   # the maps instead of logits
-    **kwargs,                   # for timm's MobileNetV3: num_classes, drop_rate, drop_path_rate, in_chans, ...
-)->MobileNetV3:
-    "OFA-595 (Cai et al. 2020, arXiv 1908.09791): 9.14 million parameters at 1000 classes, 7.60 million at 3."
-    made = dict(
+_HEADLESS = ('num_classes', 'num_features', 'head_bias', 'global_pool')   # options without a head
+
+def _parts()->dict:
+    "What timm's MobileNetV3 is to be made of."
+    excite = dict(gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels)
+    return dict(
         block_args=decode_arch_def(arch_def()),
         stem_size=24,
         num_features=1536,
@@ -131,22 +127,25 @@ def ofa595(
         norm_layer=nn.BatchNorm2d,
         round_chs_fn=partial(round_channels, multiplier=1.0),
         act_layer=nn.Hardswish,
-        se_layer=partial(
-            SqueezeExcite,
-            gate_layer='hard_sigmoid',
-            force_act_layer=nn.ReLU,
-            rd_round_fn=round_channels,
-        ),
+        se_layer=partial(SqueezeExcite, **excite),
     )
-    headless = ('num_classes', 'num_features', 'head_bias', 'global_pool')
+
+# %% ../../nbs/02b_models.ofa.ipynb #be11a1b6
+@register_model
+def ofa595(
+    pretrained:bool=False,      # no weights are published where timm could fetch them: give a file
+    features_only:bool=False,   # the maps instead of logits
+    **kwargs,                   # for timm's MobileNetV3: num_classes, drop_rate, drop_path_rate, in_chans, ...
+)->MobileNetV3:
+    "OFA-595 (Cai et al. 2020, arXiv 1908.09791): 9.14 million parameters at 1000 classes, 7.60 million at 3."
     return build_model_with_cfg(
         MobileNetV3Features if features_only else MobileNetV3,
         'ofa595',
         pretrained,
         pretrained_strict=not features_only,
         pretrained_filter_fn=map_ofa_names,
-        kwargs_filter=headless if features_only else None,
-        **(made | kwargs),
+        kwargs_filter=_HEADLESS if features_only else None,
+        **(_parts() | kwargs),
     )
 
 # %% ../../nbs/02b_models.ofa.ipynb #7b321438

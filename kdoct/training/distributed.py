@@ -25,7 +25,7 @@ from torch import nn
 
 from ..core.files import KdoctError
 from ..data.batches import Batches
-from ..models.backbones import set_tf32
+from ..models.arithmetic import set_tf32
 
 # %% ../../nbs/02g_training.distributed.ipynb #a4fe0f62
 def rank_world()->tuple[int, int]:

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.files import KdoctError
 from ..data.batches import in_thread
-from ..models.backbones import Classifier, computes_bf16, float32_products
+from ..models.backbones import Classifier
+from ..models.arithmetic import computes_bf16, float32_products
 from .precision import faster, measure_steps, seconds_of
 
 # %% ../../nbs/02i_training.inference.ipynb #27f3f298

@@ -32,7 +32,8 @@ from ..core.files import atomic_path, KdoctError
 from ..core.sections import TrainRecipe
 from ..data.batches import Batches
 from ..data.mixing import Mix
-from ..models.backbones import Classifier, float32_products, head_modules, undecayed
+from ..models.backbones import Classifier, head_modules, undecayed
+from ..models.arithmetic import float32_products
 from .averaging import Averaging
 
 # %% ../../nbs/02j_training.loop.ipynb #15abd7ff

@@ -23,7 +23,8 @@ from fastai.callback.core import Callback
 
 from ..core.files import human_time
 from ..core.sections import TrainRecipe
-from ..models.backbones import Classifier, computes_bf16, float32_products
+from ..models.backbones import Classifier
+from ..models.arithmetic import computes_bf16, float32_products
 from .distributed import all_reduce, broadcast, broadcast_tensors, rank_world
 
 # %% ../../nbs/02h_training.precision.ipynb #82d6047b

@@ -20,15 +20,9 @@ from ..core.runs import require_same_folds, Run
 from ..data.augment import image_ids
 from ..data.batches import Batches
 from ..data.retina_mask import blank_retina
-from ..data.stage import FoldData, open_fold
-from kdoct.models.backbones import (
-    check_origin,
-    Classifier,
-    create_classifier,
-    data_identity,
-    save_model_folder,
-    weights_origin,
-)
+from ..data.fold_data import FoldData, open_fold
+from ..models.backbones import Classifier, create_classifier
+from ..models.folders import check_origin, data_identity, save_model_folder, weights_origin
 from .averaging import average_candidates
 
 # %% ../../nbs/02k_training.results.ipynb #7209cb71
