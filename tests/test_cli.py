@@ -396,7 +396,9 @@ def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
     for name in ("a.csv", "b.csv", "table.csv"):
         rows = "".join(f"{i}.png,{'AB'[i % 2]},{i // 2}\n" for i in range(8))
         (root / name).write_text("path,label,patient\n" + rows)
-        CliRunner().invoke(app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-probe"])
+        CliRunner().invoke(
+            app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-probe"]
+        )
     written = {p.name for p in (outputs_root() / "audit").iterdir()}
     assert written == {"csv-d-a.csv", "csv-d-b.csv", "csv-d.csv"}
 
@@ -420,4 +422,5 @@ def test_recipe_refuses_what_audit_refuses(options, capsys):
 def test_sources_lists_every_source_with_its_layout():
     from kdoct.data.sources import SOURCES
     shown = CliRunner().invoke(app, ["sources"]).output
-    for name, about in SOURCES.items(): assert f"{name}: {about.help}\n    {about.layout}\n" in shown
+    for name, about in SOURCES.items():
+        assert f"{name}: {about.help}\n    {about.layout}\n" in shown

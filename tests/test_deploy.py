@@ -477,7 +477,9 @@ def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
     from kdoct.app import cli
     asked = []
     monkeypatch.setattr(
-        deploy_stage, "export_fold", lambda run, *rest: asked.append((run.name, *rest)) or made.folder
+        deploy_stage,
+        "export_fold",
+        lambda run, *rest: asked.append((run.name, *rest)) or made.folder,
     )
     folder = str(made.run.stage_dir(0, "baseline"))
     with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])

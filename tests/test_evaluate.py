@@ -234,7 +234,8 @@ def test_findings_of_data_and_decisions_are_warnings(run):
     assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in printed)
     assert any('1 near-duplicates have another class' in w for w in printed)
     assert any(
-        'For CNV (sensitivity 95 %): not reachable: no image.' in w and 'DME' not in w for w in printed
+        'For CNV (sensitivity 95 %): not reachable: no image.' in w and 'DME' not in w
+        for w in printed
     )
 
 

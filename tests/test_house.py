@@ -72,7 +72,10 @@ def test_module_is_of_a_readable_size_and_imports_no_private_name(module):
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda p: ".".join(p.relative_to(LIBRARY).with_suffix("").parts))
 def test_code_ends_at_column_100_and_definitions_have_40_lines_at_most(module):
-    source = module.read_text(encoding="utf-8")
+    # nbdev writes `__all__` as wide as it likes
+    source = re.sub(
+        r"^__all__ = \[.*?\]", "", module.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     widths = enumerate(HOUSE["code_widths"](source), start=1)
     assert not [f"line {n} has {width} columns" for n, width in widths if width > 100]
     assert not HOUSE["long_definitions"](source)
@@ -156,7 +159,10 @@ def imports_in(file):
 
 def test_an_import_is_found_in_text_on_one_line_and_on_several(tmp_path):
     file = tmp_path / "a.md"
-    file.write_text("    from kdoct import Recipe\nfrom kdoct.core.files import (\n    locked,\n    a as b,\n)\n")
+    file.write_text(
+        "    from kdoct import Recipe\nfrom kdoct.core.files import (\n    locked,\n "
+        "   a as b,\n)\n"
+    )
     assert list(imports_in(file)) == [
         ("kdoct", "Recipe"), ("kdoct.core.files", "locked"), ("kdoct.core.files", "a")
     ]

@@ -85,7 +85,9 @@ def test_decoupled_with_the_weights_of_its_equation_6_is_the_divergence():
 def test_decoupled_is_nearly_infinite_nowhere_that_the_teacher_is_sure():
     "The authors' form takes the logarithm of a sum that rounds to 0 here."
     student = torch.tensor([[80., 0., 0.]], requires_grad=True)
-    value = L.decoupled_loss(student, torch.tensor([[0., 90., 0.]]), torch.tensor([0]), temperature=1.)
+    value = L.decoupled_loss(
+        student, torch.tensor([[0.0, 90.0, 0.0]]), torch.tensor([0]), temperature=1.0
+    )
     value.backward()
     assert value.isfinite() and student.grad.isfinite().all() and student.grad.abs().sum() > 0
 
@@ -112,6 +114,8 @@ def test_correlation_is_that_of_torchdistill(temperature):
 @pytest.mark.parametrize("temperature", [1., 2.])
 def test_standardised_is_that_of_torchdistill(temperature):
     student, teacher, _ = batch()
-    theirs = of_torchdistill("LogitStdKDLoss", temperature=temperature, alpha=0., beta=1.)(student, teacher)
+    theirs = of_torchdistill("LogitStdKDLoss", temperature=temperature, alpha=0.0, beta=1.0)(
+        student, teacher
+    )
     ours = L.standardised_loss(student, teacher, temperature)
     torch.testing.assert_close(ours, temperature**2*theirs, rtol=1e-5, atol=1e-6)

@@ -774,7 +774,9 @@ def test_a_bundle_says_what_its_pictures_are_and_an_older_one_what_its_recipe_sa
 ):
     assert open_bundle(shipped[0]).about['modality'] == 'oct'
     assert (
-        pictures_taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)['modality']
+        pictures_taken(dict(input_size=224), dict(source='folder', modality='radiograph'), 1)[
+            'modality'
+        ]
         == 'radiograph'
     )
     older = shutil.copytree(shipped[0], tmp_path/'older')

@@ -318,7 +318,9 @@ def test_a_path_of_a_table_is_found_among_the_files(written, real, problem, tmp_
 def test_a_path_that_could_be_two_files_is_not_guessed_and_one_that_is_nowhere_stays(tmp_path):
     lay_out(tmp_path, "x/a.png", "y/a.png", "b.tif", "b.jpg", "z/c.png")
     listing = load_table(
-        table_recipe(tmp_path, "path,label,patient\na.png,CNV,1\nb.png,CNV,1\nC:\\data\\q.png,CNV,1\n")
+        table_recipe(
+            tmp_path, "path,label,patient\na.png,CNV,1\nb.png,CNV,1\nC:\\data\\q.png,CNV,1\n"
+        )
     )
     assert (
         list(listing.table.path) == ["C:/data/q.png"]
@@ -330,7 +332,9 @@ def test_a_path_that_could_be_two_files_is_not_guessed_and_one_that_is_nowhere_s
 def test_two_rows_that_lead_to_one_file_are_one_image_or_a_contradiction(tmp_path):
     lay_out(tmp_path, "a.png", "b.png")
     listing = load_table(
-        table_recipe(tmp_path, "path,label,patient\na.png,CNV,1\nA.PNG,CNV,1\nb.png,CNV,1\nb,DME,1\n")
+        table_recipe(
+            tmp_path, "path,label,patient\na.png,CNV,1\nA.PNG,CNV,1\nb.png,CNV,1\nb,DME,1\n"
+        )
     )
     assert list(listing.table.path) == ["a.png"] and {"repeated-row", "contradictory-rows"} <= set(
         listing.findings.problem
