@@ -109,7 +109,8 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
 
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
 _DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a "
-         "baseline on one fold,\nevaluates them, and writes a report: about 5 minutes on 2 cores.\n")
+         "baseline on one fold,\n"
+         "evaluates them, and writes a report: about 5 minutes on 2 cores.\n")
 
 @_command()
 def demo(
