@@ -13,7 +13,7 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 
 PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',
-    'preset': 'core.recipe',
+    'preset': 'core.presets',
     'new_run': 'app.stages',
     'open_run': 'core.runs',
     'write_phantom': 'data.phantom_files',
