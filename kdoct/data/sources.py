@@ -114,8 +114,8 @@ def _warning_of_slices(listing:Listing, data:DataRecipe)->str:
     if differ_after or (table.groupby(['group', 'label']).size() < 2).any(): return ''
     return (
         f"WARNING: --group-pattern finds {len(groups)} patients ({', '.join(groups[:3])}, ...), "
-        f"each with several images of every class, which differ only before the number: it seems to be that "
-        f"of the slice.\n"
+        f"each with several images of every class, which differ only before the number: it seems "
+        f"to be that of the slice.\n"
         f"If so, the patients are spread over training and test, and the results will be too "
         f"good: the first brackets must hold the patient."
     )
