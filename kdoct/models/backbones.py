@@ -234,7 +234,8 @@ def _load_tensors(path:Path)->dict:
         )
     try:
         if _is_safetensors(path): return load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with open(path, 'rb') as f:   # by its name torch would take a file for safetensors
+            return torch.load(f, map_location='cpu', weights_only=True)
     # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
     except Exception as e:
         what, remedy = _kind_of_file(path)
