@@ -170,6 +170,10 @@ def open_model_folder(
 # %% ../../nbs/07h_deploy.networks.ipynb #fb9da27e
 _OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
 
+_MAKERS = "`kdoct export` writes a bundle, `kdoct import` a model folder."
+_PLACES = ("The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "
+           "writes a bundle.")
+
 def _where_else(folder:Path)->str:
     "Model folders that may be meant by the name of an imported network or of a run; '' if there are none."
     root = outputs_root()
@@ -189,17 +193,14 @@ def open_network(
     if not folder.exists():
         raise KdoctError(
             f"There is no bundle and no model folder {folder}.",
-            fix=_where_else(folder)
-            or "`kdoct export` writes a bundle, `kdoct import` a model folder.",
+            fix=_where_else(folder) or _MAKERS,
         )
     if any((folder/n).exists() for n in _OF_BUNDLES): return open_bundle(folder, public_key)
     if not (folder/'model.json').exists():
         raise KdoctError(
             f"{folder} is neither a bundle nor a model folder: it has no bundle.json and no "
             f"model.json.",
-            fix=_where_else(folder)
-            or "The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` writes "
-               "a bundle.",
+            fix=_where_else(folder) or _PLACES,
         )
     if public_key:
         raise KdoctError(
