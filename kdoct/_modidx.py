@@ -937,6 +937,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdoct.data.folds._assign_calibration': ('data.folds.html#_assign_calibration', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds._check_classes': ('data.folds.html#_check_classes', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds._check_enough': ('data.folds.html#_check_enough', 'kdoct/data/folds.py'),
+                                  'kdoct.data.folds._check_not_empty': ('data.folds.html#_check_not_empty', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds._check_official': ('data.folds.html#_check_official', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds._check_splittable': ('data.folds.html#_check_splittable', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds._diagnosis_only': ('data.folds.html#_diagnosis_only', 'kdoct/data/folds.py'),
