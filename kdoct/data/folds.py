@@ -136,6 +136,15 @@ def _check_splittable(
     _check_enough(t[eligible & ~tested & ~removed], n_folds, left_out)
 
 # %% ../../nbs/01g_data.folds.ipynb #1d037789
+def _check_not_empty(role:np.ndarray, fold:int, calibrated:bool):
+    "`KdoctError` if validation or calibration lost all their images to the worst-case rule."
+    for part in ('val', CALIB) if calibrated else ('val',):
+        if not (role == part).any():
+            raise KdoctError(
+                f"The {part} part of fold {fold} has no image that shows its patient's diagnosis.",
+                fix=f"{_MORE_PATIENTS}, or set data.worst_case_train to false.",
+            )
+
 def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int, protocol:str):
     "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
     for part in ('train', 'test'):
@@ -220,6 +229,7 @@ def make_folds(
     for k, role in enumerate(_roles(t, *how)):
         role[np.isin(role, restricted) & ~eligible] = OUT
         _check_classes(t.label, role, k, n_folds, protocol)
+        _check_not_empty(role, k, calibration_fraction > 0)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
     return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')
