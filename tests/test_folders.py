@@ -487,6 +487,7 @@ def test_folders_of_systems_and_tools_are_no_data(name, tmp_path):
 
 @pytest.mark.parametrize("ending", [
     ".pgm", ".PPM", ".tga", ".exr", ".dds", ".npy", ".mat", ".nii.gz", ".png.gz", ".img", ".oct",
+    ".raw", ".jxr",
 ])
 def test_every_picture_that_is_not_read_stops_the_run(ending, tmp_path):
     listing = listed(tmp_path, f"CNV/P000_8{ending}")

@@ -264,11 +264,12 @@ _STARTS = (  # problem, offset, how the file goes on from there
 # of pictures and volumes that are not read from folders
 _OTHER_FORMATS = ('.heic', '.heif', '.hif', '.avif', '.jxl', '.psd', '.dng',
                   '.dcm', '.dicom', '.vol', '.e2e', '.fda', '.fds', '.oct',
-                  '.pgm', '.ppm', '.pbm', '.pnm', '.tga', '.exr', '.dds', '.cr2', '.nef', '.arw',
+                  '.pgm', '.ppm', '.pbm', '.pnm', '.tga', '.exr', '.dds', '.jxr', '.wdp', '.xcf',
+                  '.cr2', '.nef', '.arw',
                   *(f'{ending}.gz' for ending in (*IMAGE_EXTENSIONS, '.dcm')))
 
 # of arrays and volumes, which may also be the features or the mask of a picture of the same name
-_ARRAYS = ('.npy', '.npz', '.mat', '.img', '.nii', '.nii.gz', '.mha', '.nrrd')
+_ARRAYS = ('.npy', '.npz', '.mat', '.img', '.raw', '.nii', '.nii.gz', '.mha', '.mhd', '.nrrd')
 
 _ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.rar', '.7z')
 
