@@ -516,7 +516,13 @@ def test_a_file_that_is_no_public_key_is_refused(bundle, keys, tmp_path, wrong):
     if wrong == "another kind":
         file.write_bytes(x25519.X25519PrivateKey.generate().public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
-    with pytest.raises(KdoctError, match="key"): open_sealed(bundle, public_key=file)
+    with pytest.raises(KdoctError, match="key") as e: open_sealed(bundle, public_key=file)
+    assert "kdoct make-keys FILE" in e.value.fix
+
+
+def test_a_public_key_signs_nothing_and_the_private_one_is_asked_for(bundle, keys):
+    with pytest.raises(KdoctError, match="no private key") as e: seal(bundle, {}, key=keys[1])
+    assert "Give the private key" in e.value.fix
 
 
 def test_openssl_agrees_about_the_signature(tmp_path, keys):

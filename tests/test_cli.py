@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kdoct.app.cli import app, main
 from kdoct.app.cli_options import recipe_of
 from kdoct.core.files import outputs_root
+from kdoct.core.runs import create_run
 
 
 @pytest.fixture(autouse=True)
@@ -424,3 +425,82 @@ def test_sources_lists_every_source_with_its_layout():
     shown = CliRunner().invoke(app, ["sources"]).output
     for name, about in SOURCES.items():
         assert f"{name}: {about.help}\n    {about.layout}\n" in shown
+
+
+PLACES = {  # what is typed, with the place of a file or of a folder -> what is said
+    "audit --preset tiny --out {folder}.csv": "is a folder, not a file",
+    "audit --preset tiny --out {file}/x.csv": "is a file, not a folder",
+    "audit --preset tiny --out a.xlsx": "what is written is CSV",
+    "bench input --out {folder}": "what is written is JSON",
+    "notebooks {file}": "is a file, not a folder",
+    "notebooks {file}/sub": "is a file, not a folder",
+    "import {file} --model resnet18 --classes A,B --out {file}": "is a file, not a folder",
+    "make-keys {folder}.csv/none/k.pem": "There is no folder",
+}
+
+
+@pytest.mark.parametrize("typed", PLACES)
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(typed, capsys, tmp_path):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    places = dict(folder=tmp_path / "folder", file=tmp_path / "file")
+    assert PLACES[typed] in refused(capsys, *typed.format(**places).split())
+
+
+def test_a_folder_that_the_system_refuses_is_said(capsys):
+    if not Path("/proc/self").exists(): pytest.skip("no /proc here")
+    assert "cannot be written" in refused(capsys, "notebooks", "/proc/x")
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--data-root", "A", "--set", "data.root=B"], "A (--data-root), B (--set)"),
+    (["--source", "csv", "--set", "data.source=folder"], "csv (--source), folder (--set)"),
+    (["--classes", "A,B", "--set", "data.classes=B,A"], "A,B (--classes), B,A (--set)"),
+    (["--set", "student.epochs=3", "--set", "student.epochs=4"], "student.epochs is given twice"),
+    (["--set", "student.epochs=3 student.epochs=4"], "student.epochs is given twice"),
+])
+def test_options_that_contradict_each_other_are_refused(options, says, capsys):
+    assert says in refused(capsys, "recipe", "--preset", "tiny", *options)
+
+
+def test_the_same_value_given_twice_is_no_contradiction():
+    options = ["--classes", "A, B", "--set", 'data.classes=["A","B"]']
+    done = CliRunner().invoke(app, ["recipe", "--preset", "tiny", *options])
+    assert "data.classes = ('A', 'B')" in done.output
+
+
+def test_a_view_that_does_not_exist_is_refused_before_training(capsys):
+    said = refused(capsys, "recipe", "--set", "evaluate.views=foo")
+    assert "There is no test-time view 'foo'" in said and "Views are identity" in said
+
+
+def test_a_run_cannot_take_the_place_of_the_file_that_makes_a_run(capsys, outputs):
+    assert "cannot be a run's name" in refused(capsys, "folds", "--preset", "tiny", "--run", "run.json")
+    (outputs / "run.json").mkdir(parents=True)
+    assert "There is no run ''" in refused(capsys, "report", "")
+
+
+def test_a_port_that_does_not_exist_is_refused():
+    done = CliRunner().invoke(app, ["explore", "--port", "99999"])
+    assert done.exit_code == 2 and "65535" in done.output
+
+
+def test_predict_says_where_the_network_of_a_name_lies(capsys, outputs, tmp_path):
+    for folder in ("imported/mine", "a-run/fold_0/student"):
+        (outputs / folder).mkdir(parents=True)
+        (outputs / folder / "model.json").write_text("{}")
+    (tmp_path / "a.png").touch()
+    for name, where in (("mine", "imported/mine"), ("a-run", "a-run/fold_0/student")):
+        assert where in refused(capsys, "predict", name, tmp_path / "a.png")
+
+
+def test_export_names_the_command_that_trains(capsys):
+    pytest.importorskip("openvino", reason="the extra deploy is not installed")
+    create_run("r", recipe_of("tiny", "", "", []))
+    said = refused(capsys, "export", "r")
+    assert "Train it first: papermill" in said and "04_distill.ipynb" in said
+
+
+def test_an_input_size_that_no_network_has_is_refused():
+    typed = "import w.pth --model resnet18 --classes A,B --size 100000"
+    assert CliRunner().invoke(app, typed.split()).exit_code == 2

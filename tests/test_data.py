@@ -152,6 +152,23 @@ def test_fewer_folds_are_proposed_only_where_they_are_fewer_and_enough(n_folds, 
     assert helps in str(e.value) and ("fewer" in e.value.fix) == (n_folds > 2)
 
 
+def test_groups_that_are_no_patients_are_shown():
+    names = ("CNV", "NORMAL")
+    table = table_of([[("A", 4), ("B", 4)]] * 2)
+    table["group"] = [names[i % 2] for i in range(len(table))]
+    with pytest.raises(KdoctError) as e: make_folds(table, 5)
+    assert "The groups are 'CNV', 'NORMAL'." in e.value.problem
+    assert "--group-pattern" in e.value.fix and "data.columns.patient" in e.value.fix
+
+
+def test_a_class_that_the_official_test_part_lacks_is_not_mended_by_fewer_folds():
+    table = table_of([[("A", 2)]] * 12 + [[("B", 2)]] * 12)
+    table["split"] = ["test" if i < 8 else "train" for i in range(len(table))]
+    with pytest.raises(KdoctError, match="the test part has no image of B") as e:
+        make_folds(table, 3, protocol="official")
+    assert "n_folds" not in e.value.fix and "data.protocol=grouped-cv" in e.value.fix
+
+
 def test_the_official_protocol_says_that_every_patient_is_in_both_parts():
     both = table_of([[("AB"[p % 2], 2)] for p in range(20)])
     both["split"] = ["train", "test"] * 20

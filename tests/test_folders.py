@@ -1,4 +1,6 @@
 "Folders of images: which level is the class, and what is refused because it is none."
+import zipfile
+
 import pytest
 from conftest import lay_out, problems
 
@@ -369,7 +371,7 @@ def test_masks_below_a_class_are_no_images_of_it(tmp_path):
 
 
 def test_a_class_folder_without_an_image_stops_the_run_and_says_why(tmp_path):
-    root = lay_out(tmp_path, "CNV/1.png", "DME/1.ppm", "DME/2.ppm")
+    root = lay_out(tmp_path, "CNV/1.png", "DME/1.doc", "DME/2.doc")
     for folder, target in dict(DRUSEN="not mounted", loop="loop").items():
         (tmp_path / folder).symlink_to(tmp_path / target)
     (tmp_path / "NORMAL").mkdir()
@@ -378,7 +380,7 @@ def test_a_class_folder_without_an_image_stops_the_run_and_says_why(tmp_path):
     f = listing.findings[listing.findings.problem == "empty-class"].set_index("path").detail
     assert set(f.index) == {"DME", "DRUSEN", "NORMAL", "again", "loop"}
     assert (
-        "2 .ppm" in f.DME
+        "2 .doc" in f.DME
         and "leads nowhere" in f.DRUSEN
         and f.NORMAL == "no file in it"
         and "read already" in f.again
@@ -435,3 +437,96 @@ def test_a_pattern_that_matches_nothing_is_shown_with_three_names(tmp_path):
         r"(P\d+)_" in e.value.problem
         and "none of 5 paths, such as CNV/0.png, CNV/1.png, CNV/2.png" in e.value.problem
     )
+
+
+# --- what a fresh user left lying about
+
+TREE = [f"{c}/P{i:03d}_{k}.png" for c in ("CNV", "NORMAL") for i in range(4) for k in range(2)]
+
+
+def listed(folder, *more, classes=None, **recipe):
+    root = lay_out(folder, *TREE, *more)
+    return load_table(DataRecipe(source="folder", root=root, classes=classes, **recipe))
+
+
+def test_a_class_dropped_into_another_stops_the_run(tmp_path):
+    listing = listed(tmp_path, "CNV/normal/P700_0.png", "CNV/CNV/P701_0.png")
+    assert problems(listing) == {"CNV/normal/P700_0.png": "class-in-class"}
+    assert listing.findings.severity.iloc[0] == "error"
+
+
+@pytest.mark.parametrize("names", [
+    ["0/1/a.png", "1/0/b.png"], ["left/right/1.png", "right/1.png", "CNV/1.png"],
+])
+def test_patients_and_eyes_below_a_class_may_be_named_like_another(names, tmp_path):
+    assert len(table_of(tmp_path, names)) == len(names)
+
+
+@pytest.mark.parametrize("name", [
+    "thumbs", "outputs", "NORMAL.bak", "CNV_old", "CNV_aug", "augmented", "New Folder (2)", "bad",
+    "preview", "old",
+])
+def test_left_overs_are_known_beside_classes_and_below_them(name, tmp_path):
+    with pytest.raises(KdoctError, match="beside other folders") as e:
+        listed(tmp_path / "beside", f"{name}/1.png")
+    assert "--classes CNV,NORMAL" in e.value.fix
+    below = problems(listed(tmp_path / "below", f"CNV/{name}/P009_0.png"))
+    kind = "mask-folder" if name == "thumbs" else "left-over-folder"
+    assert below == {f"CNV/{name}/P009_0.png": kind}
+
+
+@pytest.mark.parametrize("name", [
+    "#recycle", "RECYCLER", "@Recently-Snapshot", "#snapshot", "__pycache__", "wandb", "venv",
+    "node_modules",
+])
+def test_folders_of_systems_and_tools_are_no_data(name, tmp_path):
+    listing = listed(tmp_path, f"{name}/1.png", f"CNV/{name}/1.png")
+    assert set(listing.table.label) == {"CNV", "NORMAL"} and len(listing.table) == len(TREE)
+    assert problems(listing) == {name: "hidden", f"CNV/{name}": "hidden"}
+
+
+@pytest.mark.parametrize("ending", [
+    ".pgm", ".PPM", ".tga", ".exr", ".dds", ".npy", ".mat", ".nii.gz", ".png.gz", ".img", ".oct",
+])
+def test_every_picture_that_is_not_read_stops_the_run(ending, tmp_path):
+    listing = listed(tmp_path, f"CNV/P000_8{ending}")
+    assert problems(listing) == {f"CNV/P000_8{ending}": "other-format"}
+
+
+def test_arrays_that_belong_to_a_picture_or_to_all_are_no_pictures(tmp_path):
+    listing = listed(tmp_path, "CNV/P000_0.npy", "CNV/P000_0.nii.gz", "features.npy", "labels.mat")
+    assert set(listing.findings.problem) == {"other-file"}
+
+
+def pack(file, *names):
+    with zipfile.ZipFile(file, "w") as z:
+        for n in names: z.writestr(n, "x")
+
+
+def test_a_class_that_is_still_packed_stops_the_run(tmp_path):
+    listed(tmp_path, "DRUSEN.tar.gz")
+    pack(tmp_path / "DME.zip", "DME/P900_0.png")
+    pack(tmp_path / "other.zip", *(f"other/P8{i:02d}.png" for i in range(12)))
+    assert problems(listed(tmp_path)) == dict.fromkeys(
+        ["DME.zip", "DRUSEN.tar.gz", "other.zip"], "packed-images"
+    )
+
+
+def test_an_archive_of_what_is_there_or_of_no_pictures_is_no_matter(tmp_path):
+    listed(tmp_path, "CNV.tar.gz", "OCT2017.tar.gz")
+    pack(tmp_path / "archive.zip", *TREE)
+    pack(tmp_path / "NORMAL.zip", *TREE[-8:])
+    pack(tmp_path / "code.zip", "train.py", "logo.png")
+    assert set(listed(tmp_path).findings.problem) == {"other-file"}
+
+
+SLICES = [f"{c}/P{i}_{k}.png" for c in ("CNV", "NORMAL") for i in range(3) for k in range(4)]
+
+
+@pytest.mark.parametrize(("pattern", "warns"), [(r"_(\d+)\.", True), (r"P(\d+)_", False)])
+def test_the_number_of_the_slice_taken_for_the_patient_is_warned_of(
+    pattern, warns, tmp_path, capsys
+):
+    root = lay_out(tmp_path, *SLICES)
+    load_table(DataRecipe(source="folder", root=root, group_pattern=pattern))
+    assert ("seems to be that of the slice" in capsys.readouterr().out) == warns

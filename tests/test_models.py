@@ -568,3 +568,91 @@ def test_a_web_page_instead_of_weights_is_named(tmp_path):
         folders.import_model_folder(
             tmp_path / 'theirs.pth', 'test_efficientnet', NEH, tmp_path / 'folder'
         )
+
+
+RECORDS = {
+    'class_to_idx': {'NORMAL': 0, 'DRUSEN': 1, 'CNV': 2},
+    'classes': ['normal', 'Drusen', 'CNV '],
+    'config': {'id2label': {'2': 'CNV', '0': 'NORMAL', '1': 'DRUSEN'}},
+}
+
+
+@pytest.mark.parametrize('key', RECORDS)
+def test_classes_in_another_order_than_the_file_says_are_refused(key, theirs, tmp_path):
+    checkpoint = {'state_dict': theirs.state_dict(), key: RECORDS[key]}
+    with pytest.raises(KdoctError, match='in this order') as e:
+        imported(tmp_path, checkpoint, classes=['CNV', 'DRUSEN', 'NORMAL'])
+    assert '--classes NORMAL,DRUSEN,CNV.' in e.value.fix and not (tmp_path/'folder').exists()
+    assert 'classes' not in imported(tmp_path, checkpoint, classes=NEH)['imported']
+
+
+def test_classes_in_another_order_than_safetensors_say_are_refused(theirs, tmp_path):
+    save_file(theirs.state_dict(), tmp_path/'w.safetensors', {'classes': 'NORMAL,DRUSEN,CNV'})
+    with pytest.raises(KdoctError, match='NORMAL, DRUSEN, CNV, in this order'):
+        folders.import_model_folder(
+            tmp_path / 'w.safetensors', 'test_efficientnet', NEH[::-1], tmp_path / 'folder', 64
+        )
+
+
+def test_other_names_in_a_file_are_noted_and_other_lists_are_not_classes(theirs, tmp_path):
+    state, codes = theirs.state_dict(), ['healthy', 'early', 'wet']
+    lists = dict(class_names=codes, labels=['CNV', 'NORMAL'], num_classes=3, class_weights=[1., 2., 3.])
+    assert imported(tmp_path, dict(state_dict=state, **lists))['imported']['classes'] == codes
+
+
+def test_counters_that_old_pytorch_did_not_write_are_zero_and_noted(theirs, tmp_path):
+    state = {k: v for k, v in theirs.state_dict().items() if 'num_batches_tracked' not in k}
+    assert imported(tmp_path, state)['imported']['counters'] == len(theirs.state_dict()) - len(state)
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(): assert torch.equal(loaded(x), theirs(loaded.prepare(x)))
+
+
+def test_safetensors_under_another_name_are_read(theirs, tmp_path):
+    save_file(theirs.state_dict(), tmp_path/'w.pth')
+    assert set(backbones.read_state(tmp_path/'w.pth')) == set(theirs.state_dict())
+    torch.save(theirs.state_dict(), tmp_path/'w.safetensors')
+    assert set(backbones.read_state(tmp_path/'w.safetensors')) == set(theirs.state_dict())
+
+
+KINDS = {
+    'lfs.pth': (b'version https://git-lfs.github.com/spec/v1', 'Git LFS', 'git lfs pull'),
+    'w.h5': (b'\x89HDF\r\n\x1a\n' + bytes(99), 'HDF5', 'weights of PyTorch'),
+    'w.onnx': (bytes(99), 'ONNX', 'weights of PyTorch'),
+    'w.bin': (b'\x08\x07\x12\x07pytorch', 'ONNX', 'weights of PyTorch'),
+    'w.pth.gz': (b'\x1f\x8b' + bytes(99), 'gzip', 'Unpack'),
+    'none.pth': (b'', 'is empty', 'again'),
+    'cut.pth': (b'PK\x03\x04' + bytes(99), 'cut off', 'again'),
+}
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_file_that_holds_no_tensors_is_called_what_it_is(name, tmp_path):
+    content, what, remedy = KINDS[name]
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(KdoctError, match=what) as e: backbones.read_state(tmp_path/name)
+    assert remedy in e.value.fix
+
+
+@pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema', 'average'])
+def test_an_average_beside_the_weights_is_said_and_none_is_chosen(key, theirs, tmp_path):
+    averaged = {f'module.{k}': v + 1 for k, v in theirs.state_dict().items()}
+    checkpoint = {'state_dict': theirs.state_dict(), key: averaged, 'optimizer': {'state': {}}}
+    with pytest.raises(KdoctError, match=f'several state dicts: state_dict, {key}') as e:
+        imported(tmp_path, checkpoint)
+    assert f"[{key!r}]" in e.value.fix
+
+
+def test_a_beginning_that_all_names_share_is_taken_off(theirs, tmp_path):
+    imported(tmp_path, {f'net.backbone.{k}': v for k, v in theirs.state_dict().items()})
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight)
+
+
+def test_two_networks_in_one_file_are_named_and_none_is_chosen(theirs, tmp_path):
+    parts = ('student', 'teacher')
+    state = {f'{part}.{k}': v for part in parts for k, v in theirs.state_dict().items()}
+    with pytest.raises(KdoctError, match="under 'student.' and 'teacher.'") as e:
+        imported(tmp_path, state)
+    part = eval(e.value.fix.split('for example ')[1], {'state': state})
+    assert list(part) == list(theirs.state_dict())

@@ -25,9 +25,11 @@ REFUSED = {  # what is typed -> what is wrong with it, what to do
     "a,b": ("'a,b' is not of the form name=value", "data.classes=a,b"),
     "student.epochs": ("is not of the form name=value", "Write student.epochs=VALUE"),
     "student.epochs 3": ("is not of the form name=value", "Write student.epochs=3"),
+    "student.epochs = 3": ("is not of the form name=value", "Write student.epochs=3"),
     "student.epochs:3": ("is not of the form name=value", "Write student.epochs=3"),
     "student.epochs=3, student.lr=1": ("student.epochs:", "blanks, not commas"),
     "student.epochs=3,student.lr=1": ("student.epochs:", "student.epochs=3 student.lr=1"),
+    "student.learning_rate=0.1": ("no field 'student.learning_rate'", "student.lr"),
     "student.arch=no_such_net": ("no_such_net", "timm"),
 }
 

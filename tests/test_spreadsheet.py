@@ -456,3 +456,80 @@ def test_words_that_are_no_part_of_a_split_are_findings_with_the_word(tmp_path):
 def test_tables_with_other_separators_are_refused_with_the_sign(text, says, tmp_path):
     with pytest.raises(KdoctError) as e: load_table(table_recipe(tmp_path, text))
     assert says in e.value.problem and "CSV UTF-8" in e.value.fix
+
+
+# --- letters, names and paths of a table that lead astray
+
+@pytest.mark.parametrize("cell", ["\u00c3\u2013dem", "\u00d0\u00bd\u00d0\u00be\u00d1\u20ac"])
+def test_letters_that_were_read_in_another_encoding_are_refused(cell, tmp_path):
+    with pytest.raises(KdoctError, match="that was read as Windows-1252") as e:
+        load_table(table_recipe(tmp_path, GOOD.replace("CNV", cell)))
+    assert "line 2" in e.value.problem and "original" in e.value.fix
+
+
+@pytest.mark.parametrize("label", [
+    "\u00d6dem", "caf\u00c9\u2013bar", "\u043d\u043e\u0440\u043c\u0430", "\u6d6e\u816b", "S\u00c3O"
+])
+def test_letters_of_all_languages_are_labels(label, tmp_path):
+    lay_out(tmp_path, "a.png", "b.png")
+    t = load_table(table_recipe(tmp_path, GOOD.replace("CNV", label))).table
+    assert label in set(t.label)
+
+
+@pytest.mark.parametrize(("label", "encoding"), [
+    ("\u043d\u043e\u0440\u043c\u0430", "cp1251"), ("\u6b63\u5e38", "shift_jis"),
+    ("\u6c34\u80bf", "gbk"), ("\u00d6dem", "mac_roman"),
+])
+def test_an_encoding_that_makes_nonsense_is_not_recommended(label, encoding, tmp_path):
+    text = GOOD.replace("NORMAL", label).encode(encoding)
+    with pytest.raises(KdoctError, match="line 3 is not UTF-8") as e:
+        load_table(table_recipe(tmp_path, text))
+    assert "1252" not in str(e.value) and "CSV UTF-8" in e.value.fix
+
+
+@pytest.mark.parametrize("written", ["../img/000", "../IMG/000.png", "../img/000.PNG"])
+def test_a_path_out_of_the_tables_folder_is_found_as_one_below_it(written, tmp_path):
+    lay_out(tmp_path, "img/000.png")
+    (tmp_path / "tables").mkdir()
+    data = table_recipe(tmp_path / "tables", f"path,label,patient\n{written},CNV,1\n")
+    assert list(load_table(data).table.path) == ["../img/000.png"]
+
+
+def test_a_path_out_of_the_tables_folder_that_could_be_two_is_not_guessed(tmp_path):
+    lay_out(tmp_path, "img/000.png", "img/000.bmp", "img/1.png")
+    (tmp_path / "tables").mkdir()
+    rows = "path,label,patient\n../img/000,CNV,1\n../img/1,DME,2\n../img/2.png,DME,3\n"
+    listing = load_table(table_recipe(tmp_path / "tables", rows))
+    assert list(listing.table.path) == ["../img/1.png", "../img/2.png"]
+    assert sorted(listing.findings.problem) == ["ambiguous-path", "path-by-ending"]
+
+
+@pytest.mark.parametrize("theirs", ["subject", ""])
+def test_a_chosen_column_that_is_not_there_is_named_once(theirs, tmp_path):
+    data = table_recipe(tmp_path, "path,label,who\na.png,CNV,1\nb.png,CNV,1\nc.png,CNV,2\n")
+    with pytest.raises(KdoctError) as e:
+        load_table(data.model_copy(update=dict(columns=dict(patient=theirs))))
+    assert f"has no column {theirs!r} (data.columns.patient)." in e.value.problem
+    assert e.value.fix.count("data.columns.patient") == 1 and "may be in who" in e.value.fix
+
+
+@pytest.mark.parametrize(("rows", "says", "helps"), [
+    ("i/0,CNV,1\n", "i/0.bmp or i/0.png", "its ending"),
+    ("0.png,CNV,1\n", "i/0.png or k/0.png", "its folder"),
+    ("k/0.png,CNV,1\nk/0.png,DME,1\n", "label: CNV / DME", "one row"),
+])
+def test_a_table_of_which_no_row_can_be_used_says_why_and_what_helps(rows, says, helps, tmp_path):
+    lay_out(tmp_path, "i/0.png", "i/0.bmp", "k/0.png")
+    with pytest.raises(KdoctError, match="no usable image") as e:
+        load_table(table_recipe(tmp_path, "path,label,patient\n" + rows))
+    assert says in e.value.problem and helps in e.value.fix
+
+
+@pytest.mark.parametrize(("volume", "n"), [("V{}", 2), ("{}", 0)])
+def test_a_volume_of_two_patients_is_noted(volume, n, tmp_path):
+    lay_out(tmp_path, *(f"{i}.png" for i in range(8)))
+    rows = [f"{i}.png,CNV,P{i // 2},{volume.format(i // 4)}\n" for i in range(8)]
+    text = "path,label,patient,volume\n" + "".join(rows)
+    found = load_table(table_recipe(tmp_path, text)).findings
+    assert list(found.problem) == ["volume-of-several-patients"]*n
+    if n: assert found.detail.iloc[0] == "volume V0: patients P0, P1"

@@ -42,8 +42,15 @@ from kdoct.app.cli_options import (
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .stages import new_run
-from ..core.files import KdoctError, outputs_root, read_json, require_extra, write_json
-from ..core.overrides import parse_overrides
+from kdoct.core.files import (
+    KdoctError,
+    outputs_root,
+    read_json,
+    require_extra,
+    require_place,
+    write_json,
+)
+from ..core.overrides import merged_overrides
 from ..core.recipe import recipe_fields
 from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run
@@ -173,6 +180,14 @@ ProbeOption = Annotated[
     ),
 ]
 
+def _check_file(out:Path|None, ending:str):
+    "`KdoctError` unless a file of this kind can be written there; at once, before the work."
+    if out is None: return
+    if out.suffix.lower() != ending:
+        problem = f"--out {out}: what is written is {ending[1:].upper()}."
+        raise KdoctError(problem, fix=f"Give a name that ends in {ending}")
+    require_place(out)
+
 def _name_of_findings(data, root:Path)->str:
     "The name of a file with findings: source and folder, and the table where it is not table.csv."
     table = Path(data.root or '').name if data.source == 'csv' else ''
@@ -193,6 +208,7 @@ def audit(
     probe:ProbeOption=True,
 ):
     "Check every image file before training. The exit status is 1 if no run could begin."
+    _check_file(out, '.csv')
     from kdoct.data.audit import audit_page, check_data_recipe
     from kdoct.data.plan import list_and_audit, plan_folds, write_findings
     data = dict(group_pattern=group_pattern, classes=classes)
@@ -271,6 +287,7 @@ def notebooks(
     folder:FolderArgument,
 ):
     "Write the stage notebooks to a folder. There they can be read, run and edited."
+    require_place(folder, is_folder=True)
     from kdoct.app.crossval import write_notebooks
     for p in write_notebooks(folder): typer.echo(p)
 
@@ -327,7 +344,7 @@ ExplainSetOption = Annotated[
 
 def _explain_overrides(changes:list[str])->dict:
     "What --set changes; `KdoctError` for a field that a finished run does not allow to change."
-    overrides = {k: v for change in changes for k, v in parse_overrides(change).items()}
+    overrides = merged_overrides(changes)
     wrong = [k for k in overrides if not k.startswith('explain.')]
     if not wrong: return overrides
     raise KdoctError(
@@ -398,6 +415,13 @@ CompileOption = Annotated[
 ]
 RecordOption = Annotated[Path | None, option('FILE.json', "Write the record as JSON.")]
 
+# %% ../../nbs/10_app.cli.ipynb #b6bb6ed8
+def _write_record(record:dict, out:Path|None):
+    "Write a record of `kdoct bench` where a file is named, and print its name."
+    if not out: return
+    write_json(out, record)
+    typer.echo(f'\n{short_path(out)}')
+
 # %% ../../nbs/10_app.cli.ipynb #149ad38b
 @_command()
 def bench(
@@ -416,14 +440,13 @@ def bench(
     out:RecordOption=None,
 ):
     "Time this library beside a plain PyTorch training. Both take turns; ratios are taken within a round."
-    settings = dict(teacher=teacher, student=student, size=size, batch=batch, rounds=rounds)
-    settings |= dict(seconds=seconds, steps=steps, images=images, source=source, root=data_root)
+    _check_file(out, '.json')
+    settings = dict(teacher=teacher, student=student, size=size, batch=batch, rounds=rounds,
+                    seconds=seconds, steps=steps, images=images, source=source, root=data_root)
     from kdoct.app import bench
     record = bench.bench(what, compile=compile, **settings)
     typer.echo(bench.table(record))
-    if not out: return
-    write_json(out, record)
-    typer.echo(f'\n{short_path(out)}')
+    _write_record(record, out)
 
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
@@ -435,7 +458,7 @@ FirstRunArgument = Annotated[
     str,
     typer.Argument(metavar='RUN', help="Run to open first. Default: the one worked on last."),
 ]
-PortOption = Annotated[int, option('PORT', "Port of localhost.", min=1024)]
+PortOption = Annotated[int, option('PORT', "Port of localhost.", min=1024, max=65535)]
 BrowserOption = Annotated[
     bool, typer.Option('--browser/--no-browser', help="Open the page in a browser.")
 ]

@@ -43,7 +43,7 @@ LogitsOption = Annotated[
 ]
 
 # %% ../../nbs/10b_app.cli_models.ipynb #291d8553
-SizeOption = Annotated[int, option('PIXELS', "Side of the square input [px].", min=32)]
+SizeOption = Annotated[int, option('PIXELS', "Side of the square input [px].", min=32, max=1024)]
 ImportRoleOption = Annotated[str, option('ROLE', "teacher, student or baseline.")]
 ModelFolderOption = Annotated[
     Path | None,
@@ -109,6 +109,17 @@ def _what_is_assumed(about:dict, mean:str, std:str, interpolation:str)->str:
         "Which images it was trained on is not known."
     )
 
+# %% ../../nbs/10b_app.cli_models.ipynb #f24a9459
+def _what_is_noted(imported:dict)->list[str]:
+    "Sentences on what stands in a file beside its tensors, or is missing there."
+    notes = []
+    if names := imported.get('classes'):
+        notes.append(f"The file calls its classes {', '.join(names)}; they have the names given.")
+    if n := imported.get('counters'):
+        notes.append(f"The file lacks {n} counters of batches (num_batches_tracked), which old "
+                     f"versions of PyTorch did not write: they are 0, which changes no prediction.")
+    return notes
+
 # %% ../../nbs/10b_app.cli_models.ipynb #94c6a00e
 def _what_to_do_with(folder:Path, role:str)->str:
     "Commands that go on with an imported network."
@@ -139,6 +150,7 @@ def import_(
     about = import_model_folder(file, model, names, folder, size, role, *pixels, coloured)
     network = f"{about['arch']}, {about['parameters']:,} parameters, {size} px"
     typer.echo(f"{network}, classes {', '.join(about['classes'])}: {short_path(folder)}")
+    for note in _what_is_noted(about['imported']): typer.echo(note)
     typer.echo(_what_is_assumed(about, mean, std, interpolation))
     typer.echo(_what_to_do_with(folder, 'teacher' if role == 'teacher' else 'student'))
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from .stages import require_archs
-from ..core.overrides import own_teachers, parse_overrides
+from ..core.overrides import merged_overrides, own_teachers
 from ..core.presets import preset, PRESETS
 from ..core.recipe import Recipe
 
@@ -112,6 +112,9 @@ TeacherOption = Annotated[
 ]
 
 # %% ../../nbs/10a_app.cli_options.ipynb #731de350
+_OPTIONS = dict(root='--data-root', source='--source', classes='--classes',
+                group_pattern='--group-pattern')   # of fields of `data`
+
 def recipe_of(
     preset_name:str,           # of PRESETS
     source:str,                # '': the preset's
@@ -121,12 +124,11 @@ def recipe_of(
     **data,                    # further fields of `data`; '': the preset's
 )->Recipe:
     "The recipe that the options describe; `KdoctError` for a network that timm does not know."
-    given = {'data.source': source, 'data.root': data_root}
-    given |= {f'data.{k}': v for k, v in data.items()}
-    overrides = {k: v for k, v in given.items() if v}
-    if teachers: overrides |= own_teachers(teachers)
-    for change in changes: overrides |= parse_overrides(change)
-    recipe = preset(preset_name, **overrides)
+    given = dict(source=source, root=data_root) | data
+    options = {f'data.{k}': (_OPTIONS[k], v) for k, v in given.items() if v}
+    own = own_teachers(teachers) if teachers else {}
+    if own: options['teacher.weights'] = '--teacher', own['teacher.weights']
+    recipe = preset(preset_name, **own | merged_overrides(changes, options))
     require_archs(recipe)
     return recipe
 

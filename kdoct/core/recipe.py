@@ -158,6 +158,15 @@ def _refuse_part(name:str, known:dict[str, tuple]):
     )
 
 # %% ../../nbs/00c_core.recipe.ipynb #222f847d
+def _near_fields(name:str, known:dict[str, tuple])->list[str]:
+    "Fields that may be meant by a name: first those of the same part that are described in its words."
+    part, _, last = name.rpartition('.')
+    words = last.replace('_', ' ')
+    described = [k for k, (_, meaning) in known.items()
+                 if ' ' in words and k.rpartition('.')[0] == part and words in meaning]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return described[:3] or near or [k for k in known if k.endswith('.' + name)]
+
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
     known = recipe_fields()
@@ -165,9 +174,7 @@ def _set_dotted(d:dict, name:str, value):
     is_within = any(name.startswith(f + '.') for f in with_names)   # data.columns.label
     if name not in known and not is_within:
         _refuse_part(name, known)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or [
-            k for k in known if k.endswith('.' + name)
-        ]
+        near = _near_fields(name, known)
         raise KdoctError(
             f"The recipe has no field '{name}'.",
             fix=f"Did you mean {' or '.join(near)}?"

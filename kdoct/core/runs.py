@@ -83,6 +83,7 @@ def _fault_of_name(name:str)->str:
     "Why no system, or not every system, can have a run's folder of this name; '' if all can."
     if len(name) > 100: return 'it is longer than 100 letters'
     if name.lower() in _OTHER_FOLDERS: return 'it is a folder of another purpose in outputs/'
+    if name.lower() == 'run.json': return 'it is the file by which the folder of a run is known'
     if _DEVICES.fullmatch(name): return 'Windows keeps this name for a device'
     return 'Windows drops a point at the end' if name.endswith('.') else ''
 
@@ -160,7 +161,7 @@ def open_run(
 )->Run:
     "Open a run by name; `KdoctError` if there is none, listing those there are."
     path = outputs_root()/name
-    if not (path/'run.json').exists():
+    if not name or not (path/'run.json').is_file():
         there = sorted(p.parent.name for p in outputs_root().glob('*/run.json'))
         raise KdoctError(
             f"There is no run '{name}' in {outputs_root()}.",

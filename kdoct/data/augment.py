@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['OPS', 'DRAWS', 'N_DRAWS', 'GEOMETRY', 'uniforms', 'image_ids', 'ops_pool', 'draw_ops', 'draw_changes', 'view_matrix',
            'crop_offset', 'put', 'warp', 'gain', 'contrast', 'saturation', 'hue', 'sharpness', 'blur', 'posterize',
-           'erase', 'change_values', 'images_at_once', 'to_unit', 'augment', 'parse_view', 'check_views', 'apply_view']
+           'erase', 'change_values', 'images_at_once', 'to_unit', 'augment', 'apply_view']
 
 # %% ../../nbs/01o_data.augment.ipynb #imp-data-augment
-import re
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
 from ..core.files import KdoctError
-from ..core.sections import AugmentRecipe
+from ..core.sections import AugmentRecipe, parse_view
 
 # %% ../../nbs/01o_data.augment.ipynb #e86eabba
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -423,33 +421,6 @@ def augment(
         y = warp(y, m, side, recipe.fill) if warped else y.clone()
         views.copy_(change_values(y, dict(zip(a, amounts, strict=True)), recipe.erase_fill))
     return out
-
-# %% ../../nbs/01o_data.augment.ipynb #30832f98
-def parse_view(
-    name:str,          # identity, hflip, vflip, crop1.1, rotate+5, rotate-5, ...
-)->tuple[str, float]:  # what, and its number (0 where there is none)
-    "What a view's name means; `KdoctError` if it is none."
-    if name in ('identity', 'hflip', 'vflip'): return name, 0.
-    if m := re.fullmatch(r'(crop|rotate(?=[+-]))([+-]?\d+(?:\.\d+)?)', name):
-        what, value = m[1], float(m[2])
-        possible = 1 < value <= 2 if what == 'crop' else 0 < abs(value) <= 180
-        if possible: return what, value
-    raise KdoctError(
-        f"There is no test-time view '{name}'.",
-        fix="Views are identity, hflip, vflip, crop1.1 (a factor above 1, at most 2), rotate+5, "
-            "rotate-5 (degrees).",
-    )
-
-# %% ../../nbs/01o_data.augment.ipynb #28fd8a12
-def check_views(
-    names,  # names of views, each once
-):
-    "`KdoctError` if a name is no view, or stands twice (it would count twice in the mean)."
-    for name in names: parse_view(name)
-    if len(set(names)) < len(names):
-        raise KdoctError(
-            f"A test-time view stands twice in {tuple(names)}.", fix="Name each view once."
-        )
 
 # %% ../../nbs/01o_data.augment.ipynb #e7a52987
 def _resize(x:torch.Tensor, side:int)->torch.Tensor:

@@ -18,11 +18,10 @@ import torch
 from fastcore.basics import patch
 
 from ..core.files import KdoctError
-from ..core.sections import AugmentRecipe
+from ..core.sections import AugmentRecipe, check_views
 from kdoct.data.augment import (
     apply_view,
     augment,
-    check_views,
     DRAWS,
     N_DRAWS,
     ops_pool,

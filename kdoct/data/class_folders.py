@@ -10,6 +10,7 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.files import counted, KdoctError
@@ -25,7 +26,7 @@ from kdoct.data.listing import (
     walk_images,
 )
 from .registry import source, source_root
-from .spellings import is_no_label, KNOWN_CLASSES, same_name_key
+from .spellings import copied_name, is_no_label, KNOWN_CLASSES, same_name_key
 
 # %% ../../nbs/01be_data.class_folders.ipynb #80e468ea
 def group_pattern(
@@ -62,7 +63,8 @@ def _named_facts(m:re.Match)->dict:
 # %% ../../nbs/01be_data.class_folders.ipynb #folders-of-marks
 _MASKS = set(
     'mask masks segmentation segmentations seg annotation annotations label labels groundtruth gt '
-    'contour contours overlay overlays heatmap heatmaps thumbnail thumbnails masken segmentierung '
+    'contour contours overlay overlays heatmap heatmaps thumbnail thumbnails thumbs masken '
+    'segmentierung '
     'annotationen gradcam gradcam++ cams'.split()
 ) | {'ground truth', 'heat maps', 'grad cam', 'grad cam++', 'saliency maps', 'attention maps'}
 
@@ -73,8 +75,12 @@ _DISCARDED = set(
 
 _LEFT_OVER = _DISCARDED | set(
     'old archive archives archiv misc miscellaneous unsorted copy copies results figures plots '
-    'logs screenshots preview previews'.split()
+    'logs screenshots preview previews output outputs checkpoints augmented augmentation '
+    'augmentations'.split()
 ) | {'to sort', 'to do', 'new folder', 'neuer ordner', 'not sorted'}
+
+# after the name of a class: 'CNV_old'; a copy is the class in another spelling
+_OF_CLASS = re.compile(r'(.+) (old|bak|backup|aug|augmented|bad|tmp|temp|unused|excluded|deleted)')
 
 # words for no label that are classes of some data sets all the same
 _MAY_BE_CLASSES = {'none', 'nil', 'na', 'x', 'missing', 'pending'}
@@ -87,11 +93,19 @@ def _is_annotation(name:str)->bool:
     key = same_name_key(name)
     return bool({key, key.split(' ')[0], key.split(' ')[-1]} & _MASKS)
 
-def _is_left_over(name:str)->bool:
-    "Whether a folder is named like one for what has no place or no class: 'old', 'trash', 'unknown', 'unlabelled'."
+def _is_put_aside(name:str, classes:Iterable[str])->bool:
+    "Whether a folder is named like one for what has no place: 'old', 'trash', 'New Folder (2)', 'CNV_old' beside CNV."
+    key, keys = same_name_key(name), {same_name_key(c) for c in classes}
+    if key == 'bad': return 'good' not in keys
+    of_class = _OF_CLASS.fullmatch(key)
+    if of_class and (of_class[1] in keys or of_class[2] in ('bak', 'backup')): return True
+    return bool({key, same_name_key(copied_name(name))} & _LEFT_OVER)
+
+def _is_left_over(name:str, classes:Iterable[str])->bool:
+    "Whether a folder is put aside, or named like one for what has no class: 'unknown', 'unlabelled'."
     key = same_name_key(name)
     has_no_label = len(key) > 2 and is_no_label(name) and key not in _MAY_BE_CLASSES
-    return key in _LEFT_OVER or has_no_label
+    return has_no_label or _is_put_aside(name, classes)
 
 # %% ../../nbs/01be_data.class_folders.ipynb #c720c21f
 _SITE = (
@@ -234,7 +248,7 @@ def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
     others = [n for n in names if n not in masks]
     if images and images == others: _refuse_images_and_masks(folders, level, root, images[0], masks)
     if masks and others: _refuse_beside(folders, level, root, "of masks or other marks", masks)
-    left_over = [n for n in names if _is_left_over(n)]
+    left_over = [n for n in names if _is_left_over(n, names)]
     if left_over and len(left_over) < len(names):
         _refuse_beside(folders, level, root, "named like left-overs", left_over)
     within = {n: [f for f in folders if f[level:level + 1] == [n]] for n in names}
@@ -271,7 +285,7 @@ def _mark_folder(folders:list[str], classes:tuple[str, ...]|None)->str:
     "The first folder of a path, up to the classes, that holds marks or left-overs and is not named as a class; or ''."
     named = classes or folders
     def is_no_class(name):
-        return name not in named and (_is_annotation(name) or _is_left_over(name))
+        return name not in named and (_is_annotation(name) or _is_left_over(name, named))
     at = next((i for i, name in enumerate(folders, 1) if is_no_class(name)), 0)
     return '/'.join(folders[:at])
 
@@ -302,10 +316,16 @@ def _masks_of_others(paths:list[str])->set[str]:
     return {p for p, m in matches.items() if m and name_key(m[1]) in there}
 
 # %% ../../nbs/01be_data.class_folders.ipynb #99cad880
-def _why_not_used(path:str, below:list[str], masks:set[str])->str:
-    "The problem with an image of a class: it is a mask, or lies in a folder of marks or left-overs below the class."
+def _is_other_class(name:str, label:str, classes:set[str])->bool:
+    "Whether a folder below a class is named like another class, and not like an eye, a part or a number."
+    others = {same_name_key(c) for c in classes} - {same_name_key(label)}
+    return same_name_key(name) in others and not _is_below_class(name)
+
+def _why_not_used(path:str, label:str, below:list[str], masks:set[str], classes:set[str])->str:
+    "The problem with an image of a class: a mask, or in a folder of marks, left-overs or another class below it."
     if any(map(_is_annotation, below)): return 'mask-folder'
-    if any(same_name_key(name) in _DISCARDED for name in below): return 'left-over-folder'
+    if any(_is_put_aside(name, classes) for name in below): return 'left-over-folder'
+    if any(_is_other_class(name, label, classes) for name in below): return 'class-in-class'
     return 'mask-file' if path in masks else ''
 
 def _refuse_pattern(pattern:str, paths:list[str]):
@@ -331,14 +351,16 @@ def _rows_of_folders(
     "The rows of the images that are used, and findings on the others."
     folders = {p: f for p in paths if (f := p.split('/')[:-1])}
     of, masks = _parts_and_labels(folders, level, data.classes), _masks_of_others(paths)
+    classes = {*(data.classes or [label for _, label in of.values()])}
     rows, found, marks = [], [], Counter()
+    def why(path, label):
+        return _why_not_used(path, label, folders[path][level + 1:], masks, classes)
     for path in paths:
         split, label = of.get(path, ('', ''))
         mark = _mark_folder(folders.get(path, [])[:level + 1], data.classes)
         if mark: marks[mark] += 1
         elif not label: found.append(finding(path, 'no-class-folder'))
-        elif problem := _why_not_used(path, folders[path][level + 1:], masks):
-            found.append(finding(path, problem))
+        elif problem := why(path, label): found.append(finding(path, problem))
         elif facts := _named_row(pattern, path):
             rows.append(dict(path=path, label=label, split=split) | facts)
         else:

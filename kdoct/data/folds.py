@@ -37,11 +37,20 @@ def shows_diagnosis(
         )
     return (table.label == table.patient_label).to_numpy()
 
-# %% ../../nbs/01g_data.folds.ipynb #bc81edc5
+# %% ../../nbs/01g_data.folds.ipynb #e1e7a6e5
 def _or_fewer(n_folds:int)->str:
     "The other remedy, where as many folds are still folds."
     return f", or make fewer folds: --set data.n_folds={n_folds}" if n_folds >= 2 else ''
 
+_NO_PATIENTS = "If these are no patients: correct --group-pattern, or data.columns.patient."
+
+def _shown_groups(table:pd.DataFrame)->str:
+    "The names of the groups, where they are so few that they may be something else than patients."
+    names = sorted(table.group.unique())
+    more = ', ...' if len(names) > 6 else ''
+    return f" The groups are {', '.join(map(repr, names[:6]))}{more}." if len(names) <= 12 else ''
+
+# %% ../../nbs/01g_data.folds.ipynb #bc81edc5
 def _check_enough(table:pd.DataFrame, n_folds:int, left_out:str=''):
     "`KdoctError` if a class has too few groups for all parts of all folds; `left_out` joins the message."
     if len(table) == 0: raise KdoctError("There are no images to split.", fix="Look at the audit.")
@@ -54,10 +63,12 @@ def _check_enough(table:pd.DataFrame, n_folds:int, left_out:str=''):
     few = {label: int(n) for label, n in groups.items() if n <= n_folds}
     if few:
         counts = ', '.join(f'{n} of {label}' for label, n in few.items())
+        shown = _shown_groups(table)
+        if_wrong = f" {_NO_PATIENTS}" if shown else ''
         raise KdoctError(
             f"{n_folds} folds need {n_folds + 1} groups (patients) of every class; there are "
-            f"{counts}.{left_out}",
-            fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.",
+            f"{counts}.{left_out}{shown}",
+            fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.{if_wrong}",
         )
 
 # %% ../../nbs/01g_data.folds.ipynb #dea9da74
@@ -125,10 +136,25 @@ def _check_splittable(
     _check_enough(t[eligible & ~tested & ~removed], n_folds, left_out)
 
 # %% ../../nbs/01g_data.folds.ipynb #1d037789
-def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int):
+def _check_not_empty(role:np.ndarray, fold:int, calibrated:bool):
+    "`KdoctError` if validation or calibration lost all their images to the worst-case rule."
+    for part in ('val', CALIB) if calibrated else ('val',):
+        if not (role == part).any():
+            raise KdoctError(
+                f"The {part} part of fold {fold} has no image that shows its patient's diagnosis.",
+                fix=f"{_MORE_PATIENTS}, or set data.worst_case_train to false.",
+            )
+
+def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int, protocol:str):
     "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
     for part in ('train', 'test'):
         lost = sorted(set(label) - set(label[role == part]))
+        if lost and part == 'test' and protocol == 'official':
+            raise KdoctError(
+                f"data.protocol is official, but the test part has no image of {', '.join(lost)}.",
+                fix="Give images of that class in the test part, or split anew by patient: --set "
+                    "data.protocol=grouped-cv",
+            )
         if lost:
             raise KdoctError(
                 f"The {part} part of fold {fold} has no image of {', '.join(lost)}.",
@@ -202,7 +228,8 @@ def make_folds(
     folds = []
     for k, role in enumerate(_roles(t, *how)):
         role[np.isin(role, restricted) & ~eligible] = OUT
-        _check_classes(t.label, role, k, n_folds)
+        _check_classes(t.label, role, k, n_folds, protocol)
+        _check_not_empty(role, k, calibration_fraction > 0)
         folds.append(t[['path', 'group']].assign(fold=k, role=role))
     folds = pd.concat(folds, ignore_index=True).astype({'role': 'str'})
     return check_folds(folds, protocol, leak=protocol == 'official' and overlap == 'keep')

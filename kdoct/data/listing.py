@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import unicodedata
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import pandas as pd
 from ..core.files import counted, KdoctError, outputs_root
 from ..core.presets import preset
 from .patient_names import patient_keys
-from .spellings import copied_name, same_name_key, say_name, spellings
+from .spellings import copied_name, KNOWN_CLASSES, same_name_key, say_name, spellings
 
 # %% ../../nbs/01b_data.listing.ipynb #ba1c9e91
 TABLE_COLUMNS = (
@@ -109,6 +110,14 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
         'error',
         "the image lies in a folder of left-overs (trash, backup, ...) below its class",
     ),
+    'class-in-class': (
+        'error',
+        "the image lies in a folder named like another class, below its class",
+    ),
+    'packed-images': (
+        'error',
+        "an archive of pictures that are not there unpacked: they would be passed over",
+    ),
     'contradictory-rows': (
         'error',
         "the table lists this file more than once, with different facts",
@@ -135,6 +144,11 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     ),
     'path-by-ending': ('note', "the table writes this path with another ending, or with none"),
     'path-by-name': ('note', "the table gives this file's name without its folder"),
+    'volume-of-several-patients': (
+        'note',
+        "a volume has the images of several patients: right only if each patient's volumes are "
+        "numbered anew",
+    ),
     'patient-spelling': ('note', "the patient (or group) has another spelling too"),
     'patient-in-two-groups': (
         'note',
@@ -218,9 +232,14 @@ def path_stem(
     ending = next((e for e in IMAGE_EXTENSIONS if path.lower().endswith(e)), '')
     return path[:len(path) - len(ending)]
 
-# %% ../../nbs/01b_data.listing.ipynb #6cf63c73
-_SYSTEM_FOLDERS = {'__macosx', '@eadir', 'lost+found', '$recycle.bin', 'system volume information'}
+# %% ../../nbs/01b_data.listing.ipynb #77ea0325
+_SYSTEM_FOLDERS = {
+    '__macosx', '@eadir', 'lost+found', 'system volume information', '$recycle.bin', '#recycle',
+    '@recycle', 'recycler', '@recently-snapshot', '#snapshot', '__pycache__', 'node_modules',
+    'venv', 'wandb', 'mlruns',
+}
 
+# %% ../../nbs/01b_data.listing.ipynb #6cf63c73
 _STARTS = (  # problem, offset, how the file goes on from there
     *(
         ('picture-by-content', 0, mark)
@@ -244,7 +263,14 @@ _STARTS = (  # problem, offset, how the file goes on from there
 
 # of pictures and volumes that are not read from folders
 _OTHER_FORMATS = ('.heic', '.heif', '.hif', '.avif', '.jxl', '.psd', '.dng',
-                  '.dcm', '.dicom', '.vol', '.e2e', '.fda', '.fds')
+                  '.dcm', '.dicom', '.vol', '.e2e', '.fda', '.fds', '.oct',
+                  '.pgm', '.ppm', '.pbm', '.pnm', '.tga', '.exr', '.dds', '.cr2', '.nef', '.arw',
+                  *(f'{ending}.gz' for ending in (*IMAGE_EXTENSIONS, '.dcm')))
+
+# of arrays and volumes, which may also be the features or the mask of a picture of the same name
+_ARRAYS = ('.npy', '.npz', '.mat', '.img', '.nii', '.nii.gz', '.mha', '.nrrd')
+
+_ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.rar', '.7z')
 
 # %% ../../nbs/01b_data.listing.ipynb #92c7213f
 def counted_endings(
@@ -329,6 +355,45 @@ class _Walk:
         self.note(path, 'linked-folder', f"leads to {target}", 'followed')
         self.folder(e.path, path + '/')
 
+# %% ../../nbs/01b_data.listing.ipynb #d7b30976
+def _without(path:str, endings:tuple[str, ...])->str:
+    "A path without the longest of these endings that it has; '' where it has none."
+    fits = [e for e in endings if path.lower().endswith(e)]
+    return path[:-max(map(len, fits))] if fits else ''
+
+def _names_in_zip(file:Path)->list[str]|None:
+    "The names of the pictures in a zip archive, without folders; None where it cannot be opened."
+    try:
+        with zipfile.ZipFile(file) as z: inside = z.namelist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError): return None
+    inside = [n for n in inside if not n.startswith('__MACOSX/')]
+    return [n.rpartition('/')[2] for n in inside if n.lower().endswith(IMAGE_EXTENSIONS)]
+
+# %% ../../nbs/01b_data.listing.ipynb #a8e7d7c1
+_CLASS_NAME = re.compile(rf'(?:{KNOWN_CLASSES})(?: ?\d+)?')
+
+class _Unread:
+    "Which of the other files hold pictures all the same, seen from the pictures that were found."
+    def __init__(self, root:str|Path, paths:list[str]):
+        self.root, self.stems = Path(root), {name_key(path_stem(p)) for p in paths}
+        self.names = {name_key(p.rpartition('/')[2]) for p in paths}
+        self.folders = {same_name_key(f) for p in paths for f in p.split('/')[:-1]}
+        self.depth = min((p.count('/') for p in paths), default=0)
+
+    def is_array(self, path:str)->bool:
+        "Whether it is an array or a volume as deep as the pictures, and not named like one of them."
+        stem = _without(path, _ARRAYS)
+        return bool(stem) and path.count('/') >= self.depth and name_key(stem) not in self.stems
+
+    def is_packed(self, path:str)->bool:
+        "Whether it is an archive of pictures that are not there: by its content, else by its name."
+        stem = same_name_key(_without(path, _ARCHIVES).rpartition('/')[2])
+        is_class = bool(_CLASS_NAME.fullmatch(stem)) and stem not in self.folders
+        inside = _names_in_zip(self.root/path) if path.lower().endswith('.zip') else None
+        if inside is None: return is_class
+        lost = [n for n in inside if name_key(n) not in self.names]
+        return len(lost) > (0 if is_class else max(9, len(inside)/2))
+
 # %% ../../nbs/01b_data.listing.ipynb #fd6f3968
 def walk_images(
     root:str|Path,                                # folder
@@ -337,7 +402,14 @@ def walk_images(
     "All files below a folder that are named like an image, and a finding for each of the others."
     walk = _Walk(root, extensions)
     walk.folder(root, '')
-    return sorted(walk.paths), walk.found
+    unread = _Unread(root, walk.paths)
+    def checked(f):
+        path = f['path']
+        if f['problem'] != 'other-file': return f
+        if unread.is_array(path): return finding(path, 'other-format')
+        is_archive = path.lower().endswith(_ARCHIVES)
+        return finding(path, 'packed-images') if is_archive and unread.is_packed(path) else f
+    return sorted(walk.paths), [checked(f) for f in walk.found]
 
 # %% ../../nbs/01b_data.listing.ipynb #8802855a
 def check_labels(

@@ -25,7 +25,9 @@ from kdoct.data.listing import (
     make_listing,
     walk_images,
     with_empty_classes,
+    with_findings,
 )
+from .patient_names import eye_name
 from .registry import source, source_root, SOURCES
 from .spellings import same_name_key
 from .table_columns import check_columns
@@ -97,6 +99,42 @@ def _warning_of_lone_images(listing:Listing, data:DataRecipe)->str:
         f"results will be too good."
     )
 
+# %% ../../nbs/01c_data.sources.ipynb #e2e29088
+def _warning_of_slices(listing:Listing, data:DataRecipe)->str:
+    "What to say where --group-pattern seems to find the number of the slice, not the patient; or ''."
+    table = listing.table
+    if data.source != 'folder' or not data.group_pattern or data.groups: return ''
+    pattern, groups = group_pattern(data.group_pattern), sorted(table.patient.unique())
+    n_classes = table.label.nunique()
+    everywhere = (table.groupby('group').label.nunique() == n_classes).all()
+    are_numbers = all(g.isdecimal() for g in groups)
+    if not (n_classes > 1 and len(groups) > 1 and everywhere and are_numbers): return ''
+    after = table.path.map(lambda path: path[pattern.search(path).end():])
+    differ_after = (after.groupby(table.group).nunique() > 1).any()
+    if differ_after or (table.groupby(['group', 'label']).size() < 2).any(): return ''
+    return (
+        f"WARNING: --group-pattern finds {len(groups)} patients ({', '.join(groups[:3])}, ...), "
+        f"each with several images of every class, which differ only before the number: it seems "
+        f"to be that of the slice.\n"
+        f"If so, the patients are spread over training and test, and the results will be too "
+        f"good: the first brackets must hold the patient."
+    )
+
+# %% ../../nbs/01c_data.sources.ipynb #ed3689de
+def _with_shared_volumes(listing:Listing, data:DataRecipe)->Listing:
+    "The listing with a note on each volume that has images of several patients, unless it is a number or an eye."
+    table = listing.table
+    if data.source not in ('csv', 'folder'): return listing
+    is_named = table.volume.map(lambda v: v != '' and not v.isdecimal() and not eye_name(v))
+    named = table[is_named & (table.patient != '')]
+    notes = []
+    for volume, rows in named.groupby('volume'):
+        if rows.group.nunique() < 2: continue
+        patients = ', '.join(sorted(rows.patient.unique())[:4])
+        detail = f"volume {volume}: patients {patients}"
+        notes.append(finding(rows.path.iloc[0], 'volume-of-several-patients', detail))
+    return with_findings(listing, notes) if notes else listing
+
 # %% ../../nbs/01c_data.sources.ipynb #8802855ab
 def _nearest(name:str, names:list[str])->str:
     "The name that was probably meant; '' if none is near."
@@ -131,15 +169,26 @@ def check_classes(
     )
 
 # %% ../../nbs/01c_data.sources.ipynb #b2d2ced3
+_INSTEAD_OF_LAYOUT = {  # problem of all rows of a table -> what helps
+    'ambiguous-path': "Write each path with its folder and its ending, as the file is named.",
+    'contradictory-rows': "Keep one row an image, the one that is right.",
+}
+
 def _refuse_no_image(data:DataRecipe, listing:Listing):
     "`KdoctError` with what was found instead, and the layout that the source expects."
     counts = listing.findings.problem.value_counts()
     seen = ', '.join(f'{n} {kind}' for kind, n in counts.items()) or 'nothing'
+    errors = listing.findings[listing.findings.severity == 'error']
+    layout = f"{_meant_folder(data)}Expected layout: {SOURCES[data.source].layout}"
+    if len(errors) and set(errors.problem) <= set(_INSTEAD_OF_LAYOUT):
+        layout = ' '.join(_INSTEAD_OF_LAYOUT[kind] for kind in errors.problem.unique())
+        seen += f"; the first is {errors.path.iloc[0]}: {errors.detail.iloc[0]}"
     raise KdoctError(
         f"Source '{data.source}' finds no usable image in {listing.root} (it finds: {seen}).",
-        fix=f"{_meant_folder(data)}Expected layout: {SOURCES[data.source].layout}",
+        fix=layout,
     )
 
+# %% ../../nbs/01c_data.sources.ipynb #load-tab1
 def load_table(
     data:DataRecipe,  # `source`, `root` and what that source reads
 )->Listing:
@@ -151,8 +200,9 @@ def load_table(
     if data.groups: listing = regroup(listing, data.groups)
     check_labels(listing.table, data.classes)
     check_classes(listing, data.classes)
-    listing = join_spellings(listing)
-    if warning := _warning_of_lone_images(listing, data): print(warning)
+    listing = _with_shared_volumes(join_spellings(listing), data)
+    for warning in (_warning_of_lone_images(listing, data), _warning_of_slices(listing, data)):
+        if warning: print(warning)
     return listing
 
 # %% ../../nbs/01c_data.sources.ipynb #0fee678d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBER', 'LETTER', 'KNOWN_CLASSES', 'bare_number', 'number_key', 'look_alikes', 'say_name', 'without_accents',
            'plain_text', 'part_key', 'same_name_key', 'spellings', 'copied_name', 'is_empty_cell', 'is_only_signs',
-           'is_nobody', 'is_no_label']
+           'is_nobody', 'is_no_label', 'garbled']
 
 # %% ../../nbs/01a_data.spellings.ipynb #62ac07b4
 import re
@@ -191,6 +191,21 @@ def is_no_label(
     text = plain_text(text)
     words = re.sub(r'[\s_-]+', ' ', text.strip('()<>[]'))
     return is_only_signs(text) or words in _NO_LABEL or _is_minus_one(text)
+
+# %% ../../nbs/01a_data.spellings.ipynb #22b3aab0
+def _read_as_1252(text:str)->bytes:
+    "The bytes of a text that was read as Windows-1252, in which five of them stand for themselves."
+    return b''.join(c.encode('latin-1' if c in '\x81\x8d\x8f\x90\x9d' else 'cp1252') for c in text)
+
+def garbled(
+    text:str,  # a cell
+)->str:        # what it should be; '' where it is not garbled
+    "UTF-8 that was read as Windows-1252 and saved again: 'Ödem' for 'Ã–dem'."
+    if text.isascii(): return ''
+    try: original = _read_as_1252(text).decode('utf-8')
+    except (UnicodeEncodeError, UnicodeDecodeError): return ''
+    def is_usual(c): return c.isascii() or c < '\u0180' or c >= '\u0370'   # no letters of phonetics
+    return original if all(map(is_usual, original)) else ''
 
 # %% ../../nbs/01a_data.spellings.ipynb #70be026c
 KNOWN_CLASSES = (  # words in the names of classes, as a regular expression

@@ -106,11 +106,22 @@ _MARKS = {
 _BINARY = re.compile(rb'[\x01-\x08\x0e-\x19\x1b-\x1f]')   # no signs of a text
 
 # %% ../../nbs/01ab_data.spreadsheet.ipynb #783941e0
+def _may_be_windows_1252(data:bytes)->bool:
+    "Whether bytes read as Windows-1252 hold no signs but letters of Western Europe, at most two in a row."
+    try: text = data.decode('cp1252')
+    except UnicodeDecodeError: return False
+    runs = re.findall(r'[^\x00-\x7f]+', text)
+    def is_plausible(c): return c in 'µ°²³–’' or (c >= 'À' and c.isalpha())
+    return all(len(run) <= 2 and all(map(is_plausible, run)) for run in runs)
+
 def _refuse_encoding(data:bytes, error:UnicodeDecodeError, encoding:str, file:Path):
-    "`KdoctError` with the line that cannot be decoded, and how it reads as Windows-1252."
+    "`KdoctError` with the line that cannot be decoded, and how it reads as Windows-1252 where that is plausible."
     if encoding != 'utf-8-sig':
         _refuse(file, f"its {encoding.upper()} is damaged at byte {error.start}", _AGAIN)
     line = data[:error.start].count(b'\n') + 1
+    if not _may_be_windows_1252(data):
+        unknown = f"line {line} is not UTF-8, and its encoding is not known"
+        _refuse(file, unknown, "Save it as CSV UTF-8 with the program that wrote it.")
     around = data[max(0, error.start - 12):error.start + 12].decode('cp1252', 'replace')
     near = next((s for s in around.split('\n') if not s.isascii()), '').strip()
     _refuse(
@@ -119,6 +130,7 @@ def _refuse_encoding(data:bytes, error:UnicodeDecodeError, encoding:str, file:Pa
         "Save it as CSV UTF-8, or: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv",
     )
 
+# %% ../../nbs/01ab_data.spreadsheet.ipynb #c6389652
 def _refuse_lost_letter(text:str, file:Path):
     "`KdoctError` with the line of the sign that stands for a letter that was lost."
     line = text[:text.index('\ufffd')].count('\n') + 1

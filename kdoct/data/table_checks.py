@@ -17,7 +17,7 @@ from ..core.files import counted, KdoctError
 from ..core.sections import DataRecipe
 from .listing import classes_option, IMAGE_EXTENSIONS, part_name
 from .patient_names import doubtful_spellings, eye_name
-from .spellings import is_nobody, KNOWN_CLASSES, same_name_key
+from .spellings import garbled, is_nobody, KNOWN_CLASSES, same_name_key
 
 # %% ../../nbs/01bc_data.table_checks.ipynb #ccd261f3
 def whole_number(
@@ -107,6 +107,11 @@ def check_cells(
         def several(r, c=c): return f"{c} {r[c][:40]!r} goes over several lines"
         not_closed = "Look for a quote that is not closed, there or before."
         _refuse_rows(df, df[c].str.contains('[\r\n]'), several, not_closed, file)
+    again = "Save it from the original again, as CSV UTF-8."
+    for c in df.columns.intersection(['label', 'patient_label', 'patient', 'group']):
+        def misread(r, c=c):
+            return f"{c} {r[c]!r} is {garbled(r[c])!r} in UTF-8 that was read as Windows-1252"
+        _refuse_rows(df, df[c].map(garbled) != '', misread, again, file)
     _check_labels(df, file)
     _check_names(df, file)
 

@@ -99,7 +99,9 @@ def _likely_column(df:pd.DataFrame, ours:str)->str:
     "The file's column that has a usual name of ours; '...' where none has."
     return next((c for c in df if same_name_key(c) in _LIKELY.get(ours, ())), '...')
 
-def _refuse_lost_columns(df:pd.DataFrame, lost:list[str], found:Iterable[str], file:Path):
+def _refuse_lost_columns(
+    df:pd.DataFrame, lost:list[str], columns:dict[str, str], found:Iterable[str], file:Path
+):
     "`KdoctError` that names the file's columns, and the options that say which is which."
     _refuse_other_header(df, file)
     wanted = [c.partition(' ')[0] for c in lost]
@@ -108,8 +110,11 @@ def _refuse_lost_columns(df:pd.DataFrame, lost:list[str], found:Iterable[str], f
     used = [*found, *near.values()]
     others = _may_be_patients(df, used) if near.get('patient') == '...' else []
     hint = f" The patient may be in {' or '.join(others[:4])}." if others else ''
+    absent = [f"has no column {columns[c]!r} (data.columns.{c})" for c in lost if c in columns]
+    without = ', '.join(c for c in lost if c not in columns)
+    faults = [*absent, f"does not give {without}"] if without else absent
     raise KdoctError(
-        f"{file} does not give {', '.join(lost)}.",
+        f"{file} {' and '.join(faults)}.",
         fix=f"The columns of {file.name} are: {', '.join(df)}.{hint} Say which is which: {options}",
     )
 
@@ -125,10 +130,11 @@ def our_columns(
     if out['split'] is None and 'split' not in columns: out['split'] = _split_column(df)
     needed = [c for c in ('path', 'label') if c not in columns]
     lost = [c for c in [*columns, *needed] if out[c] is None]
-    if out['patient'] is None and out['group'] is None: lost += ['patient (or group)']
+    nobody = out['patient'] is None and out['group'] is None
+    if nobody and not {'patient', 'group'} & {*columns}: lost += ['patient (or group)']
     whole = {c: table_column(df, columns.get(c, c), c in columns) for c in _OURS}
     theirs = {c: column.name for c, column in whole.items() if column is not None}
-    if lost: _refuse_lost_columns(df, lost, theirs.values(), file)
+    if lost: _refuse_lost_columns(df, lost, columns, theirs.values(), file)
     used = [theirs[c] for c in ('path', 'label', 'patient') if c in theirs]
     if cell := data_in_header(df[used]): refuse_header(df, cell, file)
     return pd.DataFrame({c: v for c, v in out.items() if v is not None})

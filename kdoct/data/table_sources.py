@@ -19,6 +19,7 @@ from ..core.sections import DataRecipe
 from kdoct.data.listing import (
     classes_option,
     finding,
+    IMAGE_EXTENSIONS,
     Listing,
     make_listing,
     name_key,
@@ -82,12 +83,43 @@ def resolve_paths(
         elif near[0] != path: found.append(finding(near[0], how, f"the table says {path}"))
     return out, found
 
-# %% ../../nbs/01bd_data.table_sources.ipynb #17dc4a33
+# %% ../../nbs/01bd_data.table_sources.ipynb #68c2ac04
 def _relative(text:str, root:Path)->str:
     "A path of the file (either slash, absolute or not) as POSIX, relative to `root` where it lies below it."
     p = Path(PureWindowsPath(text).as_posix())
     return (p.relative_to(root) if p.is_absolute() and p.is_relative_to(root) else p).as_posix()
 
+# %% ../../nbs/01bd_data.table_sources.ipynb #cdc64705
+def _names_in(folder:Path)->list[str]:
+    "What is in a folder, sorted; nothing where it cannot be listed."
+    try: return sorted(os.listdir(folder))
+    except OSError: return []
+
+def _outer_files(folder:str, root:Path)->list[str]:
+    "The images in a folder outside the root, as paths from there; its name may differ in case or accents."
+    places = ['']
+    for name in folder.split('/'):
+        def is_it(n, name=name): return name_key(n) == name_key(name)
+        def near(place, name=name, is_it=is_it):
+            is_there = name in ('', '..') or (root/place/name).is_dir()
+            return [name] if is_there else filter(is_it, _names_in(root/place))
+        places = [f'{place}{n}/' for place in places for n in near(place)]
+    names = [(place, n) for place in places for n in _names_in(root/place)]
+    return [place + n for place, n in names if n.lower().endswith(IMAGE_EXTENSIONS)]
+
+def _outer_paths(paths:list[str], root:Path)->tuple[dict[str, str], list[dict]]:
+    "Those of the paths that lead out of the root, as the files are named ('' where ambiguous); findings."
+    outer = [p for p in paths if p.startswith(('../', '/'))]
+    folders = {p.rpartition('/')[0] for p in outer}
+    real = sorted({f for folder in folders for f in _outer_files(folder, root)})
+    there, found = resolve_paths(outer, real)
+    unclear = {f['path'] for f in found if f['problem'] == 'ambiguous-path'}
+    notes = [f for f in found if f['problem'] != 'missing']
+    named = {p: r for p, r in zip(outer, there, strict=True) if r or p in unclear}
+    known = {p: _relative(r, root) if r else '' for p, r in named.items()}
+    return known, notes
+
+# %% ../../nbs/01bd_data.table_sources.ipynb #17dc4a33
 def _real_paths(paths:list[str], root:Path)->tuple[list[str], list[dict]]:
     "The paths as the files are named; one that is not found as it is, '' where it is ambiguous; findings."
     paths = [_relative(p, root) if p else '' for p in paths]
@@ -98,7 +130,9 @@ def _real_paths(paths:list[str], root:Path)->tuple[list[str], list[dict]]:
     def now(path, real): return real or ('' if path.lstrip('/') in unclear else path)
     named = {path: now(path, real) for path, real in zip(lost, there, strict=True)}
     notes = [f for f in found if f['problem'] != 'missing']   # that is the audit's
-    return [named.get(p, p) for p in paths], notes
+    outside, more = _outer_paths([p for p in lost if named[p] == p], root)
+    named |= outside
+    return [named.get(p, p) for p in paths], notes + more
 
 # %% ../../nbs/01bd_data.table_sources.ipynb #3defff8e
 def _csv_problem(r:dict, line:int, classes:set[str], option:str)->tuple[str, str]:

@@ -387,6 +387,10 @@ def new_keys(
             f"There is a key already: {', '.join(there)}.",
             fix="Give another name; a key that was used is not replaced.",
         )
+    if not private.parent.is_dir():
+        raise KdoctError(
+            f"There is no folder {private.parent}.", fix="Make it first, or give another one."
+        )
     key = ed25519.Ed25519PrivateKey.generate()
     fd = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, 'wb') as f:
@@ -398,6 +402,11 @@ def new_keys(
     return private, public
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #206e1610
+_WHICH_KEY = {
+    True: "Give the private key, the file FILE of `kdoct make-keys FILE`.",
+    False: "Give the public key, the file FILE.pub of `kdoct make-keys FILE`.",
+}
+
 def _load_key(path, private):
     "The key in a PEM file; `KdoctError` where it is none of this kind."
     s, ed25519, (_, unsupported) = _crypto()
@@ -406,17 +415,18 @@ def _load_key(path, private):
     )
     if not Path(path).is_file():
         raise KdoctError(
-            f"There is no {what} key {path}.", fix="Give the file that `new_keys` made."
+            f"There is no {what} key {path}.", fix=_WHICH_KEY[private]
         )
     data = Path(path).read_bytes()[:1 << 16]
     try: key = s.load_pem_private_key(data, None) if private else s.load_pem_public_key(data)
     except (ValueError, TypeError, unsupported) as e:
         raise KdoctError(
             f"{Path(path).name} is no {what} key in PEM form without a passphrase.",
-            fix="Give the file that `new_keys` made.",
+            fix=_WHICH_KEY[private],
         ) from e
     if not isinstance(key, kind):
-        raise KdoctError(f"{Path(path).name} is no Ed25519 key.", fix="Make one with `new_keys`.")
+        remedy = "Make one: kdoct make-keys FILE"
+        raise KdoctError(f"{Path(path).name} is no Ed25519 key.", fix=remedy)
     return key
 
 # %% ../../nbs/07a_deploy.bundle.ipynb #55f86833

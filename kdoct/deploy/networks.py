@@ -6,12 +6,13 @@
 __all__ = ['Bundle', 'open_bundle', 'pictures_taken', 'open_model_folder', 'open_network']
 
 # %% ../../nbs/07h_deploy.networks.ipynb #e8874f61
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.files import KdoctError, read_json
+from ..core.files import KdoctError, outputs_root, read_json
 from ..core.runs import run_of
 from ..data.cache import FRAMING
 from ..data.sources import modality_of
@@ -169,6 +170,19 @@ def open_model_folder(
 # %% ../../nbs/07h_deploy.networks.ipynb #fb9da27e
 _OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
 
+_MAKERS = "`kdoct export` writes a bundle, `kdoct import` a model folder."
+_PLACES = ("The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "
+           "writes a bundle.")
+
+def _where_else(folder:Path)->str:
+    "Model folders that may be meant by the name of an imported network or of a run; '' if there are none."
+    root = outputs_root()
+    imported = root/'imported'/folder.name
+    of_run = sorted(p.parent for p in (root/folder.name).glob('fold_*/*/model.json'))
+    found = [p for p in (imported, *of_run) if folder.name and (p/'model.json').is_file()]
+    near = [os.path.relpath(p) for p in found[:4]]
+    return f"Give the folder of the network: {' or '.join(near)}" if near else ''
+
 # %% ../../nbs/07h_deploy.networks.ipynb #89a915c3
 def open_network(
     folder:str|Path,     # a bundle, or a model folder
@@ -179,15 +193,14 @@ def open_network(
     if not folder.exists():
         raise KdoctError(
             f"There is no bundle and no model folder {folder}.",
-            fix="`kdoct export` writes a bundle, `kdoct import` a model folder.",
+            fix=_where_else(folder) or _MAKERS,
         )
     if any((folder/n).exists() for n in _OF_BUNDLES): return open_bundle(folder, public_key)
     if not (folder/'model.json').exists():
         raise KdoctError(
             f"{folder} is neither a bundle nor a model folder: it has no bundle.json and no "
             f"model.json.",
-            fix="The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "
-                "writes a bundle.",
+            fix=_where_else(folder) or _PLACES,
         )
     if public_key:
         raise KdoctError(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import KdoctError, provenance, write_json
-from ..core.runs import require_same_folds, Run
+from ..core.runs import require_same_folds, Run, stage_command
 from ..data.fold_data import FoldData, open_fold
 from .bundle import seal
 from .engines import calibration_rows, graph_signature
@@ -213,7 +213,8 @@ def export_fold(
     formats, out = checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
     if not run.is_finished(role, fold):
         raise KdoctError(
-            f"Fold {fold} of run '{run.name}' has no finished {role}.", fix="Train it first."
+            f"Fold {fold} of run '{run.name}' has no finished {role}.",
+            fix=f"Train it first: {stage_command(role, run, fold)}",
         )
     about = _sealed(out, key, lambda work: _fill(run, fold, role, work, formats, images))
     noted = {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}

@@ -7,6 +7,7 @@ __all__ = ['IMAGENET', 'data_identity', 'write_model_folder', 'save_model_folder
            'load_for_classes', 'weights_origin', 'check_origin', 'import_model_folder']
 
 # %% ../../nbs/02aa_models.folders.ipynb #imp-models-folders
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +16,28 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..core.files import atomic_path, KdoctError, provenance, read_json, sha256_file, write_json
+from kdoct.core.files import (
+    atomic_path,
+    KdoctError,
+    provenance,
+    read_json,
+    require_place,
+    sha256_file,
+    write_json,
+)
 from ..core.recipe import Recipe
 from ..core.runs import ROLES
 from ..core.sections import DataRecipe, TrainRecipe
 from ..data.listing import classes_option
 from ..data.packaged_weights import probe_picture
 from kdoct.models.backbones import (
+    adapted,
     check_fit,
     Classifier,
     count_parameters,
     head_names,
     read_model_folder,
+    recorded_classes,
     state_for,
     timm_model,
 )
@@ -237,6 +248,7 @@ def _check_import(folder:str|Path, role:str, classes:list[str]):
     "`KdoctError` if the folder holds a network, or role or classes cannot be."
     if (Path(folder)/'model.json').exists():
         raise KdoctError(f"{folder} holds a network already.", fix="Name another folder: --out DIR")
+    require_place(folder, is_folder=True)
     if role not in ROLES:
         raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)):
@@ -254,7 +266,41 @@ def _check_classes(body:nn.Module, state:dict, file:str, classes:list[str]):
             fix="Name as many, in their order.",
         )
 
+# %% ../../nbs/02aa_models.folders.ipynb #f7767b99
+def _refuse_order(file:str, names:list[str], classes:list[str]):
+    "`KdoctError` that shows the classes in the order of the file."
+    spelled = {c.strip().casefold(): c for c in classes}
+    typed = ','.join(spelled.get(n.strip().casefold(), n) for n in names)
+    raise KdoctError(
+        f"{file} says that its classes are {', '.join(names)}, in this order; "
+        f"given are {', '.join(classes)}.",
+        fix=f"Give them in the order of the file: --classes {shlex.quote(typed)}. "
+            f"If what stands in the file is wrong, save its state dict alone.",
+    )
+
+# %% ../../nbs/02aa_models.folders.ipynb #9c0adeee
+def _names_in_file(path:str|Path, classes:list[str])->list[str]:
+    "Other names of the classes that stand in the file, [] if none do; `KdoctError` if it has another order."
+    plain, others = [c.strip().casefold() for c in classes], []
+    for names in recorded_classes(path):
+        there = [n.strip().casefold() for n in names]
+        if len(there) != len(plain): continue
+        if any(c in plain and c != mine for c, mine in zip(there, plain, strict=True)):
+            _refuse_order(Path(path).name, names, classes)
+        if there != plain: others = names
+    return others
+
 # %% ../../nbs/02aa_models.folders.ipynb #d29e05c8
+def _state_that_fits(body:nn.Module, arch:str, path:str|Path, classes:list[str])->tuple[dict, dict]:
+    "Tensors of a file under the network's names, and what is to be known of it; `KdoctError` if they do not fit."
+    file, given = Path(path).name, state_for(arch, path)
+    state = adapted(body, given)
+    _check_classes(body, state, file, classes)
+    check_fit(body, state, file, arch)
+    noted = dict(classes=_names_in_file(path, classes), counters=len(state) - len(given))
+    about = dict(file=file, sha256=sha256_file(path))
+    return state, about | {k: v for k, v in noted.items() if v}
+
 _UNKNOWN = dict(recipe=None, data=None, folds_sha256=None, fold=None)   # of an imported network
 _PROTOCOL = "unknown: imported; which images it was trained and chosen on is not recorded"
 
@@ -273,13 +319,11 @@ def import_model_folder(
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     _check_import(folder, role, classes)
-    file = Path(path).name
-    body, state = timm_model(arch, size, num_classes=len(classes)), state_for(arch, path)
-    _check_classes(body, state, file, classes)
-    check_fit(body, state, file, arch)
+    body = timm_model(arch, size, num_classes=len(classes))
+    state, imported = _state_that_fits(body, arch, path, classes)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
-    about = dict(role=role, arch=arch, classes=list(classes), **_UNKNOWN, coloured=coloured)
-    about['imported'] = dict(file=file, sha256=sha256_file(path))
+    about = dict(role=role, arch=arch, classes=list(classes), **_UNKNOWN, coloured=coloured,
+                 imported=imported)
     model = Classifier(body, size, **expected)
     return write_model_folder(folder, model, **about, protocol=_PROTOCOL)
