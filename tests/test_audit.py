@@ -38,6 +38,13 @@ def coded(image, format, **kw):
     return f.getvalue()
 
 
+def text_on_black():
+    "A frame without a picture, but for the place of a text."
+    a = np.zeros((96, 128), np.uint8)
+    a[80:90, 5:25] = 255
+    return a
+
+
 def png_chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -213,6 +220,8 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
     "float.tif": (coded(scan().astype(np.float32), "TIFF"), "wrong-mode"),
     "opaque.png": (rgba(True), "converted"),
     "transparent.png": (rgba(False), "transparent"),
+    "4 bits.tif": (coded(scan()//16, "TIFF"), "dark"),
+    "burnt-in text.png": (coded(text_on_black(), "PNG"), "blank"),
     "cmyk.jpg": (coded(Image.fromarray(scan(channels=3)).convert("CMYK"), "JPEG"), "converted"),
     "palette.png": (coded(Image.fromarray(scan(channels=3)).convert("P"), "PNG"), "converted"),
     "one bit.png": (coded(Image.fromarray(scan() > 90), "PNG"), "wrong-mode"),

@@ -405,6 +405,59 @@ def test_the_rescale_comes_before_the_window(tmp_path):
     assert np.abs(pictures(path).astype(int) - spread(2*a - 100, 300, 1300)).max() <= 1
 
 
+@pytest.mark.parametrize("slope,shift", [(2, 0), (1, -50), (0.5, 10)])
+def test_a_rescale_of_8_bits_without_window_is_applied_and_noted(tmp_path, slope, shift):
+    a = bscans(high=100)
+    path = write(tmp_path/"a.dcm", a, 8, RescaleSlope=slope, RescaleIntercept=shift)
+    low, high = shift, 100*slope + shift
+    assert np.array_equal(pictures(path), spread(a))
+    assert f"grey values {low:g} to {high:g}" in notes(path)
+
+
+def test_a_rescale_that_changes_nothing_leaves_8_bits_as_they_are(tmp_path):
+    path = write(tmp_path/"a.dcm", bscans(high=100), 8, RescaleSlope=1, RescaleIntercept=0)
+    assert np.array_equal(pictures(path), bscans(high=100)) and notes(path) == ""
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_an_inverse_presentation_is_inverted_once_and_noted(tmp_path, bits, kind):
+    path = write(
+        tmp_path/"a.dcm", 255 - bscans(), bits, PhotometricInterpretation=kind,
+        PresentationLUTShape="INVERSE",
+    )
+    assert np.array_equal(pictures(path), bscans()) and "inverted" in notes(path)
+    assert ("PresentationLUTShape is INVERSE" in notes(path)) == (kind == "MONOCHROME2")
+
+
+@pytest.mark.parametrize(
+    "element,tag",
+    [
+        ("WindowWidth", b"\x28\0\x51\x10DS"),
+        ("WindowCenter", b"\x28\0\x50\x10DS"),
+        ("RescaleSlope", b"\x28\0\x53\x10DS"),
+        ("NumberOfFrames", b"\x28\0\x08\0IS"),
+    ],
+)
+def test_an_element_that_is_no_number_is_named_with_what_to_do(tmp_path, element, tag):
+    path = write(
+        tmp_path/"a.dcm", bscans(10), WindowCenter=10, WindowWidth=20,
+        RescaleSlope=11, RescaleIntercept=0,
+    )
+    raw = path.read_bytes()
+    at = raw.index(tag) + 8
+    path.write_bytes(raw[:at] + b"xy" + raw[at + 2:])
+    assert f"its {element} is no number; correct it" in refusal(path)
+
+
+def test_an_impossible_or_missing_element_is_named_with_what_to_do(tmp_path):
+    said = refusal(write(tmp_path/"a.dcm", bscans(4), 16, 12, BitsAllocated=12))
+    assert "its BitsAllocated is 12, not 8 or 16; correct it" in said
+    colour = np.repeat(bscans(1)[..., None], 3, -1)
+    said = refusal(write(tmp_path/"b.dcm", colour, 8, PlanarConfiguration=None))
+    assert "lacks PlanarConfiguration; add what lacks" in said
+
+
 def test_a_rescale_of_slope_0_is_refused(tmp_path):
     assert "RescaleSlope is 0" in refusal(
         write(tmp_path / "a.dcm", bscans(), RescaleSlope=0, RescaleIntercept=5)

@@ -17,6 +17,7 @@ from kdoct.core.files import KdoctError
 from kdoct.data import volumes
 from kdoct.data.images import decode_image, inspect_file, read_image_bytes
 from kdoct.data.problems import BadImage
+from kdoct.data.sandbox import bad_image
 from kdoct.data.scans import Scan, display_grey
 from kdoct.data.volumes import SIDE_FILES, SYSTEM_FILES, find_files, passed_over, read_scans
 
@@ -1383,6 +1384,118 @@ def test_a_name_in_the_place_of_the_identifier_is_withheld_in_every_format(tmp_p
     for scan in scans:
         assert scan.patient == "" and "patient id withheld: it looks like a name" in scan.notes
         assert "zzyzx" not in repr(scan).lower()
+
+
+NAME_OR_BIRTH = [
+    "ZZYZX",
+    "Zzyzx_Quilla",
+    "quillazzyzx",
+    "ZZYZXQ-17",
+    "ZZYZX19610203",
+    "19610203",
+    "1961-02-03",
+    "03.02.1961",
+    "030261-1234",
+]
+
+
+@pytest.mark.parametrize("given", NAME_OR_BIRTH)
+def test_an_identifier_made_of_name_or_birth_date_is_withheld(tmp_path, given):
+    pytest.importorskip("oct_converter")
+    xml = write_xml(tmp_path/"xml", textured())
+    date = "<Date><Year>1961</Year><Month>2</Month><Day>3</Day></Date>"
+    about = f"<FirstNames>Quilla</FirstNames><Birthdate>{date}</Birthdate><Study>"
+    text = xml.read_text("latin-1").replace("Study-07", given).replace("<Study>", about)
+    xml.write_text(text, "latin-1")
+    codes = np.full((1, 64, 80), 60 << 10, np.uint16) + textured(n=1)
+    fda = write_topcon(tmp_path/"a.fda", textured(), jpeg=True, name="Quilla")
+    surname = b"Quilla".ljust(32, b"\0") + b"Zzyzx".ljust(40, b"\0") + b"\2"
+    birth = np.array([1961, 2, 3], "<u2").tobytes()
+    raw = fda.read_bytes().replace(b"Study-07".ljust(32, b"\0"), given.encode().ljust(32, b"\0"))
+    at = raw.index(b"Quilla".ljust(72, b"\0"))
+    fda.write_bytes(raw[:at] + surname + birth + raw[at + len(surname + birth):])
+    files = (
+        xml,
+        write_dicom(tmp_path/"a.dcm", textured(), PatientID=given),
+        write_e2e(tmp_path/"a.e2e", [("R", codes)], patient=given.encode()),
+        fda,
+    )
+    for path in files:
+        scan = next(read_scans(path))
+        assert (path.suffix, scan.patient) == (path.suffix, "")
+        assert "patient id withheld: it holds the" in " ".join(scan.notes)
+        assert given not in repr(scan)
+
+
+def test_an_identifier_with_the_birth_date_of_a_vol_is_withheld(tmp_path):
+    path = write_vol(tmp_path/"a.vol", textured(), patient=b"1961-02-03")
+    head = path.read_bytes()
+    path.write_bytes(head[:164] + np.array([22315.], "<f8").tobytes() + head[172:])   # days after 1899-12-30
+    assert next(read_scans(path)).patient == ""
+
+
+@pytest.mark.parametrize(
+    "given,name",
+    [
+        ("P001", "P001"),
+        ("ANON-7", "ANON^7"),
+        ("Study-07", "Anonymous"),
+        ("Patient 3", "Patient^Study"),
+        ("Doering-3", "Doe^Jane"),
+        ("12345", "Doe^Jane"),
+    ],
+)
+def test_a_code_beside_a_name_is_kept(tmp_path, given, name):
+    path = write_dicom(
+        tmp_path/"a.dcm", textured(), PatientID=given, PatientName=name, PatientBirthDate="20000101"
+    )
+    assert next(read_scans(path)).patient == given
+
+
+@pytest.mark.parametrize(
+    "name", ["Angiolini_OS", "no_angio", "angio_free", "angiosarcoma_control", "without-OCTA"]
+)
+def test_only_whole_words_that_are_not_denied_name_angiography(tmp_path, name):
+    assert len(list(read_scans(write_vol(tmp_path/f"{name}.vol", textured())))) == 3
+
+
+@pytest.mark.parametrize("name", ["P1_angio", "P1_angio6x6", "P1-Angiography", "AngioPlex", "P1_OCTA"])
+def test_whole_words_name_angiography(tmp_path, name):
+    said = refusal(write_vol(tmp_path/f"{name}.vol", textured()))
+    assert said.startswith("not-a-bscan") and "rename it" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_heyex_export_in_utf_16_is_read(tmp_path, encoding):
+    declared = f'<?xml version="1.0" encoding="{encoding}"?>'
+    xml = write_xml(tmp_path/"xml", textured(), declared)
+    xml.write_text(xml.read_text("latin-1"), encoding)
+    scans = list(read_scans(xml))
+    assert [s.patient for s in scans] == ["Study-07"]*3 and list(find_files(xml.parent)) == [xml]
+
+
+@pytest.mark.parametrize(
+    "begin,said",
+    [
+        (b"\0\0\0\x18ftypmp42", "a video (MP4 or MOV): save"),
+        (b"RIFF\0\0\0\0AVI LIST", "a video (AVI): save"),
+        (b"P5\n9 9\n255\n", "a PGM picture: save"),
+        (b"\x5c\1\0\0", "a NIfTI volume: save"),
+        (b"<svg xmlns", "a drawing (SVG): save"),
+        (b"8BPS", "a Photoshop file: save"),
+        (b"%PDF-1.4", "a PDF: save"),
+        (b"\0\0\0\0\x0b\0\0\0FRAMEHEADER", "a Bioptigen .oct volume: save"),
+        (b"\1\2\3\4", "export it as PNG or TIFF"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, begin, said):
+    (tmp_path/"file").write_bytes(begin + bytes(4000))
+    assert said in refusal(tmp_path/"file")
+
+
+def test_a_cirrus_file_of_unsaid_size_comes_with_its_remedy_from_the_sandbox():
+    error = bad_image(KdoctError("no size.", fix="Name it so."))
+    assert error.detail == "no size. Name it so."
 
 
 @pytest.mark.parametrize("code", ["Study 07", "AMD control 12", "0017", "A17", "Zurich"])

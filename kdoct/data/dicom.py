@@ -51,16 +51,21 @@ _DICOM_NEEDED = (
     'PixelRepresentation',
 )
 
-# nothing else is read: no name, no birth date
+# %% ../../nbs/01l_data.dicom.ipynb #dicom-elements
+# name and date of birth are compared with the identifier, and given to nobody
+_PERSON = ('PatientID', 'PatientName', 'PatientBirthDate')
+
+# nothing else is read
 _ABOUT = (
     'SOPClassUID', 'Modality', 'ImageType', 'Manufacturer', 'SeriesDescription', 'ProtocolName',
-    'PatientID', 'Laterality', 'ImageLaterality', 'SeriesInstanceUID', 'InstanceNumber',
+    *_PERSON, 'Laterality', 'ImageLaterality', 'SeriesInstanceUID', 'InstanceNumber',
     'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence',
 )
 _GREY = (
     'PlanarConfiguration', 'HighBit', 'PixelPaddingValue', 'PixelPaddingRangeLimit',
     'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence',
     'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'VOILUTSequence',
+    'PresentationLUTShape',
 )
 _DICOM_ELEMENTS = (*_ABOUT, 'NumberOfFrames', *_DICOM_NEEDED, *_GREY, *_PALETTES)
 
@@ -271,7 +276,38 @@ def _check_syntax(syntax):
         what = f"its pixels are stored in a way that is not known, {syntax}"
         raise BadImage('unreadable', f"{what}; {_ANEW}")
 
+# %% ../../nbs/01l_data.dicom.ipynb #dicom-numbers
+_NUMBERS = (   # elements that are numbers in words
+    'NumberOfFrames', 'InstanceNumber', 'WindowCenter', 'WindowWidth',
+    'RescaleSlope', 'RescaleIntercept',
+)
+
+_OF_FRAMES = (
+    'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence',
+    'FrameVOILUTSequence', 'PixelValueTransformationSequence',
+)
+
+def _mend(element:str, is_:str)->BadImage:
+    how = "correct it (dcmodify), or export the file again"
+    return BadImage('corrupt', f"its {element} {is_}; {how}")
+
+def _check_numbers(d):
+    "`BadImage` where an element that is needed is no number, in the file or in a group of a frame."
+    for keyword in _NUMBERS:
+        try: [float(v) for v in np.atleast_1d(d.get(keyword) or 0) if v not in (None, '')]
+        except (ValueError, TypeError, OverflowError) as e:
+            raise _mend(keyword, "is no number") from e
+    for sequence in _OF_FRAMES:
+        for item in d.get(sequence) or (): _check_numbers(item)
+
 # %% ../../nbs/01l_data.dicom.ipynb #be049eb5
+def _inverse(d)->tuple[str, ...]:
+    "A note where grey is to be shown inverted, which then counts as MONOCHROME1."
+    grey = d.PhotometricInterpretation == 'MONOCHROME2'
+    if not grey or str(d.get('PresentationLUTShape') or '').upper() != 'INVERSE': return ()
+    d.PhotometricInterpretation = 'MONOCHROME1'
+    return ("its PresentationLUTShape is INVERSE",)
+
 def _dicom_head(path:Path):
     "The elements that are needed, the number of frames, and notes; `BadImage` unless pixels can be decoded."
     pydicom = import_pydicom()
@@ -287,10 +323,11 @@ def _dicom_head(path:Path):
             raise BadImage('corrupt', "it does not begin like a DICOM file")
         syntax = d.file_meta.TransferSyntaxUID = _dicom_syntax(d)
         _check_syntax(syntax)
+        _check_numbers(d)
         n, extra = _dicom_pixels(f, d, syntax)
     _check_decoder(d, syntax)
     notes = () if whole else ("a DICOM file without preamble",)
-    return d, n, (*notes, *extra)
+    return d, n, (*notes, *extra, *_inverse(d))
 
 # %% ../../nbs/01l_data.dicom.ipynb #625c0ec9
 def _check_decoder(d, syntax):
@@ -334,8 +371,15 @@ def _check_pixel_element(tag:int, d):
         raise BadImage('wrong-mode', f"{what}; export it with whole numbers")
     if tag != _PIXELS or 'Rows' not in d:
         raise BadImage('not-an-image', f"a DICOM file without a picture: {_without_picture(d)}")
-    lacking = [k for k in _DICOM_NEEDED if d.get(k) in (None, '')]
-    if lacking: raise BadImage('corrupt', f"its header lacks {', '.join(lacking)}")
+    colour = int(d.get('SamplesPerPixel') or 1) > 1
+    needed = (*_DICOM_NEEDED, *['PlanarConfiguration']*colour)
+    lacking = [k for k in needed if d.get(k) in (None, '')]
+    if lacking:
+        what = f"its header lacks {', '.join(lacking)}"
+        raise BadImage('corrupt', f"{what}; add what lacks (dcmodify), or export the file again")
+    allocated = int(d.BitsAllocated)
+    if allocated % 8 and allocated != 1:
+        raise _mend('BitsAllocated', f"is {allocated}, not 8 or 16")
 
 def _frame_bytes(d)->float:
     "Bytes of a frame that is not compressed."
@@ -488,7 +532,8 @@ def read_dicom(
     what, bits = _dicom_kind(d, modality), check_bits(d)
     frames, groups_of = (d.get('PerFrameFunctionalGroupsSequence') or [])[:n], _groups(d)
     _check_stacks(frames)
-    patient, withheld = patient_identifier(str(d.get('PatientID') or ''))
+    identifier, name, birth = (str(d.get(k) or '') for k in _PERSON)
+    patient, withheld = patient_identifier(identifier, name, [birth.strip()])
     first, total, volume, order = _dicom_place(path, d, n, withheld)
     eyes = {_dicom_eye(groups_of(i))[0] for i in range(len(frames))} - {''}
     both = ("its B-scans are of both eyes",) if len(eyes) > 1 else ()

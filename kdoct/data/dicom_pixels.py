@@ -366,8 +366,12 @@ def _plain_8_bits(d, groups)->bool:
         groups, 'PixelValueTransformationSequence', 'RescaleSlope', 'ModalityLUTSequence'
     )
     if place is not None and 'ModalityLUTSequence' not in place: _check_rescale(place)
-    rising = place is None or ('ModalityLUTSequence' not in place and float(place.RescaleSlope) > 0)
-    return int(d.BitsStored) == 8 and not int(d.PixelRepresentation) and rising
+    same = place is None or (
+        'ModalityLUTSequence' not in place
+        and float(place.RescaleSlope) == 1
+        and not float(place.get('RescaleIntercept') or 0)
+    )
+    return int(d.BitsStored) == 8 and not int(d.PixelRepresentation) and same
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #6a126185
 def _hides(grey:np.ndarray, values:np.ndarray, inverted:bool)->str:

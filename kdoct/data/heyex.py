@@ -11,7 +11,8 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from kdoct.data.scans import (
     check_shape,
     display_grey,
     eye_side,
+    field_text,
     MAX_SLICES,
     other_kind_of_image,
     patient_identifier,
@@ -48,6 +50,7 @@ _VOL = binary_layout(
     header=(100, '<u4'),
     number=(136, '<u4'),
     patient=(140, 'V24'),
+    birth=(164, '<f8'),
 )
 
 _VOL_BSCAN = binary_layout(256, header=(12, '<u4'))
@@ -55,12 +58,20 @@ _VOL_BSCAN = binary_layout(256, header=(12, '<u4'))
 _PATTERNS = {2: "circle scan", 5: "radial scan"}
 
 # %% ../../nbs/01z_data.heyex.ipynb #996cf197
-def _heyex_patient(given:bytes|str, number)->tuple[str, tuple[str, ...]]:
+def _heyex_patient(
+    given:bytes|str, number, name:str='', births:Iterable[str]=()
+)->tuple[str, tuple[str, ...]]:
     "The clinic's identifier of the patient, else HEYEX's own number; a note where it is withheld."
-    patient, withheld = patient_identifier(given)
+    patient, withheld = patient_identifier(given, name, births)
     if not patient and not withheld and str(number).isdecimal() and int(number):
         patient = f"HEYEX-{int(number)}"
     return patient, withheld
+
+# %% ../../nbs/01z_data.heyex.ipynb #heyex-day
+def _day_after(start:date, days:float)->list[str]:
+    "The day so many days after another, as YYYYMMDD; none where that is no date of birth."
+    if not 0 < days < 80_000: return []
+    return [f'{start + timedelta(int(days)):%Y%m%d}']
 
 # %% ../../nbs/01z_data.heyex.ipynb #bdf2b47b
 def _first_values(f:ByteReader)->tuple[bytes, bytes]:
@@ -88,7 +99,8 @@ def _vol_heads(folder:str, changed:int)->dict[bytes, list[str]]:
 def _vol_kind(path:Path, f:ByteReader)->tuple[str, ...]:
     "A note where another file has the same header; `BadImage` if name or neighbour show OCT angiography."
     if what := other_kind_of_image(path.stem):
-        raise BadImage('not-a-bscan', f"{what}, as its name says")
+        how = "leave it out; if it does hold B-scans, rename it"
+        raise BadImage('not-a-bscan', f"{what}, as its name says: {how}")
     head, values = _first_values(f)
     for name in _vol_heads(str(path.parent), os.stat(path.parent).st_mtime_ns).get(head, ()):
         if name == path.name or other_kind_of_image(name): continue
@@ -176,7 +188,8 @@ def read_vol(
         check_shape(h, w, n)
         first = 2048 + int(head['slo_width'])*int(head['slo_height'])
         _check_number(f, first, n, 4*h*w)
-        patient, withheld = _heyex_patient(bytes(head['patient']), head['number'])
+        births = _day_after(date(1899, 12, 30), float(head['birth']))
+        patient, withheld = _heyex_patient(bytes(head['patient']), head['number'], births=births)
         twin = _vol_kind(path, f)
         eye = eye_side(head['eye'].decode('latin-1'))
         pattern = (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
@@ -193,6 +206,11 @@ MAX_XML_ELEMENTS = 2_000_000   # 100 to 300 for a B-scan with all its layers
 _XML_FIELDS = {
     'Patient/ID',
     'Patient/PatientID',
+    'Patient/LastName',
+    'Patient/FirstNames',
+    'Patient/Year',
+    'Patient/Month',
+    'Patient/Day',
     'Series/ID',
     'Series/Laterality',
     'Series/Type',
@@ -216,7 +234,8 @@ class _Heyex:
         if self.text is not None and len(self.text) < 1024: self.text += text
     def close(self): return self.images
     def element(self):
-        "The innermost two names: the element and its parent."
+        "The innermost two names, the element and its parent; Patient/Year and so on of the date of birth."
+        if 'Birthdate' in self.stack: return f'Patient/{self.stack[-1]}'
         return '/'.join(self.stack[-2:])
 
     def start(self, tag, _):
@@ -245,6 +264,15 @@ def _check_element(tag:str, target:_Heyex):
     if target.seen >= MAX_XML_ELEMENTS or len(target.images) > 2*MAX_SLICES:
         raise BadImage('too-large', "more XML elements than an export has")
 
+# %% ../../nbs/01z_data.heyex.ipynb #heyex-encodings
+# by the first two bytes, where it is not UTF-8
+_XML_ENCODINGS = {
+    b'\xff\xfe': 'utf-16',
+    b'\xfe\xff': 'utf-16',
+    b'<\0': 'utf-16-le',
+    b'\0<': 'utf-16-be',
+}
+
 # %% ../../nbs/01z_data.heyex.ipynb #c56a84e3
 def heyex_images(
     path:Path,   # the XML
@@ -252,7 +280,9 @@ def heyex_images(
     "What a HEYEX XML says about each of its pictures."
     with ByteReader(path) as f:   # HEYEX declares no encoding and writes Latin-1 where a name has an umlaut
         parser = ET.XMLParser(target=_Heyex())
-        text = io.TextIOWrapper(f.file, 'utf-8', errors='replace')
+        encoding = _XML_ENCODINGS.get(f.read(0, min(2, f.size)), 'utf-8')
+        f.file.seek(0)
+        text = io.TextIOWrapper(f.file, encoding, errors='replace')
         try:
             while piece := text.read(1 << 20): parser.feed(piece)
             return parser.close()
@@ -306,6 +336,13 @@ def _heyex_picture(file:Path, about:dict)->tuple[Image.Image, list[str]]:
         notes.append(f"the XML says {says[0]} x {says[1]} pixels")
     return image, notes
 
+def _heyex_person(about:dict)->tuple[str, list[str]]:
+    "Name and date of birth of a patient, which an identifier must not hold."
+    name = ' '.join(about.get(f'Patient/{k}', '') for k in ('LastName', 'FirstNames'))
+    year, month, day = (about.get(f'Patient/{k}', '') for k in ('Year', 'Month', 'Day'))
+    return name, [f'{year}{month:0>2}{day:0>2}']
+
+# %% ../../nbs/01z_data.heyex.ipynb #heyex-read-xml
 def read_heyex_xml(
     path:Path,       # the XML; its TIFF files lie beside it
 )->Iterator[Scan]:   # its B-scans, each read when it is wanted
@@ -318,7 +355,7 @@ def read_heyex_xml(
         volume = path.stem if len(total) == 1 else f'{path.stem}/{series}'
         eye = eye_side(about.get('Image/Laterality') or about.get('Series/Laterality'))
         given, number = about.get('Patient/PatientID', ''), about.get('Patient/ID', '')
-        patient, withheld = _heyex_patient(given, number)
+        patient, withheld = _heyex_patient(given, number, *_heyex_person(about))
         about_it = (*notes, *left_out, *withheld)
         yield Scan(image, str(path), seen[series], total[series], volume, eye, patient, about_it)
         seen[series] += 1
@@ -373,12 +410,24 @@ def _e2e_grey()->np.ndarray:
     value = np.ldexp(1 + (code & 1023)/1024, (code >> 10) - 63).astype(np.float32)
     return display_grey(np.where(value > 1.99, np.nan, value))   # eyepy: the largest codes stand for no value
 
+# %% ../../nbs/01z_data.heyex.ipynb #e2e-patient
+def _e2e_patient(f:ByteReader, at:int)->tuple[str, tuple[str, ...]]:
+    "Identifier of a patient whose record begins at a byte, and a note where it is withheld."
+    record = f.read(at, 127)
+    name = ' '.join(map(field_text, (record[:31], record[31:82])))
+    birth = int.from_bytes(record[97:101], 'little')   # YYYYMMDD, or a Julian day (both as in oct-converter)
+    since_1900 = birth/64 - 14558805 - 2415020.5
+    days = (day for k in (0, .5) for day in _day_after(date(1900, 1, 1), since_1900 + k))
+    births = [str(birth), *days]
+    return patient_identifier(record[102:], name, births)
+
+# %% ../../nbs/01z_data.heyex.ipynb #e2e-facts
 def _e2e_facts(f:ByteReader, entries:np.ndarray, skip:int)->tuple[dict, dict]:
     "Identifier of each patient number, eye of each series."
     patients, eyes = {}, {}
     for number, start in entries[entries['kind'] == _E2E_PATIENT][['patient', 'start']].tolist():
         if number not in patients:
-            patients[number] = patient_identifier(f.read(start + skip + _E2E_HEADER + 102, 25))
+            patients[number] = _e2e_patient(f, start + skip + _E2E_HEADER)
     for kind, after in _E2E_EYES.items():
         records = entries[entries['kind'] == kind][['patient', 'study', 'series', 'start']]
         for *key, start in records.tolist():

@@ -19,7 +19,9 @@ _FILE_ERRORS = {
     'not-a-file': "a folder or a device, not a file",
     'empty': "0 bytes",
     'too-large': "the file is larger than any B-scan",
-    'not-an-image': "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says",
+    'not-an-image':
+        "not JPEG, JPEG 2000, PNG, BMP, TIFF, WebP or GIF, whatever its name says; "
+        "export it as PNG or TIFF",
     'corrupt': "begins like an image; its header or its data are damaged",
     'truncated': "the end is missing",
     'decompression-bomb':
@@ -38,8 +40,8 @@ _PICTURE_ERRORS = {
     'transparent': "partly transparent: what lies behind would be a guess",
     'suspicious-size': "a side below 32 px, or more than 8 times as long as the other",
     'blank':
-        "all pixels are equal, or nearly (999 of 1,000 within 2 grey levels): there is "
-        "nothing to see",
+        "all pixels are equal, or nearly (97 of 100 within 2 grey levels), but for a text "
+        "perhaps: there is nothing to see; leave it out",
     'same-pixels-two-labels': "the same pixels occur under another label",
 }
 
@@ -50,6 +52,9 @@ _NOTES = {
     'invalid-orientation':
         "its orientation (EXIF or TIFF) is not one of 1 to 8, so it is invalid: not turned",
     'not-checked': "a JPEG of a kind whose data are not checked for damage",
+    'dark':
+        "no pixel is brighter than a quarter of white, as where values of 4 to 6 bits are stored "
+        "with 8: it is taken as it is",
     'extra-channels': "the TIFF has further channels, and does not say what they are: left out",
     'several-pictures':
         "a preview, a gain map, a mask or a smaller copy in the same file is left out",

@@ -45,7 +45,7 @@ def bad_image(
     if isinstance(e, MemoryError) or isinstance(e.__cause__, MemoryError):
         return BadImage('too-much-memory', READ_PROBLEMS['too-much-memory'])
     if isinstance(e, BadImage): return e
-    if isinstance(e, KdoctError): return BadImage('refused', e.problem)
+    if isinstance(e, KdoctError): return BadImage('refused', f"{e.problem} {e.fix}".strip())
     return BadImage('reader-failed', f"{READ_PROBLEMS['reader-failed']} ({type(e).__name__})")
 
 # %% ../../nbs/01n_data.sandbox.ipynb #04ff9d86

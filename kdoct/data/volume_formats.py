@@ -22,6 +22,7 @@ from kdoct.data.scans import (
     binary_layout,
     ByteReader,
     check_shape,
+    field_text,
     patient_identifier,
     Scan,
 )
@@ -102,7 +103,11 @@ _TOPCON_READERS = {  # the first that is there
 def _topcon_patient(f:ByteReader, parts:dict)->tuple[str, tuple[str, ...]]:
     "The patient's identifier, and a note where it is withheld."
     if b'@PATIENT_INFO_02' in parts:
-        return patient_identifier(f.read(parts[b'@PATIENT_INFO_02'][0][0], 32))
+        at, length = parts[b'@PATIENT_INFO_02'][0]
+        record = f.read(at, min(111, length)).ljust(111, b'\0')
+        name = ' '.join(map(field_text, (record[32:64], record[64:96], record[96:104])))
+        year, month, day = np.frombuffer(record[105:], '<u2')
+        return patient_identifier(record[:32], name, [f'{year}{month:02}{day:02}'])
     other = next((k for k in (b'@PATIENT_INFO_03', b'@PATIENT_INFO') if k in parts), None)
     if other is None: return '', ()
     at, length = parts[other][0]
@@ -178,7 +183,8 @@ def read_cirrus_img(
 )->Iterator[Scan]:   # its B-scans, each read when it is wanted
     "A Cirrus cube."
     if ANGIOGRAPHY_NAME.search(path.stem) and 'struct' not in path.stem.lower():
-        raise BadImage('not-a-bscan', "OCT angiography (a flow cube), as its name says")
+        what = "OCT angiography (a flow cube), as its name says: leave it out"
+        raise BadImage('not-a-bscan', what)
     with ByteReader(path) as f:
         h, w, n = _cirrus_shape(path.name, f.size)
         parts = _CIRRUS_NAME.match(path.name)

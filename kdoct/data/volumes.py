@@ -132,7 +132,8 @@ def read_scans(
     except BadImage as e: raise BadImage(e.kind, f"{path.name}: {e.detail}") from e
     except KdoctError: raise
     except Exception as e:
-        raise BadImage('corrupt', f"{path.name}: {type(e).__name__} while it was read") from e
+        what = f"{path.name}: {type(e).__name__} while it was read"
+        raise BadImage('corrupt', f"{what}; copy or export the file again") from e
 
 # %% ../../nbs/01m_data.volumes.ipynb #209f0546
 SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini', '.ds_store')     # compared in lower case
