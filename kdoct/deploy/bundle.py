@@ -437,16 +437,6 @@ def key_name(
     public = key.public_key() if hasattr(key, 'public_key') else key
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:16]
 
-# %% ../../nbs/07a_deploy.bundle.ipynb #85f484fc
-def _sign(folder, key):
-    "signature.json over the bytes of bundle.json."
-    key = _load_key(key, private=True)
-    signature = key.sign((folder/'bundle.json').read_bytes())
-    write_json(
-        folder / 'signature.json',
-        dict(algorithm='Ed25519', of='bundle.json', key=key_name(key), signature=signature.hex()),
-    )
-
 # %% ../../nbs/07a_deploy.bundle.ipynb #9744a2bd
 def _signature_record(raw:bytes)->dict:
     "What signature.json says; `KdoctError` if it is no Ed25519 signature."

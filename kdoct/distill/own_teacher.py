@@ -104,10 +104,11 @@ def _evaluated(run:Run, data:FoldData, role:str, model:Classifier, device)->dict
 def _write(run:Run, data:FoldData, role:str, model:Classifier, device, origin:dict)->dict:
     "Predictions and model folder; what model.json says."
     metrics = _evaluated(run, data, role, model, device)
+    pictures = {k: run.stage('data').get(k) for k in ('channels', 'coloured')}
     return save_model_folder(
         run.stage_dir(data.fold, role), model.cpu(), role, run.recipe, data.classes,
         folds_sha256=data.folds_sha256, fold=data.fold, precision=model.precision,
-        channels=run.stage('data')['channels'], metrics=metrics, weights_from=origin, trained=False,
+        **pictures, metrics=metrics, weights_from=origin, trained=False,
     )
 
 # %% ../../nbs/03d_distill.own_teacher.ipynb #977a6006

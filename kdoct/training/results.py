@@ -228,8 +228,9 @@ def _write_results(
     write_predictions(run, data, role, learn.model, device, candidates, kept)
     with atomic_path(folder/'history.csv') as tmp:
         pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
+    pictures = {k: run.stage('data').get(k) for k in ('channels', 'coloured')}
     of_fold = dict(folds_sha256=data.folds_sha256, fold=data.fold,
-                   precision=learn.model.precision, channels=run.stage('data')['channels'])
+                   precision=learn.model.precision, **pictures)
     return save_model_folder(folder, learn.model.cpu(), role, run.recipe, data.classes,
                              **of_fold, metrics=metrics, **facts)
 
