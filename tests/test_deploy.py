@@ -57,7 +57,6 @@ def made(tmp_path_factory):
 def bundle(made): return networks.open_bundle(made.folder)
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def test_part(made):
     "Pictures of the test part from their files, and what evaluation reads of them."

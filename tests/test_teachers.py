@@ -465,7 +465,7 @@ def test_all_teachers_come_before_the_student_and_finished_ones_are_skipped(monk
     ran.clear()
     C.crossval(run, [2])
     assert ran == [('data', 2), *((s, 2) for s in each if s != 'teacher-vit')]
-    assert 'fold 2 teacher-vit finished before' in capsys.readouterr().out
+    assert 'fold 2, teacher-vit: finished before' in capsys.readouterr().out
 
 
 def test_weights_of_every_teacher_are_asked_for_beforehand(monkeypatch, tmp_path):
@@ -496,7 +496,7 @@ def test_the_notebook_trains_a_further_teacher_by_name():
 def test_the_resume_state_of_a_student_belongs_to_its_teachers(here, monkeypatch):
     class Stop(Exception): pass
 
-    def capture(*args, key, **kw): raise Stop(key)
+    def capture(run, data, role, key, cbs): raise Stop(key)
     monkeypatch.setattr(training, 'is_trained', lambda *args: False)
     monkeypatch.setattr(type(here), 'is_finished', lambda *args: False)
     monkeypatch.setattr(training, '_fold_learner', capture)

@@ -15,7 +15,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import prepare_data
-from kdoct.distill import student, teacher
+from kdoct.distill import own_teacher, preparation, student, teacher
 from kdoct.distill.teacher import train_teacher
 from kdoct.models.arithmetic import float32_products
 from kdoct.training import distributed, results
@@ -141,8 +141,8 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
     order = []
     monkeypatch.setattr(student, 'init_group', lambda: order.append('join'))
     monkeypatch.setattr(student, 'load_teachers', lambda *_: order.append('load') or {})
-    monkeypatch.setattr(student, '_weights', lambda *_: torch.zeros(0))
-    monkeypatch.setattr(student, '_ready', lambda *_: order.append('device') or ({}, {}))
+    monkeypatch.setattr(student, 'teacher_shares', lambda *_: torch.zeros(0))
+    monkeypatch.setattr(student, 'ready_teachers', lambda *_: order.append('device') or ({}, {}))
     monkeypatch.setattr(student, 'train_role', lambda *_, **__: order.append('train'))
     class Run:
         class recipe: distill = type('D', (), dict(combine='logits'))
@@ -200,7 +200,7 @@ def test_no_stage_puts_anything_on_a_device_before_the_processes_have_met(
             isinstance(a, (str, torch.device)) for a in (*args, *kwargs.values())
         ), 'a network was put on a device too early'
         return plain_to(self, *args, **kwargs)
-    for module in (results, student, teacher):
+    for module in (results, student, teacher, own_teacher, preparation):
         for name, fake in (('init_group', meet), ('best_device', device)):
             if hasattr(module, name): monkeypatch.setattr(module, name, fake)
     monkeypatch.setattr(torch.nn.Module, 'to', to)
