@@ -103,6 +103,7 @@ def test_reference_loss_is_the_papers(plan):
     assert step.losses(x, y).item() == pytest.approx((0.3 * hard + 0.7 * soft).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["input", "step", "cache", "infer", "score-cam"])
 def test_every_row_can_be_timed_and_knows_its_comparison(what, rows_of):
     rows = rows_of(what)
@@ -167,6 +168,7 @@ def test_ours_with_their_masks_agrees_with_them(rows_of):
     assert laps["kdoct as pytorch-grad-cam"]["correlation"]["pytorch-grad-cam"] > 0.98
 
 
+@pytest.mark.slow
 def test_command_writes_a_whole_record_and_prints_its_table(tmp_path):
     options = [word for k, v in SMALL.items() for word in (f"--{k}", str(v))]
     done = CliRunner().invoke(app, ["bench", "input", *options, "--out", str(tmp_path / "r.json")])

@@ -285,6 +285,7 @@ def test_nothing_is_left_behind_by_an_interrupt(method, error, small, monkeypatc
     assert same(state(small), before)
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_a_hundred_images():
     model, x = classifier("test_efficientnet", 32), smooth(1, 32)
     def alive():

@@ -31,6 +31,7 @@ def shell(*command, cwd=ROOT):
     )
 
 
+@pytest.mark.slow
 def test_papermill_without_a_teacher_names_the_command_that_trains_it():
     # as a user types it: no output path
     done = shell('papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2')
@@ -39,6 +40,7 @@ def test_papermill_without_a_teacher_names_the_command_that_trains_it():
     assert 'papermill nbs/03_teacher.ipynb' in done.stderr and '-p fold 2' in done.stderr
 
 
+@pytest.mark.slow
 def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'03_teacher.ipynb', 4)), tmp_path/'t.ipynb')
     done = shell('papermill', tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'folds', '2')
@@ -49,6 +51,7 @@ TRAIN = ("from kdoct.core.runs import open_run; from kdoct.distill.teacher impor
          "train_teacher(open_run('two'), 0)")
 
 
+@pytest.mark.slow
 def test_two_processes_never_train_the_same_fold():
     from kdoct.data.stage import prepare_data
     run = create_run('two', preset('tiny', **{'teacher.epochs': 8}))
@@ -137,6 +140,7 @@ def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder):
     assert data['status'] == 'done' and 'error' not in data  # the failure is over
 
 
+@pytest.mark.slow
 def test_a_run_with_results_keeps_its_recipe(folder):
     from kdoct.data.stage import prepare_data
     run = create_run('fixed', preset('tiny'))
@@ -189,6 +193,7 @@ def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name)
     assert not [line for source in code for line in source.splitlines() if len(line) > 100]
 
 
+@pytest.mark.slow
 def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)), tmp_path/'t.ipynb')
     run = create_run('007', preset('tiny'))

@@ -359,6 +359,7 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 def test_a_freed_engine_leaves_signals_alone():
     "OpenVINO 2026.4 takes the signal stack of the main thread; with a core freed elsewhere, the end of any child process would end this one."
     done = subprocess.run(

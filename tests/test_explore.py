@@ -821,6 +821,7 @@ def reached_by_tab(browser, hand):
     return seen
 
 
+@pytest.mark.slow
 def test_the_page_is_used_by_keyboard_alone(run, page, browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
     browser.set_window_size(1366, 768)
@@ -916,6 +917,7 @@ def opened(browser, page, width, height=1000):
 def place(element): return [element.rect[k] for k in ("x", "y", "width", "height")]
 
 
+@pytest.mark.slow
 def test_a_wide_screen_is_used_and_a_narrow_one_scrolls_down(page, browser):
     from selenium.webdriver.common.keys import Keys
     hand = opened(browser, page, 1700)
@@ -944,6 +946,7 @@ def test_a_wide_screen_is_used_and_a_narrow_one_scrolls_down(page, browser):
     )
 
 
+@pytest.mark.slow
 def test_the_picture_is_enlarged_and_moved_by_keyboard_with_its_map(page, browser):
     from selenium.webdriver.common.keys import Keys
     hand = opened(browser, page, 1280)
@@ -987,6 +990,7 @@ def test_the_picture_is_enlarged_and_moved_by_keyboard_with_its_map(page, browse
     )
 
 
+@pytest.mark.slow
 def test_a_screen_reader_has_a_name_for_everything_and_grey_controls_say_why(made, page, browser):
     from selenium.webdriver.common.keys import Keys
     hand = opened(browser, page, 1280)

@@ -176,6 +176,7 @@ def round_trip(arch, drop_path, size, folder):
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('arch', 'drop_path', 'parameters'), [
     ('efficientnet_b2.ra_in1k', 0., 7_705_221), ('convnextv2_large.fcmae_ft_in22k_in1k', .3, 196_424_451)])
 def test_the_true_networks_take_a_step_at_384_px_and_round_trip(
@@ -194,6 +195,7 @@ SECOND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', SECOND)
 def test_networks_of_the_second_method_take_224_and_96_px_and_round_trip(arch, tmp_path):
     if psutil.virtual_memory().available < 3*2**30: pytest.skip("less than 3 GiB of memory is free")

@@ -17,6 +17,8 @@ from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate.stage import evaluate_fold, evaluate_run
 
+pytestmark = pytest.mark.slow
+
 ROLES = ('teacher', 'student', 'baseline')
 SMALL = {
     'data.size': 64,

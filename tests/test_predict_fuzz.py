@@ -60,7 +60,7 @@ def good(kind, folder):
         case 'pages.tif': images[0].save(path, save_all=True, append_images=images[1:], compression='tiff_lzw', artist=NAMES[0])
         case 'dcm': write_dicom(path, scans)
         case 'vol': write_vol(path, scans)
-        case 'e2e': write_e2e(path, [('R', scans.astype(np.uint16)*200)])
+        case 'e2e': write_e2e(path, [('R', (60 << 10) + scans.astype(np.uint16)*4)])  # one exponent, grey in the mantissa
         case 'fda': write_topcon(path, scans, jpeg=True)
         case 'fds': write_topcon(path, scans.astype(np.uint16))
         case 'xml':

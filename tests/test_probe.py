@@ -209,6 +209,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 # probe
 
+@pytest.mark.slow
 def test_noise_alone_is_at_chance():
     verdicts = [
         probe_shortcuts(t, features=f)["above_chance"]

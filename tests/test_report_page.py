@@ -49,8 +49,13 @@ def page(tmp_path_factory):
         return report_html(run, [0, 1, 2], result=evaluate_run(run, [0, 1], verbose=False))
 
 
+# Two frames: a page that is printed before it is laid out has one sheet.
+_LAID_OUT = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+
+
 def opened(browser, page):
     browser.get(page.as_uri())
+    browser.execute_async_script(_LAID_OUT)
     return browser
 
 

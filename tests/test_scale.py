@@ -14,6 +14,8 @@ from PIL import Image
 from kdoct.data.folds import check_folds
 from kdoct.data.plan import leak_of
 
+pytestmark = pytest.mark.slow
+
 # For each of table, audit and folds: processor seconds of all threads together, which other work on the machine does not
 # change (on two idle cores the clock shows no more); and growth of the peak over the freshly imported package.
 LIMIT_S, LIMIT_MB = 60, 2048

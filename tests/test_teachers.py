@@ -474,6 +474,7 @@ def test_weights_of_every_teacher_are_asked_for_beforehand(monkeypatch, tmp_path
     with pytest.raises(KdoctError, match='no weight file .*far.pth'): C.crossval(run, [0])
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_a_further_teacher_by_name():
     run = create_run('named', preset('tiny', **{**TWO, 'teacher.epochs': 1}))
     prepare_data(run)

@@ -94,6 +94,7 @@ def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
     assert all(np.array_equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_ends_the_other_and_both_go_on_exactly(tmp_path):
     said = run(
         "if os.fork() == 0: train('a', 2, 4, mix_prob=.5); os._exit(0)\nos.wait()\n"

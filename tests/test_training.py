@@ -76,6 +76,7 @@ def train(folder, out, every, average, kill_at=None):
     return p.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('every', 'average'), [(1e-9, 'swa'), (60, 'ema')],
                          ids=['saved within the epoch, SWA', 'saved after the epoch, EMA'])
 def test_kill_in_the_middle_of_an_epoch_changes_nothing(tmp_path, every, average):
@@ -514,6 +515,7 @@ KEPT = textwrap.dedent('''
 ''')
 
 
+@pytest.mark.slow
 def test_kernels_made_for_other_vector_units_are_not_taken_from_the_cache(tmp_path):
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX512'):
         pytest.skip('this processor has no two kinds of vector units to try')

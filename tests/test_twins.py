@@ -189,6 +189,7 @@ def test_tables_are_read_without_torch(root):
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
+@pytest.mark.slow
 def test_tiles_of_lc25000_are_found_again(shared_data, tmp_path):
     root = shared_data / "lc25000_lung"
     given = pd.read_csv(root / "manifest.csv")

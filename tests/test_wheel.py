@@ -165,6 +165,7 @@ def test_core_only_really_blocks(installed, elsewhere):
     )
 
 
+@pytest.mark.slow
 def test_every_module_imports_with_the_core_requirements_alone(installed, elsewhere):
     import json
     seen = json.loads(run(installed / "python", "-c", EVERY_MODULE, cwd=elsewhere).splitlines()[-1])
@@ -190,6 +191,7 @@ def test_help_works_without_extras(installed, elsewhere):
             assert name in text
 
 
+@pytest.mark.slow
 def test_notebooks_writes_them_out(installed, elsewhere):
     run(installed / "kdoct", "notebooks", "mine", cwd=elsewhere)
     written = {p.name: p.read_bytes() for p in (elsewhere / "mine").glob("*.ipynb")}
