@@ -30,7 +30,7 @@ from ..core.runs import open_run, Run
 from ..data.shortcuts import run_verdict
 from ..evaluate.pooling import complete_folds
 from ..evaluate.stage import evaluate_fold, evaluate_run, is_evaluated, warnings_of
-from ..evaluate.tables import named_together, shown, shown_differences, TOGETHER
+from ..evaluate.tables import named_together, shown, shown_differences, TOGETHER, without_note
 
 # %% ../../nbs/08d_app.report.ipynb #a9a461ac
 def _verdict(difference, what:str)->str:
@@ -84,14 +84,10 @@ def _per_fold(per:pd.DataFrame)->pd.DataFrame:
         out[f'{"F1" if m == "f1" else m} %'] = _shown_values(per[m], '.1f', 100)
     return out.assign(AUC=_shown_values(per.auc, '.3f'))
 
-def _without_note(table:pd.DataFrame)->pd.DataFrame:
-    "Without the column of notes, which become a text."
-    return table.drop(columns='note', errors='ignore')
-
 def _section(s, protocol:str)->dict:
     "A section of the results: heading, tables, caption; the notes of its rows become a text below."
     notes = _notes(s.table.note) if 'note' in s.table else []
-    table = page_table(_without_note(s.texts), '', s.title, protocol)
+    table = page_table(without_note(s.texts), '', s.title, protocol)
     return dict(title=s.title, text=s.caption, notes=notes, tables=[table])
 
 # %% ../../nbs/08d_app.report.ipynb #9bb04762
@@ -103,7 +99,7 @@ def _main_tables(result:dict, folds:list[int], protocol:str)->list[dict]:
               'absolute), interval, two-sided bootstrap p.')
     each = 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.'
     tables = [
-        page_table(_without_note(shown(result['table'])), 'model', scores, protocol),
+        page_table(without_note(shown(result['table'])), 'model', scores, protocol),
         page_table(shown_differences(result['differences']), 'difference', paired, protocol),
     ]
     if len(folds) == 1: return tables

@@ -63,6 +63,7 @@ from kdoct.evaluate.tables import (
     shown_differences,
     table_of,
     TOGETHER,
+    without_note,
 )
 from .variants import blanked_warning
 
@@ -303,20 +304,16 @@ def _print(text):
     "A text within the page, and an empty line."
     print(textwrap.fill(text, 118), end='\n\n')
 
-def _without_note(table):
-    "A table for printing; its notes stand below it."
-    return table.drop(columns='note', errors='ignore')
-
 def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
     for w in result['warnings']: _print(f'WARNING: {w}')
     notes = [f'note on {m}: {n}' for m, n in table.note.items() if n]
-    print(_without_note(shown(table)).T.to_string(), *notes, '', sep='\n')
+    print(without_note(shown(table)).T.to_string(), *notes, '', sep='\n')
     print(shown_differences(result['differences']).T.to_string(), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
-        print(s.title, _without_note(s.texts).to_string(), sep='\n\n')
+        print(s.title, without_note(s.texts).to_string(), sep='\n\n')
         _print(s.caption)
         for name, n in (s.table.note.items() if 'note' in s.table else ()):
             if n: _print(f'note on {name}: {n}')

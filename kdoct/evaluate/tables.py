@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'COMPARED', 'PART_NAMES', 'TOGETHER', 'NO_INTERVAL', 'interval_text', 'score_row', 'resampled', 'table_of',
-           'shown', 'paired_differences', 'differences_of', 'shown_differences', 'Section', 'scores_section',
-           'markdown', 'named_together', 'classes_section', 'selection_section', 'costs_section']
+           'shown', 'without_note', 'paired_differences', 'differences_of', 'shown_differences', 'Section',
+           'scores_section', 'markdown', 'named_together', 'classes_section', 'selection_section', 'costs_section']
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #imp-evaluate-tables
 from typing import NamedTuple
@@ -155,6 +155,13 @@ def shown(
     "The columns of a table that are for reading."
     columns = [c for c in ('kept', 'parameters', *TITLES.values(), 'chance') if c in table]
     return table[columns + (['note'] if table.note.any() else [])]
+
+# %% ../../nbs/05d_evaluate.tables.ipynb #06707be9
+def without_note(
+    table:pd.DataFrame,  # any, with or without a column `note`
+) -> pd.DataFrame:  # the same without it
+    "A table whose notes stand below it."
+    return table.drop(columns='note', errors='ignore')
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #de6cb78c
 _PAIRS = (('student', 'baseline'), ('student', 'teacher'))
