@@ -22,9 +22,16 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
+# What these make takes long, whichever test asks first: a browser, the site of the documentation, the built wheel.
+SLOW_FIXTURES = {"browser", "site", "wheel"}
+
+
+@pytest.hookimpl(tryfirst=True)   # before `-m "not slow"` is looked at
 def pytest_collection_modifyitems(items):
-    "Files with many slow tests first: the last ones to begin are short, so no worker waits long for the other."
+    "Mark what needs a slow fixture; files with many slow tests first, so that the last ones to begin are short."
     def file(item): return item.nodeid.partition("::")[0]
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames): item.add_marker("slow")
     tests = Counter(map(file, items))
     slow = Counter(file(item) for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (-slow[file(item)], -tests[file(item)], file(item)))

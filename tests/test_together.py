@@ -80,6 +80,7 @@ def run(code, tmp_path):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
     how = "class_weights='balanced', loss='focal', label_smoothing=.1"
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"
@@ -246,6 +247,7 @@ WAITS = textwrap.dedent('''
 ''')
 
 
+@pytest.mark.slow
 def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_path):
     said = run(WAITS + 'fate(True)', tmp_path)
     assert re.search(
@@ -253,6 +255,7 @@ def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_
     ), said
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
     done = subprocess.run(
         [sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'],
@@ -265,6 +268,7 @@ def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
     assert done.returncode == 1 and 'Process 1 of this training failed: out of luck' in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
     code = SCRIPT.replace(
         'with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()'
