@@ -4,11 +4,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-# Workers share the cores. Set before torch is imported, here and in the processes that tests start.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, min(2, (os.cpu_count() or 1) // WORKERS))
+# Set before torch is imported, here and in the processes that tests start. The workers of pytest share the cores:
+# with more threads than cores, those of OpenMP mostly wait for each other.
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -17,7 +16,7 @@ from filelock import FileLock  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("kdoct")
 
