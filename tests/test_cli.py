@@ -99,7 +99,7 @@ def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
 def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):
     root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)))
     (tmp_path / "d" / "CNV" / "x.png").touch()
-    said = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-probe")
+    said = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-shortcuts")
     assert "1 empty among 19 images" in said and "stops the run" not in said
 
 
@@ -152,7 +152,7 @@ def pictures(folder, *names):
 def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
     names = [f"{c}/{c}-{p}-1.jpeg" for p in range(1, 11) for c in ("CNV", "DME")]
     root = pictures(tmp_path / "d", *names, "DME/DME-02-2.jpeg")
-    main_(["audit", "--source", "ucsd", "--data-root", root, "--no-probe"])
+    main_(["audit", "--source", "ucsd", "--data-root", root, "--no-shortcuts"])
     said = capsys.readouterr().out
     assert (
         "21 of 21 listed images can be used, of 10 groups (patients)" in said
@@ -188,7 +188,7 @@ def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(
                 "folder",
                 "--data-root",
                 pictures(tmp_path / "d", *names),
-                "--no-probe",
+                "--no-shortcuts",
                 *more,
             ]
         )
@@ -398,7 +398,7 @@ def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
         rows = "".join(f"{i}.png,{'AB'[i % 2]},{i // 2}\n" for i in range(8))
         (root / name).write_text("path,label,patient\n" + rows)
         CliRunner().invoke(
-            app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-probe"]
+            app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-shortcuts"]
         )
     written = {p.name for p in (outputs_root() / "audit").iterdir()}
     assert written == {"csv-d-a.csv", "csv-d-b.csv", "csv-d.csv"}

@@ -206,14 +206,14 @@ def spoil(folds, what):
     elif what == "row lost": f = f.iloc[1:]
     elif what == "fold lost": f = f[f.fold != 1]
     elif what == "row twice": f = pd.concat([f, f.iloc[:1]])
-    elif what == "strange role": f.loc[0, "role"] = "train2"
+    elif what == "unknown role": f.loc[0, "role"] = "train2"
     elif what == "column lost": f = f.drop(columns="group")
     elif what == "gap": f.loc[0, "group"] = ""
     elif what == "two groups": f.loc[f.index[f.path == f.path[0]][0], "group"] = "another"
     return f
 
 
-@pytest.mark.parametrize("what", ["leak", "never tested", "row lost", "fold lost", "row twice", "strange role", "column lost", "gap", "two groups"])
+@pytest.mark.parametrize("what", ["leak", "never tested", "row lost", "fold lost", "row twice", "unknown role", "column lost", "gap", "two groups"])
 def test_reading_refuses_spoiled_folds(tmp_path, what):
     spoil(GOOD, what).to_csv(tmp_path / "folds.csv", index=False)
     with pytest.raises(KdoctError): read_folds(tmp_path / "folds.csv")

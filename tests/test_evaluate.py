@@ -162,7 +162,7 @@ def test_report_before_any_model(run):
 
 
 def shortcut(above=True):
-    "What probe.json says."
+    "What shortcuts.json says."
     worst = dict(name='white_top', meaning='white above', balanced_accuracy=.7, mean={})
     return dict(
         images=60,
@@ -182,18 +182,18 @@ def shortcut(above=True):
 
 
 @pytest.fixture
-def probed(run):
+def checked(run):
     yield run
-    (run.path/'probe.json').unlink()
+    (run.path/'shortcuts.json').unlink()
 
 
-def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
-    write_json(probed.path/'probe.json', shortcut())
-    _, printed = quiet(stage.evaluate_run, probed)
+def test_a_shortcut_stands_at_the_top_of_report_and_summary(checked):
+    write_json(checked.path/'shortcuts.json', shortcut())
+    _, printed = quiet(stage.evaluate_run, checked)
     words = 'predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %'
     assert printed.startswith('WARNING: Shortcut') and words in ' '.join(printed.split())
-    assert words in read_json(probed.path/'summary.json')['warnings'][0]
-    html = R.report_html(probed, [0, 1]).read_text()
+    assert words in read_json(checked.path/'summary.json')['warnings'][0]
+    html = R.report_html(checked, [0, 1]).read_text()
     assert (
         html.index(words) < html.index('<h2>Results')
         and 'Nothing: no stage failed' not in html
@@ -201,9 +201,9 @@ def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
     )
 
 
-def test_a_probe_at_chance_is_no_warning(probed):
-    write_json(probed.path/'probe.json', shortcut(False))
-    assert not [w for w in stage.warnings_of(probed) if w.startswith('Shortcut')]
+def test_shortcuts_at_chance_are_no_warning(checked):
+    write_json(checked.path/'shortcuts.json', shortcut(False))
+    assert not [w for w in stage.warnings_of(checked) if w.startswith('Shortcut')]
 
 
 def test_findings_of_data_and_decisions_are_warnings(run):
@@ -308,15 +308,15 @@ def test_a_single_fold_has_no_summary_over_folds_in_the_report(run):
     )
 
 
-def test_the_report_has_words_where_files_have_names(probed):
+def test_the_report_has_words_where_files_have_names(checked):
     write_json(
-        probed.path / 'probe.json',
+        checked.path / 'shortcuts.json',
         shortcut()
         | dict(
             features=[dict(name='white_top', meaning='white above', balanced_accuracy=0.7, mean={})]
         ),
     )
-    html = R.report_html(probed, [0, 1]).read_text()
+    html = R.report_html(checked, [0, 1]).read_text()
     page = (
         html[html.index('<section id="results">') : html.index('<section id="recipe">')]
         + html[html.index('<section id="machine">') :]

@@ -20,7 +20,7 @@ from kdoct.evaluate import stage as evaluate_stage
 from kdoct.evaluate.metrics import log_softmax, logits_of
 from kdoct.evaluate.pooling import fold_models
 from kdoct.evaluate.stage import evaluate_fold
-from kdoct.evaluate.tables import TOGETHER
+from kdoct.evaluate.tables import COMBINED
 from kdoct.models.backbones import create_classifier
 from kdoct.models.folders import load_model_folder
 from kdoct.training import results as training
@@ -327,21 +327,21 @@ def test_the_student_records_its_teachers_and_their_weights(here):
 @pytest.mark.slow
 def test_every_teacher_and_what_they_say_together_is_a_row(here):
     models, saved = fold_models(here, 0), read_json(here.fold_dir(0)/'evaluation.json')
-    rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', TOGETHER, 'student', 'baseline']
+    rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', COMBINED, 'student', 'baseline']
     assert list(models) == rows == list(saved['table'])
     distilled_from = read_json(here.stage_dir(0, 'student')/'model.json')['distilled_from']
     want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items())
-    np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[TOGETHER]))), want, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[COMBINED]))), want, atol=1e-6)
     assert (
-        saved['parameters'][TOGETHER]
+        saved['parameters'][COMBINED]
         == sum(saved['parameters'][r] for r in rows[:3])
         > saved['parameters']['teacher']
     )
-    assert set(saved['predictions']) == set(rows) - {TOGETHER} and evaluate_stage.is_evaluated(
+    assert set(saved['predictions']) == set(rows) - {COMBINED} and evaluate_stage.is_evaluated(
         here, 0
     )
-    assert 'student - teachers, together | accuracy' in saved['differences']
-    assert set(saved['sections']['costs']['table']) == set(rows) - {TOGETHER}
+    assert 'student - teachers, combined | accuracy' in saved['differences']
+    assert set(saved['sections']['costs']['table']) == set(rows) - {COMBINED}
     assert {'teacher-visformer', 'teacher-autoformer'} <= set(saved['sections']['blanked']['table'])
 
 
@@ -375,7 +375,7 @@ def test_a_single_teachers_protocol_says_nothing_of_teachers():
 def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(here):
     report = report_html(here).read_text()
     assert (
-        all(m in report for m in ('teacher-visformer', TOGETHER, 'all teachers together'))
+        all(m in report for m in ('teacher-visformer', COMBINED, 'all teachers combined'))
         and 'Nothing: no stage failed' in report
     )
     path = here.stage_dir(0, 'teacher-visformer')/'model.json'

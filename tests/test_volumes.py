@@ -1493,7 +1493,7 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, begin, said):
     assert said in refusal(tmp_path/"file")
 
 
-def test_a_cirrus_file_of_unsaid_size_comes_with_its_remedy_from_the_sandbox():
+def test_a_cirrus_file_of_undeclared_size_comes_with_its_remedy_from_the_sandbox():
     error = bad_image(KdoctError("no size.", fix="Name it so."))
     assert error.detail == "no size. Name it so."
 

@@ -190,13 +190,13 @@ def read_vol(
         _check_number(f, first, n, 4*h*w)
         births = _day_after(date(1899, 12, 30), float(head['birth']))
         patient, withheld = _heyex_patient(bytes(head['patient']), head['number'], births=births)
-        twin = _vol_kind(path, f)
+        kind = _vol_kind(path, f)
         eye = eye_side(head['eye'].decode('latin-1'))
         pattern = (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
         for i, (at, size) in enumerate(_bscan_places(f, first, n, 4*h*w)):
             a = np.frombuffer(f.read(at, 4*h*w), '<f4').reshape(h, w)
             about = _vol_notes(a, int(head['header']), size, f"B-scan {i + 1}")
-            notes = (*pattern, *about, *twin, *withheld)
+            notes = (*pattern, *about, *kind, *withheld)
             grey = Image.fromarray(display_grey(a))
             yield Scan(grey, str(path), i, n, path.stem, eye, patient, notes)
 

@@ -56,13 +56,13 @@ from kdoct.evaluate.pooling import (
 from .protocol import protocol_of
 from kdoct.evaluate.tables import (
     differences_of,
-    named_together,
+    joined_row_names,
     resampled,
     Section,
     shown,
     shown_differences,
     table_of,
-    TOGETHER,
+    COMBINED,
     without_note,
 )
 from .variants import blanked_warning
@@ -80,7 +80,7 @@ def is_evaluated(
 # %% ../../nbs/05_evaluate.ipynb #6ce26b5f
 def _about(run, fold, models):
     "model.json of each model; `KdoctError` where it does not say the number of parameters."
-    out = {m: read_json(model_dir(run, fold, m)/'model.json') for m in models if m != TOGETHER}
+    out = {m: read_json(model_dir(run, fold, m)/'model.json') for m in models if m != COMBINED}
     for role in (r for r in run.recipe.roles if r in out):
         if not isinstance(out[role].get('parameters'), int):
             path = run.stage_dir(fold, role)/'model.json'
@@ -163,7 +163,7 @@ def _unfitted(sections):
         if key not in sections or 'note' not in sections[key].table: continue
         note = sections[key].table.note.fillna('')
         # each note once, with all that it is about
-        about = {n: named_together(note.index[note == n]) for n in dict.fromkeys(note) if n}
+        about = {n: joined_row_names(note.index[note == n]) for n in dict.fromkeys(note) if n}
         texts = ' '.join(f'For {names}: {n}.' for n, names in about.items())
         title = sections[key].title
         if texts: out.append(f'{title}: not every target was reached. {texts} See Decisions.')
@@ -195,7 +195,7 @@ def _weights_text(run, folds):
 def _protocol(run, folds, models, about, notes):
     "How the numbers came about, with what could not be shown or needs a remark."
     notes = list(notes)
-    if run.recipe.distill.combine == 'nll' and TOGETHER in models:
+    if run.recipe.distill.combine == 'nll' and COMBINED in models:
         notes.append(_weights_text(run, folds))
     uncalibrated = [m for m, d in about.items() if d.get('calibrated') is False]
     notes += [
@@ -206,9 +206,9 @@ def _protocol(run, folds, models, about, notes):
     return ' '.join([protocol_of(run, models['student']), *sentences])
 
 def _parameters(run, about, models):
-    "The number of parameters of each model; several teachers together have the sum."
+    "The number of parameters of each model; several teachers combined have the sum."
     params = {m: d.get('parameters') for m, d in about.items()}
-    if TOGETHER in models: params[TOGETHER] = sum(params[r] for r in run.recipe.teacher_roles)
+    if COMBINED in models: params[COMBINED] = sum(params[r] for r in run.recipe.teacher_roles)
     return params
 
 # %% ../../nbs/05_evaluate.ipynb #6ff60f5c
@@ -221,8 +221,8 @@ def _all_sections(run, each, models, drawn):
     sections = sections_of(run, models, variants, kept, costs, decided, drawn)
     sections |= decision_sections(decided, e, seed)
     if len(each) > 1:
-        together, reason = ensemble_section(run, list(each), models)
-        if together: sections = dict(ensemble=together) | sections
+        ensemble, reason = ensemble_section(run, list(each), models)
+        if ensemble: sections = dict(ensemble=ensemble) | sections
         else: lost.append(reason)
     return sections, decided, missing, lost
 
@@ -328,7 +328,7 @@ def _saved(run, drawn, folder):
 
 def _hashes(run, fold, models):
     "What was read: model -> hash of its predictions."
-    own = [m for m in models if m != TOGETHER]
+    own = [m for m in models if m != COMBINED]
     return {m: sha256_file(model_dir(run, fold, m)/'predictions.parquet') for m in own}
 
 # %% ../../nbs/05_evaluate.ipynb #c0b18dae
