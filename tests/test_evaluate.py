@@ -12,7 +12,7 @@ from kdoct.app import report_parts
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
-from kdoct.evaluate import pooling, simulated, stage
+from kdoct.evaluate import all_folds, pooling, run_warnings, simulated, stage
 from kdoct.evaluate import tables as T
 from kdoct.evaluate.metrics import HEADLINE, evaluate_predictions, read_predictions
 
@@ -101,7 +101,7 @@ def test_predictions_of_another_fold_are_refused(run):
 
 
 def test_run_pools_folds_and_keeps_their_spread(run):
-    r, printed = quiet(stage.evaluate_run, run)
+    r, printed = quiet(all_folds.evaluate_run, run)
     each = [evaluate_predictions(pooling.fold_models(run, k)['student']) for k in (0, 1)]
     assert r['folds'].loc[('student', 'accuracy'), 'sd'] == pytest.approx(
         np.std([e['accuracy'] for e in each])
@@ -119,7 +119,7 @@ def test_run_pools_folds_and_keeps_their_spread(run):
 def test_a_patient_tested_in_two_folds_is_refused():
     m = models()
     with pytest.raises(KdoctError, match='more than one fold'):
-        stage._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
+        all_folds._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
 
 
 def test_simulated_models_never_enter_a_real_run(run, monkeypatch):
@@ -189,7 +189,7 @@ def checked(run):
 
 def test_a_shortcut_stands_at_the_top_of_report_and_summary(checked):
     write_json(checked.path/'shortcuts.json', shortcut())
-    _, printed = quiet(stage.evaluate_run, checked)
+    _, printed = quiet(all_folds.evaluate_run, checked)
     words = 'predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %'
     assert printed.startswith('WARNING: Shortcut') and words in ' '.join(printed.split())
     assert words in read_json(checked.path/'summary.json')['warnings'][0]
@@ -203,7 +203,7 @@ def test_a_shortcut_stands_at_the_top_of_report_and_summary(checked):
 
 def test_shortcuts_at_chance_are_no_warning(checked):
     write_json(checked.path/'shortcuts.json', shortcut(False))
-    assert not [w for w in stage.warnings_of(checked) if w.startswith('Shortcut')]
+    assert not [w for w in run_warnings.warnings_of(checked) if w.startswith('Shortcut')]
 
 
 def test_findings_of_data_and_decisions_are_warnings(run):
@@ -229,7 +229,7 @@ def test_findings_of_data_and_decisions_are_warnings(run):
         'agreement 0.99"\n'
     )
     blanked = T.Section('', blank, blank, '')
-    try: printed = stage.warnings_of(run, dict(operating=section, blanked=blanked))
+    try: printed = run_warnings.warnings_of(run, dict(operating=section, blanked=blanked))
     finally: (run.path/'audit.csv').unlink()
     assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in printed)
     assert any('1 near-duplicates have another class' in w for w in printed)
@@ -265,7 +265,7 @@ def test_what_is_true_of_several_networks_is_said_once(run):
         dict(note=[few, few, '']),
         index=['teacher, target 95 %', 'student, target 95 %', 'baseline, target 95 %'],
     )
-    printed = stage.warnings_of(
+    printed = run_warnings.warnings_of(
         run,
         dict(
             sets=T.Section('Prediction sets', sets, sets, ''),

@@ -8,8 +8,8 @@ import pytest
 from kdoct.app.report import report_html
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.simulated import write_simulated_stages
-from kdoct.evaluate.stage import evaluate_run
 
 A4, LETTER = (8.27, 11.69), (8.5, 11)   # inches
 MARGIN = 14/25.4

@@ -107,7 +107,7 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     with _refused_data_leave_no_run(run) if is_new else nullcontext():
         crossval(run, numbers, notebooks)
     if launched()[0]: return   # process 0 reports
-    from kdoct.evaluate.stage import evaluate_run
+    from kdoct.evaluate.all_folds import evaluate_run
     from kdoct.app.report import report_html
     typer.echo('Tables and report ...')
     report = report_html(run, numbers, result=evaluate_run(run, numbers))

@@ -29,7 +29,9 @@ from ..core.files import atomic_path, KdoctError
 from ..core.runs import open_run, Run
 from ..data.shortcuts import run_verdict
 from ..evaluate.pooling import complete_folds
-from ..evaluate.stage import evaluate_fold, evaluate_run, is_evaluated, warnings_of
+from ..evaluate.all_folds import evaluate_run
+from ..evaluate.run_warnings import warnings_of
+from ..evaluate.stage import evaluate_fold, is_evaluated
 from ..evaluate.tables import joined_row_names, shown, shown_differences, COMBINED, without_note
 
 # %% ../../nbs/08d_app.report.ipynb #a9a461ac
