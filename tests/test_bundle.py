@@ -471,10 +471,10 @@ def test_a_signature_by_another_key_is_refused(tmp_path, keys):
 
 def test_a_signature_that_claims_the_right_key_is_refused(tmp_path, keys):
     seal(fill(tmp_path / "b"), dict(name="a student"), key=new_keys(tmp_path / "other.pem")[0])
-    said = json.loads((tmp_path / "b" / "signature.json").read_text())
+    printed = json.loads((tmp_path / "b" / "signature.json").read_text())
     seal(tmp_path / "b", dict(name="a student"), key=keys[0])
     true = json.loads((tmp_path / "b" / "signature.json").read_text())
-    (tmp_path / "b" / "signature.json").write_text(json.dumps(said | dict(key=true["key"])))
+    (tmp_path / "b" / "signature.json").write_text(json.dumps(printed | dict(key=true["key"])))
     refused(tmp_path / "b", "the signature is not of this bundle.json", public_key=keys[1])
 
 

@@ -747,11 +747,11 @@ def test_the_official_protocol_runs_reports_the_overlap_and_leaves_it_out(tmp_pa
         facts["per_fold"]["0"]["out"] == {"images": 14, "groups": 7}
         and facts["per_fold"]["0"]["test"]["images"] == 14
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "14 images are outside the official test part" in said
-        and "out 14 images / 7 groups" in said
-        and "leak" not in said
+        "14 images are outside the official test part" in printed
+        and "out 14 images / 7 groups" in printed
+        and "leak" not in printed
     )
     audit = pd.read_csv(run.path / "audit.csv")
     assert (audit.problem == "official-overlap").sum() == 14

@@ -240,12 +240,12 @@ def test_findings_of_data_and_decisions_are_warnings(run):
 
 
 def test_the_main_table_and_that_of_every_class_share_one_pass(run, monkeypatch):
-    both, asked = T.bootstrap_both, []
+    both, sizes = T.bootstrap_both, []
     monkeypatch.setattr(
-        T, 'bootstrap_both', lambda df, *how: asked.append(len(df)) or both(df, *how)
+        T, 'bootstrap_both', lambda df, *how: sizes.append(len(df)) or both(df, *how)
     )
     made = quiet(stage.evaluate_fold, run, 0)[0]
-    assert len(asked) == len(made['models'])
+    assert len(sizes) == len(made['models'])
 
 
 def test_what_is_true_of_several_networks_is_said_once(run):
