@@ -97,7 +97,7 @@ class DataRecipe(Part):
         description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad",
     )
     fill_white: bool = Field(
-        False, description="replace white padding at the border (it reveals the class) by background"
+        False, description="replace white padding at the border (it shows the class) by background"
     )
     mask_scale_bar: bool = Field(
         False, description="cover the burned-in scale bar at the bottom left (NEH) with background"

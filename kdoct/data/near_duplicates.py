@@ -202,7 +202,8 @@ def _cache_path(sha256:list[str], profile:Profile)->Path:
     method = (VERSION, ARCH, LOOK, NEAREST)
     allowed = (profile.turn, profile.zoom, profile.flips, profile.lowest)
     key = ' '.join(map(str, (*method, *allowed, *sha256)))
-    return outputs_root()/'cache'/f'near-duplicates-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz'
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return outputs_root()/'cache'/f'near-duplicates-{digest[:24]}.npz'
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #d75d7d26
 def proposals(

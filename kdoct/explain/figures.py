@@ -135,7 +135,10 @@ def _require_page(rows):
                          fix='give teacher and student')
 
 # %% ../../nbs/06e_explain.figures.ipynb #map-figure
-_SMALL_TYPE = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 8) | {'xtick.labelsize': 7}   # panels are narrow
+# the panels are narrow
+_SMALL_TYPE = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 8) | {
+    'xtick.labelsize': 7
+}
 
 def map_figure(
     rows:list[Explained],   # 1 to 12 images, all with the same roles
