@@ -88,7 +88,7 @@ class Distill(Callback):
         self.online = not any(isinstance(t, TeacherCache) for t in self.teachers.values())
         # of a batch, see `query`: (images, columns of all teachers); None: queried in after_loss
         self.columns, self.block = None, 1
-        self.pairs, self.recorder = None, None
+        self.pairs, self.student_maps = None, None
 
     @property
     def teachers(self)->dict: return self.group.teachers
@@ -123,6 +123,7 @@ def _corresponding(self:Distill, name:str, student:nn.Module)->list[LayerPair]:
     self._watch(name, teacher, [pair.teacher.name for pair in pairs])
     return pairs
 
+# %% ../../nbs/03i_distill.callback.ipynb #e597d5ed
 @patch
 def _watch(self:Distill, name:str, original:Classifier, names:list[str]):
     "Have a teacher's maps recorded."
@@ -156,12 +157,12 @@ def prepare(self:Distill):
     method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, self.originals))
     method.to(self.dls.device)
 
+# %% ../../nbs/03i_distill.callback.ipynb #960d1425
 @patch
 def after_create(self:Distill):
     "What the method learns is there before the optimiser is made."
     self.ours = isinstance(self.dls.train, Batches)   # which hand out pictures in [0, 1]
     if self.ours: self.prepare()
-
 
 # %% ../../nbs/03i_distill.callback.ipynb #distill-before
 @patch
@@ -174,7 +175,7 @@ def before_fit(self:Distill):
     self.prepare()
     if self.pairs:
         layers = [pair.student for pairs in self.pairs.values() for pair in pairs]
-        self.recorder = MapRecorder(self.model.body, layers)
+        self.student_maps = MapRecorder(self.model.body, layers)
     if self.online: return
     train = self.dls.train
     train.views, train.refresh = self.recipe.views, self.recipe.refresh
@@ -184,7 +185,7 @@ def before_fit(self:Distill):
 def after_fit(self:Distill):
     "Leave the networks as they were."
     self.learn.loss_terms = None
-    if self.recorder is not None: self.recorder.close()
+    if self.student_maps is not None: self.student_maps.close()
 
 @patch
 def after_cancel_fit(self:Distill): self.after_fit()
@@ -198,7 +199,7 @@ def before_train(self:Distill):
             "An exported Learner has no teachers.",
             fix="learn.remove_cb(learn.distill), or exchange it for a new Distill(...).",
         )
-    if self.recorder is not None: self.recorder.recording = True
+    if self.student_maps is not None: self.student_maps.recording = True
     if not self.ours: return
     train, recipe = self.dls.train, self.recipe
     self.rows = train.parts()
@@ -213,11 +214,12 @@ def _alone(self:Distill)->bool:
     needs_maps = self.group.method.needs in ('last', 'stages')
     return needs_maps or hasattr(self.learn, 'mix') or self.recipe.combine == 'turn'
 
+# %% ../../nbs/03i_distill.callback.ipynb #5ca2c0bc
 @patch
 def after_train(self:Distill):
     "Validation asks no teacher."
     self.columns, self.block = None, 1
-    if self.recorder is not None: self.recorder.recording = False
+    if self.student_maps is not None: self.student_maps.recording = False
 
 @patch
 def after_cancel_train(self:Distill): self.after_train()
@@ -257,7 +259,8 @@ def check_learner(self:Distill):
     if any(True for _ in method.parameters()) or method.needs != 'logits':
         raise KdoctError(
             f"The method '{method.name}' learns from more than logits, or learns something itself.",
-            fix="Train with kdoct's own stages, or choose a method that compares logits: kl, dkd, ...",
+            fix="Train with kdoct's own stages, or choose a method that compares logits: "
+                "kl, dkd, ...",
         )
 
 # %% ../../nbs/03i_distill.callback.ipynb #c4bf91e0
@@ -295,6 +298,7 @@ def teacher_output(self:Distill, role:str, x:torch.Tensor)->Output:  # of (n, ch
     "What one teacher gives for a batch; `KdoctError` if its logits are not finite."
     return self.group.output(role, x, f" in epoch {self.epoch}")
 
+# %% ../../nbs/03i_distill.callback.ipynb #e5e1e7f4
 @patch
 def query(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, columns)
     "What each teacher gives for a block of batches, side by side: logits, embedding."
@@ -321,21 +325,23 @@ def teacher_outputs(self:Distill)->dict[str, Output]:
     each = dict(zip(self.teachers, self.columns.split(self.widths, 1), strict=True))
     outputs = {role: from_columns(each[role], self.pred.shape[1]) for role in self.queried()}
     if not hasattr(self.learn, 'mix'): return outputs
-    def blended(output): return blend_logits(output.logits, self.learn.mix.shares, self.recipe.temperature)
+    def blended(output):
+        return blend_logits(output.logits, self.learn.mix.shares, self.recipe.temperature)
     return {role: Output(blended(output)) for role, output in outputs.items()}
 
+# %% ../../nbs/03i_distill.callback.ipynb #f87c635c
 @patch
 def student_outputs(self:Distill, logits:torch.Tensor)->dict[str, Output]:  # of the last pass
     "The student's logits, with the maps that are compared with each teacher's."
     if not self.pairs: return {role: Output(logits) for role in self.teachers}
     counts = [len(pairs) for pairs in self.pairs.values()]
-    maps = iter(self.recorder.take())
+    maps = iter(self.student_maps.take())
     return {
         role: output_of(logits, [next(maps) for _ in range(n)])
         for role, n in zip(self.pairs, counts, strict=True)
     }
 
-# %% ../../nbs/03i_distill.callback.ipynb #f87c635c
+# %% ../../nbs/03i_distill.callback.ipynb #b2fdc338
 @patch
 def step(self:Distill)->Step:
     "This batch, and what the networks make of it."
@@ -358,6 +364,7 @@ def step(self:Distill)->Step:
         hard_loss=self.learn.loss_func,
     )
 
+# %% ../../nbs/03i_distill.callback.ipynb #bdbf7686
 @patch
 def after_loss(self:Distill):
     "Let the method make the loss of this batch."

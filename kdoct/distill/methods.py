@@ -166,6 +166,7 @@ def terms(self:Method,
     for term in further.values(): loss = loss + term
     return loss, dict(hard=step.hard, soft=soft, **further)
 
+# %% ../../nbs/03g_distill.methods.ipynb #e791cee6
 @patch
 def whole_soft(self:Method, step:Step)->torch.Tensor:
     "The soft term over labelled and unlabelled images, each image counting once."
@@ -223,11 +224,16 @@ def make_method(
     return cls(recipe, _validated(cls, recipe.options))
 
 # %% ../../nbs/03g_distill.methods.ipynb #8c656a34
-def _reasons(cls:type[Method], recipe:DistillRecipe, training:TrainRecipe, n_classes:int, processes:int):
+def _reasons(
+    cls:type[Method], recipe:DistillRecipe, training:TrainRecipe, n_classes:int, processes:int
+):
     "Why a method cannot be used, each with the remedy."
     maps = cls.needs != 'logits'
     if cls.compares_images and training.accumulate > 1:
-        yield "compares the images of a step, which has several batches", "Set accumulate to 1, with a larger batch_size."
+        yield (
+            "compares the images of a step, which has several batches",
+            "Set accumulate to 1, with a larger batch_size.",
+        )
     if cls.compares_images and processes > 1:
         yield "compares the images of a step, which several processes share", "Start one process."
     if cls.uses_labels and training.mix_prob > 0:
@@ -235,14 +241,27 @@ def _reasons(cls:type[Method], recipe:DistillRecipe, training:TrainRecipe, n_cla
     if recipe.views and cls.needs in ('last', 'stages'):
         yield "compares maps, which the teacher cache does not hold", "Set distill.views to 0."
     if recipe.views and cls.extra_images:
-        yield "asks the teachers about pictures of its own, which no cache holds", "Set distill.views to 0."
+        yield (
+            "asks the teachers about pictures of its own, which no cache holds",
+            "Set distill.views to 0.",
+        )
     if recipe.views and maps and training.mix_prob > 0:
-        yield "compares embeddings, and those of blended images are in no cache", "Set mix_prob or distill.views to 0."
+        yield (
+            "compares embeddings, and those of blended images are in no cache",
+            "Set mix_prob or distill.views to 0.",
+        )
     if maps and training.compile:
-        yield "compares what lies inside the networks, which torch.compile hides", "Set compile to false."
+        yield (
+            "compares what lies inside the networks, which torch.compile hides",
+            "Set compile to false.",
+        )
     if n_classes and n_classes < cls.least_classes:
-        yield f"needs {cls.least_classes} classes or more, and there are {n_classes}", "Choose another method: `kdoct methods`."
+        yield (
+            f"needs {cls.least_classes} classes or more, and there are {n_classes}",
+            "Choose another method: `kdoct methods`.",
+        )
 
+# %% ../../nbs/03g_distill.methods.ipynb #2f86d227
 def check_method(
     recipe:DistillRecipe,  # names the method
     training:TrainRecipe,  # of the student

@@ -27,7 +27,9 @@ def _distil(run:Run, fold:int)->dict:
         taught_by[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
                                weight=share)
     del found   # the copies are used
-    distill = Distill(teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0])
+    distill = Distill(
+        teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0]
+    )
     about = train_role(run, fold, role, [distill], taught_by=taught_by)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):

@@ -125,6 +125,7 @@ def _computed(self:Teachers, name:str, x:torch.Tensor)->tuple[torch.Tensor, list
     logits = teacher(x)
     return logits, [] if recorder is None else recorder.take()
 
+# %% ../../nbs/03h_distill.teachers.ipynb #be285331
 @patch
 def output(self:Teachers,
     name:str,          # of the teacher
@@ -173,6 +174,7 @@ def loss(self:Teachers,
     student = {name: Output(logits) for name in outputs}
     return self.method.terms(Step(x, targets, hard, student, outputs, teacher_logits))[0]
 
+# %% ../../nbs/03h_distill.teachers.ipynb #8eaf8292
 @patch
 def require_logits(self:Teachers,
     targets,  # of a batch, or None
@@ -183,7 +185,8 @@ def require_logits(self:Teachers,
     if more or any(True for _ in method.parameters()):
         raise KdoctError(
             f"The method '{method.name}' needs more than the logits of a batch.",
-            fix="Train with kdoct's own stages, or choose a method that compares logits: kl, dkd, ...",
+            fix="Train with kdoct's own stages, or choose a method that compares logits: "
+                "kl, dkd, ...",
         )
     if method.uses_labels and targets is None:
         raise KdoctError(f"The method '{method.name}' looks at the label of each image.",

@@ -208,6 +208,7 @@ def with_maps(self:InferenceModel,
     logits, maps = zip(*done, strict=True)
     return torch.cat(logits), [torch.cat(of_layer) for of_layer in zip(*maps, strict=True)]
 
+# %% ../../nbs/02i_training.inference.ipynb #c740c5e9
 def map_recorder(
     copy:InferenceModel,   # inference copy
     model:Classifier,      # the network that it is a copy of

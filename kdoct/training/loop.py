@@ -9,35 +9,59 @@ __all__ = ['param_groups', 'companion_groups', 'FrozenStart', 'cosine', 'warmup_
 
 # %% ../../nbs/02j_training.loop.ipynb #imp-training-loop
 import ctypes
+
 import json
+
 import math
+
 import platform
+
 import time
+
 from pathlib import Path
 
 import numpy as np
+
 import torch
+
 import torch.nn.functional as F
+
 from fastai.callback.core import Callback, CancelBatchException
+
 from fastai.callback.progress import ProgressCallback
+
 from fastai.data.core import DataLoaders
+
 from fastai.learner import Learner, Recorder
+
 from fastai.optimizer import OptimWrapper
+
 from fastcore.basics import noop, patch
+
 from fastcore.foundation import L
+
 from safetensors import safe_open
+
 from safetensors.torch import load_file, save_file
+
 from torch import nn
 
 from ..core.files import atomic_path, KdoctError
+
 from ..core.sections import TrainRecipe
+
 from ..data.batches import Batches
+
 from ..data.mixing import Mix
+
 from ..models.backbones import Classifier, head_modules, undecayed
+
 from ..models.arithmetic import float32_products
-from .averaging import Averaging
 
 # %% ../../nbs/02j_training.loop.ipynb #15abd7ff
+from .averaging import Averaging
+
+# %% ../../nbs/02j_training.loop.ipynb #45195dd2
 from kdoct.training.distributed import (
     all_reduce,
     all_reduce_gradients,
@@ -67,6 +91,7 @@ def param_groups(
     groups = [group(is_head, decays) for is_head in (False, True) for decays in (True, False)]
     return [g for g in groups if g['params']]
 
+# %% ../../nbs/02j_training.loop.ipynb #6999bc32
 def companion_groups(
     companions:dict[str, nn.Module],  # what learns beside the network: a method of distillation, a loss
     recipe:TrainRecipe,               # learning rate and weight decay
@@ -464,6 +489,7 @@ class ResumableLearner(Learner):
 
 class _Never(Exception): "No callback cancels an epoch here."
 
+# %% ../../nbs/02j_training.loop.ipynb #58f68554
 def accuracy(
     pred:torch.Tensor,    # (n, classes) logits
     target:torch.Tensor,  # (n,) class numbers
@@ -471,7 +497,7 @@ def accuracy(
     "Share of images whose largest logit is the label's, for fastai's table; `History` makes the records."
     return (pred.argmax(1) == target).float().mean()
 
-# %% ../../nbs/02j_training.loop.ipynb #58f68554
+# %% ../../nbs/02j_training.loop.ipynb #40189d67
 class Table(Recorder):
     "fastai's table of the epochs, filled by `History`."
     # fastai's own sums gather from all processes and wait for the GPU at every batch
