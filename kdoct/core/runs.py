@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record', 'Stage', 'stage_of',
-           'is_finished', 'planned_stages', 'stage_command', 'as_papermill_reads', 'train_again', 'require_same_folds']
+           'is_finished', 'planned_stages', 'teachers_of', 'stage_command', 'as_papermill_reads', 'train_again',
+           'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -322,6 +323,18 @@ def planned_stages(
 def _roles_of(run:Run, stage:Stage)->list[str]:
     "Networks of the recipe that a stage trains."
     return [role for role in run.recipe.roles if role.partition('-')[0] == stage.name]
+
+# %% ../../nbs/00g_core.runs.ipynb #da5f6cb1
+def teachers_of(
+    about:dict,  # model.json of a network
+)->dict:         # role of each teacher -> arch, weights_sha256, weight; empty for a network without
+    "The teachers from which a network was distilled; `KdoctError` where an earlier version wrote it."
+    if 'taught_by' in about:
+        raise KdoctError(
+            "model.json is of an earlier version of kdoct, which named the student's teachers otherwise.",
+            fix='Train the student again under a new run name.',
+        )
+    return about.get('distilled_from', {})
 
 # %% ../../nbs/00g_core.runs.ipynb #b565d31c
 def stage_command(

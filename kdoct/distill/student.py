@@ -22,18 +22,18 @@ def _distil(run:Run, fold:int)->dict:
     if run.is_finished(role, fold): return train_role(run, fold, role)
     shares = teacher_shares(found, recipe.combine)
     teachers, facts = ready_teachers(found, run)
-    taught_by = {}   # for model.json
+    distilled_from = {}   # for model.json
     for (name, (_, about)), share in zip(found.items(), shares.tolist(), strict=True):
-        taught_by[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
+        distilled_from[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
                                weight=share)
     del found   # the copies are used
     distill = Distill(
         teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0]
     )
-    about = train_role(run, fold, role, [distill], taught_by=taught_by)
+    about = train_role(run, fold, role, [distill], distilled_from=distilled_from)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):
-            facts[name] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)
+            facts[name] |= dict(cache=t.path.name, queried=t.queried, seconds=t.seconds)
     if not rank_world()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 

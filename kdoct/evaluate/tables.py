@@ -46,7 +46,7 @@ PART_NAMES = {  # of a fold
     'out': 'not used',
 }
 
-TOGETHER = 'teachers, together'  # the row of several teachers combined, as they taught the student
+TOGETHER = 'teachers, together'  # the row of several teachers combined, as they teach the student
 
 NO_INTERVAL = '(no interval)'  # in place of the interval where too few resamples define the score, see `MIN_DEFINED`
 
