@@ -623,6 +623,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'kdoct.core.runs.Stage': ('core.runs.html#stage', 'kdoct/core/runs.py'),
                                  'kdoct.core.runs._continued': ('core.runs.html#_continued', 'kdoct/core/runs.py'),
                                  'kdoct.core.runs._data_is_prepared': ('core.runs.html#_data_is_prepared', 'kdoct/core/runs.py'),
+                                 'kdoct.core.runs._differences': ('core.runs.html#_differences', 'kdoct/core/runs.py'),
                                  'kdoct.core.runs._fault_of_name': ('core.runs.html#_fault_of_name', 'kdoct/core/runs.py'),
                                  'kdoct.core.runs._has_decision': ('core.runs.html#_has_decision', 'kdoct/core/runs.py'),
                                  'kdoct.core.runs._has_results': ('core.runs.html#_has_results', 'kdoct/core/runs.py'),

@@ -57,10 +57,7 @@ class Run:
         return f"Run('{self.name}', preset '{self.recipe.name}', {self.recipe.data.source})"
 
 # %% ../../nbs/00g_core.runs.ipynb #a80d512b
-def recipe_differences(
-    a:Recipe,  # one recipe
-    b:Recipe,  # another
-)->list[str]:
+def _differences(a:Recipe, b:Recipe)->list[str]:
     "Fields in which two recipes differ, as 'name: a, not b'."
     def flat(d, prefix=''):
         for k, v in d.items():
@@ -77,6 +74,14 @@ def recipe_differences(
         for k in {**fa, **fb}
         if k != 'name' and fa.get(k) != fb.get(k)
     ]
+
+# %% ../../nbs/00g_core.runs.ipynb #9e373de2
+def recipe_differences(
+    a:Recipe,  # one recipe
+    b:Recipe,  # another
+)->list[str]:  # 'student.epochs: 3, not 8'
+    "Fields in which two recipes differ; their presets may be others."
+    return _differences(a, b)
 
 # %% ../../nbs/00g_core.runs.ipynb #4fb9e338
 _OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
@@ -129,7 +134,7 @@ def _has_results(name:str, recipe:Recipe)->bool:
 def _continued(name:str, recipe:Recipe)->Run:
     "The run of this name, with the recipe's decisions and explanations; `KdoctError` if it has another recipe."
     run = open_run(name)
-    diff = recipe_differences(run.recipe, recipe)
+    diff = _differences(run.recipe, recipe)
     if not diff: return run
     # nothing that was trained depends on it
     if all(d.startswith(('decide.', 'explain.')) for d in diff): return Run(run.path, recipe)
