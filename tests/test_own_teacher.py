@@ -424,7 +424,7 @@ def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     key = read_json(next((outputs_root()/'cache').glob('teacher-*/about.json')))
     assert (
         key['teacher']['weights_sha256']
-        == about['taught_by']['teacher']['weights_sha256']
+        == about['distilled_from']['teacher']['weights_sha256']
         == facts['weights_sha256']
     )
     train_baseline(run)
@@ -454,7 +454,7 @@ def test_several_teachers_of_ones_own_and_one_that_is_trained(tmp_path):
         'teacher': 48,
         'teacher-b': 32,
     }
-    assert set(train_student(run)['taught_by']) == {'teacher', 'teacher-b'}
+    assert set(train_student(run)['distilled_from']) == {'teacher', 'teacher-b'}
 
 
 def test_the_long_form_reads_architecture_and_size_from_the_folder(tmp_path):

@@ -273,7 +273,7 @@ def test_a_run_with_views_records_what_was_asked(outputs):
     } <= set(key['pictures'])
     assert (key['teacher']['arch'], key['teacher']['precision']) == ('test_efficientnet', 'fp32')
     assert (
-        facts['asked'] == 2 * n
+        facts['queried'] == 2 * n
         and facts['seconds'] > 0
         and (outputs_root() / 'cache' / facts['cache']).is_dir()
     )

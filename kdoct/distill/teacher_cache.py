@@ -92,7 +92,7 @@ def output_facts(
 class TeacherCache:
     "A teacher's logits for random views of the training images, on disk."
     def __init__(self,
-        model:Classifier,        # the teacher, frozen
+        model:Classifier,        # the teacher, which is not trained
         weights_sha256:str,      # hash of its weights
         batch:int=32,            # images in one forward pass
         arch:str='',             # its timm name

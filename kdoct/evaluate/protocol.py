@@ -61,7 +61,7 @@ _COMBINED = dict(
 )
 
 def _teachers_text(recipe):
-    "Who taught the student, and how; '' for a single teacher."
+    "The teachers of a student, and how they were combined; '' for a single teacher."
     if not recipe.teachers: return ''
     d, teachers = recipe.distill, []
     for role in recipe.teacher_roles:
@@ -70,7 +70,7 @@ def _teachers_text(recipe):
     row = 'the mean of their probabilities' if d.combine == 'turn' else 'the same'
     losses = f'with alpha {d.alpha:g} (soft loss) and beta {d.beta:g} (hard loss)'
     return (
-        f' The student was taught by {len(teachers)} teachers ({", ".join(teachers)}): '
+        f' The student was distilled from {len(teachers)} teachers ({", ".join(teachers)}): '
         f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{TOGETHER}" is {row} on the '
         'test images, at T 1.'
     )
