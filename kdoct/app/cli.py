@@ -30,9 +30,7 @@ from kdoct.app.cli_options import (
     PresetOption,
     recipe_of,
     RootOption,
-    run_name,
-    RunArgument,
-    RunOption,
+    run_name, RunArgument, RunOption, RunPresetOption,
     SetOption,
     short_path,
     SourceOption,
@@ -134,7 +132,7 @@ def demo(
 # %% ../../nbs/10_app.cli.ipynb #0662f39c
 @_command()
 def crossval(
-    preset_name:PresetOption='edge',
+    preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
     run:RunOption='',
@@ -147,7 +145,7 @@ def crossval(
 ):
     "Train and evaluate on your images, fold by fold. The same command continues after an interruption."
     data = dict(group_pattern=group_pattern, classes=classes)
-    recipe = recipe_of(preset_name, source, data_root, changes, teachers, **data)
+    recipe = recipe_of(preset_name, source, data_root, changes, teachers, run, **data)
     name = run_name(run, preset_name, recipe)
     _all_stages(*_checked_run(recipe, name, folds), notebooks)
 
@@ -250,7 +248,7 @@ def _class_counts(run):
 # %% ../../nbs/10_app.cli.ipynb #3b737d4c
 @_command()
 def folds(
-    preset_name:PresetOption='edge',
+    preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
     run:RunOption='',
@@ -261,7 +259,7 @@ def folds(
     "Make the folds of a run, grouped by patient. Shows how many images of each class are in each part."
     from kdoct.data.stage import prepare_data
     data = dict(group_pattern=group_pattern, classes=classes)
-    recipe = recipe_of(preset_name, source, data_root, changes, **data)
+    recipe = recipe_of(preset_name, source, data_root, changes, run=run, **data)
     name = run_name(run, preset_name, recipe)
     the_run = create_run(name, recipe, _look_first(name))
     prepare_data(the_run)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'recipe_differences', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record',
-           'Stage', 'stage_of', 'is_finished', 'planned_stages', 'stage_command', 'as_papermill_reads', 'train_again',
-           'require_same_folds']
+           'Stage', 'stage_of', 'is_finished', 'planned_stages', 'teachers_of', 'stage_command', 'as_papermill_reads',
+           'train_again', 'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -63,7 +63,9 @@ def _differences(a:Recipe, b:Recipe)->list[str]:
         for k, v in d.items():
             if isinstance(v, dict) and prefix + k not in (
                 'data.columns',
+                'distill.options',
                 'teachers',
+                'students',
                 'explain.layers',
             ):
                 yield from flat(v, f'{prefix}{k}.')
@@ -131,19 +133,51 @@ def _has_results(name:str, recipe:Recipe)->bool:
     run = open_run(name)
     return run.recipe == recipe or run.folds_csv.exists()
 
+# %% ../../nbs/00g_core.runs.ipynb #grow-run
+def _by_name(name:str)->str:
+    "How a run goes on with its own recipe, in words."
+    return (f"give its name alone (papermill: -p run {name}, without preset, overrides and the "
+            f"like; kdoct: --run {name}, without --preset and the like)")
+
+def _require_same_students(run:Run, recipe:Recipe):
+    "`KdoctError` if a student that has results would be another network, or none."
+    for role in run.recipe.student_roles:
+        there = role in recipe.student_roles
+        if there and recipe.network_key(role) == run.recipe.network_key(role): continue
+        folders = sorted(f for f in run.path.glob(f'fold_*/{role}') if any(f.iterdir()))
+        if not folders: continue
+        fate = 'would be another network' if there else 'is not in this recipe'
+        raise KdoctError(
+            f"Run '{run.name}' has results of {role}, which {fate}.",
+            fix=f"Give a student that is added a name of its own: students.NAME.FIELD=VALUE. To "
+                f"keep those of the run, {_by_name(run.name)}. "
+                f"To start {role} over, delete {', '.join(map(str, folders))}.",
+        )
+
+def _record_students(run:Run, recipe:Recipe):
+    "Note other further students in run.json, whose lock is held."
+    _require_same_students(run, recipe)
+    noted = run.recipe.model_copy(update=dict(students=recipe.students))
+    changed = dict(recipe=noted.model_dump(mode='json'), recipe_key=noted.key)
+    write_json(run.json, read_json(run.json) | changed)
+    print(f"Run '{run.name}' has the students {', '.join(noted.student_roles)} from now on.")
+
+# %% ../../nbs/00g_core.runs.ipynb #continued-run
 def _continued(name:str, recipe:Recipe)->Run:
-    "The run of this name, with the recipe's decisions and explanations; `KdoctError` if it has another recipe."
+    "The run of this name, with the recipe's further students, decisions and explanations, and no other change."
     run = open_run(name)
     diff = _differences(run.recipe, recipe)
     if not diff: return run
     # nothing that was trained depends on it
-    if all(d.startswith(('decide.', 'explain.')) for d in diff): return Run(run.path, recipe)
-    raise KdoctError(
-        f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
-        fix=f"To go on with it, give its name alone (papermill: -p run {name}, without "
-            f"preset, overrides and the like; kdoct: the options it was made with). "
-            f"Give a new run another name, or delete {run.path} to start over.",
-    )
+    free = ('decide.', 'explain.', 'students: ')
+    if any(not d.startswith(free) for d in diff):
+        raise KdoctError(
+            f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
+            fix=f"To go on with it, {_by_name(name)}. "
+                f"Give a new run another name, or delete {run.path} to start over.",
+        )
+    if run.recipe.students != recipe.students: _record_students(run, recipe)
+    return Run(run.path, recipe)
 
 # %% ../../nbs/00g_core.runs.ipynb #create-run
 def create_run(
@@ -252,7 +286,7 @@ def _is_evaluated(run:Run, fold:int, stage:str)->bool:
     predictions = {
         role: run.stage_dir(fold, role) / 'predictions.parquet' for role in run.recipe.roles
     }
-    # further teachers are shown where they are
+    # further teachers and students are shown where they are
     read = [p for role, p in predictions.items() if role in ROLES or p.exists()]
     decisions = [p.with_name('decision.json') for p in predictions.values()]
     read += [d for d in decisions if d.exists()]
@@ -267,6 +301,10 @@ def _teacher_parameters(stage:str)->dict:
     name = stage.partition('-')[2]
     return {'name': name} if name else {}
 
+def _student_parameters(stage:str)->dict:
+    "Which of several students: 'student-NAME'; the notebook trains `student` unless it is given another role."
+    return {} if stage == 'student' else {'role': stage}
+
 # %% ../../nbs/00g_core.runs.ipynb #1e1346e3
 _NETWORKS = ('data', 'teacher', 'student', 'baseline')
 
@@ -278,10 +316,13 @@ STAGES = {
             'teacher', '03_teacher', _is_trained, ('data',),
             trains=True, parameters=_teacher_parameters,
         ),
-        Stage('student', '04_distill', _is_trained, ('data', 'teacher'), trains=True),
+        Stage(
+            'student', '04_distill', _is_trained, ('data', 'teacher'),
+            trains=True, parameters=_student_parameters,
+        ),
         Stage(
             'baseline', '04_distill', _is_trained, ('data',),
-            trains=True, parameters=lambda stage: {'role': stage},
+            trains=True, parameters=_student_parameters,
         ),
         Stage('decide', '05g_decide', _is_decided, _NETWORKS),
         Stage('evaluate', '05_evaluate', _is_evaluated, (*_NETWORKS, 'decide')),
@@ -292,20 +333,20 @@ STAGES = {
 
 # %% ../../nbs/00g_core.runs.ipynb #cf8cb99b
 def stage_of(
-    name:str,  # data, teacher, teacher-NAME, student, ...
+    name:str,  # data, teacher, teacher-NAME, student, student-NAME, ...
 )->Stage:      # what it is
     "The row of `STAGES` for a stage's name; `KdoctError` if there is none."
     kind = name.partition('-')[0]
     if kind not in STAGES:
         raise KdoctError(
             f"There is no stage '{name}'.",
-            fix=f"Stages: {', '.join(STAGES)}; teacher-NAME for a further teacher",
+            fix=f"Stages: {', '.join(STAGES)}; teacher-NAME, student-NAME for a further one",
         )
     return STAGES[kind]
 
 def is_finished(
     run:Run,     # existing run
-    stage:str,   # data, teacher, teacher-NAME, student, baseline, decide, evaluate; or a further model, such as hog_svm
+    stage:str,   # data, teacher, teacher-NAME, student, student-NAME, ...; or a further model, such as hog_svm
     fold:int=0,  # fold, counted from 0
 )->bool:
     "Whether a stage has left its results."
@@ -331,6 +372,18 @@ def planned_stages(
 def _roles_of(run:Run, stage:Stage)->list[str]:
     "Networks of the recipe that a stage trains."
     return [role for role in run.recipe.roles if role.partition('-')[0] == stage.name]
+
+# %% ../../nbs/00g_core.runs.ipynb #da5f6cb1
+def teachers_of(
+    about:dict,  # model.json of a network
+)->dict:         # role of each teacher -> arch, weights_sha256, weight; empty for a network without
+    "The teachers from which a network was distilled; `KdoctError` where an earlier version wrote it."
+    if 'taught_by' in about:
+        raise KdoctError(
+            "model.json is of an earlier version of kdoct, which named the student's teachers otherwise.",
+            fix='Train the student again under a new run name.',
+        )
+    return about.get('distilled_from', {})
 
 # %% ../../nbs/00g_core.runs.ipynb #b565d31c
 def stage_command(
@@ -363,7 +416,7 @@ def _raw_or_not(text:str)->str: return '-p' if isinstance(as_papermill_reads(tex
 def train_again(
     run:Run,   # the run
     fold:int,  # counted from 0
-    role:str,  # teacher, teacher-NAME, student, baseline, or a further model, such as hog_svm
+    role:str,  # teacher, teacher-NAME, student, student-NAME, baseline, or a further model, such as hog_svm
 )->str:        # for the `fix` of an error
     "What to do where a model's folder is of no use."
     folder, is_stage = run.stage_dir(fold, role), role.partition('-')[0] in STAGES
@@ -373,7 +426,7 @@ def train_again(
 def require_same_folds(
     run:Run,           # the run
     fold:int,          # counted from 0
-    role:str,          # teacher, teacher-NAME, student, baseline, or a further model
+    role:str,          # teacher, teacher-NAME, student, student-NAME, baseline, or a further model
     about:dict,        # its model.json
     folds_sha256:str,  # hash of the run's folds.csv now
 ):
