@@ -244,7 +244,8 @@ def _resume_key(run:Run, data:FoldData, role:str, distilled_from:dict)->str:
     teachers = [t['weights_sha256'][:16] for t in distilled_from.values()]
     n = rank_world()[1]
     several = [f'{n} processes'] if n > 1 else []
-    return ' '.join([run.recipe.key, data.folds_sha256, role, _ORDER, *teachers, *several])
+    known = run.recipe.network_key(role), data.folds_sha256, role, _ORDER
+    return ' '.join([*known, *teachers, *several])
 
 # %% ../../nbs/02k_training.results.ipynb #train-role
 def train_role(
@@ -276,7 +277,8 @@ def _within_memory(run:Run, role:str):
     try: yield
     except torch.OutOfMemoryError as e:
         recipe = run.recipe.training(role)
-        part = 'student' if role in ('student', 'baseline') else 'teacher'
+        kind, _, name = role.replace('baseline', 'student').partition('-')
+        part = f'{kind}s.{name}' if name else kind   # of the recipe
         step = recipe.batch_size*recipe.accumulate
         smaller = next((n for n in range(recipe.batch_size//2, 0, -1) if step % n == 0), None)
         fix = f"Take a smaller network or smaller pictures: {part}.arch, data.size."
