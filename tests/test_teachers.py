@@ -12,8 +12,8 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
+from kdoct.distill.callback import Distill
 from kdoct.distill.loading import load_teachers
-from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate import stage as evaluate_stage

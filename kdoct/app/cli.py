@@ -38,6 +38,7 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
+from .cli_comparison import compare, learning_curve
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .stages import new_run
 from kdoct.core.files import (
@@ -329,6 +330,10 @@ def runs():
 # %% ../../nbs/10_app.cli.ipynb #dfad2f67
 _command('import')(import_)
 _command('baseline-svm')(baseline_svm)
+
+# %% ../../nbs/10_app.cli.ipynb #1ca0dec7
+_command()(compare)
+_command('learning-curve')(learning_curve)
 
 # %% ../../nbs/10_app.cli.ipynb #6762fc90
 ExplainSetOption = Annotated[
