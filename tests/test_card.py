@@ -56,7 +56,7 @@ def started(run, student, teacher):
         "student",
         arch=student[0],
         weights_from=student[1],
-        taught_by={"teacher": dict(arch=teacher[0], weights_sha256="t", weight=1.0)},
+        distilled_from={"teacher": dict(arch=teacher[0], weights_sha256="t", weight=1.0)},
     )
     return model_card({}, run, 0, "student")
 
@@ -136,7 +136,7 @@ def test_an_unknown_licence_is_not_guessed(run, origin):
     assert "licence is not recorded" in text and "allow commercial use" not in text
 
 
-def test_a_teacher_that_is_not_the_one_who_taught_gives_no_licence(run):
+def test_a_teacher_that_the_student_is_not_distilled_from_gives_no_licence(run):
     started(run, ("efficientnet_b2", HUB), ("vgg19.tv_in1k", HUB))
     change(run, "teacher", weights_sha256="trained again")
     assert "licence is not recorded" in model_card({}, run, 0, "student")[0]

@@ -605,7 +605,7 @@ def test_an_empty_selection_cannot_be_saved_and_says_so(run):
 def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch):
     def none(body, size, name):
         raise KdoctError("Mixer has no layer with maps.", fix="Look at another network.")
-    monkeypatch.setattr("kdoct.explain.cam._layer_of", none)
+    monkeypatch.setattr("kdoct.explain.cam.layer_of", none)
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()

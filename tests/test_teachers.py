@@ -12,8 +12,8 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
+from kdoct.distill.callback import Distill
 from kdoct.distill.loading import load_teachers
-from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate import stage as evaluate_stage
@@ -309,19 +309,19 @@ def test_each_teacher_has_its_own_bundle_and_input_size(here):
 
 
 @pytest.mark.slow
-def test_the_student_says_who_taught_it_and_with_which_weight(here):
-    taught_by, found = (
-        read_json(here.stage_dir(0, 'student') / 'model.json')['taught_by'],
+def test_the_student_records_its_teachers_and_their_weights(here):
+    distilled_from, found = (
+        read_json(here.stage_dir(0, 'student') / 'model.json')['distilled_from'],
         load_teachers(here, 0),
     )
     losses = [a['metrics']['validation']['valid_loss'] for _, a in found.values()]
-    assert [t['weight'] for t in taught_by.values()] == pytest.approx(
+    assert [t['weight'] for t in distilled_from.values()] == pytest.approx(
         teacher_weights(losses).tolist()
     )
-    assert {r: t['weights_sha256'] for r, t in taught_by.items()} == {
+    assert {r: t['weights_sha256'] for r, t in distilled_from.items()} == {
         r: a['weights_sha256'] for r, (_, a) in found.items()
     }
-    assert 'taught_by' not in read_json(here.stage_dir(0, 'baseline')/'model.json')
+    assert 'distilled_from' not in read_json(here.stage_dir(0, 'baseline')/'model.json')
 
 
 @pytest.mark.slow
@@ -329,8 +329,8 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     models, saved = fold_models(here, 0), read_json(here.fold_dir(0)/'evaluation.json')
     rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', TOGETHER, 'student', 'baseline']
     assert list(models) == rows == list(saved['table'])
-    taught_by = read_json(here.stage_dir(0, 'student')/'model.json')['taught_by']
-    want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in taught_by.items())
+    distilled_from = read_json(here.stage_dir(0, 'student')/'model.json')['distilled_from']
+    want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items())
     np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[TOGETHER]))), want, atol=1e-6)
     assert (
         saved['parameters'][TOGETHER]
@@ -346,17 +346,17 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
 
 
 @pytest.mark.slow
-def test_the_protocol_says_who_taught_how(here):
+def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
     said = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
     assert (
-        'taught by 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
+        'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
         'teacher-autoformer: test_resnet at 48 px): the mean of '
         'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) '
         'and beta 0.3 (hard loss)'
     ) in said
     weights = [
         f"{t['weight']:.3f}"
-        for t in read_json(here.stage_dir(0, 'student') / 'model.json')['taught_by'].values()
+        for t in read_json(here.stage_dir(0, 'student') / 'model.json')['distilled_from'].values()
     ]
     assert (
         f'fold 0 teacher {weights[0]}, teacher-visformer {weights[1]}, teacher-autoformer '
@@ -368,7 +368,7 @@ def test_the_protocol_says_who_taught_how(here):
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
     from kdoct.evaluate.metrics import simulate_predictions
     from kdoct.evaluate.protocol import protocol_of
-    assert 'taught' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
+    assert 'distilled from' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
 
 
 @pytest.mark.slow
@@ -415,14 +415,14 @@ def test_a_teacher_that_does_not_belong_is_refused(here, change, says):
 
 
 @pytest.mark.slow
-def test_a_student_of_other_teachers_is_not_shown_as_taught_by_these(here):
+def test_a_student_of_other_teachers_is_not_shown_as_distilled_from_these(here):
     path = here.stage_dir(0, 'student')/'model.json'
     right = path.read_bytes()
     try:
         about = read_json(path)
-        del about['taught_by']['teacher-visformer']
+        del about['distilled_from']['teacher-visformer']
         write_json(path, about)
-        with pytest.raises(KdoctError, match='taught by teacher, teacher-autoformer, not by'):
+        with pytest.raises(KdoctError, match='distilled from teacher, teacher-autoformer, not from'):
             fold_models(here, 0)
     finally: path.write_bytes(right)
 

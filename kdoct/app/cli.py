@@ -30,9 +30,7 @@ from kdoct.app.cli_options import (
     PresetOption,
     recipe_of,
     RootOption,
-    run_name,
-    RunArgument,
-    RunOption,
+    run_name, RunArgument, RunOption, RunPresetOption,
     SetOption,
     short_path,
     SourceOption,
@@ -40,6 +38,7 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
+from .cli_comparison import compare, learning_curve
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .stages import new_run
 from kdoct.core.files import (
@@ -133,7 +132,7 @@ def demo(
 # %% ../../nbs/10_app.cli.ipynb #0662f39c
 @_command()
 def crossval(
-    preset_name:PresetOption='edge',
+    preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
     run:RunOption='',
@@ -146,7 +145,7 @@ def crossval(
 ):
     "Train and evaluate on your images, fold by fold. The same command continues after an interruption."
     data = dict(group_pattern=group_pattern, classes=classes)
-    recipe = recipe_of(preset_name, source, data_root, changes, teachers, **data)
+    recipe = recipe_of(preset_name, source, data_root, changes, teachers, run, **data)
     name = run_name(run, preset_name, recipe)
     _all_stages(*_checked_run(recipe, name, folds), notebooks)
 
@@ -250,7 +249,7 @@ def _class_counts(run):
 # %% ../../nbs/10_app.cli.ipynb #3b737d4c
 @_command()
 def folds(
-    preset_name:PresetOption='edge',
+    preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
     run:RunOption='',
@@ -261,7 +260,7 @@ def folds(
     "Make the folds of a run, grouped by patient. Shows how many images of each class are in each part."
     from kdoct.data.stage import prepare_data
     data = dict(group_pattern=group_pattern, classes=classes)
-    recipe = recipe_of(preset_name, source, data_root, changes, **data)
+    recipe = recipe_of(preset_name, source, data_root, changes, run=run, **data)
     name = run_name(run, preset_name, recipe)
     the_run = create_run(name, recipe, _look_first(name))
     prepare_data(the_run)
@@ -332,6 +331,10 @@ def runs():
 # %% ../../nbs/10_app.cli.ipynb #dfad2f67
 _command('import')(import_)
 _command('baseline-svm')(baseline_svm)
+
+# %% ../../nbs/10_app.cli.ipynb #1ca0dec7
+_command()(compare)
+_command('learning-curve')(learning_curve)
 
 # %% ../../nbs/10_app.cli.ipynb #6762fc90
 ExplainSetOption = Annotated[

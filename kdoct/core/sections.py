@@ -427,7 +427,13 @@ class TrainRecipe(Part):
 
 # %% ../../nbs/00b_core.sections.ipynb #a60acebb
 class DistillRecipe(Part):
-    "Student loss: beta * hard + alpha * T^2 * KL(teacher || student) (KD-OCT, arXiv 2512.09069)."
+    "Student loss: beta * hard + alpha * soft; kl: T^2 * KL(teacher || student) (KD-OCT, arXiv 2512.09069)."
+    method: str = Field(
+        'kl', description="how the student learns from its teachers; `kdoct methods` lists them"
+    )
+    options: dict = Field(
+        {}, description="what the method takes, by name; see `kdoct methods`"
+    )
     alpha:float = Field(0.7, ge=0, description="weight of the soft term")
     beta:float = Field(0.3, ge=0, description="weight of the hard term")
     temperature:float = Field(4., gt=0, description="T, softens both distributions")

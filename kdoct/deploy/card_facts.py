@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 
 from ..core.files import counted, KdoctError, read_json, sha256_file
-from ..core.runs import Run, stage_command
+from ..core.runs import Run, stage_command, teachers_of
 from ..data.plan import labels_text
 from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
@@ -265,7 +265,7 @@ def _decision_facts(decision):
 def _cost(run, fold, role):
     "Time of training of the network and its teachers; energy only where a stage recorded it."
     about = read_json(run.stage_dir(fold, role)/'model.json')
-    stages = {s: run.stage(f'fold_{fold}/{s}') for s in (*about.get('taught_by', {}), role)}
+    stages = {s: run.stage(f'fold_{fold}/{s}') for s in (*teachers_of(about), role)}
     facts, kwh = run.facts(), [d.get('energy_kwh') for d in stages.values()]
     return dict(
         seconds={s: d.get('seconds', NOT) for s, d in stages.items()},
@@ -275,11 +275,11 @@ def _cost(run, fold, role):
     )
 
 # %% ../../nbs/07c_deploy.card_facts.ipynb #1fe70d05
-def _taught_by(model:dict)->list[dict]:
+def _distilled_from(model:dict)->list[dict]:
     "The teachers that model.json names."
     return [
         dict(role=r, **{k: t.get(k) for k in ('arch', 'weight')})
-        for r, t in model.get('taught_by', {}).items()
+        for r, t in teachers_of(model).items()
     ]
 
 def _all_folds(run:Run, role:str)->dict:
@@ -313,7 +313,7 @@ def _model_facts(about:dict, model:dict, role:str)->dict:
         classes=model.get('classes') or about.get('classes') or NOT,
         input=about.get('input', NOT),
         outputs=about.get('outputs', NOT),
-        taught_by=_taught_by(model),
+        distilled_from=_distilled_from(model),
         kept=model.get('metrics', {}).get('kept', NOT),
     )
 
@@ -416,7 +416,7 @@ def _known_licences(model:dict)->dict:
     imported = model.get('imported')
     start = dict(kind='file', **imported) if imported else model.get('weights_from') or {}
     own, teachers = start_licence(model['arch'], start), []
-    for role, facts in model.get('taught_by', {}).items():
+    for role, facts in teachers_of(model).items():
         teachers += start_licence(facts.get('arch') or role, {})
     return dict(own=own, teachers=teachers, what_follows=consequences(own, teachers))
 

@@ -141,7 +141,7 @@ def _points_text(points:list[dict])->list[str]:
     rows = [
         [
             p['class'],
-            f'{p["kind"]} {100 * p["wished"]:g} %',
+            f'{p["kind"]} {100 * p["target"]:g} %',
             p['threshold'],
             *(_percent(p[k]) for k in ('sensitivity', 'specificity')),
             p['images'],
@@ -280,13 +280,13 @@ def _data_text(d):
 def _licences_text(known, data):
     "Section of the licences."
     rows = [
-        [who, s['of'], s['licence'], s['said_by']]
+        [who, s['of'], s['licence'], s['source']]
         for who, some in (('own start', known['own']), ('teacher', known['teachers']))
         for s in some
     ]
     return [
         *_grid(
-            ['what', 'of', 'licence', 'said by'],
+            ['what', 'of', 'licence', 'source'],
             [
                 *rows,
                 ['training data', data['what'], data['licence'], 'notes of kdoct on its sources'],
@@ -344,7 +344,7 @@ def _millions(n):
 # %% ../../nbs/07d_deploy.model_card.ipynb #72127dc0
 def _network_text(model:dict, source:dict)->list[str]:
     "Section of the network itself."
-    teachers = '; '.join(f"{t['role']} ({t['arch'] or NOT})" for t in model['taught_by'])
+    teachers = '; '.join(f"{t['role']} ({t['arch'] or NOT})" for t in model['distilled_from'])
     origin = model.get('origin')
     if not origin: origin = f"{model['role']} of fold {source['fold']} of run {source['run']}"
     distilled = f', distilled from {teachers}' if teachers else ''

@@ -248,7 +248,7 @@ def _volume_from(stored:dict, classes:list[str])->VolumeRule:
 
 def _points_from(stored:list, classes:list[str])->pd.DataFrame:
     "The operating points from their JSON; ValueError where they are of other classes."
-    numbers = ('wished', 'threshold', 'sensitivity', 'specificity')
+    numbers = ('target', 'threshold', 'sensitivity', 'specificity')
     points = pd.DataFrame(stored).astype(dict.fromkeys(numbers, float))
     if set(points['class']) - set(classes): raise ValueError('operating points of other classes')
     return points
@@ -276,10 +276,15 @@ def _decision_from(stored:dict, outlier:Outlier)->Decision:
 
 # %% ../../nbs/05m_evaluate.decisions.ipynb #2ae29a17
 def _refuse_earlier(path, stored):
-    "`KdoctError` for a decision of the time before volumes had a rule."
-    if isinstance(stored, dict) and 'volume' not in stored and 'conformal' in stored:
+    "`KdoctError` for a decision that an earlier version wrote."
+    if not isinstance(stored, dict): return
+    points = stored.get('operating_points')
+    renamed = isinstance(points, list) and any('wished' in p for p in points if isinstance(p, dict))
+    without_volume = 'volume' not in stored and 'conformal' in stored
+    if renamed or without_volume:
+        lacks = 'how a volume is decided' if without_volume else 'the targets by their name'
         raise KdoctError(
-            f'{path} is of an earlier version, which did not say how a volume is decided.',
+            f'{path} is of an earlier version of kdoct: it does not hold {lacks}.',
             fix=f'{_FIX} A bundle: export it again.',
         )
 

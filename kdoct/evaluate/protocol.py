@@ -56,7 +56,8 @@ def _images_text(data, predictions):
 # %% ../../nbs/05e_evaluate.protocol.ipynb #cf75e3e3
 def _labels_text(run, predictions):
     "Of how many training patients the labels were used, and what was there without one; nothing where all have one."
-    text = labels_text(run.stage('data').get('labels'), set(predictions.fold))
+    facts = run.stage('data') if run.json.is_file() else {}   # predictions may be of no run
+    text = labels_text(facts.get('labels'), set(predictions.fold))
     return [text] if text else []
 
 _COMBINED = dict(
@@ -67,7 +68,7 @@ _COMBINED = dict(
 )
 
 def _teachers_text(recipe):
-    "Who taught the student, and how; '' for a single teacher."
+    "The teachers of a student, and how they were combined; '' for a single teacher."
     if not recipe.teachers: return ''
     d, teachers = recipe.distill, []
     for role in recipe.teacher_roles:
@@ -76,7 +77,7 @@ def _teachers_text(recipe):
     row = 'the mean of their probabilities' if d.combine == 'turn' else 'the same'
     losses = f'with alpha {d.alpha:g} (soft loss) and beta {d.beta:g} (hard loss)'
     return (
-        f' The student was taught by {len(teachers)} teachers ({", ".join(teachers)}): '
+        f' The student was distilled from {len(teachers)} teachers ({", ".join(teachers)}): '
         f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{TOGETHER}" is {row} on the '
         'test images, at T 1.'
     )

@@ -16,7 +16,7 @@ from IPython.display import display, Image
 from matplotlib.figure import Figure
 
 from ..core.files import counted, KdoctError, read_json, sha256_file, write_json
-from ..core.runs import ROLES, Run, stage_command, train_again
+from ..core.runs import ROLES, Run, stage_command, teachers_of, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..data.shortcuts import run_verdict
 from ..data.fold_data import folds_of, open_fold
@@ -187,8 +187,8 @@ def _weights_text(run, folds):
     "How much each teacher counted, fold by fold."
     texts = []
     for k in folds:
-        taught_by = read_json(run.stage_dir(k, 'student')/'model.json')['taught_by']
-        each = ', '.join(f'{r} {t["weight"]:.3f}' for r, t in taught_by.items())
+        teachers = teachers_of(read_json(run.stage_dir(k, 'student')/'model.json'))
+        each = ', '.join(f'{r} {t["weight"]:.3f}' for r, t in teachers.items())
         texts.append(f'fold {k} {each}')
     return 'weights of the teachers: ' + '; '.join(texts)
 

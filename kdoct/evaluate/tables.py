@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'COMPARED', 'PART_NAMES', 'TOGETHER', 'NO_INTERVAL', 'interval_text', 'score_row', 'resampled', 'table_of',
-           'shown', 'without_note', 'paired_differences', 'differences_of', 'shown_differences', 'Section',
-           'scores_section', 'markdown', 'named_together', 'classes_section', 'selection_section', 'costs_section']
+           'shown', 'without_note', 'further_students', 'paired_differences', 'differences_of', 'shown_differences',
+           'Section', 'scores_section', 'markdown', 'named_together', 'classes_section', 'selection_section',
+           'costs_section']
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #imp-evaluate-tables
 from typing import NamedTuple
@@ -47,7 +48,7 @@ PART_NAMES = {  # of a fold
     'out': 'not used',
 }
 
-TOGETHER = 'teachers, together'  # the row of several teachers combined, as they taught the student
+TOGETHER = 'teachers, together'  # the row of several teachers combined, as they teach the student
 
 NO_INTERVAL = '(no interval)'  # in place of the interval where too few resamples define the score, see `MIN_DEFINED`
 
@@ -164,9 +165,21 @@ def without_note(
     "A table whose notes stand below it."
     return table.drop(columns='note', errors='ignore')
 
-# %% ../../nbs/05d_evaluate.tables.ipynb #de6cb78c
-_PAIRS = (('student', 'baseline'), ('student', 'teacher'))
+# %% ../../nbs/05d_evaluate.tables.ipynb #pairs-of-models
+def further_students(
+    models,      # names of models
+)->list[str]:    # those of the form 'student-NAME'
+    "The further students among models."
+    return [m for m in models if m.startswith('student-')]
 
+def _compared(models):
+    "Pairs of models: the student with baseline and teachers, further students with baseline and student."
+    pairs = [('student', 'baseline'), ('student', 'teacher')]
+    if TOGETHER in models: pairs.append(('student', TOGETHER))
+    others = ('baseline', 'student')
+    return [*pairs, *((m, other) for m in further_students(models) for other in others)]
+
+# %% ../../nbs/05d_evaluate.tables.ipynb #de6cb78c
 def paired_differences(
     pairs:dict[str, tuple[pd.DataFrame, pd.DataFrame]],  # name -> predictions of two models
     evaluate:EvaluateRecipe,  # resamples and level of the intervals
@@ -178,13 +191,12 @@ def paired_differences(
     return pd.concat(each, names=['pair', 'metric'])
 
 def differences_of(
-    models:dict[str, pd.DataFrame],  # predictions of teacher, student and baseline, and of several teachers combined
+    models:dict[str, pd.DataFrame],  # name -> predictions; teacher, student and baseline at least
     evaluate:EvaluateRecipe|None=None,  # resamples and level of the intervals
     seed:int=0,  # of the resampling
 ) -> pd.DataFrame:  # rows (pair, metric): a, b, difference, low, high, share_below, p, n_used, n_boot
-    "Student minus baseline, teacher, and several teachers together; `KdoctError` where images differ."
-    both = (*_PAIRS, ('student', TOGETHER)) if TOGETHER in models else _PAIRS
-    pairs = {f'{a} - {b}': (models[a], models[b]) for a, b in both}
+    "Students minus baseline, teachers or the first student; `KdoctError` where images differ."
+    pairs = {f'{a} - {b}': (models[a], models[b]) for a, b in _compared(models)}
     return paired_differences(pairs, evaluate or EvaluateRecipe(), seed)
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #bce9df25
