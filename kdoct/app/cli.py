@@ -243,7 +243,8 @@ def _class_counts(run):
     labels = pd.read_parquet(run.path/'table.parquet')[['path', 'label']]
     rows = folds_of(run).merge(labels, on='path')
     index = [rows.fold, rows.role.map(PART_WORDS)]
-    return pd.crosstab(index, rows.label, rownames=['fold', 'part'], colnames=['class'])
+    label = rows.label.replace('', '(no label)')
+    return pd.crosstab(index, label, rownames=['fold', 'part'], colnames=['class'])
 
 # %% ../../nbs/10_app.cli.ipynb #3b737d4c
 @_command()

@@ -18,6 +18,7 @@ from ..core.files import human_time, read_json
 from ..core.recipe import recipe_fields
 from ..core.runs import Run, stage_command
 from ..data.folds import OUT, ROLE_NAMES
+from ..data.plan import labels_text
 from ..data.shortcuts import shortcut_table, shortcut_verdict
 from ..deploy.model_card import formats_table, MACHINE
 from ..evaluate.pooling import FURTHER
@@ -142,6 +143,8 @@ def _parts_table(run:Run)->dict:
     roles = [r for r in (*ROLE_NAMES, OUT) if r in set(f.role)]
     text = text.unstack('role').reindex(columns=roles).fillna('none').rename(columns=PART_NAMES)
     caption = 'Images, and in brackets groups (patients), in each part of each fold.'
+    if labels := labels_text(run.stage('data').get('labels')):
+        caption += f' {labels[0].upper()}{labels[1:]}.'
     return page_table(text, 'fold', caption)
 
 def _findings_table(path:Path)->dict:

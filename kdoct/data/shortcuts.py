@@ -352,7 +352,7 @@ def _sentence(r, classifier=_BLIND):
 
 # %% ../../nbs/01r_data.shortcuts.ipynb #6fd222e7
 def detect_shortcuts(
-    table:pd.DataFrame,         # image table: path, label, group
+    table:pd.DataFrame,         # image table: path, label ('': not used), group
     root:str|Path='.',          # folder that the paths are relative to
     features:pd.DataFrame=None, # a row for each row of `table`; None: looked up in the files
     seed:int=43,                # 0 to 2**32-1
@@ -361,7 +361,9 @@ def detect_shortcuts(
     workers:int=0,              # threads; 0: one a core, 8 at most
 )->dict:                        # scores, chance, verdict, features from best to worst, a sentence
     "How well the class can be predicted without the retina; `KdoctError` for too few groups or a missing file."
-    start, (rows, each) = time.time(), _sample(table.reset_index(drop=True), limit, seed)
+    start, table = time.time(), table.reset_index(drop=True)
+    table = table[table.label != '']
+    rows, each = _sample(table, limit, seed)
     n_folds = n_folds or int(np.clip(rows.groupby('label').group.nunique().min(), 2, 5))
     _check_enough_groups(rows, n_folds)
     if features is None: f = features_table((Path(root)/p for p in rows.path), workers)

@@ -267,6 +267,7 @@ def _data_text(d):
                 f'{_cell(d["per_class"])}.',
                 f'Grouping: {d["grouping"]}; {_PROTOCOL.get(d["protocol"], d["protocol"])}, '
                 f'{d["folds"]} folds.',
+                *([f'Labels: {d["labels"]}.'] if d.get('labels') else []),
                 f'Pictures: {d["framing"]}.',
             ]
         ),

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.files import counted, KdoctError, read_json, sha256_file
 from ..core.runs import Run, stage_command, teachers_of
+from ..data.plan import labels_text
 from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
@@ -72,6 +73,7 @@ def _data_facts(run, fold):
         protocol=recipe.protocol,
         folds=recipe.n_folds,
         grouping='patients (groups) are never split between training, validation and test part',
+        labels=labels_text(stage.get('labels'), [fold]),
         leak=stage.get('leak'),
         problems=stage.get('problems') or {},
     )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..core.files import counted
 from ..core.runs import Run
+from ..data.plan import labels_text
 from .intervals import MIN_DEFINED
 from .metrics import classes_of
 from .tables import COMBINED
@@ -53,6 +54,12 @@ def _images_text(data, predictions):
     return '; '.join(out)
 
 # %% ../../nbs/05e_evaluate.protocol.ipynb #cf75e3e3
+def _labels_text(run, predictions):
+    "Of how many training patients the labels were used, and what was there without one; nothing where all have one."
+    facts = run.stage('data') if run.json.is_file() else {}   # predictions may be of no run
+    text = labels_text(facts.get('labels'), set(predictions.fold))
+    return [text] if text else []
+
 _COMBINED = dict(
     probabilities='the mean of their probabilities',
     logits='the mean of their logits',
@@ -97,6 +104,7 @@ def protocol_of(
     parts = [
         f'Data {r.data.source}, {classes}',
         _split_text(run, predictions),
+        *_labels_text(run, predictions),
         _images_text(r.data, predictions),
         f'seed {r.seed}',
         _views_text(r.evaluate.views),

@@ -41,6 +41,7 @@ COMPARED = {m: TITLES[m] for m in ('accuracy', 'sensitivity', 'specificity', 'au
 
 PART_NAMES = {  # of a fold
     'train': 'training',
+    'unlabelled': 'unlabelled',
     'val': 'validation',
     'calib': 'calibration',
     'test': 'test',
