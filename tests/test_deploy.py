@@ -197,7 +197,7 @@ def test_record_and_bundle_say_what_was_measured(made, bundle):
 @pytest.mark.slow
 def test_distances_flags_and_the_spread_of_times_are_recorded_and_shown(made, bundle):
     shown = formats.summary(bundle.about["formats"])
-    card = (made.folder / "CARD.md").read_text()
+    card = (made.folder / "MODEL_CARD.md").read_text()
     for name in bundle.engines:
         f = bundle.about["formats"][name]
         fastest, slowest = f["latency_range_ms"]
@@ -420,7 +420,7 @@ def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decis
 
 @pytest.mark.slow
 def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
-    text, card = (theirs.bundle / "CARD.md").read_text(), (theirs.bundle / "card.json").read_text()
+    text, card = (theirs.bundle / "MODEL_CARD.md").read_text(), (theirs.bundle / "model_card.json").read_text()
     assert text.index(
         "Training data, calibration and evaluation of this network are not known"
     ) < text.index("## Network")
@@ -494,4 +494,4 @@ def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_p
         and "accuracy" not in parity
         and opened.about["channels"] == 1
     )
-    assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()
+    assert "Evaluation: not known" in (opened.folder / "MODEL_CARD.md").read_text()

@@ -241,8 +241,8 @@ def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
     with Predictor(straw()) as p:
         def odd(path):
             if path.name == '3.png': raise ZeroDivisionError('Smith^John')
-            yield from Sandbox.scans(p.guard, path)
-        p.guard.scans = odd
+            yield from Sandbox.scans(p.sandbox, path)
+        p.sandbox.scans = odd
         rows = {Path(r['path']).name: r for r in p.predict(folder)}
     assert (
         rows['3.png']['error'] == 'reader-failed'
@@ -426,11 +426,11 @@ def test_what_nobody_takes_is_not_read():
         def scans(self, path):
             self.read += 1
             yield path
-    guard = Endless()
-    rows = read_ahead(iter(range(10**9)), guard, lambda s: s, workers=3, files=10)
+    sandbox = Endless()
+    rows = read_ahead(iter(range(10**9)), sandbox, lambda s: s, workers=3, files=10)
     assert [next(rows) for _ in range(3)] == [(0, 0), (1, 1), (2, 2)]
     rows.close()
-    assert guard.read < 20 and threading.active_count() < 20
+    assert sandbox.read < 20 and threading.active_count() < 20
 
 
 def test_a_long_volume_is_not_read_at_once():
@@ -440,11 +440,11 @@ def test_a_long_volume_is_not_read_at_once():
             for i in range(1000):
                 self.given += 1
                 yield i
-    guard = Long()
-    rows = read_ahead(['v'], guard, lambda s: s, workers=1, scans=8)
+    sandbox = Long()
+    rows = read_ahead(['v'], sandbox, lambda s: s, workers=1, scans=8)
     next(rows)
     time.sleep(.05)
-    assert guard.given <= 10
+    assert sandbox.given <= 10
     rows.close()
 
 
@@ -496,14 +496,14 @@ def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd)
 def test_a_volume_that_nobody_wants_to_the_end_leaves_no_process(tmp_path):
     pages = [noise(i) for i in range(30)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
-    guard = Sandbox()
-    scans = guard.scans(tmp_path/'v.tif')
+    sandbox = Sandbox()
+    scans = sandbox.scans(tmp_path/'v.tif')
     next(scans)
     scans.close()
-    assert guard.all[0].process is None
-    assert len(list(guard.scans(tmp_path/'v.tif'))) == 30
-    guard.close()
-    assert guard.all[0].process is None
+    assert sandbox.all[0].process is None
+    assert len(list(sandbox.scans(tmp_path/'v.tif'))) == 30
+    sandbox.close()
+    assert sandbox.all[0].process is None
 
 
 def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path):

@@ -22,7 +22,7 @@ from kdoct.data.augment import apply_view
 from kdoct.data.batches import Batches, even_batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
-from kdoct.distill.methods import Distill
+from kdoct.distill.callback import Distill
 from kdoct.distill.teacher import train_teacher
 from kdoct.models.arithmetic import computes_bf16, resolve_precision
 from kdoct.models.backbones import create_classifier, head_modules, undecayed
