@@ -97,7 +97,7 @@ class DataRecipe(Part):
         description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad",
     )
     fill_white: bool = Field(
-        False, description="replace white padding at the border (it tells the class) by background"
+        False, description="replace white padding at the border (it shows the class) by background"
     )
     mask_scale_bar: bool = Field(
         False, description="cover the burned-in scale bar at the bottom left (NEH) with background"
@@ -139,12 +139,36 @@ class DataRecipe(Part):
         "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted "
         "on validation",
     )
+    unlabelled: bool | None = Field(
+        None,
+        description="images without a label, which train without one; source folder: those in a "
+                    "folder named unlabelled, used unless false; csv: those with an empty "
+                    "label, refused unless true",
+    )
+    labelled: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class's training patients whose labels stay; those of the "
+                    "others are hidden from every network of the run, teachers and baseline too "
+                    "(0-1]",
+    )
     severity: tuple[str, ...] | None = Field(
         None,
         description="classes from harmless to severe, for the volume rule `worst`; empty: "
                     "no such rule",
     )
     phantom:PhantomRecipe = PhantomRecipe()
+
+    @model_validator(mode='after')
+    def _no_hidden_label_of_who_is_tested(self):
+        keeps_leak = self.protocol == 'official' and self.official_overlap == 'keep'
+        if keeps_leak and self.labelled < 1:
+            raise ValueError(
+                f"labelled is {self.labelled}, and official_overlap is keep: who is tested would "
+                f"be trained on without a label"
+            )
+        return self
 
 # %% ../../nbs/00b_core.sections.ipynb #1a1f788c
 class AugmentRecipe(Part):
