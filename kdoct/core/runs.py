@@ -378,7 +378,7 @@ def teachers_of(
     "The teachers from which a network was distilled; `KdoctError` where an earlier version wrote it."
     if 'taught_by' in about:
         raise KdoctError(
-            "model.json is of an earlier version of kdoct, which named the student's teachers otherwise.",
+            "model.json is of an earlier version of kdoct, which named the teachers otherwise.",
             fix='Train the student again under a new run name.',
         )
     return about.get('distilled_from', {})
