@@ -26,7 +26,14 @@ from kdoct.data.listing import (
     walk_images,
 )
 from .registry import source, source_root
-from .spellings import copied_name, is_no_label, KNOWN_CLASSES, same_name_key
+from kdoct.data.spellings import (
+    copied_name,
+    garbled,
+    has_lost_letters,
+    is_no_label,
+    KNOWN_CLASSES,
+    same_name_key,
+)
 
 # %% ../../nbs/01be_data.class_folders.ipynb #80e468ea
 def group_pattern(
@@ -106,6 +113,34 @@ def _is_left_over(name:str, classes:Iterable[str])->bool:
     key = same_name_key(name)
     has_no_label = len(key) > 2 and is_no_label(name) and key not in _MAY_BE_CLASSES
     return has_no_label or _is_put_aside(name, classes)
+
+# %% ../../nbs/01be_data.class_folders.ipynb #c61b5a60
+_AUGMENTED = set(
+    'aug augs augment augments augmented augmentation augmentations flipped flips hflip vflip '
+    'rotated rotations mirrored'.split()
+)
+
+_FORMS = set(
+    'raw raws original originals orig unprocessed processed preprocessed resized rescaled '
+    'downsampled upsampled cropped denoised despeckled smoothed flattened clahe equalized '
+    'equalised normalized normalised converted exported lowres highres synthetic generated'.split()
+)
+
+_OF_SIZE = re.compile(r'\d{2,4} ?[x×] ?\d{2,4}(?: ?px)?')
+
+def _outer_words(name:str)->set[str]:
+    "The first and the last word of a folder's name, without numbers."
+    words = re.findall(r'[^\W\d_]+', unicodedata.normalize('NFKC', name).casefold())
+    return {words[0], words[-1]} if words else set()
+
+def _is_augmented(name:str)->bool:
+    "Whether a folder is named like one of augmented pictures: 'aug', 'CNV_aug', 'augmented_2'; not 'Aug 2020'."
+    return bool(_outer_words(name) & _AUGMENTED) and not re.search(r'(?:19|20)\d\d', name)
+
+def _form(name:str)->str:
+    "The folder's name where it is like one for a form of pictures that exist in another: 'raw', '224x224'; or ''."
+    is_one = _outer_words(name) & _FORMS or _OF_SIZE.fullmatch(name.casefold().strip())
+    return name if is_one else ''
 
 # %% ../../nbs/01be_data.class_folders.ipynb #c720c21f
 _SITE = (
@@ -248,9 +283,13 @@ def _refuse_other_folders(folders:list[list[str]], level:int, root:Path):
     others = [n for n in names if n not in masks]
     if images and images == others: _refuse_images_and_masks(folders, level, root, images[0], masks)
     if masks and others: _refuse_beside(folders, level, root, "of masks or other marks", masks)
-    left_over = [n for n in names if _is_left_over(n, names)]
+    left_over = [n for n in names if _is_left_over(n, names) or _is_augmented(n)]
     if left_over and len(left_over) < len(names):
         _refuse_beside(folders, level, root, "named like left-overs", left_over)
+    forms = [n for n in names if _form(n)]
+    if forms and len(names) - len(forms) > 1:   # of two names both may be classes: real, synthetic
+        what = "named like those of pictures that are there in another form"
+        _refuse_beside(folders, level, root, what, forms)
     within = {n: [f for f in folders if f[level:level + 1] == [n]] for n in names}
     inner = [set(_names(within[n], level + 1)) for n in names]
     if what := _what_instead(names, inner):
@@ -287,6 +326,8 @@ def _mark_folder(folders:list[str], classes:tuple[str, ...]|None)->str:
     def is_no_class(name):
         return name not in named and (_is_annotation(name) or _is_left_over(name, named))
     at = next((i for i, name in enumerate(folders, 1) if is_no_class(name)), 0)
+    last = folders[-1] if folders and classes else ''
+    if not at and last not in named and (_is_augmented(last) or _form(last)): at = len(folders)
     return '/'.join(folders[:at])
 
 # %% ../../nbs/01be_data.class_folders.ipynb #35d5013f
@@ -324,7 +365,7 @@ def _is_other_class(name:str, label:str, classes:set[str])->bool:
 def _why_not_used(path:str, label:str, below:list[str], masks:set[str], classes:set[str])->str:
     "The problem with an image of a class: a mask, or in a folder of marks, left-overs or another class below it."
     if any(map(_is_annotation, below)): return 'mask-folder'
-    if any(_is_put_aside(name, classes) for name in below): return 'left-over-folder'
+    if any(_is_put_aside(n, classes) or _is_augmented(n) for n in below): return 'left-over-folder'
     if any(_is_other_class(name, label, classes) for name in below): return 'class-in-class'
     return 'mask-file' if path in masks else ''
 
@@ -371,6 +412,35 @@ def _rows_of_folders(
         found.append(finding(mark, 'annotation-folder', counted(n, 'file'), 'not used'))
     return rows, found
 
+# %% ../../nbs/01be_data.class_folders.ipynb #f0fb365f
+def _form_notes(rows:list[dict], level:int)->list[dict]:
+    "A note on each image in a folder such as 'raw', where others of its class lie in no such folder, or in another."
+    def form(path):
+        folders = path.split('/')[:-1]
+        return next(filter(None, map(_form, folders[:level] + folders[level + 1:])), '')
+    forms, by_class = {r['path']: form(r['path']) for r in rows}, {}
+    for r in rows: by_class.setdefault(r['label'], set()).add(forms[r['path']])
+    def note(r):
+        what = f"in folder {forms[r['path']]}, where other images of {r['label']} are not"
+        return finding(r['path'], 'derived-folder', what)
+    return [note(r) for r in rows if forms[r['path']] and len(by_class[r['label']]) > 1]
+
+# %% ../../nbs/01be_data.class_folders.ipynb #3ac16762
+def _check_letters(rows:list[dict], root:Path):
+    "`KdoctError` where the letters of a class or patient were garbled or lost when files were copied or unpacked."
+    for key, what in (('label', 'class'), ('patient', 'patient')):
+        first = {r[key]: r['path'] for r in reversed(rows) if r.get(key)}
+        for name, path in first.items():
+            is_lost = has_lost_letters(name)
+            if not is_lost and not garbled(name): continue
+            shown = name.encode('utf-8', 'replace').decode()
+            why = "has lost letters" if is_lost else f"is {garbled(name)!r} with garbled letters"
+            path = path.encode('utf-8', 'replace').decode()
+            raise KdoctError(
+                f"The {what} {shown!r} ({path}) in {root} {why}.",
+                fix="Rename it, or copy or unpack it again in a way that keeps its letters (UTF-8).",
+            )
+
 # %% ../../nbs/01be_data.class_folders.ipynb #734b4de0
 @source(
     'folder',
@@ -387,4 +457,5 @@ def folder(
     folders = [path.split('/')[:-1] for path in paths if '/' in path]
     level = _level_of_classes(folders, root, data.classes)
     rows, more = _rows_of_folders(paths, level, data, pattern)
-    return make_listing(root, rows, [*found, *more], 'folder')
+    _check_letters(rows, root)
+    return make_listing(root, rows, [*found, *more, *_form_notes(rows, level)], 'folder')

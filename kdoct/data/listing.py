@@ -108,7 +108,8 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     ),
     'left-over-folder': (
         'error',
-        "the image lies in a folder of left-overs (trash, backup, ...) below its class",
+        "the image lies in a folder of left-overs or augmented pictures (trash, backup, aug, ...) "
+        "below its class",
     ),
     'class-in-class': (
         'error',
@@ -153,6 +154,11 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'patient-in-two-groups': (
         'note',
         "the groups that were given part this patient, who must be in one",
+    ),
+    'derived-folder': (
+        'note',
+        "the image lies in a folder such as raw or resized, and others of its class do not: they may "
+        "be the same pictures in two forms",
     ),
     'annotation-folder': (
         'note',

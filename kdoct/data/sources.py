@@ -121,6 +121,20 @@ def _warning_of_slices(listing:Listing, data:DataRecipe)->str:
     )
 
 # %% ../../nbs/01c_data.sources.ipynb #ed3689de
+def _warning_of_forms(listing:Listing, data:DataRecipe)->str:
+    "What to say where the same pictures may be there in two forms (raw, resized), unless they are left out; or ''."
+    f = listing.findings
+    n = int((f.problem == 'derived-folder').sum())
+    if not n or 'derived-folder' in data.leave_out: return ''
+    leave_out = ','.join(sorted({*data.leave_out, 'derived-folder'}))
+    first = f.path[f.problem == 'derived-folder'].iloc[0]
+    return (
+        f"WARNING: {counted(n, 'image')} in folders such as raw or resized, where others of the "
+        f"class are not, first {first}.\n"
+        f"If they are the same pictures in another form, leave them out: "
+        f"--set data.leave_out={leave_out}"
+    )
+
 def _with_shared_volumes(listing:Listing, data:DataRecipe)->Listing:
     "The listing with a note on each volume that has images of several patients, unless it is a number or an eye."
     table = listing.table
@@ -201,8 +215,8 @@ def load_table(
     check_labels(listing.table, data.classes)
     check_classes(listing, data.classes)
     listing = _with_shared_volumes(join_spellings(listing), data)
-    for warning in (_warning_of_lone_images(listing, data), _warning_of_slices(listing, data)):
-        if warning: print(warning)
+    for warning_of in (_warning_of_lone_images, _warning_of_slices, _warning_of_forms):
+        if warning := warning_of(listing, data): print(warning)
     return listing
 
 # %% ../../nbs/01c_data.sources.ipynb #0fee678d

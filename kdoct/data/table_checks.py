@@ -17,7 +17,13 @@ from ..core.files import counted, KdoctError
 from ..core.sections import DataRecipe
 from .listing import classes_option, IMAGE_EXTENSIONS, part_name
 from .patient_names import doubtful_spellings, eye_name
-from .spellings import garbled, is_nobody, KNOWN_CLASSES, same_name_key
+from kdoct.data.spellings import (
+    garbled,
+    has_lost_letters,
+    is_nobody,
+    KNOWN_CLASSES,
+    same_name_key,
+)
 
 # %% ../../nbs/01bc_data.table_checks.ipynb #ccd261f3
 def whole_number(
@@ -110,8 +116,10 @@ def check_cells(
     again = "Save it from the original again, as CSV UTF-8."
     for c in df.columns.intersection(['label', 'patient_label', 'patient', 'group']):
         def misread(r, c=c):
-            return f"{c} {r[c]!r} is {garbled(r[c])!r} in UTF-8 that was read as Windows-1252"
+            return f"{c} {r[c]!r} is {garbled(r[c])!r} with garbled letters"
         _refuse_rows(df, df[c].map(garbled) != '', misread, again, file)
+        def lost(r, c=c): return f"{c} {r[c]!r} has lost letters"
+        _refuse_rows(df, df[c].map(has_lost_letters), lost, again, file)
     _check_labels(df, file)
     _check_names(df, file)
 
