@@ -1,4 +1,6 @@
 "Folders of images: which level is the class, and what is refused because it is none."
+import os
+import sys
 import zipfile
 
 import pytest
@@ -475,6 +477,42 @@ def test_left_overs_are_known_beside_classes_and_below_them(name, tmp_path):
     assert below == {f"CNV/{name}/P009_0.png": kind}
 
 
+@pytest.mark.parametrize(("name", "kind"), [
+    ("DME.lnk", "class-file"), ("Macula - Shortcut.lnk", "class-file"), ("DME", "class-file"),
+    ("DME.dvc", "class-file"), ("DME.h5", "class-file"), ("DME.zip.001", "packed-images"),
+    ("DME.z01", "packed-images"), ("DME.tar.zst", "packed-images"),
+    ("DME.zip.part", "packed-images"),
+    ("CNV/.P009_0.png.icloud", "not-downloaded"), ("CNV/P009_0.png.part", "not-downloaded"),
+    ("CNV/P009_0.jpg.crdownload", "not-downloaded"), ("CNV/P009.mp4", "other-format"),
+])
+def test_a_file_in_place_of_a_class_or_a_picture_stops_the_run(name, kind, tmp_path):
+    listed(tmp_path)
+    (tmp_path / name).write_bytes(b"../elsewhere/DME\n")
+    assert problems(listed(tmp_path)) == {name: kind}
+
+
+@pytest.mark.parametrize("name", [
+    "CNV.dvc", "CNV.lnk", "model.dvc", "README", "CNV/notes.part", "tour.mp4", "CNV.h5",
+])
+def test_a_file_that_stands_for_no_class_and_no_picture_is_no_matter(name, tmp_path):
+    listed(tmp_path)
+    (tmp_path / name).write_bytes(b"hello\n")
+    assert problems(listed(tmp_path)) == {name: "other-file"}
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names there are text")
+@pytest.mark.parametrize(("name", "kind"), [
+    (b"CNV/\xd6_0.png", "undecodable-name"), (b"\xd6dem/P009_0.png", "undecodable-name"),
+    (b"CNV/\xd6.txt", "other-file"),
+])
+def test_a_name_that_is_not_utf_8_is_said_and_nothing_breaks(name, kind, tmp_path):
+    listed(tmp_path)
+    path = os.path.join(os.fsencode(tmp_path), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f: f.write(b"x")
+    assert list(listed(tmp_path).findings.problem) == [kind]
+
+
 @pytest.mark.parametrize("name", ["raw", "CNV_raw", "original images", "resized", "224x224"])
 def test_pictures_in_another_form_are_asked_about(name, tmp_path, capsys):
     listing = listed(tmp_path / "below", f"CNV/{name}/P009_0.png")
@@ -514,7 +552,9 @@ def test_a_patient_with_garbled_letters_is_refused(tmp_path):
         listed(tmp_path, "CNV/PM\u00c3\u00bcller_0.png", group_pattern=r"P(\w.*?)_")
 
 
-@pytest.mark.parametrize("name", ["\u00d6dem", "\u6d6e\u816b", "100%", "CNV?", "\u041e\u0442\u0451\u043a"])
+@pytest.mark.parametrize("name", [
+    "\u00d6dem", "\u6d6e\u816b", "100%", "CNV?", "\u041e\u0442\u0451\u043a",
+])
 def test_letters_of_all_languages_are_classes(name, tmp_path):
     assert name in set(listed(tmp_path, f"{name}/P009_0.png").table.label)
 

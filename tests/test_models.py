@@ -565,7 +565,8 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
     torch.save({'model': theirs.state_dict(), 'ema': theirs.state_dict()}, tmp_path/'best.pth')
-    with pytest.raises(SystemExit): main([*arguments, '--out', str(tmp_path/'two'), '--weights', 'ema'])
+    chosen = ['--out', str(tmp_path/'two'), '--weights', 'ema']
+    with pytest.raises(SystemExit): main([*arguments, *chosen])
     assert 'Of the file, ema is used.' in capsys.readouterr().out
 
 

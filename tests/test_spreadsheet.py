@@ -462,12 +462,25 @@ def test_tables_with_other_separators_are_refused_with_the_sign(text, says, tmp_
 
 @pytest.mark.parametrize("cell", [
     "\u00c3\u2013dem", "\u00d0\u00bd\u00d0\u00be\u00d1\u20ac", "\u00c3\x96dem", "\u251c\u00fbdem",
-    "%C3%96dem", "#U00d6dem",
+    "%C3%96dem", "#U00d6dem", "&Ouml;dem",
 ])
 def test_letters_that_were_read_in_another_encoding_are_refused(cell, tmp_path):
     with pytest.raises(KdoctError, match="with garbled letters") as e:
         load_table(table_recipe(tmp_path, GOOD.replace("CNV", cell)))
     assert "line 2" in e.value.problem and "original" in e.value.fix
+
+
+@pytest.mark.parametrize("labels", [
+    ["CNV", "CNV?"], ["CNV", "DME", "CNV;DME"], ["CNV", "CNV | DME"], ["True", "False", "1", "0"],
+])
+def test_a_label_that_is_no_class_of_its_own_is_refused_unless_all_are_named(labels, tmp_path):
+    rows = "".join(f"{i}.png,{label},P{i}\n" for i, label in enumerate(labels*2))
+    lay_out(tmp_path, *(f"{i}.png" for i in range(2*len(labels))))
+    with pytest.raises(KdoctError, match="no class of its own") as e:
+        load_table(table_recipe(tmp_path, HEAD + rows))
+    assert "--classes" in e.value.fix or "data.classes" in e.value.fix
+    named = table_recipe(tmp_path, HEAD + rows).model_copy(update=dict(classes=tuple(labels)))
+    assert set(load_table(named).table.label) == set(labels)
 
 
 def test_a_label_that_has_lost_a_letter_is_refused_and_a_doubt_is_none(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.files import counted, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
 from ..core.sections import DataRecipe
-from .class_folders import group_pattern
+from .class_folders import group_pattern, with_empty_classes
 from kdoct.data.listing import (
     check_labels,
     finding,
@@ -24,7 +24,6 @@ from kdoct.data.listing import (
     Listing,
     make_listing,
     walk_images,
-    with_empty_classes,
     with_findings,
 )
 from .patient_names import eye_name
@@ -135,6 +134,7 @@ def _warning_of_forms(listing:Listing, data:DataRecipe)->str:
         f"--set data.leave_out={leave_out}"
     )
 
+# %% ../../nbs/01c_data.sources.ipynb #b5abdd6b
 def _with_shared_volumes(listing:Listing, data:DataRecipe)->Listing:
     "The listing with a note on each volume that has images of several patients, unless it is a number or an eye."
     table = listing.table

@@ -8,6 +8,7 @@ __all__ = ['NUMBER', 'LETTER', 'KNOWN_CLASSES', 'bare_number', 'number_key', 'lo
            'is_nobody', 'is_no_label', 'garbled', 'has_lost_letters']
 
 # %% ../../nbs/01a_data.spellings.ipynb #62ac07b4
+import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -200,7 +201,10 @@ _MISREAD = {   # encoding in which UTF-8 is read by mistake -> signs of it
     'mac_roman': '√¬',
 }
 
-_ESCAPED = re.compile('%[c-f][0-9a-f]%[89ab][0-9a-f]|#u[0-9a-f]{4}', re.I)   # of web pages and unzip
+# letters as web pages and unzip write them
+_ESCAPED = re.compile(
+    r'%[c-f][0-9a-f]%[89ab][0-9a-f]|#u[0-9a-f]{4}|&(?:[a-z]{2,8}|#\d{2,5});', re.I
+)
 
 def _bytes_of(text:str, encoding:str)->bytes:
     "The bytes of a text that was read in an encoding, where control characters stand for themselves."
@@ -210,8 +214,9 @@ def _bytes_of(text:str, encoding:str)->bytes:
 def _unescaped(text:str)->str:
     "A text with its letters instead of their numbers."
     text = re.sub('#[uU]([0-9a-fA-F]{4})', lambda m: chr(int(m[1], 16)), text)
-    return unquote(text, errors='replace')
+    return unquote(html.unescape(text), errors='replace')
 
+# %% ../../nbs/01a_data.spellings.ipynb #1b19335f
 def garbled(
     text:str,  # a cell
 )->str:        # what it should be; '' where it is not garbled
@@ -226,6 +231,7 @@ def garbled(
         if all(map(is_usual, original)): return original
     return ''
 
+# %% ../../nbs/01a_data.spellings.ipynb #244784b8
 def has_lost_letters(
     text:str,  # a name
 )->bool:

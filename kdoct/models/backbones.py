@@ -267,14 +267,18 @@ def _bare(state:dict)->dict:
 
 def _state_dicts(part, at:str='', depth:int=4)->dict[str, dict]:
     "The state dicts in a checkpoint, each under the keys that lead there: 'model', 'ema.module'; '' is the whole."
-    if not isinstance(part, dict) or not part or not all(isinstance(k, str) for k in part): return {}
+    has_names = isinstance(part, dict) and all(isinstance(k, str) for k in part)
+    if not has_names or not part: return {}
     if all(isinstance(v, torch.Tensor) for v in part.values()): return {at: part}
     if not depth: return {}
-    inner = ((f'{at}.{key}'.lstrip('.'), value) for key, value in part.items())
-    return {k: v for place, value in inner for k, v in _state_dicts(value, place, depth - 1).items()}
+    found = {}
+    for key, value in part.items():
+        found |= _state_dicts(value, f'{at}.{key}'.lstrip('.'), depth - 1)
+    return found
 
+# %% ../../nbs/02a_models.backbones.ipynb #2941e90e
 def _rivals(found:dict[str, dict])->list[str]:
-    "State dicts of which one is meant: those under usual names and others of the same network; else all but small ones."
+    "State dicts of which one is meant: under usual names, and others of the same network; else all but small ones."
     usual = [at for at in found if not at or at.rpartition('.')[2] in _WRAPPERS]
     if usual:
         networks = [set(_bare(found[at])) for at in usual]
@@ -284,7 +288,7 @@ def _rivals(found:dict[str, dict])->list[str]:
 
 # %% ../../nbs/02a_models.backbones.ipynb #16adc144
 def _chosen(found:dict[str, dict], part:str, file:str)->dict:
-    "The tensors under a name: of a state dict in a checkpoint, or before the names of tensors; `KdoctError` unless one."
+    "The tensors of the one state dict with a name, or whose names begin with it; `KdoctError` unless there is one."
     if part in found: return found[part]
     fit = {}
     for at, state in found.items():
@@ -302,6 +306,7 @@ def _first_names(found:dict[str, dict])->list[str]:
     "What stands before the first point in the names of tensors."
     return list(dict.fromkeys(k.partition('.')[0] for s in found.values() for k in _bare(s)))
 
+# %% ../../nbs/02a_models.backbones.ipynb #05bd2374
 def _refuse_several(names:list[str], file:str):
     "`KdoctError` with the option that chooses one of several state dicts."
     shown = ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
