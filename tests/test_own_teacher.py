@@ -32,10 +32,11 @@ from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
+from kdoct.distill.callback import Distill
 from kdoct.distill.loading import load_teachers
-from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
+from kdoct.distill.teachers import Teachers, plain_tensor
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold
@@ -424,7 +425,7 @@ def test_a_teacher_of_ones_own_is_evaluated_recorded_and_used(tmp_path):
     key = read_json(next((outputs_root()/'cache').glob('teacher-*/about.json')))
     assert (
         key['teacher']['weights_sha256']
-        == about['taught_by']['teacher']['weights_sha256']
+        == about['distilled_from']['teacher']['weights_sha256']
         == facts['weights_sha256']
     )
     train_baseline(run)
@@ -454,7 +455,7 @@ def test_several_teachers_of_ones_own_and_one_that_is_trained(tmp_path):
         'teacher': 48,
         'teacher-b': 32,
     }
-    assert set(train_student(run)['taught_by']) == {'teacher', 'teacher-b'}
+    assert set(train_student(run)['distilled_from']) == {'teacher', 'teacher-b'}
 
 
 def test_the_long_form_reads_architecture_and_size_from_the_folder(tmp_path):

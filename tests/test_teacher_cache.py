@@ -10,7 +10,7 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe, DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
-from kdoct.distill.methods import Distill
+from kdoct.distill.callback import Distill
 from kdoct.distill.student import train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.distill.teacher_cache import TeacherCache, arithmetic, picture_facts
@@ -273,7 +273,7 @@ def test_a_run_with_views_records_what_was_asked(outputs):
     } <= set(key['pictures'])
     assert (key['teacher']['arch'], key['teacher']['precision']) == ('test_efficientnet', 'fp32')
     assert (
-        facts['asked'] == 2 * n
+        facts['queried'] == 2 * n
         and facts['seconds'] > 0
         and (outputs_root() / 'cache' / facts['cache']).is_dir()
     )

@@ -107,7 +107,7 @@ class Cases:
     probabilities:dict[str, np.ndarray]  # role -> (n, K)
     decisions:dict[str, object]          # role -> kdoct.evaluate.decisions.Decision, for those that have one
     distances:np.ndarray|None            # (n,) of each image from the training images; None without a decision
-    notes:tuple[str, ...]=()             # what could not be used, or not fitted as wished
+    notes:tuple[str, ...]=()             # what could not be used, or not fitted to its target
 
     @cached_property
     def protocol(self)->str: return protocol_of(self.run, self.predictions)

@@ -403,7 +403,7 @@ def validated_points(
     t = decision.operating_points
     t = t[(t['class'] == name) & t.threshold.notna()]
     def meaning(r):
-        return (f'{r.kind} of at least {100 * r.wished:g} %: {r.threshold:.3f} '
+        return (f'{r.kind} of at least {100 * r.target:g} %: {r.threshold:.3f} '
                 f'({r.images} images there)')
     return [(meaning(r), float(r.threshold)) for r in t.itertuples()]
 

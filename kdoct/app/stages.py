@@ -39,9 +39,8 @@ def require_archs(
         require_arch(arch)
 
 # %% ../../nbs/08a_app.stages.ipynb #a80d512bb
-def _check_and_list(recipe:Recipe)->tuple|None:
-    "What a source lists for a new run, None for simulated images; `KdoctError` without such networks or images."
-    require_archs(recipe)
+def _list_images(recipe:Recipe)->tuple|None:
+    "What a source lists for a new run, None for simulated images; `KdoctError` without such images."
     require_data_root(recipe.data)
     if recipe.data.source == 'phantom': return None
     from kdoct.data.sources import load_table  # here, so that `kdoct --help` does not wait for pandas
@@ -52,7 +51,8 @@ def new_run(
     recipe:Recipe,  # what to do
 )->Run:
     "Make the run folder, or open it; `KdoctError` before there is one if its networks or images cannot be had."
-    return create_run(name, recipe, _check_and_list)
+    require_archs(recipe)   # of students that are added to a run, too
+    return create_run(name, recipe, _list_images)
 
 # %% ../../nbs/08a_app.stages.ipynb #453803bd
 def _assigned_names(code:str)->set[str]:

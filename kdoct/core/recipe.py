@@ -26,6 +26,29 @@ from kdoct.core.sections import (
     TrainRecipe,
 )
 
+# %% ../../nbs/00c_core.recipe.ipynb #recipe-parts-1
+def _check_name(field:str, name:str):
+    "`ValueError` unless a further network can have this name: it becomes a role, a folder and a row of tables."
+    if re.fullmatch(r'[a-z0-9_]+', name): return
+    raise ValueError(f"{field}: '{name}' is no name; use small letters, digits and '_'")
+
+def _findings(e:ValidationError, *part:str)->list[str]:
+    "What pydantic has found, each with the dotted name of its field."
+    out = []
+    for fault in e.errors():
+        name = '.'.join([*part, *map(str, fault['loc'])])
+        out.append(': '.join(filter(None, [name, fault['msg'].removeprefix('Value error, ')])))
+    return out
+
+def _changed(part:Part, changes:dict, where:str)->Part:
+    "A part with some fields changed, of parts and options within too; `ValueError` naming what cannot be."
+    fields = part.model_dump()
+    for name, value in changes.items():
+        is_within = isinstance(fields.get(name), dict) and isinstance(value, dict)
+        fields[name] = fields[name] | value if is_within else value
+    try: return type(part).model_validate(fields)
+    except ValidationError as e: raise ValueError('; '.join(_findings(e, where))) from e
+
 # %% ../../nbs/00c_core.recipe.ipynb #a9f339d8
 class Recipe(Part):
     "Everything that decides a run's numbers."
@@ -42,25 +65,36 @@ class Recipe(Part):
     )
     student:TrainRecipe = TrainRecipe()
     distill:DistillRecipe = DistillRecipe()
+    students: dict[str, dict] = Field(
+        {},
+        description="further students: name -> what differs from `student`, under distill what "
+        'differs from `distill`, e.g. {"soft": {"distill": {"temperature": 8}}}',
+    )
     evaluate:EvaluateRecipe = EvaluateRecipe()
     decide:DecideRecipe = DecideRecipe()
     explain:ExplainRecipe = ExplainRecipe()
 
     @model_validator(mode='after')
     def _known_teachers(self):
-        if not self.student.train:
-            raise ValueError("student.train is false: only a teacher can be used as it is")
         for name in self.teachers:
-            if not re.fullmatch(r'[a-z0-9_]+', name):
-                raise ValueError(
-                    f"teachers: '{name}' is no name; use small letters, digits and '_'"
-                )
+            _check_name('teachers', name)
             if not self.teacher.train and 'weights' not in self.teachers[name]:
                 raise ValueError(
                     f"teachers: '{name}' names no weights, and those of `teacher` are used "
                     f"as they are"
                 )
             self.training(f'teacher-{name}')
+        return self
+
+    @model_validator(mode='after')
+    def _known_students(self):
+        for name in self.students:
+            _check_name('students', name)
+            self.distillation(f'student-{name}')
+        for role in self.student_roles:
+            if not self.training(role).train:
+                part = role.replace('student-', 'students.')
+                raise ValueError(f"{part}.train is false: only a teacher can be used as it is")
         return self
 
 # %% ../../nbs/00c_core.recipe.ipynb #2a0ee6b1
@@ -70,36 +104,76 @@ def teacher_roles(self:Recipe)->tuple[str, ...]:  # 'teacher', then 'teacher-NAM
     return ('teacher', *(f'teacher-{name}' for name in self.teachers))
 
 @patch(as_prop=True)
+def student_roles(self:Recipe)->tuple[str, ...]:  # 'student', then 'student-NAME' for each further one
+    "Roles of all students."
+    return ('student', *(f'student-{name}' for name in self.students))
+
+@patch(as_prop=True)
 def roles(self:Recipe)->tuple[str, ...]:
     "Roles of all networks that a run trains, teachers first."
-    return (*self.teacher_roles, 'student', 'baseline')
+    return (*self.teacher_roles, *self.student_roles, 'baseline')
 
 # %% ../../nbs/00c_core.recipe.ipynb #1c06f780
+def _unknown_role(self:Recipe, role:str)->KdoctError:
+    "The error for a role that a recipe has not."
+    return KdoctError(f"The recipe has no role '{role}'.", fix=f"It has: {', '.join(self.roles)}")
+
 @patch
 def training(
     self:Recipe,
-    role:str,      # teacher, teacher-NAME, student or baseline
+    role:str,      # teacher, teacher-NAME, student, student-NAME or baseline
 )->TrainRecipe:
     "How the network of a role is trained; `KdoctError` if the recipe has no such role."
     if role in ('student', 'baseline'): return self.student
     if role == 'teacher': return self.teacher
-    name = role.removeprefix('teacher-')
-    if name not in self.teachers:
-        raise KdoctError(
-            f"The recipe has no role '{role}'.", fix=f"It has: {', '.join(self.roles)}"
-        )
-    changes = self.teachers[name]
-    augment = self.teacher.augment.model_dump() | changes.get('augment', {})
-    return TrainRecipe.model_validate(
-        self.teacher.model_dump() | dict(train=True) | changes | dict(augment=augment)
-    )
+    if role not in self.roles: raise _unknown_role(self, role)
+    kind, _, name = role.partition('-')
+    if kind == 'teacher':
+        alike = self.teacher.model_copy(update=dict(train=True))
+        return _changed(alike, self.teachers[name], f'teachers.{name}')
+    changes = {k: v for k, v in self.students[name].items() if k != 'distill'}
+    return _changed(self.student, changes, f'students.{name}')
+
+# %% ../../nbs/00c_core.recipe.ipynb #recipe-distillation
+@patch
+def distillation(
+    self:Recipe,
+    role:str='student',  # student or student-NAME
+)->DistillRecipe:
+    "How a student learns from its teachers; `KdoctError` if the recipe has no such student."
+    if role == 'student': return self.distill
+    if role not in self.student_roles: raise _unknown_role(self, role)
+    name = role.removeprefix('student-')
+    changes, where = self.students[name].get('distill', {}), f'students.{name}.distill'
+    if not isinstance(changes, dict): raise ValueError(f"{where} is {changes}, no fields")
+    alike = self.distill
+    # options belong to one method
+    if changes.get('method', alike.method) != alike.method:
+        alike = alike.model_copy(update=dict(options={}))
+    return _changed(alike, changes, where)
 
 # %% ../../nbs/00c_core.recipe.ipynb #a8856310
+def _hash_of(fields:dict)->str:
+    "16 hexadecimal digits, the same on every machine."
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
 @patch(as_prop=True)
 def key(self:Recipe)->str:  # 16 hexadecimal digits
     "Hash of all fields but `decide` and `explain`, which change no network."
-    fields = self.model_dump(mode='json', exclude={'decide', 'explain'})
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return _hash_of(self.model_dump(mode='json', exclude={'decide', 'explain'}))
+
+@patch
+def network_key(
+    self:Recipe,
+    role:str,      # teacher, teacher-NAME, student, student-NAME or baseline
+)->str:            # 16 hexadecimal digits
+    "Hash of what decides the network of a role and its predictions; further students change it for no other."
+    parts = dict(data=self.data, training=self.training(role))
+    if role in self.student_roles:
+        parts['distill'] = self.distillation(role)
+        parts |= {teacher: self.training(teacher) for teacher in self.teacher_roles}
+    plain = {name: part.model_dump(mode='json') for name, part in parts.items()}
+    return _hash_of(plain | dict(seed=self.seed, views=self.evaluate.views))
 
 # %% ../../nbs/00c_core.recipe.ipynb #382f06b3
 def recipe_fields(
@@ -112,6 +186,14 @@ def recipe_fields(
         if isinstance(f.default, Part): out |= recipe_fields(type(f.default), f'{prefix}{name}.')
         else: out[prefix + name] = (f.default, f.description)
     return out
+
+# %% ../../nbs/00c_core.recipe.ipynb #recipe-mirrored
+def _mirrored(name:str)->str:
+    "The field that a further network changes: 'students.soft.distill.alpha' -> 'distill.alpha'; else the name."
+    of = re.fullmatch(r'(teacher|student)s\.[^.]+\.(.+)', name)
+    if not of: return name
+    is_distillation = of[1] == 'student' and of[2].split('.')[0] == 'distill'
+    return of[2] if is_distillation else f'{of[1]}.{of[2]}'
 
 # %% ../../nbs/00c_core.recipe.ipynb #f08b1170
 def field_kind(
@@ -128,7 +210,7 @@ def field_kind(
         'dict': 'dict',
     }
     part = Recipe
-    for n in name.split('.'):
+    for n in _mirrored(name).split('.'):
         field = getattr(part, 'model_fields', {}).get(n)
         if field is None: return ''
         part = type(field.default) if isinstance(field.default, Part) else None
@@ -167,22 +249,30 @@ def _near_fields(name:str, known:dict[str, tuple])->list[str]:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return described[:3] or near or [k for k in known if k.endswith('.' + name)]
 
+# %% ../../nbs/00c_core.recipe.ipynb #recipe-set-dotted
+def _require_field(name:str, value):
+    "`KdoctError` for a name that is no field, with its nearest neighbours."
+    known, field = recipe_fields(), _mirrored(name)   # of a further network: the field that it changes
+    with_names = (f for f in known if field_kind(f) in ('named texts', 'dict'))
+    is_within = any(field.startswith(f + '.') for f in with_names)   # data.columns.label
+    is_fields = field != name and isinstance(value, dict)   # several fields of a further network
+    if field in known or is_within or is_fields: return
+    _refuse_part(field, known)
+    near = _near_fields(field, known)
+    every = "`kdoct recipe` lists all fields."
+    remedy = f"Did you mean {' or '.join(near)}?" if near else every
+    raise KdoctError(f"The recipe has no field '{name}'.", fix=remedy)
+
 def _set_dotted(d:dict, name:str, value):
     "Set `d['a']['b']` for the name 'a.b'; an unknown name is answered with its nearest neighbours."
-    known = recipe_fields()
-    with_names = (f for f in known if field_kind(f) in ('named texts', 'dict'))
-    is_within = any(name.startswith(f + '.') for f in with_names)   # data.columns.label
-    if name not in known and not is_within:
-        _refuse_part(name, known)
-        near = _near_fields(name, known)
-        raise KdoctError(
-            f"The recipe has no field '{name}'.",
-            fix=f"Did you mean {' or '.join(near)}?"
-            if near
-            else "`kdoct recipe` lists all fields.",
-        )
+    _require_field(name, value)
     *parts, last = name.split('.')
-    for p in parts: d = d.setdefault(p, {})
+    for i, p in enumerate(parts, 1):
+        d = d.setdefault(p, {})
+        if not isinstance(d, dict):
+            within = '.'.join(parts[:i])
+            raise KdoctError(f"{within} is {d}: it has no fields, such as {name}.",
+                             fix=f"Give one of the two: {within} or {name}.")
     d[last] = _listed(value) if field_kind(name) == 'texts' else value
 
 # %% ../../nbs/00c_core.recipe.ipynb #23410f85
@@ -201,8 +291,8 @@ def _as_model_folders_say(d:dict, given:dict)->dict:
             part.get('train') is False and (Path(str(part.get('weights'))) / 'model.json').is_file()
         )
     if is_own(d['teacher']):
-        said = model_folder_facts(d['teacher']['weights'])
-        d['teacher'] = d['teacher'] | {k: v for k, v in said.items() if f'teacher.{k}' not in given}
+        own = model_folder_facts(d['teacher']['weights'])
+        d['teacher'] = d['teacher'] | {k: v for k, v in own.items() if f'teacher.{k}' not in given}
     if isinstance(d['teachers'], dict):
         d['teachers'] = {
             name: model_folder_facts(part['weights']) | part
@@ -238,9 +328,8 @@ def validated_recipe(
     try: return Recipe.model_validate(d)
     except ValidationError as e:
         faults = {'.'.join(map(str, o['loc'])): o for o in e.errors()}
-        lines = [f"{n}: {o['msg'].removeprefix('Value error, ')}" for n, o in faults.items()]
         raise KdoctError(
-            "The recipe is not valid: " + '; '.join(lines), fix=_remedy(faults)
+            "The recipe is not valid: " + '; '.join(_findings(e)), fix=_remedy(faults)
         ) from e
 
 # %% ../../nbs/00c_core.recipe.ipynb #e32cef09

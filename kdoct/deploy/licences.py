@@ -9,7 +9,7 @@ __all__ = ['NOT', 'INHERITED', 'start_licence', 'is_non_commercial', 'consequenc
 import re
 
 from ..core.files import read_json
-from ..core.runs import Run
+from ..core.runs import Run, teachers_of
 
 # %% ../../nbs/07b_deploy.licences.ipynb #1bedd935
 NOT, INHERITED = 'not recorded', 'see what it started from'
@@ -23,7 +23,7 @@ def _of_hub(arch:str)->list[dict]:
     import timm  # here, so that reading a card does not wait for it
     cfg = timm.models.get_pretrained_cfg(arch)
     licence = (cfg and cfg.license) or NOT
-    return [dict(of=f'{arch}, weights of the hub', licence=licence, said_by='timm')]
+    return [dict(of=f'{arch}, weights of the hub', licence=licence, source='timm')]
 
 def _of_model_folder(arch:str, origin:dict)->list[dict]:
     "The licences of a network that another one started from: its own, and that of its start."
@@ -31,23 +31,23 @@ def _of_model_folder(arch:str, origin:dict)->list[dict]:
     what = f"{origin.get('arch')}, network of run {origin.get('run') or NOT}, trained on {data}"
     known_by = f"SHA-256 {origin.get('weights_sha256')}"
     earlier = start_licence(origin.get('arch') or arch, origin.get('weights_from') or {})
-    return [dict(of=what, licence=INHERITED, said_by=known_by), *earlier]
+    return [dict(of=what, licence=INHERITED, source=known_by), *earlier]
 
 # %% ../../nbs/07b_deploy.licences.ipynb #37f93d5f
 def start_licence(
     arch:str,     # timm name
     origin:dict,  # `weights_from` of its model.json
-)->list[dict]:    # of, licence ('none', 'not recorded', ...), said_by; several where its start had a start
+)->list[dict]:    # of, licence ('none', 'not recorded', ...), source; several where its start had a start
     "The licences of the weights that a network started from."
     kind = origin.get('kind')
     if kind == 'hub': return _of_hub(arch)
     if kind == 'model folder': return _of_model_folder(arch, origin)
-    of, licence, said_by = {
+    of, licence, source = {
         'none': (f'{arch}, random start', 'none', 'nothing was taken over'),
         'package': (f'{arch}, ImageNet weights', 'apache-2.0', 'the package that carries them'),
         'file': (f"{arch}, file {origin.get('file')}", NOT, f"SHA-256 {origin.get('sha256')}"),
     }.get(kind, (arch, NOT, 'model.json does not say what it started from'))
-    return [dict(of=of, licence=licence, said_by=said_by)]
+    return [dict(of=of, licence=licence, source=source)]
 
 # %% ../../nbs/07b_deploy.licences.ipynb #bf758ffd
 def is_non_commercial(
@@ -80,7 +80,7 @@ def _to_find_out(start:dict)->list[str]:
     licence, of = start['licence'], start['of']
     if licence == NOT:
         return [
-            f"{of}: the licence is not recorded ({start['said_by']}). Find it out before you pass "
+            f"{of}: the licence is not recorded ({start['source']}). Find it out before you pass "
             f"the weights on."
         ]
     if licence in {*_FREE, 'none', INHERITED} or is_non_commercial(licence): return []
@@ -129,6 +129,6 @@ def licences_of(
     "The licences behind a network, its teachers' included."
     about = read_json(run.stage_dir(fold, role)/'model.json')
     own, teachers = start_licence(about['arch'], about.get('weights_from') or {}), []
-    for teacher, facts in about.get('taught_by', {}).items():
+    for teacher, facts in teachers_of(about).items():
         teachers += _of_teacher(run, fold, teacher, facts)
     return dict(own=own, teachers=teachers, what_follows=consequences(own, teachers))

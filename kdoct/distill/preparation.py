@@ -10,6 +10,7 @@ import torch
 
 from ..core.files import KdoctError
 from ..core.runs import Run
+from ..core.sections import DistillRecipe
 from .teacher_cache import picture_facts, TeacherCache
 from ..models.backbones import Classifier
 from ..training.distributed import best_device, broadcast, rank_world
@@ -41,10 +42,11 @@ def _inference_copy(model:Classifier, precision:str)->tuple[InferenceModel, dict
 
 def ready_teachers(
     found:dict[str, tuple[Classifier, dict]],  # role -> (network, its model.json)
-    run:Run,                                   # its recipe says the precision, and whether views come back
+    run:Run,                                   # its recipe says the precision of each
+    recipe:DistillRecipe,                      # of the student: whether views come back
 )->tuple[dict, dict]:                          # role -> what `Distill` takes; role -> what run.json says
     "Teachers as `Distill` takes them; `KdoctError` that names the one that cannot be used."
-    recipe, teachers, facts = run.recipe.distill, {}, {}
+    teachers, facts = {}, {}
     for role, (model, about) in found.items():
         precision = run.recipe.training(role).precision
         try: copy, facts[role] = _inference_copy(model, precision)

@@ -8,30 +8,32 @@ __all__ = ['train_student', 'train_baseline']
 # %% ../../nbs/04_distill.ipynb #imp-distill-student
 from ..core.files import KdoctError
 from ..core.runs import Run
-from .loading import load_teachers
-from .methods import Distill
+from .callback import Distill
+from .loading import load_teacher, load_teachers
 from .preparation import ready_teachers, teacher_shares
 from .teacher_cache import TeacherCache
 from ..training.distributed import init_group, propagate_failure, rank_world
 from ..training.results import train_role
 
 # %% ../../nbs/04_distill.ipynb #701f0869
-def _distil(run:Run, fold:int)->dict:
-    "The student of a fold, trained with its teachers."
-    found, role, recipe = load_teachers(run, fold), 'student', run.recipe.distill
+def _distil(run:Run, fold:int, role:str)->dict:
+    "A student of a fold, trained with its teachers."
+    found, recipe = load_teachers(run, fold), run.recipe.distillation(role)
     if run.is_finished(role, fold): return train_role(run, fold, role)
     shares = teacher_shares(found, recipe.combine)
-    teachers, facts = ready_teachers(found, run)
-    taught_by = {}   # for model.json
+    teachers, facts = ready_teachers(found, run, recipe)
+    distilled_from = {}   # for model.json
     for (name, (_, about)), share in zip(found.items(), shares.tolist(), strict=True):
-        taught_by[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
+        distilled_from[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
                                weight=share)
     del found   # the copies are used
-    distill = Distill(teachers, recipe, shares)
-    about = train_role(run, fold, role, [distill], taught_by=taught_by)
+    distill = Distill(
+        teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0]
+    )
+    about = train_role(run, fold, role, [distill], distilled_from=distilled_from)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):
-            facts[name] |= dict(cache=t.path.name, asked=t.queried, seconds=t.seconds)
+            facts[name] |= dict(cache=t.path.name, queried=t.queried, seconds=t.seconds)
     if not rank_world()[0]: run.record(f'fold_{fold}/{role}', teachers=facts)
     return about
 
@@ -39,15 +41,15 @@ def _distil(run:Run, fold:int)->dict:
 def train_student(
     run:Run,              # run whose data and teacher stages are done
     fold:int=0,           # fold, counted from 0
-    role:str='student',   # student: with the teachers; baseline: the same without
+    role:str='student',   # student, student-NAME: with the teachers; baseline: the same without
 )->dict:                  # model.json of the network
     "Train the small network of one fold; `KdoctError` naming the command if a teacher is missing."
     if role == 'baseline': return train_role(run, fold, role)
-    if role != 'student':
-        raise KdoctError(f"There is no role '{role}'.",
-                         fix="Use -p role student or -p role baseline.")
+    if role not in run.recipe.student_roles:
+        roles = ' or '.join(f'-p role {r}' for r in (*run.recipe.student_roles, 'baseline'))
+        raise KdoctError(f"There is no role '{role}'.", fix=f"Use {roles}.")
     init_group()   # before a device is taken: each process has a GPU of its own
-    with propagate_failure(): return _distil(run, fold)
+    with propagate_failure(): return _distil(run, fold, role)
 
 # %% ../../nbs/04_distill.ipynb #0ba0fea6
 def train_baseline(

@@ -224,7 +224,7 @@ def _point_row(folds, i, e):
     points = [j.decision.operating_points.iloc[i] for j in folds]
     kept, lost = _reachable(folds, points)
     first, note = points[0], _unreachable_note(points, lost)
-    row = {'class': first['class'], 'kind': first.kind, 'wished': first.wished, 'threshold': np.nan}
+    row = {'class': first['class'], 'kind': first.kind, 'target': first.target, 'threshold': np.nan}
     if not kept: return row | {'note': note}, {'threshold': note}
     text = {'threshold': _span([p.threshold for _, p, _ in kept])}
     fitted = []
@@ -247,7 +247,7 @@ def operating_section(
     "Thresholds chosen for a target sensitivity or specificity, and what they do on test."
     rows, texts = {}, {}
     for i, p in folds[0].decision.operating_points.iterrows():
-        name = f'{p["class"]}, {p.kind} {100*p.wished:g} %'
+        name = f'{p["class"]}, {p.kind} {100*p.target:g} %'
         rows[name], texts[name] = _point_row(folds, i, _resampling(evaluate, seed))
     part, _ = fitted_on(folds[0].decision)
     caption = (
@@ -338,7 +338,7 @@ def _set_row(folds, alpha, e):
     by_class = _covered_by_class(hit, y, folds[0].decision.classes)
     patients = float(pd.Series(hit).groupby(groups).mean().mean())
     least, single = min(by_class, key=by_class.get), float((size == 1).mean())
-    row = {'wished': 1 - alpha, **_numbers('covered', covered), 'covered_patients': patients,
+    row = {'target': 1 - alpha, **_numbers('covered', covered), 'covered_patients': patients,
            'mean_size': float(size.mean()), 'single': single}
     row |= {f'covered_{c}': share for c, share in by_class.items()}
     row |= {'n_images': len(y), 'note': _notes(folds, f'sets with {100 * alpha:g} %')}

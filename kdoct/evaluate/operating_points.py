@@ -54,7 +54,7 @@ def operating_points(
     y:np.ndarray,           # (n,) int, true classes
     classes:list[str],      # K names
     recipe:DecideRecipe,    # target sensitivities and specificities
-)->pd.DataFrame:            # class, kind, wished (target), threshold, sensitivity, specificity, images, note
+)->pd.DataFrame:            # class, kind, target, threshold, sensitivity, specificity, images, note
     "Thresholds of every class against the rest, and what they do on the images they are chosen on."
     targets = [('sensitivity', share) for share in recipe.sensitivity]
     targets += [('specificity', share) for share in recipe.specificity]
@@ -63,7 +63,7 @@ def operating_points(
         own, rest = probs[y == k, k], probs[y != k, k]
         for kind, target in targets:
             point = _operating_point(own, rest, kind, target)
-            rows.append({'class': c, 'kind': kind, 'wished': target} | point)
+            rows.append({'class': c, 'kind': kind, 'target': target} | point)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05i_evaluate.operating_points.ipynb #86e5d393

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError, locked, read_json, write_json
-from ..core.runs import open_run, ROLES, Run, stage_command, train_again
+from ..core.runs import open_run, ROLES, Run, stage_command, teachers_of, train_again
 from ..data.fold_data import folds_of
 from .decision_tables import DecidedPredictions, read_decided
 from .metrics import classes_of, log_softmax, logits_of, read_role
@@ -25,7 +25,7 @@ from kdoct.evaluate.tables import (
     scores_section,
     Section,
     selection_section,
-    TOGETHER,
+    COMBINED,
 )
 from kdoct.evaluate.variants import (
     BLANKED,
@@ -61,17 +61,17 @@ def finished_models(
     return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #6e1c211e
-def _taught_by(run, fold):
-    "Which teachers taught the student of a fold, with their weights; `KdoctError` if not those of the recipe."
+def _distilled_from(run, fold):
+    "Teachers of the student of a fold, and their weights; `KdoctError` if not those of the recipe."
     about, roles = run.stage_dir(fold, 'student')/'model.json', run.recipe.teacher_roles
-    taught_by = read_json(about).get('taught_by', {})
-    if set(taught_by) != set(roles):
-        by = ', '.join(taught_by) or 'nobody that is known'
+    distilled_from = teachers_of(read_json(about))
+    if set(distilled_from) != set(roles):
+        by = ', '.join(distilled_from) or 'no teacher that is known'
         raise KdoctError(
-            f"The student of fold {fold} was taught by {by}, not by {', '.join(roles)}.",
+            f"The student of fold {fold} was distilled from {by}, not from {', '.join(roles)}.",
             fix=train_again(run, fold, 'student'),
         )
-    return taught_by
+    return distilled_from
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #66d8bd20
 def combined_teachers(
@@ -82,12 +82,12 @@ def combined_teachers(
     "Predictions of several teachers on the test images, combined as in training but at T = 1."
     roles = run.recipe.teacher_roles
     if len(roles) == 1 or not set(roles) <= set(models): return None
-    taught_by = _taught_by(run, fold)
+    distilled_from = _distilled_from(run, fold)
     # both here, so that reading results does not wait for torch
     import torch
 
     from kdoct.training.losses import combine
-    first, weights = models[roles[0]], torch.tensor([taught_by[r]['weight'] for r in roles])
+    first, weights = models[roles[0]], torch.tensor([distilled_from[r]['weight'] for r in roles])
     logits = [logits_of(models[r].set_index('path').loc[first.path]) for r in roles]
     at_one = run.recipe.distill.model_copy(update=dict(temperature=1.))  # in turn: the mean of probabilities
     z = combine([torch.tensor(part) for part in logits], at_one, weights).numpy()
@@ -122,7 +122,7 @@ def fold_models(
             )
     combined = combined_teachers(run, fold, out)
     if combined is None: return out
-    return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: combined} | out
+    return {r: out[r] for r in run.recipe.teacher_roles} | {COMBINED: combined} | out
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #9e987015
 def complete_folds(
@@ -255,7 +255,7 @@ def costs_of(
     "What each model costs; measured once a run and architecture."
     path, out = run.path/'efficiency.json', {}
     with locked(path, what=f"the timing of run '{run.name}'", wait=600):
-        for m in (m for m in models if m != TOGETHER):
+        for m in (m for m in models if m != COMBINED):
             folder = model_dir(run, fold, m)
             about = read_json(folder/'model.json')
             reason = _not_measured(about, folder)

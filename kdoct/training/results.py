@@ -225,7 +225,8 @@ def _write_results(
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
     kept, metrics = _select(run, data, learn, recipe, candidates)
-    write_predictions(run, data, role, learn.model, device, candidates, kept)
+    if run.predicts_test: write_predictions(run, data, role, learn.model, device, candidates, kept)
+    else: learn.model.body.load_state_dict(candidates[kept])
     with atomic_path(folder/'history.csv') as tmp:
         pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
     pictures = {k: run.stage('data').get(k) for k in ('channels', 'coloured')}
@@ -238,13 +239,14 @@ def _write_results(
 _ORDER = 'order 2'   # raised where batches, steps or parameters change places: a state of before cannot go on
 
 # %% ../../nbs/02k_training.results.ipynb #416f8ee0
-def _resume_key(run:Run, data:FoldData, role:str, taught_by:dict)->str:
+def _resume_key(run:Run, data:FoldData, role:str, distilled_from:dict)->str:
     "What a resume state must belong to."
     # a resumed student must not change its teachers
-    teachers = [t['weights_sha256'][:16] for t in taught_by.values()]
+    teachers = [t['weights_sha256'][:16] for t in distilled_from.values()]
     n = rank_world()[1]
     several = [f'{n} processes'] if n > 1 else []
-    return ' '.join([run.recipe.key, data.folds_sha256, role, _ORDER, *teachers, *several])
+    known = run.recipe.network_key(role), data.folds_sha256, role, _ORDER
+    return ' '.join([*known, *teachers, *several])
 
 # %% ../../nbs/02k_training.results.ipynb #train-role
 def train_role(
@@ -262,7 +264,7 @@ def train_role(
             print(f"The {role} of fold {fold} in run '{run.name}' is finished already.")
             return read_json(folder/'model.json')
         began, origin = time.perf_counter(), check_start(run, data, role)
-        key = _resume_key(run, data, role, facts.get('taught_by', {}))
+        key = _resume_key(run, data, role, facts.get('distilled_from', {}))
         learn = _fold_learner(run, data, role, key, cbs)
         with _within_memory(run, role): learn.fit(run.recipe.training(role).epochs)
         if rank: return broadcast(None)
@@ -276,7 +278,8 @@ def _within_memory(run:Run, role:str):
     try: yield
     except torch.OutOfMemoryError as e:
         recipe = run.recipe.training(role)
-        part = 'student' if role in ('student', 'baseline') else 'teacher'
+        kind, _, name = role.replace('baseline', 'student').partition('-')
+        part = f'{kind}s.{name}' if name else kind   # of the recipe
         step = recipe.batch_size*recipe.accumulate
         smaller = next((n for n in range(recipe.batch_size//2, 0, -1) if step % n == 0), None)
         fix = f"Take a smaller network or smaller pictures: {part}.arch, data.size."

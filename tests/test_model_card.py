@@ -56,7 +56,7 @@ def started(run, student, teacher):
         "student",
         arch=student[0],
         weights_from=student[1],
-        taught_by={"teacher": dict(arch=teacher[0], weights_sha256="t", weight=1.0)},
+        distilled_from={"teacher": dict(arch=teacher[0], weights_sha256="t", weight=1.0)},
     )
     return model_card({}, run, 0, "student")
 
@@ -136,7 +136,7 @@ def test_an_unknown_licence_is_not_guessed(run, origin):
     assert "licence is not recorded" in text and "allow commercial use" not in text
 
 
-def test_a_teacher_that_is_not_the_one_who_taught_gives_no_licence(run):
+def test_a_teacher_that_the_student_is_not_distilled_from_gives_no_licence(run):
     started(run, ("efficientnet_b2", HUB), ("vgg19.tv_in1k", HUB))
     change(run, "teacher", weights_sha256="trained again")
     assert "licence is not recorded" in model_card({}, run, 0, "student")[0]
@@ -170,7 +170,7 @@ def test_formats_are_shown_with_whatever_was_measured(run):
 
 def test_the_card_for_programs_is_plain_json(run):
     _, card = model_card(dict(name="x"), run, 0, "student")
-    assert strict_json(json.dumps(card, allow_nan=False).encode(), "card.json")["name"] == "x"
+    assert strict_json(json.dumps(card, allow_nan=False).encode(), "model_card.json")["name"] == "x"
 
 
 def test_the_card_has_the_volume_rule_what_it_did_and_on_whom_decisions_were_fitted(run):
@@ -256,7 +256,7 @@ def test_energy_is_shown_where_stages_recorded_it(run):
 
 
 def test_a_shortcut_stands_at_the_top_of_the_card(run):
-    path = run.path / "probe.json"
+    path = run.path / "shortcuts.json"
     found = dict(
         images=60,
         of=60,
