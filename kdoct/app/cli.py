@@ -38,7 +38,7 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
-from .cli_comparison import compare, learning_curve
+from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .stages import new_run
 from kdoct.core.files import (
@@ -335,6 +335,7 @@ _command('baseline-svm')(baseline_svm)
 # %% ../../nbs/10_app.cli.ipynb #1ca0dec7
 _command()(compare)
 _command('learning-curve')(learning_curve)
+_command()(tune)
 
 # %% ../../nbs/10_app.cli.ipynb #6762fc90
 ExplainSetOption = Annotated[
