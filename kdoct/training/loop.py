@@ -96,14 +96,17 @@ def companion_groups(
     companions:dict[str, nn.Module],  # what learns beside the network: a method of distillation, a loss
     recipe:TrainRecipe,               # learning rate and weight decay
 )->list[dict]:                        # groups for torch's AdamW, each with the name of its companion
-    "Groups of the parameters that learn beside the network, at the rate of its head."
+    "Groups of what learns beside the network: its own `param_groups`, or all at the rate of the head."
     rate = recipe.lr_head or recipe.lr
-    groups = [
-        dict(params=[p for p in module.parameters() if p.requires_grad], lr=rate, peak=rate,
-             weight_decay=recipe.weight_decay, companion=name)
-        for name, module in companions.items()
-    ]
-    return [g for g in groups if g['params']]
+    def plain(module):
+        learning = [p for p in module.parameters() if p.requires_grad]
+        return [dict(params=learning, lr=rate, peak=rate, weight_decay=recipe.weight_decay)]
+    groups = []
+    for name, module in companions.items():
+        own = getattr(module, 'param_groups', None)
+        made = own(recipe) if own else plain(module)
+        groups += [g | dict(companion=name) for g in made if g['params']]
+    return groups
 
 # %% ../../nbs/02j_training.loop.ipynb #695f18ab
 class FrozenStart(Callback):
