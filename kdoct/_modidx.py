@@ -2472,6 +2472,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kdoct.distill.methods.Step.outputs': ( 'distill.methods.html#step.outputs',
                                                                                'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods._reasons': ('distill.methods.html#_reasons', 'kdoct/distill/methods.py'),
+                                       'kdoct.distill.methods._reasons_of_images': ( 'distill.methods.html#_reasons_of_images',
+                                                                                     'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods._validated': ('distill.methods.html#_validated', 'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods.check_method': ( 'distill.methods.html#check_method',
                                                                                'kdoct/distill/methods.py'),
