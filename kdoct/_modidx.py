@@ -2686,6 +2686,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'kdoct/evaluate/comparison_figures.py'),
                                                    'kdoct.evaluate.comparison_figures._verdict_legend': ( 'evaluate.comparison_figures.html#_verdict_legend',
                                                                                                           'kdoct/evaluate/comparison_figures.py'),
+                                                   'kdoct.evaluate.comparison_figures.compare_students': ( 'evaluate.comparison_figures.html#compare_students',
+                                                                                                           'kdoct/evaluate/comparison_figures.py'),
                                                    'kdoct.evaluate.comparison_figures.forest_figure': ( 'evaluate.comparison_figures.html#forest_figure',
                                                                                                         'kdoct/evaluate/comparison_figures.py'),
                                                    'kdoct.evaluate.comparison_figures.write_comparison': ( 'evaluate.comparison_figures.html#write_comparison',
