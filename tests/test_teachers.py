@@ -134,9 +134,10 @@ def fit(learn):
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
     teachers, said, seen = strangers(), {}, Seen()
     class Listen(Distill):
-        def logits_of(self, role, x):
-            said.setdefault(role, []).append(z := super().logits_of(role, x))
-            return z
+        def teacher_output(self, role, x):
+            output = super().teacher_output(role, x)
+            said.setdefault(role, []).append(output.logits)
+            return output
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)
     teachers = {r: InferenceModel(t, precision) for r, t in teachers.items()}
