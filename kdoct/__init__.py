@@ -20,7 +20,7 @@ PUBLIC = {  # public name -> module that defines it
     'load_model_folder': 'models.folders',
     'Distill': 'distill.callback',
     'Teachers': 'distill.teachers',
-    'evaluate_run': 'evaluate.stage',
+    'evaluate_run': 'evaluate.all_folds',
     'export_fold': 'deploy.stage',
     'Predictor': 'deploy.predict',
     'crossval': 'app.crossval',

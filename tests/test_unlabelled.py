@@ -22,7 +22,7 @@ from kdoct.data.folds import check_folds, make_folds, read_folds, write_folds
 from kdoct.data.hidden_labels import labelled_groups
 from kdoct.data.listing import image_table
 from kdoct.data.plan import folds_fit, labels_of, labels_text, plan_folds
-from kdoct.data.shortcuts import FEATURES, probe_shortcuts
+from kdoct.data.shortcuts import FEATURES, detect_shortcuts
 from kdoct.data.sources import load_table
 from kdoct.data.stage import prepare_data
 
@@ -436,7 +436,7 @@ def test_the_same_pixels_with_and_without_a_label_are_one_group_and_keep_the_lab
 
 
 @pytest.mark.slow
-def test_near_duplicates_without_a_label_follow_their_twin(tmp_path):
+def test_near_duplicates_without_a_label_follow_their_match(tmp_path):
     rng = np.random.default_rng(1)
 
     def blobs():
@@ -448,10 +448,10 @@ def test_near_duplicates_without_a_label_follow_their_twin(tmp_path):
 
     for p in range(12):
         save(tmp_path / "AB"[p % 2] / f"p{p:02d}-0.png", blobs())
-    twin = np.asarray(Image.open(tmp_path / "A" / "p00-0.png"))[:, ::-1].copy()
-    save(tmp_path / "unlabelled" / "p99-0.png", twin)
+    mirrored = np.asarray(Image.open(tmp_path / "A" / "p00-0.png"))[:, ::-1].copy()
+    save(tmp_path / "unlabelled" / "p99-0.png", mirrored)
     recipe = DataRecipe(source="folder", root=str(tmp_path), group_pattern=r"(p\d+)-")
-    table = audit(load_table(recipe), twins="radiograph").table.set_index("path")
+    table = audit(load_table(recipe), near_duplicates="radiograph").table.set_index("path")
     assert table.group["unlabelled/p99-0.png"] == "p00"
 
 
@@ -503,12 +503,12 @@ def test_the_share_of_labels_is_told_in_words():
 
 
 @pytest.mark.slow
-def test_the_shortcut_probe_reads_labelled_images_only(tmp_path):
+def test_shortcut_detection_reads_labelled_images_only(tmp_path):
     table = table_of(24, 6)
     f = pd.DataFrame(
         np.random.default_rng(0).random((len(table), len(FEATURES))), columns=list(FEATURES)
     )
-    assert probe_shortcuts(table, features=f)["classes"] == ["A", "B"]
+    assert detect_shortcuts(table, features=f)["classes"] == ["A", "B"]
 
 
 def test_a_plan_reads_the_share_from_the_recipe(tmp_path):

@@ -32,6 +32,8 @@ ROLES = ('teacher', 'student', 'baseline')
 
 class Run:
     "A folder that holds one recipe, its folds, and what each stage made of them."
+    predicts_test = True   # False: a trial of a search, scored on validation alone
+
     def __init__(self, path:str|Path, recipe:Recipe, seen:tuple|None=None):
         self.path, self.recipe = Path(path), recipe
         # (listing, audit or None) of its images, where making the run has looked at them; the data stage takes it, once
@@ -57,7 +59,10 @@ class Run:
         return f"Run('{self.name}', preset '{self.recipe.name}', {self.recipe.data.source})"
 
 # %% ../../nbs/00g_core.runs.ipynb #a80d512b
-def _differences(a:Recipe, b:Recipe)->list[str]:
+def recipe_differences(
+    a:Recipe,  # one recipe
+    b:Recipe,  # another
+)->list[str]:
     "Fields in which two recipes differ, as 'name: a, not b'."
     def flat(d, prefix=''):
         for k, v in d.items():
@@ -76,14 +81,6 @@ def _differences(a:Recipe, b:Recipe)->list[str]:
         for k in {**fa, **fb}
         if k != 'name' and fa.get(k) != fb.get(k)
     ]
-
-# %% ../../nbs/00g_core.runs.ipynb #9e373de2
-def recipe_differences(
-    a:Recipe,  # one recipe
-    b:Recipe,  # another
-)->list[str]:  # 'student.epochs: 3, not 8'
-    "Fields in which two recipes differ; their presets may be others."
-    return _differences(a, b)
 
 # %% ../../nbs/00g_core.runs.ipynb #4fb9e338
 _OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
@@ -166,7 +163,7 @@ def _record_students(run:Run, recipe:Recipe):
 def _continued(name:str, recipe:Recipe)->Run:
     "The run of this name, with the recipe's further students, decisions and explanations, and no other change."
     run = open_run(name)
-    diff = _differences(run.recipe, recipe)
+    diff = recipe_differences(run.recipe, recipe)
     if not diff: return run
     # nothing that was trained depends on it
     free = ('decide.', 'explain.', 'students: ')
@@ -264,7 +261,8 @@ def _data_is_prepared(run:Run, fold:int, stage:str)->bool:
 def _is_trained(run:Run, fold:int, stage:str)->bool:
     "Training writes the predictions first and model.json last."
     folder = run.stage_dir(fold, stage)
-    return (folder/'predictions.parquet').exists() and (folder/'model.json').exists()
+    is_tested = not run.predicts_test or (folder/'predictions.parquet').exists()
+    return is_tested and (folder/'model.json').exists()
 
 def _has_decision(run:Run, folder:Path)->bool:
     "Whether a network's decision is there, of these predictions and of what the recipe asks for now."
@@ -380,7 +378,7 @@ def teachers_of(
     "The teachers from which a network was distilled; `KdoctError` where an earlier version wrote it."
     if 'taught_by' in about:
         raise KdoctError(
-            "model.json is of an earlier version of kdoct, which named the student's teachers otherwise.",
+            "model.json is of an earlier version of kdoct, which named the teachers otherwise.",
             fix='Train the student again under a new run name.',
         )
     return about.get('distilled_from', {})

@@ -97,7 +97,7 @@ class DataRecipe(Part):
         description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad",
     )
     fill_white: bool = Field(
-        False, description="replace white padding at the border (it tells the class) by background"
+        False, description="replace white padding at the border (it shows the class) by background"
     )
     mask_scale_bar: bool = Field(
         False, description="cover the burned-in scale bar at the bottom left (NEH) with background"
@@ -300,7 +300,11 @@ class TrainRecipe(Part):
         0.2, ge=0, lt=1, description="dropout before the classifier [probability]"
     )
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
-    loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
+    loss: Literal['ce', 'focal', 'auc'] = Field(
+        'ce',
+        description="hard loss: cross-entropy, focal, or the margin loss for the area under the "
+                    "ROC curve, each class against the others",
+    )
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
     class_weights: Literal['none', 'balanced'] = Field(
         'none',
@@ -410,6 +414,11 @@ class TrainRecipe(Part):
             raise ValueError(
                 f"train is false, and weights is {self.weights}: name the model folder of a "
                 f"trained network"
+            )
+        if self.loss == 'auc' and (self.class_weights != 'none' or self.label_smoothing):
+            raise ValueError(
+                "loss is auc, which weighs the classes itself and takes whole labels: set "
+                "class_weights to none and label_smoothing to 0"
             )
         if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
             raise ValueError(

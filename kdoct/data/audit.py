@@ -67,12 +67,12 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
 # %% ../../nbs/01f_data.audit.ipynb #11067dbe
 def _near_duplicate_note(r, table:pd.DataFrame)->dict:
     "A note on an image that is a near-duplicate; `table` is indexed by path."
-    label, twin_label = table.label[r.path], table.label[r.twin]
-    is_torn = '' not in (label, twin_label) and twin_label != label
-    torn = f", which is {twin_label}, not {label}" if is_torn else ''
+    label, match_label = table.label[r.path], table.label[r.match]
+    is_torn = '' not in (label, match_label) and match_label != label
+    torn = f", which is {match_label}, not {label}" if is_torn else ''
     group, first = table.group[r.path], table.group[r.set]
     action = f"groups {first} and {group} merged" if group != first else 'kept'
-    seen = f"of {r.twin}{torn}; agreement {r.agreement:.2f}"
+    seen = f"of {r.match}{torn}; agreement {r.agreement:.2f}"
     return finding(r.path, 'near-duplicate', seen, action, PROBLEMS)
 
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
@@ -82,11 +82,11 @@ def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.S
     if profile == 'by-colour':
         profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
     each_once = table[table.pixels != ''].drop_duplicates('pixels')
-    twins = find_near_duplicates(each_once, root, PROFILES[profile])
-    if not len(twins): return table.group, []
-    copies, by_path = twins[twins.path != twins.set], table.set_index('path')
+    similar = find_near_duplicates(each_once, root, PROFILES[profile])
+    if not len(similar): return table.group, []
+    copies, by_path = similar[similar.path != similar.set], table.set_index('path')
     found = [_near_duplicate_note(r, by_path) for r in copies.itertuples()]
-    shared = table.path.map(twins.set_index('path').set).fillna('').astype('str')
+    shared = table.path.map(similar.set_index('path').set).fillna('').astype('str')
     return merge_groups(table.group, shared), found
 
 # %% ../../nbs/01f_data.audit.ipynb #8de40c19
@@ -285,7 +285,7 @@ def audit(
     classes:tuple[str, ...]|None=None,      # allowed labels; None: all
     leave_out:tuple[str, ...]=(),           # problems whose images are left out
     workers:int=0,                          # threads; 0: one a core, 8 at most
-    twins:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
+    near_duplicates:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
 )->Audit:
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
@@ -295,8 +295,8 @@ def audit(
     table.loc[table.path.isin(blank), 'pixels'] = ''
     found += _duplicates(table)
     table['group'] = merge_groups(table.group, table.pixels)
-    if twins:
-        table['group'], notes = _near_duplicates(table, listing.root, twins)
+    if near_duplicates:
+        table['group'], notes = _near_duplicates(table, listing.root, near_duplicates)
         found += notes
     merged = _merged(listing.table.group, table.group)
     findings = _decided(found + _overlap_notes(table, found, leave_out), leave_out)

@@ -44,6 +44,7 @@ def folds_of(
     "A run's folds, proved to be what its recipe says."
     return read_folds(run.folds_csv, **fold_rules(run.recipe.data))
 
+# %% ../../nbs/01ib_data.fold_data.ipynb #d185fa07
 def table_path(
     run:Run,  # any run
 )->Path:

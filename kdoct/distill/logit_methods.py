@@ -108,7 +108,7 @@ class HardLabel(Method):
 # %% ../../nbs/03j_distill.logit_methods.ipynb #4422b0c6
 def temperatures_for_top(
     teacher_logits:torch.Tensor,  # (n, classes)
-    top:float,                    # largest probability that is wished for, above 1/classes
+    top:float,                    # largest probability that is wanted, above 1/classes
     lowest:float=.5,              # T, above 0
     highest:float=20.,            # T
     steps:int=30,                 # of the bisection

@@ -176,7 +176,8 @@ def aurc(
     w = group_weights(len(names), n_boot, seed)
     parts = (w[i:i + chunk, gi].astype(float) for i in range(0, n_boot, chunk))
     values = np.concatenate([area(part) for part in parts])
-    return dict(estimate=float(area(np.ones((1, len(gi))))[0]), **percentile_interval(values, level))
+    estimate = float(area(np.ones((1, len(gi))))[0])
+    return dict(estimate=estimate, **percentile_interval(values, level))
 
 # %% ../../nbs/05b_evaluate.intervals.ipynb #081d4a4c
 def _same_images(a, b):

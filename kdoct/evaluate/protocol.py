@@ -13,7 +13,7 @@ from ..core.runs import Run
 from ..data.plan import labels_text
 from .intervals import MIN_DEFINED
 from .metrics import classes_of
-from .tables import TOGETHER
+from .tables import COMBINED
 
 # %% ../../nbs/05e_evaluate.protocol.ipynb #7dda4f47
 def _official_text(run, predictions, which):
@@ -78,7 +78,7 @@ def _teachers_text(recipe):
     losses = f'with alpha {d.alpha:g} (soft loss) and beta {d.beta:g} (hard loss)'
     return (
         f' The student was distilled from {len(teachers)} teachers ({", ".join(teachers)}): '
-        f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{TOGETHER}" is {row} on the '
+        f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{COMBINED}" is {row} on the '
         'test images, at T 1.'
     )
 

@@ -79,9 +79,10 @@ def _write_role(run, fold, role, test):
     kept, variants = simulated_variants(run, test, role, fold, main)
     for name, frame in (('variants', variants), ('predictions', main)):
         with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
-    distilled_from = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
+    shares = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
     about = dict(arch='simulated', parameters=300_000 if role in teachers else 100_000)
-    write_json(folder/'model.json', about | dict(metrics=dict(kept=kept), distilled_from=distilled_from))
+    further = dict(metrics=dict(kept=kept), distilled_from=shares)
+    write_json(folder/'model.json', about | further)
     _history(role).to_csv(folder/'history.csv', index=False)
 
 def write_simulated_stages(
