@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..core.files import counted, KdoctError, write_json
 from ..core.runs import Run, stage_command
+from .comparison_figures import compare_students
 from .figures import confusion_figure, folds_figure
 from .fold_figures import decision_figures, save_figures
 from .fold_tables import folds_section
@@ -106,10 +107,11 @@ def evaluate_run(
     each = {k: fold_models(run, k) for k in folds}
     models = _pool(each, run.recipe.data.protocol)
     made = run_tables(run, each, models, _not_pooled(each, models))
-    made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
+    compared, forest = compare_students(run, folds)
+    made['sections'] = dict(folds=folds_summary(run, folds)) | compared | made['sections']
     per_fold, summary = _scores_of_folds(each)
     drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
-    drawn |= decision_figures(made, models)
+    drawn |= decision_figures(made, models) | forest
     figures, names = save_figures(run, drawn, run.path/'figures')
     path, spread = run.path/'summary.json', dict(mean_sd=plain_numbers(summary))
     record = dict(run=run.name, folds=folds) | plain_tables(made) | spread
