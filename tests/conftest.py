@@ -21,7 +21,7 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
-# What these make takes long, whichever test asks first: a browser, a served page, the site of the documentation, the wheel.
+# What these make takes long, whichever test asks first: a browser, a served page, the site of the guide, the wheel.
 SLOW_FIXTURES = {"browser", "page", "site", "wheel"}
 
 
