@@ -56,6 +56,7 @@ from kdoct.evaluate.pooling import (
 from .protocol import protocol_of
 from kdoct.evaluate.tables import (
     differences_of,
+    further_students,
     named_together,
     resampled,
     Section,
@@ -90,9 +91,9 @@ def _about(run, fold, models):
             )
     return out
 
-def _histories(run, fold):
+def _histories(run, fold, models):
     "history.csv of each model that has one (a model from elsewhere has none)."
-    paths = {r: run.stage_dir(fold, r)/'history.csv' for r in run.recipe.roles}
+    paths = {m: model_dir(run, fold, m)/'history.csv' for m in models}
     return {r: pd.read_csv(p) for r, p in paths.items() if p.is_file()}
 
 # %% ../../nbs/05_evaluate.ipynb #31722e62
@@ -267,50 +268,72 @@ def _plain_tables(result):
     )
 
 # %% ../../nbs/05_evaluate.ipynb #9fa8f33f
+def _in_figures(models, students:str):
+    "Models that figures show: all but further students, and of these those that are named."
+    named = [f'student-{name.strip()}' for name in students.split(',') if name.strip()]
+    further = further_students(models)
+    if lost := [m for m in named if m not in further]:
+        there = f"Further students are {', '.join(further) or 'none'}."
+        raise KdoctError(f"There are no predictions of {lost[0]} for the figures.", fix=there)
+    return {m: df for m, df in models.items() if m not in further or m in named}
+
+def _rows_about(section, models):
+    "A section with the rows of some models, 'MODEL, WHAT'."
+    is_shown = [name.split(',')[0] in models for name in section.table.index]
+    return section._replace(table=section.table[is_shown])
+
 def _further_figures(made, models)->dict[str, Figure]:
     "Figures of views and of decisions; without decisions, how reliable probabilities are as trained."
-    sections, decided = made['sections'], made['decided']
-    out = dict(views=views_figure(sections['views'])) if 'views' in sections else {}
+    sections, decided = made['sections'], {m: d for m, d in made['decided'].items() if m in models}
+    out = {}
+    if 'views' in sections: out['views'] = views_figure(_rows_about(sections['views'], models))
     if not decided:
         return out | dict(reliability=reliability_figure({r: models[r] for r in ROLES}))
     calibration, coverage = calibration_figure(decided), coverage_figure(decided)
     return out | dict(calibration=calibration, coverage_risk=coverage)
 
+# %% ../../nbs/05_evaluate.ipynb #fold-figures
 def fold_figures(
     run:Run,  # the run
     fold:int,  # counted from 0
-    models:dict[str, pd.DataFrame],  # predictions of the fold
+    models:dict[str, pd.DataFrame],  # predictions of the models of the fold that are shown
     load_image,  # path -> uint8 array
     labels:pd.Series,  # class name of every image of folds.csv, indexed by path
 ) -> dict[str, Figure]:  # name -> figure
     "All figures of a fold."
     folds, student = folds_of(run), models['student']
     out = dict(confusion=confusion_figure(models), roc=roc_figure(models))
-    if histories := _histories(run, fold): out['training'] = history_figure(histories)
+    own = [m for m in models if m in run.recipe.roles]
+    if histories := _histories(run, fold, own): out['training'] = history_figure(histories)
     out['mistakes'] = mistakes_figure(student, load_image)
     counts = counts_of(folds[folds.fold == fold], labels)
     out['counts'] = counts_figure(counts, classes_of(student))
     return out
 
 # %% ../../nbs/05_evaluate.ipynb #890aca7a
-def _images_of(run, fold):
-    "Reader of an original image by its path, and the class name of every image, from the run's data stage."
+def _images_of(run, fold, load_image, labels):
+    "Reader of an image by its path, and the class name of every image; what is not given is the data stage's."
+    if load_image is not None and labels is not None: return load_image, labels
     table, root = open_fold(run, fold).table, Path(run.stage('data')['root'])
     def load(path): return np.asarray(decode_image(read_image_bytes(root/path))[0])
-    return load, table.set_index('path').label
+    return load_image or load, table.set_index('path').label if labels is None else labels
 
 # %% ../../nbs/05_evaluate.ipynb #9d586053
 def _print(text):
     "A text within the page, and an empty line."
     print(textwrap.fill(text, 118), end='\n\n')
 
+def _plain_text(table):
+    "A table of models as text: a few side by side, many one below the other."
+    return (table.T if len(table) <= 4 else table).to_string()
+
 def _say(run, result, files):
     "Print what was found, and the files that hold it."
     table = result['table']
     for w in result['warnings']: _print(f'WARNING: {w}')
     notes = [f'note on {m}: {n}' for m, n in table.note.items() if n]
-    print(without_note(shown(table)).T.to_string(), *notes, '', sep='\n')
-    print(shown_differences(result['differences']).T.to_string(), end='\n\n')
+    print(_plain_text(without_note(shown(table))), *notes, '', sep='\n')
+    print(_plain_text(shown_differences(result['differences'])), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
         print(s.title, without_note(s.texts).to_string(), sep='\n\n')
@@ -338,16 +361,15 @@ def evaluate_fold(
     load_image=None,  # path -> uint8 array (H, W); None: as the run's data stage reads them
     labels:pd.Series|None=None,  # class name of every image, indexed by path; None: from the run's image table
     verbose:bool=True,  # print the tables and the files
+    students:str='',  # further students that figures show, 'NAME,NAME'; the tables have all
 ) -> dict:  # table, differences, sections, estimates, protocol, figures (name -> path), models
     "Evaluate a fold: print the tables, write evaluation.json and figures/*.png, return everything."
     run, began = opened_run(run), time.perf_counter()
     models = fold_models(run, fold)
     made = _tables(run, {fold: models}, models)
     estimates = {m: evaluate_predictions(df) for m, df in models.items()}
-    if load_image is None or labels is None:
-        own = _images_of(run, fold)
-        load_image, labels = load_image or own[0], own[1] if labels is None else labels
-    drawn = fold_figures(run, fold, models, load_image, labels) | _further_figures(made, models)
+    seen, images = _in_figures(models, students), _images_of(run, fold, load_image, labels)
+    drawn = fold_figures(run, fold, seen, *images) | _further_figures(made, seen)
     figures, names = _saved(run, drawn, run.figures_dir(fold))
     path, about = run.fold_dir(fold)/'evaluation.json', dict(run=run.name, fold=fold)
     record = about | dict(parameters=made['parameters'], estimates=estimates) | _plain_tables(made)
@@ -413,6 +435,12 @@ def _scores_of_folds(each):
     summaries = {r: fold_summary(t.to_dict('records')) for r, t in by_model}
     return per_fold, pd.concat(summaries, names=['model', 'metric'])
 
+def _run_figures(made, models, per_fold)->dict[str, Figure]:
+    "Figures of all folds together, of the models that are shown."
+    of_models = per_fold[per_fold.model.isin(models)]
+    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(of_models))
+    return drawn | _further_figures(made, models)
+
 def _not_pooled(each, models):
     "Notes on models that some folds lack."
     lost = [m for m in dict.fromkeys(m for some in each.values() for m in some) if m not in models]
@@ -423,6 +451,7 @@ def evaluate_run(
     run:Run|str,  # run or its name
     folds:list[int]|None=None,  # folds to pool; None: all in which the three models have predictions
     verbose:bool=True,  # print the tables and the files
+    students:str='',  # further students that figures show, 'NAME,NAME'; the tables have all
 ) -> dict:  # table, differences, sections, folds (mean and sd), per_fold, protocol, figures
     "Pool the folds: print the tables, write summary.json and figures/*.png, return everything."
     run, began = opened_run(run), time.perf_counter()
@@ -432,8 +461,7 @@ def evaluate_run(
     made = _tables(run, each, models, _not_pooled(each, models))
     made['sections'] = dict(folds=folds_summary(run, folds)) | made['sections']
     per_fold, summary = _scores_of_folds(each)
-    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
-    drawn |= _further_figures(made, models)
+    drawn = _run_figures(made, _in_figures(models, students), per_fold)
     figures, names = _saved(run, drawn, run.path/'figures')
     path, spread = run.path/'summary.json', dict(mean_sd=_numbers(summary))
     record = dict(run=run.name, folds=folds) | _plain_tables(made) | spread
