@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -15,14 +16,14 @@ help: ## say what the targets do
 demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (5 minutes)
 	$(BIN)/kdoct demo
 
-test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest
+test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (12 minutes)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 2 --do-print --timing
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(WORKERS)
 
-test-fast: .venv/.installed-dev ## ruff and the tests that take less than 10 s each
+test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (3 minutes)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need
 
@@ -56,7 +57,7 @@ distclean: clean ## remove .venv too
 
 # The stamps are as old as the installation: it is repeated only when what it depends on has changed.
 # uv needs half a minute for what pip needs three and a half for; where it is not to be had, pip alone is enough.
-.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,dev
+.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,dev
 .venv/.installed-offline: EXTRAS := offline
 .venv/.installed-%: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \

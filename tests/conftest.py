@@ -1,20 +1,39 @@
-"What all tests share: outputs go to a temporary folder, threads are few, hypothesis repeats itself."
+"What all tests share: a trained run, a temporary folder for outputs, few threads, hypothesis that repeats itself."
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
+# Set before torch is imported, here and in the processes that tests start. The workers of pytest share the cores:
+# with more threads than cores, those of OpenMP mostly wait for each other.
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, here and in the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("kdoct")
+
+
+# What these make takes long, whichever test asks first: a browser, the site of the documentation, the built wheel.
+SLOW_FIXTURES = {"browser", "site", "wheel"}
+
+
+@pytest.hookimpl(tryfirst=True)   # before `-m "not slow"` is looked at
+def pytest_collection_modifyitems(items):
+    "Mark what needs a slow fixture; files with many slow tests first, so that the last ones to begin are short."
+    def file(item): return item.nodeid.partition("::")[0]
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames): item.add_marker("slow")
+    tests = Counter(map(file, items))
+    slow = Counter(file(item) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[file(item)], -tests[file(item)], file(item)))
 
 
 def lay_out(folder, *names):
@@ -62,6 +81,77 @@ def shared_data():
         pytest.skip("no real images here: KDOCT_DATA is not set and there is no ../shared/data")
     return folder
 
+
+# --- the trained run
+
+TRAINED = {   # a teacher with an average beside its checkpoint, a margin, two B-scans of every eye
+    "data.margin": 8,
+    "data.phantom.slices": 2,
+    "teacher.average": "swa",
+    "teacher.swa_start": 1,
+    "evaluate.views": ["identity", "hflip"],
+}
+
+
+def made_once(tmp_path_factory, name, make):
+    "A folder that the first worker who asks makes, and all read."
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: place = place.parent
+    folder, done = place / name, place / f"{name}.done"
+    with FileLock(place / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
+def copied_run(outputs, to):
+    "The run `tiny` in a copy of its outputs folder: for tests that change it."
+    from kdoct.core.files import read_json
+    from kdoct.core.recipe import validated_recipe
+    from kdoct.core.runs import Run
+    shutil.copytree(outputs, to, dirs_exist_ok=True)
+    facts = to / "tiny" / "run.json"
+    facts.write_text(facts.read_text().replace(str(outputs), str(to)))
+    return Run(to / "tiny", validated_recipe(read_json(facts)["recipe"]))
+
+
+@pytest.fixture(scope="session")
+def trained_outputs(tmp_path_factory):
+    "An outputs folder with the run `tiny`, whose teacher and baseline of fold 0 are trained. To be copied."
+    def make(folder):
+        from kdoct.core.presets import preset
+        from kdoct.core.runs import create_run
+        from kdoct.data.stage import prepare_data
+        from kdoct.distill.student import train_baseline
+        from kdoct.distill.teacher import train_teacher
+        with pytest.MonkeyPatch.context() as env:
+            env.setenv("KDOCT_OUTPUTS", str(folder))
+            run = create_run("tiny", preset("tiny", **TRAINED))
+            prepare_data(run)
+            train_teacher(run, 0)
+            train_baseline(run, 0)
+    return made_once(tmp_path_factory, "trained", make)
+
+
+@pytest.fixture(scope="session")
+def exported_outputs(trained_outputs, tmp_path_factory):
+    "The same with the bundle of the baseline, in every format. To be copied."
+    pytest.importorskip("openvino", reason="the extra deploy is not installed")
+    def make(folder):
+        from kdoct.deploy import engines
+        from kdoct.deploy.stage import export_fold
+        with pytest.MonkeyPatch.context() as env:
+            env.setenv("KDOCT_OUTPUTS", str(folder))
+            # how fast INT8 is on this machine today is not tested, nor whether a network of two epochs is sure
+            for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items():
+                env.setitem(engines.LIMITS, name, limit)
+            export_fold(copied_run(trained_outputs, folder), 0, "baseline")
+    return made_once(tmp_path_factory, "exported", make)
+
+
+# --- a browser
 
 _CHROMIUM_FLAGS = (
     "--headless",

@@ -723,9 +723,9 @@ def test_a_damaged_file_is_named_in_our_words():
         else tiff.index(struct.pack("<HH", 257, 3))
     )
     # Pillow says "Missing dimensions"
-    said = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])
+    printed = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])
     assert (
-        "dimensions" not in said and "damaged" in said and "copy or export the file again" in said
+        "dimensions" not in printed and "damaged" in printed and "copy or export the file again" in printed
     )
     assert "copy or export the file again" in refused(coded(scan(), "JPEG")[:-2000])
 

@@ -56,7 +56,7 @@ def fill(folder):
         folder / "model.safetensors",
     )
     (folder / "model.json").write_text('{"classes": ["CNV", "NORMAL"]}')
-    (folder / "CARD.md").write_text("# A student\n")
+    (folder / "MODEL_CARD.md").write_text("# A student\n")
     (folder / "model.onnx").write_bytes(onnx_of(*FLOATS))
     (folder / "openvino.xml").write_text(OPENVINO)
     (folder / "openvino.bin").write_bytes(bytes(range(16)))
@@ -102,7 +102,7 @@ def test_a_bundle_opens_as_sealed(bundle):
         and about["signature"] == "not signed"
     )
     assert sorted(about["files"]) == [
-        "CARD.md",
+        "MODEL_CARD.md",
         "model.json",
         "model.onnx",
         "model.safetensors",
@@ -113,7 +113,7 @@ def test_a_bundle_opens_as_sealed(bundle):
 
 # --- what was changed on the way
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "CARD.md", "model.onnx", "openvino.xml", "openvino.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "MODEL_CARD.md", "model.onnx", "openvino.xml", "openvino.bin"])
 def test_a_changed_byte_is_refused(bundle, name):
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -157,13 +157,16 @@ def test_a_pickle_under_another_name_is_refused(bundle, make, name):
 
 @pytest.mark.parametrize("name", ["model.pth", "model.pt", "model.pkl", "code.py", "lib.so", "model"])
 def test_only_known_kinds_of_files_are_listed(bundle, name):
-    shutil.copy(bundle / "CARD.md", bundle / name)
+    shutil.copy(bundle / "MODEL_CARD.md", bundle / name)
     relist(bundle, **{name: dict(bytes=12, sha256=sha256_file(bundle / name))})
     refused(bundle, "no file of a bundle")
 
 
-@pytest.mark.parametrize("name", ["../CARD.md", "a/../../CARD.md", "/etc/CARD.md", "C:/CARD.md", "C:CARD.md", "..\\CARD.md", "a\\CARD.md", "\\\\host\\CARD.md",
-                                  "./CARD.md", "a//CARD.md", "CARD.md/", "con.md", "CARD.md.", "CARD\n.md", "CARD.md\0", "Ä.md", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["../a.md", "a/../../a.md", "/etc/a.md", "C:/a.md", "C:a.md", "..\\a.md", "a\\b.md", "\\\\host\\a.md", "./a.md",
+     "a//b.md", "a.md/", "con.md", "a.md.", "a\n.md", "a.md\0", "Ä.md", ""],
+)
 def test_a_name_that_leaves_the_bundle_is_refused(bundle, name):
     relist(bundle, **{name: dict(bytes=12, sha256="0" * 64)})
     refused(bundle, "no plain name inside the bundle")
@@ -329,9 +332,9 @@ def test_a_bundle_json_of_1_gb_is_not_read(bundle):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"bundle": 2}', '{"bundle": 1}', '{"bundle": 1, '
-                                                                                '"files": {}}', '{"bundle": 1, "files": ["CARD.md"]}',
+                                                                                '"files": {}}', '{"bundle": 1, "files": ["MODEL_CARD.md"]}',
                                   '{"bundle": 1, "files": '
-                                  '{"CARD.md": {}}}', '{"bundle": 1, "files": {"CARD.md": '
+                                  '{"MODEL_CARD.md": {}}}', '{"bundle": 1, "files": {"MODEL_CARD.md": '
                                                       '{"bytes": -1, "sha256": "0"}}}'])
 def test_a_bundle_json_of_another_kind_is_refused(bundle, text):
     (bundle / "bundle.json").write_text(text)
@@ -468,10 +471,10 @@ def test_a_signature_by_another_key_is_refused(tmp_path, keys):
 
 def test_a_signature_that_claims_the_right_key_is_refused(tmp_path, keys):
     seal(fill(tmp_path / "b"), dict(name="a student"), key=new_keys(tmp_path / "other.pem")[0])
-    said = json.loads((tmp_path / "b" / "signature.json").read_text())
+    printed = json.loads((tmp_path / "b" / "signature.json").read_text())
     seal(tmp_path / "b", dict(name="a student"), key=keys[0])
     true = json.loads((tmp_path / "b" / "signature.json").read_text())
-    (tmp_path / "b" / "signature.json").write_text(json.dumps(said | dict(key=true["key"])))
+    (tmp_path / "b" / "signature.json").write_text(json.dumps(printed | dict(key=true["key"])))
     refused(tmp_path / "b", "the signature is not of this bundle.json", public_key=keys[1])
 
 

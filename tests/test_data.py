@@ -206,14 +206,14 @@ def spoil(folds, what):
     elif what == "row lost": f = f.iloc[1:]
     elif what == "fold lost": f = f[f.fold != 1]
     elif what == "row twice": f = pd.concat([f, f.iloc[:1]])
-    elif what == "strange role": f.loc[0, "role"] = "train2"
+    elif what == "unknown role": f.loc[0, "role"] = "train2"
     elif what == "column lost": f = f.drop(columns="group")
     elif what == "gap": f.loc[0, "group"] = ""
     elif what == "two groups": f.loc[f.index[f.path == f.path[0]][0], "group"] = "another"
     return f
 
 
-@pytest.mark.parametrize("what", ["leak", "never tested", "row lost", "fold lost", "row twice", "strange role", "column lost", "gap", "two groups"])
+@pytest.mark.parametrize("what", ["leak", "never tested", "row lost", "fold lost", "row twice", "unknown role", "column lost", "gap", "two groups"])
 def test_reading_refuses_spoiled_folds(tmp_path, what):
     spoil(GOOD, what).to_csv(tmp_path / "folds.csv", index=False)
     with pytest.raises(KdoctError): read_folds(tmp_path / "folds.csv")
@@ -747,11 +747,11 @@ def test_the_official_protocol_runs_reports_the_overlap_and_leaves_it_out(tmp_pa
         facts["per_fold"]["0"]["out"] == {"images": 14, "groups": 7}
         and facts["per_fold"]["0"]["test"]["images"] == 14
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        "14 images are outside the official test part" in said
-        and "out 14 images / 7 groups" in said
-        and "leak" not in said
+        "14 images are outside the official test part" in printed
+        and "out 14 images / 7 groups" in printed
+        and "leak" not in printed
     )
     audit = pd.read_csv(run.path / "audit.csv")
     assert (audit.problem == "official-overlap").sum() == 14

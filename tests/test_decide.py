@@ -1,11 +1,13 @@
 "The stage: what is fitted on held-out patients stays there, and is of the network beside it."
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import copied_run
 from simulated_decisions import QUICK, fitted, same
 
 from kdoct.core.files import KdoctError
@@ -24,13 +26,12 @@ from kdoct.training.results import predict_logits, train_role
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    "A tiny run whose baseline is trained in fold 0."
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('toy', preset('tiny', **{'student.epochs': 1}))
-        prepare_data(run)
-        train_role(run, 0, 'baseline')
+def made(trained_outputs, tmp_path_factory):
+    "A tiny run whose baseline is trained in fold 0, and its decision."
+    run = copied_run(trained_outputs, tmp_path_factory.mktemp('outputs'))
+    shutil.rmtree(run.stage_dir(0, 'teacher'))
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv('KDOCT_OUTPUTS', str(run.path.parent))
         return run, decide_fold(run, 0, 'baseline')
 
 
@@ -137,10 +138,10 @@ def test_validation_is_of_other_patients_than_test(made, run):
 def test_a_stage_is_finished_while_the_targets_stay(made, run):
     assert run.is_finished('decide', 0) and not run.is_finished('decide', 1)
     by_risk = {'decide.defer': 'risk', 'decide.defer_target': .05}
-    other = create_run('toy', run.recipe.override(**by_risk))  # changes no network
+    other = create_run('tiny', run.recipe.override(**by_risk))  # changes no network
     assert not other.is_finished('decide', 0) and other.recipe.key == run.recipe.key
     with pytest.raises(KdoctError, match='another recipe'):
-        create_run('toy', run.recipe.override(**{'decide.defer': 'risk', 'data.size': 96}))
+        create_run('tiny', run.recipe.override(**{'decide.defer': 'risk', 'data.size': 96}))
 
 
 def test_predictions_made_later_need_a_new_decision(made, run):

@@ -11,11 +11,11 @@ from simulated_decisions import change, features, fitted, same
 from kdoct.core.files import KdoctError, sha256_file, write_json
 from kdoct.core.sections import DecideRecipe
 from kdoct.evaluate.decisions import (
+    distinct_texts,
     explained,
     fit_decision,
     load_decision,
     save_decision,
-    told_apart,
 )
 from kdoct.evaluate.metrics import simulate_predictions
 from kdoct.evaluate.patients import VolumeRule
@@ -23,7 +23,7 @@ from kdoct.evaluate.patients import VolumeRule
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_numbers_that_are_compared_differ_as_text(a, b):
-    x, y = told_apart(100*a, 100*b)
+    x, y = distinct_texts(100*a, 100*b)
     assert (x == y) == (100*a == 100*b) and (float(x) < float(y)) == (100*a < 100*b)
 
 

@@ -10,21 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import copied_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.presets import preset
-from kdoct.core.runs import create_run, open_run
+from kdoct.core.runs import open_run
 from kdoct.core.sections import TrainRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.framing import framed, to_square
 from kdoct.data.images import decode_image, read_image_bytes
-from kdoct.data.stage import prepare_data
 from kdoct.deploy import engines, formats, graph, networks
 from kdoct.deploy import stage as deploy_stage
-from kdoct.distill.student import train_baseline
 from kdoct.evaluate.features import features_and_logits
 from kdoct.evaluate.outliers import fit_outlier
 from kdoct.models.backbones import create_classifier
@@ -36,21 +34,12 @@ pytest.importorskip("openvino", reason="the extra deploy is not installed")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(exported_outputs, tmp_path_factory):
     "A run with a trained network, and its bundle with every engine that could be written."
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("KDOCT_OUTPUTS", str(tmp_path_factory.mktemp("deploy")))
-        # how fast INT8 is on this machine today is not asked here, nor whether a network of two epochs is sure of anything
-        for name, limit in dict(speed=0., points=20., labels=.9, flags=.9).items():
-            env.setitem(engines.LIMITS, name, limit)
-        run = create_run("tiny", preset("tiny"))
-        prepare_data(run)
-        train_baseline(run, 0)
-        return SimpleNamespace(
-            run=run,
-            folder=deploy_stage.export_fold(run, 0, "baseline"),
-            record=run.stage("fold_0/deploy")["baseline"],
-        )
+    run = copied_run(exported_outputs, tmp_path_factory.mktemp("deploy"))
+    record = run.stage("fold_0/deploy")["baseline"]
+    folder = run.stage_dir(0, "baseline") / "bundle"
+    return SimpleNamespace(run=run, folder=folder, record=record)
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +169,11 @@ def test_calibration_is_of_whole_training_patients(made, bundle):
 
 
 @pytest.mark.slow
-def test_bundle_tells_no_folder_of_this_machine(made, root):
+def test_bundle_tells_no_folder_of_this_machine(made, trained_outputs, exported_outputs, root):
+    outputs = (trained_outputs, exported_outputs, made.run.path.parent)
     for f in made.folder.iterdir():
         text = f.read_bytes()
-        for place in (str(made.run.path.parent), str(root), "site-packages"):
+        for place in (*map(str, outputs), str(root), "site-packages"):
             assert place.encode() not in text, (f.name, place)
 
 
@@ -207,7 +197,7 @@ def test_record_and_bundle_say_what_was_measured(made, bundle):
 @pytest.mark.slow
 def test_distances_flags_and_the_spread_of_times_are_recorded_and_shown(made, bundle):
     shown = formats.summary(bundle.about["formats"])
-    card = (made.folder / "CARD.md").read_text()
+    card = (made.folder / "MODEL_CARD.md").read_text()
     for name in bundle.engines:
         f = bundle.about["formats"][name]
         fastest, slowest = f["latency_range_ms"]
@@ -430,7 +420,7 @@ def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decis
 
 @pytest.mark.slow
 def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
-    text, card = (theirs.bundle / "CARD.md").read_text(), (theirs.bundle / "card.json").read_text()
+    text, card = (theirs.bundle / "MODEL_CARD.md").read_text(), (theirs.bundle / "model_card.json").read_text()
     assert text.index(
         "Training data, calibration and evaluation of this network are not known"
     ) < text.index("## Network")
@@ -504,4 +494,4 @@ def test_a_model_folder_away_from_its_run_keeps_its_decision(made, theirs, tmp_p
         and "accuracy" not in parity
         and opened.about["channels"] == 1
     )
-    assert "Evaluation: not known" in (opened.folder / "CARD.md").read_text()
+    assert "Evaluation: not known" in (opened.folder / "MODEL_CARD.md").read_text()

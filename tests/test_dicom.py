@@ -263,13 +263,13 @@ def test_a_sigmoid_window_is_applied(tmp_path):
     assert np.abs(pictures(path) - want).max() <= 1 and "sigmoid" in notes(path)
 
 
-@pytest.mark.parametrize("centre,width,said", [
+@pytest.mark.parametrize("centre,width,detail", [
     (40, 400, "of the pixels would be white"), (60000, 1000, "would span 0 of 256"),
     (32768, 65535, "would span"), (-5000, 300, "would span 0 of 256"),
 ])
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
 def test_a_window_far_off_the_values_is_no_window_and_is_noted(
-    tmp_path, centre, width, said, photometric
+    tmp_path, centre, width, detail, photometric
 ):
     a = bscans(low=10, high=4000) if width == 400 else bscans(low=12, high=803)
     path = write(
@@ -279,7 +279,7 @@ def test_a_window_far_off_the_values_is_no_window_and_is_noted(
     want = spread(a)
     assert np.array_equal(pictures(path), 255 - want if photometric == "MONOCHROME1" else want)
     assert "is not applied" in notes(path) and "are spread over 0-255" in notes(path)
-    if photometric == "MONOCHROME2": assert said in notes(path)
+    if photometric == "MONOCHROME2": assert detail in notes(path)
 
 
 def test_a_window_far_off_8_bits_leaves_them_as_they_are(tmp_path):
@@ -451,11 +451,11 @@ def test_an_element_that_is_no_number_is_named_with_what_to_do(tmp_path, element
 
 
 def test_an_impossible_or_missing_element_is_named_with_what_to_do(tmp_path):
-    said = refusal(write(tmp_path/"a.dcm", bscans(4), 16, 12, BitsAllocated=12))
-    assert "its BitsAllocated is 12, not 8 or 16; correct it" in said
+    detail = refusal(write(tmp_path/"a.dcm", bscans(4), 16, 12, BitsAllocated=12))
+    assert "its BitsAllocated is 12, not 8 or 16; correct it" in detail
     colour = np.repeat(bscans(1)[..., None], 3, -1)
-    said = refusal(write(tmp_path/"b.dcm", colour, 8, PlanarConfiguration=None))
-    assert "lacks PlanarConfiguration; add what lacks" in said
+    detail = refusal(write(tmp_path/"b.dcm", colour, 8, PlanarConfiguration=None))
+    assert "lacks PlanarConfiguration; add what lacks" in detail
 
 
 def test_a_rescale_of_slope_0_is_refused(tmp_path):
@@ -744,18 +744,18 @@ def test_a_jpeg_in_dicom_that_is_cut_or_zeroed_is_refused(tmp_path, share):
 
 
 @pytest.mark.parametrize(
-    "frame,said",
+    "frame,detail",
     [
         (np.stack([bscans(1)[0]] * 3, -1), "48 x 40 pixels, 3 samples"),
         (bscans(1, h=44)[0], "48 x 44 pixels, 1 sample "),
     ],
 )
-def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_path, frame, said):
+def test_a_jpeg_of_other_size_or_channels_than_the_header_says_is_refused(tmp_path, frame, detail):
     heard = refusal(write_jpegs(tmp_path/"a.dcm", [jpeg(frame)]))
     assert (
         heard.startswith("corrupt")
         and "the header says 48 x 40 pixels, 1 sample a pixel" in heard
-        and f"the JPEG in it has {said}" in heard
+        and f"the JPEG in it has {detail}" in heard
     )
 
 
@@ -812,17 +812,17 @@ def test_a_compression_that_nothing_decodes_names_the_extra(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "maker,said", [("Carl Zeiss Meditec", "another decoder will not help"), ("Nobody", "damaged")]
+    "maker,detail", [("Carl Zeiss Meditec", "another decoder will not help"), ("Nobody", "damaged")]
 )
 def test_pixels_that_no_decoder_takes_are_those_of_a_scrambled_zeiss_file_or_damaged(
-    tmp_path, maker, said
+    tmp_path, maker, detail
 ):
     d = pydicom.dcmread(write(tmp_path/"a.dcm", bscans(), 8, Manufacturer=maker))
     d.PixelData = pydicom.encaps.encapsulate([bytes(range(200))]*3)
     d["PixelData"].is_undefined_length = True
     d.file_meta.TransferSyntaxUID = uid.JPEG2000Lossless
     d.save_as(tmp_path/"a.dcm")
-    assert said in refusal(tmp_path/"a.dcm")
+    assert detail in refusal(tmp_path/"a.dcm")
 
 
 # --- what is no volume of B-scans
@@ -853,7 +853,7 @@ def test_float_pixels_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "elements,said",
+    "elements,detail",
     [
         (dict(Modality="OP"), "a photograph by its Modality"),
         (dict(ImageType=["DERIVED", "SECONDARY", "RED"]), "a photograph by its ImageType, RED"),
@@ -875,10 +875,10 @@ def test_float_pixels_are_named(tmp_path):
         (dict(sop=uid.OphthalmicThicknessMapStorage, Modality="OPM"), "a thickness map"),
     ],
 )
-def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, said):
+def test_a_picture_of_another_kind_is_named_whichever_element_says_so(tmp_path, elements, detail):
     assert (heard := refusal(write(tmp_path / "a.dcm", bscans(1), 8, **elements))).startswith(
         "not-a-bscan"
-    ) and said in heard
+    ) and detail in heard
 
 
 @pytest.mark.parametrize("modality", ["OPT", "OT", None])
@@ -1145,7 +1145,7 @@ def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name,
 # --- which eye
 
 @pytest.mark.parametrize(
-    "frame,image,series,eye,said",
+    "frame,image,series,eye,detail",
     [
         ("L", "R", None, "OS", "FrameLaterality says OS, ImageLaterality says OD"),
         (None, "L", "R", "OS", "ImageLaterality says OS, Laterality says OD"),
@@ -1155,7 +1155,7 @@ def test_a_network_of_radiographs_refuses_volumes_of_oct_devices(tmp_path, name,
         (None, None, "R", "OD", ""),
     ],
 )
-def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, eye, said):
+def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, eye, detail):
     elements = dict(ImageLaterality=image, Laterality=series)
     if frame:
         elements["SharedFunctionalGroupsSequence"] = [
@@ -1164,8 +1164,8 @@ def test_elements_that_name_both_eyes_are_noted(tmp_path, frame, image, series, 
     path = write(tmp_path/"a.dcm", bscans(), 8, **{k: v for k, v in elements.items() if v})
     assert (
         read(path)[0].eye == eye
-        and said in notes(path)
-        and bool(said) == ("which eye" in notes(path))
+        and detail in notes(path)
+        and bool(detail) == ("which eye" in notes(path))
     )
 
 
@@ -1210,10 +1210,10 @@ def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp
     )
     d = pydicom.dcmread(write(tmp_path/"c.dcm", bscans(3), 8))
     d.compress(uid.RLELossless)
-    for n, said in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
+    for n, detail in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
         d.NumberOfFrames = n
         d.save_as(tmp_path/"c.dcm")
-        assert said in refusal(tmp_path/"c.dcm")
+        assert detail in refusal(tmp_path/"c.dcm")
 
 
 @pytest.mark.parametrize(

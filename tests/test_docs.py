@@ -78,11 +78,11 @@ def test_every_internal_link_and_anchor_leads_somewhere(site):
 def test_no_page_loads_anything_from_another_host(site):
     folder, pages = site
     loaded = {address for page in pages.values() for address in page.loaded}
-    asked = {address for address in loaded if urlsplit(address).netloc}
+    addresses = {address for address in loaded if urlsplit(address).netloc}
     for sheet in folder.rglob("*.css"):
         text = sheet.read_text(encoding="utf-8")
-        asked |= set(re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^)\"' ]+)", text))
-    assert not asked
+        addresses |= set(re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^)\"' ]+)", text))
+    assert not addresses
 
 
 @pytest.mark.slow
@@ -126,8 +126,8 @@ def test_pages_fit_the_window_and_ask_nobody(site, browser, width):
         assert over <= 0, f"{name} is {over} px too wide"
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    asked = [e["request"]["url"] for e in sent]
-    assert asked and not [a for a in asked if a.startswith(("http:", "https:", "ws:", "wss:"))]
+    addresses = [e["request"]["url"] for e in sent]
+    assert addresses and not [a for a in addresses if a.startswith(("http:", "https:", "ws:", "wss:"))]
 
 
 @pytest.mark.slow

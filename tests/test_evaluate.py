@@ -12,7 +12,7 @@ from kdoct.app import report_parts
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
-from kdoct.evaluate import pooling, simulated, stage
+from kdoct.evaluate import all_folds, pooling, run_warnings, simulated, stage
 from kdoct.evaluate import tables as T
 from kdoct.evaluate.metrics import HEADLINE, evaluate_predictions, read_predictions
 
@@ -101,7 +101,7 @@ def test_predictions_of_another_fold_are_refused(run):
 
 
 def test_run_pools_folds_and_keeps_their_spread(run):
-    r, printed = quiet(stage.evaluate_run, run)
+    r, printed = quiet(all_folds.evaluate_run, run)
     each = [evaluate_predictions(pooling.fold_models(run, k)['student']) for k in (0, 1)]
     assert r['folds'].loc[('student', 'accuracy'), 'sd'] == pytest.approx(
         np.std([e['accuracy'] for e in each])
@@ -119,7 +119,7 @@ def test_run_pools_folds_and_keeps_their_spread(run):
 def test_a_patient_tested_in_two_folds_is_refused():
     m = models()
     with pytest.raises(KdoctError, match='more than one fold'):
-        stage._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
+        all_folds._pool({0: m, 1: {r: df.assign(fold=1) for r, df in m.items()}})
 
 
 def test_simulated_models_never_enter_a_real_run(run, monkeypatch):
@@ -162,7 +162,7 @@ def test_report_before_any_model(run):
 
 
 def shortcut(above=True):
-    "What probe.json says."
+    "What shortcuts.json says."
     worst = dict(name='white_top', meaning='white above', balanced_accuracy=.7, mean={})
     return dict(
         images=60,
@@ -182,18 +182,18 @@ def shortcut(above=True):
 
 
 @pytest.fixture
-def probed(run):
+def checked(run):
     yield run
-    (run.path/'probe.json').unlink()
+    (run.path/'shortcuts.json').unlink()
 
 
-def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
-    write_json(probed.path/'probe.json', shortcut())
-    _, printed = quiet(stage.evaluate_run, probed)
+def test_a_shortcut_stands_at_the_top_of_report_and_summary(checked):
+    write_json(checked.path/'shortcuts.json', shortcut())
+    _, printed = quiet(all_folds.evaluate_run, checked)
     words = 'predicts the class with 78.0 % balanced accuracy [70.0, 85.0] where chance is 25.0 %'
     assert printed.startswith('WARNING: Shortcut') and words in ' '.join(printed.split())
-    assert words in read_json(probed.path/'summary.json')['warnings'][0]
-    html = R.report_html(probed, [0, 1]).read_text()
+    assert words in read_json(checked.path/'summary.json')['warnings'][0]
+    html = R.report_html(checked, [0, 1]).read_text()
     assert (
         html.index(words) < html.index('<h2>Results')
         and 'Nothing: no stage failed' not in html
@@ -201,9 +201,9 @@ def test_a_shortcut_stands_at_the_top_of_report_and_summary(probed):
     )
 
 
-def test_a_probe_at_chance_is_no_warning(probed):
-    write_json(probed.path/'probe.json', shortcut(False))
-    assert not [w for w in stage.warnings_of(probed) if w.startswith('Shortcut')]
+def test_shortcuts_at_chance_are_no_warning(checked):
+    write_json(checked.path/'shortcuts.json', shortcut(False))
+    assert not [w for w in run_warnings.warnings_of(checked) if w.startswith('Shortcut')]
 
 
 def test_findings_of_data_and_decisions_are_warnings(run):
@@ -229,7 +229,7 @@ def test_findings_of_data_and_decisions_are_warnings(run):
         'agreement 0.99"\n'
     )
     blanked = T.Section('', blank, blank, '')
-    try: printed = stage.warnings_of(run, dict(operating=section, blanked=blanked))
+    try: printed = run_warnings.warnings_of(run, dict(operating=section, blanked=blanked))
     finally: (run.path/'audit.csv').unlink()
     assert any('above chance (25.0 %): student 60.0 [50.0, 70.0] %' in w for w in printed)
     assert any('1 near-duplicates have another class' in w for w in printed)
@@ -240,12 +240,12 @@ def test_findings_of_data_and_decisions_are_warnings(run):
 
 
 def test_the_main_table_and_that_of_every_class_share_one_pass(run, monkeypatch):
-    both, asked = T.bootstrap_both, []
+    both, sizes = T.bootstrap_both, []
     monkeypatch.setattr(
-        T, 'bootstrap_both', lambda df, *how: asked.append(len(df)) or both(df, *how)
+        T, 'bootstrap_both', lambda df, *how: sizes.append(len(df)) or both(df, *how)
     )
     made = quiet(stage.evaluate_fold, run, 0)[0]
-    assert len(asked) == len(made['models'])
+    assert len(sizes) == len(made['models'])
 
 
 def test_what_is_true_of_several_networks_is_said_once(run):
@@ -265,7 +265,7 @@ def test_what_is_true_of_several_networks_is_said_once(run):
         dict(note=[few, few, '']),
         index=['teacher, target 95 %', 'student, target 95 %', 'baseline, target 95 %'],
     )
-    printed = stage.warnings_of(
+    printed = run_warnings.warnings_of(
         run,
         dict(
             sets=T.Section('Prediction sets', sets, sets, ''),
@@ -308,15 +308,15 @@ def test_a_single_fold_has_no_summary_over_folds_in_the_report(run):
     )
 
 
-def test_the_report_has_words_where_files_have_names(probed):
+def test_the_report_has_words_where_files_have_names(checked):
     write_json(
-        probed.path / 'probe.json',
+        checked.path / 'shortcuts.json',
         shortcut()
         | dict(
             features=[dict(name='white_top', meaning='white above', balanced_accuracy=0.7, mean={})]
         ),
     )
-    html = R.report_html(probed, [0, 1]).read_text()
+    html = R.report_html(checked, [0, 1]).read_text()
     page = (
         html[html.index('<section id="results">') : html.index('<section id="recipe">')]
         + html[html.index('<section id="machine">') :]

@@ -163,11 +163,11 @@ def test_what_a_decision_says_is_shown_and_can_be_chosen(run):
     )
     flagged = pick(state.table, CaseFilter(outlier="outlier"))
     assert set(flagged) == set(np.flatnonzero(cases.distances > decision.outlier.threshold))
-    said = " ".join(html.verdict(cases, state.subject(0)))
+    printed = " ".join(html.verdict(cases, state.subject(0)))
     assert (
-        "Prediction sets" in said
-        and ("Not deferred" in said) != ("Deferred to" in said)
-        and ("No outlier" in said) != ("Outlier:" in said)
+        "Prediction sets" in printed
+        and ("Not deferred" in printed) != ("Deferred to" in printed)
+        and ("No outlier" in printed) != ("Outlier:" in printed)
     )
     now = state.network(state.stamp()).output(state.subject(0).image)
     assert now.probabilities == pytest.approx(p[0], abs=1e-4) and now.distance == pytest.approx(
@@ -190,10 +190,10 @@ def test_predict_and_explorer_say_the_same_of_every_picture(run):
         assert state.table.loc[i, ["predicted", "deferred", "why", "outlier"]].tolist() == [
             row[k] for k in ("predicted", "deferred", "why", "outlier")
         ]
-        said = html.verdict(cases, state.subject(i))
+        printed = html.verdict(cases, state.subject(i))
         assert (
             f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred."
-        ) in said
+        ) in printed
     assert {r["outlier"] for r in rows} == {True, False}
 
 
@@ -231,24 +231,24 @@ def test_the_same_picture_has_the_same_texts_in_predict_explorer_report_and_card
         ]
         # the same picture, as a file of one's own
         own = state.upload_subject(networks.read_upload_path(root / cases.predictions.path[i])[0])
-        said, of_own = (
+        printed, of_own = (
             html.verdict(cases, state.subject(i)),
             html.verdict(cases, own, state.network(state.stamp()).output(own.image)),
         )
-        assert said[-4:] == of_own[-4:]
+        assert printed[-4:] == of_own[-4:]
         assert (
             f"Deferred to a person ({row['why']})." if row["deferred"] else "Not deferred."
-        ) in said
-        assert any(t.startswith("Outlier:") for t in said) == row["outlier"]
-        assert f"{' or '.join(row['prediction_set'])} at an error of {100*alpha:g} %" in said[-1]
+        ) in printed
+        assert any(t.startswith("Outlier:") for t in printed) == row["outlier"]
+        assert f"{' or '.join(row['prediction_set'])} at an error of {100*alpha:g} %" in printed[-1]
     assert {r["outlier"] for r in rows} == {r["deferred"] for r in rows} == {True, False}
 
-    judged = {"student": [read_decided(folder, cases.predictions)]}   # what report and card count
+    decided = {"student": [read_decided(folder, cases.predictions)]}   # what report and card count
     few = EvaluateRecipe(n_boot=100)
-    assert deferral_section(judged, few).table.coverage["student"] == pytest.approx(
+    assert deferral_section(decided, few).table.coverage["student"] == pytest.approx(
         np.mean([not r["deferred"] for r in rows])
     )
-    assert outliers_section(judged, few).table.outliers["student"] == pytest.approx(
+    assert outliers_section(decided, few).table.outliers["student"] == pytest.approx(
         np.mean([r["outlier"] for r in rows])
     )
     text, _ = model_card({}, run, 0, "student", d)
@@ -492,20 +492,20 @@ def test_the_list_has_pages(run, monkeypatch):
 
 
 def test_small_pictures_are_those_of_the_page_and_open_no_file(run, monkeypatch):
-    asked, made = [], Explorer.thumbnails
+    rows_made, made = [], Explorer.thumbnails
     monkeypatch.setattr("kdoct.app.panels.PAGE", 5)
     monkeypatch.setattr(
-        Explorer, "thumbnails", lambda self, rows: asked.append(list(rows)) or made(self, rows)
+        Explorer, "thumbnails", lambda self, rows: rows_made.append(list(rows)) or made(self, rows)
     )
     app = App()
     assert (
-        asked == [[i for _, i in app.tests.list.options]]
+        rows_made == [[i for _, i in app.tests.list.options]]
         and app.tests.small.value.count("url(data:image/jpeg") == 5
     )
     monkeypatch.setattr(
         "kdoct.app.cases.read_image_bytes", lambda path: pytest.fail(f"opened {path}")
     )
-    row = asked[0][2]
+    row = rows_made[0][2]
     small = np.asarray(
         Image.open(io.BytesIO(base64.b64decode(app.state.thumbnails([row])[0].partition(",")[2]))),
         float,
@@ -605,7 +605,7 @@ def test_an_empty_selection_cannot_be_saved_and_says_so(run):
 def test_a_network_without_maps_says_why_its_controls_are_grey(run, monkeypatch):
     def none(body, size, name):
         raise KdoctError("Mixer has no layer with maps.", fix="Look at another network.")
-    monkeypatch.setattr("kdoct.explain.cam._layer_of", none)
+    monkeypatch.setattr("kdoct.explain.cam.layer_of", none)
     app = App()
     app.viewer.map_on.value = True
     app.work.wait()
@@ -661,9 +661,9 @@ def test_an_unfinished_fold_is_told_and_left_again(run):
 
 
 def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(run, monkeypatch):
-    gate, begun, asked = threading.Event(), threading.Event(), []
+    gate, begun, images = threading.Event(), threading.Event(), []
     def slow(self, image, number):
-        asked.append(image.tobytes())
+        images.append(image.tobytes())
         begun.set()
         assert gate.wait(30)
         return networks.Heatmap(np.full((64, 64), .5, np.float32), "none", 0.)
@@ -677,7 +677,7 @@ def test_a_map_waits_in_the_background_and_only_the_picture_looked_at_is_drawn(r
     assert "Computing" in app.viewer.status.value
     gate.set()
     app.work.wait()
-    assert len(asked) == 2 and asked[1] == app.state.subject(rows[4]).image.tobytes()
+    assert len(images) == 2 and images[1] == app.state.subject(rows[4]).image.tobytes()
     assert (
         "Computing" not in app.viewer.status.value and 'alt="Score-CAM"' in app.viewer.picture.value
     )
@@ -803,11 +803,11 @@ class Hand:
         "Press the button that asks for a file, and give one to the dialogue that it would open."
         self.browser.execute_script(
             "HTMLInputElement.prototype.click = function() { document.body.append(this); "
-            "window.asked = this }"
+            "window.fileInput = this }"
         )
         (button,) = self.all("button.widget-upload")
         button.send_keys(" ")
-        self.until(lambda: self.browser.execute_script("return window.asked")).send_keys(str(file))
+        self.until(lambda: self.browser.execute_script("return window.fileInput")).send_keys(str(file))
 
 
 def reached_by_tab(browser, hand):

@@ -224,7 +224,7 @@ def test_covid_folders_are_named_in_words(names, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    ["gradcam", "Grad-CAM", "old", "trash", "unknown", "Unlabelled", "to_delete", "tmp", "backup"],
+    ["gradcam", "Grad-CAM", "old", "trash", "unknown", "Not labelled", "to_delete", "tmp", "backup"],
 )
 def test_folders_that_are_no_classes_beside_classes_are_refused_and_left_out_where_these_are_named(
     other, tmp_path

@@ -1,4 +1,4 @@
-"Weights: packages compute what they should, other runs and strangers are taken in safely; every network makes a model folder."
+"Weights: packages compute what they should, other runs and weights of others are taken in safely; every network makes a model folder."
 import importlib
 from pathlib import Path
 

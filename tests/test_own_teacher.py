@@ -32,10 +32,11 @@ from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
+from kdoct.distill.callback import Distill
 from kdoct.distill.loading import load_teachers
-from kdoct.distill.methods import Distill, Teachers, plain_tensor
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
+from kdoct.distill.teachers import Teachers, plain_tensor
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
 from kdoct.evaluate.stage import evaluate_fold

@@ -15,7 +15,8 @@ from kdoct.data.phantom_files import write_phantom
 from kdoct.data.stage import prepare_data
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
-from kdoct.evaluate.stage import evaluate_fold, evaluate_run
+from kdoct.evaluate.all_folds import evaluate_run
+from kdoct.evaluate.stage import evaluate_fold
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +26,8 @@ SMALL = {
     'data.margin': 6,
     'data.n_folds': 2,
     'evaluate.n_boot': 100,
-    'teacher.arch': 'convnextv2_atto',
-    'student.arch': 'efficientnet_b0',
+    'teacher.arch': 'test_convnext2',
+    'student.arch': 'test_efficientnet',
     **{
         f'{who}.{k}': v
         for who in ('teacher', 'student')

@@ -113,10 +113,10 @@ def test_drusen_lie_between_rpe_and_bruchs_membrane():
 
 def test_the_healthy_twin_differs_only_about_the_lesion():
     pick = next(p for p in range(100) if slice_severity(0, p, 0, 0, 'CNV') > .7)
-    sick, twin = (simulate_bscan(0, pick, 0, 0, diagnosis=c) for c in ('CNV', 'NORMAL'))
-    equal = (sick.image == twin.image).all(0)
+    sick, healthy = (simulate_bscan(0, pick, 0, 0, diagnosis=c) for c in ('CNV', 'NORMAL'))
+    equal = (sick.image == healthy.image).all(0)
     assert .05 < equal.mean() < .95 and not (equal & sick.mask.any(0)).any()
-    assert sick.device == twin.device
+    assert sick.device == healthy.device
 
 def test_fluid_is_darker_than_the_tissue_around_it():
     from scipy.ndimage import binary_dilation

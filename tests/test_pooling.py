@@ -10,7 +10,7 @@ from kdoct.app import report as R
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import ROLES, create_run
-from kdoct.evaluate import pooling, simulated, stage
+from kdoct.evaluate import all_folds, pooling, run_tables, simulated, stage
 from kdoct.evaluate import tables as T
 from kdoct.evaluate import variants as V
 from kdoct.evaluate.metrics import evaluate_predictions, read_predictions, simulate_predictions
@@ -32,7 +32,7 @@ def viewed(tmp_path_factory):
         return (
             run,
             quiet(stage.evaluate_fold, run, 0)[0],
-            quiet(stage.evaluate_run, run)[0],
+            quiet(all_folds.evaluate_run, run)[0],
         )
 
 
@@ -193,12 +193,12 @@ def test_no_ensemble_over_the_folds_of_a_cross_validation(viewed):
 def official_tables(run):
     "What `evaluate_run` computes, without its figures."
     each = {k: pooling.fold_models(run, k) for k in range(3)}
-    return stage._tables(run, each, stage._pool(each, 'official'))
+    return run_tables.run_tables(run, each, all_folds._pool(each, 'official'))
 
 
 def test_official_models_are_pooled_on_the_same_test_images():
     run = official_run('official')
-    r, _ = quiet(stage.evaluate_run, run)
+    r, _ = quiet(all_folds.evaluate_run, run)
     assert (
         '3 models on the same test images' in r['protocol']
         and 'test-time views: none' in r['protocol']
@@ -248,7 +248,7 @@ def test_ensemble_is_refused_where_every_patient_is_known():
 def test_official_folds_must_test_the_same_images():
     m = models()
     with pytest.raises(KdoctError, match='not tested in every fold'):
-        stage._pool(
+        all_folds._pool(
             {0: m, 1: {r: df.iloc[1:].assign(fold=1) for r, df in m.items()}}, 'official'
         )
 
@@ -257,9 +257,9 @@ def test_official_folds_must_test_the_same_images():
 def test_the_summary_over_folds_needs_files_only(viewed):
     run, _, pooled = viewed
     (run.path/'summary.json').unlink()
-    again, s = stage.folds_summary(run), pooled['sections']['folds']
+    again, s = all_folds.folds_summary(run), pooled['sections']['folds']
     pd.testing.assert_frame_equal(again.table, s.table)
-    (_, printed) = quiet(stage.evaluate_run, run)
+    (_, printed) = quiet(all_folds.evaluate_run, run)
     saved, row = (
         read_json(run.path / 'summary.json')['sections']['folds'],
         'teacher, all slices, kept weights, averaged views',

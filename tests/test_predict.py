@@ -15,18 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from conftest import copied_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
-from kdoct.core.presets import preset
-from kdoct.core.runs import create_run
 from kdoct.data.images import inspect_file
 from kdoct.data.problems import BadImage
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
-from kdoct.data.stage import prepare_data
 from kdoct.deploy.bundle import new_keys, seal
 from kdoct.deploy.engines import Engine
 from kdoct.deploy.networks import open_bundle, pictures_taken
@@ -78,18 +76,10 @@ def folder(tmp_path):
 # --- the numbers are those of training
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
+def trained(exported_outputs, tmp_path_factory):
     "A tiny run with a trained network and its bundle."
-    from kdoct.deploy.stage import export_fold
-    from kdoct.distill.teacher import train_teacher
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('t', preset('tiny', **{'data.margin': 8, 'data.phantom.slices': 2}))
-        prepare_data(run)
-        train_teacher(run, 0)
-        return run, export_fold(
-            run, 0, 'teacher', out=tmp_path_factory.mktemp('bundle') / 'b', formats=('onnx',)
-        )
+    run = copied_run(exported_outputs, tmp_path_factory.mktemp('outputs'))
+    return run, run.stage_dir(0, 'baseline')/'bundle'
 
 
 @pytest.fixture
@@ -98,7 +88,7 @@ def shipped(trained):
     run, bundle = trained
     return (
         bundle,
-        pd.read_parquet(run.stage_dir(0, 'teacher') / 'predictions.parquet'),
+        pd.read_parquet(run.stage_dir(0, 'baseline') / 'predictions.parquet'),
         Path(run.stage('data')['root']),
     )
 
@@ -251,8 +241,8 @@ def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):
     with Predictor(straw()) as p:
         def odd(path):
             if path.name == '3.png': raise ZeroDivisionError('Smith^John')
-            yield from Sandbox.scans(p.guard, path)
-        p.guard.scans = odd
+            yield from Sandbox.scans(p.sandbox, path)
+        p.sandbox.scans = odd
         rows = {Path(r['path']).name: r for r in p.predict(folder)}
     assert (
         rows['3.png']['error'] == 'reader-failed'
@@ -436,11 +426,11 @@ def test_what_nobody_takes_is_not_read():
         def scans(self, path):
             self.read += 1
             yield path
-    guard = Endless()
-    rows = read_ahead(iter(range(10**9)), guard, lambda s: s, workers=3, files=10)
+    sandbox = Endless()
+    rows = read_ahead(iter(range(10**9)), sandbox, lambda s: s, workers=3, files=10)
     assert [next(rows) for _ in range(3)] == [(0, 0), (1, 1), (2, 2)]
     rows.close()
-    assert guard.read < 20 and threading.active_count() < 20
+    assert sandbox.read < 20 and threading.active_count() < 20
 
 
 def test_a_long_volume_is_not_read_at_once():
@@ -450,11 +440,11 @@ def test_a_long_volume_is_not_read_at_once():
             for i in range(1000):
                 self.given += 1
                 yield i
-    guard = Long()
-    rows = read_ahead(['v'], guard, lambda s: s, workers=1, scans=8)
+    sandbox = Long()
+    rows = read_ahead(['v'], sandbox, lambda s: s, workers=1, scans=8)
     next(rows)
     time.sleep(.05)
-    assert guard.given <= 10
+    assert sandbox.given <= 10
     rows.close()
 
 
@@ -506,14 +496,14 @@ def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd)
 def test_a_volume_that_nobody_wants_to_the_end_leaves_no_process(tmp_path):
     pages = [noise(i) for i in range(30)]
     pages[0].save(tmp_path/'v.tif', save_all=True, append_images=pages[1:])
-    guard = Sandbox()
-    scans = guard.scans(tmp_path/'v.tif')
+    sandbox = Sandbox()
+    scans = sandbox.scans(tmp_path/'v.tif')
     next(scans)
     scans.close()
-    assert guard.all[0].process is None
-    assert len(list(guard.scans(tmp_path/'v.tif'))) == 30
-    guard.close()
-    assert guard.all[0].process is None
+    assert sandbox.all[0].process is None
+    assert len(list(sandbox.scans(tmp_path/'v.tif'))) == 30
+    sandbox.close()
+    assert sandbox.all[0].process is None
 
 
 def test_a_picture_that_could_take_for_ever_is_read_in_another_process(tmp_path):
@@ -737,11 +727,11 @@ def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped
         .assign(name=lambda d: d.path.map(lambda p: Path(p).stem))
         .set_index('name')
     )
-    j = read_decided(trained[0].stage_dir(0, 'teacher'), table)
+    j = read_decided(trained[0].stage_dir(0, 'baseline'), table)
     s = volumes_section(
-        {'teacher': table}, {'teacher': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100)
+        {'baseline': table}, {'baseline': [j]}, j.decision.volume, EvaluateRecipe(n_boot=100)
     )
-    row = s.table.loc['teacher, volumes']
+    row = s.table.loc['baseline, volumes']
     truth = (
         table.assign(name=table.patient + '_' + table.eye)
         .groupby('name')
@@ -913,7 +903,7 @@ def test_a_colour_photograph_is_refused_where_model_json_says_that_none_was_trai
 
 @pytest.mark.slow
 def test_training_notes_in_model_json_whether_pictures_were_coloured(trained):
-    about = json.loads((trained[0].stage_dir(0, 'teacher')/'model.json').read_text())
+    about = json.loads((trained[0].stage_dir(0, 'baseline')/'model.json').read_text())
     assert about['coloured'] == 0
 
 
@@ -921,12 +911,12 @@ def test_training_notes_in_model_json_whether_pictures_were_coloured(trained):
 def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, shipped, tmp_path):
     "With decision.json beside it the same rows as its bundle; without it the same probabilities before calibration, and nothing else."
     run, (bundle, table, root) = trained[0], shipped
-    theirs, files = run.stage_dir(0, 'teacher'), [root/f for f in table.path[:6]]
+    theirs, files = run.stage_dir(0, 'baseline'), [root/f for f in table.path[:6]]
     def rows(folder):
         with Predictor(folder, engine='torch') as p:
             return p.decision, p.channels, list(p.predict(files))
     assert rows(theirs)[2] == rows(bundle)[2]
-    copied = shutil.copytree(theirs, tmp_path/'copied', ignore=shutil.ignore_patterns('decision.*'))
+    copied = shutil.copytree(theirs, tmp_path/'copied', ignore=shutil.ignore_patterns('decision.*', 'bundle'))
     decision, channels, got = rows(copied)
     z = table.filter(like='logit_').to_numpy()[:6]
     want = np.exp(z - z.max(1, keepdims=True))

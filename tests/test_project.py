@@ -118,7 +118,7 @@ def test_pyproject_repeats_nothing_of_settings():
 
 def test_every_requirement_is_capped(settings):
     lists = [k for k in settings if k == "requirements" or k.endswith("_requirements")]
-    assert len(lists) == 6
+    assert len(lists) == 7
     listed = [requirement for name in lists for requirement in lines(settings[name])]
     bounds = {r: {s.operator for s in Requirement(r).specifier} for r in listed}
     loose = [r for r, operators in bounds.items() if not {">=", "<"} <= operators]
@@ -320,7 +320,7 @@ def test_public_definitions_are_documented(name):
     assert not faults, f"kdoct.{name}\n" + "\n".join(faults)
 
 
-@pytest.mark.parametrize("extra", ["deploy", "app"])
+@pytest.mark.parametrize("extra", ["deploy", "app", "tune"])
 def test_an_extra_is_known_by_what_its_packages_are_imported_as(extra, settings):
     "`require_extra` asks for names to import; they are those that the extra's requirements install."
     from kdoct.core.files import EXTRAS

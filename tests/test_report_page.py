@@ -8,8 +8,8 @@ import pytest
 from kdoct.app.report import report_html
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.simulated import write_simulated_stages
-from kdoct.evaluate.stage import evaluate_run
 
 A4, LETTER = (8.27, 11.69), (8.5, 11)   # inches
 MARGIN = 14/25.4
@@ -68,8 +68,8 @@ def requests(browser):
 
 
 def test_it_asks_for_nothing_but_itself(browser, page):
-    asked = [u for u in requests(opened(browser, page)) if not u.startswith("data:")]
-    assert asked == [page.as_uri()]
+    loaded = [u for u in requests(opened(browser, page)) if not u.startswith("data:")]
+    assert loaded == [page.as_uri()]
 
 
 def test_the_console_stays_empty(browser, page):
@@ -103,11 +103,11 @@ def test_every_section_is_reached_from_the_top(browser, page):
 def test_what_went_wrong_is_said(browser, page):
     from selenium.webdriver.common.by import By
     text = opened(browser, page).find_element(By.ID, "wrong").text
-    for said in (
+    for output in (
         "Fold 2, teacher, failed: loss is not finite <nan> in epoch 3",
         "Fold 2 has no predictions of the student", "4 images were read twice",
     ):
-        assert said in text
+        assert output in text
 
 
 def test_formats_that_were_exported_are_shown_with_the_reason_of_one_left_out(browser, page):

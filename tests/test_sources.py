@@ -497,7 +497,7 @@ def test_covid_names_of_folders_may_be_written_in_other_case_and_labels_stay_as_
     assert set(t.label) == {"COVID-19", "Non-COVID", "Normal"} and (t["mask"] != "").all()
 
 
-def test_covid_torn_pairs_and_strange_folders_are_findings(tmp_path):
+def test_covid_torn_pairs_and_unknown_folders_are_findings(tmp_path):
     names = [
         "Train/Normal/images/x.png",
         "Test/Normal/lung masks/y.png",

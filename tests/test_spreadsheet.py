@@ -360,9 +360,9 @@ LABEL = ("label", lambda i: ("CNV", "NORMAL")[i % 2])
 def test_a_table_that_names_another_patient_for_each_image_is_warned_of(patient, tmp_path, capsys):
     lay_out(tmp_path, *(f"{i}.png" for i in range(12)))
     load_table(table_recipe(tmp_path, rows_of(PATH, LABEL, ("patient", patient))))
-    said = capsys.readouterr().out
-    assert "WARNING: every image counts as a patient of its own" in said
-    assert "--set data.columns.patient=..." in said
+    printed = capsys.readouterr().out
+    assert "WARNING: every image counts as a patient of its own" in printed
+    assert "--set data.columns.patient=..." in printed
 
 
 def test_a_table_of_patients_with_several_images_is_not_warned_of(tmp_path, capsys):

@@ -26,25 +26,25 @@ def stage_section(notebook):
 
 
 def test_a_stage_that_is_added_to_the_table_is_run_by_the_cross_validation(run, monkeypatch):
-    asked = []
-    monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: asked.append((stage, fold)))
+    stages = []
+    monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: stages.append((stage, fold)))
     monkeypatch.setattr(C, "require_weights", lambda recipe: None)
     monkeypatch.setitem(
         STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: False, ("student",))
     )
     C.crossval(run, [1])
-    assert ("prune", 1) in asked and asked[0] == ("data", 1)
+    assert ("prune", 1) in stages and stages[0] == ("data", 1)
 
 
 def test_a_finished_stage_is_passed_over(run, monkeypatch):
-    asked = []
-    monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: asked.append(stage))
+    stages = []
+    monkeypatch.setattr(C, "run_stage", lambda run, stage, fold, *_: stages.append(stage))
     monkeypatch.setattr(C, "require_weights", lambda recipe: None)
     monkeypatch.setitem(
         STAGES, "prune", Stage("prune", "04_distill", lambda run, fold, stage: True)
     )
     C.crossval(run, [0])
-    assert "prune" not in asked and "student" in asked
+    assert "prune" not in stages and "student" in stages
 
 
 def test_what_a_stage_needs_is_planned_before_it(run):

@@ -10,7 +10,7 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe, DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
-from kdoct.distill.methods import Distill
+from kdoct.distill.callback import Distill
 from kdoct.distill.student import train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.distill.teacher_cache import TeacherCache, arithmetic, picture_facts

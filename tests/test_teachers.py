@@ -12,15 +12,15 @@ from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.stage import prepare_data
+from kdoct.distill.callback import Distill
 from kdoct.distill.loading import load_teachers
-from kdoct.distill.methods import Distill
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
 from kdoct.evaluate import stage as evaluate_stage
 from kdoct.evaluate.metrics import log_softmax, logits_of
 from kdoct.evaluate.pooling import fold_models
 from kdoct.evaluate.stage import evaluate_fold
-from kdoct.evaluate.tables import TOGETHER
+from kdoct.evaluate.tables import COMBINED
 from kdoct.models.backbones import create_classifier
 from kdoct.models.folders import load_model_folder
 from kdoct.training import results as training
@@ -85,7 +85,7 @@ def test_weights_follow_the_validation_loss():
 def recipe(**changes): return preset('tiny').student.model_copy(update={'epochs': 2, **changes})
 
 
-def strangers():
+def different_teachers():
     "Teachers of another size and normalisation each."
     made = {}
     for name, (arch, size, mean, std) in {
@@ -132,10 +132,10 @@ def fit(learn):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
-    teachers, said, seen = strangers(), {}, Seen()
+    teachers, text, seen = different_teachers(), {}, Seen()
     class Listen(Distill):
         def logits_of(self, role, x):
-            said.setdefault(role, []).append(z := super().logits_of(role, x))
+            text.setdefault(role, []).append(z := super().logits_of(role, x))
             return z
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)
@@ -144,10 +144,10 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
     before = {r: {k: v.clone() for k, v in t.state_dict().items()} for r, t in teachers.items()}
     fit(learn)
     assert len(seen.batches) == 6 and seen.batches[0].shape == (8, 1, 32, 32)
-    for role, alone in strangers().items():   # made anew: fed by themselves, with what timm would do
+    for role, alone in different_teachers().items():   # made anew: fed by themselves, with what timm would do
         alone = InferenceModel(alone, precision)
         for x, z in zip(
-            (torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), said[role], strict=True
+            (torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), text[role], strict=True
         ):  # three batches at once
             assert not z.requires_grad and z.dtype == torch.float32
             with torch.no_grad(): assert torch.equal(alone(x), z)
@@ -161,31 +161,31 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
         ).clamp(0, 1)
         if precision == 'fp32':
             torch.testing.assert_close(
-                net.body((by_hand.expand(-1, 3, -1, -1) - 0.2) / 0.1), said['teacher-a'][0]
+                net.body((by_hand.expand(-1, 3, -1, -1) - 0.2) / 0.1), text['teacher-a'][0]
             )
 
 
 def test_with_turn_each_batch_has_one_teacher_counted_over_all_epochs(tmp_path):
-    asked = []
+    queried = []
     class Note(Callback):
         order, run_valid = 6, False
-        def after_loss(self): asked.append((self.epoch, self.iter, *self.learn.distill.queried()))
-    fit(learner(tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], epochs=3))
-    assert asked == [
+        def after_loss(self): queried.append((self.epoch, self.iter, *self.learn.distill.queried()))
+    fit(learner(tmp_path, dict(list(different_teachers().items())[:2]), 'turn', [Note()], epochs=3))
+    assert queried == [
         (e, i, ('teacher', 'teacher-a')[(3 * e + i) % 2]) for e in range(3) for i in range(3)
     ]
 
 
 def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
-    asked = []
+    queried = []
     class Note(Callback):
         order, run_valid = 6, False
-        def after_loss(self): asked.append(*self.learn.distill.queried())
+        def after_loss(self): queried.append(*self.learn.distill.queried())
     learn = learner(
-        tmp_path, dict(list(strangers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2
+        tmp_path, dict(list(different_teachers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2
     )  # 24 images: 12 and 12, in batches of 6
     fit(learn)
-    assert asked == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2
+    assert queried == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2
 
 
 class Stop(Exception): "As if the process had ended."
@@ -201,7 +201,7 @@ class StopAt(Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize('how', ['turn', 'nll'])
 def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_path, how):
-    pair, w = dict(list(strangers().items())[:2]), torch.tensor([.7, .3])
+    pair, w = dict(list(different_teachers().items())[:2]), torch.tensor([.7, .3])
     whole = fit(learner(tmp_path/'a', pair, how, weights=w)).model.state_dict()
     with pytest.raises(Stop):
         fit(learner(tmp_path/'b', pair, how, [StopAt()], w, checkpoint_minutes=1e-9))
@@ -211,7 +211,7 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_the_uncut_one(tmp_
 
 
 def test_a_teacher_that_says_nonsense_stops_the_run_with_its_name(tmp_path):
-    teachers = {r: InferenceModel(t) for r, t in strangers().items()}
+    teachers = {r: InferenceModel(t) for r, t in different_teachers().items()}
     with torch.no_grad(): teachers['teacher-a'].body.get_classifier().bias[1] = float('nan')
     with pytest.raises(KdoctError, match='logits of the teacher-a are not finite in epoch 0'):
         fit(learner(tmp_path, teachers))
@@ -327,33 +327,33 @@ def test_the_student_records_its_teachers_and_their_weights(here):
 @pytest.mark.slow
 def test_every_teacher_and_what_they_say_together_is_a_row(here):
     models, saved = fold_models(here, 0), read_json(here.fold_dir(0)/'evaluation.json')
-    rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', TOGETHER, 'student', 'baseline']
+    rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', COMBINED, 'student', 'baseline']
     assert list(models) == rows == list(saved['table'])
     distilled_from = read_json(here.stage_dir(0, 'student')/'model.json')['distilled_from']
     want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items())
-    np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[TOGETHER]))), want, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[COMBINED]))), want, atol=1e-6)
     assert (
-        saved['parameters'][TOGETHER]
+        saved['parameters'][COMBINED]
         == sum(saved['parameters'][r] for r in rows[:3])
         > saved['parameters']['teacher']
     )
-    assert set(saved['predictions']) == set(rows) - {TOGETHER} and evaluate_stage.is_evaluated(
+    assert set(saved['predictions']) == set(rows) - {COMBINED} and evaluate_stage.is_evaluated(
         here, 0
     )
-    assert 'student - teachers, together | accuracy' in saved['differences']
-    assert set(saved['sections']['costs']['table']) == set(rows) - {TOGETHER}
+    assert 'student - teachers, combined | accuracy' in saved['differences']
+    assert set(saved['sections']['costs']['table']) == set(rows) - {COMBINED}
     assert {'teacher-visformer', 'teacher-autoformer'} <= set(saved['sections']['blanked']['table'])
 
 
 @pytest.mark.slow
 def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
-    said = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
+    text = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
     assert (
         'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
         'teacher-autoformer: test_resnet at 48 px): the mean of '
         'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) '
         'and beta 0.3 (hard loss)'
-    ) in said
+    ) in text
     weights = [
         f"{t['weight']:.3f}"
         for t in read_json(here.stage_dir(0, 'student') / 'model.json')['distilled_from'].values()
@@ -361,7 +361,7 @@ def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
     assert (
         f'fold 0 teacher {weights[0]}, teacher-visformer {weights[1]}, teacher-autoformer '
         f'{weights[2]}'
-        in said
+        in text
     )
 
 
@@ -375,7 +375,7 @@ def test_a_single_teachers_protocol_says_nothing_of_teachers():
 def test_the_report_shows_all_and_names_one_that_is_missing_with_its_command(here):
     report = report_html(here).read_text()
     assert (
-        all(m in report for m in ('teacher-visformer', TOGETHER, 'all teachers together'))
+        all(m in report for m in ('teacher-visformer', COMBINED, 'all teachers combined'))
         and 'Nothing: no stage failed' in report
     )
     path = here.stage_dir(0, 'teacher-visformer')/'model.json'

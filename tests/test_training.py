@@ -10,18 +10,19 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from conftest import copied_run
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-from kdoct.core.files import KdoctError
+from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import preset
-from kdoct.core.runs import Run, create_run
+from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.augment import apply_view
 from kdoct.data.batches import Batches, even_batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
-from kdoct.distill.methods import Distill
+from kdoct.distill.callback import Distill
 from kdoct.distill.teacher import train_teacher
 from kdoct.models.arithmetic import computes_bf16, resolve_precision
 from kdoct.models.backbones import create_classifier, head_modules, undecayed
@@ -240,28 +241,14 @@ def test_mixed_batches_reach_the_loss_as_distributions(tmp_path, recipe, how, lo
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    "A tiny teacher with everything on, its folder and the recipe."
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run(
-            't',
-            preset(
-                'tiny',
-                **{
-                    'teacher.average': 'swa',
-                    'teacher.swa_start': 1,
-                    'evaluate.views': ['identity', 'hflip'],
-                    'data.margin': 8,
-                },
-            ),
-        )
-        prepare_data(run)
-        return train_teacher(run, 0), run.stage_dir(0, 'teacher')
+def trained(trained_outputs, tmp_path_factory):
+    "A tiny run whose teacher has an average beside its checkpoint; what its model.json says."
+    run = copied_run(trained_outputs, tmp_path_factory.mktemp('outputs'))
+    return run, read_json(run.stage_dir(0, 'teacher')/'model.json')
 
 
 def test_both_candidates_are_scored_and_the_better_is_kept(trained):
-    about, _ = trained
+    _, about = trained
     scores = about['metrics']['candidates']
     assert set(scores) == {'checkpoint', 'swa', 'swa-augmented'}
     assert score_of(scores[about['metrics']['kept']], 'loss') == max(
@@ -271,7 +258,8 @@ def test_both_candidates_are_scored_and_the_better_is_kept(trained):
 
 
 def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
-    about, folder = trained
+    run, about = trained
+    folder = run.stage_dir(0, 'teacher')
     v, p = pd.read_parquet(folder/'variants.parquet'), pd.read_parquet(folder/'predictions.parquet')
     kept = about['metrics']['kept']
     both = {
@@ -291,9 +279,9 @@ def test_variants_hold_every_weights_and_view_and_predictions_the_kept(trained):
 
 
 def test_the_saved_model_folder_gives_the_saved_predictions(trained):
-    _, folder = trained
+    run, _ = trained
+    folder = run.stage_dir(0, 'teacher')
     p = pd.read_parquet(folder/'predictions.parquet')
-    run = Run(folder.parent.parent, preset('tiny', **{'data.margin': 8}))
     data = open_fold(run, 0)
     model, _ = load_model_folder(folder)
     rows = data.idx['test']
@@ -449,8 +437,8 @@ def test_measuring_changes_nothing_that_is_trained(tmp_path, recipe, quick):
 
 
 def test_the_record_holds_steps_and_memory(trained):
-    _, folder = trained
-    stage = Run(folder.parent.parent, None).stage('fold_0/teacher')
+    run, _ = trained
+    stage = run.stage('fold_0/teacher')
     assert (
         stage['step_seconds'] is None
         and stage['tf32_steps'] is False

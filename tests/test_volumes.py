@@ -478,7 +478,7 @@ def with_values(path, values):
 
 
 @pytest.mark.parametrize(
-    "value,said",
+    "value,words",
     [
         (np.nan, "not a number"),
         (np.inf, "not a number"),
@@ -486,9 +486,9 @@ def with_values(path, values):
         ([[np.nan, -1] * 40], "below 0 or not a number"),
     ],
 )
-def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, said):
+def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, words):
     found = refusal(with_values(tmp_path/"a.vol", value))
-    assert found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {said}" in found
+    assert found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {words}" in found
 
 
 def test_values_of_a_vol_that_only_other_maps_have_are_noted(tmp_path):
@@ -944,9 +944,9 @@ def test_a_page_whose_strips_are_missing_is_refused_alike_by_audit_and_predictio
     with tifffile.TiffFile(path) as t: places = t.pages[1].tags["StripOffsets"].valueoffset
     data[places:places + 4] = bytes(4)
     path.write_bytes(data)
-    said = "1 of the 4 strips of its pixels are missing"
-    assert inspect_file(path)["problems"][0][1].startswith(said) and refusal(path).startswith(
-        f"truncated: a.tif: {said}"
+    words = "1 of the 4 strips of its pixels are missing"
+    assert inspect_file(path)["problems"][0][1].startswith(words) and refusal(path).startswith(
+        f"truncated: a.tif: {words}"
     )
 
 
@@ -1149,13 +1149,13 @@ def test_three_bscans_that_tifffile_wrote_as_colours_are_not_one_picture(tmp_pat
 )
 def test_two_volumes_in_one_tiff_are_not_one(tmp_path, options):
     path = save_tiff(tmp_path/"a.tif", textured(n=10).reshape(2, 5, 64, 80), **options)
-    said = refusal(path)
+    words = refusal(path)
     assert (
-        said.startswith("mixed-pages: a.tif: 2 x 5 pictures")
-        and "save each volume as a file of its own" in said
+        words.startswith("mixed-pages: a.tif: 2 x 5 pictures")
+        and "save each volume as a file of its own" in words
     )
     assert inspect_file(path)["problems"] == [
-        ("mixed-pages", said.splitlines()[0].removeprefix("mixed-pages: a.tif: "))
+        ("mixed-pages", words.splitlines()[0].removeprefix("mixed-pages: a.tif: "))
     ]
     path = save_tiff(
         tmp_path / "b.ome.tif", textured(n=10).reshape(2, 5, 64, 80), metadata={"axes": "TZYX"}
@@ -1461,8 +1461,8 @@ def test_only_whole_words_that_are_not_denied_name_angiography(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["P1_angio", "P1_angio6x6", "P1-Angiography", "AngioPlex", "P1_OCTA"])
 def test_whole_words_name_angiography(tmp_path, name):
-    said = refusal(write_vol(tmp_path/f"{name}.vol", textured()))
-    assert said.startswith("not-a-bscan") and "rename it" in said
+    words = refusal(write_vol(tmp_path/f"{name}.vol", textured()))
+    assert words.startswith("not-a-bscan") and "rename it" in words
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -1475,7 +1475,7 @@ def test_a_heyex_export_in_utf_16_is_read(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    "begin,said",
+    "begin,words",
     [
         (b"\0\0\0\x18ftypmp42", "a video (MP4 or MOV): save"),
         (b"RIFF\0\0\0\0AVI LIST", "a video (AVI): save"),
@@ -1488,12 +1488,12 @@ def test_a_heyex_export_in_utf_16_is_read(tmp_path, encoding):
         (b"\1\2\3\4", "export it as PNG or TIFF"),
     ],
 )
-def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, begin, said):
+def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, begin, words):
     (tmp_path/"file").write_bytes(begin + bytes(4000))
-    assert said in refusal(tmp_path/"file")
+    assert words in refusal(tmp_path/"file")
 
 
-def test_a_cirrus_file_of_unsaid_size_comes_with_its_remedy_from_the_sandbox():
+def test_a_cirrus_file_of_undeclared_size_comes_with_its_remedy_from_the_sandbox():
     error = bad_image(KdoctError("no size.", fix="Name it so."))
     assert error.detail == "no size. Name it so."
 

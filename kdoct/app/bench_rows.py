@@ -34,10 +34,11 @@ from ..data.images import decode_image, read_image_bytes
 from ..deploy.engines import make_engine, network_alone, runs_here
 from ..deploy.graph import Deployable
 from ..deploy.formats import write_formats
-from ..distill.methods import Distill
+from ..distill.callback import Distill
 from ..distill.teacher_cache import TeacherCache
 from ..evaluate.outliers import fit_outlier
-from ..explain.cam import Layer, score_cam, stretch, target_layer
+from ..explain.cam import score_cam, stretch, target_layer
+from ..models.feature_maps import Layer
 from ..models.backbones import Classifier, create_classifier
 from ..models.cost import count_macs
 from ..training.distributed import best_device

@@ -310,19 +310,19 @@ class App(w.VBox):
         for control in (self.run, self.fold, self.role, self.view):
             control.observe(self.changed, 'value')
         self.arrange()
-        self.guarded(lambda: self.start(run, fold, role))
+        self.attempt(lambda: self.start(run, fold, role))
 
 # %% ../../nbs/09_app.explore.ipynb #45dd4275
 @patch
 def make_panels(self:App):
     "State, background, and the parts of the page."
     post = kernel_post()
-    def hand_over(f, *a): post(lambda: self.guarded(lambda: f(*a), clear=False))
+    def hand_over(f, *a): post(lambda: self.attempt(lambda: f(*a), clear=False))
     self.state, self.work = Explorer(), Background(hand_over)
-    self.viewer = Viewer(self.state, self.work, self.guarded)
-    self.threshold = ThresholdPanel(self.state, self.guarded)
-    self.tests = TestPanel(self.state, self.viewer.show, self.guarded)
-    self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.guarded)
+    self.viewer = Viewer(self.state, self.work, self.attempt)
+    self.threshold = ThresholdPanel(self.state, self.attempt)
+    self.tests = TestPanel(self.state, self.viewer.show, self.attempt)
+    self.uploads = UploadPanel(self.state, self.work, self.viewer.show, self.attempt)
     self.message, self.about = w.HTML(), w.HTML()
 
 @patch
@@ -359,7 +359,7 @@ def parts(self:App)->list:
 
 # %% ../../nbs/09_app.explore.ipynb #2a2dedb0
 @patch
-def guarded(self:App,
+def attempt(self:App,
     work,              # function without arguments
     clear:bool=True,   # take the last message away first
 ):
@@ -441,9 +441,9 @@ def arrange(self:App):
 def changed(self:App, change):
     "A chooser was used."
     if self.filling: return
-    if change['owner'] is self.view: self.guarded(self.arrange)
-    elif change['owner'] is self.run: self.guarded(lambda: self.choose(self.run.value))
-    else: self.guarded(lambda: self.choose(self.run.value, self.fold.value, self.role.value))
+    if change['owner'] is self.view: self.attempt(self.arrange)
+    elif change['owner'] is self.run: self.attempt(lambda: self.choose(self.run.value))
+    else: self.attempt(lambda: self.choose(self.run.value, self.fold.value, self.role.value))
 
 # %% ../../nbs/09_app.explore.ipynb #e0da06e4
 _LATE = '''{%- extends 'voila/templates/lab/index.html.j2' -%}

@@ -29,8 +29,10 @@ from ..core.files import atomic_path, KdoctError
 from ..core.runs import open_run, Run
 from ..data.shortcuts import run_verdict
 from ..evaluate.pooling import complete_folds
-from ..evaluate.stage import evaluate_fold, evaluate_run, is_evaluated, warnings_of
-from ..evaluate.tables import named_together, shown, shown_differences, TOGETHER, without_note
+from ..evaluate.all_folds import evaluate_run
+from ..evaluate.run_warnings import warnings_of
+from ..evaluate.stage import evaluate_fold, is_evaluated
+from ..evaluate.tables import joined_row_names, shown, shown_differences, COMBINED, without_note
 
 # %% ../../nbs/08d_app.report.ipynb #a9a461ac
 def _verdict(difference, what:str)->str:
@@ -48,8 +50,8 @@ def _comparison(difference, what:str)->str:
 def _sentence(table:pd.DataFrame, diff:pd.DataFrame)->str:
     "The main result in words."
     accuracy = table['accuracy %']
-    together = TOGETHER in table.index
-    all_teachers = f'all teachers together {accuracy[TOGETHER]} %, ' if together else ''
+    several = COMBINED in table.index
+    all_teachers = f'all teachers combined {accuracy[COMBINED]} %, ' if several else ''
     result = (
         f'The distilled student classifies {accuracy["student"]} % of the test images '
         f'correctly (accuracy, with interval), the teacher {accuracy["teacher"]} %, '
@@ -70,7 +72,7 @@ def _short_protocol(run:Run, folds:list[int])->str:
 
 def _notes(notes:pd.Series)->list[str]:
     "Notes of rows, each said once, with the rows that it is about."
-    return [f'{named_together(notes.index[notes == n])}: {n}' for n in dict.fromkeys(notes) if n]
+    return [f'{joined_row_names(notes.index[notes == n])}: {n}' for n in dict.fromkeys(notes) if n]
 
 # %% ../../nbs/08d_app.report.ipynb #c40044a7
 def _shown_values(values:pd.Series, digits:str, factor:int=1)->list[str]:

@@ -18,7 +18,8 @@ from ..core.files import human_time, read_json
 from ..core.recipe import recipe_fields
 from ..core.runs import Run, stage_command
 from ..data.folds import OUT, ROLE_NAMES
-from ..data.shortcuts import probe_table, shortcut_verdict
+from ..data.plan import labels_text
+from ..data.shortcuts import shortcut_table, shortcut_verdict
 from ..deploy.model_card import formats_table, MACHINE
 from ..evaluate.pooling import FURTHER
 from ..evaluate.tables import PART_NAMES
@@ -30,11 +31,11 @@ def marked_text(
     "Text for the page, `names` in it as code."
     return markupsafe.Markup(re.sub('`([^`]+)`', r'<code>\1</code>', str(markupsafe.escape(text))))
 
-_TOGETHER = r'\[[^\]]*\]|\bp \d|\d %'   # an interval, a p, a percentage
+_UNBROKEN = r'\[[^\]]*\]|\bp \d|\d %'   # an interval, a p, a percentage
 
 def _unbroken(value)->str:
     "A text whose intervals and percentages are not parted at the end of a line."
-    return re.sub(_TOGETHER, lambda m: m[0].replace(' ', '\xa0'), str(value))
+    return re.sub(_UNBROKEN, lambda m: m[0].replace(' ', '\xa0'), str(value))
 
 def page_table(
     frame:pd.DataFrame,  # of texts
@@ -142,6 +143,8 @@ def _parts_table(run:Run)->dict:
     roles = [r for r in (*ROLE_NAMES, OUT) if r in set(f.role)]
     text = text.unstack('role').reindex(columns=roles).fillna('none').rename(columns=PART_NAMES)
     caption = 'Images, and in brackets groups (patients), in each part of each fold.'
+    if labels := labels_text(run.stage('data').get('labels')):
+        caption += f' {labels[0].upper()}{labels[1:]}.'
     return page_table(text, 'fold', caption)
 
 def _findings_table(path:Path)->dict:
@@ -179,13 +182,13 @@ def _audit_facts(audit:dict)->pd.DataFrame:
     return pd.DataFrame(rows, columns=['counted', 'value'])
 
 # %% ../../nbs/08b_app.report_parts.ipynb #c0993a8c
-def _probe_table(probe:dict)->dict:
+def _shortcut_table(shortcuts:dict)->dict:
     "The features that predict most of the class without the retina."
-    t = probe_table(probe).head(8)
-    numbers = {c: t[c].map('{:.3g}'.format) for c in probe['classes']}
+    t = shortcut_table(shortcuts).head(8)
+    numbers = {c: t[c].map('{:.3g}'.format) for c in shortcuts['classes']}
     alone = {'balanced accuracy alone': (100*t.alone).map('{:.1f} %'.format)}
     names = t[['meaning']].rename(columns=dict(meaning='feature outside the retina'))
-    caption = (f"Shortcut probe. {shortcut_verdict(probe)[1]} "
+    caption = (f"Shortcut detection. {shortcut_verdict(shortcuts)[1]} "
                'Columns: balanced accuracy of each feature alone on held-out patients, and its '
                'mean in each class.')
     return page_table(names.assign(**alone, **numbers), None, caption)
@@ -194,14 +197,14 @@ def _probe_table(probe:dict)->dict:
 def data_tables(
     run:Run,  # the run
 )->list[dict]:
-    "Parts of every fold, the audit, and the shortcut probe, as far as they are there."
+    "Parts of every fold, the audit, and shortcut detection, as far as they are there."
     out, findings = [], run.path/'audit.csv'
-    facts, probe = run.path/'audit.json', run.path/'probe.json'
+    facts, shortcuts = run.path/'audit.json', run.path/'shortcuts.json'
     if run.folds_csv.is_file(): out.append(_parts_table(run))
     if facts.is_file():
         out.append(page_table(_audit_facts(read_json(facts)), None, 'Audit of the images.'))
     if findings.is_file(): out.append(_findings_table(findings))
-    if probe.is_file(): out.append(_probe_table(read_json(probe)))
+    if shortcuts.is_file(): out.append(_shortcut_table(read_json(shortcuts)))
     return out
 
 # %% ../../nbs/08b_app.report_parts.ipynb #d79037d3

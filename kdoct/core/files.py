@@ -175,6 +175,7 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'deploy': ('cryptography', 'nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino'),
     'volumes': ('pydicom',),
     'app': ('voila',),
+    'tune': ('optuna',),
 }
 
 def require_extra(

@@ -291,8 +291,8 @@ def _as_model_folders_say(d:dict, given:dict)->dict:
             part.get('train') is False and (Path(str(part.get('weights'))) / 'model.json').is_file()
         )
     if is_own(d['teacher']):
-        said = model_folder_facts(d['teacher']['weights'])
-        d['teacher'] = d['teacher'] | {k: v for k, v in said.items() if f'teacher.{k}' not in given}
+        own = model_folder_facts(d['teacher']['weights'])
+        d['teacher'] = d['teacher'] | {k: v for k, v in own.items() if f'teacher.{k}' not in given}
     if isinstance(d['teachers'], dict):
         d['teachers'] = {
             name: model_folder_facts(part['weights']) | part

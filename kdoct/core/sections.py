@@ -97,7 +97,7 @@ class DataRecipe(Part):
         description="how a B-scan becomes a square: squash, or keep its aspect and crop or pad",
     )
     fill_white: bool = Field(
-        False, description="replace white padding at the border (it tells the class) by background"
+        False, description="replace white padding at the border (it shows the class) by background"
     )
     mask_scale_bar: bool = Field(
         False, description="cover the burned-in scale bar at the bottom left (NEH) with background"
@@ -139,12 +139,36 @@ class DataRecipe(Part):
         "so that decisions (`decide`) are fitted on patients of their own [0-0.5]; 0: fitted "
         "on validation",
     )
+    unlabelled: bool | None = Field(
+        None,
+        description="images without a label, which train without one; source folder: those in a "
+                    "folder named unlabelled, used unless false; csv: those with an empty "
+                    "label, refused unless true",
+    )
+    labelled: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class's training patients whose labels stay; those of the "
+                    "others are hidden from every network of the run, teachers and baseline too "
+                    "(0-1]",
+    )
     severity: tuple[str, ...] | None = Field(
         None,
         description="classes from harmless to severe, for the volume rule `worst`; empty: "
                     "no such rule",
     )
     phantom:PhantomRecipe = PhantomRecipe()
+
+    @model_validator(mode='after')
+    def _no_hidden_label_of_who_is_tested(self):
+        keeps_leak = self.protocol == 'official' and self.official_overlap == 'keep'
+        if keeps_leak and self.labelled < 1:
+            raise ValueError(
+                f"labelled is {self.labelled}, and official_overlap is keep: who is tested would "
+                f"be trained on without a label"
+            )
+        return self
 
 # %% ../../nbs/00b_core.sections.ipynb #1a1f788c
 class AugmentRecipe(Part):
@@ -276,7 +300,11 @@ class TrainRecipe(Part):
         0.2, ge=0, lt=1, description="dropout before the classifier [probability]"
     )
     drop_path_rate:float = Field(0., ge=0, lt=1, description="stochastic depth [probability]")
-    loss:Literal['ce', 'focal'] = Field('ce', description="hard loss: cross-entropy or focal")
+    loss: Literal['ce', 'focal', 'auc'] = Field(
+        'ce',
+        description="hard loss: cross-entropy, focal, or the margin loss for the area under the "
+                    "ROC curve, each class against the others",
+    )
     focal_gamma:float = Field(2., ge=0, description="focusing exponent of the focal loss")
     class_weights: Literal['none', 'balanced'] = Field(
         'none',
@@ -386,6 +414,11 @@ class TrainRecipe(Part):
             raise ValueError(
                 f"train is false, and weights is {self.weights}: name the model folder of a "
                 f"trained network"
+            )
+        if self.loss == 'auc' and (self.class_weights != 'none' or self.label_smoothing):
+            raise ValueError(
+                "loss is auc, which weighs the classes itself and takes whole labels: set "
+                "class_weights to none and label_smoothing to 0"
             )
         if self.average == 'swa' and not 0 < self.swa_start < self.epochs:
             raise ValueError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_WORDS', 'map_in_order', 'official_overlap', 'Audit', 'check_data_recipe', 'audit', 'mixed_parts', 'groups_text',
-           'merged_groups_text', 'audit_page']
+           'merged_groups_text', 'unlabelled_text', 'audit_page']
 
 # %% ../../nbs/01f_data.audit.ipynb #imp-data-audit
 import os
@@ -50,7 +50,7 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
     "Findings on images that share their pixels; the first of each set is the original."
     found, same = [], table[(table.pixels != '') & table.pixels.duplicated(keep=False)]
     for _, rows in same.groupby('pixels', sort=False):
-        first, labels = rows.iloc[0], sorted(rows.label.unique())
+        first, labels = rows.iloc[0], sorted(set(rows.label) - {''})
         several = f"{len(rows)} images: {', '.join(labels)}"
         for r in rows.itertuples():
             if len(labels) > 1:
@@ -67,11 +67,12 @@ def _duplicates(table:pd.DataFrame)->list[dict]:
 # %% ../../nbs/01f_data.audit.ipynb #11067dbe
 def _near_duplicate_note(r, table:pd.DataFrame)->dict:
     "A note on an image that is a near-duplicate; `table` is indexed by path."
-    label, twin_label = table.label[r.path], table.label[r.twin]
-    torn = f", which is {twin_label}, not {label}" if twin_label != label else ''
+    label, match_label = table.label[r.path], table.label[r.match]
+    is_torn = '' not in (label, match_label) and match_label != label
+    torn = f", which is {match_label}, not {label}" if is_torn else ''
     group, first = table.group[r.path], table.group[r.set]
     action = f"groups {first} and {group} merged" if group != first else 'kept'
-    seen = f"of {r.twin}{torn}; agreement {r.agreement:.2f}"
+    seen = f"of {r.match}{torn}; agreement {r.agreement:.2f}"
     return finding(r.path, 'near-duplicate', seen, action, PROBLEMS)
 
 def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.Series, list[dict]]:
@@ -81,19 +82,19 @@ def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.S
     if profile == 'by-colour':
         profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
     each_once = table[table.pixels != ''].drop_duplicates('pixels')
-    twins = find_near_duplicates(each_once, root, PROFILES[profile])
-    if not len(twins): return table.group, []
-    copies, by_path = twins[twins.path != twins.set], table.set_index('path')
+    similar = find_near_duplicates(each_once, root, PROFILES[profile])
+    if not len(similar): return table.group, []
+    copies, by_path = similar[similar.path != similar.set], table.set_index('path')
     found = [_near_duplicate_note(r, by_path) for r in copies.itertuples()]
-    shared = table.path.map(twins.set_index('path').set).fillna('').astype('str')
+    shared = table.path.map(similar.set_index('path').set).fillna('').astype('str')
     return merge_groups(table.group, shared), found
 
 # %% ../../nbs/01f_data.audit.ipynb #8de40c19
 def official_overlap(
-    table:pd.DataFrame,  # group, split
+    table:pd.DataFrame,  # label, group, split
 )->np.ndarray:           # bool (N,)
     "Images outside the official test part whose group has images in it."
-    test = table.split == 'test'
+    test = (table.split == 'test') & (table.label != '')   # without a label nobody is tested
     return (~test & table.group.isin(table.group[test])).to_numpy()
 
 # %% ../../nbs/01f_data.audit.ipynb #064961ae
@@ -119,6 +120,15 @@ class Audit:
         "The recipe field that leaves out what stops the run, as `--set` and papermill's `overrides` take it."
         return 'data.leave_out=' + ','.join(sorted({*self.summary['leave_out'], *self.stops}))
 
+# %% ../../nbs/01f_data.audit.ipynb #67ededc6
+_TRAIN_WITHOUT = "Where no label is known, train without it: --set data.unlabelled=true."
+
+def _may_be_unlabelled(result:Audit)->bool:
+    "Whether a table stops the run whose empty labels may stay."
+    found = result.findings
+    stops = found[(found.action == 'stops the run') & (found.problem == 'no-label')]
+    return bool(stops.detail.str.contains('data.unlabelled', regex=False).any())
+
 # %% ../../nbs/01f_data.audit.ipynb #3f63d0ed
 def _remedy(result:Audit, new_run:str)->str:
     "What to do about what stops the run; to leave files out helps only where some of each class are left."
@@ -130,12 +140,13 @@ def _remedy(result:Audit, new_run:str)->str:
     if lost:
         return (f"Mend or replace these files: without them there is no image of class "
                 f"{', '.join(lost)}.")
+    unlabelled = f"{_TRAIN_WITHOUT} " if _may_be_unlabelled(result) else ''
     run, papermill = f"in a new run: --run {new_run} ", f"-p run {new_run} "
     if not new_run: run, papermill = '', ''
     colon = '' if new_run else ':'
     return (
-        f"Mend or remove these files; or leave them out{colon} {run}--set {result.leave_out_too} "
-        f"(papermill: {papermill}-p overrides {result.leave_out_too})"
+        f"{unlabelled}Mend or remove these files; or leave them out{colon} {run}--set "
+        f"{result.leave_out_too} (papermill: {papermill}-p overrides {result.leave_out_too})"
     )
 
 # %% ../../nbs/01f_data.audit.ipynb #4c4eb169
@@ -248,7 +259,7 @@ def _unknown_labels(table:pd.DataFrame, classes:tuple[str, ...]|None)->list[dict
     def note(r):
         detail = f"{r.label!r} is not one of {', '.join(classes)}"
         return finding(r.path, 'unknown-label', detail, problems=PROBLEMS)
-    return [note(r) for r in table[~table.label.isin(classes)].itertuples()]
+    return [note(r) for r in table[~table.label.isin([*classes, ''])].itertuples()]
 
 # %% ../../nbs/01f_data.audit.ipynb #35b24dac
 def _overlap_notes(table:pd.DataFrame, found:list[dict], leave_out:tuple[str, ...])->list[dict]:
@@ -265,7 +276,7 @@ def _lost_classes(
     listing:Listing, kept:pd.DataFrame, classes:tuple[str, ...]|None
 )->list[str]:
     "The classes that were listed, and meant, and of which no image is left."
-    listed = set(listing.table.label)
+    listed = set(listing.table.label) - {''}
     return sorted((listed & set(classes) if classes else listed) - set(kept.label))
 
 # %% ../../nbs/01f_data.audit.ipynb #07aaeaf2
@@ -274,7 +285,7 @@ def audit(
     classes:tuple[str, ...]|None=None,      # allowed labels; None: all
     leave_out:tuple[str, ...]=(),           # problems whose images are left out
     workers:int=0,                          # threads; 0: one a core, 8 at most
-    twins:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
+    near_duplicates:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
 )->Audit:
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)
@@ -284,8 +295,8 @@ def audit(
     table.loc[table.path.isin(blank), 'pixels'] = ''
     found += _duplicates(table)
     table['group'] = merge_groups(table.group, table.pixels)
-    if twins:
-        table['group'], notes = _near_duplicates(table, listing.root, twins)
+    if near_duplicates:
+        table['group'], notes = _near_duplicates(table, listing.root, near_duplicates)
         found += notes
     merged = _merged(listing.table.group, table.group)
     findings = _decided(found + _overlap_notes(table, found, leave_out), leave_out)
@@ -300,6 +311,7 @@ _SHOWN = 12   # kinds of problems, and classes, on a page
 
 PART_WORDS = {
     'train': 'training',
+    'unlabelled': 'unlabelled',
     'val': 'validation',
     'calib': 'calibration',
     'test': 'test',
@@ -324,7 +336,7 @@ def _class_lines(result:Audit)->list[str]:
         rows = rows.join(pd.crosstab(t.label, t.split.replace({**PART_WORDS, '': 'no part'})))
     lost = result.summary['lost_classes']
     rows = pd.concat([rows, pd.DataFrame(0, index=lost, columns=rows.columns)]).sort_index()
-    rows.index = [_shortened(c, 40) for c in rows.index]
+    rows.index = [_shortened(c or '(no label)', 40) for c in rows.index]
     more = [f"... and {counted(len(rows) - _SHOWN, 'further class')}"] if len(rows) > _SHOWN else []
     return rows.head(_SHOWN).to_string().split('\n') + more if len(rows) else []
 
@@ -398,6 +410,19 @@ def _first_line(result:Audit)->str:
     listed = counted(s['listed'], 'listed image')
     return f"{s['kept']} of {listed} can be used, of {groups}; {colour}."
 
+# %% ../../nbs/01f_data.audit.ipynb #a4467676
+def unlabelled_text(
+    table:pd.DataFrame,  # image table
+)->str:                  # '' where all images have a label
+    "How many images of how many groups have no label, and how many of these groups have none at all."
+    t = table[table.label == '']
+    if not len(t): return ''
+    never = t.group[~t.group.isin(table.group[table.label != ''])].nunique()
+    return (f"{counted(len(t), 'image')} of {groups_text(t.group.nunique())} "
+            f"{'has' if len(t) == 1 else 'have'} no label; {never} of these groups "
+            f"{'has' if never == 1 else 'have'} no labelled image.")
+
+# %% ../../nbs/01f_data.audit.ipynb #e62ecef3
 def audit_page(
     result:Audit,    # from `audit`
     where:str='',    # file with all findings; '': none was written
@@ -410,7 +435,8 @@ def audit_page(
     else: lines.append("No findings.")
     if merged: lines.append(merged_groups_text(len(merged)))
     if parts := mixed_parts(result.table, protocol): lines.append(parts)
-    labels = result.table.label
+    if without := unlabelled_text(result.table): lines.append(without)
+    labels = result.table.label[result.table.label != '']
     if labels.nunique() == 1:
         lines.append(f"All images are of class {labels.iloc[0]}: there is nothing to classify.")
     if where and n: lines.append(f"All findings, one a line: {where}")

@@ -26,7 +26,13 @@ from kdoct.data.listing import (
     walk_images,
 )
 from .registry import source, source_root
-from .spellings import copied_name, is_no_label, KNOWN_CLASSES, same_name_key
+from kdoct.data.spellings import (
+    copied_name,
+    is_no_label,
+    KNOWN_CLASSES,
+    same_name_key,
+    says_unlabelled,
+)
 
 # %% ../../nbs/01be_data.class_folders.ipynb #80e468ea
 def group_pattern(
@@ -344,22 +350,57 @@ def _named_row(pattern:re.Pattern|None, path:str)->dict:
     m = pattern.search(path)
     return _named_facts(m) if m else {}
 
+# %% ../../nbs/01be_data.class_folders.ipynb #c19b87df
+def _unlabelled_paths(folders:dict[str, list[str]], data:DataRecipe, root:Path)->set[str]:
+    "The paths in a folder named unlabelled that is beside the classes, and none of them."
+    classes = data.classes or ()
+    if data.unlabelled is False: return set()
+    beside = {tuple(f[:k]) for f in folders.values() for k, n in enumerate(f) if n in classes}
+    def is_it(f):
+        named = (k for k, n in enumerate(f) if says_unlabelled(n) and n not in classes)
+        at = next(named, None)
+        return at is not None and (tuple(f[:at]) in beside or all(map(part_name, f[:at])))
+    found = {path for path, f in folders.items() if is_it(f)}
+    if data.unlabelled and not found:
+        raise KdoctError(
+            f"data.unlabelled is true, and {root} has no images in a folder 'unlabelled'.",
+            fix="Put it beside the folders of the classes; or leave the setting out.",
+        )
+    return found if len(found) < len(folders) else set()
+
+def _part_above(folders:list[str])->str:
+    "The part that a folder on the way to an unlabelled image means; '' where none does."
+    return next(filter(None, map(part_name, folders)), '')
+
+def _below_unlabelled(folders:list[str])->list[str]:
+    "The folders on the way to an unlabelled image, below the one named unlabelled."
+    at = next(k for k, name in enumerate(folders) if says_unlabelled(name))
+    return folders[at + 1:]
+
 # %% ../../nbs/01be_data.class_folders.ipynb #3eba3fc6
 def _rows_of_folders(
-    paths:list[str], level:int, data:DataRecipe, pattern:re.Pattern|None
+    paths:list[str],
+    folders:dict[str, list[str]],
+    unlabelled:set[str],
+    data:DataRecipe,
+    level:int,
+    pattern:re.Pattern|None,
 )->tuple[list[dict], list[dict]]:
     "The rows of the images that are used, and findings on the others."
-    folders = {p: f for p in paths if (f := p.split('/')[:-1])}
-    of, masks = _parts_and_labels(folders, level, data.classes), _masks_of_others(paths)
+    in_classes = {p: f for p, f in folders.items() if p not in unlabelled}
+    of, masks = _parts_and_labels(in_classes, level, data.classes), _masks_of_others(paths)
     classes = {*(data.classes or [label for _, label in of.values()])}
     rows, found, marks = [], [], Counter()
-    def why(path, label):
-        return _why_not_used(path, label, folders[path][level + 1:], masks, classes)
+    def below(path):
+        f = folders[path]
+        return _below_unlabelled(f) if path in unlabelled else f[level + 1:]
+    def why(path, label): return _why_not_used(path, label, below(path), masks, classes)
     for path in paths:
         split, label = of.get(path, ('', ''))
-        mark = _mark_folder(folders.get(path, [])[:level + 1], data.classes)
+        mark = _mark_folder(in_classes.get(path, [])[:level + 1], data.classes)
+        if path in unlabelled: split = _part_above(folders[path])
         if mark: marks[mark] += 1
-        elif not label: found.append(finding(path, 'no-class-folder'))
+        elif not label and path not in unlabelled: found.append(finding(path, 'no-class-folder'))
         elif problem := why(path, label): found.append(finding(path, problem))
         elif facts := _named_row(pattern, path):
             rows.append(dict(path=path, label=label, split=split) | facts)
@@ -375,16 +416,18 @@ def _rows_of_folders(
 @source(
     'folder',
     layout="DIR/CLASS/*.png (jpg, tif, bmp, webp, gif; folders below CLASS are searched), or "
-           "DIR/train|val|test/CLASS/*.png",
+           "DIR/train|val|test/CLASS/*.png; images without a label in DIR/unlabelled",
 )
 def folder(
-    data:DataRecipe,  # reads `root`, `group_pattern` and `classes`
+    data:DataRecipe,  # reads `root`, `group_pattern`, `classes` and `unlabelled`
 )->Listing:
     "Folders of classes; the patient comes out of the path by --group-pattern."
     root = source_root(data)
     pattern = group_pattern(data.group_pattern) if data.group_pattern else None
     paths, found = walk_images(root)
-    folders = [path.split('/')[:-1] for path in paths if '/' in path]
-    level = _level_of_classes(folders, root, data.classes)
-    rows, more = _rows_of_folders(paths, level, data, pattern)
+    folders = {path: path.split('/')[:-1] for path in paths if '/' in path}
+    unlabelled = _unlabelled_paths(folders, data, root)
+    of_classes = [f for path, f in folders.items() if path not in unlabelled]
+    level = _level_of_classes(of_classes, root, data.classes)
+    rows, more = _rows_of_folders(paths, folders, unlabelled, data, level, pattern)
     return make_listing(root, rows, [*found, *more], 'folder')

@@ -25,10 +25,10 @@ from kdoct.data.dicom_pixels import (
     OVERLAY_BITS,
 )
 from .problems import BadImage, DECODE_ERRORS
+from .patient_names import eye_name
 from kdoct.data.scans import (
     ByteReader,
     check_shape,
-    eye_side,
     other_kind_of_image,
     patient_identifier,
     Scan,
@@ -488,7 +488,8 @@ def _in_series(path:Path, d)->tuple[int, tuple[str, ...]]:
 def _dicom_eye(groups)->tuple[str, tuple[str, ...]]:
     "The eye that a frame's groups name, and a note where they name both."
     places = (('FrameAnatomySequence', 'FrameLaterality'), ('ImageLaterality',), ('Laterality',))
-    found = {names[-1]: eye for names in places if (eye := eye_side(_first(groups, *names)))}
+    named = {names[-1]: eye_name(str(_first(groups, *names) or '')) for names in places}
+    found = {name: eye for name, eye in named.items() if eye}
     eye = next(iter(found.values()), '')
     if len(set(found.values())) < 2: return eye, ()
     both = ', '.join(f'{k} says {v}' for k, v in found.items())

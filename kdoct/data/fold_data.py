@@ -17,7 +17,7 @@ from ..core.files import KdoctError, sha256_file
 from ..core.runs import Run, stage_command
 from ..core.sections import DataRecipe
 from .cache import decode_cache, DecodeCache, FRAMING
-from .folds import NEEDED, read_folds, ROLE_NAMES
+from .folds import NEEDED, read_folds, ROLE_NAMES, UNLABELLED
 from .listing import check_table, TABLE_COLUMNS
 
 # %% ../../nbs/01ib_data.fold_data.ipynb #9b41587b
@@ -44,6 +44,7 @@ def folds_of(
     "A run's folds, proved to be what its recipe says."
     return read_folds(run.folds_csv, **fold_rules(run.recipe.data))
 
+# %% ../../nbs/01ib_data.fold_data.ipynb #d185fa07
 def table_path(
     run:Run,  # any run
 )->Path:
@@ -66,16 +67,16 @@ def recipe_cache(
 class FoldData:
     "One fold. Arrays are in the order of `images`; `idx[role]` picks from them, in the order of `rows(role)`."
     images:np.ndarray           # uint8, (N, side, side) or (N, side, side, 3), side = size + margin; read-only
-    labels:np.ndarray           # int64 (N,), index into `classes`
+    labels:np.ndarray           # int64 (N,), index into `classes`; -1: it has no label, or it is hidden in this fold
     groups:np.ndarray           # str (N,), group of each image
     classes:list[str]           # in the order of the logits
-    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', and 'calib' where there is one -> int64 rows of `images`
-    table:pd.DataFrame          # image table with column `role`
+    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', and 'unlabelled', 'calib' where there are -> int64 rows of `images`
+    table:pd.DataFrame          # image table with column `role`, and all labels, hidden ones too
     fold:int                    # counted from 0
     folds_sha256:str            # hash of folds.csv
 
     def rows(self,
-        role:str,  # 'train', 'val', 'calib' or 'test'
+        role:str,  # 'train', 'unlabelled', 'val', 'calib' or 'test'
     )->pd.DataFrame:
         "The image table of a role, row i being image `idx[role][i]`."
         return self.table[self.table.role == role].reset_index(drop=True)
@@ -114,6 +115,13 @@ def _in_cache(values:pd.Series, row:np.ndarray, n:int, missing)->np.ndarray:
     out[row] = values
     return out
 
+def _known_labels(table:pd.DataFrame, row:np.ndarray, n:int, classes:list[str])->np.ndarray:
+    "Numbers of the classes in the order of the cache; -1 where there is no label, or it is hidden in this fold."
+    is_known = ((table.label != '') & (table.role != UNLABELLED)).to_numpy()
+    number = table.label[is_known].map({c: i for i, c in enumerate(classes)})
+    # two files of the same bytes share a row of the cache
+    return _in_cache(number, row[is_known], n, -1)
+
 # %% ../../nbs/01ib_data.fold_data.ipynb #45be8778
 def open_fold(
     run:Run,   # a run whose data stage is done
@@ -127,11 +135,10 @@ def open_fold(
     table['role'] = table.path.map(folds[folds.fold == fold].set_index('path').role)
     cache = recipe_cache(run.recipe.data, table, facts['root'], facts['channels'])
     row, n, classes = cache.rows(table.sha256), len(cache.images), facts['classes']
-    number = table.label.map({c: i for i, c in enumerate(classes)})
     roles = [r for r in ROLE_NAMES if r in NEEDED or r in set(table.role)]
     return FoldData(
         images=cache.images,
-        labels=_in_cache(number, row, n, -1),
+        labels=_known_labels(table, row, n, classes),
         groups=_in_cache(table.group, row, n, ''),
         classes=classes,
         idx={r: row[(table.role == r).to_numpy()] for r in roles},

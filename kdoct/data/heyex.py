@@ -23,12 +23,12 @@ from ..core.files import counted
 from .images import decode_image, read_image_bytes
 from .listing import name_key
 from .problems import BadImage
+from .patient_names import eye_name
 from kdoct.data.scans import (
     binary_layout,
     ByteReader,
     check_shape,
     display_grey,
-    eye_side,
     field_text,
     MAX_SLICES,
     other_kind_of_image,
@@ -190,13 +190,13 @@ def read_vol(
         _check_number(f, first, n, 4*h*w)
         births = _day_after(date(1899, 12, 30), float(head['birth']))
         patient, withheld = _heyex_patient(bytes(head['patient']), head['number'], births=births)
-        twin = _vol_kind(path, f)
-        eye = eye_side(head['eye'].decode('latin-1'))
+        kind = _vol_kind(path, f)
+        eye = eye_name(head['eye'].decode('latin-1'))
         pattern = (_PATTERNS[head['pattern']],) if head['pattern'] in _PATTERNS else ()
         for i, (at, size) in enumerate(_bscan_places(f, first, n, 4*h*w)):
             a = np.frombuffer(f.read(at, 4*h*w), '<f4').reshape(h, w)
             about = _vol_notes(a, int(head['header']), size, f"B-scan {i + 1}")
-            notes = (*pattern, *about, *twin, *withheld)
+            notes = (*pattern, *about, *kind, *withheld)
             grey = Image.fromarray(display_grey(a))
             yield Scan(grey, str(path), i, n, path.stem, eye, patient, notes)
 
@@ -353,7 +353,7 @@ def read_heyex_xml(
         image, notes = _heyex_picture(file, about)
         series = about.get('Series/ID')
         volume = path.stem if len(total) == 1 else f'{path.stem}/{series}'
-        eye = eye_side(about.get('Image/Laterality') or about.get('Series/Laterality'))
+        eye = eye_name(about.get('Image/Laterality') or about.get('Series/Laterality'))
         given, number = about.get('Patient/PatientID', ''), about.get('Patient/ID', '')
         patient, withheld = _heyex_patient(given, number, *_heyex_person(about))
         about_it = (*notes, *left_out, *withheld)
@@ -431,7 +431,7 @@ def _e2e_facts(f:ByteReader, entries:np.ndarray, skip:int)->tuple[dict, dict]:
     for kind, after in _E2E_EYES.items():
         records = entries[entries['kind'] == kind][['patient', 'study', 'series', 'start']]
         for *key, start in records.tolist():
-            if eye := eye_side(f.read(start + skip + _E2E_HEADER + after, 1).decode('latin-1')):
+            if eye := eye_name(f.read(start + skip + _E2E_HEADER + after, 1).decode('latin-1')):
                 eyes[tuple(key)] = eye
     return patients, eyes
 

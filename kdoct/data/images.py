@@ -331,8 +331,8 @@ def decoded(
     out, notes = _plain(im)
     notes += [note for note in turned if note not in notes]
     if is_dark(out): notes.append('dark')
-    unsaid = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
-    if unsaid: notes.append('extra-channels')
+    undeclared = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
+    if undeclared: notes.append('extra-channels')
     return out, notes
 
 # %% ../../nbs/01e_data.images.ipynb #d181ddc8

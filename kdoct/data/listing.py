@@ -45,7 +45,7 @@ TABLE_COLUMNS = (
 def check_table(
     table:pd.DataFrame,  # an image table
 )->pd.DataFrame:         # the same table
-    "`KdoctError` unless columns, unique paths, labels, groups and types are as the contract says."
+    "`KdoctError` unless columns, unique paths, groups and types are as the contract says."
     def refuse(what):
         raise KdoctError(
             f"This is not an image table: {what}.",
@@ -58,7 +58,7 @@ def check_table(
             if table[c].dtype != 'Int64': refuse(f"column slice is {table[c].dtype}, not Int64")
         elif not pd.api.types.is_string_dtype(table[c]) or table[c].isna().any():
             refuse(f"column {c} is not text, or has gaps")
-        elif c in ('path', 'label', 'group') and (table[c] == '').any():
+        elif c in ('path', 'group') and (table[c] == '').any():
             refuse(f"column {c} is empty in row {(table[c] == '').argmax()}")
     if table.path.duplicated().any():
         refuse(f"path {table.path[table.path.duplicated()].iloc[0]} occurs twice")
@@ -419,6 +419,7 @@ def check_labels(
 ):
     "`KdoctError` if one class is written in several ways, or stands beside a copy of itself (CNV, CNV (1))."
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
+    table = table[table.label != '']
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
     keys = {same_name_key(c) for c in n.index}
     def key(label):

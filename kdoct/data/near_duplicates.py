@@ -202,7 +202,8 @@ def _cache_path(sha256:list[str], profile:Profile)->Path:
     method = (VERSION, ARCH, LOOK, NEAREST)
     allowed = (profile.turn, profile.zoom, profile.flips, profile.lowest)
     key = ' '.join(map(str, (*method, *allowed, *sha256)))
-    return outputs_root()/'cache'/f'twins-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz'
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return outputs_root()/'cache'/f'near-duplicates-{digest[:24]}.npz'
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #d75d7d26
 def proposals(
@@ -266,9 +267,9 @@ def joined(
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #243fb424
 def _best_copies(pairs:np.ndarray, scores:np.ndarray)->pd.DataFrame:
-    "Of each image that is in a pair, the one with which it agrees best: image, twin, agreement."
+    "Of each image that is in a pair, the one with which it agrees best: image, match, agreement."
     both = np.vstack([pairs, pairs[:, ::-1]])
-    out = pd.DataFrame(both, columns=['image', 'twin']).assign(agreement=np.tile(scores, 2))
+    out = pd.DataFrame(both, columns=['image', 'match']).assign(agreement=np.tile(scores, 2))
     out = out.sort_values(['image', 'agreement'], ascending=[True, False], kind='stable')
     return out.drop_duplicates('image')
 
@@ -276,10 +277,10 @@ def find_near_duplicates(
     table:pd.DataFrame,   # path, sha256
     root:str|Path,        # folder that the paths are relative to
     profile:Profile,      # what counts as a copy
-)->pd.DataFrame:          # one row an image with copies: path, twin (its best copy), agreement, set (its group's first)
+)->pd.DataFrame:          # one row an image with copies: path, match (its best copy), agreement, set (its group's first)
     "Which images are near-duplicates of which; `KdoctError` if the backbone's package is missing."
     t = table.sort_values('path', ignore_index=True)
-    if len(t) < 2: return pd.DataFrame(columns=['path', 'twin', 'agreement', 'set'])
+    if len(t) < 2: return pd.DataFrame(columns=['path', 'match', 'agreement', 'set'])
     files = [Path(os.path.join(root, p)) for p in t.path]
     pairs, scores = proposals(files, list(t.sha256), profile)
     group = linked_groups(len(t), pairs[scores >= profile.threshold])
@@ -287,7 +288,7 @@ def find_near_duplicates(
     enough = scores >= min(profile.threshold, profile.join)
     inside = (group[pairs[:, 0]] == group[pairs[:, 1]]) & enough
     best, path = _best_copies(pairs[inside], scores[inside]), t.path.to_numpy()
-    names = dict(path=path[best.image], twin=path[best.twin])
+    names = dict(path=path[best.image], match=path[best.match])
     return pd.DataFrame(
         dict(**names, agreement=best.agreement.to_numpy(), set=path[group[best.image]])
     )

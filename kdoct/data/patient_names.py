@@ -96,10 +96,10 @@ EYE_WORDS = {  # eye -> how tables write it, in the spelling of `same_name_key`
 }
 
 def eye_name(
-    text:str,  # a cell
-)->str:        # OD (right), OS (left), or '' for anything else: 1 and 2 stand for either
-    "The eye that a cell means: 'Right', 'r', 'od', 'O.D.', ..."
-    key = same_name_key(text.replace('.', ''))
+    text:str|None,  # a cell, or a field of a clinical file; None: nothing
+)->str:             # OD (right), OS (left), or '' for anything else: 1 and 2 stand for either
+    "The eye that a cell or a field means: 'Right', 'r', 'od', 'O.D.', ..."
+    key = same_name_key((text or '').strip(' \0').replace('.', ''))
     return next((eye for eye, names in EYE_WORDS.items() if key in names), '')
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #f395f318

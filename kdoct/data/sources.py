@@ -29,7 +29,7 @@ from kdoct.data.listing import (
 )
 from .patient_names import eye_name
 from .registry import source, source_root, SOURCES
-from .spellings import same_name_key
+from .spellings import same_name_key, says_unlabelled
 from .table_columns import check_columns
 from .table_sources import regroup, resolve_paths
 
@@ -39,6 +39,15 @@ _INSTEAD_OF_PATTERN = {
            "data.columns.patient=..."
 }
 
+def _check_unlabelled(data:DataRecipe):
+    "`KdoctError` where images without a label are wanted of a source that knows of none."
+    if not data.unlabelled or data.source in ('csv', 'folder'): return
+    raise KdoctError(
+        f"Source '{data.source}' has no images without a label (data.unlabelled).",
+        fix="Leave it out; or list the images in a table: --source csv --data-root TABLE.csv",
+    )
+
+# %% ../../nbs/01c_data.sources.ipynb #22f8bb6b
 def check_source(
     data:DataRecipe,  # the data part of a recipe
 ):
@@ -57,6 +66,7 @@ def check_source(
         )
     if data.group_pattern: group_pattern(data.group_pattern)
     check_columns(data.columns)
+    _check_unlabelled(data)
     if data.root and data.source != 'phantom':
         require_data_root(data, SOURCES[data.source].layout)
 
@@ -102,7 +112,7 @@ def _warning_of_lone_images(listing:Listing, data:DataRecipe)->str:
 # %% ../../nbs/01c_data.sources.ipynb #e2e29088
 def _warning_of_slices(listing:Listing, data:DataRecipe)->str:
     "What to say where --group-pattern seems to find the number of the slice, not the patient; or ''."
-    table = listing.table
+    table = listing.table[listing.table.label != '']
     if data.source != 'folder' or not data.group_pattern or data.groups: return ''
     pattern, groups = group_pattern(data.group_pattern), sorted(table.patient.unique())
     n_classes = table.label.nunique()
@@ -118,6 +128,23 @@ def _warning_of_slices(listing:Listing, data:DataRecipe)->str:
         f"to be that of the slice.\n"
         f"If so, the patients are spread over training and test, and the results will be too "
         f"good: the first brackets must hold the patient."
+    )
+
+# %% ../../nbs/01c_data.sources.ipynb #8e2b9cab
+def _warning_of_other_names(listing:Listing, data:DataRecipe)->str:
+    "What to say where --group-pattern names patients by their folder, so that the unlabelled are nobody else's; or ''."
+    table = listing.table
+    if data.source != 'folder' or not data.group_pattern or data.groups: return ''
+    no_label = table[table.label == ''].patient
+    def names_folder(patient): return any(map(says_unlabelled, patient.split('/')))
+    by_folder = [p for p in no_label.unique() if names_folder(p)]
+    if not by_folder: return ''
+    return (
+        f"WARNING: --group-pattern takes the folder for a part of the patient's name "
+        f"({', '.join(sorted(by_folder)[:3])}): a patient with labelled and unlabelled images has "
+        f"two names.\n"
+        f"He may be trained on without a label and tested with one: let the first brackets hold "
+        f"what is the same in both folders."
     )
 
 # %% ../../nbs/01c_data.sources.ipynb #ed3689de
@@ -157,7 +184,7 @@ def check_classes(
     classes:tuple[str, ...]|None=None,  # `data.classes`
 ):
     "`KdoctError` if a named class has no image, and there are images of others: a slip of the pen."
-    there = set(listing.table.label)
+    there = set(listing.table.label) - {''}
     is_empty = listing.findings.problem == 'empty-class'
     empty = {path.rpartition('/')[2] for path in listing.findings.path[is_empty]}
     lost = [c for c in classes or () if c not in there | empty]
@@ -196,13 +223,18 @@ def load_table(
     check_source(data)
     listing = SOURCES[data.source](data)
     if len(listing.table) == 0: _refuse_no_image(data, listing)
+    if (listing.table.label == '').all():
+        raise KdoctError(
+            f"None of {counted(len(listing.table), 'image')} in {listing.root} has a label.",
+            fix="Give images of two classes at least, beside those without a label.",
+        )
     if data.source in ('ucsd', 'folder'): listing = with_empty_classes(listing, data.classes)
     if data.groups: listing = regroup(listing, data.groups)
     check_labels(listing.table, data.classes)
     check_classes(listing, data.classes)
     listing = _with_shared_volumes(join_spellings(listing), data)
-    for warning in (_warning_of_lone_images(listing, data), _warning_of_slices(listing, data)):
-        if warning: print(warning)
+    for warn in (_warning_of_lone_images, _warning_of_slices, _warning_of_other_names):
+        if warning := warn(listing, data): print(warning)
     return listing
 
 # %% ../../nbs/01c_data.sources.ipynb #0fee678d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBER', 'LETTER', 'KNOWN_CLASSES', 'bare_number', 'number_key', 'look_alikes', 'say_name', 'without_accents',
            'plain_text', 'part_key', 'same_name_key', 'spellings', 'copied_name', 'is_empty_cell', 'is_only_signs',
-           'is_nobody', 'is_no_label', 'garbled']
+           'is_nobody', 'is_no_label', 'says_unlabelled', 'garbled']
 
 # %% ../../nbs/01a_data.spellings.ipynb #62ac07b4
 import re
@@ -191,6 +191,12 @@ def is_no_label(
     text = plain_text(text)
     words = re.sub(r'[\s_-]+', ' ', text.strip('()<>[]'))
     return is_only_signs(text) or words in _NO_LABEL or _is_minus_one(text)
+
+def says_unlabelled(
+    name:str,  # of a folder, or a label
+)->bool:
+    "Whether a name says that images have no label, and no more: 'Unlabelled', 'unlabeled'."
+    return same_name_key(name) in ('unlabelled', 'unlabeled')
 
 # %% ../../nbs/01a_data.spellings.ipynb #22b3aab0
 def _read_as_1252(text:str)->bytes:

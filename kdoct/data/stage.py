@@ -20,6 +20,7 @@ from kdoct.data.audit import (
     mixed_parts,
     official_overlap,
     PART_WORDS,
+    unlabelled_text,
 )
 from .fold_data import fold_rules, folds_of, recipe_cache, table_hash, table_path
 from .folds import CALIB, OUT, ROLE_NAMES, write_folds
@@ -28,6 +29,8 @@ from .listing import Listing
 from kdoct.data.plan import (
     class_names,
     folds_fit,
+    labels_of,
+    labels_text,
     leak_of,
     list_and_audit,
     plan_folds,
@@ -78,7 +81,7 @@ def _counts(folds:pd.DataFrame)->dict:
 def _lacks(folds:pd.DataFrame, table:pd.DataFrame, role:str='val')->list[str]:
     "Classes that the validation (or calibration) part of one fold lacks: allowed, but worth knowing."
     part = folds.path[folds.role == role]
-    return sorted(set(table.label) - set(table.label[table.path.isin(part)]))
+    return sorted(set(table.label) - set(table.label[table.path.isin(part)]) - {''})
 
 def _lacks_by_fold(folds:pd.DataFrame, table:pd.DataFrame, role:str)->dict[str, list[str]]:
     "The folds whose part lacks classes, with these; folds without such a part lack none."
@@ -94,6 +97,7 @@ def _print_audit(facts:dict):
     print(f"{counted(facts['images'], 'image')} of {groups_text(facts['groups'])}: {classes}")
     print(f"{colour}, {facts['size']} x {facts['size']} px; "
           f"{counted(facts['not_used'], 'listed image')} not used")
+    if facts['unlabelled']: print(facts['unlabelled'])
     print(f"audit: {problems or 'nothing to note'}")
     if facts['merged_groups']:
         print(f"{merged_groups_text(facts['merged_groups'])} audit.json names them.")
@@ -127,13 +131,14 @@ def _print_warnings(facts:dict):
 
 # %% ../../nbs/01_data.ipynb #30723b1c
 def _faults(protocol:str, table:pd.DataFrame, folds:pd.DataFrame)->dict:
-    "Missing classes, a leak and patients of both official parts."
+    "Missing classes, a leak, patients of both official parts, and images that train without a label."
     return dict(
         val_lacks=_lacks_by_fold(folds, table, 'val'),
         calib_lacks=_lacks_by_fold(folds, table, CALIB),
         protocol=protocol,
         leak=leak_of(folds),
         overlap=int(official_overlap(table).sum()),
+        labels=labels_of(folds, table),
     )
 
 # %% ../../nbs/01_data.ipynb #d0e9deb3
@@ -147,6 +152,7 @@ def _facts(run:Run, listing:Listing, result:Audit, folds:pd.DataFrame, cache:Pat
         images=len(table),
         groups=table.group.nunique(),
         classes=classes,
+        unlabelled=unlabelled_text(table),
         per_class=table.label.value_counts().reindex(classes).to_dict(),
         per_fold=_counts(folds),
         size=data.size,
@@ -183,5 +189,6 @@ def prepare_data(
         facts = run.record('data', status='done', **facts, seconds=seconds)
     _print_audit(facts)
     _print_folds(facts['per_fold'])
+    if text := labels_text(facts['labels']): print(text)
     _print_warnings(facts)
     return facts

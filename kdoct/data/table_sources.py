@@ -29,7 +29,7 @@ from kdoct.data.listing import (
 )
 from .patient_names import eye_name
 from .registry import source, source_root, SOURCES
-from .spellings import is_no_label
+from .spellings import is_no_label, says_unlabelled
 from .spreadsheet import read_table, table_column
 from kdoct.data.table_checks import (
     check_cells,
@@ -135,12 +135,16 @@ def _real_paths(paths:list[str], root:Path)->tuple[list[str], list[dict]]:
     return [named.get(p, p) for p in paths], notes + more
 
 # %% ../../nbs/01bd_data.table_sources.ipynb #3defff8e
+_KEEP = "; data.unlabelled=true keeps it without one"
+
 def _csv_problem(r:dict, line:int, classes:set[str], option:str)->tuple[str, str]:
     "Problem and detail of a row that cannot be used; two empty texts where it can."
     if not r['path']: return 'unparsable-name', f"line {line}: a row without a path"
-    if not r['label'] or is_no_label(r['label']) and r['label'] not in classes:
-        its_class = f"; if it is a class, name all of them: {option}" if r['label'] else ''
+    if r['label'] and is_no_label(r['label']) and r['label'] not in classes:
+        its_class = f"; if it is a class, name all of them: {option}"
         return 'no-label', f"line {line}: label {r['label']!r}{its_class}"
+    if not r['label'] and '' not in classes:
+        return 'no-label', f"line {line}: label ''{_KEEP}"
     slice = r.get('slice', '')
     if slice and whole_number(slice) is None:
         return 'unparsable-name', f"line {line}: slice {slice!r} is not a whole number"
@@ -148,7 +152,7 @@ def _csv_problem(r:dict, line:int, classes:set[str], option:str)->tuple[str, str
 
 # %% ../../nbs/01bd_data.table_sources.ipynb #cd01ac1d
 def _csv_row(r:dict, line:int, classes:set[str], option:str)->tuple[dict|None, list[dict]]:
-    "One row of the file, and notes; `classes` may be words for no label, `option` names all labels."
+    "One row of the file, and notes; `classes` may be words for no label, or none; `option` names all labels."
     problem, detail = _csv_problem(r, line, classes, option)
     if problem: return None, [finding(r['path'], problem, detail)]
     group, split, eye = r.get('group') or r.get('patient'), r.get('split', ''), r.get('eye')
@@ -212,13 +216,15 @@ def _signs_for_classes(labels:set[str])->set[str]:
            "columns path, label, and patient or group",
 )
 def csv(
-    data:DataRecipe,  # reads `root` (the file, or a folder with table.csv) and `columns`
+    data:DataRecipe,  # reads `root` (the file, or a folder with table.csv), `columns`, `classes` and `unlabelled`
 )->Listing:
     "Images listed in a table, with paths relative to its folder."
     file = _csv_file(data)
     df = _checked_table(file, data)
+    if data.unlabelled: df['label'] = df.label.where(~df.label.map(says_unlabelled), '')
     labels = set(df.label)
     classes = _signs_for_classes(labels).union(data.classes or ())
+    if data.unlabelled: classes.add('')
     was_empty = df.path == ''
     df['path'], found = _real_paths(list(df.path), file.parent)
     df, repeats = _drop_repeats(df[(df.path != '') | was_empty])

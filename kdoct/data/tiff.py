@@ -185,7 +185,7 @@ def _check_index(data:bytes, t:TiffFile):
         what = f"Micro-Manager's index names {len(index)} pictures; {len(t.pages)} can be found"
         raise BadImage('truncated', f"{what}; {_ELSEWHERE}")
 
-def _check_unsaid_pictures(data:bytes, t:TiffFile):
+def _check_undeclared_pictures(data:bytes, t:TiffFile):
     "`BadImage` where a file of one directory has bytes for pictures that nothing tells of."
     page = t.pages.first
     if len(t.pages) > 1 or page.compression != _RAW or 330 in page.tags: return
@@ -220,7 +220,7 @@ def _one_directory(data:bytes, t:TiffFile)->TiffStack:
     doubt = f"its description says {channels} channels, not slices: are they B-scans?"
     notes = (doubt,) if channels > 1 else ()
     if n > there: return TiffStack(_hidden_pictures(data, t.pages.first, n), notes)
-    _check_unsaid_pictures(data, t)
+    _check_undeclared_pictures(data, t)
     return TiffStack(None, notes)
 
 # %% ../../nbs/01y_data.tiff.ipynb #bf645bce

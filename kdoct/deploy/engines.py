@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'LIMITS', 'Engine', 'torch_engine', 'onnx_engine', 'cut_graph', 'Compiled', 'openvino_engine',
-           'network_alone', 'compare', 'refused', 'predict_all', 'time_engines', 'worth_it', 'calibration_rows',
+           'network_alone', 'compare', 'refused', 'predict_all', 'time_engines', 'int8_gain', 'calibration_rows',
            'graph_signature', 'runs_here', 'make_engine']
 
 # %% ../../nbs/07f_deploy.engines.ipynb #imp-deploy-engines
@@ -31,7 +31,7 @@ from kdoct.deploy.graph import (
     OUTPUTS,
     squared,
 )
-from ..evaluate.decisions import Decision, told_apart
+from ..evaluate.decisions import Decision, distinct_texts
 from ..models.backbones import Classifier
 from ..models.folders import load_model_folder
 from ..training.inference import inference_model
@@ -288,13 +288,13 @@ def refused(
 )->str:             # why the engine is not kept; '' if it is
     "What the limits say."
     off = {
-        k: told_apart(parity[k], LIMITS[k], 4)
+        k: distinct_texts(parity[k], LIMITS[k], 4)
         for k in ('probability', 'distance')
         if exact and parity.get(k, 0) > LIMITS[k]
     }
     words = dict(labels='predicted classes', flags='outliers')
     few = {
-        k: told_apart(100 * parity[k], 100 * LIMITS[k])
+        k: distinct_texts(100 * parity[k], 100 * LIMITS[k])
         for k in words
         if parity.get(k, 1) < LIMITS[k]
     }
@@ -358,7 +358,7 @@ def time_engines(
     return {name: _medians(*both, batch) for name, both in times.items()}
 
 # %% ../../nbs/07f_deploy.engines.ipynb #f5211eff
-def worth_it(
+def int8_gain(
     timed:dict,         # of `time_engines`, with openvino and int8
     parity:dict,        # of `compare`, for int8
 )->tuple[dict, str]:    # what was found; why INT8 is not kept, '' if it is
@@ -366,8 +366,8 @@ def worth_it(
     times = timed['openvino']['latency_ms'] / timed['int8']['latency_ms']
     many = timed['int8']['images_a_second'] / timed['openvino']['images_a_second']
     facts = dict(times_as_fast=times, times_as_fast_in_batches=many)
-    fast, least = told_apart(times, LIMITS['speed'], 2)
-    lost, most = told_apart(parity['lost_points'], LIMITS['points'], 2)
+    fast, least = distinct_texts(times, LIMITS['speed'], 2)
+    lost, most = distinct_texts(parity['lost_points'], LIMITS['points'], 2)
     why = []
     if times < LIMITS['speed']:
         why.append(f'{fast} times as fast as OpenVINO in float32 (at least {least})')

@@ -34,7 +34,7 @@ from kdoct.deploy.engines import (
     refused,
     runs_here,
     time_engines,
-    worth_it,
+    int8_gain,
 )
 from .graph import Deployable, write_int8, write_onnx, write_openvino
 from ..evaluate.decisions import Decision
@@ -145,10 +145,10 @@ def pictures_of_run(
 # %% ../../nbs/07g_deploy.formats.ipynb #6f8693cd
 def _framed_scans(files:list[Path], about:dict)->Iterator[np.ndarray]:
     "The B-scans of files, as a graph takes them; `KdoctError` naming the first that cannot be read."
-    with closing(Sandbox(modality=about.get('modality', 'oct'))) as guard:
+    with closing(Sandbox(modality=about.get('modality', 'oct'))) as sandbox:
         for f in files:
             try:
-                for scan in guard.scans(f):
+                for scan in sandbox.scans(f):
                     yield framed(scan.image, about['channels'], **about['framing'])
             except KdoctError as e:
                 raise KdoctError(
@@ -229,7 +229,7 @@ def evaluate_int8(
 ):
     "Give INT8 up where it is not worth it; note what was found."
     if 'parity' not in found.get('int8', {}): return
-    facts, why = worth_it(found, found['int8']['parity'])
+    facts, why = int8_gain(found, found['int8']['parity'])
     why = '; '.join(w for w in (found['int8']['reason'], why) if w)
     found['int8'] |= facts | dict(kept=not why, reason=why)
 

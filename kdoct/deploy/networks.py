@@ -89,7 +89,7 @@ def open_bundle(
     if lost := [k for k in _NEEDED if k not in about]:
         raise KdoctError(f"bundle.json does not say: {', '.join(lost)}.", fix=_DAMAGED)
     decision, model = _decision_in(folder), read_json(folder/'model.json')
-    # a bundle of before it was said
+    # a bundle of an earlier version
     about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))
     _check_agreement(about, model, decision)
     if odd := sorted(set(about['formats']) - set(ENGINES)):
@@ -168,7 +168,7 @@ def open_model_folder(
     return Bundle(folder, about, decision)
 
 # %% ../../nbs/07h_deploy.networks.ipynb #fb9da27e
-_OF_BUNDLES = ('bundle.json', 'signature.json', 'card.json')   # a bundle that has lost its seal is no model folder
+_OF_BUNDLES = ('bundle.json', 'signature.json', 'model_card.json')   # a bundle that has lost its seal is no model folder
 
 _MAKERS = "`kdoct export` writes a bundle, `kdoct import` a model folder."
 _PLACES = ("The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "

@@ -112,7 +112,7 @@ class Predictor:
             raise KdoctError(
                 f"workers={workers} and batch={batch} must be positive.", fix="Leave them out."
             )
-        self.guard = Sandbox(seconds, memory, self.bundle.about.get('modality', 'oct'))
+        self.sandbox = Sandbox(seconds, memory, self.bundle.about.get('modality', 'oct'))
         self.engine = _started(self.bundle, engine, threads)
         self.channels = self.engine.channels
 
@@ -120,7 +120,7 @@ class Predictor:
 @patch
 def close(self:Predictor):
     "End the reader processes."
-    self.guard.close()
+    self.sandbox.close()
 
 @patch
 def __enter__(self:Predictor): return self
@@ -190,7 +190,7 @@ def _slot(about:dict, picture)->Slot:
 def _slots(self:Predictor, paths:Iterable)->Iterator[Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last, ahead = None, 2*self.workers + self.batch
-    read = read_ahead(paths, self.guard, self._prepare, self.workers, ahead, weigh=_weight)
+    read = read_ahead(paths, self.sandbox, self._prepare, self.workers, ahead, weigh=_weight)
     for path, item in read:
         if isinstance(item, BadImage):
             is_known = last is not None and last['path'] == as_text(path)

@@ -225,8 +225,8 @@ def _own_rule(
 )->tuple[VolumeRule, str]:
     "The rule of a network that has none."
     used = chosen_rule(VolumeRule(drop_outliers=False), rule, min_slices)[0]
-    said = f"Volumes are decided by the {used.text}; no rule was evaluated for this network."
-    return used, said
+    note = f"Volumes are decided by the {used.text}; no rule was evaluated for this network."
+    return used, note
 
 # %% ../../nbs/07i_deploy.rows.ipynb #f4afb60c
 def chosen_rule(

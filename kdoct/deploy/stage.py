@@ -129,10 +129,10 @@ def _write_and_check(
     _keep_files_of(about['formats'], found, work)
 
 # %% ../../nbs/07_deploy.ipynb #2f56012f
-def _write_card(work:Path, text:str, card:dict):
+def _write_model_card(work:Path, text:str, card:dict):
     "The model card, for people and for programs."
-    (work/'CARD.md').write_text(text, encoding='utf-8')
-    write_json(work/'card.json', card)
+    (work/'MODEL_CARD.md').write_text(text, encoding='utf-8')
+    write_json(work/'model_card.json', card)
 
 # %% ../../nbs/07_deploy.ipynb #b8fa1f40
 def _sealed(out:Path, key, fill:Callable)->dict:
@@ -196,7 +196,7 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     pictures, calibration = pictures_of_run(run, data, images), [data.images[i][None] for i in rows]
     _write_and_check(work, about, decision, formats, calibration, pictures)
     if 'int8' in formats: about['calibration'] = _calibration_facts(data, rows)
-    _write_card(work, *model_card(about, run, fold, role, decision))
+    _write_model_card(work, *model_card(about, run, fold, role, decision))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #ffc18afe
@@ -229,7 +229,7 @@ _TAKEN = ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin'
 
 def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPictures)->dict:
     "Everything but the seal, of a network without a run; returns what bundle.json says."
-    from kdoct.deploy.model_card import folder_card
+    from kdoct.deploy.model_card import folder_model_card
     folder, decision = opened.folder, opened.decision
     model, _ = read_model_folder(folder)
     write_json(work/'model.json', _shareable(model))
@@ -241,7 +241,7 @@ def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPic
     made = tuple(f for f in formats if f != 'int8')
     _write_and_check(work, about, decision, made, [], pictures)
     if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
-    _write_card(work, *folder_card(about, model, decision))
+    _write_model_card(work, *folder_model_card(about, model, decision))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #93bb1422

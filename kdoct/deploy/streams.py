@@ -19,7 +19,7 @@ from ..data.sandbox import bad_image, Sandbox
 
 # %% ../../nbs/07j_deploy.streams.ipynb #9ad4cca2
 class _Room:
-    "Where what is read ahead waits: a queue for each file, bounded in length, and all together in bytes."
+    "Where what is read ahead waits: a queue for each file, bounded in length, and all of them in bytes."
     def __init__(self, scans:int, bytes_:int):
         self.scans, self.bytes, self.held = scans, bytes_, 0
         self.turn, self.over, self.changed = None, False, threading.Condition()
@@ -58,11 +58,11 @@ def close(self:_Room):
         self.changed.notify_all()
 
 # %% ../../nbs/07j_deploy.streams.ipynb #a84421f7
-def _fill(room:_Room, queue:deque, path, guard:Sandbox, prepare:Callable, weigh:Callable):
+def _fill(room:_Room, queue:deque, path, sandbox:Sandbox, prepare:Callable, weigh:Callable):
     "Read a file into its queue; last comes None, or the `BadImage` that ended it."
     try:
         if room.over: return
-        for scan in guard.scans(path):
+        for scan in sandbox.scans(path):
             item = prepare(scan)
             room.put(queue, item, weigh(item))
         end = None
@@ -73,7 +73,7 @@ def _fill(room:_Room, queue:deque, path, guard:Sandbox, prepare:Callable, weigh:
 # %% ../../nbs/07j_deploy.streams.ipynb #c5dff224
 def read_ahead(
     paths:Iterable,       # files, in the order of the rows
-    guard:Sandbox,          # what reads them
+    sandbox:Sandbox,          # what reads them
     prepare:Callable,     # Scan -> what is kept of it; runs in the threads too
     workers:int,          # threads
     files:int=64,         # files that may be begun
@@ -91,7 +91,7 @@ def read_ahead(
         try:
             for path in paths:
                 ahead.append((path, deque()))
-                pool.submit(_fill, room, ahead[-1][1], path, guard, prepare, weigh)
+                pool.submit(_fill, room, ahead[-1][1], path, sandbox, prepare, weigh)
                 if len(ahead) >= files: yield from rest(*ahead.popleft())
             while ahead: yield from rest(*ahead.popleft())
         finally: room.close()

@@ -8,8 +8,8 @@ __all__ = ['train_student', 'train_baseline']
 # %% ../../nbs/04_distill.ipynb #imp-distill-student
 from ..core.files import KdoctError
 from ..core.runs import Run
-from .loading import load_teachers
-from .methods import Distill
+from .callback import Distill
+from .loading import load_teacher, load_teachers
 from .preparation import ready_teachers, teacher_shares
 from .teacher_cache import TeacherCache
 from ..training.distributed import init_group, propagate_failure, rank_world
@@ -27,7 +27,9 @@ def _distil(run:Run, fold:int, role:str)->dict:
         distilled_from[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
                                weight=share)
     del found   # the copies are used
-    distill = Distill(teachers, recipe, shares)
+    distill = Distill(
+        teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0]
+    )
     about = train_role(run, fold, role, [distill], distilled_from=distilled_from)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):

@@ -23,6 +23,7 @@ from ..data.augment import DRAWS
 from ..data.batches import Batches
 from ..data.cache import DECODER, FRAMING
 from ..models.backbones import Classifier
+from ..models.feature_maps import embedding_of
 from ..training.distributed import rank_world
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #6b5fc0fb
@@ -77,6 +78,7 @@ def output_facts(
     batches:Batches,         # training batches of a student
     arch:str='',             # its timm name
     pictures:dict|None=None, # of `picture_facts`; None: images that no recipe has made
+    embedding:str='',        # layer whose mean maps are kept beside the logits; empty: none
 )->dict:                     # what JSON can hold; `key` is the hash of the rest
     "What cached logits depend on."
     ids = np.unique(batches.ids[batches.rows])
@@ -84,13 +86,14 @@ def output_facts(
                    mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist(),
                    interpolation=model.interpolation, classes=model.body.num_classes,
                    **arithmetic(model, batches.device))
+    if embedding: teacher['embedding'] = embedding
     facts = dict(teacher=teacher, pictures=pictures, views=view_facts(batches), images=len(ids),
                  images_sha256=_digest(ids.tobytes()))
     return dict(key=_digest(facts)[:24], **facts)
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #99d254cf
 class TeacherCache:
-    "A teacher's logits for random views of the training images, on disk."
+    "A teacher's logits, and embeddings where they are asked for, of random views of the training images, on disk."
     def __init__(self,
         model:Classifier,        # the teacher, which is not trained
         weights_sha256:str,      # hash of its weights
@@ -101,6 +104,13 @@ class TeacherCache:
         self.model, self.weights_sha256 = model.eval().requires_grad_(False), weights_sha256
         self.batch, self.arch, self.pictures = batch, arch, pictures
         self.seconds, self.queried = 0., 0
+        self.recorder = None   # of the last maps, whose mean is kept too
+
+    @property
+    def width(self)->int:
+        "Columns of a view: logits, and the embedding where it is kept."
+        n_classes = self.model.body.num_classes
+        return n_classes + (self.recorder.layers[-1].channels if self.recorder else 0)
 
     def file(self, number:int)->Path: return self.path/f'view_{number:05d}.npy'
 
@@ -112,7 +122,10 @@ def open(self:TeacherCache,
     "Find or make the folder; `KdoctError` if what lies there belongs to something else."
     self.batches, self.views = batches, {}
     self.ids, self.first = np.unique(batches.ids[batches.rows], return_index=True)
-    facts = output_facts(self.model, self.weights_sha256, batches, self.arch, self.pictures)
+    embedding = self.recorder.layers[-1].name if self.recorder else ''
+    facts = output_facts(
+        self.model, self.weights_sha256, batches, self.arch, self.pictures, embedding
+    )
     self.path = outputs_root()/'cache'/f"teacher-{facts['key']}"
     with locked(self.path, what=f"the teacher cache {self.path.name}", wait=60):
         if not (self.path/'about.json').exists(): write_json(self.path/'about.json', facts)
@@ -124,7 +137,7 @@ def open(self:TeacherCache,
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #47c673a8
 def _missing(self:TeacherCache, number:int)->np.ndarray:
     "Places (in the order of `ids`) of the images that a view's file lacks; makes the file where needed."
-    path, shape = self.file(number), (len(self.ids), self.model.body.num_classes)
+    path, shape = self.file(number), (len(self.ids), self.width)
     if not path.exists():
         with atomic_path(path) as tmp, open(tmp, 'wb') as f:
             np.save(f, np.full(shape, np.nan, np.float32))
@@ -137,9 +150,12 @@ def _missing(self:TeacherCache, number:int)->np.ndarray:
 
 @torch.no_grad()
 def _query(self:TeacherCache, places:np.ndarray, number:int)->np.ndarray:
-    "The teacher's logits of today; `KdoctError` if they are not finite."
+    "What the teacher gives today; `KdoctError` if it is not finite."
     x, _ = self.batches.batch(self.batches.rows[self.first[places]], number)
-    z = self.model(x).cpu().numpy()
+    if self.recorder is None: z = self.model(x).cpu().numpy()
+    else:
+        logits, maps = self.model.with_maps(x, self.recorder)
+        z = torch.cat([logits, embedding_of(maps[-1])], 1).cpu().numpy()
     if np.isfinite(z).all(): return z
     raise KdoctError(f"The teacher's logits for view {number} are not finite.",
                      fix="Train the teacher again, or set its precision to fp32.")
@@ -196,11 +212,11 @@ def build(self:TeacherCache,
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #1a377a9d
 @patch
-def logits(self:TeacherCache,
+def columns(self:TeacherCache,
     rows:np.ndarray,  # (n,) rows of the data set
     number:int,       # of the view
-)->torch.Tensor:      # (n, classes) float32 on the device of the batches
-    "Logits from the file of a view; `KdoctError` if they are not there."
+)->torch.Tensor:      # (n, `width`) float32 on the device of the batches
+    "Logits, and the embedding, from the file of a view; `KdoctError` if they are not there."
     ids = self.batches.ids[rows]
     at = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
     z = np.asarray(self.views[number][at]) if number in self.views else np.array(np.nan)

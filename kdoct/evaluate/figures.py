@@ -331,7 +331,7 @@ def counts_of(
     return parts.agg(images=('path', 'size'), groups=('group', 'nunique')).reset_index()
 
 # %% ../../nbs/05s_evaluate.figures.ipynb #df5589d1
-_GREYS = ('#949494', PALETTE[9], PALETTE[1], PALETTE[4], '#dcdcdc')
+_GREYS = ('#949494', '#c4c4c4', PALETTE[9], PALETTE[1], PALETTE[4], '#dcdcdc')
 _PART_COLOUR = dict(zip(PART_NAMES, _GREYS, strict=True))
 
 def _counts_bars(ax, counts, column, classes, legend):

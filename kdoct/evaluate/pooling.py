@@ -26,7 +26,7 @@ from kdoct.evaluate.tables import (
     scores_section,
     Section,
     selection_section,
-    TOGETHER,
+    COMBINED,
 )
 from kdoct.evaluate.variants import (
     BLANKED,
@@ -123,7 +123,7 @@ def fold_models(
             )
     combined = combined_teachers(run, fold, out)
     if combined is None: return out
-    return {r: out[r] for r in run.recipe.teacher_roles} | {TOGETHER: combined} | out
+    return {r: out[r] for r in run.recipe.teacher_roles} | {COMBINED: combined} | out
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #9e987015
 def complete_folds(
@@ -256,7 +256,7 @@ def costs_of(
     "What each model costs; measured once a run and architecture."
     path, out = run.path/'efficiency.json', {}
     with locked(path, what=f"the timing of run '{run.name}'", wait=600):
-        for m in (m for m in models if m != TOGETHER):
+        for m in (m for m in models if m != COMBINED):
             folder = model_dir(run, fold, m)
             about = read_json(folder/'model.json')
             reason = _not_measured(about, folder)

@@ -10,9 +10,10 @@ import pandas as pd
 
 from ..core.files import counted
 from ..core.runs import Run
+from ..data.plan import labels_text
 from .intervals import MIN_DEFINED
 from .metrics import classes_of
-from .tables import TOGETHER
+from .tables import COMBINED
 
 # %% ../../nbs/05e_evaluate.protocol.ipynb #7dda4f47
 def _official_text(run, predictions, which):
@@ -53,6 +54,12 @@ def _images_text(data, predictions):
     return '; '.join(out)
 
 # %% ../../nbs/05e_evaluate.protocol.ipynb #cf75e3e3
+def _labels_text(run, predictions):
+    "Of how many training patients the labels were used, and what was there without one; nothing where all have one."
+    facts = run.stage('data') if run.json.is_file() else {}   # predictions may be of no run
+    text = labels_text(facts.get('labels'), set(predictions.fold))
+    return [text] if text else []
+
 _COMBINED = dict(
     probabilities='the mean of their probabilities',
     logits='the mean of their logits',
@@ -71,7 +78,7 @@ def _teachers_text(recipe):
     losses = f'with alpha {d.alpha:g} (soft loss) and beta {d.beta:g} (hard loss)'
     return (
         f' The student was distilled from {len(teachers)} teachers ({", ".join(teachers)}): '
-        f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{TOGETHER}" is {row} on the '
+        f'{_COMBINED[d.combine]}, at T {d.temperature:g}, {losses}; "{COMBINED}" is {row} on the '
         'test images, at T 1.'
     )
 
@@ -115,6 +122,7 @@ def protocol_of(
     parts = [
         f'Data {r.data.source}, {classes}',
         _split_text(run, predictions),
+        *_labels_text(run, predictions),
         _images_text(r.data, predictions),
         f'seed {r.seed}',
         _views_text(r.evaluate.views),

@@ -81,10 +81,10 @@ def _write_role(run, fold, role, test):
     for name, frame in (('variants', variants), ('predictions', main)):
         with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
     own = teachers if role in run.recipe.student_roles else ()
-    distilled_from = {r: dict(weight=1/len(own)) for r in own}
+    shares = {r: dict(weight=1/len(own)) for r in own}
     about = dict(arch='simulated', parameters=300_000 if role in teachers else 100_000)
-    about |= dict(metrics=dict(kept=kept), distilled_from=distilled_from)
-    write_json(folder/'model.json', about)
+    further = dict(metrics=dict(kept=kept), distilled_from=shares)
+    write_json(folder/'model.json', about | further)
     _history(role).to_csv(folder/'history.csv', index=False)
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #simulated-stages

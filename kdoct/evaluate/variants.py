@@ -184,5 +184,5 @@ def blanked_warning(
         f'Macro sensitivity on test images whose retina is covered is above chance ({chance:.1f} '
         f'%): {", ".join(scores)}. A part of these scores may come from '
         'margins, padding, scale bar or grey level and not from the eye. '
-        "What to do: see 'Without a retina', and the shortcut probe for what tells the class."
+        "What to do: see 'Without a retina', and shortcut detection for what predicts the class."
     )

@@ -7,7 +7,6 @@ __all__ = ['MAP_COLOURS', 'LESS', 'MORE', 'overlay', 'Explained', 'map_figure', 
 
 # %% ../../nbs/06e_explain.figures.ipynb #imp-explain-figures
 import textwrap
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from PIL import Image
 
 from ..core.files import counted, KdoctError
 from ..core.sections import EvaluateRecipe
-from ..evaluate.figure_style import ROLE_COLOUR, save_figure
+from ..evaluate.figure_style import figure_style, ROLE_COLOUR, save_figure, styled_axes
 from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from .comparison import CORRECTNESS
@@ -72,23 +71,6 @@ class Explained(NamedTuple):
     label:str                            # true class
     mask:np.ndarray|None=None            # (H, W), above 0 on the lesion; None or empty: no outline
     name:str=''                          # what the image is called, in small type
-
-@contextmanager
-def _style():
-    "Small type and plain axes."
-    rc = {
-        'font.size': 8,
-        'axes.titlesize': 8,
-        'axes.labelsize': 8,
-        'xtick.labelsize': 7,
-        'ytick.labelsize': 8,
-        'legend.fontsize': 8,
-        'legend.frameon': False,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'axes.linewidth': 0.8,
-    }
-    with sns.axes_style('ticks'), mpl.rc_context(rc): yield
 
 # %% ../../nbs/06e_explain.figures.ipynb #cbdc22dd
 def _lines(text, width=28, most=3):
@@ -153,6 +135,11 @@ def _require_page(rows):
                          fix='give teacher and student')
 
 # %% ../../nbs/06e_explain.figures.ipynb #map-figure
+# the panels are narrow
+_SMALL_TYPE = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 8) | {
+    'xtick.labelsize': 7
+}
+
 def map_figure(
     rows:list[Explained],   # 1 to 12 images, all with the same roles
     width:float=1.9,        # of a panel [inch]
@@ -161,7 +148,7 @@ def map_figure(
     _require_page(rows)
     n, columns = len(rows), len(rows[0].maps) + 2
     tall = [width*r.image.shape[0]/r.image.shape[1] for r in rows]
-    with _style():
+    with figure_style(_SMALL_TYPE):
         lines = sum(max(t.count('\n') + 1 for t in _titles(r)) for r in rows)
         height = sum(tall) + .14*lines + .15*n + .5
         fig = Figure(figsize=(width*columns, height), layout='constrained')
@@ -229,9 +216,7 @@ def curves_figure(
         raise KdoctError(f"no curves of method '{method}'",
                          fix=f'take one of {", ".join(frame.method.unique())}')
     e = evaluate or EvaluateRecipe()
-    with _style():
-        fig = Figure(figsize=(6, 2.8), layout='constrained')
-        axes = fig.subplots(1, 2, sharex=True, sharey=True)
+    with styled_axes(6.6, 3., 1, 2, sharex=True, sharey=True) as (fig, (axes,)):
         for i, (role, part) in enumerate(rows.groupby('role', sort=False)):
             look = _colour(role, i), ('-', '--', ':', '-.')[i % 4]
             for ax, kind in zip(axes, ('insertion', 'deletion'), strict=True):
@@ -284,9 +269,7 @@ def agreement_figure(
     chance = t.iou_chance.iloc[0]
     panels = ('rank', 'Rank correlation', 0), ('iou', 'IoU of the top fifth', chance)
     few = f'* and pale: under {FEW} groups' if (t.n_groups < FEW).any() else None
-    with _style():
-        fig = Figure(figsize=(6.4, 1.3 + .38*len(t)), layout='constrained')
-        axes = fig.subplots(1, 2, sharey=True)
+    with styled_axes(7., 1.4 + .42*len(t), 1, 2, sharey=True) as (fig, (axes,)):
         for ax, (key, title, chance) in zip(axes, panels, strict=True):
             _points(ax, t, key, _SAME, -.12)
             if f'{key}_other' in t: _points(ax, t, f'{key}_other', _OTHER, .12)

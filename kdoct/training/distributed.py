@@ -240,7 +240,8 @@ class DistributedTraining(Callback):
     def before_fit(self):
         rank, size = rank_world()
         if size == 1: return
-        for t in (*self.model.parameters(), *self.model.buffers()): broadcast_tensors(t.data)
+        trained = getattr(self.learn, 'trained', self.model)   # with what learns beside the network
+        for t in (*trained.parameters(), *trained.buffers()): broadcast_tensors(t.data)
         if rank: torch.manual_seed(torch.initial_seed() + 1_000_003*rank)
         self.plain = self.model.body
         if self.dls.device.type == 'cuda': self.model.body = with_synced_norms(self.plain)

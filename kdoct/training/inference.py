@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['private_copy', 'fold_batchnorm', 'ScaledMlp', 'scale_weights', 'FusedBody', 'each_core', 'InferenceModel',
-           'inference_model']
+           'map_recorder', 'inference_model']
 
 # %% ../../nbs/02i_training.inference.ipynb #imp-training-inference
 import copy
@@ -13,6 +13,7 @@ from concurrent.futures import wait
 import torch
 import torch.nn.functional as F
 from timm.layers import GlobalResponseNormMlp
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
@@ -21,6 +22,7 @@ from ..core.files import KdoctError
 from ..data.batches import in_thread
 from ..models.backbones import Classifier
 from ..models.arithmetic import computes_bf16, float32_products
+from ..models.feature_maps import layer_of, MapRecorder
 from .precision import faster, measure_steps, seconds_of
 
 # %% ../../nbs/02i_training.inference.ipynb #27f3f298
@@ -184,10 +186,49 @@ class InferenceModel(Classifier):
         with torch.no_grad(), _PixelMeans():
             return self.body(self.prepare(x).to(next(self.body.parameters()).dtype)).float()
 
-    def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
+    def parts(self, x:torch.Tensor)->tuple[torch.Tensor, ...]:
+        "Images that are computed at once."
         n = len(x)
         if x.device.type == 'cpu': n = min(self.chunk, -(-n//torch.get_num_threads()))
-        with float32_products(False): return torch.cat(each_core(self.some, x.split(n), x.device))
+        return x.split(n)
+
+    def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, 1 or 3, h, w) in [0, 1] -> (n, classes) float32 logits
+        with float32_products(False):
+            return torch.cat(each_core(self.some, self.parts(x), x.device))
+
+# %% ../../nbs/02i_training.inference.ipynb #a550749d
+@patch
+def with_maps(self:InferenceModel,
+    x:torch.Tensor,        # (n, 1 or 3, h, w) in [0, 1]
+    recorder:MapRecorder,  # of this copy's body
+)->tuple[torch.Tensor, list[torch.Tensor]]:  # (n, classes) float32 logits; (n, channels, h, w) for each layer
+    "Logits, and the maps of the recorder's layers, of one pass."
+    def some(part): return self.some(part), recorder.take()
+    with float32_products(False): done = each_core(some, self.parts(x), x.device)
+    logits, maps = zip(*done, strict=True)
+    return torch.cat(logits), [torch.cat(of_layer) for of_layer in zip(*maps, strict=True)]
+
+# %% ../../nbs/02i_training.inference.ipynb #c740c5e9
+def map_recorder(
+    copy:InferenceModel,   # inference copy
+    model:Classifier,      # the network that it is a copy of
+    names:list[str],       # dotted names of layers
+)->MapRecorder:
+    "A recorder of the copy; `KdoctError` if simplifying the network has changed the maps of a layer."
+    body = private_copy(model)
+    layers = [layer_of(body, model.size, name) for name in names]
+    recorder, plain = MapRecorder(copy.body, layers), MapRecorder(body, layers)
+    x = torch.rand(1, 1, model.size, model.size, generator=torch.Generator().manual_seed(0))
+    _, maps = copy.with_maps(x.to(copy.mean.device), recorder)
+    with torch.no_grad(): body(model.prepare(x.to(model.mean.device)))
+    for layer, got, want in zip(layers, maps, plain.take(), strict=True):
+        difference = (got.float().cpu() - want.cpu()).norm()
+        if difference > .05*want.norm():
+            raise KdoctError(
+                f"The maps of layer '{layer.name}' change when the network is simplified.",
+                fix="Report this network; methods that compare logits alone can be used with it.",
+            )
+    return recorder
 
 # %% ../../nbs/02i_training.inference.ipynb #8436d326
 def inference_model(

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import torch
 from fastai.callback.core import Callback
+from torch import nn
 
 from ..core.files import human_time
 from ..core.sections import TrainRecipe
@@ -62,6 +63,7 @@ def trial_step(
     with float32_products(rounds_steps(batch[0].device)):
         value = loss(model.train()(batch[0]), batch[1])
         value.backward()
+    if isinstance(loss, nn.Module): loss.zero_grad(set_to_none=True)   # it learns too, but not now
     return value.detach()
 
 # %% ../../nbs/02h_training.precision.ipynb #d2eec4e6

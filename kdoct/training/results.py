@@ -225,7 +225,8 @@ def _write_results(
     folder, device = run.stage_dir(data.fold, role), learn.dls.device
     candidates = _candidates(run, data, learn, recipe)
     kept, metrics = _select(run, data, learn, recipe, candidates)
-    write_predictions(run, data, role, learn.model, device, candidates, kept)
+    if run.predicts_test: write_predictions(run, data, role, learn.model, device, candidates, kept)
+    else: learn.model.body.load_state_dict(candidates[kept])
     with atomic_path(folder/'history.csv') as tmp:
         pd.DataFrame(learn.history.rows).to_csv(tmp, index=False)
     pictures = {k: run.stage('data').get(k) for k in ('channels', 'coloured')}

@@ -1,4 +1,4 @@
-"Shortcut probe: planted shortcuts are found and named, the retina is covered, everything else stays."
+"Shortcut detection: planted shortcuts are found and named, the retina is covered, everything else stays."
 import io
 import json
 
@@ -17,14 +17,14 @@ from kdoct.data.phantom_files import write_phantom
 from kdoct.data.retina_mask import blank_retina, retina_mask
 from kdoct.data.shortcuts import (
     FEATURES,
+    detect_run_shortcuts,
+    detect_shortcuts,
     features_table,
     jpeg_quality,
     pixel_features,
-    probe_figure,
-    probe_run,
-    probe_shortcuts,
-    probe_table,
     shortcut_features,
+    shortcut_figure,
+    shortcut_table,
 )
 from kdoct.data.sources import load_table
 from kdoct.data.stage import prepare_data
@@ -207,12 +207,12 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(KdoctError, match="lost.png: missing"): features_table([tmp_path/"lost.png"])
 
 
-# probe
+# detection
 
 @pytest.mark.slow
 def test_noise_alone_is_at_chance():
     verdicts = [
-        probe_shortcuts(t, features=f)["above_chance"]
+        detect_shortcuts(t, features=f)["above_chance"]
         for t, f in (features(np.random.default_rng(s)) for s in range(6))
     ]
     assert sum(verdicts) <= 1
@@ -223,7 +223,7 @@ def test_a_planted_shortcut_is_found_and_named():
     table, f = features(
         rng, white_top=lambda y: np.where(y == 2, 0.2, 0) + rng.normal(0, 0.02, len(y))
     )
-    r = probe_shortcuts(table, features=f)
+    r = detect_shortcuts(table, features=f)
     assert r["above_chance"] and r["worst"]["name"] == "white_top" and "white_top" in r["sentence"]
     assert r["worst"]["mean"]["C"] > .15 > r["worst"]["mean"]["A"] and r["recall"]["C"] > .9
 
@@ -233,14 +233,14 @@ def test_groups_are_not_torn():
     table, f = features(np.random.default_rng(0), n=400, groups=40)
     order = np.random.default_rng(1).permutation(40)
     f["width"] = [float(order[int(g[1:])]) for g in table.group]
-    assert not probe_shortcuts(table, features=f)["above_chance"]
+    assert not detect_shortcuts(table, features=f)["above_chance"]
 
 
 def test_class_sizes_are_no_shortcut():
     rng = np.random.default_rng(0)
     table, f = features(rng, n=400, groups=100)
     table["label"] = np.where(table.group.str[1:].astype(int) < 85, "A", "B")
-    r = probe_shortcuts(table, features=f)
+    r = detect_shortcuts(table, features=f)
     assert r["chance"] == .5 and r["largest_class"] == .85 and not r["above_chance"]
 
 
@@ -248,27 +248,27 @@ def test_gaps_tell_the_class_too():
     table, f = features(
         np.random.default_rng(0), jpeg_quality=lambda y: np.where(y < 2, np.nan, 75.0)
     )
-    r = probe_shortcuts(table, features=f)
+    r = detect_shortcuts(table, features=f)
     assert r["worst"]["name"] == "jpeg_quality" and r["worst"]["mean"]["A"] is None
     json.dumps(r, allow_nan=False)
 
 
 def test_equal_features_are_listed_not_scored():
     table, f = features(np.random.default_rng(0))
-    r = probe_shortcuts(table, features=f)
+    r = detect_shortcuts(table, features=f)
     assert r["equal"] == ["width"] and [a["name"] for a in r["features"]] == ["vitreous_grey"]
 
 
 def test_the_same_seed_gives_the_same_result():
     table, f = features(np.random.default_rng(0))
-    assert probe_shortcuts(table, features=f, seed=1) | dict(seconds=0) == probe_shortcuts(
+    assert detect_shortcuts(table, features=f, seed=1) | dict(seconds=0) == detect_shortcuts(
         table, features=f, seed=1
     ) | dict(seconds=0)
 
 
 def test_large_tables_are_sampled_by_group():
     table, f = features(np.random.default_rng(0), n=1200, groups=40)
-    r = probe_shortcuts(table, features=f, limit=200)
+    r = detect_shortcuts(table, features=f, limit=200)
     assert (r["images"], r["of"], r["images_a_group"], r["groups"]) == (200, 1200, 5, 40)
     assert "5 a group" in r["sentence"]
 
@@ -276,35 +276,35 @@ def test_large_tables_are_sampled_by_group():
 def test_one_class_and_few_groups_say_what_to_do():
     table, f = features(np.random.default_rng(0))
     with pytest.raises(KdoctError, match="two classes"):
-        probe_shortcuts(table.assign(label="A"), features=f)
+        detect_shortcuts(table.assign(label="A"), features=f)
     with pytest.raises(KdoctError, match="40 groups .* 10 of A"):
-        probe_shortcuts(table, features=f, n_folds=40)
+        detect_shortcuts(table, features=f, n_folds=40)
     with pytest.raises(KdoctError, match="1 of A"):
-        probe_shortcuts(table[table.group.isin(["P0", "P1", "P5", "P2", "P6"])], features=f)
+        detect_shortcuts(table[table.group.isin(["P0", "P1", "P5", "P2", "P6"])], features=f)
 
 
 def test_table_and_figure_agree_with_the_result():
     table, f = features(np.random.default_rng(0), white=lambda y: y*1.)
-    r = probe_shortcuts(table, features=f)
-    shown = probe_table(r)
+    r = detect_shortcuts(table, features=f)
+    shown = shortcut_table(r)
     assert (
         list(shown.columns) == ["feature", "meaning", "alone", "A", "B", "C", "D"]
         and shown.feature[0] == "white"
     )
-    ax = probe_figure(r).axes[0]
-    assert [t.get_text() for t in ax.get_yticklabels()][:2] == ["all together", "white"]
+    ax = shortcut_figure(r).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()][:2] == ["all features", "white"]
 
 
 # runs and the command
 
-def test_a_run_is_probed_once(outputs):
+def test_shortcuts_of_a_run_are_looked_for_once(outputs):
     run = create_run("t", preset("tiny"))
-    with pytest.raises(KdoctError, match="not prepared"): probe_run(run)
+    with pytest.raises(KdoctError, match="not prepared"): detect_run_shortcuts(run)
     prepare_data(run)
-    first = probe_run(run)
+    first = detect_run_shortcuts(run)
     assert first["of"] == run.stage("data")["images"] and first["seen"]["images"] == first["images"]
-    written = (run.path/"probe.json").stat().st_mtime_ns
-    assert probe_run(run) == first and (run.path/"probe.json").stat().st_mtime_ns == written
+    written = (run.path/"shortcuts.json").stat().st_mtime_ns
+    assert detect_run_shortcuts(run) == first and (run.path/"shortcuts.json").stat().st_mtime_ns == written
 
 
 def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
@@ -318,7 +318,7 @@ def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
     )
     run = create_run("padded", preset("tiny", **{"data.source": "csv", "data.root": str(tmp_path)}))
     prepare_data(run)
-    r = probe_run(run)
+    r = detect_run_shortcuts(run)
     assert r["worst"]["name"].startswith("white") and r["recall"]["DRUSEN"] > .9
     assert r["seen"]["worst"]["name"].startswith("white")
 
@@ -327,7 +327,7 @@ def test_audit_prints_the_sentence():
     from kdoct.app.cli import app
     arguments = ["audit", "--preset", "tiny"]
     assert "never sees the retina" in CliRunner().invoke(app, arguments).output
-    assert "never sees the retina" not in CliRunner().invoke(app, [*arguments, "--no-probe"]).output
+    assert "never sees the retina" not in CliRunner().invoke(app, [*arguments, "--no-shortcuts"]).output
 
 
 # real images
@@ -355,12 +355,12 @@ def test_real_retinas_are_gone(ucsd):
 
 def test_folds_warns_of_a_shortcut(monkeypatch):
     from kdoct.app.cli import app
-    from kdoct.data import shortcuts as probe
+    from kdoct.data import shortcuts
     rng = np.random.default_rng(0)
     table, f = features(
         rng, white_top=lambda y: np.where(y == 2, 0.2, 0) + rng.normal(0, 0.02, len(y))
     )
-    monkeypatch.setattr(probe, "probe_run", lambda run: probe_shortcuts(table, features=f))
+    monkeypatch.setattr(shortcuts, "detect_run_shortcuts", lambda run: detect_shortcuts(table, features=f))
     output = CliRunner().invoke(app, ["folds", "--preset", "tiny", "--run", "warned"]).output
     assert (
         "WARNING: A classifier that never sees the retina" in output

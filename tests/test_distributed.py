@@ -1,6 +1,7 @@
 "Several processes train as one does; what one of them meets, all meet."
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,14 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import copied_run
 from safetensors.torch import load_file
 
 from kdoct.core.files import KdoctError
-from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.data.stage import prepare_data
 from kdoct.distill import own_teacher, preparation, student, teacher
-from kdoct.distill.teacher import train_teacher
 from kdoct.models.arithmetic import float32_products
 from kdoct.training import distributed, results
 
@@ -80,6 +80,7 @@ def run(code, tmp_path):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
     how = "class_weights='balanced', loss='focal', label_smoothing=.1"
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"
@@ -158,31 +159,17 @@ class Reached(Exception): "A stage has asked for its device."
 
 
 @pytest.fixture(scope='module')
-def trained_run(tmp_path_factory):
-    "A tiny run with everything that its stages need."
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv('KDOCT_OUTPUTS', str(tmp_path_factory.mktemp('outputs')))
-        run = create_run('t', preset('tiny', **{'teacher.epochs': 1}))
-        prepare_data(run)
-        about = train_teacher(run, 0)
-        own = create_run(
-            'own',
-            preset(
-                'tiny',
-                **{'teacher.train': False, 'teacher.weights': str(run.stage_dir(0, 'teacher'))},
-            ),
-        )
+def trained_run(trained_outputs, tmp_path_factory):
+    "For every function that trains, a tiny run with everything that it needs."
+    run = copied_run(trained_outputs, tmp_path_factory.mktemp('outputs'))
+    shutil.rmtree(run.stage_dir(0, 'baseline'))
+    given = {'teacher.train': False, 'teacher.weights': str(run.stage_dir(0, 'teacher'))}
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv('KDOCT_OUTPUTS', str(run.path.parent))
+        own = create_run('own', run.recipe.override(**given))
         prepare_data(own)
-        return (
-            dict(
-                train_student=run,
-                train_baseline=run,
-                train_teacher=create_run('new', run.recipe),
-                use_teacher=own,
-            )
-            if about
-            else None
-        )
+        new = create_run('new', run.recipe)
+    return dict(train_student=run, train_baseline=run, train_teacher=new, use_teacher=own)
 
 
 @pytest.mark.parametrize('stage', ['train_teacher', 'use_teacher', 'train_student', 'train_baseline'])
@@ -260,6 +247,7 @@ WAITS = textwrap.dedent('''
 ''')
 
 
+@pytest.mark.slow
 def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_path):
     said = run(WAITS + 'fate(True)', tmp_path)
     assert re.search(
@@ -267,6 +255,7 @@ def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_
     ), said
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
     done = subprocess.run(
         [sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'],
@@ -279,6 +268,7 @@ def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
     assert done.returncode == 1 and 'Process 1 of this training failed: out of luck' in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
     code = SCRIPT.replace(
         'with propagate_failure(), learn.no_bar(), learn.no_logging()', 'with propagate_failure()'

@@ -170,7 +170,7 @@ def test_formats_are_shown_with_whatever_was_measured(run):
 
 def test_the_card_for_programs_is_plain_json(run):
     _, card = model_card(dict(name="x"), run, 0, "student")
-    assert strict_json(json.dumps(card, allow_nan=False).encode(), "card.json")["name"] == "x"
+    assert strict_json(json.dumps(card, allow_nan=False).encode(), "model_card.json")["name"] == "x"
 
 
 def test_the_card_has_the_volume_rule_what_it_did_and_on_whom_decisions_were_fitted(run):
@@ -256,7 +256,7 @@ def test_energy_is_shown_where_stages_recorded_it(run):
 
 
 def test_a_shortcut_stands_at_the_top_of_the_card(run):
-    path = run.path / "probe.json"
+    path = run.path / "shortcuts.json"
     found = dict(
         images=60,
         of=60,

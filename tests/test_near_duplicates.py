@@ -105,18 +105,18 @@ def test_proposals_do_not_depend_on_the_size_of_the_chunks():
 
 def test_the_copies_of_a_tile_are_found_and_kept_for_the_next_call(tmp_path, monkeypatch):
     t = table_of(write_tiles(tmp_path / "lc"))
-    twins = find_near_duplicates(t, tmp_path / "lc", PROFILES["histology"])
-    assert len(twins) == 24 and twins.groupby("set").path.count().eq(4).all()
+    found = find_near_duplicates(t, tmp_path / "lc", PROFILES["histology"])
+    assert len(found) == 24 and found.groupby("set").path.count().eq(4).all()
     assert all(
         rows.path.str[:6].nunique() == 1 and len({tile(p) for p in rows.path}) == 1
-        for _, rows in twins.groupby("set")
+        for _, rows in found.groupby("set")
     )
     monkeypatch.setattr(
         "kdoct.data.near_duplicates._backbone", lambda: pytest.fail("the backbone was loaded again")
     )
     assert find_near_duplicates(
         t.sample(frac=1, random_state=0), tmp_path / "lc", PROFILES["histology"]
-    ).equals(twins)
+    ).equals(found)
 
 
 def test_without_the_backbones_package_the_error_names_it(tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_copies_of_official_test_images_are_overlap(tmp_path):
         im = texture(seed, colour=False)
         (change(im) if change else im).save(f)
     data = DataRecipe(source="covid_qu_ex", root=str(base))
-    f = audit(load_table(data), twins=wants_near_duplicates(data)).findings
+    f = audit(load_table(data), near_duplicates=wants_near_duplicates(data)).findings
     assert list(f.path[f.problem == "official-overlap"]) == ["Train/Normal/images/2m.png"]
     assert list(f.path[f.problem == "near-duplicate"]) == ["Train/Normal/images/2m.png"]
 

@@ -91,12 +91,12 @@ def test_a_frozen_network_in_float32_answers_exactly_where_gpus_round():
 
 @pytest.mark.parametrize("able", [True, False])
 def test_bf16_is_tried_only_where_the_device_multiplies_in_it(monkeypatch, able):
-    asked = []
+    timed = []
     monkeypatch.setattr("kdoct.training.inference.computes_bf16", lambda device: able)
     model = create_classifier(
         TrainRecipe(arch="test_efficientnet", weights="none", precision="fp32"), 3, 64
     ).eval()
     _, facts = inference_model(
-        model, seconds=0.0, timer=lambda step, p: asked.append(p) or dict(fp32=2.0, bf16=1.0)[p]
+        model, seconds=0.0, timer=lambda step, p: timed.append(p) or dict(fp32=2.0, bf16=1.0)[p]
     )
-    assert (facts["precision"], bool(asked)) == (("bf16", True) if able else ("fp32", False))
+    assert (facts["precision"], bool(timed)) == (("bf16", True) if able else ("fp32", False))
