@@ -21,8 +21,8 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
-# What these make takes long, whichever test asks first: a browser, the site of the documentation, the built wheel.
-SLOW_FIXTURES = {"browser", "site", "wheel"}
+# What these make takes long, whichever test asks first: a browser, a served page, the site of the documentation, the wheel.
+SLOW_FIXTURES = {"browser", "page", "site", "wheel"}
 
 
 @pytest.hookimpl(tryfirst=True)   # before `-m "not slow"` is looked at

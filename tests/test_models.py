@@ -1,7 +1,9 @@
 "Weights: packages compute what they should, other runs and weights of others are taken in safely; every network makes a model folder."
+import argparse
 import importlib
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import timm
@@ -562,6 +564,10 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     assert 'these are no numbers' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
+    torch.save({'model': theirs.state_dict(), 'ema': theirs.state_dict()}, tmp_path/'best.pth')
+    chosen = ['--out', str(tmp_path/'two'), '--weights', 'ema']
+    with pytest.raises(SystemExit): main([*arguments, *chosen])
+    assert 'Of the file, ema is used.' in capsys.readouterr().out
 
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
@@ -642,7 +648,60 @@ def test_an_average_beside_the_weights_is_said_and_none_is_chosen(key, theirs, t
     checkpoint = {'state_dict': theirs.state_dict(), key: averaged, 'optimizer': {'state': {}}}
     with pytest.raises(KdoctError, match=f'several state dicts: state_dict, {key}') as e:
         imported(tmp_path, checkpoint)
-    assert f"[{key!r}]" in e.value.fix
+    assert f'--weights {key} ' in e.value.fix
+    about = imported(tmp_path, checkpoint, weights=key)
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert about['imported']['weights'] == key
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight + 1)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda s: {'checkpoint': {'state_dict': s}},
+    lambda s: {'state': {'model': s}, 'epoch': 3},
+    lambda s: {'run': {'last': {'weights': s}}},
+    lambda s: {'model': s, 'opt': {'state': [], 'hypers': [{'lr': .1}]}},
+    lambda s: {'state_dict': {f'model.module.{k}': v for k, v in s.items()}, 'callbacks': {}},
+    lambda s: {f'module.{k}': v for k, v in s.items()} | {'n_averaged': torch.tensor(3)},
+    lambda s: s | {'conv_stem.total_ops': torch.zeros(1)},
+    lambda s: {'model': s, 'args': argparse.Namespace(lr=.1, device='cuda'), 'scaler': {}},
+], ids=['checkpoint', 'state', 'deep', 'fastai', 'lightning', 'averaged', 'thop', 'retfound'])
+def test_a_state_dict_is_found_wherever_a_checkpoint_has_it(wrap, theirs, tmp_path):
+    about = imported(tmp_path, wrap(theirs.state_dict()))
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight)
+    assert set(about['imported']) == {'file', 'sha256'}
+
+
+def test_an_average_that_lies_deeper_is_not_passed_over(theirs, tmp_path):
+    state = theirs.state_dict()
+    checkpoint = {'model': state, 'ema': {'module': state, 'decay': .99}}
+    with pytest.raises(KdoctError, match='several state dicts: model, ema.module'):
+        imported(tmp_path, checkpoint)
+
+
+def test_weights_that_the_file_does_not_have_are_named_with_those_that_it_has(theirs, tmp_path):
+    checkpoint = {'student': theirs.state_dict(), 'teacher': theirs.state_dict()}
+    with pytest.raises(KdoctError, match="no weights named 'ema'") as e:
+        imported(tmp_path, checkpoint, weights='ema')
+    assert e.value.fix == "It has: student, teacher"
+
+
+@pytest.mark.parametrize('old_format', [False, True])
+@pytest.mark.parametrize('held', ['arrays', 'a score', 'a trap', 'a network'])
+def test_other_objects_than_tensors_are_named_and_not_made(held, old_format, theirs, tmp_path):
+    class Trap:
+        def __reduce__(self): return Path.touch, (tmp_path/'executed',)
+    state, tensors, only = theirs.state_dict(), 'torch.as_tensor', 'model.state_dict()'
+    args = argparse.Namespace(x=Trap())
+    things, names, remedy = {
+        'arrays': ({k: v.numpy() for k, v in state.items()}, 'NumPy arrays', tensors),
+        'a score': ({'state_dict': state, 'best': np.float64(.9)}, 'NumPy arrays', tensors),
+        'a trap': ({'model': state, 'args': args}, 'Python objects', only),
+        'a network': (theirs, 'timm.models.', only),
+    }[held]
+    torch.save(things, tmp_path/'w.pth', _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(KdoctError, match=names) as e: backbones.read_state(tmp_path/'w.pth')
+    assert remedy in e.value.fix and not (tmp_path/'executed').exists()
 
 
 def test_a_beginning_that_all_names_share_is_taken_off(theirs, tmp_path):
@@ -656,5 +715,17 @@ def test_two_networks_in_one_file_are_named_and_none_is_chosen(theirs, tmp_path)
     state = {f'{part}.{k}': v for part in parts for k, v in theirs.state_dict().items()}
     with pytest.raises(KdoctError, match="under 'student.' and 'teacher.'") as e:
         imported(tmp_path, state)
-    part = eval(e.value.fix.split('for example ')[1], {'state': state})
-    assert list(part) == list(theirs.state_dict())
+    assert '--weights student' in e.value.fix
+    about = imported(tmp_path, state, weights='teacher')
+    assert about['imported']['weights'] == 'teacher'
+
+
+def test_losses_beside_a_network_are_left_out_where_it_is_named(theirs, tmp_path):
+    network = {f'model.{k}': v for k, v in theirs.state_dict().items()}
+    checkpoint = {'state_dict': network | {'criterion.weight': torch.ones(3)}}
+    with pytest.raises(KdoctError, match='not known') as e:
+        imported(tmp_path, checkpoint)
+    assert '--weights model' in e.value.fix
+    imported(tmp_path, checkpoint, weights='model')
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight)

@@ -145,10 +145,10 @@ def output(self:Teachers,
 def check_terms(
     hard:torch.Tensor,            # the loss against the label
     logits:torch.Tensor,          # (n, classes) of the student
-    teacher_logits:torch.Tensor,  # (n, classes)
+    teacher_logits:torch.Tensor|None,  # (n, classes); None: teachers were not queried
 ):
     "`KdoctError` if the classes differ, or the hard loss is no single number."
-    if logits.shape != teacher_logits.shape:
+    if teacher_logits is not None and logits.shape != teacher_logits.shape:
         raise KdoctError(f"The student gives {tuple(logits.shape)} logits, the teachers "
                          f"{tuple(teacher_logits.shape)}.",
                          fix="Both must have the same classes.")
