@@ -183,7 +183,12 @@ def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
         order, run_valid = 6, False
         def after_loss(self): queried.append(*self.learn.distill.queried())
     learn = learner(
-        tmp_path, dict(list(different_teachers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2
+        tmp_path,
+        dict(list(different_teachers().items())[:2]),
+        'turn',
+        [Note()],
+        accumulate=2,
+        epochs=2,
     )  # 24 images: 12 and 12, in batches of 6
     fit(learn)
     assert queried == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2
@@ -331,7 +336,9 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', COMBINED, 'student', 'baseline']
     assert list(models) == rows == list(saved['table'])
     distilled_from = read_json(here.stage_dir(0, 'student')/'model.json')['distilled_from']
-    want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items())
+    want = sum(
+        t['weight'] * np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items()
+    )
     np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[COMBINED]))), want, atol=1e-6)
     assert (
         saved['parameters'][COMBINED]
@@ -350,7 +357,8 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
 def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
     text = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
     assert (
-        'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
+        'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: '
+        'test_vit at 96 px, '
         'teacher-autoformer: test_resnet at 48 px): the mean of '
         'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) '
         'and beta 0.3 (hard loss)'
@@ -369,7 +377,9 @@ def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
     from kdoct.evaluate.metrics import simulate_predictions
     from kdoct.evaluate.protocol import protocol_of
-    assert 'distilled from' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
+    assert 'distilled from' not in protocol_of(
+        create_run('one', preset('tiny')), simulate_predictions(20)
+    )
 
 
 @pytest.mark.slow
@@ -423,7 +433,9 @@ def test_a_student_of_other_teachers_is_not_shown_as_distilled_from_these(here):
         about = read_json(path)
         del about['distilled_from']['teacher-visformer']
         write_json(path, about)
-        with pytest.raises(KdoctError, match='distilled from teacher, teacher-autoformer, not from'):
+        with pytest.raises(
+            KdoctError, match='distilled from teacher, teacher-autoformer, not from'
+        ):
             fold_models(here, 0)
     finally: path.write_bytes(right)
 
