@@ -176,7 +176,14 @@ def before_fit(self:Distill):
     self.ours = isinstance(self.dls.train, Batches)   # a callback that came later
     self.group.known = self.ours
     if not self.ours: self.check_learner()
+    came_late = self.pairs is None
     self.prepare()
+    if came_late and any(True for _ in self.companion.parameters()):
+        raise KdoctError(
+            f"The method '{self.companion.name}' learns something itself, which the optimiser of "
+            f"this Learner does not know.",
+            fix="Give the callback when the Learner is made: make_learner(..., cbs=[Distill(...)])",
+        )
     self.group.method.plan(self.n_epoch)
     if self.pairs:
         layers = [pair.student for pairs in self.pairs.values() for pair in pairs]

@@ -14,7 +14,7 @@ from ..core.files import counted, KdoctError, write_json
 from ..core.runs import Run, stage_command
 from .comparison_figures import compare_students
 from .figures import confusion_figure, folds_figure
-from .fold_figures import decision_figures, save_figures
+from .fold_figures import decision_figures, models_in_figures, save_figures
 from .fold_tables import folds_section
 from .intervals import fold_summary
 from .metrics import evaluate_predictions
@@ -90,6 +90,12 @@ def _scores_of_folds(each):
     summaries = {r: fold_summary(t.to_dict('records')) for r, t in by_model}
     return per_fold, pd.concat(summaries, names=['model', 'metric'])
 
+def _run_figures(made, models, per_fold):
+    "Figures of all folds together, of the models that are shown."
+    of_models = per_fold[per_fold.model.isin(models)]
+    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(of_models))
+    return drawn | decision_figures(made, models)
+
 def _not_pooled(each, models):
     "Notes on models that some folds lack."
     lost = [m for m in dict.fromkeys(m for some in each.values() for m in some) if m not in models]
@@ -100,6 +106,7 @@ def evaluate_run(
     run:Run|str,  # run or its name
     folds:list[int]|None=None,  # folds to pool; None: all in which the three models have predictions
     verbose:bool=True,  # print the tables and the files
+    students:str='',  # further students that figures show: 'NAME,NAME'; the tables have all
 ) -> dict:  # table, differences, sections, folds (mean and sd), per_fold, protocol, figures
     "Pool the folds: print the tables, write summary.json and figures/*.png, return everything."
     run, began = opened_run(run), time.perf_counter()
@@ -110,8 +117,7 @@ def evaluate_run(
     compared, forest = compare_students(run, folds)
     made['sections'] = dict(folds=folds_summary(run, folds)) | compared | made['sections']
     per_fold, summary = _scores_of_folds(each)
-    drawn = dict(confusion=confusion_figure(models), folds=folds_figure(per_fold))
-    drawn |= decision_figures(made, models) | forest
+    drawn = _run_figures(made, models_in_figures(models, students), per_fold) | forest
     figures, names = save_figures(run, drawn, run.path/'figures')
     path, spread = run.path/'summary.json', dict(mean_sd=plain_numbers(summary))
     record = dict(run=run.name, folds=folds) | plain_tables(made) | spread

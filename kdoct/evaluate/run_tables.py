@@ -148,6 +148,10 @@ def _print(text):
     "A text within the page, and an empty line."
     print(textwrap.fill(text, 118), end='\n\n')
 
+def _models_as_text(table):
+    "A table of models as text: a few side by side, many one below the other."
+    return (table.T if len(table) <= 4 else table).to_string()
+
 def print_result(
     run:Run,           # the run
     result:dict,       # from `run_tables`
@@ -157,8 +161,8 @@ def print_result(
     table = result['table']
     for w in result['warnings']: _print(f'WARNING: {w}')
     notes = [f'note on {m}: {n}' for m, n in table.note.items() if n]
-    print(without_note(shown(table)).T.to_string(), *notes, '', sep='\n')
-    print(shown_differences(result['differences']).T.to_string(), end='\n\n')
+    print(_models_as_text(without_note(shown(table))), *notes, '', sep='\n')
+    print(_models_as_text(shown_differences(result['differences'])), end='\n\n')
     _print(result['protocol'])
     for s in result['sections'].values():
         print(s.title, without_note(s.texts).to_string(), sep='\n\n')
