@@ -161,7 +161,7 @@ def test_audit_prints_a_page_and_writes_the_list(tmp_path, capsys):
         and "1 patient-spelling" in printed
     )
     assert printed.count("the groups are merged") == 1
-    written = outputs_root() / "audit" / "ucsd-d.csv"
+    (written,) = (outputs_root() / "audit").glob("ucsd-d-*.csv")
     assert str(written) in printed and "groups 02 and 2 merged" in written.read_text()
 
 
@@ -394,15 +394,21 @@ def test_a_name_that_no_run_can_have_is_refused(name, capsys):
 
 
 def test_findings_of_two_tables_of_one_folder_are_two_files(tmp_path):
-    root = Path(pictures(tmp_path / "d", *(f"{i}.png" for i in range(8))))
+    for place in ("here", "there"): audit_three_tables(tmp_path / place / "d")
+    written = sorted(p.name for p in (outputs_root() / "audit").iterdir())
+    mark = "-[0-9a-f]{6}.csv"
+    assert len(written) == 6   # also of two folders of one name
+    assert all(re.fullmatch(f"csv-d(-a|-b)?{mark}", name) for name in written)
+
+
+def audit_three_tables(folder):
+    root = Path(pictures(folder, *(f"{i}.png" for i in range(8))))
     for name in ("a.csv", "b.csv", "table.csv"):
         rows = "".join(f"{i}.png,{'AB'[i % 2]},{i // 2}\n" for i in range(8))
         (root / name).write_text("path,label,patient\n" + rows)
         CliRunner().invoke(
             app, ["audit", "--source", "csv", "--data-root", str(root / name), "--no-shortcuts"]
         )
-    written = {p.name for p in (outputs_root() / "audit").iterdir()}
-    assert written == {"csv-d-a.csv", "csv-d-b.csv", "csv-d.csv"}
 
 
 @pytest.mark.parametrize(
@@ -476,7 +482,9 @@ def test_a_view_that_does_not_exist_is_refused_before_training(capsys):
 
 
 def test_a_run_cannot_take_the_place_of_the_file_that_makes_a_run(capsys, outputs):
-    assert "cannot be a run's name" in refused(capsys, "folds", "--preset", "tiny", "--run", "run.json")
+    assert "cannot be a run's name" in refused(
+        capsys, "folds", "--preset", "tiny", "--run", "run.json"
+    )
     (outputs / "run.json").mkdir(parents=True)
     assert "There is no run ''" in refused(capsys, "report", "")
 

@@ -7,9 +7,11 @@ import pytest
 from simulated_models import quiet
 
 from kdoct.app.cli import main
+from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.compared_runs import ComparedModel, read_models
 from kdoct.evaluate.comparison import (
     AGAINST,
@@ -182,3 +184,26 @@ def test_a_run_named_twice_is_compared_once(capsys):
     with pytest.raises(SystemExit): main(["compare", "one", "one", "--resamples", "200"])
     printed = capsys.readouterr().out
     assert "student - baseline" in printed and "one: student" not in printed
+
+
+def test_the_evaluation_of_several_students_has_the_corrected_comparison():
+    run = simulated("many", (0, 1), students={"at": {}, "soft": {}})
+    result = quiet(evaluate_run, run)[0]
+    section = result["sections"]["comparison_against"]
+    assert list(section.texts.index) == [
+        f"{a} - baseline" for a in ("student", "student-at", "student-soft", "teacher")
+    ]
+    assert section.table.p_holm.tolist() == pytest.approx(holm(section.table.p))
+    assert (run.path / "figures" / "comparison.png").exists()
+
+
+def test_the_report_of_one_fold_shows_the_comparison_of_students():
+    page = quiet(report_html, simulated("page", (0,), students={"at": {}}))[0].read_text()
+    assert "Every model against the baseline" in page and "Students compared" in page
+    assert "p is not corrected" in page
+
+
+def test_the_evaluation_of_one_student_has_no_comparison_of_many(runs, monkeypatch):
+    monkeypatch.setenv("KDOCT_OUTPUTS", str(runs[0].path.parent))
+    result = quiet(evaluate_run, runs[0])[0]
+    assert not [name for name in result["sections"] if name.startswith("comparison")]

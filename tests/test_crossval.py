@@ -23,11 +23,11 @@ ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
-def papermill_exception(monkeypatch, *arguments):
-    "What papermill's own command ends with, its notebook in a process of its own."
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    done = CliRunner().invoke(papermill, [*map(str, arguments), '--no-progress-bar'])
-    return done.exception
+def typed(*arguments):
+    "papermill as a user types it, in a process of its own."
+    command = [sys.executable, '-m', 'papermill', *map(str, arguments)]
+    env = {**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def refused(capsys, *arguments):
@@ -39,10 +39,7 @@ def refused(capsys, *arguments):
 
 @pytest.mark.slow
 def test_papermill_without_a_teacher_names_the_command_that_trains_it():
-    # as a user types it: a process of its own, and no output path
-    command = [sys.executable, '-m', 'papermill', 'nbs/04_distill.ipynb', '-p', 'fold', '2']
-    env = {**ENV, 'KDOCT_OUTPUTS': os.environ['KDOCT_OUTPUTS']}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    done = typed('nbs/04_distill.ipynb', '-p', 'fold', '2')   # no output path
     assert done.returncode == 1
     assert 'There is no teacher for fold 2' in done.stderr
     assert 'papermill nbs/03_teacher.ipynb' in done.stderr and '-p fold 2' in done.stderr
@@ -51,8 +48,10 @@ def test_papermill_without_a_teacher_names_the_command_that_trains_it():
 @pytest.mark.slow
 def test_papermill_with_a_misspelt_parameter_is_refused(tmp_path, monkeypatch):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'03_teacher.ipynb', 4)), tmp_path/'t.ipynb')
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
     arguments = (tmp_path/'t.ipynb', tmp_path/'out.ipynb', '-p', 'folds', '2')
-    assert "Did you mean 'fold'?" in str(papermill_exception(monkeypatch, *arguments))
+    done = CliRunner().invoke(papermill, [*map(str, arguments), '--no-progress-bar'])
+    assert done.exit_code == 1 and "Did you mean 'fold'?" in str(done.exception)
 
 
 TRAIN = ("from kdoct.core.runs import open_run; from kdoct.distill.teacher import train_teacher; "
@@ -198,12 +197,12 @@ def test_a_stage_notebook_begins_with_its_stage_in_lines_that_fit_the_page(name)
 
 
 @pytest.mark.slow
-def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path, monkeypatch):
+def test_papermill_is_given_a_run_called_007_and_takes_it(tmp_path):
     nbformat.write(stage_cells(nbformat.read(ROOT/'nbs'/'01_data.ipynb', 4)), tmp_path/'t.ipynb')
     run = create_run('007', preset('tiny'))
-    given = ('-p', 'run', '007', '-p', 'overrides', 'data.n_folds=2')
-    arguments = (tmp_path/'t.ipynb', tmp_path/'out.ipynb', *given)
-    assert papermill_exception(monkeypatch, *arguments) is None
+    given = ('-p', 'run', '007', '-p', 'overrides', 'data.n_folds=2')   # papermill makes it 7
+    done = typed(tmp_path/'t.ipynb', tmp_path/'out.ipynb', *given)
+    assert done.returncode == 0, done.stderr[-800:]
     assert (
         run.is_finished('data')
         and open_run('007').recipe.data.n_folds == 2

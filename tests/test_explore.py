@@ -807,7 +807,9 @@ class Hand:
         )
         (button,) = self.all("button.widget-upload")
         button.send_keys(" ")
-        self.until(lambda: self.browser.execute_script("return window.fileInput")).send_keys(str(file))
+        self.until(lambda: self.browser.execute_script("return window.fileInput")).send_keys(
+            str(file)
+        )
 
 
 def reached_by_tab(browser, hand):

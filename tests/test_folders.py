@@ -1,4 +1,6 @@
 "Folders of images: which level is the class, and what is refused because it is none."
+import os
+import sys
 import zipfile
 
 import pytest
@@ -464,7 +466,7 @@ def test_patients_and_eyes_below_a_class_may_be_named_like_another(names, tmp_pa
 
 @pytest.mark.parametrize("name", [
     "thumbs", "outputs", "NORMAL.bak", "CNV_old", "CNV_aug", "augmented", "New Folder (2)", "bad",
-    "preview", "old",
+    "preview", "old", "aug", "aug_1", "CNV_aug2", "data_augmented", "hflip",
 ])
 def test_left_overs_are_known_beside_classes_and_below_them(name, tmp_path):
     with pytest.raises(KdoctError, match="beside other folders") as e:
@@ -473,6 +475,88 @@ def test_left_overs_are_known_beside_classes_and_below_them(name, tmp_path):
     below = problems(listed(tmp_path / "below", f"CNV/{name}/P009_0.png"))
     kind = "mask-folder" if name == "thumbs" else "left-over-folder"
     assert below == {f"CNV/{name}/P009_0.png": kind}
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("DME.lnk", "class-file"), ("Macula - Shortcut.lnk", "class-file"), ("DME", "class-file"),
+    ("DME.dvc", "class-file"), ("DME.h5", "class-file"), ("DME.zip.001", "packed-images"),
+    ("DME.z01", "packed-images"), ("DME.tar.zst", "packed-images"),
+    ("DME.zip.part", "packed-images"),
+    ("CNV/.P009_0.png.icloud", "not-downloaded"), ("CNV/P009_0.png.part", "not-downloaded"),
+    ("CNV/P009_0.jpg.crdownload", "not-downloaded"), ("CNV/P009.mp4", "other-format"),
+])
+def test_a_file_in_place_of_a_class_or_a_picture_stops_the_run(name, kind, tmp_path):
+    listed(tmp_path)
+    (tmp_path / name).write_bytes(b"../elsewhere/DME\n")
+    assert problems(listed(tmp_path)) == {name: kind}
+
+
+@pytest.mark.parametrize("name", [
+    "CNV.dvc", "CNV.lnk", "model.dvc", "README", "CNV/notes.part", "tour.mp4", "CNV.h5",
+])
+def test_a_file_that_stands_for_no_class_and_no_picture_is_no_matter(name, tmp_path):
+    listed(tmp_path)
+    (tmp_path / name).write_bytes(b"hello\n")
+    assert problems(listed(tmp_path)) == {name: "other-file"}
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names there are text")
+@pytest.mark.parametrize(("name", "kind"), [
+    (b"CNV/\xd6_0.png", "undecodable-name"), (b"\xd6dem/P009_0.png", "undecodable-name"),
+    (b"CNV/\xd6.txt", "other-file"),
+])
+def test_a_name_that_is_not_utf_8_is_said_and_nothing_breaks(name, kind, tmp_path):
+    listed(tmp_path)
+    path = os.path.join(os.fsencode(tmp_path), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f: f.write(b"x")
+    assert list(listed(tmp_path).findings.problem) == [kind]
+
+
+@pytest.mark.parametrize("name", ["raw", "CNV_raw", "original images", "resized", "224x224"])
+def test_pictures_in_another_form_are_asked_about(name, tmp_path, capsys):
+    listing = listed(tmp_path / "below", f"CNV/{name}/P009_0.png")
+    assert problems(listing) == {f"CNV/{name}/P009_0.png": "derived-folder"}
+    assert len(listing.table) == len(TREE) + 1   # kept, with a question
+    assert "--set data.leave_out=derived-folder" in capsys.readouterr().out
+    listed(tmp_path / "below", leave_out=("derived-folder",))
+    assert "WARNING: 1 image in folders such as raw" not in capsys.readouterr().out
+    with pytest.raises(KdoctError, match="in another form") as e:
+        listed(tmp_path / "beside", f"{name}/1.png")
+    assert "--classes CNV,NORMAL" in e.value.fix
+    listing = listed(tmp_path / "beside", classes=("CNV", "NORMAL"))
+    assert problems(listing) == {name: "annotation-folder"}
+
+
+def test_a_folder_that_holds_all_pictures_of_a_class_is_no_other_form(tmp_path):
+    names = ["CNV/raw/1.png", "CNV/raw/2.png", "NORMAL/1.png"]
+    listing = load_table(DataRecipe(source="folder", root=lay_out(tmp_path, *names)))
+    assert problems(listing) == {} and len(listing.table) == 3
+
+
+def test_real_and_synthetic_pictures_may_be_classes(tmp_path):
+    assert len(table_of(tmp_path, ["real/1.png", "synthetic/1.png"])) == 2
+
+
+@pytest.mark.parametrize("name", [
+    "\u00c3\u2013dem", "\u00c3\x96dem", "\u251c\u00fbdem", "%C3%96dem", "Dr\ufffdsen", "Dr?sen",
+])
+def test_a_class_folder_with_garbled_letters_is_refused(name, tmp_path):
+    with pytest.raises(KdoctError, match="garbled letters|lost letters") as e:
+        listed(tmp_path, f"{name}/P009_0.png")
+    assert "Rename" in e.value.fix
+
+
+def test_a_patient_with_garbled_letters_is_refused(tmp_path):
+    with pytest.raises(KdoctError, match="The patient 'M.*ller'.*garbled"):
+        listed(tmp_path, "CNV/PM\u00c3\u00bcller_0.png", group_pattern=r"P(\w.*?)_")
+
+
+@pytest.mark.parametrize("name", [
+    "\u00d6dem", "\u6d6e\u816b", "100%", "CNV?", "\u041e\u0442\u0451\u043a",
+])
+def test_letters_of_all_languages_are_classes(name, tmp_path):
+    assert name in set(listed(tmp_path, f"{name}/P009_0.png").table.label)
 
 
 @pytest.mark.parametrize("name", [

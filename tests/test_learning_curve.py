@@ -15,7 +15,10 @@ def methods(shares=(.05, .25, 1.)):
     def model(role, margin, i):
         return ComparedModel(role, {"run": simulate_predictions(100, margin, model=i)})
     return {
-        s: {"student": model("student", 3.5, 2*i), "baseline": model("baseline", 2 + 1.5*s, 2*i + 1)}
+        s: {
+            "student": model("student", 3.5, 2 * i),
+            "baseline": model("baseline", 2 + 1.5 * s, 2 * i + 1),
+        }
         for i, s in enumerate(shares)
     }
 

@@ -130,7 +130,9 @@ def test_free_weights_are_said_to_be_free(run):
     assert "allow commercial use if their notices are kept" in text and "bsd-3-clause" in text
 
 
-@pytest.mark.parametrize("origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="model folder", arch="x", weights_from={})])
+@pytest.mark.parametrize(
+    "origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="model folder", arch="x", weights_from={})]
+)
 def test_an_unknown_licence_is_not_guessed(run, origin):
     text, _ = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
     assert "licence is not recorded" in text and "allow commercial use" not in text

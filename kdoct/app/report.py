@@ -99,6 +99,8 @@ def _main_tables(result:dict, folds:list[int], protocol:str)->list[dict]:
     scores = f'{one if len(folds) == 1 else several}; intervals by resampling patients.'
     paired = ('Paired differences on the same resamples of patients: points of percent (AUC: '
               'absolute), interval, two-sided bootstrap p.')
+    if 'comparison_against' in result['sections']:
+        paired += ' Here p is not corrected for the number of differences; below it is.'
     each = 'Every fold and model; sensitivity to F1 are macro values, one-vs-rest.'
     tables = [
         page_table(without_note(shown(result['table'])), 'model', scores, protocol),

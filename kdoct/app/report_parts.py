@@ -90,6 +90,8 @@ _ALT = {  # name of a file -> what it shows
     'counts': 'Images and patients of every class in the training, validation and test part',
     'folds': 'Accuracy, macro sensitivity, macro specificity and AUC of every fold and '
              'model, with means',
+    'comparison': 'Differences of every model to the baseline with their intervals; filled marks '
+                  'are those above or below 0 after the correction for their number',
     'views': 'Accuracy and macro sensitivity with intervals of one view and averaged views, best '
              'epoch and averaged weights; filled marks are the weights kept',
 }
@@ -130,9 +132,12 @@ def figure_sections(
     run:Run,          # the run
     folds:list[int],  # folds of the report
 )->list[tuple[str, list[dict]]]:  # heading, figures
-    "All folds together where there are several, then each fold."
-    pooled = [('All folds', pictures_of(run.path/'figures', 'all folds'))] if len(folds) > 1 else []
-    return pooled + [(f'Fold {k}', pictures_of(run.figures_dir(k), f'fold {k}')) for k in folds]
+    "All folds together where there are several, then each fold; the comparison of students always."
+    together, forest = [], run.path/'figures'/'comparison.png'
+    if len(folds) > 1: together = [('All folds', pictures_of(run.path/'figures', 'all folds'))]
+    elif folds and forest.exists():
+        together = [('Students compared', [_picture(forest, f'fold {folds[0]}')])]
+    return together + [(f'Fold {k}', pictures_of(run.figures_dir(k), f'fold {k}')) for k in folds]
 
 # %% ../../nbs/08b_app.report_parts.ipynb #0d408824
 def _parts_table(run:Run)->dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'recipe_differences', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record',
-           'Stage', 'stage_of', 'is_finished', 'planned_stages', 'teachers_of', 'stage_command', 'as_papermill_reads',
-           'train_again', 'require_same_folds']
+           'Stage', 'has_decision', 'stage_of', 'is_finished', 'planned_stages', 'teachers_of', 'stage_command',
+           'as_papermill_reads', 'train_again', 'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -264,8 +264,13 @@ def _is_trained(run:Run, fold:int, stage:str)->bool:
     is_tested = not run.predicts_test or (folder/'predictions.parquet').exists()
     return is_tested and (folder/'model.json').exists()
 
-def _has_decision(run:Run, folder:Path)->bool:
+def has_decision(
+    run:Run,   # the run
+    fold:int,  # counted from 0
+    role:str,  # of a trained network
+)->bool:
     "Whether a network's decision is there, of these predictions and of what the recipe asks for now."
+    folder = run.stage_dir(fold, role)
     made, read = folder/'decision.json', folder/'predictions.parquet'
     if not made.exists() or made.stat().st_mtime < read.stat().st_mtime: return False
     return read_json(made).get('about', {}).get('recipe') == run.recipe.decide.model_dump(
@@ -274,7 +279,7 @@ def _has_decision(run:Run, folder:Path)->bool:
 
 def _is_decided(run:Run, fold:int, stage:str)->bool:
     trained = [role for role in run.recipe.roles if run.is_finished(role, fold)]
-    return bool(trained) and all(_has_decision(run, run.stage_dir(fold, role)) for role in trained)
+    return bool(trained) and all(has_decision(run, fold, role) for role in trained)
 
 # %% ../../nbs/00g_core.runs.ipynb #63db5b60
 def _is_evaluated(run:Run, fold:int, stage:str)->bool:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE_COLUMNS', 'FINDING_COLUMNS', 'LISTING_PROBLEMS', 'IMAGE_EXTENSIONS', 'check_table', 'image_table', 'finding',
-           'Listing', 'make_listing', 'name_key', 'path_stem', 'counted_endings', 'is_no_data', 'walk_images',
-           'check_labels', 'classes_option', 'merge_groups', 'with_findings', 'join_spellings', 'part_name',
-           'with_empty_classes']
+           'Listing', 'make_listing', 'name_key', 'path_stem', 'counted_endings', 'is_no_data', 'is_utf_8',
+           'walk_images', 'check_labels', 'classes_option', 'merge_groups', 'with_findings', 'join_spellings',
+           'part_name']
 
 # %% ../../nbs/01b_data.listing.ipynb #imp-data-listing
 import errno
@@ -102,13 +102,23 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
         'error',
         "a picture (or DICOM file) by its content, but not by its name: it would be passed over",
     ),
+    'undecodable-name': ('error', "its name is not UTF-8; rename it, or copy or unpack it again"),
+    'not-downloaded': (
+        'error',
+        "the picture is not there, but a placeholder or an unfinished download (.icloud, .part)",
+    ),
+    'class-file': (
+        'error',
+        "a file in the place of a class folder (shortcut, alias, pointer): its images are not read",
+    ),
     'other-format': (
         'error',
         "a picture or volume in a format that is not read here: it would be passed over",
     ),
     'left-over-folder': (
         'error',
-        "the image lies in a folder of left-overs (trash, backup, ...) below its class",
+        "the image lies in a folder of left-overs or augmented pictures (trash, backup, aug, ...) "
+        "below its class",
     ),
     'class-in-class': (
         'error',
@@ -153,6 +163,11 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     'patient-in-two-groups': (
         'note',
         "the groups that were given part this patient, who must be in one",
+    ),
+    'derived-folder': (
+        'note',
+        "the image lies in a folder such as raw or resized, and others of its class do not: they "
+        "may be the same pictures in two forms",
     ),
     'annotation-folder': (
         'note',
@@ -268,10 +283,20 @@ _OTHER_FORMATS = ('.heic', '.heif', '.hif', '.avif', '.jxl', '.psd', '.dng',
                   '.cr2', '.nef', '.arw',
                   *(f'{ending}.gz' for ending in (*IMAGE_EXTENSIONS, '.dcm')))
 
+# %% ../../nbs/01b_data.listing.ipynb #05b988f7
 # of arrays and volumes, which may also be the features or the mask of a picture of the same name
-_ARRAYS = ('.npy', '.npz', '.mat', '.img', '.raw', '.nii', '.nii.gz', '.mha', '.mhd', '.nrrd')
+_ARRAYS = ('.npy', '.npz', '.mat', '.img', '.raw', '.nii', '.nii.gz', '.mha', '.mhd', '.nrrd',
+           '.mp4', '.avi', '.mov', '.mkv', '.wmv', '.svg', '.ico', '.icns')
 
-_ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.rar', '.7z')
+_UNFINISHED = ('.part', '.partial', '.crdownload', '.download', '.opdownload', '.filepart')
+
+_ARCHIVES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.rar', '.7z',
+             '.tar.zst', '.tzst', '.tar.lz4', '.tar.lzma', '.iso', '.dmg', '.z01', '.zip.001',
+             '.7z.001', '.part1.rar', '.part01.rar', *(f'.zip{e}' for e in _UNFINISHED))
+
+_POINTERS = ('.dvc', '.h5', '.hdf5', '.lmdb', '.tfrecord', '.parquet')   # or containers
+
+_SHORTCUT = re.compile(r'(.+?)(?: - (?:Shortcut|Verknüpfung))?\.lnk', re.I)   # of Windows
 
 # %% ../../nbs/01b_data.listing.ipynb #92c7213f
 def counted_endings(
@@ -302,6 +327,19 @@ def _is_elsewhere(target:str, seen:list[str])->bool:
     "Whether a folder neither lies in one of those seen nor holds one: following it cannot lead round in a circle."
     def is_below(a, b): return Path(a).is_relative_to(b)   # unlike os.path.commonpath, also between drives
     return not any(is_below(target, s) or is_below(s, target) for s in seen)
+
+# %% ../../nbs/01b_data.listing.ipynb #60238c75
+def is_utf_8(
+    name:str,  # of a file or folder, as the system gives it
+)->bool:
+    "Whether a name can be written; bytes that are no UTF-8 stand in it as halves of characters."
+    return not any('\ud800' <= c <= '\udfff' for c in name)
+
+def _is_not_there(name:str)->bool:
+    "Whether a file stands for a picture that is still in the cloud, or half downloaded."
+    if name.startswith('.') and name.endswith('.icloud'): return True
+    begin = next((name[:-len(e)] for e in _UNFINISHED if name.lower().endswith(e)), '')
+    return begin.lower().endswith(IMAGE_EXTENSIONS)
 
 # %% ../../nbs/01b_data.listing.ipynb #99bc605a
 def _is_bitmap(head:bytes)->bool:
@@ -339,12 +377,20 @@ class _Walk:
 
     def entry(self, e:os.DirEntry, path:str):
         "Visit a file, a folder or a link."
-        if is_no_data(e): self.note(path, 'hidden', '', 'not used')
+        if not is_utf_8(e.name): self.undecodable(e, path.encode('utf-8', 'replace').decode())
+        elif _is_not_there(e.name): self.note(path, 'not-downloaded')
+        elif is_no_data(e): self.note(path, 'hidden', '', 'not used')
         elif _links_to_folder(e): self.link(e, path)
         elif e.name.lower().endswith(self.extensions): self.paths.append(path)
         elif e.is_dir(follow_symlinks=False): self.folder(e.path, path + '/')
         elif problem := _unread_picture(e): self.note(path, problem)
         else: self.note(path, 'other-file', '', 'not used')
+
+    def undecodable(self, e:os.DirEntry, shown:str):
+        "Note a name that is not UTF-8: of a folder or picture an error, of anything else none."
+        may_matter = e.is_dir() or e.name.lower().endswith(self.extensions)
+        if may_matter: self.note(shown, 'undecodable-name')
+        else: self.note(shown, 'other-file', '', 'not used')
 
     def link(self, e:os.DirEntry, path:str):
         "Follow a link to a folder, unless that is read already."
@@ -386,6 +432,16 @@ class _Unread:
         stem = _without(path, _ARRAYS)
         return bool(stem) and path.count('/') >= self.depth and name_key(stem) not in self.stems
 
+    def is_class(self, path:str)->bool:
+        "Whether it has the name of a class that has no folder, or is a shortcut where the class folders are."
+        shortcut, name = _SHORTCUT.fullmatch(path), path.rpartition('/')[2]
+        stem = shortcut[1].rpartition('/')[2] if shortcut else _without(name, _POINTERS) or name
+        key = same_name_key(stem)
+        beside = bool(shortcut) and path.count('/') == self.depth - 1
+        place = self.root/path
+        if place.is_symlink() or not place.is_file(): return False
+        return key not in self.folders and (beside or bool(_CLASS_NAME.fullmatch(key)))
+
     def is_packed(self, path:str)->bool:
         "Whether it is an archive of pictures that are not there: by its content, else by its name."
         stem = same_name_key(_without(path, _ARCHIVES).rpartition('/')[2])
@@ -408,6 +464,7 @@ def walk_images(
         path = f['path']
         if f['problem'] != 'other-file': return f
         if unread.is_array(path): return finding(path, 'other-format')
+        if unread.is_class(path): return finding(path, 'class-file')
         is_archive = path.lower().endswith(_ARCHIVES)
         return finding(path, 'packed-images') if is_archive and unread.is_packed(path) else f
     return sorted(walk.paths), [checked(f) for f in walk.found]
@@ -533,54 +590,3 @@ def part_name(
     "The part of a data set that a name means: 'Training', 'train_set', 'valid', 'Testing', 'Validierung', ..."
     key = same_name_key(text)
     return next((part for part, pattern in _PART.items() if pattern.fullmatch(key)), '')
-
-# %% ../../nbs/01b_data.listing.ipynb #cf3bb6b9
-def _class_folders(root:Path)->list[str]:
-    "Folders of classes, relative to the root: those in it, or in its folders of parts; links that lead nowhere too."
-    def below(folder, prefix=''):
-        try: entries = sorted(os.scandir(folder), key=lambda e: e.name)
-        except OSError: return []
-        entries = [e for e in entries if not is_no_data(e)]
-        return [
-            prefix + e.name
-            for e in entries
-            if os.path.isdir(e.path)
-            or e.is_symlink()
-            and not os.path.exists(e.path)
-            and '.' not in e.name
-        ]
-    return [
-        d
-        for top in below(root)
-        for d in (below(root / top, f'{top}/') if part_name(top) else [top])
-    ]
-
-# %% ../../nbs/01b_data.listing.ipynb #3b8eaba4
-def _what_is_in(listing:Listing, folder:str)->str:
-    "Why a folder gives no image, in words."
-    path, f = listing.root/folder, listing.findings
-    if not path.exists(): return f"a link that leads nowhere ({os.readlink(path)})"
-    is_unread_link = (f.problem == 'linked-folder') & (f.action == 'not used')
-    link = f[(f.path == folder) & is_unread_link]
-    if len(link): return f"a link that {link.detail.iloc[0]}"
-    inside = f.path[f.path.str.startswith(folder + '/') & (f.problem == 'other-file')]
-    return f"no picture in it, but {counted_endings(inside)}" if len(inside) else "no file in it"
-
-# %% ../../nbs/01b_data.listing.ipynb #3f039837
-def with_empty_classes(
-    listing:Listing,               # what a source found
-    classes:tuple[str, ...]|None,  # `data.classes`; None: every folder of the level is one
-)->Listing:
-    "The listing with a finding for each class folder that gives no image and has no other error."
-    f = listing.findings
-    explained = f.path[(f.severity == 'error') | (f.problem == 'annotation-folder')]
-    used = {'/'.join(p.split('/')[:n]) for p in [*listing.table.path, *explained] for n in (1, 2)}
-    empty = [d for d in _class_folders(listing.root) if d not in used]
-    if not empty: return listing
-    def note(folder):
-        what = _what_is_in(listing, folder)
-        is_class = not classes or folder.rpartition('/')[2] in classes
-        if is_class: return finding(folder, 'empty-class', what)
-        return finding(folder, 'folder-without-image', what, 'not used')
-    others = f[~f.path.isin(empty)]
-    return with_findings(listing, [*map(note, empty)], findings=others)

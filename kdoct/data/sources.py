@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.files import counted, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
 from ..core.sections import DataRecipe
-from .class_folders import group_pattern
+from .class_folders import group_pattern, with_empty_classes
 from kdoct.data.listing import (
     check_labels,
     finding,
@@ -24,7 +24,6 @@ from kdoct.data.listing import (
     Listing,
     make_listing,
     walk_images,
-    with_empty_classes,
     with_findings,
 )
 from .patient_names import eye_name
@@ -148,6 +147,21 @@ def _warning_of_other_names(listing:Listing, data:DataRecipe)->str:
     )
 
 # %% ../../nbs/01c_data.sources.ipynb #ed3689de
+def _warning_of_forms(listing:Listing, data:DataRecipe)->str:
+    "What to say where the same pictures may be there in two forms (raw, resized), unless they are left out; or ''."
+    f = listing.findings
+    n = int((f.problem == 'derived-folder').sum())
+    if not n or 'derived-folder' in data.leave_out: return ''
+    leave_out = ','.join(sorted({*data.leave_out, 'derived-folder'}))
+    first = f.path[f.problem == 'derived-folder'].iloc[0]
+    return (
+        f"WARNING: {counted(n, 'image')} in folders such as raw or resized, where others of the "
+        f"class are not, first {first}.\n"
+        f"If they are the same pictures in another form, leave them out: "
+        f"--set data.leave_out={leave_out}"
+    )
+
+# %% ../../nbs/01c_data.sources.ipynb #b5abdd6b
 def _with_shared_volumes(listing:Listing, data:DataRecipe)->Listing:
     "The listing with a note on each volume that has images of several patients, unless it is a number or an eye."
     table = listing.table
@@ -233,7 +247,10 @@ def load_table(
     check_labels(listing.table, data.classes)
     check_classes(listing, data.classes)
     listing = _with_shared_volumes(join_spellings(listing), data)
-    for warn in (_warning_of_lone_images, _warning_of_slices, _warning_of_other_names):
+    warnings_of = (
+        _warning_of_lone_images, _warning_of_slices, _warning_of_other_names, _warning_of_forms
+    )
+    for warn in warnings_of:
         if warning := warn(listing, data): print(warning)
     return listing
 

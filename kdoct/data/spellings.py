@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['NUMBER', 'LETTER', 'KNOWN_CLASSES', 'bare_number', 'number_key', 'look_alikes', 'say_name', 'without_accents',
            'plain_text', 'part_key', 'same_name_key', 'spellings', 'copied_name', 'is_empty_cell', 'is_only_signs',
-           'is_nobody', 'is_no_label', 'says_unlabelled', 'garbled']
+           'is_nobody', 'is_no_label', 'says_unlabelled', 'garbled', 'has_lost_letters']
 
 # %% ../../nbs/01a_data.spellings.ipynb #62ac07b4
+import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from urllib.parse import unquote
 
 # %% ../../nbs/01a_data.spellings.ipynb #f11b5d83
 NUMBER = re.compile(r'([+-]?)(\d*)[.,]?(\d*)(?:e([+-]?\d{1,9}))?')   # sign, digits, decimals, exponent
@@ -199,19 +201,49 @@ def says_unlabelled(
     return same_name_key(name) in ('unlabelled', 'unlabeled')
 
 # %% ../../nbs/01a_data.spellings.ipynb #22b3aab0
-def _read_as_1252(text:str)->bytes:
-    "The bytes of a text that was read as Windows-1252, in which five of them stand for themselves."
-    return b''.join(c.encode('latin-1' if c in '\x81\x8d\x8f\x90\x9d' else 'cp1252') for c in text)
+_MISREAD = {   # encoding in which UTF-8 is read by mistake -> signs of it
+    'cp1252': '',               # Windows, and the web
+    'cp437': '├┬╬╨╤',           # DOS, and zip archives
+    'mac_roman': '√¬',
+}
 
+# letters as web pages and unzip write them
+_ESCAPED = re.compile(
+    r'%[c-f][0-9a-f]%[89ab][0-9a-f]|#u[0-9a-f]{4}|&(?:[a-z]{2,8}|#\d{2,5});', re.I
+)
+
+def _bytes_of(text:str, encoding:str)->bytes:
+    "The bytes of a text that was read in an encoding, where control characters stand for themselves."
+    def is_control(c): return '\x80' <= c <= '\x9f'
+    return b''.join(c.encode('latin-1' if is_control(c) else encoding) for c in text)
+
+def _unescaped(text:str)->str:
+    "A text with its letters instead of their numbers."
+    text = re.sub('#[uU]([0-9a-fA-F]{4})', lambda m: chr(int(m[1], 16)), text)
+    return unquote(html.unescape(text), errors='replace')
+
+# %% ../../nbs/01a_data.spellings.ipynb #1b19335f
 def garbled(
     text:str,  # a cell
 )->str:        # what it should be; '' where it is not garbled
-    "UTF-8 that was read as Windows-1252 and saved again: 'Ödem' for 'Ã–dem'."
+    "UTF-8 that was read in another encoding and saved again, or letters as numbers: 'Ödem' for 'Ã–dem', '%C3%96dem'."
+    if _ESCAPED.search(text): return _unescaped(text)
     if text.isascii(): return ''
-    try: original = _read_as_1252(text).decode('utf-8')
-    except (UnicodeEncodeError, UnicodeDecodeError): return ''
     def is_usual(c): return c.isascii() or c < '\u0180' or c >= '\u0370'   # no letters of phonetics
-    return original if all(map(is_usual, original)) else ''
+    for encoding, signs in _MISREAD.items():
+        if signs and not set(signs) & set(text): continue
+        try: original = _bytes_of(text, encoding).decode('utf-8')
+        except (UnicodeEncodeError, UnicodeDecodeError): continue
+        if all(map(is_usual, original)): return original
+    return ''
+
+# %% ../../nbs/01a_data.spellings.ipynb #244784b8
+def has_lost_letters(
+    text:str,  # a name
+)->bool:
+    "Whether a sign stands for a letter that was lost in a conversion: 'Dr\ufffdsen', 'Dr?sen'; not 'CNV?'."
+    is_lost = any(c == '\ufffd' or '\ud800' <= c <= '\udfff' for c in text)
+    return is_lost or bool(re.search(rf'{LETTER}\?{LETTER}', text))
 
 # %% ../../nbs/01a_data.spellings.ipynb #70be026c
 KNOWN_CLASSES = (  # words in the names of classes, as a regular expression

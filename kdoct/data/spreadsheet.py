@@ -106,28 +106,18 @@ _MARKS = {
 _BINARY = re.compile(rb'[\x01-\x08\x0e-\x19\x1b-\x1f]')   # no signs of a text
 
 # %% ../../nbs/01ab_data.spreadsheet.ipynb #783941e0
-def _may_be_windows_1252(data:bytes)->bool:
-    "Whether bytes read as Windows-1252 hold no signs but letters of Western Europe, at most two in a row."
-    try: text = data.decode('cp1252')
-    except UnicodeDecodeError: return False
-    runs = re.findall(r'[^\x00-\x7f]+', text)
-    def is_plausible(c): return c in 'µ°²³–’' or (c >= 'À' and c.isalpha())
-    return all(len(run) <= 2 and all(map(is_plausible, run)) for run in runs)
-
 def _refuse_encoding(data:bytes, error:UnicodeDecodeError, encoding:str, file:Path):
-    "`KdoctError` with the line that cannot be decoded, and how it reads as Windows-1252 where that is plausible."
+    "`KdoctError` with the line that cannot be decoded; what its encoding is cannot be known."
     if encoding != 'utf-8-sig':
         _refuse(file, f"its {encoding.upper()} is damaged at byte {error.start}", _AGAIN)
-    line = data[:error.start].count(b'\n') + 1
-    if not _may_be_windows_1252(data):
-        unknown = f"line {line} is not UTF-8, and its encoding is not known"
-        _refuse(file, unknown, "Save it as CSV UTF-8 with the program that wrote it.")
-    around = data[max(0, error.start - 12):error.start + 12].decode('cp1252', 'replace')
-    near = next((s for s in around.split('\n') if not s.isascii()), '').strip()
+    before, after = data[:error.start], data[error.start:]
+    line = before.count(b'\n') + 1
+    begin = before.rpartition(b'\n')[2][-12:] + after.partition(b'\n')[0][:12]
+    shown = begin.decode('ascii', 'backslashreplace').strip()
     _refuse(
         file,
-        f"line {line} is not UTF-8; it may be Windows-1252 ({near!r})",
-        "Save it as CSV UTF-8, or: iconv -f WINDOWS-1252 -t UTF-8 OLD.csv > NEW.csv",
+        f"line {line} is not UTF-8 ({shown}), and its encoding cannot be known",
+        "Save it as CSV UTF-8 with the program that wrote it.",
     )
 
 # %% ../../nbs/01ab_data.spreadsheet.ipynb #c6389652

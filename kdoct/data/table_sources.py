@@ -33,6 +33,7 @@ from .spellings import is_no_label, says_unlabelled
 from .spreadsheet import read_table, table_column
 from kdoct.data.table_checks import (
     check_cells,
+    check_doubts,
     check_parts,
     check_people,
     check_swapped,
@@ -200,6 +201,7 @@ def _checked_table(file:Path, data:DataRecipe)->pd.DataFrame:
     check_cells(df, file)
     check_people(df, file)
     check_parts(df, data, file)
+    check_doubts(df, data, file)
     check_swapped(df, data, file)
     if 'eye' in df: df['eye'] = df.eye.map(lambda t: eye_name(t) or t)
     return df

@@ -48,8 +48,8 @@ def _shareable(about:dict)->dict:
     data = recipe['data']
     for k in ('root', 'groups'):
         if data.get(k): data[k] = Path(data[k]).name
-    networks = [recipe.get('teacher'), recipe.get('student'), *recipe.get('teachers', {}).values()]
-    for part in networks:
+    further = [*recipe.get('teachers', {}).values(), *recipe.get('students', {}).values()]
+    for part in (recipe.get('teacher'), recipe.get('student'), *further):
         if part and part.get('weights', 'none') not in names:
             part['weights'] = Path(part['weights']).name
     return about
@@ -177,7 +177,7 @@ def _source(run:Run, fold:int, role:str, model:dict)->dict:
         role=role,
         folds_sha256=model['folds_sha256'],
         weights_sha256=model['weights_sha256'],
-        recipe_key=run.recipe.key,
+        recipe_key=run.recipe.network_key(role),
     )
 
 # %% ../../nbs/07_deploy.ipynb #5355e1b5

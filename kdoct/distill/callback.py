@@ -82,9 +82,11 @@ class Distill(Callback):
         weights:torch.Tensor|None=None,   # (teachers,) where the recipe weighs them
         normalised:tuple|None=None,       # mean and standard deviation of the batches; None: those of Normalize
         originals=None,                   # function: name -> the network that an inference copy is of; None: none
+        beginnings=None,                  # function: name -> that network as its training began; None: not known
     ):
         self.group, self.normalised = Teachers(teachers, recipe, weights), normalised
-        self.recipe, self.weights, self.originals = self.group.recipe, weights, originals
+        self.recipe, self.weights = self.group.recipe, weights
+        self.originals, self.beginnings = originals, beginnings
         self.online = not any(isinstance(t, TeacherCache) for t in self.teachers.values())
         # of a batch, see `query`: (images, columns of all teachers); None: queried in after_loss
         self.columns, self.block = None, 1
@@ -97,7 +99,8 @@ class Distill(Callback):
 
     def __getstate__(self):
         "`learn.export` writes its callbacks; the teachers stay here."
-        return {k: v for k, v in self.__dict__.items() if k not in ('group', 'originals')}
+        here = 'group', 'originals', 'beginnings'
+        return {k: v for k, v in self.__dict__.items() if k not in here}
 
 # %% ../../nbs/03i_distill.callback.ipynb #be91eba9
 def _network(teacher)->nn.Module:
@@ -154,7 +157,9 @@ def prepare(self:Distill):
     if method.needs != 'logits':
         student = private_copy(self.model) if is_ours else None
         self.pairs = {name: self._corresponding(name, student) for name in self.teachers}
-    method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, self.originals))
+    known = self.originals, self.beginnings, tuple(self.teachers), self.learn.loss_func
+    batches = train if self.ours else None
+    method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, *known, batches))
     method.to(self.dls.device)
 
 # %% ../../nbs/03i_distill.callback.ipynb #960d1425
@@ -172,7 +177,15 @@ def before_fit(self:Distill):
     self.ours = isinstance(self.dls.train, Batches)   # a callback that came later
     self.group.known = self.ours
     if not self.ours: self.check_learner()
+    came_late = self.pairs is None
     self.prepare()
+    if came_late and any(True for _ in self.companion.parameters()):
+        raise KdoctError(
+            f"The method '{self.companion.name}' learns something itself, which the optimiser of "
+            f"this Learner does not know.",
+            fix="Give the callback when the Learner is made: make_learner(..., cbs=[Distill(...)])",
+        )
+    self.group.method.plan(self.n_epoch)
     if self.pairs:
         layers = [pair.student for pairs in self.pairs.values() for pair in pairs]
         self.student_maps = MapRecorder(self.model.body, layers)
@@ -203,6 +216,7 @@ def before_train(self:Distill):
     if not self.ours: return
     train, recipe = self.dls.train, self.recipe
     self.rows = train.parts()
+    if not self.group.method.queries: return
     if not self.online: self.build()
     elif self._alone(): return   # queried about each batch, in after_loss
     self.block = max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
@@ -256,7 +270,8 @@ def check_learner(self:Distill):
         if not isinstance(teacher, Classifier):
             _require_same_normalisation(name, teacher, self.group.normalised)
     method = self.group.method
-    if any(True for _ in method.parameters()) or method.needs != 'logits':
+    learns = any(True for _ in method.parameters())
+    if learns or method.needs != 'logits' or method.own_views:
         raise KdoctError(
             f"The method '{method.name}' learns from more than logits, or learns something itself.",
             fix="Train with kdoct's own stages, or choose a method that compares logits: "
@@ -320,6 +335,7 @@ def queried(self:Distill)->list[str]:  # noqa: F811 (of another class)
 @patch
 def teacher_outputs(self:Distill)->dict[str, Output]:
     "What the teachers give for this batch, by role."
+    if not self.group.method.queries: return {}
     if self.columns is None:
         return {role: self.teacher_output(role, self.xb[0]) for role in self.queried()}
     each = dict(zip(self.teachers, self.columns.split(self.widths, 1), strict=True))
@@ -352,9 +368,9 @@ def step(self:Distill)->Step:
         images=plain_tensor(self.xb[0]),
         targets=plain_tensor(self.yb[0]),
         hard=plain_tensor(self.loss_grad),
-        student={role: student[role] for role in teachers},
+        student={role: student[role] for role in teachers or self.teachers},
         teachers=teachers,
-        teacher_logits=combine(each, self.recipe, self.weights),
+        teacher_logits=combine(each, self.recipe, self.weights) if each else None,
         rows=self.rows[self.iter] if self.ours else None,
         epoch=self.epoch,
         number=step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter,

@@ -48,7 +48,7 @@ class FeatureMethod(Method):
 
     def further(self, step:Step)->dict[str, torch.Tensor]:
         "The weighted term, by the method's name."
-        return {self.name: self.options.weight*self.compared(step)}
+        return {self.name: self.options.weight*self.over_all(step, self.compared)}
 
 # %% ../../nbs/03k_distill.feature_methods.ipynb #3389b18d
 class ProjectedMethod(FeatureMethod):

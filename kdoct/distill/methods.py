@@ -21,6 +21,7 @@ from torch import nn
 
 from ..core.files import KdoctError
 from ..core.sections import DistillRecipe, Part, TrainRecipe
+from ..data.batches import Batches
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of, Layer
 from ..training.losses import soft_loss
@@ -39,7 +40,11 @@ class Setting:
     n_classes:int                           # 2 or more
     labels:np.ndarray                       # (images,) class numbers of the whole data set
     rows:np.ndarray                         # which of these images are for training
-    load_teacher:Callable|None=None         # name of a teacher -> its network, to be trained; None: not known
+    load_teacher:Callable|None=None         # name of a teacher -> its trained network; None: not known
+    create_teacher:Callable|None=None       # name of a teacher -> its network as its training began; None: not known
+    teachers:tuple[str, ...]=()             # their names
+    hard_loss:Callable|None=None            # (logits, targets) -> scalar; it may learn too
+    batches:Batches|None=None               # of these images, for further views of them; None: another Learner's
 
 # %% ../../nbs/03g_distill.methods.ipynb #7ea633c4
 @dataclass
@@ -71,7 +76,7 @@ class Step:
     hard:torch.Tensor                  # scalar, the loss against the label
     student:dict[str, Output]          # name of a teacher -> the student's output at the layers that correspond
     teachers:dict[str, Output]         # name of a teacher that was queried -> its output
-    teacher_logits:torch.Tensor        # (n, classes) of all teachers, combined
+    teacher_logits:torch.Tensor|None   # (n, classes) of all teachers, combined; None: not queried
     rows:np.ndarray|None=None          # (n,) of the data set; None: not known
     epoch:int=0                        # counted from 0
     number:int=0                       # of the optimiser's step, counted from 0 over all epochs
@@ -106,7 +111,7 @@ def chosen_part(
         hard=step.hard_loss(logits, targets),
         student=part(step.student),
         teachers=part(step.teachers),
-        teacher_logits=step.teacher_logits[chosen],
+        teacher_logits=None if step.teacher_logits is None else step.teacher_logits[chosen],
         rows=None if step.rows is None else step.rows[chosen.cpu().numpy()],
     )
 
@@ -118,8 +123,12 @@ class Method(nn.Module):
     uses_labels = False       # the numbers of the classes: images are not blended
     uses_unlabelled = True    # learns from images without a label too
     extra_images = False      # queries teachers about pictures of its own: no teacher cache
+    own_views = False         # makes further views of the images: kdoct's own batches, images are not blended
+    remembers = False         # something of each image: one process
+    queries = True            # the teachers about each batch; False: their outputs are not needed
     least_classes = 2
     source = ''               # paper
+    first_epoch_to_keep = 0   # from which validation may choose the student's weights
 
     class Options(Part):
         "What can be set."
@@ -132,6 +141,7 @@ class Method(nn.Module):
         self.recipe, self.options = recipe, options
 
     def setup(self, setting:Setting): "Make what is learned or remembered."
+    def plan(self, epochs:int): "So many epochs are planned; before the first one, also after a resume."
     def before_epoch(self, epoch:int): "An epoch begins, counted from 0."
     def after_step(self, student:nn.Module): "The optimiser has done a step."
     def networks(self)->dict[str, Classifier]: return {}   # that have learned beside the student
@@ -161,19 +171,22 @@ def terms(self:Method,
     chosen = self.select(step)
     if chosen is not None: step = chosen_part(step, chosen)
     beta, alpha = self.shares(step)
-    soft, further = self.whole_soft(step), self.further(step)
+    soft, further = self.over_all(step, self.soft), self.further(step)
     loss = beta*step.hard + alpha*soft
     for term in further.values(): loss = loss + term
     return loss, dict(hard=step.hard, soft=soft, **further)
 
 # %% ../../nbs/03g_distill.methods.ipynb #e791cee6
 @patch
-def whole_soft(self:Method, step:Step)->torch.Tensor:
-    "The soft term over labelled and unlabelled images, each image counting once."
-    soft = self.soft(step)
-    if step.unlabelled is None: return soft
+def over_all(self:Method,
+    step:Step,      # of a batch
+    loss:Callable,  # step -> scalar, mean over its images
+)->torch.Tensor:    # scalar
+    "A loss over labelled and unlabelled images, each image counting once."
+    labelled = loss(step)
+    if step.unlabelled is None or not self.uses_unlabelled: return labelled
     n, more = len(step.images), len(step.unlabelled.images)
-    return (n*soft + more*self.soft(step.unlabelled))/(n + more)
+    return (n*labelled + more*loss(step.unlabelled))/(n + more)
 
 # %% ../../nbs/03g_distill.methods.ipynb #2e327697
 _METHODS = {}
@@ -223,6 +236,14 @@ def make_method(
     cls = known[recipe.method]
     return cls(recipe, _validated(cls, recipe.options))
 
+# %% ../../nbs/03g_distill.methods.ipynb #56cc00d8
+def _reasons_of_images(cls:type[Method], training:TrainRecipe, processes:int):
+    "Why a method that remembers images, or makes views of them, cannot be used."
+    if cls.remembers and processes > 1:
+        yield "remembers each image, and several processes see different ones", "Start one process."
+    if cls.own_views and training.mix_prob > 0:
+        yield "makes further views of each image, and images are blended", "Set mix_prob to 0."
+
 # %% ../../nbs/03g_distill.methods.ipynb #8c656a34
 def _reasons(
     cls:type[Method], recipe:DistillRecipe, training:TrainRecipe, n_classes:int, processes:int
@@ -236,6 +257,7 @@ def _reasons(
         )
     if cls.compares_images and processes > 1:
         yield "compares the images of a step, which several processes share", "Start one process."
+    yield from _reasons_of_images(cls, training, processes)
     if cls.uses_labels and training.mix_prob > 0:
         yield "looks at the label of each image, and images are blended", "Set mix_prob to 0."
     if recipe.views and cls.needs in ('last', 'stages'):
@@ -245,6 +267,8 @@ def _reasons(
             "asks the teachers about pictures of its own, which no cache holds",
             "Set distill.views to 0.",
         )
+    if recipe.views and not cls.queries:
+        yield "takes no answers of the teachers, so no cache is used", "Set distill.views to 0."
     if recipe.views and maps and training.mix_prob > 0:
         yield (
             "compares embeddings, and those of blended images are in no cache",

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic_path, KdoctError
-from ..core.runs import require_same_folds, Run, stage_command
+from ..core.files import atomic_path, KdoctError, read_json
+from ..core.runs import has_decision, require_same_folds, Run, stage_command
 from ..data.fold_data import open_fold
-from .decisions import Decision, save_decision
+from .decisions import Decision, load_decision, save_decision
 from .features import fold_outputs
 from .fitting import fit_network
 from .metrics import logits_of, read_predictions
@@ -72,6 +72,20 @@ def decide_fold(
         _write(folder, predicted, features, decision)
     return decision
 
+# %% ../../nbs/05g_decide.ipynb #kept-decision
+def _kept_decision(run, fold, role):
+    "The decision of a network, if one is there of its weights, predictions and targets as they are now."
+    folder = run.stage_dir(fold, role)
+    if not has_decision(run, fold, role): return None
+    try:
+        decision = load_decision(folder)
+        measured = pd.read_parquet(folder/'outliers.parquet').path.tolist()
+    except (KdoctError, OSError, ValueError, AttributeError): return None   # made again
+    weights = read_json(folder/'model.json')['weights_sha256']
+    predicted = read_predictions(folder/'predictions.parquet').path.tolist()
+    is_of_them = decision.about.get('weights_sha256') == weights and measured == predicted
+    return decision if is_of_them else None
+
 # %% ../../nbs/05g_decide.ipynb #484abe62
 def _print_decision(role, d):
     "The numbers of a decision, and what could not be fitted."
@@ -83,7 +97,7 @@ def decide_all(
     run:Run,   # the run
     fold:int,  # counted from 0
 )->dict[str, Decision]:  # by role
-    "Decisions of every trained network of a fold; `KdoctError` if there is none."
+    "Decisions of every trained network of a fold, those made before kept; `KdoctError` if there is none."
     began, roles = time.perf_counter(), [r for r in run.recipe.roles if run.is_finished(r, fold)]
     if not roles:
         raise KdoctError(
@@ -92,7 +106,7 @@ def decide_all(
         )
     out = {}
     for role in roles:
-        out[role] = decide_fold(run, fold, role)
+        out[role] = _kept_decision(run, fold, role) or decide_fold(run, fold, role)
         _print_decision(role, out[role])
     temperatures = {role: d.temperature for role, d in out.items()}
     seconds = round(time.perf_counter() - began, 1)

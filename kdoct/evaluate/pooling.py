@@ -22,6 +22,7 @@ from .patients import rule_of
 from kdoct.evaluate.tables import (
     classes_section,
     costs_section,
+    further_students,
     scores_section,
     Section,
     selection_section,
@@ -317,10 +318,11 @@ def ensemble_section(
     folds:list[int],  # the members
     models:dict[str, pd.DataFrame],  # pooled predictions
 ) -> tuple[Section|None, str]:  # the section, or None and the reason
-    "Ensembles of the three models where they are legal."
+    "Ensembles of the three models, and of further students, where they are legal."
     k, rows = len(folds), {}
     try:
-        for role in ROLES: rows[f'{role}, ensemble of {k}'] = ensemble(run, role, folds)
+        for role in (*ROLES, *further_students(models)):
+            rows[f'{role}, ensemble of {k}'] = ensemble(run, role, folds)
     except KdoctError as e: return None, f'No ensemble over folds: {e.problem.rstrip(".")}'
     n, of = len(next(iter(rows.values()))), models['student'].path.nunique()
     caption = (

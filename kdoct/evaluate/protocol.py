@@ -82,6 +82,24 @@ def _teachers_text(recipe):
         'test images, at T 1.'
     )
 
+# %% ../../nbs/05e_evaluate.protocol.ipynb #students-text
+def _settings(changes, part=''):
+    "Fields of a recipe and their values, in words."
+    out = []
+    for name, value in changes.items():
+        within = isinstance(value, dict)
+        out += _settings(value, f'{part}{name}.') if within else [f'{part}{name} {value}']
+    return out
+
+def _students_text(recipe):
+    "By which method the student learned, and in what further students differ; '' for the plain method alone."
+    d = recipe.distill
+    if d.method == 'kl' and not d.options and not recipe.students: return ''
+    out = [f"student: method {d.method}{', '.join(['', *_settings(d.options)])}"]
+    for name, changes in recipe.students.items():
+        out.append(f"student-{name}: {', '.join(_settings(changes)) or 'the same'}")
+    return f' How the students learned, further ones by what differs: {"; ".join(out)}.'
+
 # %% ../../nbs/05e_evaluate.protocol.ipynb #79ce4021
 def _views_text(views):
     "How many views of an image count."
@@ -113,4 +131,4 @@ def protocol_of(
     ]
     several = predictions.fold.nunique() > 1
     auc = ' AUC pooled over folds compares images of the same fold only.' if several else ''
-    return '; '.join(parts) + auc + _teachers_text(r)
+    return '; '.join(parts) + auc + _teachers_text(r) + _students_text(r)

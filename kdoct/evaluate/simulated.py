@@ -67,7 +67,8 @@ def simulated_variants(
 def _history(role):
     "What history.csv of a simulated network holds."
     e = np.arange(1, 4)
-    losses = dict(train_loss=1/e, train_hard=1/e, train_soft=2/e if role == 'student' else np.nan)
+    soft = 2/e if role.startswith('student') else np.nan
+    losses = dict(train_loss=1/e, train_hard=1/e, train_soft=soft)
     valid = dict(valid_loss=1.2/e, accuracy=1 - .4/e)
     return pd.DataFrame(dict(epoch=e, **losses, **valid, lr=1e-3, seconds=1.))
 
@@ -79,12 +80,14 @@ def _write_role(run, fold, role, test):
     kept, variants = simulated_variants(run, test, role, fold, main)
     for name, frame in (('variants', variants), ('predictions', main)):
         with atomic_path(folder/f'{name}.parquet') as tmp: frame.to_parquet(tmp, index=False)
-    shares = {r: dict(weight=1/len(teachers)) for r in teachers} if role == 'student' else {}
+    own = teachers if role in run.recipe.student_roles else ()
+    shares = {r: dict(weight=1/len(own)) for r in own}
     about = dict(arch='simulated', parameters=300_000 if role in teachers else 100_000)
     further = dict(metrics=dict(kept=kept), distilled_from=shares)
     write_json(folder/'model.json', about | further)
     _history(role).to_csv(folder/'history.csv', index=False)
 
+# %% ../../nbs/05v_evaluate.simulated.ipynb #simulated-stages
 def write_simulated_stages(
     run:Run,   # of the preset tiny
     fold:int,  # counted from 0

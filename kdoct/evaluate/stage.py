@@ -12,7 +12,9 @@ import pandas as pd
 
 from ..core.files import read_json, sha256_file, write_json
 from ..core.runs import ROLES, Run
-from .fold_figures import decision_figures, fold_figures, images_of_fold, save_figures
+from kdoct.evaluate.fold_figures import (
+    decision_figures, fold_figures, images_of_fold, models_in_figures, save_figures,
+)
 from .metrics import evaluate_predictions
 from .pooling import finished_models, fold_models, model_dir, opened_run
 from .run_tables import plain_tables, print_result, run_tables
@@ -29,6 +31,13 @@ def is_evaluated(
     return set(of) == {*ROLES, *finished_models(run, fold)}
 
 # %% ../../nbs/05_evaluate.ipynb #8da45820
+def _figures(run, fold, made, models, load_image, labels):
+    "Figures of the models that are shown; what is not given to draw them is the data stage's."
+    if load_image is None or labels is None:
+        own = images_of_fold(run, fold)
+        load_image, labels = load_image or own[0], own[1] if labels is None else labels
+    return fold_figures(run, fold, models, load_image, labels) | decision_figures(made, models)
+
 def _hashes(run, fold, models):
     "What was read: model -> hash of its predictions."
     own = [m for m in models if m != COMBINED]
@@ -41,16 +50,14 @@ def evaluate_fold(
     load_image=None,  # path -> uint8 array (H, W); None: as the run's data stage reads them
     labels:pd.Series|None=None,  # class name of every image, indexed by path; None: from the run's image table
     verbose:bool=True,  # print the tables and the files
+    students:str='',  # further students that figures show: 'NAME,NAME'; the tables have all
 ) -> dict:  # table, differences, sections, estimates, protocol, figures (name -> path), models
     "Evaluate a fold: print the tables, write evaluation.json and figures/*.png, return everything."
     run, began = opened_run(run), time.perf_counter()
     models = fold_models(run, fold)
     made = run_tables(run, {fold: models}, models)
     estimates = {m: evaluate_predictions(df) for m, df in models.items()}
-    if load_image is None or labels is None:
-        own = images_of_fold(run, fold)
-        load_image, labels = load_image or own[0], own[1] if labels is None else labels
-    drawn = fold_figures(run, fold, models, load_image, labels) | decision_figures(made, models)
+    drawn = _figures(run, fold, made, models_in_figures(models, students), load_image, labels)
     figures, names = save_figures(run, drawn, run.figures_dir(fold))
     path, about = run.fold_dir(fold)/'evaluation.json', dict(run=run.name, fold=fold)
     record = about | dict(parameters=made['parameters'], estimates=estimates) | plain_tables(made)

@@ -36,15 +36,17 @@ from ..training.distributed import best_device
 def explained_roles(
     run:Run,   # the run
     fold:int,  # counted from 0
-)->list[str]:  # teacher (and further ones), student, baseline
+)->list[str]:  # teachers, students, baseline; of further students those that are trained
     "The networks of a fold; `KdoctError` with the command for the first one that is missing."
-    for role in run.recipe.roles:
+    further = run.recipe.student_roles[1:]
+    roles = [r for r in run.recipe.roles if r not in further or run.is_finished(r, fold)]
+    for role in roles:
         if not run.is_finished(role, fold):
             raise KdoctError(
                 f"Fold {fold} of run '{run.name}' has no {role} to explain.",
                 fix=f"Train it first: {stage_command(role, run, fold)}",
             )
-    return list(run.recipe.roles)
+    return roles
 
 # %% ../../nbs/06g_explain.networks.ipynb #d2b94f0f
 def load_network(
@@ -158,7 +160,7 @@ def agreement_frame(
     out = []
     for teacher in (r for r in made if r.startswith('teacher')):
         t = made[teacher]
-        for small in ('student', 'baseline'):
+        for small in (r for r in made if not r.startswith('teacher')):
             s = made[small]
             who = correctness(t.predicted == images.labels, s.predicted == images.labels)
             for method in t.maps:

@@ -153,6 +153,11 @@ def _read_tables(run:Run, folds:list[int], name:str)->pd.DataFrame:
     tables = [pd.read_parquet(run.fold_dir(k)/f'{name}.parquet') for k in folds]
     return pd.concat(tables, ignore_index=True)
 
+def _in_every_fold(table:pd.DataFrame, column:str)->pd.DataFrame:
+    "The rows whose role, or pair of roles, stands in every fold: further students may have come later."
+    folds = table.groupby(column).fold.nunique()
+    return table[table[column].map(folds) == table.fold.nunique()].reset_index(drop=True)
+
 def _about(frame:pd.DataFrame, folds:list[int], other:list[int])->str:
     "Which images were explained, of which class, and what is left out."
     n, many = len(frame[['fold', 'path']].drop_duplicates()), 's' if len(folds) > 1 else ''
@@ -170,8 +175,12 @@ def explanation_sections(
     "Tables of what the maps are worth and of who looks where whom looks, over all explained folds."
     folds, other = _alike(run, [k for k in explained_folds(run) if folds is None or k in folds])
     if not folds: return {}
-    frame, pairs = (_read_tables(run, folds, name) for name in ('explanations', 'agreement'))
+    every = _read_tables(run, folds, 'explanations')
+    frame = _in_every_fold(every, 'role')
+    pairs = _in_every_fold(_read_tables(run, folds, 'agreement'), 'pair')
     e, seed, about = run.recipe.evaluate, run.recipe.seed, _about(frame, folds, other)
+    if lost := [r for r in every.role.unique() if r not in set(frame.role)]:
+        about += f" Not explained in every fold and left out here: {', '.join(lost)}."
     first, sentences = frame.method.iloc[0], [about]
     for role, p in frame[frame.method == first].groupby('role', sort=False):
         what = f'The {first} maps of the {role}'

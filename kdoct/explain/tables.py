@@ -139,8 +139,11 @@ def _minus(part, a, b, measures):
     return (fa[list(measures)] - fb.loc[fa.index, list(measures)]).assign(group=fa.group)
 
 def _pairs(roles):
-    "Student against every teacher and the baseline, as far as they are there."
-    return [('student', r) for r in roles if 'student' in roles and r != 'student']
+    "Student against teachers and baseline, further students against it, as far as they are there."
+    if 'student' not in roles: return []
+    further = [r for r in roles if r.startswith('student-')]
+    others = [r for r in roles if r != 'student' and r not in further]
+    return [*(('student', r) for r in others), *((r, 'student') for r in further)]
 
 # %% ../../nbs/06d_explain.tables.ipynb #eab2af02
 def _caption(there, e, about):

@@ -8,6 +8,7 @@ __all__ = ['Classifier', 'head_modules', 'undecayed', 'require_arch', 'timm_mode
            'count_parameters']
 
 # %% ../../nbs/02a_models.backbones.ipynb #imp-models-backbones
+import argparse
 import difflib
 import json
 import re
@@ -179,6 +180,11 @@ def _from_hub(arch:str, size:int, **kwargs)->nn.Module:
 # %% ../../nbs/02a_models.backbones.ipynb #cd46e05a
 _AGAIN = "Get or copy it again."
 _STATE_DICT = "Save only the state dict: safetensors.torch.save_file(model.state_dict(), ...)"
+_AS_TENSORS = (
+    "Make tensors of them where the file was made, or if you trust it: "
+    "c = torch.load(FILE, weights_only=False), or the state dict in it; "
+    "torch.save({k: torch.as_tensor(v) for k, v in c.items()}, NEW)"
+)
 _OF_PYTORCH = "Give weights of PyTorch: the state dict of a timm model."
 
 _FIRST_BYTES = {  # of files that are taken for weights -> what they are, what to do
@@ -199,13 +205,20 @@ def _kind_of_archive(path:Path)->tuple[str, str]:
     with zipfile.ZipFile(path) as z: names = [Path(n).name for n in z.namelist()]
     if 'constants.pkl' in names:
         return "is a TorchScript program", "Save its state dict: torch.jit.load(FILE).state_dict()"
-    if 'data.pkl' in names:
-        what = "does not hold plain tensors alone, but other Python objects, or is damaged"
-        return what, _STATE_DICT
+    if 'data.pkl' in names: return "does not hold plain tensors, or is damaged", _STATE_DICT
     return "is a zip archive that torch.save has not written", _OF_PYTORCH
 
-def _kind_of_file(path:Path)->tuple[str, str]:
-    "What a file is that cannot be read as plain tensors, and what to do."
+def _kind_of_objects(name:str)->tuple[str, str]:
+    "What a file holds beside tensors, where torch names a Python object, and what to do."
+    if name.startswith('numpy.'):
+        return f"holds NumPy arrays or numbers ({name}) and not plain tensors alone", _AS_TENSORS
+    what = f"holds Python objects ({name}) and not plain tensors alone; they would be run as code"
+    return what, _STATE_DICT
+
+# %% ../../nbs/02a_models.backbones.ipynb #430ed1ee
+def _kind_of_file(path:Path, error:Exception)->tuple[str, str]:
+    "What a file is that torch cannot read as plain tensors, and what to do."
+    if found := re.search(r'GLOBAL `?([\w.]+\w)', str(error)): return _kind_of_objects(found[1])
     with open(path, 'rb') as f: head = f.read(32)
     if not head: return "is empty", _AGAIN
     for first, kind in _FIRST_BYTES.items():
@@ -219,6 +232,7 @@ def _kind_of_file(path:Path)->tuple[str, str]:
 # %% ../../nbs/02a_models.backbones.ipynb #c4f250c3
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model_state', 'model', 'net')
 _PREFIXES = ('module.', '_orig_mod.', 'model.', 'net.')
+_TALLIES = {'n_averaged', 'total_ops', 'total_params'}   # of torch's AveragedModel and of thop
 
 def _is_safetensors(path:Path)->bool:
     "Whether a file begins as safetensors do, whatever its name: a length, and a table in JSON."
@@ -234,65 +248,101 @@ def _load_tensors(path:Path)->dict:
         )
     try:
         if _is_safetensors(path): return load_file(path)
-        with open(path, 'rb') as f:   # by its name torch would take a file for safetensors
+        allowed = torch.serialization.safe_globals([argparse.Namespace])   # holds plain values
+        with open(path, 'rb') as f, allowed:   # by its name torch would take it for safetensors
             return torch.load(f, map_location='cpu', weights_only=True)
     # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file that is not plain tensors
     except Exception as e:
-        what, remedy = _kind_of_file(path)
+        what, remedy = _kind_of_file(path, e)
         raise KdoctError(f"{path.name} {what} ({type(e).__name__}).", fix=remedy) from e
 
 # %% ../../nbs/02a_models.backbones.ipynb #518926f4
 def _bare(state:dict)->dict:
-    "The same tensors, without the names of wrappers that all of them begin with."
-    while wrap := next((p for p in _PREFIXES if all(str(k).startswith(p) for k in state)), ''):
+    "The same tensors, without the names of wrappers that all of them begin with, and without tallies."
+    state = {k: v for k, v in state.items() if k.rpartition('.')[2] not in _TALLIES}
+    while wrap := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), ''):
         if not state: break
         state = {k.removeprefix(wrap): v for k, v in state.items()}
     return state
 
-def _state_dicts(checkpoint:dict)->list[str]:
-    "Under which keys a checkpoint has state dicts: the usual ones, and any of the same network, such as an average."
-    inner = [k for k in _WRAPPERS if isinstance(checkpoint.get(k), dict)]
-    if not inner: return []
-    names = set(_bare(checkpoint[inner[0]]))
-    others = {k: v for k, v in checkpoint.items() if k not in inner and isinstance(v, dict)}
-    return inner + [k for k, v in others.items() if names and set(_bare(v)) == names]
+def _state_dicts(part, at:str='', depth:int=4)->dict[str, dict]:
+    "The state dicts in a checkpoint, each under the keys that lead there: 'model', 'ema.module'; '' is the whole."
+    has_names = isinstance(part, dict) and all(isinstance(k, str) for k in part)
+    if not has_names or not part: return {}
+    if all(isinstance(v, torch.Tensor) for v in part.values()): return {at: part}
+    if not depth: return {}
+    found = {}
+    for key, value in part.items():
+        found |= _state_dicts(value, f'{at}.{key}'.lstrip('.'), depth - 1)
+    return found
+
+# %% ../../nbs/02a_models.backbones.ipynb #2941e90e
+def _rivals(found:dict[str, dict])->list[str]:
+    "State dicts of which one is meant: under usual names, and others of the same network; else all but small ones."
+    usual = [at for at in found if not at or at.rpartition('.')[2] in _WRAPPERS]
+    if usual:
+        networks = [set(_bare(found[at])) for at in usual]
+        return [at for at in found if at in usual or set(_bare(found[at])) in networks]
+    most = max(map(len, found.values()), default=0)
+    return [at for at, state in found.items() if 10*len(state) > most]
 
 # %% ../../nbs/02a_models.backbones.ipynb #16adc144
-def _unwrapped(state, path:Path):
-    "The state dict in a checkpoint; `KdoctError` if it holds several."
-    while isinstance(state, dict):
-        inner = _state_dicts(state)
-        if not inner: break
-        if len(inner) > 1:
-            one = f"torch.load({path.name!r}, weights_only=True)[{inner[-1]!r}]"
-            raise KdoctError(
-                f"{path.name} holds several state dicts: {', '.join(inner)}.",
-                fix=f"Save the one that is meant, for example torch.save({one}, 'one.pth')",
-            )
-        state = state[inner[0]]
-    return state
+def _chosen(found:dict[str, dict], part:str, file:str)->dict:
+    "The tensors of the one state dict with a name, or whose names begin with it; `KdoctError` unless there is one."
+    if part in found: return found[part]
+    fit = {}
+    for at, state in found.items():
+        begin = (part.removeprefix(f'{at}.') if at else part) + '.'
+        inside = {k.removeprefix(begin): v for k, v in _bare(state).items() if k.startswith(begin)}
+        if inside: fit[f'{at}.{begin}'.strip('.')] = inside
+    if len(fit) == 1: return next(iter(fit.values()))
+    names = [*fit] or [n for n in _rivals(found) if n] or _first_names(found)
+    raise KdoctError(
+        f"{file} has {'several' if fit else 'no'} weights named '{part}'.",
+        fix=f"It has: {', '.join(names[:8]) or 'one state dict without a name'}",
+    )
+
+def _first_names(found:dict[str, dict])->list[str]:
+    "What stands before the first point in the names of tensors."
+    return list(dict.fromkeys(k.partition('.')[0] for s in found.values() for k in _bare(s)))
+
+# %% ../../nbs/02a_models.backbones.ipynb #05bd2374
+def _refuse_several(names:list[str], file:str):
+    "`KdoctError` with the option that chooses one of several state dicts."
+    shown = ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
+    raise KdoctError(
+        f"{file} holds several state dicts: {shown}.",
+        fix=f"Choose the one that is meant: kdoct import {file} --weights {names[-1]} ... "
+            f"A training can start from the model folder that this writes.",
+    )
 
 def _not_tensors(state)->list[str]:
-    "What in a state dict is no tensor."
+    "What in a checkpoint is no tensor, in its part with a usual name if there is one."
     if not isinstance(state, dict): return [type(state).__name__]
+    inner = next((state[k] for k in _WRAPPERS if isinstance(state.get(k), dict)), None)
+    if inner is not None: return _not_tensors(inner)
     return [str(k) for k, v in state.items() if not isinstance(v, torch.Tensor)]
 
 # %% ../../nbs/02a_models.backbones.ipynb #a2e5bf33
 def read_state(
     path:str|Path,  # .safetensors, or .pth/.pt/.bin with tensors only
+    part:str='',    # name of one of several state dicts, or the beginning of its tensors' names; '': the only one
 )->dict:            # name -> tensor, without the names of wrappers
     "Tensors of a weight file, plain or in a checkpoint; `KdoctError` if it is damaged, pickled or ambiguous."
     path = Path(path)
-    state = _unwrapped(_load_tensors(path), path)
-    alien = _not_tensors(state)
-    if alien or not state:
-        more = ', ...' if len(alien) > 5 else ''
-        raise KdoctError(
-            f"{path.name} is no state dict: {', '.join(alien[:5]) or 'empty'}{more}.",
-            fix=f"Save only the state dict, or a checkpoint that has it under one of: "
-                f"{', '.join(_WRAPPERS)}.",
-        )
-    return _bare(state)
+    held = _load_tensors(path)
+    found = _state_dicts(held)
+    if found and part: return _bare(_chosen(found, part, path.name))
+    meant = _rivals(found)
+    if len(meant) > 1: _refuse_several(meant, path.name)
+    if meant: return _bare(found[meant[0]])
+    alien = _not_tensors(held)
+    more = ', ...' if len(alien) > 5 else ''
+    raise KdoctError(
+        f"{path.name} is no state dict: {', '.join(alien[:5]) or 'empty'}{more}.",
+        fix=f"Save only the state dict, or a checkpoint that has it under one of: "
+            f"{', '.join(_WRAPPERS)}.",
+    )
 
 # %% ../../nbs/02a_models.backbones.ipynb #9e6a7725
 _CLASS_KEYS = ('class', 'label', 'categor')   # beginnings of the keys; also idx_to_class, id2label
@@ -308,6 +358,7 @@ def _in_order(value)->list[str]:
 
 def _class_records(part, depth:int=3)->list[list[str]]:
     "All lists of class names in a checkpoint and in the dicts in it."
+    if isinstance(part, argparse.Namespace): part = vars(part)
     if not isinstance(part, dict): return []
     found = []
     for key, value in part.items():
@@ -375,9 +426,7 @@ def _beginnings(body:nn.Module, state:dict, but:tuple[str, ...]=())->list[str]:
 def _remedy(body:nn.Module, state:dict, but:tuple[str, ...])->str:
     "What to do with a file that does not fit."
     if parts := _beginnings(body, state, but):
-        p = parts[0]
-        part = f"{{k.split({p!r}, 1)[1]: v for k, v in state.items() if {p!r} in k}}"
-        return f"Save the part that is meant, for example {part}"
+        return f"Choose the part that is meant: kdoct import ... --weights {parts[0][:-1]}"
     return _VERY_ARCHITECTURE + (_ONE_SIZE if _is_fixed(body) else '')
 
 # %% ../../nbs/02a_models.backbones.ipynb #4efc900a
@@ -448,10 +497,11 @@ _RENAMED = {'ofa595': map_ofa_names}  # architectures whose published weights ha
 def state_for(
     arch:str,       # timm name
     path:str|Path,  # weight file, see `read_state`
+    part:str='',    # as for `read_state`
 )->dict:            # name -> tensor
     "Tensors of a weight file under timm's names."
     rename = _RENAMED.get(arch.split('.')[0], dict)
-    return rename(read_state(path))
+    return rename(read_state(path, part))
 
 def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."

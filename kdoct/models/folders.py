@@ -291,13 +291,16 @@ def _names_in_file(path:str|Path, classes:list[str])->list[str]:
     return others
 
 # %% ../../nbs/02aa_models.folders.ipynb #d29e05c8
-def _state_that_fits(body:nn.Module, arch:str, path:str|Path, classes:list[str])->tuple[dict, dict]:
+def _state_that_fits(
+    body:nn.Module, arch:str, path:str|Path, classes:list[str], weights:str
+)->tuple[dict, dict]:
     "Tensors of a file under the network's names, and what is to be known of it; `KdoctError` if they do not fit."
-    file, given = Path(path).name, state_for(arch, path)
+    file, given = Path(path).name, state_for(arch, path, weights)
     state = adapted(body, given)
     _check_classes(body, state, file, classes)
     check_fit(body, state, file, arch)
-    noted = dict(classes=_names_in_file(path, classes), counters=len(state) - len(given))
+    others = _names_in_file(path, classes)
+    noted = dict(weights=weights, classes=others, counters=len(state) - len(given))
     about = dict(file=file, sha256=sha256_file(path))
     return state, about | {k: v for k, v in noted.items() if v}
 
@@ -316,11 +319,12 @@ def import_model_folder(
     std=None,            # (3,), as `mean`
     interpolation:str|None=None,  # how pictures were resized: bilinear or bicubic; None: timm's own
     coloured:bool|None=None,      # whether coloured pictures were among those it was trained on; None: not known
+    weights:str='',      # which of several state dicts in the file, as `part` of `read_state`
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     _check_import(folder, role, classes)
     body = timm_model(arch, size, num_classes=len(classes))
-    state, imported = _state_that_fits(body, arch, path, classes)
+    state, imported = _state_that_fits(body, arch, path, classes, weights)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
     about = dict(role=role, arch=arch, classes=list(classes), **_UNKNOWN, coloured=coloured,

@@ -372,6 +372,11 @@ class Checkpoint(Callback):
     def due(self)->bool: return time.monotonic() - self.saved >= 60*self.recipe.checkpoint_minutes
     @property
     def state(self)->Path: return self.folder/'state.safetensors'
+    @property
+    def first(self)->int:
+        "First epoch whose weights may be kept; what learns beside the network may ask for a later one."
+        beside = self.learn.companions.values()
+        return max((getattr(module, 'first_epoch_to_keep', 0) for module in beside), default=0)
     def best_file(self, epoch)->Path: return self.folder/f'best_{epoch}.safetensors'
 
     def peek(self)->dict:
@@ -413,7 +418,8 @@ def over(self:Checkpoint,
     epoch:int,  # the next one
 )->bool:
     "Whether training ends before this epoch; with SWA, impatience brings averaging forward."
-    waited = len(self.learn.history.rows) - (0 if self.best_epoch is None else 1 + self.best_epoch)
+    since = self.first if self.best_epoch is None else 1 + self.best_epoch
+    waited = len(self.learn.history.rows) - since
     impatient = 0 < self.recipe.patience <= waited
     if self.recipe.average != 'swa': return impatient or epoch >= self.recipe.epochs
     if impatient and epoch < self.swa_from: self.swa_from = epoch
@@ -436,7 +442,7 @@ def keep(self:Checkpoint):
 def after_epoch(self:Checkpoint):  # noqa: F811 (of another class)
     "Keep the weights if they are the best so far, and save."
     score = score_of(self.learn.history.rows[-1], self.recipe.monitor)
-    if score > (self.best or _WORST):
+    if self.epoch >= self.first and score > (self.best or _WORST):
         self.best, self.best_epoch = score, self.epoch
         if not rank_world()[0]: self.keep()
     self.dls.train.start = 0
