@@ -21,7 +21,7 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
-# What these make takes long, whichever test asks first: a browser, a served page, the site of the documentation, the wheel.
+# What these make takes long, whichever test asks first: a browser, a served page, the site of the guide, the wheel.
 SLOW_FIXTURES = {"browser", "page", "site", "wheel"}
 
 
@@ -196,7 +196,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium):
-    "The browser at a laptop's size with an empty page and empty logs; `get_log('browser')`: console, `get_log('performance')`: requests."
+    "The browser at a laptop's size, all empty; `get_log`: 'browser' is the console, 'performance' the requests."
     chromium.get("about:blank")
     chromium.set_window_size(1280, 800)
     for log in ("browser", "performance"): chromium.get_log(log)

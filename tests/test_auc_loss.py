@@ -78,7 +78,9 @@ def test_a_step_is_the_same_in_one_batch_and_in_two():
 def test_blended_labels_count_by_their_shares():
     logits, loss = torch.randn(1, 2).repeat(4, 1), AucMargin([.5, .5])
     blended = loss(logits, torch.tensor([[.75, .25]]*4))
-    assert blended.item() == pytest.approx(loss(logits, torch.tensor([0, 0, 0, 1])).item(), abs=1e-6)
+    assert blended.item() == pytest.approx(
+        loss(logits, torch.tensor([0, 0, 0, 1])).item(), abs=1e-6
+    )
 
 
 def test_the_gradient_of_the_network_is_that_of_finite_differences():

@@ -725,7 +725,9 @@ def test_a_damaged_file_is_named_in_our_words():
     # Pillow says "Missing dimensions"
     printed = refused(tiff[:at] + struct.pack("<H", 999) + tiff[at + 2:])
     assert (
-        "dimensions" not in printed and "damaged" in printed and "copy or export the file again" in printed
+        "dimensions" not in printed
+        and "damaged" in printed
+        and "copy or export the file again" in printed
     )
     assert "copy or export the file again" in refused(coded(scan(), "JPEG")[:-2000])
 

@@ -1,4 +1,4 @@
-"Every operation against torchvision image by image; views that follow the image, not the batch; the earlier recipes' views."
+"Every operation against torchvision image by image; views that follow the image; the earlier recipes' views."
 
 import numpy as np
 import pytest

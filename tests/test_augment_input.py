@@ -1,4 +1,4 @@
-"Batches that are read ahead, made in blocks, in parts of a cache and on several cores are the same batches; errors come out, threads end."
+"Batches read ahead, in blocks, in parts of a cache and on several cores are the same; errors come out, threads end."
 
 import threading
 from contextlib import contextmanager, nullcontext

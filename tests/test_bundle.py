@@ -113,7 +113,9 @@ def test_a_bundle_opens_as_sealed(bundle):
 
 # --- what was changed on the way
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "MODEL_CARD.md", "model.onnx", "openvino.xml", "openvino.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.json", "MODEL_CARD.md", "model.onnx", "openvino.xml", "openvino.bin"]
+)
 def test_a_changed_byte_is_refused(bundle, name):
     data = bytearray((bundle / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -331,11 +333,19 @@ def test_a_bundle_json_of_1_gb_is_not_read(bundle):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"bundle": 2}', '{"bundle": 1}', '{"bundle": 1, '
-                                                                                '"files": {}}', '{"bundle": 1, "files": ["MODEL_CARD.md"]}',
-                                  '{"bundle": 1, "files": '
-                                  '{"MODEL_CARD.md": {}}}', '{"bundle": 1, "files": {"MODEL_CARD.md": '
-                                                      '{"bytes": -1, "sha256": "0"}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        '{"bundle": 2}',
+        '{"bundle": 1}',
+        '{"bundle": 1, "files": {}}',
+        '{"bundle": 1, "files": ["MODEL_CARD.md"]}',
+        '{"bundle": 1, "files": {"MODEL_CARD.md": {}}}',
+        '{"bundle": 1, "files": {"MODEL_CARD.md": {"bytes": -1, "sha256": "0"}}}',
+    ],
+)
 def test_a_bundle_json_of_another_kind_is_refused(bundle, text):
     (bundle / "bundle.json").write_text(text)
     refused(bundle, "bundle.json")
@@ -364,7 +374,10 @@ def external(location):
     return (1, 4), (2, 1), (13, message((1, b"location"), (2, location))), (14, 1)
 
 
-@pytest.mark.parametrize("location", [b"../weights.data", b"/etc/weights.data", b"sub/../../weights.data", b"nobody.data", b"C:\\weights.data", b""])
+@pytest.mark.parametrize(
+    "location",
+    [b"../weights.data", b"/etc/weights.data", b"sub/../../weights.data", b"nobody.data", b"C:\\weights.data", b""],
+)
 def test_an_onnx_whose_numbers_lie_outside_is_refused(bundle, location):
     graph_is_refused(bundle, onnx_of(*external(location)), "not of the bundle")
 
@@ -394,13 +407,20 @@ def test_a_tensor_in_a_branch_of_an_onnx_graph_is_found(bundle):
     )
 
 
-@pytest.mark.parametrize("dims", [((1, 50_000), (1, 50_000)), ((1, message((0, 50_000))[1:] * 2),), ((1, 2**63),)], ids=["each", "packed", "one"])
+@pytest.mark.parametrize(
+    "dims",
+    [((1, 50_000), (1, 50_000)), ((1, message((0, 50_000))[1:] * 2),), ((1, 2**63),)],
+    ids=["each", "packed", "one"],
+)
 def test_an_onnx_tensor_of_10_gb_is_refused(bundle, dims):
     graph_is_refused(bundle, onnx_of(*dims, (2, 1), (9, b"\0" * 16)), "it declares a tensor of")
 
 
-@pytest.mark.parametrize("data", [b"x", b"\x80\x04N.", onnx_of(*FLOATS)[:-3], b"\x08\x07", b"\x3b\x00", b"\xff" * 20, b"\x08\x01" * 2_100_000],
-                         ids=["letter", "pickle", "cut", "no graph", "group", "endless number", "endless fields"])
+@pytest.mark.parametrize(
+    "data",
+    [b"x", b"\x80\x04N.", onnx_of(*FLOATS)[:-3], b"\x08\x07", b"\x3b\x00", b"\xff" * 20, b"\x08\x01" * 2_100_000],
+    ids=["letter", "pickle", "cut", "no graph", "group", "endless number", "endless fields"],
+)
 def test_an_onnx_that_is_none_is_refused(bundle, data):
     graph_is_refused(bundle, data, "not an ONNX model")
 

@@ -1,4 +1,4 @@
-"Class activation maps: default layers, equality with two published implementations, error estimates, nothing left behind."
+"Class activation maps: default layers, equality with two implementations, error estimates, nothing left behind."
 import gc
 import weakref
 

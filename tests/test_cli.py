@@ -482,7 +482,9 @@ def test_a_view_that_does_not_exist_is_refused_before_training(capsys):
 
 
 def test_a_run_cannot_take_the_place_of_the_file_that_makes_a_run(capsys, outputs):
-    assert "cannot be a run's name" in refused(capsys, "folds", "--preset", "tiny", "--run", "run.json")
+    assert "cannot be a run's name" in refused(
+        capsys, "folds", "--preset", "tiny", "--run", "run.json"
+    )
     (outputs / "run.json").mkdir(parents=True)
     assert "There is no run ''" in refused(capsys, "report", "")
 

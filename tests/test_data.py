@@ -74,7 +74,9 @@ def test_calibration_patients_are_in_no_other_part_whatever_the_protocol_and_rul
         patient_label=t.patient.map(ill),
         split=np.where(t.patient.isin(tested), "test", "train") if official else "",
     )
-    try: folds = make_folds(t, n_folds, 0.25, protocol="official" if official else "grouped-cv", worst_case=rule, calibration_fraction=share)
+    protocol = "official" if official else "grouped-cv"
+    how = dict(protocol=protocol, worst_case=rule, calibration_fraction=share)
+    try: folds = make_folds(t, n_folds, 0.25, **how)
     except KdoctError as e:
         assert "are not valid" not in str(e)
         assume(False)                                               # too few patients of a class: refused
@@ -213,7 +215,10 @@ def spoil(folds, what):
     return f
 
 
-@pytest.mark.parametrize("what", ["leak", "never tested", "row lost", "fold lost", "row twice", "unknown role", "column lost", "gap", "two groups"])
+@pytest.mark.parametrize(
+    "what",
+    ["leak", "never tested", "row lost", "fold lost", "row twice", "unknown role", "column lost", "gap", "two groups"],
+)
 def test_reading_refuses_spoiled_folds(tmp_path, what):
     spoil(GOOD, what).to_csv(tmp_path / "folds.csv", index=False)
     with pytest.raises(KdoctError): read_folds(tmp_path / "folds.csv")
@@ -522,7 +527,11 @@ visit_of = st.tuples(
 
 
 @settings(max_examples=25)
-@given(st.lists(st.lists(visit_of, min_size=1, max_size=3), min_size=16, max_size=40), st.integers(2, 4), st.integers(0, 99))
+@given(
+    st.lists(st.lists(visit_of, min_size=1, max_size=3), min_size=16, max_size=40),
+    st.integers(2, 4),
+    st.integers(0, 99),
+)
 def test_official_folds_test_the_same_images_and_train_on_nobody_of_them(patients, n_folds, seed):
     t = official_table(patients)
     try: folds = make_folds(t, n_folds, seed=seed, protocol="official")
@@ -681,7 +690,7 @@ def test_out_cannot_hide_an_image_from_the_test(what):
 
 
 def write_ucsd(folder, n=24):
-    "A small UCSD: every fourth patient of the training folder is tested too, and patient 3 under another number (same pixels)."
+    "A small UCSD: every fourth patient of training is tested too, and patient 3 under another number."
     rng = np.random.default_rng(0)
     def put(part, p, i, a):
         path = folder / part / "AB"[p % 2] / f"{'AB'[p % 2]}-{p}-{i}.jpeg"
@@ -783,7 +792,9 @@ def test_grouped_cv_uses_both_official_folders_and_tests_every_image_once(tmp_pa
     )
 
 
-@pytest.mark.parametrize("change", [dict(protocol="grouped-cv"), dict(official_overlap="keep"), dict(calibration_fraction=0.2)])
+@pytest.mark.parametrize(
+    "change", [dict(protocol="grouped-cv"), dict(official_overlap="keep"), dict(calibration_fraction=0.2)]
+)
 def test_folds_of_another_rule_are_not_taken_over(tmp_path, change):
     folder = write_ucsd(tmp_path / "d")
     theirs, mine = ucsd_run(folder, "theirs"), ucsd_run(folder, "mine", **change)

@@ -1,4 +1,4 @@
-"From checkpoint to bundle: each engine says what PyTorch said in evaluation, from the files, and what does not is left out."
+"From checkpoint to bundle: each engine says what PyTorch said in evaluation; what does not is left out."
 import importlib.util
 import subprocess
 import sys
@@ -143,8 +143,16 @@ def test_threads_may_call_one_engine_at_once(name, bundle, test_part):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", [np.zeros((64, 64), np.uint8), np.zeros((1, 64, 64), np.float32), np.zeros((0, 64, 64), np.uint8),
-                                 np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 64, 0), np.uint8)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((64, 64), np.uint8),
+        np.zeros((1, 64, 64), np.float32),
+        np.zeros((0, 64, 64), np.uint8),
+        np.zeros((1, 64, 64, 3), np.uint8),
+        np.zeros((1, 64, 0), np.uint8),
+    ],
+)
 def test_what_is_no_picture_is_refused(bad, bundle):
     with pytest.raises(KdoctError, match=r"takes uint8 \(n, h, w\)"): bundle.engine("torch")(bad)
 
@@ -351,7 +359,7 @@ print("alive")
 
 @pytest.mark.slow
 def test_a_freed_engine_leaves_signals_alone():
-    "OpenVINO 2026.4 takes the signal stack of the main thread; with a core freed elsewhere, the end of any child process would end this one."
+    "OpenVINO 2026.4 takes the main thread's signal stack; the end of any child process could then end this one."
     done = subprocess.run(
         [sys.executable, "-c", _LIFE_AFTER_OPENVINO], capture_output=True, text=True, timeout=120
     )
@@ -420,7 +428,10 @@ def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decis
 
 @pytest.mark.slow
 def test_the_card_of_a_network_without_a_run_says_what_is_not_known(theirs):
-    text, card = (theirs.bundle / "MODEL_CARD.md").read_text(), (theirs.bundle / "model_card.json").read_text()
+    text, card = (
+        (theirs.bundle / "MODEL_CARD.md").read_text(),
+        (theirs.bundle / "model_card.json").read_text(),
+    )
     assert text.index(
         "Training data, calibration and evaluation of this network are not known"
     ) < text.index("## Network")

@@ -1210,7 +1210,10 @@ def test_pixels_of_fewer_and_of_more_frames_than_the_header_says_are_refused(tmp
     )
     d = pydicom.dcmread(write(tmp_path/"c.dcm", bscans(3), 8))
     d.compress(uid.RLELossless)
-    for n, detail in ((2, "NumberOfFrames is 2, and there are more"), (4, "3 of 4 frames are there")):
+    for n, detail in (
+        (2, "NumberOfFrames is 2, and there are more"),
+        (4, "3 of 4 frames are there"),
+    ):
         d.NumberOfFrames = n
         d.save_as(tmp_path/"c.dcm")
         assert detail in refusal(tmp_path/"c.dcm")

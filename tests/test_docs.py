@@ -127,7 +127,9 @@ def test_pages_fit_the_window_and_ask_nobody(site, browser, width):
     events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
     addresses = [e["request"]["url"] for e in sent]
-    assert addresses and not [a for a in addresses if a.startswith(("http:", "https:", "ws:", "wss:"))]
+    assert addresses and not [
+        a for a in addresses if a.startswith(("http:", "https:", "ws:", "wss:"))
+    ]
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_the_draw_takes_classes_in_turn_and_groups_first_and_depends_on_the_seed
 
 @pytest.fixture(scope="module")
 def phantom_network():
-    "ImageNet features and a linear answer fitted on simulated patients; B-scans of other patients, their classes and masks."
+    "ImageNet features and a linear answer fitted on simulated patients; B-scans of others, their classes and masks."
     scans = [simulate_bscan(3, p, e, 0, height=128, width=128) for p in range(32) for e in (0, 1)]
     x = torch.tensor(np.stack([s.image for s in scans]))[:, None].float()/255
     y, masks = np.array([s.label for s in scans]), np.stack([s.mask for s in scans])

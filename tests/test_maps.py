@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.sections import EvaluateRecipe
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.explain.comparison import agreement_numbers, correctness
 from kdoct.explain.faithfulness import random_maps
 from kdoct.explain.figures import (
@@ -130,7 +130,10 @@ def test_three_roles_have_a_panel_each():
     )
 
 
-@pytest.mark.parametrize("rows, text", [([], "0 images"), ([row()]*13, "13 images"), ([row(), row()._replace(maps={})], "not the same two roles")])
+@pytest.mark.parametrize(
+    "rows, text",
+    [([], "0 images"), ([row()] * 13, "13 images"), ([row(), row()._replace(maps={})], "not the same two roles")],
+)
 def test_impossible_pages_are_refused(rows, text):
     with pytest.raises(KdoctError, match=text): map_figure(rows)
 

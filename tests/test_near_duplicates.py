@@ -71,7 +71,10 @@ def table_of(folder):
     )
 
 
-@pytest.mark.parametrize("change", [lambda im: turned(im, 40), lambda im: turned(im, -25), ImageOps.mirror, ImageOps.flip, lambda im: im.rotate(90)])
+@pytest.mark.parametrize(
+    "change",
+    [lambda im: turned(im, 40), lambda im: turned(im, -25), ImageOps.mirror, ImageOps.flip, lambda im: im.rotate(90)],
+)
 def test_agreement_survives_what_histology_allows_and_tells_other_pictures(change):
     a, b = texture(1), texture(2)
     maps = np.stack([polar_map(im) for im in (a, change(a), change(b))])

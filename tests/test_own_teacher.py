@@ -286,10 +286,11 @@ def test_grey_pictures_of_a_data_block_teach_too(images, folder):
 def test_mixed_precision_of_the_student_does_not_touch_the_teacher(images, folder):
     queries = []
     class Listen(Distill):
-        def logits_of(self, role, x):
-            z = super().logits_of(role, x)
-            queries.append((torch.is_autocast_enabled('cpu'), torch.Tensor(x.float()), z))
-            return z
+        def teacher_output(self, role, x):
+            output = super().teacher_output(role, x)
+            enabled = torch.is_autocast_enabled('cpu')
+            queries.append((enabled, torch.Tensor(x.float()), output.logits))
+            return output
     learn = Learner(
         loaders(images), student(), loss_func=nn.CrossEntropyLoss(), cbs=[Listen(folder)]
     )

@@ -45,7 +45,7 @@ def phantom(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def ucsd(phantom, tmp_path_factory):
-    "The phantom under UCSD's names: a train and a test folder; one patient of the test part is in the training part too."
+    "The phantom under UCSD's names: a train and a test folder; one patient is in both parts."
     source, table = phantom
     root = tmp_path_factory.mktemp('ucsd')
     numbers = {p: i for i, p in enumerate(table.patient.unique())}

@@ -1,4 +1,4 @@
-"Simulated B-scans: the same pixels for the same question, masks that mean what labels say, folders that can be resumed."
+"Simulated B-scans: the same pixels for the same question, masks that mean what labels say, folders that are resumed."
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"From files to predictions: the same numbers as training's own, in the order of the files, whatever is wrong with some of them."
+"From files to predictions: the same numbers as training's own, in the order of the files, whatever is wrong with some."
 import csv
 import io
 import json
@@ -350,7 +350,10 @@ def test_a_fundus_photograph_gets_no_class_from_a_network_of_grey_pictures(tmp_p
 
 # --- deferral
 
-@pytest.mark.parametrize(('p', 'score', 'why'), [(.9, 1., ''), (.55, 1., 'confidence'), (.9, 3., 'outlier'), (.55, 3., 'confidence, outlier')])
+@pytest.mark.parametrize(
+    ('p', 'score', 'why'),
+    [(0.9, 1.0, ''), (0.55, 1.0, 'confidence'), (0.9, 3.0, 'outlier'), (0.55, 3.0, 'confidence, outlier')],
+)
 def test_a_row_is_deferred_for_confidence_or_as_an_outlier(folder, p, score, why):
     def engine(x):
         return np.tile([p, 1 - p, 0], (len(x), 1)), np.full(len(x), score)
@@ -398,7 +401,12 @@ def test_an_empty_folder_says_what_it_was_empty_but_for(tmp_path):
 # --- batches
 
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from([(4, 4), (4, 8), (16, 16), None]), max_size=80), st.integers(1, 9), st.integers(1, 20), st.integers(1, 600))
+@given(
+    st.lists(st.sampled_from([(4, 4), (4, 8), (16, 16), None]), max_size=80),
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(1, 600),
+)
 def test_every_row_comes_back_once_in_order_and_few_wait(sizes, batch, rows, held):
     taken, most = [0], 0
     def slots():
@@ -478,11 +486,16 @@ def reader_that(tmp_path, does, **limits):
     return Replaced(**limits), tmp_path/'x.vol'
 
 
-@pytest.mark.parametrize(('does', 'kind'), [
-    ('time.sleep(60)', 'too-slow'), ('\n '
-                                     'while True: pass', 'too-slow'), ('os.abort()', 'reader-crashed'), ("bytearray(3 << 30)", 'too-much-memory'),
-    ("print('Smith^John'); os.write(2, b'Smith^John'); raise "
-     "ValueError('Smith^John')", 'reader-failed')])
+@pytest.mark.parametrize(
+    ('does', 'kind'),
+    [
+        ('time.sleep(60)', 'too-slow'),
+        ('\n while True: pass', 'too-slow'),
+        ('os.abort()', 'reader-crashed'),
+        ("bytearray(3 << 30)", 'too-much-memory'),
+        ("print('Smith^John'); os.write(2, b'Smith^John'); raise ValueError('Smith^John')", 'reader-failed'),
+    ],
+)
 def test_what_a_reader_does_ends_as_a_named_failure(tmp_path, does, kind, capfd):
     reader, path = reader_that(tmp_path, does, seconds=.2, memory=2.)
     try:
@@ -670,7 +683,9 @@ def test_a_bar_with_the_time_left_is_shown_on_a_terminal_only(folder, tmp_path, 
         assert ('10/10' in screen.getvalue()) == terminal and '.png' not in screen.getvalue()
 
 
-@pytest.mark.parametrize(('out', 'words'), [('r.csv', 'exists already'), ('r.xlsx', 'End the name'), ('no/r.csv', 'no folder')])
+@pytest.mark.parametrize(
+    ('out', 'words'), [('r.csv', 'exists already'), ('r.xlsx', 'End the name'), ('no/r.csv', 'no folder')]
+)
 def test_a_file_of_results_that_cannot_be_is_refused_before_anything_is_read(
     folder, tmp_path, out, words
 ):
@@ -712,7 +727,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
                                                                                 'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
-    from kdoct.core.sections import EvaluateRecipe
+    from kdoct.core.result_sections import EvaluateRecipe
     from kdoct.evaluate.decision_tables import read_decided
     from kdoct.evaluate.volume_tables import volumes_section
     bundle, table, root = shipped
@@ -909,14 +924,16 @@ def test_training_notes_in_model_json_whether_pictures_were_coloured(trained):
 
 @pytest.mark.slow
 def test_the_model_folder_of_a_run_is_predicted_with_by_its_decision(trained, shipped, tmp_path):
-    "With decision.json beside it the same rows as its bundle; without it the same probabilities before calibration, and nothing else."
+    "With decision.json beside it the same rows as its bundle; without it the probabilities before calibration alone."
     run, (bundle, table, root) = trained[0], shipped
     theirs, files = run.stage_dir(0, 'baseline'), [root/f for f in table.path[:6]]
     def rows(folder):
         with Predictor(folder, engine='torch') as p:
             return p.decision, p.channels, list(p.predict(files))
     assert rows(theirs)[2] == rows(bundle)[2]
-    copied = shutil.copytree(theirs, tmp_path/'copied', ignore=shutil.ignore_patterns('decision.*', 'bundle'))
+    copied = shutil.copytree(
+        theirs, tmp_path / 'copied', ignore=shutil.ignore_patterns('decision.*', 'bundle')
+    )
     decision, channels, got = rows(copied)
     z = table.filter(like='logit_').to_numpy()[:6]
     want = np.exp(z - z.max(1, keepdims=True))

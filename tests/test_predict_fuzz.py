@@ -57,10 +57,13 @@ def good(kind, folder):
         case 'progressive.jpg': images[0].save(path, progressive=True)
         case 'png': images[0].save(path)
         case 'tif': images[0].save(path, compression='tiff_adobe_deflate', artist=NAMES[0])
-        case 'pages.tif': images[0].save(path, save_all=True, append_images=images[1:], compression='tiff_lzw', artist=NAMES[0])
+        case 'pages.tif':
+            how = dict(append_images=images[1:], compression='tiff_lzw', artist=NAMES[0])
+            images[0].save(path, save_all=True, **how)
         case 'dcm': write_dicom(path, scans)
         case 'vol': write_vol(path, scans)
-        case 'e2e': write_e2e(path, [('R', (60 << 10) + scans.astype(np.uint16)*4)])  # one exponent, grey in the mantissa
+        # one exponent, grey in the mantissa
+        case 'e2e': write_e2e(path, [('R', (60 << 10) + scans.astype(np.uint16)*4)])
         case 'fda': write_topcon(path, scans, jpeg=True)
         case 'fds': write_topcon(path, scans.astype(np.uint16))
         case 'xml':

@@ -1,4 +1,4 @@
-"Data sets of the published size, simulated with their hazards: table, audit and folds in a minute and 2 GB on two cores."
+"Data sets of the published size, simulated with their hazards: table, audit and folds in a minute and 2 GB."
 import csv
 import io
 import json
@@ -16,7 +16,7 @@ from kdoct.data.plan import leak_of
 
 pytestmark = pytest.mark.slow
 
-# For each of table, audit and folds: processor seconds of all threads together, which other work on the machine does not
+# For each of table, audit and folds: processor seconds of all threads, which other work on the machine does not
 # change (on two idle cores the clock shows no more); and growth of the peak over the freshly imported package.
 LIMIT_S, LIMIT_MB = 60, 2048
 
@@ -45,7 +45,8 @@ MEASURE = """
     result.table.to_parquet(f'{out}/table.parquet')
     result.findings.to_parquet(f'{out}/findings.parquet')
     for v, options in variants.items():
-        timed(f'folds {v}', lambda: make_folds(result.table, data.n_folds, data.val_fraction, 43, **options)).to_parquet(f'{out}/{v}.parquet')
+        made = timed(f'folds {v}', lambda: make_folds(result.table, data.n_folds, data.val_fraction, 43, **options))
+        made.to_parquet(f'{out}/{v}.parquet')
     print(json.dumps(dict(seconds=seconds, clock=clock, grown_mb=most[0] - before, summary=result.summary)))
 """
 
@@ -124,7 +125,7 @@ def within_two_points(folds, labels, *roles):
     return most < 0.02
 
 
-# Noor Eye Hospital: slices of each label in each class folder, as rows of the table; patients without a slice of their diagnosis
+# Noor Eye Hospital: slices of each label in each class folder, as rows of the table; patients without a diagnosis
 NEH = {
     "NORMAL": (120, 0, dict(NORMAL=5667, DRUSEN=29)),
     "DRUSEN": (160, 7, dict(DRUSEN=3742, NORMAL=1400)),
@@ -295,7 +296,7 @@ def ucsd_names(rng):
 
 
 def make_ucsd(folder):
-    "The files, some of them twice under another patient of the same class; returns pairs of the same picture, in the pool and across the parts."
+    "The files, some twice under another patient of the same class; returns pairs of a picture, in and across parts."
     pool, test = ucsd_names(np.random.default_rng(43))
     files = {name: small_image(i) for i, name in enumerate(pool + test)}
     within, across = (

@@ -144,8 +144,15 @@ def test_no_images_are_no_error():
     assert blank_retina(np.zeros((0, 64, 64), np.uint8)).shape == (0, 64, 64)
 
 
-@pytest.mark.parametrize("images", [np.zeros((2, 64, 64)), np.zeros((64, 64), np.uint8), np.zeros((2, 16, 16), np.uint8),
-                                    np.zeros((2, 64, 64, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 64, 64)),
+        np.zeros((64, 64), np.uint8),
+        np.zeros((2, 16, 16), np.uint8),
+        np.zeros((2, 64, 64, 4), np.uint8),
+    ],
+)
 def test_what_is_no_image_is_refused(images):
     with pytest.raises(KdoctError, match="cannot be searched"): blank_retina(images)
 
@@ -304,7 +311,10 @@ def test_shortcuts_of_a_run_are_looked_for_once(outputs):
     first = detect_run_shortcuts(run)
     assert first["of"] == run.stage("data")["images"] and first["seen"]["images"] == first["images"]
     written = (run.path/"shortcuts.json").stat().st_mtime_ns
-    assert detect_run_shortcuts(run) == first and (run.path/"shortcuts.json").stat().st_mtime_ns == written
+    assert (
+        detect_run_shortcuts(run) == first
+        and (run.path / "shortcuts.json").stat().st_mtime_ns == written
+    )
 
 
 def test_padding_planted_in_files_is_found_in_the_run(tmp_path):
@@ -327,7 +337,10 @@ def test_audit_prints_the_sentence():
     from kdoct.app.cli import app
     arguments = ["audit", "--preset", "tiny"]
     assert "never sees the retina" in CliRunner().invoke(app, arguments).output
-    assert "never sees the retina" not in CliRunner().invoke(app, [*arguments, "--no-shortcuts"]).output
+    assert (
+        "never sees the retina"
+        not in CliRunner().invoke(app, [*arguments, "--no-shortcuts"]).output
+    )
 
 
 # real images
@@ -360,7 +373,9 @@ def test_folds_warns_of_a_shortcut(monkeypatch):
     table, f = features(
         rng, white_top=lambda y: np.where(y == 2, 0.2, 0) + rng.normal(0, 0.02, len(y))
     )
-    monkeypatch.setattr(shortcuts, "detect_run_shortcuts", lambda run: detect_shortcuts(table, features=f))
+    monkeypatch.setattr(
+        shortcuts, "detect_run_shortcuts", lambda run: detect_shortcuts(table, features=f)
+    )
     output = CliRunner().invoke(app, ["folds", "--preset", "tiny", "--run", "warned"]).output
     assert (
         "WARNING: A classifier that never sees the retina" in output

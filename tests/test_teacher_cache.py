@@ -151,13 +151,26 @@ def cache_name(batches=None, teacher_changes=(), **how):
     )
 
 
-@pytest.mark.parametrize('how', [
-    dict(weights_sha256='b'), dict(arch='test_resnet'), dict(teacher_changes=[('precision', 'bf16')]), dict(teacher_changes=[('size', 48)]),
-    dict(teacher_changes=[('interpolation', 'bilinear')]), dict(teacher_changes=[('mean', torch.zeros(1, 3, 1, 1))]), dict(batches=dict(seed=2)),
-    dict(batches=dict(size=28)), dict(batches=dict(recipe=recipe().augment.model_copy(update=dict(rotate=33.)))),
-    *(dict(pictures=picture_facts(DataRecipe(**{k: v}))) for k, v in
-      dict(resize='pad', margin=4, fill_white=True, mask_scale_bar=True, size=96).items()),
-    dict(pictures=picture_facts(DataRecipe()) | dict(decoder='another'))], ids=str)
+@pytest.mark.parametrize(
+    'how',
+    [
+        dict(weights_sha256='b'),
+        dict(arch='test_resnet'),
+        dict(teacher_changes=[('precision', 'bf16')]),
+        dict(teacher_changes=[('size', 48)]),
+        dict(teacher_changes=[('interpolation', 'bilinear')]),
+        dict(teacher_changes=[('mean', torch.zeros(1, 3, 1, 1))]),
+        dict(batches=dict(seed=2)),
+        dict(batches=dict(size=28)),
+        dict(batches=dict(recipe=recipe().augment.model_copy(update=dict(rotate=33.0)))),
+        *(
+            dict(pictures=picture_facts(DataRecipe(**{k: v})))
+            for k, v in dict(resize='pad', margin=4, fill_white=True, mask_scale_bar=True, size=96).items()
+        ),
+        dict(pictures=picture_facts(DataRecipe()) | dict(decoder='another')),
+    ],
+    ids=str,
+)
 def test_whatever_decides_an_answer_has_a_cache_of_its_own(how):
     assert cache_name() == cache_name() != cache_name(**how)
 
@@ -226,7 +239,7 @@ def test_blended_images_have_blended_answers(outputs):
     class Note(Callback):
         order, run_valid = 6, False
         def after_loss(self):
-            z, shares = self.learn.distill.each_logits[:, 0], self.learn.mix.shares
+            z, shares = self.learn.distill.columns, self.learn.mix.shares
             target = (shares @ torch.softmax(z/4, 1)).log()*4   # as the labels are blended
             told.append(
                 (

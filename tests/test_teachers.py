@@ -132,11 +132,12 @@ def fit(learn):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precision):
-    teachers, text, seen = different_teachers(), {}, Seen()
+    teachers, outputs, seen = different_teachers(), {}, Seen()
     class Listen(Distill):
-        def logits_of(self, role, x):
-            text.setdefault(role, []).append(z := super().logits_of(role, x))
-            return z
+        def teacher_output(self, role, x):
+            output = super().teacher_output(role, x)
+            outputs.setdefault(role, []).append(output.logits)
+            return output
     learn = learner(tmp_path, teachers, precision=precision, cbs=[seen])
     learn.remove_cb(learn.distill)
     teachers = {r: InferenceModel(t, precision) for r, t in teachers.items()}
@@ -147,7 +148,7 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
     for role, alone in different_teachers().items():   # made anew: fed by themselves, with what timm would do
         alone = InferenceModel(alone, precision)
         for x, z in zip(
-            (torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), text[role], strict=True
+            (torch.cat(seen.batches[:3]), torch.cat(seen.batches[3:])), outputs[role], strict=True
         ):  # three batches at once
             assert not z.requires_grad and z.dtype == torch.float32
             with torch.no_grad(): assert torch.equal(alone(x), z)
@@ -161,7 +162,7 @@ def test_each_teacher_says_in_distillation_what_it_says_alone(tmp_path, precisio
         ).clamp(0, 1)
         if precision == 'fp32':
             torch.testing.assert_close(
-                net.body((by_hand.expand(-1, 3, -1, -1) - 0.2) / 0.1), text['teacher-a'][0]
+                net.body((by_hand.expand(-1, 3, -1, -1) - 0.2) / 0.1), outputs['teacher-a'][0]
             )
 
 
@@ -182,7 +183,12 @@ def test_with_turn_all_batches_of_a_step_have_the_same_teacher(tmp_path):
         order, run_valid = 6, False
         def after_loss(self): queried.append(*self.learn.distill.queried())
     learn = learner(
-        tmp_path, dict(list(different_teachers().items())[:2]), 'turn', [Note()], accumulate=2, epochs=2
+        tmp_path,
+        dict(list(different_teachers().items())[:2]),
+        'turn',
+        [Note()],
+        accumulate=2,
+        epochs=2,
     )  # 24 images: 12 and 12, in batches of 6
     fit(learn)
     assert queried == ['teacher', 'teacher', 'teacher-a', 'teacher-a']*2
@@ -330,7 +336,9 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
     rows = ['teacher', 'teacher-visformer', 'teacher-autoformer', COMBINED, 'student', 'baseline']
     assert list(models) == rows == list(saved['table'])
     distilled_from = read_json(here.stage_dir(0, 'student')/'model.json')['distilled_from']
-    want = sum(t['weight']*np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items())
+    want = sum(
+        t['weight'] * np.exp(log_softmax(logits_of(models[r]))) for r, t in distilled_from.items()
+    )
     np.testing.assert_allclose(np.exp(log_softmax(logits_of(models[COMBINED]))), want, atol=1e-6)
     assert (
         saved['parameters'][COMBINED]
@@ -349,7 +357,8 @@ def test_every_teacher_and_what_they_say_together_is_a_row(here):
 def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
     text = read_json(here.fold_dir(0)/'evaluation.json')['protocol']
     assert (
-        'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: test_vit at 96 px, '
+        'distilled from 3 teachers (teacher: test_efficientnet, teacher-visformer: '
+        'test_vit at 96 px, '
         'teacher-autoformer: test_resnet at 48 px): the mean of '
         'their probabilities, weighted by exp(-validation NLL), at T 4, with alpha 0.7 (soft loss) '
         'and beta 0.3 (hard loss)'
@@ -368,7 +377,9 @@ def test_the_protocol_names_the_teachers_and_how_they_are_combined(here):
 def test_a_single_teachers_protocol_says_nothing_of_teachers():
     from kdoct.evaluate.metrics import simulate_predictions
     from kdoct.evaluate.protocol import protocol_of
-    assert 'distilled from' not in protocol_of(create_run('one', preset('tiny')), simulate_predictions(20))
+    assert 'distilled from' not in protocol_of(
+        create_run('one', preset('tiny')), simulate_predictions(20)
+    )
 
 
 @pytest.mark.slow
@@ -422,7 +433,9 @@ def test_a_student_of_other_teachers_is_not_shown_as_distilled_from_these(here):
         about = read_json(path)
         del about['distilled_from']['teacher-visformer']
         write_json(path, about)
-        with pytest.raises(KdoctError, match='distilled from teacher, teacher-autoformer, not from'):
+        with pytest.raises(
+            KdoctError, match='distilled from teacher, teacher-autoformer, not from'
+        ):
             fold_models(here, 0)
     finally: path.write_bytes(right)
 

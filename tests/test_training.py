@@ -342,10 +342,18 @@ def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatc
     )
 
 
-@pytest.mark.parametrize(('has', 'kernels', 'able'), [
-    (dict(avx512_bf16=True), 'AVX512', True), (dict(amx_tile=True), 'AVX512', True), (dict(avx512_bf16=True), 'AVX2', False),
-    (dict(avx512_f=True), 'AVX512', False), (dict(avx2=True), 'AVX2', False), (dict(neon=True, bf16=True), 'SVE256', True),
-    (dict(neon=True), 'DEFAULT', False)])
+@pytest.mark.parametrize(
+    ('has', 'kernels', 'able'),
+    [
+        (dict(avx512_bf16=True), 'AVX512', True),
+        (dict(amx_tile=True), 'AVX512', True),
+        (dict(avx512_bf16=True), 'AVX2', False),
+        (dict(avx512_f=True), 'AVX512', False),
+        (dict(avx2=True), 'AVX2', False),
+        (dict(neon=True, bf16=True), 'SVE256', True),
+        (dict(neon=True), 'DEFAULT', False),
+    ],
+)
 def test_the_processor_is_asked_whether_it_multiplies_in_bf16(monkeypatch, has, kernels, able):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: kernels)
@@ -752,18 +760,35 @@ def without_weights(arch):
     with torch.device('meta'): return timm.create_model(arch, num_classes=3)
 
 
-@pytest.mark.parametrize(('arch', 'names'), [
-    ('convnextv2_tiny', {'head.norm', 'head.fc'}), ('swin_s3_tiny_224', {'head.fc'}), ('vgg19', {'head.fc'}), ('efficientnet_b2', {'classifier'}),
-    ('visformer_small', {'head'}), ('deit_tiny_distilled_patch16_224', {'head', 'head_dist'}), ('beit_base_patch16_224', {'head', 'fc_norm'})])
+@pytest.mark.parametrize(
+    ('arch', 'names'),
+    [
+        ('convnextv2_tiny', {'head.norm', 'head.fc'}),
+        ('swin_s3_tiny_224', {'head.fc'}),
+        ('vgg19', {'head.fc'}),
+        ('efficientnet_b2', {'classifier'}),
+        ('visformer_small', {'head'}),
+        ('deit_tiny_distilled_patch16_224', {'head', 'head_dist'}),
+        ('beit_base_patch16_224', {'head', 'fc_norm'}),
+    ],
+)
 def test_the_head_is_the_classifier_and_what_timm_keeps_with_it(arch, names):
     body = without_weights(arch)
     mine = {id(p) for m in head_modules(body) for p in m.parameters()}
     assert {n.rsplit('.', 1)[0] for n, p in body.named_parameters() if id(p) in mine} == names
 
 
-@pytest.mark.parametrize(('arch', 'table', 'how_many'), [
-    ('swin_s3_tiny_224', 'relative_position_bias_table', 12), ('vit_tiny_patch16_224', 'pos_embed', 1), ('vit_tiny_patch16_224', 'cls_token', 1),
-    ('levit_128s', 'attention_biases', 11), ('visformer_small', 'pos_embed', 3), ('samvit_base_patch16', 'rel_pos_h', 12)])
+@pytest.mark.parametrize(
+    ('arch', 'table', 'how_many'),
+    [
+        ('swin_s3_tiny_224', 'relative_position_bias_table', 12),
+        ('vit_tiny_patch16_224', 'pos_embed', 1),
+        ('vit_tiny_patch16_224', 'cls_token', 1),
+        ('levit_128s', 'attention_biases', 11),
+        ('visformer_small', 'pos_embed', 3),
+        ('samvit_base_patch16', 'rel_pos_h', 12),
+    ],
+)
 def test_tokens_and_tables_of_positions_do_not_decay(arch, table, how_many):
     body = without_weights(arch)
     free = {id(p) for p in undecayed(body)}

@@ -20,7 +20,9 @@ FIELDS = ["student.lr=log:1e-4..1e-2", "distill.alpha=0..1", "distill.temperatur
 
 def formula(run, recipe, fold, folder):
     "Validation scores that are best at a rate of 1e-3 and alpha 0.5, a little worse in later folds."
-    distance = abs(math.log10(recipe.student.lr / 1e-3)) + abs(recipe.distill.alpha - .5) + .1 * fold
+    distance = (
+        abs(math.log10(recipe.student.lr / 1e-3)) + abs(recipe.distill.alpha - 0.5) + 0.1 * fold
+    )
     return dict(valid_loss=distance, accuracy=1 - distance / 4, balanced_accuracy=.5)
 
 
@@ -140,7 +142,9 @@ def test_the_options_at_the_end_make_the_best_recipe(search):
 
 
 @pytest.mark.slow
-def test_trials_train_on_the_folds_and_teachers_of_the_run_and_never_predict_its_test_part(tmp_path):
+def test_trials_train_on_the_folds_and_teachers_of_the_run_and_never_predict_its_test_part(
+    tmp_path,
+):
     from kdoct.data.stage import prepare_data
     from kdoct.distill.student import train_student
     from kdoct.distill.teacher import train_teacher

@@ -488,7 +488,9 @@ def with_values(path, values):
 )
 def test_a_vol_of_no_reflectivity_says_what_its_values_are(tmp_path, value, words):
     found = refusal(with_values(tmp_path/"a.vol", value))
-    assert found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {words}" in found
+    assert (
+        found.startswith("wrong-mode: a.vol: B-scan 1") and f"all its values are {words}" in found
+    )
 
 
 def test_values_of_a_vol_that_only_other_maps_have_are_noted(tmp_path):

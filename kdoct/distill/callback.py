@@ -158,7 +158,8 @@ def prepare(self:Distill):
         student = private_copy(self.model) if is_ours else None
         self.pairs = {name: self._corresponding(name, student) for name in self.teachers}
     known = self.originals, self.beginnings, tuple(self.teachers), self.learn.loss_func
-    method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, *known))
+    batches = train if self.ours else None
+    method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, *known, batches))
     method.to(self.dls.device)
 
 # %% ../../nbs/03i_distill.callback.ipynb #960d1425
@@ -176,7 +177,14 @@ def before_fit(self:Distill):
     self.ours = isinstance(self.dls.train, Batches)   # a callback that came later
     self.group.known = self.ours
     if not self.ours: self.check_learner()
+    came_late = self.pairs is None
     self.prepare()
+    if came_late and any(True for _ in self.companion.parameters()):
+        raise KdoctError(
+            f"The method '{self.companion.name}' learns something itself, which the optimiser of "
+            f"this Learner does not know.",
+            fix="Give the callback when the Learner is made: make_learner(..., cbs=[Distill(...)])",
+        )
     self.group.method.plan(self.n_epoch)
     if self.pairs:
         layers = [pair.student for pairs in self.pairs.values() for pair in pairs]
@@ -262,7 +270,8 @@ def check_learner(self:Distill):
         if not isinstance(teacher, Classifier):
             _require_same_normalisation(name, teacher, self.group.normalised)
     method = self.group.method
-    if any(True for _ in method.parameters()) or method.needs != 'logits':
+    learns = any(True for _ in method.parameters())
+    if learns or method.needs != 'logits' or method.own_views:
         raise KdoctError(
             f"The method '{method.name}' learns from more than logits, or learns something itself.",
             fix="Train with kdoct's own stages, or choose a method that compares logits: "

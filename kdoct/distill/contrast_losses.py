@@ -6,7 +6,7 @@
 __all__ = ['UnitEmbedding', 'MemoryBank', 'drawn', 'log_normaliser', 'noise_contrastive_loss', 'class_centroids',
            'centroid_relation_loss', 'view_similarities', 'matching_loss', 'kept_answers', 'selected_divergence']
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #f1894d15
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #21107b77
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from ..core.files import KdoctError
 from .logit_losses import at_least_float32, kl_divergence
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #031276eb
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #fbb9f33c
 class UnitEmbedding(nn.Module):
     "A learned linear layer, whose result has the length 1."
     def __init__(self,
@@ -27,7 +27,7 @@ class UnitEmbedding(nn.Module):
     def forward(self, x:torch.Tensor)->torch.Tensor:  # (n, channels) -> (n, length)
         return F.normalize(self.linear(x.to(self.linear.weight.dtype)), dim=1)
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #b62ac9ca
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #8869477f
 class MemoryBank(nn.Module):
     "An embedding of each training image; a buffer, so it is saved and restored with a training."
     def __init__(self,
@@ -47,13 +47,14 @@ class MemoryBank(nn.Module):
         "Remember what the network gives for some images now."
         new = embeddings.detach().to(self.rows.dtype)
         blended = self.kept*self.rows[places] + (1 - self.kept)*new
-        self.rows[places] = F.normalize(blended, dim=1)
+        # not in place: the gradient of what was compared with the old rows needs them
+        self.rows = self.rows.index_copy(0, places, F.normalize(blended, dim=1))
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #f01ae779
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #a2ec9a9b
 def drawn(
     allowed:torch.Tensor,   # (n, m) bool: which columns may be drawn for each row
     u:torch.Tensor,         # (n, m) uniform numbers in [0, 1); those of the least are drawn
-    most:int,               # columns to draw for a row, 1 or more
+    most:int,               # columns to draw for a row, 0 or more
 )->torch.Tensor:            # (n, m) bool: `most` of the allowed ones, or all where there are fewer
     "Draw columns for each row without repetition."
     if most >= allowed.shape[1]: return allowed
@@ -62,7 +63,7 @@ def drawn(
     chosen = torch.zeros_like(allowed).scatter_(1, least, True)
     return chosen & allowed
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #601f6078
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #bab66a7b
 def log_normaliser(
     similarities:torch.Tensor,  # (n, m) cosines of images and remembered ones
     temperature:float=.07,      # tau, above 0
@@ -87,7 +88,7 @@ def noise_contrastive_loss(
     of_negative = torch.where(negative, F.softplus(logit), 0.)
     return (of_positive + of_negative).sum(1).mean()
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #a5b04b2f
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #119a9855
 def class_centroids(
     rows:torch.Tensor,    # (m, length) remembered embeddings
     labels:torch.Tensor,  # (m,) class numbers
@@ -111,7 +112,7 @@ def centroid_relation_loss(
     of_teacher = relations(teacher.detach(), teacher_centroids.detach())
     return kl_divergence(relations(student, student_centroids.detach()), of_teacher).mean()
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #b6f8eb97
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #ec8609fb
 def view_similarities(
     clean:torch.Tensor,      # (n, length) embeddings of images
     augmented:torch.Tensor,  # (m, length) of views of them
@@ -133,7 +134,7 @@ def matching_loss(
     "Cross-entropy of finding the image that a view comes from (SSD-KD, arXiv 2203.11490)."
     return F.cross_entropy(at_least_float32(similarities)/temperature, own)
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #0ce23f37
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #e0168f0d
 def kept_answers(
     scores:torch.Tensor,   # (m, k) of the teacher: logits, or cosines
     right:torch.Tensor,    # (m,) right one of the k
@@ -151,7 +152,7 @@ def kept_answers(
     kept[order[:n_kept]] = True
     return kept
 
-# %% ../../nbs/03l_distill.contrast_losses.ipynb #5e410677
+# %% ../../nbs/03l_distill.contrast_losses.ipynb #8730b3d5
 def selected_divergence(
     student_scores:torch.Tensor,  # (m, k) logits, or cosines
     teacher_scores:torch.Tensor,  # (m, k)

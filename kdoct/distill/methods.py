@@ -21,6 +21,7 @@ from torch import nn
 
 from ..core.files import KdoctError
 from ..core.sections import DistillRecipe, Part, TrainRecipe
+from ..data.batches import Batches
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of, Layer
 from ..training.losses import soft_loss
@@ -43,6 +44,7 @@ class Setting:
     create_teacher:Callable|None=None       # name of a teacher -> its network as its training began; None: not known
     teachers:tuple[str, ...]=()             # their names
     hard_loss:Callable|None=None            # (logits, targets) -> scalar; it may learn too
+    batches:Batches|None=None               # of these images, for further views of them; None: another Learner's
 
 # %% ../../nbs/03g_distill.methods.ipynb #7ea633c4
 @dataclass
@@ -121,6 +123,8 @@ class Method(nn.Module):
     uses_labels = False       # the numbers of the classes: images are not blended
     uses_unlabelled = True    # learns from images without a label too
     extra_images = False      # queries teachers about pictures of its own: no teacher cache
+    own_views = False         # makes further views of the images: kdoct's own batches, images are not blended
+    remembers = False         # something of each image: one process
     queries = True            # the teachers about each batch; False: their outputs are not needed
     least_classes = 2
     source = ''               # paper
@@ -232,6 +236,14 @@ def make_method(
     cls = known[recipe.method]
     return cls(recipe, _validated(cls, recipe.options))
 
+# %% ../../nbs/03g_distill.methods.ipynb #56cc00d8
+def _reasons_of_images(cls:type[Method], training:TrainRecipe, processes:int):
+    "Why a method that remembers images, or makes views of them, cannot be used."
+    if cls.remembers and processes > 1:
+        yield "remembers each image, and several processes see different ones", "Start one process."
+    if cls.own_views and training.mix_prob > 0:
+        yield "makes further views of each image, and images are blended", "Set mix_prob to 0."
+
 # %% ../../nbs/03g_distill.methods.ipynb #8c656a34
 def _reasons(
     cls:type[Method], recipe:DistillRecipe, training:TrainRecipe, n_classes:int, processes:int
@@ -245,6 +257,7 @@ def _reasons(
         )
     if cls.compares_images and processes > 1:
         yield "compares the images of a step, which several processes share", "Start one process."
+    yield from _reasons_of_images(cls, training, processes)
     if cls.uses_labels and training.mix_prob > 0:
         yield "looks at the label of each image, and images are blended", "Set mix_prob to 0."
     if recipe.views and cls.needs in ('last', 'stages'):

@@ -181,8 +181,9 @@ def require_logits(self:Teachers,
 ):
     "`KdoctError` if the method needs more than logits and, where it looks at them, targets."
     method = self.method
-    more = method.needs != 'logits' or method.extra_images or any(True for _ in method.buffers())
-    if more or any(True for _ in method.parameters()):
+    has_state = any(True for part in (method.parameters(), method.buffers()) for _ in part)
+    further = method.needs != 'logits' or method.extra_images or method.own_views
+    if further or has_state:
         raise KdoctError(
             f"The method '{method.name}' needs more than the logits of a batch.",
             fix="Train with kdoct's own stages, or choose a method that compares logits: "
