@@ -4,7 +4,7 @@ import json
 import numpy as np
 
 from kdoct.core.files import read_json
-from kdoct.core.sections import DecideRecipe, EvaluateRecipe
+from kdoct.core.result_sections import DecideRecipe, EvaluateRecipe
 from kdoct.evaluate.decisions import fit_decision
 from kdoct.evaluate.metrics import simulate_predictions
 

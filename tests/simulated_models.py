@@ -6,8 +6,8 @@ import pandas as pd
 
 from kdoct.core.files import write_json
 from kdoct.core.presets import preset
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.core.runs import ROLES, create_run
-from kdoct.core.sections import EvaluateRecipe
 from kdoct.evaluate.metrics import log_softmax, logits_of, simulate_predictions
 
 QUICK = EvaluateRecipe(n_boot=100)

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from simulated_decisions import change, features, fitted, same
 
 from kdoct.core.files import KdoctError, sha256_file, write_json
-from kdoct.core.sections import DecideRecipe
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.evaluate.decisions import (
     distinct_texts,
     explained,

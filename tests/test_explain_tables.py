@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from kdoct.core.files import KdoctError
-from kdoct.core.sections import EvaluateRecipe
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.explain.comparison import agreement_numbers, correctness
 from kdoct.explain.faithfulness import random_maps
 from kdoct.explain.tables import (

@@ -28,8 +28,8 @@ from kdoct.app.explore import App
 from kdoct.app.networks import Background, Explorer
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.core.runs import create_run
-from kdoct.core.sections import EvaluateRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.fold_data import open_fold
 from kdoct.data.framing import to_square

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from kdoct.core.files import KdoctError
-from kdoct.core.sections import EvaluateRecipe
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.explain.comparison import agreement_numbers, correctness
 from kdoct.explain.faithfulness import random_maps
 from kdoct.explain.figures import (

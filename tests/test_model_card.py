@@ -8,8 +8,8 @@ import pytest
 
 from kdoct.core.files import read_json, write_json
 from kdoct.core.presets import preset
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.core.runs import create_run
-from kdoct.core.sections import DecideRecipe
 from kdoct.deploy.bundle import strict_json
 from kdoct.deploy.licences import NOT
 from kdoct.deploy.model_card import model_card

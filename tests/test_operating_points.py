@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_decisions import features, fitted
 
-from kdoct.core.sections import DecideRecipe
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.evaluate.metrics import log_softmax, logits_of, simulate_predictions, targets_of
 from kdoct.evaluate.operating_points import deferral_threshold, operating_points
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from simulated_decisions import features
 
-from kdoct.core.sections import DecideRecipe
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.evaluate.decisions import fit_decision
 from kdoct.evaluate.metrics import simulate_predictions
 from kdoct.evaluate.outliers import _covariance, distance, fit_outlier, outlier_pictures

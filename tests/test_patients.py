@@ -7,7 +7,7 @@ import pytest
 from simulated_models import QUICK, log_probs
 
 from kdoct.core.files import KdoctError
-from kdoct.core.sections import DecideRecipe
+from kdoct.core.result_sections import DecideRecipe
 from kdoct.deploy.rows import Volumes, with_decision
 from kdoct.evaluate import patients as P
 from kdoct.evaluate import volume_tables as W

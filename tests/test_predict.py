@@ -727,7 +727,7 @@ def test_another_volume_rule_than_the_evaluated_one_is_said(folder, tmp_path, ca
                                                                                 'same asked for'])
 def test_what_predict_says_of_volumes_is_what_evaluation_counts(trained, shipped, tmp_path, how):
     "Files of the test volumes, from pixels to the table of evaluation."
-    from kdoct.core.sections import EvaluateRecipe
+    from kdoct.core.result_sections import EvaluateRecipe
     from kdoct.evaluate.decision_tables import read_decided
     from kdoct.evaluate.volume_tables import volumes_section
     bundle, table, root = shipped

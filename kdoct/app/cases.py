@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.files import atomic_path, counted, KdoctError, outputs_root
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from ..core.runs import Run, stage_command, train_again
 from ..data.images import decode_image, read_image_bytes
 from ..deploy.result_files import check_out

@@ -16,15 +16,8 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator, ValidationError
 
 from .files import KdoctError, read_json
-from kdoct.core.sections import (
-    DataRecipe,
-    DecideRecipe,
-    DistillRecipe,
-    EvaluateRecipe,
-    ExplainRecipe,
-    Part,
-    TrainRecipe,
-)
+from .result_sections import DecideRecipe, EvaluateRecipe, ExplainRecipe
+from .sections import DataRecipe, DistillRecipe, Part, TrainRecipe
 
 # %% ../../nbs/00c_core.recipe.ipynb #recipe-parts-1
 def _check_name(field:str, name:str):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 
 from ..core.files import KdoctError
-from ..core.sections import AugmentRecipe, parse_view
+from ..core.result_sections import parse_view
+from ..core.sections import AugmentRecipe
 
 # %% ../../nbs/01o_data.augment.ipynb #e86eabba
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

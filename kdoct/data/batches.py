@@ -18,7 +18,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core.files import KdoctError
-from ..core.sections import AugmentRecipe, check_views
+from ..core.result_sections import check_views
+from ..core.sections import AugmentRecipe
 from kdoct.data.augment import (
     apply_view,
     augment,

@@ -12,10 +12,16 @@ from .callback import Distill
 from .loading import load_teacher, load_teachers
 from .preparation import ready_teachers, teacher_shares
 from .teacher_cache import TeacherCache
+from ..models.backbones import Classifier, create_classifier
 from ..training.distributed import init_group, propagate_failure, rank_world
 from ..training.results import train_role
 
 # %% ../../nbs/04_distill.ipynb #701f0869
+def _untrained(run:Run, name:str)->Classifier:
+    "A teacher as its training began."
+    recipe, n_classes = run.recipe.training(name), len(run.stage('data')['classes'])
+    return create_classifier(recipe, n_classes, recipe.size or run.recipe.data.size)
+
 def _distil(run:Run, fold:int, role:str)->dict:
     "A student of a fold, trained with its teachers."
     found, recipe = load_teachers(run, fold), run.recipe.distillation(role)
@@ -27,9 +33,9 @@ def _distil(run:Run, fold:int, role:str)->dict:
         distilled_from[name] = dict(arch=about['arch'], weights_sha256=about['weights_sha256'],
                                weight=share)
     del found   # the copies are used
-    distill = Distill(
-        teachers, recipe, shares, originals=lambda name: load_teacher(run, fold, name)[0]
-    )
+    def trained(name): return load_teacher(run, fold, name)[0]
+    def begun(name): return _untrained(run, name)
+    distill = Distill(teachers, recipe, shares, originals=trained, beginnings=begun)
     about = train_role(run, fold, role, [distill], distilled_from=distilled_from)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):

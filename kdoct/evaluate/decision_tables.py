@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from .decisions import Decision, fitted_on, load_decision
 from .intervals import aurc, bootstrap, paired_difference, share_interval
 from .metrics import classes_of, logits_of, targets_of

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..core.files import atomic_path, KdoctError, read_json, sha256_file, write_json
-from ..core.sections import DecideRecipe
+from ..core.result_sections import DecideRecipe
 from .calibration import fit_temperature
 from kdoct.evaluate.metrics import (
     check_predictions,

@@ -9,7 +9,7 @@ __all__ = ['EVERYTHING', 'operating_points', 'deferral_threshold']
 import numpy as np
 import pandas as pd
 
-from ..core.sections import DecideRecipe
+from ..core.result_sections import DecideRecipe
 from .intervals import risk_coverage
 
 # %% ../../nbs/05i_evaluate.operating_points.ipynb #45fcc87d

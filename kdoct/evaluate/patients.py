@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError
-from ..core.sections import DecideRecipe
+from ..core.result_sections import DecideRecipe
 from ..data.folds import shows_diagnosis
 from .metrics import check_predictions, classes_of, log_softmax, logits_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from kdoct.evaluate.intervals import (
     bootstrap,
     bootstrap_both,

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from .metrics import check_predictions, classes_of, logits_of
 from kdoct.evaluate.tables import (
     interval_text,

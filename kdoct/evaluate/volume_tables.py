@@ -9,7 +9,7 @@ __all__ = ['volumes_section']
 import numpy as np
 import pandas as pd
 
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from .decision_tables import DecidedPredictions
 from .intervals import share_interval
 from .metrics import HEADLINE, LABEL_METRICS

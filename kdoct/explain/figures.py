@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..core.files import counted, KdoctError
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from ..evaluate.figure_style import figure_style, ROLE_COLOUR, save_figure, styled_axes
 from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section

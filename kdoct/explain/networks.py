@@ -16,7 +16,7 @@ import torch
 
 from ..core.files import KdoctError
 from ..core.runs import Run, stage_command
-from ..core.sections import ExplainRecipe
+from ..core.result_sections import ExplainRecipe
 from .cam import explain
 from kdoct.explain.comparison import (
     agreement_numbers,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError
-from ..core.sections import EvaluateRecipe
+from ..core.result_sections import EvaluateRecipe
 from ..evaluate.intervals import group_weights
 from ..evaluate.tables import Section
 from .comparison import CORRECTNESS

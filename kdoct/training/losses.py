@@ -63,14 +63,6 @@ def balanced_weights(
     return torch.tensor(weights, dtype=torch.float32)
 
 
-# %% ../../nbs/02e_training.losses.ipynb #a4efeeea
-class _Reversed(torch.autograd.Function):
-    "A number that a minimising optimiser maximises."
-    @staticmethod
-    def forward(ctx, x): return x.clone()
-    @staticmethod
-    def backward(ctx, grad): return -grad
-
 # %% ../../nbs/02e_training.losses.ipynb #a27af469
 class AucMargin(nn.Module):
     "AUC margin loss of sigmoid scores, each class against the others, summed (Yuan et al. 2021, arXiv 2012.03173)."
@@ -99,7 +91,8 @@ def forward(self:AucMargin,
 )->torch.Tensor:          # scalar
     "The loss of a batch, mean over the images; a blended image counts on both sides, by its shares."
     self.alpha.data.clamp_(min=0)   # the last step may have gone below
-    scores, p, alpha = logits.float().sigmoid(), self.priors, _Reversed.apply(self.alpha)
+    scores, p = logits.float().sigmoid(), self.priors
+    alpha = 2*self.alpha.detach() - self.alpha   # its value, with the gradient reversed
     mine = soft_targets(target, logits.shape[1])
     others = 1 - mine
     spread = (1 - p)*mine*(scores - self.a)**2 + p*others*(scores - self.b)**2
