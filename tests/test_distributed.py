@@ -93,7 +93,9 @@ FOCAL = "class_weights='balanced', loss='focal', label_smoothing=.1"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('how', [FOCAL, "loss='auc'", "method='efcm', side=64", "method='ctcd', loss='auc'"])
+@pytest.mark.parametrize(
+    'how', [FOCAL, "loss='auc'", "method='efcm', side=64", "method='ctcd', loss='auc'"]
+)
 def test_two_processes_train_as_one_whatever_the_batches(tmp_path, how):
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"
         f"os.wait(); train('b', 1, 8, {how})", tmp_path)   # 41 images in steps of at most 8
