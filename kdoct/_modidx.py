@@ -2391,6 +2391,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'kdoct/distill/feature_methods.py'),
                                                'kdoct.distill.feature_methods.Rkd.Options': ( 'distill.feature_methods.html#rkd.options',
                                                                                               'kdoct/distill/feature_methods.py'),
+                                               'kdoct.distill.feature_methods.Rkd.compared': ( 'distill.feature_methods.html#rkd.compared',
+                                                                                               'kdoct/distill/feature_methods.py'),
                                                'kdoct.distill.feature_methods.Rkd.further': ( 'distill.feature_methods.html#rkd.further',
                                                                                               'kdoct/distill/feature_methods.py'),
                                                'kdoct.distill.feature_methods.Similarity': ( 'distill.feature_methods.html#similarity',
