@@ -1,13 +1,16 @@
 "Scores against the share of labelled patients."
-from types import SimpleNamespace
-
 import pytest
+from simulated_models import quiet
 
-from kdoct.core.files import KdoctError
+from kdoct.app.cli import main
+from kdoct.core.files import KdoctError, read_json
+from kdoct.core.presets import preset
+from kdoct.core.runs import Run, create_run
 from kdoct.evaluate import learning_curve as L
 from kdoct.evaluate.compared_runs import ComparedModel
 from kdoct.evaluate.comparison import holm
 from kdoct.evaluate.metrics import simulate_predictions
+from kdoct.evaluate.simulated import write_simulated_stages
 
 
 def methods(shares=(.05, .25, 1.)):
@@ -23,16 +26,9 @@ def methods(shares=(.05, .25, 1.)):
     }
 
 
-def run_of(share):
-    return SimpleNamespace(recipe=SimpleNamespace(data=SimpleNamespace(labelled=share)))
-
-
-def test_a_run_of_before_uses_all_labels():
-    assert L.labelled_share(SimpleNamespace(recipe=SimpleNamespace(data=object()))) == 1
-
-
 def test_runs_of_one_share_are_no_curve():
-    with pytest.raises(KdoctError, match=r"labels of 10 %"): L.models_by_share([run_of(.1)] * 2)
+    runs = [Run(name, preset("tiny", **{"data.labelled": .1})) for name in "ab"]
+    with pytest.raises(KdoctError, match=r"labels of 10 %"): L.models_by_share(runs)
 
 
 def test_every_share_has_its_own_baseline_and_all_are_one_family():
@@ -53,4 +49,19 @@ def test_the_figure_has_a_line_a_method_over_the_shares():
     left, right = figure.axes
     assert left.get_xscale() == "log" and len(left.lines) == 2
     assert [t.get_text() for t in left.get_xticklabels()] == ["5 %", "25 %", "100 %"]
-    assert len(right.lines) == 2   # the student, and 0
+    assert len([line for line in right.lines if line.get_linestyle() == "-"]) == 2   # the student, and 0
+
+
+def test_the_command_averages_the_runs_of_a_share_and_writes_the_curve(capsys, tmp_path):
+    for name, share, seed in (("few", .5, 43), ("few-2", .5, 7), ("all", 1, 43)):
+        run = create_run(name, preset("tiny", seed=seed, **{"data.labelled": share}))
+        for k in range(3): quiet(write_simulated_stages, run, k)
+    with pytest.raises(SystemExit) as e:
+        main(["learning-curve", "few", "few-2", "all", "--roles", "student", "--resamples", "200",
+              "--out", str(tmp_path / "made")])
+    assert not e.value.code, capsys.readouterr().err
+    rows = read_json(tmp_path / "made" / "learning_curve.json")["learning_curve"]
+    assert [(r["share"], r["role"], r["runs"]) for r in rows] == [
+        (.5, "student", 2), (.5, "baseline", 2), (1, "student", 1), (1, "baseline", 1)
+    ]
+    assert (tmp_path / "made" / "learning_curve.png").exists()

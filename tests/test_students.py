@@ -16,9 +16,10 @@ from kdoct.core.runs import create_run, open_run, stage_command
 from kdoct.data.stage import prepare_data
 from kdoct.distill.student import train_student
 from kdoct.distill.teacher import train_teacher
+from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.decide import decide_all
 from kdoct.evaluate.simulated import write_simulated_stages
-from kdoct.evaluate.stage import evaluate_fold, evaluate_run
+from kdoct.evaluate.stage import evaluate_fold
 
 STUDENTS = {
     'soft': dict(distill=dict(temperature=8.)),

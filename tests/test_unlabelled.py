@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from kdoct.app.report_parts import data_tables
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
@@ -25,6 +26,10 @@ from kdoct.data.plan import folds_fit, labels_of, labels_text, plan_folds
 from kdoct.data.shortcuts import FEATURES, detect_shortcuts
 from kdoct.data.sources import load_table
 from kdoct.data.stage import prepare_data
+from kdoct.deploy.model_card import _data_text
+from kdoct.deploy.model_card_facts import _data_facts
+from kdoct.evaluate.figures import counts_figure, counts_of
+from kdoct.evaluate.protocol import protocol_of
 
 HELD_OUT = ("val", "calib", "test")
 
@@ -515,3 +520,22 @@ def test_a_plan_reads_the_share_from_the_recipe(tmp_path):
     recipe = preset("tiny", **{"data.labelled": 0.5})
     folds = plan_folds(audit(load_table(recipe.data)), recipe)
     assert "unlabelled" in set(folds.role)
+
+
+def test_protocol_report_and_card_say_of_how_many_patients_the_labels_were_used(tmp_path):
+    run, facts = a_run(pictures(tmp_path, unlabelled=2), labelled=0.5)
+    of = facts["labels"]["1"]
+    kept = f"({of['labelled_groups']} of {of['training_groups']})"
+    test = open_fold(run, 1).rows("test").assign(fold=1, logit_A=0.0, logit_B=0.0)
+    assert f"training patients {kept}" in protocol_of(run, test)
+    parts = data_tables(run)[0]
+    assert "are hidden from all networks of the run" in str(parts) and "unlabelled" in str(parts)
+    assert f"training patients {kept}" in " ".join(_data_text(_data_facts(run, 1)))
+
+
+def test_the_figure_of_the_parts_shows_classes_only():
+    table = table_of(both=(1, 2))
+    folds = make_folds(table, 3)
+    counts = counts_of(folds[folds.fold == 0], table.set_index("path").label)
+    figure = counts_figure(counts, ["A", "B"])
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["A", "B"]

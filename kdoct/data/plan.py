@@ -183,8 +183,9 @@ def labels_text(
     "Of how many training patients the labels are used, and what trains without a label."
     of = [c for k, c in (labels or {}).items() if folds is None or int(k) in folds]
     if not of: return ''
-    def each(name): return ', '.join(str(c[name]) for c in of)
-    by_fold = ' by fold' if len(of) > 1 else ''
+    is_same, by_fold = all(c == of[0] for c in of), ''
+    if len(of) > 1: by_fold = ' in each fold' if is_same else ' by fold'
+    def each(name): return ', '.join(str(c[name]) for c in (of[:1] if is_same else of))
     without = (f"{each('unlabelled_images')} images of {each('unlabelled_groups')} groups "
                f"are for training without a label{by_fold}")
     if not any(c['hidden_images'] for c in of): return without

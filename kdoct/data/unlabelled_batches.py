@@ -36,16 +36,18 @@ class UnlabelledBatches:
 
     def __len__(self)->int: return len(self.train.plan())
 
-    def order(self,
-        number:int,    # of the pass, counted from 0
-    )->np.ndarray:     # (n,) int64
-        "Rows in the order of a pass."
-        if number not in self.orders:
-            rows, ids, at = self.source.rows, self.source.ids, DRAWS.index('order')
-            drawn = uniforms(ids[rows], at + 1, self.train.seed, number)[:, at]
-            kept = {k: v for k, v in self.orders.items() if k == number - 1}
-            self.orders = kept | {number: rows[np.lexsort((ids[rows], drawn))]}
-        return self.orders[number]
+# %% ../../nbs/01ob_data.unlabelled_batches.ipynb #574cfbfd
+@patch
+def order(self:UnlabelledBatches,
+    number:int,    # of the pass, counted from 0
+)->np.ndarray:     # (n,) int64
+    "Rows in the order of a pass."
+    if number not in self.orders:
+        rows, ids, at = self.source.rows, self.source.ids, DRAWS.index('order')
+        drawn = uniforms(ids[rows], at + 1, self.train.seed, number)[:, at]
+        kept = {k: v for k, v in self.orders.items() if k == number - 1}
+        self.orders = kept | {number: rows[np.lexsort((ids[rows], drawn))]}
+    return self.orders[number]
 
 # %% ../../nbs/01ob_data.unlabelled_batches.ipynb #e4f1d3b9
 @patch
@@ -67,11 +69,12 @@ def places(self:UnlabelledBatches,
         fix="Take more unlabelled images a batch, or start fewer processes.",
     )
 
+# %% ../../nbs/01ob_data.unlabelled_batches.ipynb #3e1972df
 @patch
 def batch(self:UnlabelledBatches,
     number:int,     # of the labelled batch in its epoch: `train.start + learn.iter`
-)->tuple[torch.Tensor, np.ndarray]:  # (n, 1 or 3, size, size) float in [0, 1] on the device; (n,) rows of `train.images`
-    "The unlabelled images that stand beside a labelled batch, and their rows."
+)->tuple[torch.Tensor, np.ndarray]:  # (n, 1 or 3, size, size) float in [0, 1], on the device; (n,) int64
+    "The unlabelled images that stand beside a labelled batch, and their rows in `train.images`."
     places, n = self.places(number), len(self.source.rows)
     self.source.device, made = self.train.device, []
     for k in np.unique(places//n):

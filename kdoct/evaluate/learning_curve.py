@@ -6,7 +6,7 @@
 __all__ = ['labelled_share', 'models_by_share', 'LearningCurve', 'learning_curve', 'curve_texts', 'curve_protocol',
            'learning_curve_figure', 'curve_markdown', 'write_learning_curve']
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #96aa582a
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #b1599299
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,14 +33,14 @@ from .figure_style import colour_of, line_of, save_figure, styled_axes
 from .intervals import group_weights
 from .tables import interval_text, markdown
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #a0afa574
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #def220e0
 def labelled_share(
     run:Run,  # the run
 )->float:     # above 0, at most 1
     "Share of the training patients whose labels a run uses."
-    return float(getattr(run.recipe.data, 'labelled', 1.))
+    return float(run.recipe.data.labelled)
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #31b3aa33
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #6e8a7a8b
 def models_by_share(
     runs:list[Run],             # of two shares at least, all of the same images
     folds:list[int]|None=None,  # folds of each run; None: all in which `against` is trained
@@ -63,7 +63,7 @@ def models_by_share(
     require_same_images(each, runs)
     return out, notes
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #a7b33741
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #63579287
 class LearningCurve(NamedTuple):
     "Scores by share and method, and their differences to the baseline of the same share."
     scores:pd.DataFrame       # row a share and role: share, role, SCORE, SCORE_low, SCORE_high, ...
@@ -87,7 +87,7 @@ def _rows_at(share, drawn, against, level):
             rows.append(of | difference_row(d, own[m], level))
     return rows
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #c5b0140a
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #8aa73ad3
 def learning_curve(
     methods:dict[float, dict[str, ComparedModel]],  # share -> role -> method, from `models_by_share`
     against:str='baseline',  # role that the others are measured against
@@ -113,7 +113,7 @@ def learning_curve(
                correction='Holm', comparisons=n)
     return LearningCurve(pd.DataFrame(rows), _with_verdicts(pd.DataFrame(differences), level), how)
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #80a96ad6
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #9cbef906
 def curve_texts(
     curve:LearningCurve,  # from `learning_curve`
     score:str,            # one of its scores
@@ -136,7 +136,7 @@ def curve_texts(
         rows.append(text)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #3fea6b72
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #4fc11859
 def curve_protocol(
     curve:LearningCurve,  # from `learning_curve`
 )->str:
@@ -147,15 +147,19 @@ def curve_protocol(
         f'same at every share. Intervals: {100*how["level"]:g} %, {how["resamples"]} resamples of '
         f'{how["groups"]} groups, seed {how["seed"]}; differences to the {how["against"]} of the '
         f'same share on the same resamples; p corrected by Holm over {how["comparisons"]} '
-        f'comparisons. "{NOT_SHOWN}" means that these patients show none, not that there is none.'
+        f'comparisons. "{NOT_SHOWN}" (a hollow mark) means that these patients show none, '
+        'not that there is none.'
     )
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #2ca64d2e
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #6a0db51a
 def _curve(ax, x, t, columns, k, style):
-    "One method: a line through its values, with intervals."
+    "One method: a line through its values, with intervals; hollow where no difference is shown."
     value, low, high = (k*t[c].to_numpy(float) for c in columns)
-    ax.plot(x, value, marker='o', ms=4, lw=1.5, **style)
+    ax.plot(x, value, marker='o', ms=4.5, lw=1.5, **style)
     ax.vlines(x, low, high, color=style['color'], lw=1.2, alpha=.7)
+    if 'verdict' not in t: return
+    hollow = (t.verdict == NOT_SHOWN).to_numpy()
+    ax.plot(x[hollow], value[hollow], 'o', ms=4.5, mfc='white', color=style['color'])
 
 def _share_axis(ax, shares):
     "A logarithmic axis with the shares as ticks."
@@ -165,7 +169,7 @@ def _share_axis(ax, shares):
     ax.set_xlabel('training patients with labels')
     ax.grid(axis='y', lw=.4)
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #ad12001e
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #b1dc11e2
 def _curve_panels(axes, curve, score, roles, styles):
     "Scores on the left, differences to the baseline on the right."
     k = 1 if score == 'auc' else 100
@@ -173,15 +177,16 @@ def _curve_panels(axes, curve, score, roles, styles):
         beside = 1.02**(i - (len(roles) - 1)/2)   # lines stand side by side where they would hide each other
         t = curve.scores[curve.scores.role == role]
         columns = score, f'{score}_low', f'{score}_high'
-        _curve(axes[0], beside*t.share, t, columns, k, styles[role] | dict(label=role))
+        _curve(axes[0], beside*t.share.to_numpy(), t, columns, k, styles[role] | dict(label=role))
         d = curve.differences
         d = d[(d.role == role) & (d.score == score)]
-        _curve(axes[1], beside*d.share, d, ('difference', 'low', 'high'), k, styles[role])
+        columns = 'difference', 'low', 'high'
+        _curve(axes[1], beside*d.share.to_numpy(), d, columns, k, styles[role])
     axes[0].set_title(score_title(score))
     axes[1].set_title(f'minus the {curve.how["against"]}: {score_title(score, True)}')
     axes[1].axhline(0, color='0.2', lw=.8)
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #d52e4409
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #13d6c7ac
 def learning_curve_figure(
     curve:LearningCurve,  # from `learning_curve`
 ) -> Figure:
@@ -197,7 +202,7 @@ def learning_curve_figure(
         fig.legend(handles, names, loc='outside lower center', ncols=min(len(names), 5))
     return fig
 
-# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #26309037
+# %% ../../nbs/05vd_evaluate.learning_curve.ipynb #26f02b12
 def curve_markdown(
     curve:LearningCurve,  # from `learning_curve`
 )->str:
