@@ -29,18 +29,21 @@ SCRIPT = textwrap.dedent('''
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
     from kdoct.core.presets import preset
+    from kdoct.core.sections import DistillRecipe
+    from kdoct.distill.callback import Distill
     from kdoct.models.backbones import create_classifier
     from kdoct.training.distributed import DistributedBatches, init_group, propagate_failure, rank_world
+    from kdoct.training.inference import InferenceModel
     from kdoct.training.loop import make_learner
     from kdoct.training.losses import hard_loss
 
-    def train(folder, processes, batch, stop_at=None, rows=41, **changes):
+    def train(folder, processes, batch, stop_at=None, rows=41, method='', side=32, **changes):
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         children = [pid for r in range(1, processes) if (pid := os.fork()) or os.environ.update(RANK=str(r))]
         os.environ.update({'RANK': '0'} | dict(os.environ), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
         rank, size = init_group()
         g = np.random.default_rng(0)
-        images, labels, ids = g.integers(0, 255, (64, 32, 32), dtype=np.uint8), np.array([0, 0, 0, 1, 1, 2])[np.arange(64) % 6], np.arange(64, dtype=np.uint64)
+        images, labels, ids = g.integers(0, 255, (64, side, side), dtype=np.uint8), np.array([0, 0, 0, 1, 1, 2])[np.arange(64) % 6], np.arange(64, dtype=np.uint64)
         r = preset('tiny').student.model_copy(update=dict(arch='test_convnext2', epochs=3, batch_size=batch, drop_rate=0., lr=1e-3,
                                                           checkpoint_minutes=1e-9, freeze_epochs=1, **changes))
         seed_everything(1 + rank)   # all begin as process 0 does
@@ -52,7 +55,13 @@ SCRIPT = textwrap.dedent('''
         share, loss = rank_world(), hard_loss(r, labels[:rows], 3)
         train = DistributedBatches(images, labels, ids, np.arange(rows), batch, r.augment, 1, share=share)
         valid = DistributedBatches(images, labels, ids, np.arange(rows, 64), 8, share=share)
-        learn = make_learner(create_classifier(r, 3, 32), train, valid, loss, r, folder, 'k', [Stop()])
+        cbs = [Stop()]
+        if method:
+            torch.manual_seed(0)
+            teacher = create_classifier(r, 3, side).eval().requires_grad_(False)
+            cbs.append(Distill(InferenceModel(teacher), DistillRecipe(method=method), originals=lambda name: teacher))
+            torch.manual_seed(1)
+        learn = make_learner(create_classifier(r, 3, side), train, valid, loss, r, folder, 'k', cbs)
         try:
             with propagate_failure(), learn.no_bar(), learn.no_logging(): learn.fit(3)
         except Exception as e: print(rank, type(e).__name__, e, flush=True)
@@ -80,9 +89,14 @@ def run(code, tmp_path):
     return done.stdout
 
 
+FOCAL = "class_weights='balanced', loss='focal', label_smoothing=.1"
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_whatever_the_batches(tmp_path):
-    how = "class_weights='balanced', loss='focal', label_smoothing=.1"
+@pytest.mark.parametrize(
+    'how', [FOCAL, "loss='auc'", "method='efcm', side=64", "method='ctcd', loss='auc'"]
+)
+def test_two_processes_train_as_one_whatever_the_batches(tmp_path, how):
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"
         f"os.wait(); train('b', 1, 8, {how})", tmp_path)   # 41 images in steps of at most 8
     a, other, b = (

@@ -11,6 +11,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.sections import AugmentRecipe, DistillRecipe, Part, TrainRecipe
 from kdoct.data.batches import Batches
+from kdoct.data.unlabelled_batches import UnlabelledBatches
 from kdoct.distill import methods
 from kdoct.distill.callback import Distill
 from kdoct.distill.methods import Method, check_method, known_methods, make_method
@@ -36,7 +37,7 @@ def originals():
     return {"teacher": network("test_resnet"), "teacher-convnext": network("test_convnext2")}
 
 
-def learner(folder, originals, recipe, cbs=(), teachers=None, **changes):
+def learner(folder, originals, recipe, cbs=(), teachers=None, unlabelled=None, **changes):
     "A small student, 24 images of training in batches of 8, teachers as inference copies."
     torch.manual_seed(1)
     changes = dict(epochs=2, precision="fp32", checkpoint_minutes=1e-9, drop_rate=.2) | changes
@@ -46,7 +47,7 @@ def learner(folder, originals, recipe, cbs=(), teachers=None, **changes):
     train = Batches(images, LABELS, ids, np.arange(24), small.batch_size, AugmentRecipe(), seed=1)
     valid = Batches(images, LABELS, ids, np.arange(24, ROWS), 8)
     if teachers is None: teachers = {k: InferenceModel(v) for k, v in originals.items()}
-    distill = Distill(teachers, recipe, originals=originals.__getitem__)
+    distill = Distill(teachers, recipe, originals=originals.__getitem__, unlabelled=unlabelled)
     student = create_classifier(small, 3, 64)
     return make_learner(student, train, valid, cross_entropy, small, folder, "k", [distill, *cbs])
 
@@ -245,3 +246,55 @@ def test_a_callback_that_comes_late_cannot_bring_something_to_learn(tmp_path, or
     recipe = DistillRecipe(method="fitnet")
     learn.add_cb(Distill(teachers, recipe, originals=originals.__getitem__))
     with pytest.raises(KdoctError, match="optimiser of this Learner"): fit(learn)
+
+
+def without_labels(train, rows=range(24, ROWS)):
+    "The validation images once more, without their labels."
+    rows = np.array(rows)
+    return UnlabelledBatches(train, rows, rows.astype(np.uint64), train.batch_size)
+
+
+@pytest.mark.parametrize("name", ["kl", "fitnet", "rkd"])
+def test_unlabelled_images_count_as_labelled_ones_do(tmp_path, originals, name):
+    seen, parts = [], []
+    class Look(Callback):
+        order, run_valid = 6, False   # after Distill (5)
+        def after_loss(self): seen.append(self.learn.loss_terms["soft"].item())
+    recipe = DistillRecipe(method=name)
+    learn = learner(tmp_path, originals, recipe, [Look()], unlabelled=without_labels, epochs=1)
+    soft = learn.distill.companion.soft
+    def noted(step):
+        parts.append((len(step.images), soft(step).item()))
+        return soft(step)
+    learn.distill.companion.soft = noted
+    fit(learn)
+    (n, labelled), (more, unlabelled) = parts[:2]
+    assert (n, more) == (8, 8)
+    assert seen[0] == pytest.approx((labelled + unlabelled)/2, rel=1e-5)
+    assert labelled != pytest.approx(unlabelled, rel=1e-3)
+
+
+def test_a_resumed_training_sees_the_same_unlabelled_images(tmp_path, originals):
+    def made(folder, *cbs):
+        recipe = DistillRecipe(method="kl")
+        return learner(tmp_path / folder, originals, recipe, cbs, unlabelled=without_labels)
+    whole = fit(made("a"))
+    with pytest.raises(KeyboardInterrupt): fit(made("b", Stop(5)))
+    resumed = fit(made("b"))
+    a, b = state(whole), state(resumed)
+    assert resumed.first_epoch == 1 and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_unlabelled_images_are_left_out_where_the_recipe_or_the_method_says_so(
+    tmp_path, originals, capsys
+):
+    for folder, recipe in dict(a=DistillRecipe(unlabelled=0), b=DistillRecipe(method="dkd")).items():
+        learn = learner(tmp_path / folder, originals, recipe, unlabelled=without_labels, epochs=1)
+        assert learn.distill.unlabelled is None
+    assert "'dkd' does not learn from the 12 unlabelled images" in capsys.readouterr().out
+
+
+def test_a_cache_cannot_hold_unlabelled_images(tmp_path, outputs, originals):
+    recipe, teachers = DistillRecipe(views=2), cached(originals)
+    with pytest.raises(KdoctError, match="no teacher cache holds"):
+        learner(tmp_path, originals, recipe, teachers=teachers, unlabelled=without_labels)

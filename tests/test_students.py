@@ -16,9 +16,10 @@ from kdoct.core.runs import create_run, open_run, stage_command
 from kdoct.data.stage import prepare_data
 from kdoct.distill.student import train_student
 from kdoct.distill.teacher import train_teacher
+from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.decide import decide_all
 from kdoct.evaluate.simulated import write_simulated_stages
-from kdoct.evaluate.stage import evaluate_fold, evaluate_run
+from kdoct.evaluate.stage import evaluate_fold
 
 STUDENTS = {
     'soft': dict(distill=dict(temperature=8.)),
@@ -276,5 +277,5 @@ def test_too_small_a_gpu_names_the_fields_of_the_student(role, field):
 
 def test_a_bundle_tells_no_folder_of_a_students_weights():
     from kdoct.deploy.stage import _shareable
-    about = dict(recipe=dict(data={}, students=dict(a=dict(weights='/home/me/net.pth'), b={})))
+    about = dict(recipe=dict(data={}, students=dict(a=dict(weights='/data/net.pth'), b={})))
     assert _shareable(about)['recipe']['students'] == dict(a=dict(weights='net.pth'), b={})

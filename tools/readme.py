@@ -1,8 +1,8 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py [OUT]`.
 
 Left out: cells with `#| hide` or the tag `hide`, the code of cells with `#| echo: false` or the tag `hide_input`, and
-the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record, `<!-- table of sources -->` by the
-registered sources.
+the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record, `<!-- table of sources -->` and
+`<!-- table of methods -->` by the registered sources and methods.
 Relative links of the notebook, which count from nbs/, are made to count from the README. Figures are files (nbs/images/*.png)
 that Markdown cells name, not outputs: a README cannot carry those.
 """
@@ -21,6 +21,7 @@ DIRECTIVE = re.compile(r"^#\|\s*(.+?)\s*\n?$", re.M)
 LINK = re.compile(r"(\]\(|\b(?:src|href)=\")(?!\w+:|#|/)([^)\s\"]+)")
 RECORD = re.compile(r"(<!-- table of (\S+\.json) -->\n)(?:\n\|[^*]*\n\n\*[^\n]*\*\n)?")
 SOURCES = re.compile(r"(<!-- table of sources -->\n)(?:\n(?:\|[^\n]*\n)+)?")
+METHODS = re.compile(r"(<!-- table of methods -->\n)(?:\n(?:\|[^\n]*\n)+)?")
 COLUMNS = ["parameters", "accuracy %", "macro sensitivity %", "macro specificity %", "AUC"]
 
 
@@ -44,10 +45,18 @@ def sources_table():
     return sources_table() + "\n"
 
 
+def methods_table():
+    "The registered methods of distillation as Markdown."
+    sys.path.insert(0, str(ROOT))
+    from kdoct.distill.methods import methods_table
+    return methods_table() + "\n"
+
+
 def with_tables(text):
-    "Markdown in which each mark of a record, or of the sources, is followed by its table."
+    "Markdown in which each mark of a record, of the sources or of the methods is followed by its table."
     text = RECORD.sub(lambda m: m[1] + "\n" + record_table(m[2]), text)
-    return SOURCES.sub(lambda m: m[1] + "\n" + sources_table(), text)
+    text = SOURCES.sub(lambda m: m[1] + "\n" + sources_table(), text)
+    return METHODS.sub(lambda m: m[1] + "\n" + methods_table(), text)
 
 
 def shown(cell):

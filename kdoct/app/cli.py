@@ -7,7 +7,7 @@ __all__ = ['app', 'FindingsOption', 'ShortcutsOption', 'FolderArgument', 'Explai
            'BenchTeacherOption', 'BenchStudentOption', 'BenchSizeOption', 'BenchBatchOption', 'RoundsOption',
            'SecondsOption', 'StepsOption', 'FilesOption', 'CompileOption', 'RecordOption', 'FirstRunArgument',
            'PortOption', 'BrowserOption', 'demo', 'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe',
-           'sources', 'runs', 'explain', 'bench', 'explore', 'main']
+           'sources', 'methods', 'runs', 'explain', 'bench', 'explore', 'main']
 
 # %% ../../nbs/10_app.cli.ipynb #imp-app-cli
 import re
@@ -320,6 +320,12 @@ def sources():
     import kdoct.data.sources  # noqa: F401 (they register themselves)
     from kdoct.data.registry import sources_text
     typer.echo(sources_text())
+
+@_command()
+def methods():
+    "List the methods of distillation, with what each compares and takes."
+    from kdoct.distill.methods import methods_text
+    typer.echo(methods_text())
 
 @_command()
 def runs():

@@ -466,8 +466,8 @@ class DistillRecipe(Part):
     unlabelled: float = Field(
         1.0,
         ge=0,
-        description="images without a label beside each labelled one of a batch, where the fold has "
-                    "some; 0: none",
+        description="images without a label beside each labelled one of a batch, where the fold "
+                    "has some; 0: none",
     )
     teacher_batch: int = Field(
         32,

@@ -7,6 +7,7 @@ __all__ = ['normalisation_of', 'QueriedBatches', 'as_columns', 'from_columns', '
 
 # %% ../../nbs/03i_distill.callback.ipynb #19d800b2
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -83,10 +84,12 @@ class Distill(Callback):
         normalised:tuple|None=None,       # mean and standard deviation of the batches; None: those of Normalize
         originals=None,                   # function: name -> the network that an inference copy is of; None: none
         beginnings=None,                  # function: name -> that network as its training began; None: not known
+        unlabelled=None,                  # function: training batches -> `UnlabelledBatches`; None: no such images
     ):
         self.group, self.normalised = Teachers(teachers, recipe, weights), normalised
         self.recipe, self.weights = self.group.recipe, weights
         self.originals, self.beginnings = originals, beginnings
+        self.find_unlabelled, self.unlabelled = unlabelled, None
         self.online = not any(isinstance(t, TeacherCache) for t in self.teachers.values())
         # of a batch, see `query`: (images, columns of all teachers); None: queried in after_loss
         self.columns, self.block = None, 1
@@ -99,7 +102,7 @@ class Distill(Callback):
 
     def __getstate__(self):
         "`learn.export` writes its callbacks; the teachers stay here."
-        here = 'group', 'originals', 'beginnings'
+        here = 'group', 'originals', 'beginnings', 'find_unlabelled', 'unlabelled'
         return {k: v for k, v in self.__dict__.items() if k not in here}
 
 # %% ../../nbs/03i_distill.callback.ipynb #be91eba9
@@ -144,6 +147,7 @@ def _check(self:Distill, n_classes:int):
                            compile='compile' in used)
     check_method(self.recipe, training, n_classes, rank_world()[1])
 
+# %% ../../nbs/03i_distill.callback.ipynb #960d1425
 @patch
 def prepare(self:Distill):
     "Find the layers to compare, and have the method make what it learns; once."
@@ -157,12 +161,51 @@ def prepare(self:Distill):
     if method.needs != 'logits':
         student = private_copy(self.model) if is_ours else None
         self.pairs = {name: self._corresponding(name, student) for name in self.teachers}
+    self._open_unlabelled()
     known = self.originals, self.beginnings, tuple(self.teachers), self.learn.loss_func
     batches = train if self.ours else None
     method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, *known, batches))
     method.to(self.dls.device)
 
-# %% ../../nbs/03i_distill.callback.ipynb #960d1425
+# %% ../../nbs/03i_distill.callback.ipynb #46673474
+@patch
+def _open_unlabelled(self:Distill):
+    "Have unlabelled images come with the batches, where the method learns from them."
+    if not (self.find_unlabelled and self.recipe.unlabelled): return
+    found, method = self.find_unlabelled(self.dls.train), self.group.method
+    if found is None: return
+    images = counted(len(found.source.rows), 'unlabelled image')
+    if not method.uses_unlabelled:
+        print(f"The method '{method.name}' does not learn from the {images} of this fold.")
+        return
+    if not self.online and method.queries:
+        raise KdoctError(
+            f"The method '{method.name}' learns from {images}, which no teacher cache holds.",
+            fix="Set distill.views to 0, or distill.unlabelled to 0 to learn from labelled images "
+                "alone.",
+        )
+    self.unlabelled = found
+
+# %% ../../nbs/03i_distill.callback.ipynb #e1f87e0e
+@patch
+def unlabelled_step(self:Distill, labelled:Step)->Step|None:
+    "The unlabelled images beside a batch, and what the networks make of them; None: there are none."
+    if self.unlabelled is None: return None
+    x, rows = self.unlabelled.batch(self.dls.train.start + self.iter)
+    teachers = labelled.query(x) if self.group.method.queries else {}
+    each = [output.logits for output in teachers.values()]
+    return replace(
+        labelled,
+        images=x,
+        targets=None,
+        hard=None,
+        student=labelled.run_student(x),
+        teachers=teachers,
+        teacher_logits=combine(each, self.recipe, self.weights) if each else None,
+        rows=rows,
+    )
+
+# %% ../../nbs/03i_distill.callback.ipynb #6bb59528
 @patch
 def after_create(self:Distill):
     "What the method learns is there before the optimiser is made."
@@ -194,6 +237,7 @@ def before_fit(self:Distill):
     train.views, train.refresh = self.recipe.views, self.recipe.refresh
     for cache in self.teachers.values(): cache.open(train)
 
+# %% ../../nbs/03i_distill.callback.ipynb #102c66ca
 @patch
 def after_fit(self:Distill):
     "Leave the networks as they were."
@@ -386,6 +430,7 @@ def after_loss(self:Distill):
     "Let the method make the loss of this batch."
     step = self.step()
     check_terms(step.hard, step.logits, step.teacher_logits)
+    step.unlabelled = self.unlabelled_step(step)
     self.learn.loss_grad, terms = self.group.method.terms(step)
     self.learn.loss_terms = {name: term.detach() for name, term in terms.items()}
     self.learn.loss = self.loss_grad.detach().clone()

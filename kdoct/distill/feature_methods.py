@@ -116,12 +116,17 @@ class Rkd(Method):
         distance:float = Field(25., ge=0, description="weight of the distances")
         angle:float = Field(50., ge=0, description="weight of the angles")
 
+    def compared(self, step:Step, loss)->torch.Tensor:
+        "Mean of a loss between embeddings over the teachers."
+        each = [loss(s.embedding, t.embedding) for s, t in step.outputs]
+        return torch.stack(each).mean()
+
     def further(self, step:Step)->dict[str, torch.Tensor]:
-        "Both weighted terms, means over the teachers."
-        pairs = [(s.embedding, t.embedding) for s, t in step.outputs]
-        distance = torch.stack([distance_loss(*pair) for pair in pairs]).mean()
-        angle = torch.stack([angle_loss(*pair) for pair in pairs]).mean()
+        "Both weighted terms."
+        distance = self.over_all(step, lambda part: self.compared(part, distance_loss))
+        angle = self.over_all(step, lambda part: self.compared(part, angle_loss))
         return dict(distance=self.options.distance*distance, angle=self.options.angle*angle)
+
 
 # %% ../../nbs/03k_distill.feature_methods.ipynb #f398fb55
 @method('channels')

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LayerPair', 'Setting', 'Output', 'output_of', 'Step', 'chosen_part', 'Method', 'method', 'known_methods', 'Kl',
-           'make_method', 'check_method']
+           'make_method', 'check_method', 'methods_text', 'methods_table']
 
 # %% ../../nbs/03g_distill.methods.ipynb #82d081db
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -141,7 +142,8 @@ class Method(nn.Module):
         self.recipe, self.options = recipe, options
 
     def setup(self, setting:Setting): "Make what is learned or remembered."
-    def plan(self, epochs:int): "So many epochs are planned; before the first one, also after a resume."
+    def plan(self, epochs:int):
+        "So many epochs are planned; before the first one, also after a resume."
     def before_epoch(self, epoch:int): "An epoch begins, counted from 0."
     def after_step(self, student:nn.Module): "The optimiser has done a step."
     def networks(self)->dict[str, Classifier]: return {}   # that have learned beside the student
@@ -296,3 +298,37 @@ def check_method(
     cls = type(make_method(recipe))
     for reason, remedy in _reasons(cls, recipe, training, n_classes, processes):
         raise KdoctError(f"The method '{cls.name}' {reason}.", fix=remedy)
+
+# %% ../../nbs/03g_distill.methods.ipynb #26c3dcd6
+def _compared(cls:type[Method])->str:
+    "What a method looks at, in words."
+    words = dict(logits='logits', embedding='embeddings', last='last maps',
+                 stages='maps of three stages')
+    looks_at = [words[cls.needs]] + ['labels']*cls.uses_labels
+    return ', '.join(looks_at + ['images of a batch with each other']*cls.compares_images)
+
+def _options_of(cls:type[Method])->str:
+    "Options of a method with their defaults."
+    return ', '.join(f'{k}={f.default}' for k, f in cls.Options.model_fields.items())
+
+def methods_text()->str:
+    "All methods with what they compare and take, for the command line."
+    out = []
+    for name, cls in known_methods().items():
+        out += [f'{name}: {cls.__doc__}', f'    compares {_compared(cls)}']
+        for option, f in cls.Options.model_fields.items():
+            out.append(f'    distill.options.{option}={f.default}: {f.description}')
+        if cls.source: out.append(f'    {cls.source}')
+    return '\n'.join(out)
+
+# %% ../../nbs/03g_distill.methods.ipynb #eae46c77
+def methods_table()->str:
+    "All methods as a Markdown table, for the guide."
+    def plain(text): return re.sub(r'([|*\[\]_])', r'\\\1', text)   # no mark of Markdown
+    rows = [
+        f'| `{name}` | {plain(cls.__doc__)} | {_compared(cls)} | {plain(_options_of(cls))} | '
+        f'{plain(cls.source)} |'
+        for name, cls in known_methods().items()
+    ]
+    head = '| `distill.method` | what is learned | compares | options | source |'
+    return '\n'.join([head, '| --- | --- | --- | --- | --- |', *rows])

@@ -8,6 +8,10 @@ __all__ = ['train_student', 'train_baseline']
 # %% ../../nbs/04_distill.ipynb #imp-distill-student
 from ..core.files import KdoctError
 from ..core.runs import Run
+from ..core.sections import DistillRecipe
+from ..data.batches import Batches
+from ..data.fold_data import open_fold
+from ..data.unlabelled_batches import unlabelled_batches, UnlabelledBatches
 from .callback import Distill
 from .loading import load_teacher, load_teachers
 from .preparation import ready_teachers, teacher_shares
@@ -22,6 +26,14 @@ def _untrained(run:Run, name:str)->Classifier:
     recipe, n_classes = run.recipe.training(name), len(run.stage('data')['classes'])
     return create_classifier(recipe, n_classes, recipe.size or run.recipe.data.size)
 
+def _unlabelled(
+    run:Run, fold:int, recipe:DistillRecipe, train:Batches
+)->UnlabelledBatches|None:
+    "The unlabelled images beside the training batches; None: the fold has none."
+    size = max(1, round(recipe.unlabelled*train.batch_size))
+    return unlabelled_batches(open_fold(run, fold), train, size)
+
+# %% ../../nbs/04_distill.ipynb #4d8a084b
 def _distil(run:Run, fold:int, role:str)->dict:
     "A student of a fold, trained with its teachers."
     found, recipe = load_teachers(run, fold), run.recipe.distillation(role)
@@ -35,7 +47,9 @@ def _distil(run:Run, fold:int, role:str)->dict:
     del found   # the copies are used
     def trained(name): return load_teacher(run, fold, name)[0]
     def begun(name): return _untrained(run, name)
-    distill = Distill(teachers, recipe, shares, originals=trained, beginnings=begun)
+    def unlabelled(train): return _unlabelled(run, fold, recipe, train)
+    networks = dict(originals=trained, beginnings=begun)
+    distill = Distill(teachers, recipe, shares, unlabelled=unlabelled, **networks)
     about = train_role(run, fold, role, [distill], distilled_from=distilled_from)
     for name, t in teachers.items():
         if isinstance(t, TeacherCache):
