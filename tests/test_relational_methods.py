@@ -2,10 +2,13 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from safetensors.torch import load_file
+from test_distributed import run
 
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
@@ -15,6 +18,8 @@ from kdoct.distill import relational_methods as R
 from kdoct.distill.callback import Distill
 from kdoct.distill.contrast_losses import MemoryBank
 from kdoct.distill.methods import LayerPair, Setting, Step, check_method, make_method, output_of
+from kdoct.distill.teacher_cache import TeacherCache
+from kdoct.distill.teachers import Teachers
 from kdoct.models.backbones import create_classifier
 from kdoct.models.feature_maps import MapRecorder, layer_of
 from kdoct.training.inference import InferenceModel
@@ -152,6 +157,20 @@ def test_each_image_is_remembered_once_an_epoch(tmp_path, monkeypatch, accumulat
     assert sorted(seen) == sorted(2*list(range(N_TRAIN)))
 
 
+def test_remembered_embeddings_of_a_trained_teacher_may_come_from_a_cache(tmp_path, outputs):
+    teacher = network('test_resnet', seed=1).eval()
+    options = dict(start=0, contrast_with='trained')
+    cache = TeacherCache(InferenceModel(teacher), 'teacher', 8, 'teacher')
+    how = DistillRecipe(method='crckd', options=options, views=1)
+    distill = Distill({'teacher': cache}, how, originals=lambda name: teacher)
+    train, valid = pictures()
+    learn = make_learner(
+        network(), train, valid, cross_entropy, recipe(epochs=1), tmp_path, cbs=[distill]
+    )
+    row = fit(learn).history.rows[-1]
+    assert row['train_contrast'] > 0 and row['train_relations'] > 0
+
+
 def test_relations_and_mean_teacher_wait_for_their_epoch(tmp_path):
     rows = fit(learner(tmp_path, 'crckd', options=dict(start=.5))).history.rows
     for term in ('relations', 'consistency'):
@@ -170,6 +189,36 @@ def test_the_head_on_a_teacher_is_trained_once_and_then_frozen(tmp_path, monkeyp
     (once,) = fitted
     after = learn.distill.companion.teacher_heads['teacher'].state_dict()
     assert all(torch.equal(v, after[k]) for k, v in once.items())
+
+
+WITH_A_MEAN_TEACHER = """
+from kdoct.core.sections import DistillRecipe
+from kdoct.distill.callback import Distill
+from kdoct.training.inference import InferenceModel
+
+plain_learner = make_learner
+def make_learner(net, *args):
+    *args, cbs = args
+    recipe = DistillRecipe(method='mean_teacher', options=dict(ramp=0))
+    return plain_learner(net, *args, [Distill(InferenceModel(net), recipe), *cbs])
+
+if os.fork() == 0: train('a', 2, 2, accumulate=4); os._exit(0)
+os.wait(); train('b', 1, 8)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_mean_teacher_of_one(tmp_path):
+    run(WITH_A_MEAN_TEACHER, tmp_path)
+    a, other, b = (
+        pd.read_csv(tmp_path/f) for f in ('a/history0.csv', 'a/history1.csv', 'b/history0.csv')
+    )
+    pd.testing.assert_frame_equal(a, other, check_exact=True)
+    pd.testing.assert_frame_equal(a, b, check_exact=False, rtol=1e-3, atol=1e-3)
+    states = [load_file(tmp_path/f/'state.safetensors') for f in 'ab']
+    beside = [k for k in states[0] if k.startswith('companion.distill.mean_teacher')]
+    assert beside
+    for k in beside: torch.testing.assert_close(*(s[k] for s in states), rtol=1e-2, atol=1e-3)
 
 
 # --- of one batch
@@ -270,6 +319,13 @@ def test_a_learner_of_ones_own_is_told_that_there_are_no_further_views(name):
     pair = {'teacher': [LayerPair(None, None)]}
     with pytest.raises(KdoctError, match='further views of the training images'):
         method.setup(Setting(network(), pair, 3, np.zeros(0, int), np.zeros(0, int)))
+
+
+def test_in_a_loop_of_ones_own_the_mean_teacher_is_refused():
+    teachers = Teachers(network('test_resnet').eval(), DistillRecipe(method='mean_teacher'))
+    x, y = torch.rand(4, 1, SIDE, SIDE), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(KdoctError, match='more than the logits'):
+        teachers.loss(torch.tensor(1.), torch.zeros(4, 3), x, y)
 
 
 def test_a_batch_of_two_images_is_too_small_for_angles():
