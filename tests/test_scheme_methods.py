@@ -1,4 +1,5 @@
 "Schemes of training: choice among the images, two stages, pseudo-labels, co-distillation."
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import torch
 from conftest import copied_run
 from fastai.callback.core import Callback
+from typer.testing import CliRunner
 
+from kdoct.app.cli import app
 from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import Run
@@ -259,7 +262,16 @@ def test_the_peer_is_a_model_folder_beside_the_student_s(distilled):
     assert list(rows[0].path) == list(rows[1].path) and list(rows[0].columns) == list(rows[1].columns)
 
 
-def test_the_peer_can_be_opened_for_prediction(distilled):
-    from kdoct.deploy.networks import open_model_folder
-    opened = open_model_folder(distilled.stage_dir(0, 'student-both')/'peer-teacher')
-    assert opened.about['arch'] == distilled.recipe.teacher.arch
+def test_the_peer_predicts_and_is_exported(distilled, tmp_path):
+    pytest.importorskip('onnx', reason='the extra deploy is not installed')
+    folder, images = distilled.stage_dir(0, 'student-both')/'peer-teacher', tmp_path/'images'
+    images.mkdir()
+    for i, picture in enumerate(sorted(distilled.path.parent.rglob('*.png'))[:8]):
+        shutil.copy(picture, images/f'{i}.png')
+    def command(*arguments):
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+    command('predict', folder, images, '--out', tmp_path/'rows.csv')
+    assert len(pd.read_csv(tmp_path/'rows.csv')) == 8
+    command('export', folder, '--images', images, '--formats', 'onnx', '--out', tmp_path/'bundle')
+    assert read_json(tmp_path/'bundle'/'bundle.json')['arch'] == distilled.recipe.teacher.arch
