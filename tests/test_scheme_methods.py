@@ -112,6 +112,13 @@ def test_a_resumed_training_ends_with_the_same_weights_and_state(
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize('method', ['efcm', 'self_training', 'ctcd'])
+def test_images_may_be_blended_whatever_the_hard_loss(tmp_path, teacher, method):
+    training = SMALL.model_copy(update=dict(mix_prob=1., loss='auc'))
+    learn = fit(learner(tmp_path, teacher, method, Drawn, training))
+    assert all(np.isfinite(row['train_loss']) for row in learn.history.rows)
+
+
 # --- the choice among the images
 
 @pytest.mark.parametrize('loss', [cross_entropy, 'focal', 'auc'], ids=['ce', 'weighted focal', 'auc'])
