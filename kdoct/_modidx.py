@@ -4214,6 +4214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdoct.training.loop.save_resume': ('training.loop.html#save_resume', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.score_of': ('training.loop.html#score_of', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.step_number': ('training.loop.html#step_number', 'kdoct/training/loop.py'),
+                                     'kdoct.training.loop.tempered_loss': ('training.loop.html#tempered_loss', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.validation_scores': ( 'training.loop.html#validation_scores',
                                                                                 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.warmup_cosine': ('training.loop.html#warmup_cosine', 'kdoct/training/loop.py')},

@@ -161,7 +161,7 @@ class Search(NamedTuple):
     run:Run                       # whose folds and teachers there are
     space:dict[str, Span]         # what is tried
     folds:tuple[int, ...]=(0,)    # whose validation parts count
-    monitor:str='accuracy'        # loss, accuracy or balanced_accuracy
+    monitor:str='accuracy'        # loss, tempered_loss, accuracy or balanced_accuracy
     name:str='search'             # folder within RUN/tune
     prune:bool=False              # end a trial that is below the median after some of its folds
 
@@ -238,7 +238,7 @@ def _open_study(search):
     study = optuna.create_study(
         storage=f'sqlite:///{search.folder/"study.sqlite"}',
         study_name=search.name,
-        direction='minimize' if search.monitor == 'loss' else 'maximize',
+        direction='minimize' if search.monitor.endswith('loss') else 'maximize',
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
