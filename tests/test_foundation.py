@@ -1,8 +1,6 @@
 "Foundation weights (RETFound's layouts: MAE, DINOv2) as a start, and a fine-tuned transformer as a teacher."
 import argparse
-import copy
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -17,6 +15,7 @@ from kdoct.data.stage import prepare_data
 from kdoct.deploy.model_card_facts import model_card_facts
 from kdoct.distill.student import train_baseline, train_student
 from kdoct.distill.teacher import train_teacher
+from kdoct.evaluate.comparison_figures import compare_students
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.models import backbones, folders
 
@@ -230,14 +229,12 @@ def test_a_pretrained_encoder_is_no_classifier_to_import(arch, checkpoint, size,
 
 def run_with(name, **changes):
     run = create_run(name, preset('tiny', **{
-        'teacher.arch': MAE, 'data.phantom.height': 64, 'data.phantom.width': 64,
-        'data.phantom.per_class': 10, 'data.phantom.patients': 20, 'teacher.epochs': 1,
-        'student.epochs': 1, 'evaluate.n_boot': 20, **changes}))
+        'teacher.arch': MAE, 'teacher.epochs': 1, 'student.epochs': 1, 'evaluate.n_boot': 100,
+        **changes}))
     prepare_data(run)
     return run
 
 
-@pytest.mark.slow
 def test_a_training_from_foundation_weights_records_and_says_what_was_changed(tmp_path, capsys):
     file = saved(tmp_path, mae_checkpoint(encoder(MAE, 96)))
     run = run_with('retfound', **{'teacher.weights': str(file), 'data.size': 64})
@@ -254,12 +251,15 @@ def test_a_training_from_foundation_weights_records_and_says_what_was_changed(tm
 @pytest.mark.slow
 def test_that_the_folds_of_an_imported_teacher_are_not_known_is_said_everywhere(tmp_path):
     _, mine = imported(tmp_path)
-    run = run_with('own', **{'teacher.weights': str(mine), 'teacher.train': False, 'data.size': 64})
+    run = run_with('own', **{'teacher.weights': str(mine), 'teacher.train': False, 'data.size': 64,
+                             'students': {'soft': {}}})
     for train in (train_teacher, train_student, train_baseline): train(run)
+    train_student(run, 0, 'student-soft')
     evaluate_fold(run, 0, verbose=False)
     words = 'Teacher: folds not known (imported from checkpoint-best.pth, not trained here)'
     told = read_json(run.fold_dir(0)/'evaluation.json')
     assert words in told['protocol'] and any(words in w for w in told['warnings'])
+    assert words in compare_students(run, [0])[0]['comparison_models'].caption
     assert report_html(run).read_text().count('folds not known') >= 2
     for role in ('teacher', 'student'):
         card = model_card_facts({}, run, 0, role)
