@@ -178,5 +178,4 @@ def protocol_of(
     several = predictions.fold.nunique() > 1
     auc = ' AUC pooled over folds compares images of the same fold only.' if several else ''
     origins = origins_text(run, set(predictions.fold))
-    learned = _teachers_text(r) + origins + _students_text(r)
-    return '; '.join(parts) + auc + learned
+    return '; '.join(parts) + auc + _teachers_text(r) + origins + _students_text(r)
