@@ -115,6 +115,14 @@ def test_runs_of_other_images_are_refused_with_an_example(runs):
         read_models([runs[0], other])
 
 
+def test_copies_of_the_same_images_in_another_place_are_the_same_images(runs):
+    moved = simulated("moved")
+    files = [moved.path / "table.parquet", *moved.path.glob("fold_*/*/predictions.parquet")]
+    for file in files:
+        pd.read_parquet(file).assign(path=lambda t: "copy/" + t.path).to_parquet(file)
+    assert len(read_models([runs[0], moved])[0]) == 6
+
+
 def test_runs_that_group_the_same_images_otherwise_are_refused(runs):
     grouped = simulated("grouped")
     for k in range(3):

@@ -252,9 +252,8 @@ def test_stage_takes_the_agreed_parameters(stage):
     cells = json.loads((ROOT / "nbs" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, "papermill needs exactly one cell tagged `parameters`"
-    assert sorted(assigned(tagged[0])) == sorted(
-        PARAMETERS + {"04_distill": ["role"], "03_teacher": ["name"]}.get(stage, [])
-    )
+    own = {"04_distill": ["role"], "03_teacher": ["name"], "05_evaluate": ["students"]}
+    assert sorted(assigned(tagged[0])) == sorted(PARAMETERS + own.get(stage, []))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

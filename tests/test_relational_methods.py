@@ -14,6 +14,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
 from kdoct.core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from kdoct.data.batches import Batches
+from kdoct.data.unlabelled_batches import UnlabelledBatches
 from kdoct.distill import relational_methods as R
 from kdoct.distill.callback import Distill
 from kdoct.distill.contrast_losses import MemoryBank
@@ -169,6 +170,25 @@ def test_remembered_embeddings_of_a_trained_teacher_may_come_from_a_cache(tmp_pa
     )
     row = fit(learn).history.rows[-1]
     assert row['train_contrast'] > 0 and row['train_relations'] > 0
+
+
+@every_method
+def test_unlabelled_images_are_learned_from_and_not_remembered(tmp_path, name):
+    teacher = network('test_resnet', seed=1).eval()
+    train, valid = pictures()
+    train.rows = np.arange(12)
+    rows = np.arange(12, N_TRAIN)
+    how = DistillRecipe(method=name, options=OPTIONS[name])
+    distill = Distill(
+        InferenceModel(teacher), how, originals=lambda name: teacher,
+        unlabelled=lambda batches: UnlabelledBatches(batches, rows, batches.ids[rows]),
+    )
+    learn = make_learner(
+        network(), train, valid, cross_entropy, recipe(epochs=1), tmp_path, cbs=[distill]
+    )
+    row = fit(learn).history.rows[-1]
+    assert row['train_soft'] > 0 and distill.unlabelled is not None
+    if name == 'crckd': assert len(learn.distill.companion.memories['mean'].labels) == 12
 
 
 def test_relations_and_mean_teacher_wait_for_their_epoch(tmp_path):

@@ -1,5 +1,6 @@
 "Schemes of training: choice among the images, two stages, pseudo-labels, co-distillation."
-from dataclasses import replace
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -7,14 +8,16 @@ import pytest
 import torch
 from conftest import copied_run
 from fastai.callback.core import Callback
+from typer.testing import CliRunner
 
+from kdoct.app.cli import app
 from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import preset
 from kdoct.core.runs import Run
 from kdoct.core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from kdoct.data.batches import Batches
 from kdoct.distill.callback import Distill
-from kdoct.distill.methods import Step, check_method
+from kdoct.distill.methods import check_method
 from kdoct.distill.scheme_methods import loss_of_each, pseudo_labels
 from kdoct.distill.student import train_student
 from kdoct.models.backbones import create_classifier
@@ -34,29 +37,27 @@ def network(arch='test_resnet', seed=0):
     return create_classifier(SMALL.model_copy(update=dict(arch=arch)), 3, 64)
 
 
-class WithUnlabelled(Distill):
-    "Brings four images without a label to each batch, which depend on the step alone."
-    def step(self):
-        step = super().step()
-        made = torch.Generator().manual_seed(step.number)
-        images = torch.rand(4, 1, 64, 64, generator=made)
-        teachers, student = step.query(images), step.run_student(images)
-        logits = next(iter(teachers.values())).logits if teachers else None
-        beside = Step(images, None, None, student, teachers, logits)
-        return replace(step, unlabelled=beside)
+class Drawn:
+    "Four images without a label beside each batch, which depend on its place alone."
+    source = SimpleNamespace(rows=range(4))
+    def __init__(self, train): self.train = train
+
+    def batch(self, number):
+        made = torch.Generator().manual_seed(100*self.train.epoch + number)
+        return torch.rand(4, 1, 64, 64, generator=made), np.arange(4)
 
 
 @pytest.fixture(scope='module')
 def teacher(): return network().eval().requires_grad_(False)
 
 
-def learner(folder, teacher, method, kind=Distill, training=SMALL, **options):
+def learner(folder, teacher, method, unlabelled=None, training=SMALL, **options):
     images = np.random.default_rng(0).integers(0, 255, (24, 64, 64), dtype=np.uint8)
     images[:, :8] = (LABELS*100)[:, None, None]   # what the classes differ in
     ids, recipe = np.arange(24, dtype=np.uint64), DistillRecipe(method=method, options=options)
     student = network('test_efficientnet', 1)
-    distill = kind({'teacher': InferenceModel(teacher)}, recipe, originals=lambda name: teacher,
-                   beginnings=lambda name: network(seed=2))
+    distill = Distill({'teacher': InferenceModel(teacher)}, recipe, originals=lambda name: teacher,
+                   beginnings=lambda name: network(seed=2), unlabelled=unlabelled)
     loss = hard_loss(training, LABELS[:16], 3)
     train = Batches(images, LABELS, ids, np.arange(16), 8, training.augment, 1)
     valid = Batches(images, LABELS, ids, np.arange(16, 24), 8)
@@ -83,13 +84,13 @@ def stop_at(learn, monkeypatch, place):
 
 
 ALL = {
-    'acid': ('acid', Distill, {}),
-    'acid, drawn': ('acid', Distill, dict(by='draw', keep=.75)),
-    'efcm': ('efcm', WithUnlabelled, {}),
-    'efcm, soft': ('efcm', Distill, dict(soft=True, loss='direction')),
-    'self_training': ('self_training', WithUnlabelled, dict(threshold=.3, ramp=0)),
-    'ctcd': ('ctcd', WithUnlabelled, {}),
-    'ctcd, fresh': ('ctcd', Distill, dict(start='fresh', rate=1.)),
+    'acid': ('acid', None, {}),
+    'acid, drawn': ('acid', None, dict(by='draw', keep=.75)),
+    'efcm': ('efcm', Drawn, {}),
+    'efcm, soft': ('efcm', None, dict(soft=True, loss='direction')),
+    'self_training': ('self_training', Drawn, dict(threshold=.3, ramp=0)),
+    'ctcd': ('ctcd', Drawn, {}),
+    'ctcd, fresh': ('ctcd', None, dict(start='fresh', rate=1.)),
 }
 
 
@@ -97,18 +98,25 @@ ALL = {
 def test_a_resumed_training_ends_with_the_same_weights_and_state(
     tmp_path, teacher, monkeypatch, case
 ):
-    method, kind, options = ALL[case]
+    method, unlabelled, options = ALL[case]
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    whole = fit(learner(tmp_path/'whole', teacher, method, kind, **options))
+    whole = fit(learner(tmp_path/'whole', teacher, method, unlabelled, **options))
     often = SMALL.model_copy(update=dict(checkpoint_minutes=1e-9))
-    stopped = learner(tmp_path/'stopped', teacher, method, kind, often, **options)
+    stopped = learner(tmp_path/'stopped', teacher, method, unlabelled, often, **options)
     stop_at(stopped, monkeypatch, (1, 1))
-    again = fit(learner(tmp_path/'stopped', teacher, method, kind, **options))
+    again = fit(learner(tmp_path/'stopped', teacher, method, unlabelled, **options))
     mine, other = whole.trained.state_dict(), again.trained.state_dict()
     assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
     assert whole.history.rows[-1]['train_loss'] == again.history.rows[-1]['train_loss']
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('method', ['efcm', 'self_training', 'ctcd'])
+def test_images_may_be_blended_whatever_the_hard_loss(tmp_path, teacher, method):
+    training = SMALL.model_copy(update=dict(mix_prob=1., loss='auc'))
+    learn = fit(learner(tmp_path, teacher, method, Drawn, training))
+    assert all(np.isfinite(row['train_loss']) for row in learn.history.rows)
 
 
 # --- the choice among the images
@@ -158,6 +166,18 @@ def test_the_first_stage_sees_no_label_and_the_second_queries_no_teacher(tmp_pat
     assert 'train_features' in learn.history.rows[0] and 'train_features' not in learn.history.rows[1]
 
 
+def test_the_first_stage_takes_unlabelled_images_and_the_second_does_not(tmp_path, teacher):
+    seen = []
+    class Noted(Drawn):
+        def batch(self, number):
+            seen.append(self.train.epoch)
+            return super().batch(number)
+    learn = fit(learner(tmp_path/'noted', teacher, 'efcm', Noted))
+    assert seen == [0, 0]
+    alone = fit(learner(tmp_path/'alone', teacher, 'efcm'))
+    assert learn.history.rows[0]['train_features'] != alone.history.rows[0]['train_features']
+
+
 def test_one_epoch_has_no_two_stages(tmp_path, teacher):
     training = SMALL.model_copy(update=dict(epochs=1))
     with pytest.raises(KdoctError, match='two stages'):
@@ -176,7 +196,7 @@ def test_a_pseudo_label_counts_by_tempered_confidence_and_only_above_the_thresho
 
 def test_the_record_says_which_share_of_the_pseudo_labels_passed(tmp_path, teacher):
     shares = [
-        fit(learner(tmp_path/str(t), teacher, 'self_training', WithUnlabelled, threshold=t))
+        fit(learner(tmp_path/str(t), teacher, 'self_training', Drawn, threshold=t))
         .history.rows[-1]['train_passed'] for t in (0., 1.)
     ]
     assert shares == [1, 0]
@@ -184,7 +204,7 @@ def test_the_record_says_which_share_of_the_pseudo_labels_passed(tmp_path, teach
 
 def test_pseudo_labels_need_images_without_a_label(tmp_path, teacher):
     with pytest.raises(KdoctError, match='there are none'):
-        fit(learner(tmp_path, teacher, 'self_training'))
+        learner(tmp_path, teacher, 'self_training')
 
 
 # --- both learn
@@ -249,7 +269,16 @@ def test_the_peer_is_a_model_folder_beside_the_student_s(distilled):
     assert list(rows[0].path) == list(rows[1].path) and list(rows[0].columns) == list(rows[1].columns)
 
 
-def test_the_peer_can_be_opened_for_prediction(distilled):
-    from kdoct.deploy.networks import open_model_folder
-    opened = open_model_folder(distilled.stage_dir(0, 'student-both')/'peer-teacher')
-    assert opened.about['arch'] == distilled.recipe.teacher.arch
+def test_the_peer_predicts_and_is_exported(distilled, tmp_path):
+    pytest.importorskip('onnx', reason='the extra deploy is not installed')
+    folder, images = distilled.stage_dir(0, 'student-both')/'peer-teacher', tmp_path/'images'
+    images.mkdir()
+    for i, picture in enumerate(sorted(distilled.path.parent.rglob('*.png'))[:8]):
+        shutil.copy(picture, images/f'{i}.png')
+    def command(*arguments):
+        done = CliRunner().invoke(app, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+    command('predict', folder, images, '--out', tmp_path/'rows.csv')
+    assert len(pd.read_csv(tmp_path/'rows.csv')) == 8
+    command('export', folder, '--images', images, '--formats', 'onnx', '--out', tmp_path/'bundle')
+    assert read_json(tmp_path/'bundle'/'bundle.json')['arch'] == distilled.recipe.teacher.arch

@@ -277,5 +277,5 @@ def test_too_small_a_gpu_names_the_fields_of_the_student(role, field):
 
 def test_a_bundle_tells_no_folder_of_a_students_weights():
     from kdoct.deploy.stage import _shareable
-    about = dict(recipe=dict(data={}, students=dict(a=dict(weights='/home/me/net.pth'), b={})))
+    about = dict(recipe=dict(data={}, students=dict(a=dict(weights='/data/net.pth'), b={})))
     assert _shareable(about)['recipe']['students'] == dict(a=dict(weights='net.pth'), b={})

@@ -28,7 +28,13 @@ from kdoct.models.arithmetic import computes_bf16, resolve_precision
 from kdoct.models.backbones import create_classifier, head_modules, undecayed
 from kdoct.models.folders import load_model_folder
 from kdoct.training.inference import InferenceModel
-from kdoct.training.loop import make_learner, param_groups, score_of, warmup_cosine
+from kdoct.training.loop import (
+    make_learner,
+    param_groups,
+    score_of,
+    validation_scores,
+    warmup_cosine,
+)
 from kdoct.training.losses import balanced_weights, cross_entropy, hard_loss
 from kdoct.training.precision import faster, measure_steps
 
@@ -124,6 +130,33 @@ def test_resume_state_of_another_recipe_is_refused(tmp_path, recipe):
 def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path, recipe):
     with pytest.raises(KdoctError, match='hard term of the loss became nan'):
         fit(learner(tmp_path, recipe, loss=lambda z, y: cross_entropy(z, y)*float('nan')))
+
+
+ROWS = [
+    dict(valid_loss=.5, tempered_loss=.5, accuracy=.7, balanced_accuracy=.7),
+    dict(valid_loss=.7, tempered_loss=.3, accuracy=.8, balanced_accuracy=.6),
+    dict(valid_loss=.9, tempered_loss=.4, accuracy=.6, balanced_accuracy=.9),
+    dict(valid_loss=.8, tempered_loss=.6, accuracy=.5, balanced_accuracy=.5),
+]
+
+
+@pytest.mark.parametrize(('monitor', 'epoch'), [
+    ('loss', 0), ('tempered_loss', 1), ('accuracy', 1), ('balanced_accuracy', 2), ('last', 3),
+])
+def test_the_score_that_is_named_chooses_the_epoch(tmp_path, recipe, monkeypatch, monitor, epoch):
+    scores = iter(ROWS)
+    monkeypatch.setattr('kdoct.training.loop.validation_scores', lambda *_: next(scores))
+    learn = fit(learner(tmp_path, recipe.model_copy(update=dict(epochs=4, monitor=monitor))))
+    assert learn.checkpoint.best_epoch == epoch
+
+
+def test_a_temperature_changes_the_loss_and_not_the_tempered_one():
+    targets = torch.arange(40) % 3
+    noise = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
+    logits = noise + torch.nn.functional.one_hot(targets, 3)
+    one, other = (validation_scores(z, targets) for z in (logits, 2**.75*logits))
+    assert one['tempered_loss'] == pytest.approx(other['tempered_loss'], rel=1e-6)
+    assert one['valid_loss'] != pytest.approx(other['valid_loss'], rel=1e-2)
 
 
 def test_patience_stops_and_the_best_epoch_is_kept(tmp_path, recipe, monkeypatch):

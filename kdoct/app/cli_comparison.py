@@ -231,7 +231,8 @@ MonitorOption = Annotated[
     str,
     option(
         'SCORE',
-        "Validation score: loss, accuracy or balanced_accuracy. Default: student.monitor.",
+        "Validation score: loss, tempered_loss, accuracy or balanced_accuracy. Default: "
+        "student.monitor.",
         '--monitor', show_default=False,
     ),
 ]
@@ -246,9 +247,10 @@ PruneOption = Annotated[
 # %% ../../nbs/10c_app.cli_comparison.ipynb #e6bbc18f
 def _monitor_named(name:str, default:str)->str:
     "The validation score of a search; `KdoctError` for one that there is not."
-    scores = 'loss', 'accuracy', 'balanced_accuracy'
+    scores = 'loss', 'tempered_loss', 'accuracy', 'balanced_accuracy'
     if (name or default) in scores: return name or default
-    raise KdoctError(f"There is no validation score '{name}'.", fix=f"Scores: {', '.join(scores)}")
+    raise KdoctError(f"There is no validation score '{name or default}' to search by.",
+                     fix=f"Name one: --monitor {' or '.join(scores)}")
 
 def tune(
     run:TunedRunArgument,

@@ -331,8 +331,10 @@ class TrainRecipe(Part):
     patience: int = Field(
         0, ge=0, description="epochs without a better validation score before stopping; 0: never"
     )
-    monitor: Literal['loss', 'accuracy', 'balanced_accuracy'] = Field(
-        'loss', description="validation score that chooses the checkpoint"
+    monitor: Literal['loss', 'tempered_loss', 'accuracy', 'balanced_accuracy', 'last'] = Field(
+        'loss',
+        description="validation score that chooses the checkpoint; tempered_loss: after the best "
+                    "temperature; last: none, the last epoch stays",
     )
     batch_size: int = Field(
         32,
@@ -423,6 +425,8 @@ class TrainRecipe(Part):
                 f"swa_start is {self.swa_start}: averaging must begin after epoch 0 and before the "
                 f"last of {self.epochs}"
             )
+        if self.patience and self.monitor == 'last':
+            raise ValueError("patience waits for a better epoch, and monitor is last: no epoch is")
         if self.mix_prob > 0 and self.mixup == self.cutmix == 0:
             raise ValueError("mix_prob is not 0, but mixup and cutmix both are")
         if self.freeze_epochs >= self.epochs:

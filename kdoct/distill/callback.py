@@ -171,8 +171,15 @@ def prepare(self:Distill):
 @patch
 def _open_unlabelled(self:Distill):
     "Have unlabelled images come with the batches, where the method learns from them."
-    if not (self.find_unlabelled and self.recipe.unlabelled): return
-    found, method = self.find_unlabelled(self.dls.train), self.group.method
+    method, found = self.group.method, None
+    if self.find_unlabelled and self.recipe.unlabelled:
+        found = self.find_unlabelled(self.dls.train)
+    if found is None and method.needs_unlabelled:
+        raise KdoctError(
+            f"The method '{method.name}' learns from images without a label, and there are none.",
+            fix="Add some (data.unlabelled), hide labels (data.labelled=0.25), set "
+                "distill.unlabelled above 0, or choose another method.",
+        )
     if found is None: return
     images = counted(len(found.source.rows), 'unlabelled image')
     if not method.uses_unlabelled:
@@ -190,7 +197,7 @@ def _open_unlabelled(self:Distill):
 @patch
 def unlabelled_step(self:Distill, labelled:Step)->Step|None:
     "The unlabelled images beside a batch, and what the networks make of them; None: there are none."
-    if self.unlabelled is None: return None
+    if self.unlabelled is None or not self.group.method.uses_unlabelled: return None
     x, rows = self.unlabelled.batch(self.dls.train.start + self.iter)
     teachers = labelled.query(x) if self.group.method.queries else {}
     each = [output.logits for output in teachers.values()]

@@ -123,6 +123,7 @@ class Method(nn.Module):
     compares_images = False   # images of a batch are compared with each other: a step is one batch
     uses_labels = False       # the numbers of the classes: images are not blended
     uses_unlabelled = True    # learns from images without a label too
+    needs_unlabelled = False  # cannot do without them
     extra_images = False      # queries teachers about pictures of its own: no teacher cache
     own_views = False         # makes further views of the images: kdoct's own batches, images are not blended
     remembers = False         # something of each image: one process

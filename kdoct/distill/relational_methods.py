@@ -81,22 +81,26 @@ class MeanTeacher(nn.Module):
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def update(self, student:Classifier):
-        "Follow the student by one step."
-        done = int(self.steps)
-        self.steps += 1
-        self.network.precision = student.precision
-        pairs = zip(self._numbers(self.network), self._numbers(student), strict=True)
-        for mine, new in pairs: mine.copy_(self.follow(mine, new, done))
-
-    def _numbers(self, network):
-        "All parameters and buffers."
-        return [*network.parameters(), *network.buffers()]
-
-    @torch.no_grad()
     def forward(self, x:torch.Tensor)->Output:  # of (n, channels, h, w) in [0, 1]
         logits = self.network(x)
         return output_of(logits, [] if self.recorder is None else self.recorder.take())
+
+# %% ../../nbs/03m_distill.relational_methods.ipynb #f8a9debb
+def _numbers(network:nn.Module)->list[torch.Tensor]:
+    "All parameters and buffers of a network."
+    return [*network.parameters(), *network.buffers()]
+
+@patch
+@torch.no_grad()
+def update(self:MeanTeacher,
+    student:Classifier,  # after a step of the optimiser
+):
+    "Follow the student by one step."
+    done = int(self.steps)
+    self.steps += 1
+    self.network.precision = student.precision
+    for mine, new in zip(_numbers(self.network), _numbers(student), strict=True):
+        mine.copy_(self.follow(mine, new, done))
 
 # %% ../../nbs/03m_distill.relational_methods.ipynb #b9a8c2a7
 def ramp_up(

@@ -38,7 +38,7 @@ def loss_of_each(
 # %% ../../nbs/03n_distill.scheme_methods.ipynb #6f6492a8
 @method('acid')
 class Acid(Method):
-    "Learns from the images of a batch that the student gets wrong and the teacher right; KL for the others' sake."
+    "Learns from the images of a batch that the student gets wrong and the teacher right."
     uses_labels = True
     source = 'Udandarao et al. 2024 (ACID), arXiv 2411.18674'
 
@@ -92,8 +92,8 @@ def in_first_stage(self:Efcm, epoch:int)->bool: return epoch < self.first_epoch_
 
 @patch
 def before_epoch(self:Efcm, epoch:int):
-    "The second stage queries the teachers for the soft term only."
-    self.queries = self.in_first_stage(epoch) or self.options.soft
+    "The second stage queries the teachers, and takes unlabelled images, for the soft term only."
+    self.queries = self.uses_unlabelled = self.in_first_stage(epoch) or self.options.soft
 
 @patch
 def shares(self:Efcm, step:Step)->tuple[float, float]:
@@ -175,12 +175,6 @@ def blended(self:SelfTraining,
 @patch
 def terms(self:SelfTraining, step:Step)->tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "The loss of a batch, with the pseudo-labels; the terms, and which share of the pseudo-labels passed."
-    if step.unlabelled is None:
-        raise KdoctError(
-            "The method 'self_training' learns from images without a label, and there are none.",
-            fix="Add some (data.unlabelled), hide labels (data.labelled=0.25), or choose another "
-                "method.",
-        )
     loss, shown = Method.terms(self, step)
     o = self.options
     targets = pseudo_labels(step.unlabelled.teacher_logits, o.temperature, o.threshold)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Span', 'parse_space', 'TrialRun', 'trained_scores', 'Search', 'search_recipe', 'set_options', 'found_text']
 
-# %% ../../nbs/04b_distill.tuning.ipynb #7e734e31
+# %% ../../nbs/04b_distill.tuning.ipynb #6ee5bb15
 import contextlib
 import hashlib
 import json
@@ -34,7 +34,7 @@ from ..core.overrides import parse_overrides
 from ..core.recipe import Recipe
 from ..core.runs import Run, stage_command
 
-# %% ../../nbs/04b_distill.tuning.ipynb #c7ad6d14
+# %% ../../nbs/04b_distill.tuning.ipynb #2e97cc8c
 class Span(NamedTuple):
     "Values of a field between two ends, or one of several."
     low:float=0.          # both ends are tried too
@@ -48,7 +48,7 @@ class Span(NamedTuple):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return is_number and self.low <= value <= self.high
 
-# %% ../../nbs/04b_distill.tuning.ipynb #3ad1f3ce
+# %% ../../nbs/04b_distill.tuning.ipynb #b3b63b05
 _NUMBER = r'[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?'
 _SPAN = re.compile(rf'(log:)?({_NUMBER})\.\.({_NUMBER})')
 
@@ -69,7 +69,7 @@ def _fault_of_span(span:Span)->str:
     if span.low >= span.high: return 'the second end must be above the first'
     return 'a logarithmic scale has no 0' if span.log and span.low <= 0 else ''
 
-# %% ../../nbs/04b_distill.tuning.ipynb #ce11c0b3
+# %% ../../nbs/04b_distill.tuning.ipynb #1e49a054
 def _value_of(recipe:Recipe, name:str):
     "The value of a dotted field; None where the recipe has none there."
     value = recipe
@@ -77,7 +77,7 @@ def _value_of(recipe:Recipe, name:str):
         value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
     return value
 
-# %% ../../nbs/04b_distill.tuning.ipynb #1d0b0934
+# %% ../../nbs/04b_distill.tuning.ipynb #e5c6ff55
 def parse_space(
     fields:list[str],  # 'student.lr=log:1e-4..3e-3', as `--field` takes it
     recipe:Recipe,     # of the run
@@ -99,7 +99,7 @@ def parse_space(
             recipe.override(**{name: int(value) if span.whole else value})   # `KdoctError` if it cannot be
     return space
 
-# %% ../../nbs/04b_distill.tuning.ipynb #67dab3d6
+# %% ../../nbs/04b_distill.tuning.ipynb #d8eb4624
 class TrialRun(Run):
     "A student of other settings, on folds and teachers of a run; its test part is never predicted."
     predicts_test = False
@@ -119,7 +119,7 @@ class TrialRun(Run):
         is_teacher = role in self.of.recipe.teacher_roles
         return self.of.stage_dir(fold, role) if is_teacher else super().stage_dir(fold, role)
 
-# %% ../../nbs/04b_distill.tuning.ipynb #c81c7e6c
+# %% ../../nbs/04b_distill.tuning.ipynb #bee47383
 def _open_trial(run:Run, recipe:Recipe, folder:Path)->TrialRun:
     "The folder of a trial, made where it is not there."
     trial = TrialRun(folder, recipe, run)
@@ -136,7 +136,7 @@ def _student_key(recipe:Recipe)->str:
     plain = {name: part.model_dump(mode='json') for name, part in fields.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/04b_distill.tuning.ipynb #15577e20
+# %% ../../nbs/04b_distill.tuning.ipynb #b7413d88
 def trained_scores(
     run:Run,        # whose folds and teachers there are
     recipe:Recipe,  # of the trial
@@ -155,13 +155,13 @@ def trained_scores(
     (student/'model.safetensors').unlink(missing_ok=True)
     return read_json(student/'model.json')['metrics']['validation']
 
-# %% ../../nbs/04b_distill.tuning.ipynb #bb6d0f4f
+# %% ../../nbs/04b_distill.tuning.ipynb #9cea21bb
 class Search(NamedTuple):
     "What a search is about; one with a name goes on only as what it was."
     run:Run                       # whose folds and teachers there are
     space:dict[str, Span]         # what is tried
     folds:tuple[int, ...]=(0,)    # whose validation parts count
-    monitor:str='accuracy'        # loss, accuracy or balanced_accuracy
+    monitor:str='accuracy'        # loss, tempered_loss, accuracy or balanced_accuracy
     name:str='search'             # folder within RUN/tune
     prune:bool=False              # end a trial that is below the median after some of its folds
 
@@ -175,7 +175,7 @@ class Search(NamedTuple):
         key = _student_key(self.run.recipe)
         return dict(fields=fields, folds=list(self.folds), monitor=self.monitor, student=key)
 
-# %% ../../nbs/04b_distill.tuning.ipynb #e578999d
+# %% ../../nbs/04b_distill.tuning.ipynb #0439d735
 def _require_same_search(search:Search):
     "Note what a search is about; `KdoctError` if one of its name is about something else."
     path, facts = search.folder/'search.json', json.loads(json.dumps(search.facts()))
@@ -202,7 +202,7 @@ def _require_teachers(search:Search):
         raise KdoctError("--prune ends a trial after some of its folds, and there is one.",
                          fix="Name several folds, or leave --prune out.")
 
-# %% ../../nbs/04b_distill.tuning.ipynb #a1e13814
+# %% ../../nbs/04b_distill.tuning.ipynb #cd788555
 def _distributions(space):
     "The space as optuna has it."
     from optuna.distributions import (
@@ -225,7 +225,11 @@ def _rounded(values, space):
         out[name] = value
     return out
 
-# %% ../../nbs/04b_distill.tuning.ipynb #3039899c
+# %% ../../nbs/04b_distill.tuning.ipynb #a60d9da2
+def _own_values(search):
+    "What the run itself has in the fields of a search."
+    return {name: _value_of(search.run.recipe, name) for name in search.space}
+
 def _open_study(search):
     "The study of a search, made where it is not there; trials that were broken off come first."
     import optuna
@@ -234,24 +238,25 @@ def _open_study(search):
     study = optuna.create_study(
         storage=f'sqlite:///{search.folder/"study.sqlite"}',
         study_name=search.name,
-        direction='minimize' if search.monitor == 'loss' else 'maximize',
+        direction='minimize' if search.monitor.endswith('loss') else 'maximize',
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if len(trial.params) == len(search.space): study.enqueue_trial(trial.params)
-    own = {name: _value_of(search.run.recipe, name) for name in search.space}
+    own = _own_values(search)
     if not study.trials and all(own[n] in span for n, span in search.space.items()):
         study.enqueue_trial(own)
     return study
 
+# %% ../../nbs/04b_distill.tuning.ipynb #3532d93f
 def _ended(study):
     "Trials that have ended, by a score, by pruning or by an error; not those that were broken off."
     good = ('COMPLETE', 'PRUNED')
     return [t for t in study.trials if t.state.name in good or 'error' in t.user_attrs]
 
-# %% ../../nbs/04b_distill.tuning.ipynb #e3c3a193
+# %% ../../nbs/04b_distill.tuning.ipynb #45f1c95a
 _STATES = dict(COMPLETE='complete', PRUNED='pruned', FAIL='broken off', RUNNING='running',
                WAITING='waiting')
 
@@ -271,7 +276,7 @@ def _write_trials(study, search):
     rows = [_trial_row(t, search) for t in study.trials]
     with atomic_path(search.folder/'trials.csv') as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
 
-# %% ../../nbs/04b_distill.tuning.ipynb #ccc68f32
+# %% ../../nbs/04b_distill.tuning.ipynb #1158b398
 def _scores_of(trial, recipe, search, scores):
     "Validation scores fold by fold; fewer where the trial is pruned. `KdoctError` for one that is not finite."
     each = []
@@ -286,7 +291,7 @@ def _scores_of(trial, recipe, search, scores):
         if len(each) < len(search.folds) and trial.should_prune(): break
     return each
 
-# %% ../../nbs/04b_distill.tuning.ipynb #2065f49d
+# %% ../../nbs/04b_distill.tuning.ipynb #8ceb1c71
 def _try(study, trial, search, scores):
     "One trial, from its values to its score; an error of the recipe ends the trial, not the search."
     from optuna.trial import TrialState
@@ -303,7 +308,7 @@ def _try(study, trial, search, scores):
     if is_whole: study.tell(trial, sum(each)/len(each))
     else: study.tell(trial, state=TrialState.PRUNED)
 
-# %% ../../nbs/04b_distill.tuning.ipynb #084a4712
+# %% ../../nbs/04b_distill.tuning.ipynb #57194c75
 def _trial_text(trial, search):
     "One line on a trial that has ended."
     row = _trial_row(trial, search)
@@ -314,7 +319,7 @@ def _trial_text(trial, search):
     took = human_time(row['seconds'] or 0)
     return f'{values}: {result}{why}, {took}'
 
-# %% ../../nbs/04b_distill.tuning.ipynb #bb44aa10
+# %% ../../nbs/04b_distill.tuning.ipynb #e8027d43
 def search_recipe(
     search:Search,  # what is tried, where
     n_trials:int,   # ended trials there shall be, those of before included
@@ -339,7 +344,7 @@ def search_recipe(
         _write_trials(study, search)
     return study
 
-# %% ../../nbs/04b_distill.tuning.ipynb #e32b2505
+# %% ../../nbs/04b_distill.tuning.ipynb #d336fb65
 def set_options(
     values:dict,    # dotted name -> value
     student:str='', # name of a further student that has them; '': the student of a new run
@@ -352,13 +357,16 @@ def set_options(
              for name, v in values.items()]
     return ' '.join(f'--set {shlex.quote(pair)}' for pair in pairs)
 
-# %% ../../nbs/04b_distill.tuning.ipynb #1da5c8fc
-def _of_the_run(study, search):
-    "Score of the run's own values, in words; '' where they were not tried."
-    own = [t for t in study.trials if t.number == 0 and t.state.name == 'COMPLETE'
-           and all(t.params[n] == _value_of(search.run.recipe, n) for n in search.space)]
-    return f"; that of the run's own values {own[0].value:.4f}" if own else ''
+# %% ../../nbs/04b_distill.tuning.ipynb #58a4f5d8
+def _best_text(study, complete, search):
+    "Score of the best trial beside that of the run's own values, in words."
+    own = [t.value for t in complete if t.params == _own_values(search)]
+    beside = f"; that of the run's own values {own[0]:.4f}" if own else ''
+    folds = ', '.join(map(str, search.folds))
+    return (f'Best of {counted(len(complete), "trial")}: validation {search.score} '
+            f'{study.best_value:.4f} (fold {folds}){beside}.')
 
+# %% ../../nbs/04b_distill.tuning.ipynb #b88774a2
 def found_text(
     study,          # from `search_recipe`
     search:Search,  # what was tried
@@ -366,12 +374,12 @@ def found_text(
     "The best recipe of a search, as options, with what its score is worth."
     complete = [t for t in study.trials if t.state.name == 'COMPLETE']
     if not complete: return 'No trial has ended with a score; trials.csv says why.'
-    best, name = study.best_trial, search.run.name
-    values, folds = _rounded(best.params, search.space), ', '.join(map(str, search.folds))
+    best, name = _best_text(study, complete, search), search.run.name
+    if study.best_params == _own_values(search):
+        return f"{best} No trial was better than the run's own values: they stay.\n"
+    values = _rounded(study.best_params, search.space)
     return (
-        f'Best of {counted(len(complete), "trial")}: validation {search.score} {best.value:.4f} '
-        f'(fold {folds}){_of_the_run(study, search)}.\n\n'
-        f'  {set_options(values)}\n\n'
+        f'{best}\n\n  {set_options(values)}\n\n'
         'This score has chosen among the trials and is optimistic. The test folds are untouched: '
         'test these values once, as a further student of the run (its baseline has the run\'s own '
         'values):\n\n'

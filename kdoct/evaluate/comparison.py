@@ -8,7 +8,7 @@ __all__ = ['AGAINST', 'EACH_OTHER', 'SCORES', 'BETTER', 'WORSE', 'NOT_SHOWN', 'U
            'compare_models', 'p_text', 'difference_text', 'score_title', 'scores_texts', 'score_differences',
            'differences_texts', 'comparison_protocol', 'comparison_sections', 'comparison_markdown']
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #fc7a2a30
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #1bb4d34d
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from .intervals import group_weights, percentile_interval, tested_difference
 from .metrics import check_predictions, GroupedSample, weighted_metrics
 from .tables import interval_text, markdown, NO_INTERVAL, Section
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #421caa1e
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #9b0cb3ce
 def holm(
     p,  # (m,) p of the comparisons of one family; NaN: not tested, and not counted
 )->np.ndarray:  # (m,) corrected p, NaN where p is
@@ -32,7 +32,7 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(factors*p[order]))
     return out
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #59c64252
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #84438293
 def smallest_p(
     n_comparisons:int,  # in a family
     n_boot:int,         # resamples
@@ -48,7 +48,7 @@ def resamples_for(
     "Resamples that a family of comparisons needs."
     return max(at_least, int(np.ceil(4*n_comparisons/(1 - level))))
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #48ae9cef
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #36d60aba
 AGAINST, EACH_OTHER = 'against', 'each other'   # the two families
 
 SCORES = {  # score of `HEADLINE` -> its name in comparisons
@@ -78,7 +78,7 @@ def pairs_of(
     raise KdoctError(f"There is one model only: {', '.join(names)}.",
                      fix="Name several runs, or a run with several trained models.")
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #8f07fac0
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #2a737944
 class Drawn(NamedTuple):
     "A score of one model."
     of_runs:np.ndarray    # (R,) as it is, in each run
@@ -96,7 +96,7 @@ def drawn_scores(
     return {m: Drawn(np.array([p[m][0] for p in points]), np.mean([d[m] for d in drawn], axis=0))
             for m in scores}
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #de2069bc
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #dac78ec4
 def method_row(
     model:ComparedModel,     # a model, or a method of several runs
     drawn:dict[str, Drawn],  # from `drawn_scores`
@@ -110,7 +110,7 @@ def method_row(
     facts = ('parameters', 'epoch_seconds', 'best_epoch')
     return row | {fact: model.mean(fact) for fact in facts}
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #ff18bedc
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #645e0ed9
 BETTER, WORSE = 'above 0 after correction', 'below 0 after correction'
 NOT_SHOWN, UNDEFINED = 'no difference shown', 'undefined'
 
@@ -124,7 +124,7 @@ def verdict_of(
     if p_holm >= round(1 - level, 10): return NOT_SHOWN
     return BETTER if difference > 0 else WORSE
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #aabe6a35
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #c42eed08
 def difference_row(
     a:Drawn,      # score of the first model
     b:Drawn,      # the same of the second
@@ -137,7 +137,7 @@ def difference_row(
     values['difference'] = values['a_value'] - values['b_value']
     return values | tested_difference(a.resampled - b.resampled, level) | dict(sd_runs=spread)
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #34c1d39d
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #ed4295c1
 class Comparison(NamedTuple):
     "Scores of several models, and all their differences."
     scores:pd.DataFrame       # row a model: SCORE, SCORE_low, SCORE_high, parameters, epoch_seconds, ...
@@ -156,7 +156,7 @@ def _all_differences(pairs, drawn, level, scores):
     of_rows = zip(table.difference, table.p_holm, strict=True)
     return table.assign(verdict=[verdict_of(d, p, level) for d, p in of_rows])
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #19fe46f3
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #416c6c4f
 def compare_models(
     models:dict[str, ComparedModel],  # name -> model, all of the same images (`require_same_images`)
     against:str='baseline',  # role that the others are measured against
@@ -180,7 +180,7 @@ def compare_models(
     differences = _all_differences(pairs, drawn, level, scores)
     return Comparison(pd.DataFrame(rows).T.infer_objects().rename_axis('model'), differences, how)
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #6cb4240c
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #200a24dc
 def p_text(
     p:float,  # 0..1
 )->str:
@@ -210,7 +210,7 @@ def score_title(
     unit = '' if score == 'auc' else ' (points)' if difference else ' %'
     return SCORES[score] + unit
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #ae5ca732
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #7c78713d
 def _number(value, digits, factor=1, unit=''):
     "A number for reading; a dash where it is not known."
     return f'{value/factor:{digits}}{unit}' if np.isfinite(value) else '–'
@@ -229,7 +229,7 @@ def scores_texts(
     if t.runs.max() > 1: out['runs'] = t.runs.astype(int)
     return pd.DataFrame(out, index=t.index)
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #dda2e25a
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #12a0ba24
 def score_differences(
     comparison:Comparison,  # from `compare_models`
     family:str,             # AGAINST or EACH_OTHER
@@ -248,7 +248,7 @@ def score_differences(
     names = dict(difference=score_title(score, True), corrected='p, corrected')
     return pd.DataFrame(texts, index=index).rename(columns=names)
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #347ddc2e
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #15e443b3
 def _shown_by(verdicts):
     "What the scores of a pair show; `verdicts` is score -> verdict."
     parts = []
@@ -271,7 +271,7 @@ def differences_texts(
         out[f'{a} - {b}'] = texts | dict(result=_shown_by(verdicts))
     return pd.DataFrame(out).T
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #bb6251d8
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #454a08d1
 def _families_text(families, against):
     "How many comparisons each family has, in words."
     names = {AGAINST: f'with the {against}', EACH_OTHER: 'of the other pairs'}
@@ -284,7 +284,7 @@ def _floor_text(how):
     return (f' With {how["resamples"]} resamples the smallest corrected p of a family is '
             f'{floor:.2g}: nothing can be shown in it; take more.')
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #1b6d678e
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #4b4a4c85
 def comparison_protocol(
     comparison:Comparison,  # from `compare_models`
 )->str:
@@ -304,7 +304,7 @@ def comparison_protocol(
         f'{mean}{_floor_text(how)}'
     )
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #f2f348c8
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #49e1e292
 def comparison_sections(
     comparison:Comparison,  # from `compare_models`
 )->dict[str, Section]:
@@ -322,10 +322,11 @@ def comparison_sections(
         rows = d[d.family == family]
         if len(rows):
             texts = differences_texts(comparison, family)
-            out[family] = Section(title, rows.reset_index(drop=True), texts, protocol)
+            caption = 'Made as the table before.' if AGAINST in out else protocol
+            out[family] = Section(title, rows.reset_index(drop=True), texts, caption)
     return out
 
-# %% ../../nbs/05vb_evaluate.comparison.ipynb #7ea544ff
+# %% ../../nbs/05vb_evaluate.comparison.ipynb #40f8cd38
 def comparison_markdown(
     comparison:Comparison,  # from `compare_models`
 )->str:
