@@ -4247,11 +4247,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'kdoct.training.loop.make_learner': ('training.loop.html#make_learner', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.param_groups': ('training.loop.html#param_groups', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.save_resume': ('training.loop.html#save_resume', 'kdoct/training/loop.py'),
-                                     'kdoct.training.loop.score_of': ('training.loop.html#score_of', 'kdoct/training/loop.py'),
                                      'kdoct.training.loop.step_number': ('training.loop.html#step_number', 'kdoct/training/loop.py'),
-                                     'kdoct.training.loop.tempered_loss': ('training.loop.html#tempered_loss', 'kdoct/training/loop.py'),
-                                     'kdoct.training.loop.validation_scores': ( 'training.loop.html#validation_scores',
-                                                                                'kdoct/training/loop.py'),
                                      'kdoct.training.loop.warmup_cosine': ('training.loop.html#warmup_cosine', 'kdoct/training/loop.py')},
             'kdoct.training.losses': { 'kdoct.training.losses.AucMargin': ('training.losses.html#aucmargin', 'kdoct/training/losses.py'),
                                        'kdoct.training.losses.AucMargin.__init__': ( 'training.losses.html#aucmargin.__init__',
@@ -4369,4 +4365,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'kdoct.training.results.train_role': ( 'training.results.html#train_role',
                                                                                'kdoct/training/results.py'),
                                         'kdoct.training.results.write_predictions': ( 'training.results.html#write_predictions',
-                                                                                      'kdoct/training/results.py')}}}
+                                                                                      'kdoct/training/results.py')},
+            'kdoct.training.scores': { 'kdoct.training.scores.score_of': ('training.scores.html#score_of', 'kdoct/training/scores.py'),
+                                       'kdoct.training.scores.tempered_loss': ( 'training.scores.html#tempered_loss',
+                                                                                'kdoct/training/scores.py'),
+                                       'kdoct.training.scores.validation_scores': ( 'training.scores.html#validation_scores',
+                                                                                    'kdoct/training/scores.py')}}}

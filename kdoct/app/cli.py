@@ -323,7 +323,7 @@ def sources():
 
 @_command()
 def methods():
-    "List the methods of distillation, with what each compares and takes."
+    "List the methods of distillation and their options."
     from kdoct.distill.methods import methods_text
     typer.echo(methods_text())
 
