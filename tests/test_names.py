@@ -114,6 +114,28 @@ def test_two_eyes_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
 
 
 @pytest.mark.parametrize(("one", "other"), [
+    ("P0_V1", "P0_V2"), ("P0_20200101", "P0_20210101"), ("P0", "P0-visit 2"), ("7_T1", "7_T2"),
+    ("P0_OD_V1", "P0_V2_OS"), ("Doe_baseline", "Doe_follow-up"), ("P0/visit1", "P0/visit2"),
+    ("0012 (V1)", "0012_01.02.2020"), ("P0_V1_2020-01-01", "P0_V2_2021-01-01"),
+    ("1:30", "01:30:00"), ("1", "(1)"),
+])
+def test_two_visits_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other, "8")
+    assert listing.table.group.nunique() == 2 and listing.table.group[0] == listing.table.group[1]
+    assert list(listing.findings.problem) == ["patient-spelling"]
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ("Smith_V1", "Smith_V2"), ("V1", "V2"), ("site1_20200101", "site1_20200102"),
+    ("1_20200101", "1_20200102"), ("CNV-1016042-1", "CNV-1016042-2"), ("Li Fu", "Li"),
+    ("P0_20201301", "P0_20201302"), ("P0V1", "P0V2"), ("P0_1", "P0_2"),
+])
+def test_what_may_be_no_visit_keeps_patients_apart(one, other, tmp_path):
+    listing = of_patients(tmp_path, one, other)
+    assert listing.table.group.nunique() == 2 and not len(listing.findings)
+
+
+@pytest.mark.parametrize(("one", "other"), [
     ("Doe R", "Doe L"), ("Rod 7", "7"), ("Leonard5", "5"), ("7a", "7b"), ("control 7", "7"),
     ("OD1", "OD2"),
 ])
@@ -196,6 +218,8 @@ def test_no_patient_is_in_two_groups_whatever_the_table(rows):
     ("2021-03", "Mar-21", "as text"), ("1-2", "02. Jan", "as text"),
     ("1.23E+05", "123456", "as text"), ("1.23457E+14", "123456789012345", "as text"),
     ("1234567890123450", "1234567890123456", "as text"),
+    ("3-1", "2024-03-01", "as text"), ("3-1", "3/1/2024", "as text"), ("1-3", "01.03.", "as text"),
+    ("MAR1", "1-Mar", "as text"), ("1", "100%", "as text"), ("CNV/3-1", "CNV/2024-03-01", "as text"),
 ])
 def test_patients_who_may_be_one_are_refused_where_it_cannot_be_known(one, other, helps, tmp_path):
     with pytest.raises(
@@ -208,6 +232,17 @@ def test_patients_who_may_be_one_are_refused_where_it_cannot_be_known(one, other
 def test_a_rounded_number_is_refused_alone_for_it_may_be_several_patients(tmp_path):
     with pytest.raises(KdoctError, match="line 3 and 1 other: patient '1.23457E\\+14'"):
         of_patients(tmp_path, "7", "1.23457E+14", "1.23457E+14")
+
+
+def test_the_number_of_a_day_is_a_date_only_where_most_other_names_are_like_3_1():
+    assert doubtful_spellings(["3-1", "3-2", "3-3", "45352"])[0][0] == ["3-1", "45352"]
+    assert doubtful_spellings(["3-1", "7", "8", "45352"]) == []
+
+
+def test_one_rounded_number_beside_many_that_share_its_first_digits_is_doubtful():
+    many = [str(12345678901234567 + i) for i in range(12)]
+    assert doubtful_spellings([*many, "12345678901234500"])
+    assert doubtful_spellings([str(12345678901234500 + i) for i in range(12)]) == []
 
 
 def test_long_numbers_in_a_row_are_no_rounded_ones():

@@ -346,7 +346,7 @@ def sources():
 
 @_command()
 def methods():
-    "List the methods of distillation. Each is shown with what it compares and takes."
+    "List the methods of distillation and their options."
     from kdoct.distill.methods import methods_text
     typer.echo(methods_text())
 

@@ -127,6 +127,8 @@ def _what_is_noted(imported:dict)->list[str]:
     if part := imported.get('weights'): notes.append(f"Of the file, {part} is used.")
     if names := imported.get('classes'):
         notes.append(f"The file calls its classes {', '.join(names)}; they have the names given.")
+    if 'global_pool' in imported:
+        notes.append("It has fc_norm: its classifier takes the mean of the patches.")
     if n := imported.get('counters'):
         notes.append(f"The file lacks {n} counters of batches (num_batches_tracked), which old "
                      f"versions of PyTorch did not write: they are 0, which changes no prediction.")

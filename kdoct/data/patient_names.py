@@ -123,6 +123,50 @@ def _without_eye(key:str)->str:
     rest = _EYE_IN_NAME.sub(' ', key).strip(' :,;')
     return part_key(rest) if rest and rest != key else key
 
+# %% ../../nbs/01aa_data.patient_names.ipynb #visit-words
+_BASE_WORDS = r'base[ _-]?line|follow[ _-]?ups?'
+
+_COUNTED_WORDS = r'visite?|besuch|session|exam|time ?point|month|week|day|year'
+
+_SHORT_WORDS = 'v|t|tp|fu|bl|ses'   # they may be anything, but for a code before them
+
+_VISIT_DAY = r'(?:19|20)\d\d[-._ ]?\d\d?[-._ ]?\d\d?|\d\d?[-._]\d\d?[-._](?:19|20)\d\d'
+
+_EYE_BEHIND = rf'(?:[\s_–—-]+[(\[]?(?:{_LONG_EYES}|{_SHORT_EYES})[)\]]?)?'
+
+_VISIT = re.compile(   # what may stand behind a patient
+    rf'(?P<patient>.*[^\s_–—-])[\s_–—-]+[(\[]?'
+    rf'(?:(?:(?:{_BASE_WORDS})[ _-]*\d{{0,3}}|(?:{_COUNTED_WORDS})[ _-]*\d{{1,3}})'
+    rf'|(?P<short>(?:{_SHORT_WORDS})\d{{1,2}}|fu|bl)'
+    rf'|(?P<day>{_VISIT_DAY}))[)\]]?{_EYE_BEHIND}'
+)
+
+_PLACES = 'site|cent(?:er|re)|hospital|clinic|study|batch|scanner|device|group|class'
+
+# P0, or a number of four digits; no place, where a patient may be a date
+_CODE = re.compile(
+    rf'(?!(?:{_PLACES})[\s_-]*\d)(?:\D*[^\W\d_]\D*\d.*|\d{{4,}})'
+)
+
+# %% ../../nbs/01aa_data.patient_names.ipynb #visit-left-out
+def _is_day(text:str)->bool:
+    "Whether a text is one day or another: 20200101, 2020-01-01, 1_1_2020."
+    digits = re.fullmatch(r'(\d{4})(\d\d)(\d\d)', text)
+    if digits: return bool(_day(*map(int, digits.groups())))
+    return bool(dates_meant(re.sub('[._ ]', '-', text)))
+
+def _without_visit(part:str)->str:
+    "A part of a name without the visits behind it: V1, visit2, baseline, a date. What is nothing else stays."
+    while m := _VISIT.fullmatch(part):
+        patient, day = m['patient'], m['day']
+        if day: is_visit = _CODE.fullmatch(patient) and _is_day(day)
+        else: is_visit = not m['short'] or re.search(r'\d', patient)
+        if not is_visit: break
+        part = patient
+    return part
+
+_VISIT_ALONE = re.compile(rf'(?:{_BASE_WORDS})[ _-]*\d{{0,3}}|visite?[ _-]*\d{{1,3}}')
+
 # %% ../../nbs/01aa_data.patient_names.ipynb #8503df18
 _SLASH_DATE = re.compile(r'(?:(.*)/)?(\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/(?:\d{4}|\d\d))')
 
@@ -134,12 +178,18 @@ def _patient_parts(name:str)->list[str]:
     before = m[1].split('/') if m[1] else []
     return [plain_text(part) for part in (*before, m[2])]
 
+_TIME = re.compile(r'0*(\d{1,2}:\d\d)(?::00(?:\.0+)?)?')   # as a spreadsheet reads and shows it
+
+_BRACKETED = re.compile(r'\( *([^()]*[^() ]) *\)|\[ *([^][]*[^][ ]) *\]')
+
 @lru_cache(1 << 16)
 def _patient_part_key(part:str)->str:
     "`part_key` without a title; one key for all forms of a certain date."
     days = dates_meant(part)
     if len(days) == 1: return number_key(min(days))
-    key = _without_eye(same_name_key(part))
+    if m := _TIME.fullmatch(part): return m[1]
+    if m := _BRACKETED.fullmatch(part): part = m[1] or m[2]
+    key = _without_eye(same_name_key(_without_visit(part)))
     if _TITLE.match(key): key = part_key(_TITLE.sub('', key, count=1))
     return number_key(key) or key
 
@@ -147,8 +197,10 @@ def _patient_part_key(part:str)->str:
 def same_patient_key(
     name:str,  # of a patient or group
 )->str:        # equal for all spellings of one patient
-    "`same_name_key` without the word for patient before a number and without an eye, and with one form for a date."
-    keys = [_patient_part_key(part) for part in _patient_parts(name)]
+    "`same_name_key` without the word for patient before a number, an eye and a visit; with one form for a date."
+    first, *more = _patient_parts(name)
+    parts = [first, *(part for part in more if not _VISIT_ALONE.fullmatch(part))]
+    keys = [_patient_part_key(part) for part in parts]
     return '/'.join([key for key in keys if key not in _EYE_WORDS] or keys)
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #a57add61
@@ -201,9 +253,10 @@ _FIXES = {  # why two names may be one -> what helps
     'a date may have been written in another form': "Write all dates as 2021-03-04.",
     'a spreadsheet turns 1-2 into a date': _AS_TEXT + '.',
     'a spreadsheet rounds long numbers': _AS_TEXT + _OR_RIGHT,
+    'a spreadsheet turns 1 into 100%': _AS_TEXT + '.',
 }
 
-_DECIMALS, _MARK, _DATE, _MONTH, _LONG = _FIXES
+_DECIMALS, _MARK, _DATE, _MONTH, _LONG, _PERCENT = _FIXES
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #119852e5
 def _as_thousands(part:str)->list[str]:
@@ -227,10 +280,18 @@ def _as_month(part:str)->list[str]:
     def names(month): return [name for name, i in _MONTHS.items() if i == month]
     if m := re.fullmatch(r'\d\d(\d\d)[-/.](\d\d?)', part):
         return [f'{name}{m[1]}' for name in names(int(m[2]))]
+    if (m := re.fullmatch(r'([^\W\d_]{3,9})(\d\d?)', part)) and m[1][:3] in _MONTHS:   # MAR1
+        return [f'{int(m[2])}{name}' for name in names(_MONTHS[m[1][:3]])]
     m = re.fullmatch(r'(\d\d?)[-/.](\d\d?)', part)
     pairs = [(int(m[1]), int(m[2])), (int(m[2]), int(m[1]))] if m else []
     dates = [(day, name) for day, month in pairs for name in names(month)]
     return [key for day, name in dates for key in (f'{day}{name}', f'{name}{day}')]
+
+# %% ../../nbs/01aa_data.patient_names.ipynb #as-percent
+def _as_percent(part:str)->list[str]:
+    "The number that a spreadsheet shows as a percentage."
+    m = re.fullmatch(r'(\d{1,9}) ?%', part)
+    return [number_key(f'{m[1]}e-2')] if m else []
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #0ef4cb99
 def _as_rounded(part:str, kept:Iterable[int])->list[str]:
@@ -251,6 +312,7 @@ def _other_keys(parts:list[str], kept:set[int])->list[tuple[str, str]]:
             _DATE: _as_date(part),
             _MONTH: _as_month(part),
             _LONG: _as_rounded(part, kept),
+            _PERCENT: _as_percent(part),
         }
     return [
         (within(i, other), why)
@@ -284,9 +346,11 @@ def _lost_digits(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
 def _kept_digits(parts:list[str])->set[int]:
     "How many digits a spreadsheet may have kept: those of 1.23E+05; 15 where many long numbers end in zeros."
     long = {p for p in parts if re.fullmatch(r'[1-9]\d{15,}', p)}
-    cut = sum(p[_KEPT:].strip('0') == '' for p in long)
+    cut = [p for p in long if p[_KEPT:].strip('0') == '']
+    lonely = [p for p in cut if not {str(int(p) - 1), str(int(p) + 1)} & long]   # in no row of numbers
+    by_chance = sum(10.**(_KEPT - len(p)) for p in long)
     shown = {1 + len(m[2] or '') for p in parts if (m := _ROUNDED.fullmatch(p))}
-    more_than_by_chance = cut > len(long)/5
+    more_than_by_chance = len(cut) > len(long)/5 or len(lonely) > 4*by_chance
     return shown | {_KEPT} if more_than_by_chance else shown
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #7efbacae
@@ -300,6 +364,35 @@ def _uncertain_dates(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
             if its_form != form: found.append(([other, name], _DATE))
     return found
 
+# %% ../../nbs/01aa_data.patient_names.ipynb #made-days
+_SHORT_DAY = re.compile(r'(\d\d?)-(\d\d?)')
+
+_SERIALS = range(36526, 54789)   # Excel's numbers of the days from 2000 to 2049
+
+def _day_and_month(part:str, serials:bool)->set[tuple[int, int]]:
+    "Month and day of what a spreadsheet may have made of 3-1: a date, '01.03.', and, if wanted, a number of days."
+    days = {(int(d[4:6]), int(d[6:])) for d in dates_meant(part)}
+    if m := re.fullmatch(r'(\d\d?)\.(\d\d?)\.', part): days.add((int(m[2]), int(m[1])))
+    if serials and part.isdecimal() and int(part) in _SERIALS:
+        day = date.fromordinal(int(part) + _FIRST_DAYS[0])
+        days.add((day.month, day.day))
+    return days
+
+def _made_days(parts:dict[str, list[str]])->list[tuple[list[str], str]]:
+    "Names such as 3-1 and the dates that a spreadsheet may have made of them."
+    short = {name: m for name, ps in parts.items() if (m := _SHORT_DAY.fullmatch(ps[-1]))}
+    serials = {name for name, ps in parts.items() if ps[-1].isdecimal() and int(ps[-1]) in _SERIALS}
+    mostly_short = len(short) > len(parts.keys() - serials)/2
+    by_day = {}
+    for name, ps in parts.items():
+        for day in _day_and_month(ps[-1], mostly_short): by_day.setdefault((*ps[:-1], *day), name)
+    found = []
+    for name, m in short.items():
+        pairs = [(int(m[1]), int(m[2])), (int(m[2]), int(m[1]))]
+        others = (by_day.get((*parts[name][:-1], *pair)) for pair in pairs)
+        found += [(sorted([name, other]), _MONTH) for other in others if other]
+    return found
+
 # %% ../../nbs/01aa_data.patient_names.ipynb #a1da7e05
 def doubtful_spellings(
     names:Iterable[str],             # patients or groups of one table
@@ -308,7 +401,8 @@ def doubtful_spellings(
     parts, by_key = {name: _patient_parts(name) for name in sorted(set(names))}, {}
     for name in parts: by_key.setdefault(same_patient_key(name), []).append(name)
     kept = _kept_digits([p for ps in parts.values() for p in ps])
-    found = _lost_zeros(parts, by_key) + _lost_digits(parts) + _uncertain_dates(parts)
+    found = _lost_zeros(parts, by_key) + _lost_digits(parts)
+    found += _uncertain_dates(parts) + _made_days(parts)
     for name, ps in parts.items():
         for key, why in _other_keys(ps, kept):
             others = by_key.get(key, [])

@@ -17,6 +17,7 @@ from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
+from ..evaluate.protocol import folds_of_origin
 from ..evaluate.variants import blanked_warning
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #131af7a5
@@ -158,6 +159,13 @@ def _measured(run, fold, role):
     )
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #355124db
+def _unknown_folds(run, fold, role):
+    "That nobody knows what the network, or a teacher of it, has learned from."
+    own = read_json(run.stage_dir(fold, role)/'model.json')
+    networks = {role: own} | {r: run.stage(f'fold_{fold}/{r}') for r in teachers_of(own)}
+    texts = [folds_of_origin(r, facts) for r, facts in networks.items()]
+    return [f'{t[0].upper()}{t[1:]}.' for t in texts if 'folds not known' in t]
+
 def _warnings(run, fold, role):
     "What must be known before any number: the class shows outside the retina, a leak was kept, ..."
     verdict, words = run_verdict(run)
@@ -167,7 +175,7 @@ def _warnings(run, fold, role):
     if row:
         scores = {k: np.nan if v is None else v for k, v in row.items()}
         warnings.append(blanked_warning({role: scores}))
-    return [w for w in warnings if w]
+    return [w for w in [*warnings, *_unknown_folds(run, fold, role)] if w]
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #17f609dd
 _NOT_INTENDED = (

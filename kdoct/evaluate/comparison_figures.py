@@ -29,6 +29,7 @@ from kdoct.evaluate.comparison import (
     WORSE,
 )
 from .figure_style import PALETTE, save_figure, styled_axes
+from .protocol import origins_text
 from .tables import further_students, Section
 
 # %% ../../nbs/05vc_evaluate.comparison_figures.ipynb #56b13d11
@@ -115,6 +116,7 @@ def compare_students(
     if not further_students(models): return {}, {}
     e = run.recipe.evaluate
     made = compare_models(models, level=e.level, seed=run.recipe.seed, at_least=e.n_boot)
-    sections = comparison_sections(made)
-    named = {f'comparison_{name.replace(" ", "_")}': s for name, s in sections.items()}
+    named, origins = {}, origins_text(run, folds)
+    for name, s in comparison_sections(made).items():
+        named[f'comparison_{name.replace(" ", "_")}'] = s._replace(caption=s.caption + origins)
     return named, dict(comparison=forest_figure(made))

@@ -12,6 +12,7 @@ from ..core.files import counted
 from ..core.runs import Run
 from ..data.shortcuts import run_verdict
 from .pooling import folds_text
+from .protocol import origins_of_teachers
 from .tables import joined_row_names, Section
 from .variants import blanked_warning
 
@@ -54,6 +55,12 @@ def _of_data(run):
         )
     return out
 
+# %% ../../nbs/05ta_evaluate.run_warnings.ipynb #c2400b9d
+def _of_teachers(run):
+    "Teachers from elsewhere of which nobody knows what they have learned from."
+    unknown = [t for t in origins_of_teachers(run) if 'folds not known' in t]
+    return [f'{t[0].upper()}{t[1:]}.' for t in unknown]
+
 # %% ../../nbs/05ta_evaluate.run_warnings.ipynb #1878ae52
 def _unfitted(sections):
     "Decisions that could not be fitted to their targets, one sentence a table."
@@ -79,4 +86,4 @@ def warnings_of(
     out = [f'Shortcut. {words}'] if verdict == 'above' else []
     if 'blanked' in sections:
         out.append(blanked_warning(sections['blanked'].table.to_dict('index')))
-    return [w for w in [*out, *_of_data(run), *_unfitted(sections)] if w]
+    return [w for w in [*out, *_of_data(run), *_of_teachers(run), *_unfitted(sections)] if w]

@@ -30,6 +30,7 @@ from ..core.requirements import require_same_arch, require_weights
 from ..core.sections import TrainRecipe
 from ..data.packaged_weights import load_packaged_weights
 from .arithmetic import autocast, resolve_precision
+from .foundation import foundation_state, pooling_of
 from .multiscale import MultiScale
 from .ofa import map_ofa_names
 
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.body, self.size = body, size
         self.interpolation, self.precision = interpolation, precision
+        self.changes = {}   # of a file's weights, so that they fit: see `foundation_state`
         for name, values in (('mean', mean), ('std', std)):
             values = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -567,7 +569,10 @@ def state_for(
 
 def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."
-    body, state = timm_model(arch, size, **kwargs), state_for(arch, path)
+    require_arch(arch)
+    state = state_for(arch, path)
+    body = timm_model(arch, size, **kwargs, **pooling_of(arch, state))
+    state, body.changes = foundation_state(body, state)
     return _load_all_but_head(body, state, Path(path).name, arch)
 
 # %% ../../nbs/02a_models.backbones.ipynb #a803b65f
@@ -602,7 +607,8 @@ def _from_model_folder(folder:str, arch:str, size:int, **kwargs)->nn.Module:
     about, state = read_model_folder(folder)
     require_same_arch(about, folder, arch)
     what = f"The network in {folder} ({about['input_size']} px)"
-    body = _load_all_but_head(timm_model(arch, size, **kwargs), state, what, arch)
+    body = timm_model(arch, size, **kwargs, **pooling_of(arch, state))
+    body = _load_all_but_head(body, state, what, arch)
     learned = {k: about[k] for k in ('mean', 'std', 'interpolation')}
     body.pretrained_cfg = {**body.pretrained_cfg, **learned}
     return body
@@ -631,6 +637,7 @@ def create_classifier(
     body.reset_classifier(n_classes)
     precision = resolve_precision(recipe.precision, device)
     net = Classifier(body, size, cfg['mean'], cfg['std'], cfg['interpolation'], precision)
+    net.changes = getattr(body, 'changes', {})
     return net.to(device, memory_format=torch.channels_last).train()
 
 # %% ../../nbs/02a_models.backbones.ipynb #3861e8d3

@@ -38,9 +38,11 @@ from kdoct.models.backbones import (
     head_names,
     read_model_folder,
     recorded_classes,
+    require_arch,
     state_for,
     timm_model,
 )
+from .foundation import encoder_state, pooling_of, size_of_positions
 
 # %% ../../nbs/02aa_models.folders.ipynb #ea5b27f7
 def data_identity(
@@ -101,7 +103,8 @@ def load_model_folder(
     "Read a model folder; `KdoctError` if it is incomplete or its halves do not belong together."
     about, state = read_model_folder(folder)
     size = about['input_size']
-    body = timm_model(about['arch'], size, num_classes=len(about['classes']))
+    pooling = pooling_of(about['arch'], state)
+    body = timm_model(about['arch'], size, num_classes=len(about['classes']), **pooling)
     check_fit(body, state, f'The network in {folder}', about['arch'])
     body.load_state_dict(state)
     net = Classifier(body, size, about['mean'], about['std'], about['interpolation'])
@@ -290,17 +293,38 @@ def _names_in_file(path:str|Path, classes:list[str])->list[str]:
         if there != plain: others = names
     return others
 
+# %% ../../nbs/02aa_models.folders.ipynb #8d84b9df
+def _refuse_encoder(body:nn.Module, state:dict, arch:str, path:str|Path):
+    "`KdoctError` if a file has all of a network but its classifier."
+    head = head_names(body)
+    own = {k for k in body.state_dict() if not k.startswith(head)}
+    if own != set(encoder_state(state)[0]): return
+    raise KdoctError(
+        f"{Path(path).name} has no classifier: it is an encoder, which knows no classes.",
+        fix=f"Train a network from it: --set teacher.arch={arch} "
+            f"--set teacher.weights={shlex.quote(str(path))}",
+    )
+
+def _require_own_size(body:nn.Module, state:dict, file:str):
+    "`KdoctError` if a transformer's positions are of another input size."
+    size = size_of_positions(body, state)
+    if size is None: return
+    raise KdoctError(f"{file} does not fit: its positions are of pictures of {size} px.",
+                     fix=f"Import it for that size: --size {size}")
+
 # %% ../../nbs/02aa_models.folders.ipynb #d29e05c8
 def _state_that_fits(
-    body:nn.Module, arch:str, path:str|Path, classes:list[str], weights:str
+    body:nn.Module, given:dict, arch:str, path:str|Path, classes:list[str], weights:str
 )->tuple[dict, dict]:
     "Tensors of a file under the network's names, and what is to be known of it; `KdoctError` if they do not fit."
-    file, given = Path(path).name, state_for(arch, path, weights)
-    state = adapted(body, given)
+    file, state = Path(path).name, adapted(body, given)
     _check_classes(body, state, file, classes)
+    _refuse_encoder(body, state, arch, path)
+    _require_own_size(body, state, file)
     check_fit(body, state, file, arch)
     others = _names_in_file(path, classes)
-    noted = dict(weights=weights, classes=others, counters=len(state) - len(given))
+    noted = dict(weights=weights, classes=others, counters=len(state) - len(given),
+                 **pooling_of(arch, state))
     about = dict(file=file, sha256=sha256_file(path))
     return state, about | {k: v for k, v in noted.items() if v}
 
@@ -323,8 +347,10 @@ def import_model_folder(
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     _check_import(folder, role, classes)
-    body = timm_model(arch, size, num_classes=len(classes))
-    state, imported = _state_that_fits(body, arch, path, classes, weights)
+    require_arch(arch)
+    given = state_for(arch, path, weights)
+    body = timm_model(arch, size, num_classes=len(classes), **pooling_of(arch, given))
+    state, imported = _state_that_fits(body, given, arch, path, classes, weights)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
     about = dict(role=role, arch=arch, classes=list(classes), **_UNKNOWN, coloured=coloured,

@@ -22,6 +22,7 @@ from ..data.batches import Batches
 from ..data.retina_mask import blank_retina
 from ..data.fold_data import FoldData, open_fold
 from ..models.backbones import Classifier, create_classifier
+from ..models.foundation import changes_text
 from kdoct.models.folders import (
     check_origin,
     data_identity,
@@ -45,13 +46,13 @@ from kdoct.training.loop import (
     keep_freed_memory,
     make_learner,
     ResumableLearner,
-    score_of,
-    validation_scores,
 )
 
 from .losses import hard_loss
 
 from .precision import peak_memory, rounds_steps
+
+from .scores import score_of, validation_scores
 
 # %% ../../nbs/02k_training.results.ipynb #517955e6
 @torch.inference_mode()
@@ -300,6 +301,16 @@ def _resume_key(run:Run, data:FoldData, role:str, distilled_from:dict)->str:
     known = run.recipe.network_key(role), data.folds_sha256, role, _ORDER
     return ' '.join([*known, *teachers, *several])
 
+# %% ../../nbs/02k_training.results.ipynb #6656be67
+def _with_changes(run:Run, data:FoldData, role:str, origin:dict, changes:dict)->dict:
+    "The origin of the first weights with what was left out or resampled of them, printed and recorded."
+    origin = origin | changes
+    if rank_world()[0] or not changes: return origin
+    key, notes = f'fold_{data.fold}/{role}', changes_text(changes)
+    for note in notes: print(note)
+    run.record(key, weights_from=origin, notes=[*run.stage(key).get('notes', []), *notes])
+    return origin
+
 # %% ../../nbs/02k_training.results.ipynb #train-role
 def train_role(
     run:Run,       # an existing run whose data stage is done
@@ -318,6 +329,7 @@ def train_role(
         began, origin = time.perf_counter(), check_start(run, data, role)
         key = _resume_key(run, data, role, facts.get('distilled_from', {}))
         learn = _fold_learner(run, data, role, key, cbs)
+        origin = _with_changes(run, data, role, origin, learn.model.changes)
         with _within_memory(run, role): learn.fit(run.recipe.training(role).epochs)
         if rank: return broadcast(None)
         seconds, facts = time.perf_counter() - began, dict(weights_from=origin, **facts)
