@@ -5,13 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from kdoct import __version__
+from kdoct.app import cli_models
 from kdoct.app.cli import app, main
 from kdoct.app.cli_options import recipe_of
-from kdoct.core.files import outputs_root
+from kdoct.core.files import outputs_root, write_json
 from kdoct.core.runs import create_run
 
 
@@ -513,3 +516,92 @@ def test_export_names_the_command_that_trains(capsys):
 def test_an_input_size_that_no_network_has_is_refused():
     typed = "import w.pth --model resnet18 --classes A,B --size 100000"
     assert CliRunner().invoke(app, typed.split()).exit_code == 2
+
+
+def test_stage_notebooks_that_are_not_there_leave_no_run(capsys, tmp_path):
+    printed = refused(capsys, "crossval", "--preset", "tiny", "--notebooks", tmp_path / "nosuch")
+    assert "There is no" in printed and "kdoct notebooks DIR" in printed
+    assert not outputs_root().exists()
+
+
+def of_three_classes(folder):
+    for label, patient in ((c, i) for c in ("CNV", "DRUSEN", "NORMAL") for i in range(8)):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        name = f"P{label}{patient}_1.png"
+        noise = np.random.default_rng([patient, *label.encode()]).integers(0, 255, (40, 48), np.uint8)
+        Image.fromarray(noise).save(folder / label / name)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["crossval", "folds"])
+def test_a_teacher_of_other_classes_leaves_no_run(command, capsys, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    about = dict(arch="test_efficientnet", input_size=48, classes=["NORMAL", "CNV"])
+    write_json(mine / "model.json", about)
+    given = ["--preset", "tiny", "--source", "folder",
+             "--data-root", of_three_classes(tmp_path / "images"),
+             "--group-pattern", r"(P\w+)_", "--run", "x"]
+    if command == "folds":
+        given += ["--set", f"teacher.weights={mine}", "--set", "teacher.train=false"]
+    else: given += ["--teacher", mine]
+    printed = refused(capsys, command, *given)
+    assert "has the classes NORMAL, CNV; here they are CNV, DRUSEN, NORMAL" in printed
+    assert "Leave the other classes out: --classes NORMAL,CNV" in printed
+    assert not (outputs_root() / "x").exists()
+
+
+def test_simulated_images_and_a_teacher_of_other_classes_leave_no_run(capsys, tmp_path):
+    about = dict(arch="test_efficientnet", input_size=48, classes=["NORMAL", "AMD"])
+    write_json(tmp_path / "mine" / "model.json", about)
+    printed = refused(capsys, "crossval", "--preset", "tiny", "--teacher", tmp_path / "mine")
+    assert "has the classes NORMAL, AMD; here they are NORMAL, DRUSEN, CNV, DME" in printed
+    assert "Leave the other" not in printed and not outputs_root().exists()
+
+
+@pytest.mark.parametrize("typed", [["--classes", "CNV"], ["--set", "data.classes=NORMAL"]])
+def test_one_class_is_refused(typed, capsys):
+    printed = refused(capsys, "recipe", *typed)
+    assert "is one class; name two or more" in printed
+
+
+@pytest.mark.parametrize("typed", [
+    ["--source", "Folder"],
+    ["--source", "ucsd", "--group-pattern", "(P)"],
+    ["--classes", "CNV,CNV"],
+])
+def test_a_recipe_that_is_refused_is_not_shown(typed, capsys):
+    with pytest.raises(SystemExit): main(["recipe", *typed])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("typed, meant", [
+    (["--source", "Folder"], "folder"), (["--preset", "paper_neh"], "paper-neh"),
+])
+def test_a_misspelt_source_or_preset_is_answered_with_what_was_meant(typed, meant, capsys):
+    assert f"Did you mean {meant}?" in refused(capsys, "recipe", *typed)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as e: main(["--version"])
+    assert e.value.code == 0 and capsys.readouterr().out == f"kdoct {__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["--run", "--preset", "--source", "--data-root", "--classes"])
+def test_an_option_with_an_empty_text_is_refused(name, capsys):
+    "As a shell gives it where a variable is not set."
+    assert f"{name} is given an empty text" in refused(capsys, "crossval", name, "")
+
+
+def test_stage_notebooks_are_written_to_an_empty_folder_only(capsys, tmp_path):
+    (tmp_path / "model.json").write_text("{}")
+    printed = refused(capsys, "notebooks", tmp_path)
+    assert "already has model.json" in printed and "Give an empty folder" in printed
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_pattern_that_the_shell_left_is_named(capsys, tmp_path):
+    for name in ("a_0.png", "b_0.png", "[c].png"): (tmp_path / name).touch()
+    printed = refused(capsys, "predict", tmp_path, tmp_path / "*_0.png")
+    assert "It stands for 2 files" in printed and "Take the quotes away" in printed
+    cli_models._refuse_patterns([tmp_path / "[c].png"])   # a file of this name is there

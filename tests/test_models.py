@@ -484,6 +484,36 @@ def test_numbers_that_are_not_finite_are_refused(theirs, tmp_path):
         imported(tmp_path, state)
 
 
+def test_weights_that_are_all_zero_are_refused(theirs, tmp_path):
+    "As a file is that was written before the weights were there."
+    zeros = {k: torch.zeros_like(v) for k, v in theirs.state_dict().items()}
+    with pytest.raises(KdoctError, match='holds no trained weights'): imported(tmp_path, zeros)
+
+
+@pytest.mark.parametrize('kind', [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_quantised_weights_are_refused_in_a_sentence(kind, theirs, tmp_path):
+    "PyTorch would copy their numbers without the scales that belong to them."
+    state = {k: v.to(kind) if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
+    with pytest.raises(KdoctError, match=f"weights as {str(kind).removeprefix('torch.')}, in"):
+        imported(tmp_path, state)
+
+
+def test_half_precision_is_imported(theirs, tmp_path):
+    imported(tmp_path, {k: v.bfloat16() for k, v in theirs.state_dict().items()})
+
+
+def test_weights_below_a_beginning_beside_a_head_of_another_name_are_told_how_to_fit(
+    theirs, tmp_path
+):
+    def theirs_name(k): return k.replace('classifier', 'head') if 'class' in k else f'backbone.{k}'
+    state = {theirs_name(k): v for k, v in theirs.state_dict().items()}
+    n = len(state)
+    with pytest.raises(KdoctError) as e: imported(tmp_path, state)
+    assert f"{n - 2} of {n} fit once 'backbone.' is taken from their names" in e.value.problem
+    assert 'head.weight for classifier.weight, head.bias for classifier.bias' in e.value.problem
+    assert 'under the names that timm has' in e.value.fix
+
+
 def test_pickled_code_is_not_run(theirs, tmp_path):
     class Trap:
         def __reduce__(self): return Path.touch, (tmp_path/'executed',)

@@ -1,7 +1,9 @@
 "A network of one's own as the teacher: in a run, in one's own fastai Learner, and in a plain loop."
 import copy
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -261,6 +263,43 @@ def test_what_cannot_teach_is_refused(images, folder):
         fit(learner(loaders(images), folder, nn.CrossEntropyLoss(reduction='none')))
     with pytest.raises(KdoctError, match='Views that come back'):
         fit(learner(loaders(images), folder, recipe=DistillRecipe(views=2)))
+
+
+@pytest.mark.parametrize('normalised', [((0,)*3, (0,)*3), ((.5,)*3, (.2, -.2, .2))])
+def test_a_normalisation_that_cannot_be_is_refused(normalised):
+    with pytest.raises(KdoctError, match='No picture was normalised by'):
+        Teachers(student(), normalised=normalised)
+
+
+def test_a_teacher_that_gives_probabilities_is_refused():
+    teacher, x = nn.Sequential(student(), nn.Softmax(1)), torch.rand(4, 3, 32, 32)
+    with pytest.raises(KdoctError, match='gives probabilities, not logits') as e:
+        Teachers(teacher).loss(torch.zeros(()), student()(x), x)
+    assert 'without its Softmax' in e.value.fix
+    Teachers(nn.Sequential(student(), nn.LogSoftmax(1))).loss(torch.zeros(()), student()(x), x)
+
+
+def test_two_callbacks_in_one_learner_are_refused(images, folder):
+    learn = learner(loaders(images), folder, cbs=[Distill(folder)])
+    with pytest.raises(KdoctError, match='two Distill callbacks'): fit(learn)
+
+
+def test_what_is_no_model_folder_is_answered_with_the_import(tmp_path):
+    with pytest.raises(KdoctError, match='There is no model folder .*nosuch') as e:
+        Teachers(tmp_path/'nosuch')
+    assert 'kdoct import' in e.value.fix
+    torch.save(student().state_dict(), tmp_path/'plain.pth')
+    with pytest.raises(KdoctError, match='is a file, no model folder') as e:
+        Teachers(tmp_path/'plain.pth')
+    assert f"kdoct import {tmp_path/'plain.pth'} --model" in e.value.fix
+
+
+def test_the_guide_to_ones_own_teacher_has_the_same_classes_throughout(tmp_path):
+    text = (Path(__file__).parents[1]/'docs'/'own_teacher.md').read_text(encoding='utf-8')
+    written = re.search(r'kdoct import .* --classes (\S+)', text)[1].split(',')
+    in_loop = [re.findall(r"'(.+?)'", m) for m in re.findall(r'classes=(\[.*?\])', text)]
+    assert in_loop
+    for classes in in_loop: Teachers(model_folder(tmp_path/'mine', written), classes=classes)
 
 
 def test_grey_pictures_of_a_data_block_teach_too(images, folder):

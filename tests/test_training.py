@@ -31,12 +31,11 @@ from kdoct.training.inference import InferenceModel
 from kdoct.training.loop import (
     make_learner,
     param_groups,
-    score_of,
-    validation_scores,
     warmup_cosine,
 )
 from kdoct.training.losses import balanced_weights, cross_entropy, hard_loss
 from kdoct.training.precision import faster, measure_steps
+from kdoct.training.scores import score_of, validation_scores
 
 # One training in a process of its own. It prints a line after every batch, so that the test can kill it at a known place.
 SCRIPT = textwrap.dedent('''

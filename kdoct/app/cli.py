@@ -41,7 +41,8 @@ from kdoct.app.cli_options import (
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
-from .stages import new_run
+from .stages import new_run, require_teacher_classes
+from .. import __version__
 from kdoct.core.files import (
     KdoctError,
     outputs_root,
@@ -65,16 +66,37 @@ app = typer.Typer(
 )
 _command = partial(app.command, cls=PlainHelp)
 
+# %% ../../nbs/10_app.cli.ipynb #8daee107
+def _print_version(is_wanted:bool):
+    "Print the version, and leave."
+    if not is_wanted: return
+    typer.echo(f'kdoct {__version__}')
+    raise typer.Exit
+
+_VersionOption = Annotated[
+    bool,
+    typer.Option(
+        '--version', help="Print the version.", callback=_print_version, is_eager=True
+    ),
+]
+
+@app.callback()
+def _program(version:_VersionOption=False): pass
+
 # %% ../../nbs/10_app.cli.ipynb #f75246e0
-def _checked_run(recipe, name:str, folds:str, about:str='')->tuple:
+def _checked_run(
+    recipe, name:str, folds:str, notebooks:Path|None=None, about:str=''
+)->tuple:
     "The run, its folds, and whether it is new; `KdoctError` before it is made, if something it needs is missing."
     is_new = not (outputs_root()/name/'run.json').exists()
     # at once; `new_run` checks it too, after torch is there
     if is_new: require_data_root(recipe.data)
     for role in recipe.roles: require_weights(recipe.training(role))
     typer.echo(f'{about}Loading libraries ...')
-    from kdoct.app.crossval import parse_folds  # here, so that `kdoct --help` does not wait for torch
+    # here, so that `kdoct --help` does not wait for torch
+    from kdoct.app.crossval import parse_folds, require_notebooks
     numbers = parse_folds(folds, recipe.data.n_folds)
+    require_notebooks(recipe, numbers, notebooks)
     return new_run(name, recipe), numbers, is_new
 
 # %% ../../nbs/10_app.cli.ipynb #d41dd572
@@ -128,7 +150,7 @@ def demo(
     "Run every stage on a small simulated data set. It takes about 5 minutes on 2 cores."
     recipe = recipe_of('demo', '', '', changes)
     name = run_name(run, 'demo', recipe)
-    _all_stages(*_checked_run(recipe, name, '0', _DEMO), notebooks)
+    _all_stages(*_checked_run(recipe, name, '0', notebooks, _DEMO), notebooks)
 
 # %% ../../nbs/10_app.cli.ipynb #0662f39c
 @_command()
@@ -148,7 +170,7 @@ def crossval(
     data = dict(group_pattern=group_pattern, classes=classes)
     recipe = recipe_of(preset_name, source, data_root, changes, teachers, run, **data)
     name = run_name(run, preset_name, recipe)
-    _all_stages(*_checked_run(recipe, name, folds), notebooks)
+    _all_stages(*_checked_run(recipe, name, folds, notebooks), notebooks)
 
 # %% ../../nbs/10_app.cli.ipynb #06040fc7
 def _echo_shortcuts(table, root):
@@ -225,7 +247,7 @@ def audit(
 # %% ../../nbs/10_app.cli.ipynb #3824b2d6
 def _look_first(name:str):
     "The audit, and folds as a trial, before a run is made; what is refused leaves its findings and no run."
-    from kdoct.data.plan import list_and_audit, plan_folds, write_findings
+    from kdoct.data.plan import class_names, list_and_audit, plan_folds, write_findings
     def look(recipe):
         seen = list_and_audit(recipe.data)
         out = outputs_root()/'audit'/f'{name}.csv'
@@ -233,6 +255,7 @@ def _look_first(name:str):
         except KdoctError:
             if len(seen[1].findings): write_findings(seen[1], out)
             raise
+        require_teacher_classes(recipe, class_names(seen[1].table))
         return seen
     return look
 
@@ -281,7 +304,7 @@ def report(
 
 FolderArgument = Annotated[
     Path,
-    typer.Argument(metavar='DIR', help="Where to write them; must not hold any of them yet."),
+    typer.Argument(metavar='DIR', help="Where to write them: a new or an empty folder."),
 ]
 
 @_command()
@@ -307,11 +330,11 @@ def recipe(
     from kdoct.data.audit import check_data_recipe
     data = dict(group_pattern=group_pattern, classes=classes)
     values = recipe_of(preset_name, source, data_root, changes, **data)
+    check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
         value = values
         for part in name.split('.'): value = getattr(value, part)
         typer.echo(f'{name} = {value}\n    {meaning}')
-    check_data_recipe(values.data)   # behind the list, which may show why
 
 # %% ../../nbs/10_app.cli.ipynb #3c3e1969
 @_command()
@@ -323,7 +346,7 @@ def sources():
 
 @_command()
 def methods():
-    "List the methods of distillation, with what each compares and takes."
+    "List the methods of distillation and their options."
     from kdoct.distill.methods import methods_text
     typer.echo(methods_text())
 

@@ -11,14 +11,16 @@ __all__ = ['WeightsArgument', 'ModelOption', 'LogitsOption', 'SizeOption', 'Impo
            'export', 'make_keys', 'predict']
 
 # %% ../../nbs/10b_app.cli_models.ipynb #4ca354f6
+import re
 import shlex
+from glob import glob
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .cli_options import FoldsOption, option, RunArgument, short_path
-from ..core.files import KdoctError, outputs_root, require_extra
+from ..core.files import counted, KdoctError, outputs_root, require_extra
 from ..core.runs import open_run, Run, run_of
 
 # %% ../../nbs/10b_app.cli_models.ipynb #6d0fa936
@@ -220,7 +222,8 @@ BundleOption = Annotated[
     ),
 ]
 FormatsOption = Annotated[
-    str, option('A,B,...', "Formats beside PyTorch: onnx, openvino, int8.")
+    str,
+    option('A,B,...', "Formats beside PyTorch: onnx, openvino, int8.", callback=None),   # '': none
 ]
 SignKeyOption = Annotated[
     Path | None,
@@ -383,6 +386,18 @@ CheckKeyOption = Annotated[
 ]
 
 # %% ../../nbs/10b_app.cli_models.ipynb #a1095ec1
+def _refuse_patterns(paths:list[Path]):
+    "`KdoctError` for a pattern that the shell has not replaced by the names of files."
+    missing = [p for p in paths if not p.exists()]
+    pattern = next((p for p in missing if re.search(r'[*?]', str(p)) or glob(str(p))), None)
+    if pattern is None: return
+    n = len(glob(str(pattern)))
+    raise KdoctError(
+        f"There is no file {pattern}: the shell has not put the names of files in the place of "
+        f"the pattern. It stands for {counted(n, 'file')}.",
+        fix="Take the quotes away, or give the folder." if n else "Look for the folder's name.",
+    )
+
 def predict(
     network:BundleArgument,
     paths:PathsArgument,
@@ -397,6 +412,7 @@ def predict(
     key:CheckKeyOption=None,
 ):
     "Predict the class of image files and volumes. A file that fails has a row too, and makes the exit status 1."
+    _refuse_patterns(paths)
     from kdoct.deploy.predict import predict_files
     how = dict(engine=engine, threads=threads, workers=workers, batch=batch, key=key)
     counts = predict_files(network, paths, out, volumes_out, volume_rule, min_slices, **how)

@@ -15,13 +15,21 @@ import typer
 from typer.core import TyperCommand
 
 from .stages import require_archs
-from ..core.files import outputs_root
+from ..core.files import KdoctError, outputs_root
 from ..core.overrides import merged_overrides, own_teachers
 from ..core.presets import preset, PRESETS
 from ..core.recipe import Recipe
 from ..core.runs import open_run
 
 # %% ../../nbs/10a_app.cli_options.ipynb #6f47d629
+def _no_empty_text(ctx:typer.Context, parameter:typer.CallbackParam, value):
+    "`KdoctError` for an option that is given an empty text, which says nothing; the default may be one."
+    is_typed = ctx.get_parameter_source(parameter.name).name == 'COMMANDLINE'
+    if value != '' or not is_typed: return value
+    name = parameter.opts[0]
+    problem = f"{name} is given an empty text."
+    raise KdoctError(problem, fix=f"Give a value, or leave {name} out for the default.")
+
 def option(
     value:str,    # what stands for its value in the help, e.g. DIR
     meaning:str,  # its help
@@ -29,7 +37,7 @@ def option(
     **rules,      # of `typer.Option`
 ):                # of typer
     "An option whose help shows what is to be typed, not a type of Python."
-    return typer.Option(*names, metavar=value, help=meaning, **rules)
+    return typer.Option(*names, metavar=value, help=meaning, **dict(callback=_no_empty_text) | rules)
 
 class PlainHelp(TyperCommand):
     "A command whose help shows no types of Python beside its arguments."

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'preset']
 
 # %% ../../nbs/00e_core.presets.ipynb #513fc311
-from .files import KdoctError
+from .files import did_you_mean, KdoctError
 from .recipe import Recipe
 
 # %% ../../nbs/00e_core.presets.ipynb #6ed68b48
@@ -229,6 +229,6 @@ def preset(
     "The recipe called `name`, changed by `overrides`."
     if name not in PRESETS:
         raise KdoctError(
-            f"There is no preset '{name}'.", fix=f"Known presets: {', '.join(sorted(PRESETS))}"
+            f"There is no preset '{name}'.", fix=did_you_mean(name, PRESETS, 'presets')
         )
     return Recipe(name=name).override(**PRESETS[name]).override(**overrides)

@@ -158,6 +158,12 @@ class DataRecipe(Part):
     )
     phantom:PhantomRecipe = PhantomRecipe()
 
+    @field_validator('classes')
+    @classmethod
+    def _several_classes(cls, classes):
+        if classes is None or len(classes) != 1: return classes
+        raise ValueError(f"{classes[0]} is one class; name two or more")
+
     @model_validator(mode='after')
     def _no_hidden_label_of_who_is_tested(self):
         keeps_leak = self.protocol == 'official' and self.official_overlap == 'keep'

@@ -12,7 +12,7 @@ import re
 import shlex
 from pathlib import Path
 
-from ..core.files import counted, KdoctError, outputs_root, usable_cores
+from ..core.files import counted, did_you_mean, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
 from ..core.sections import DataRecipe
 from .class_folders import group_pattern, with_empty_classes
@@ -54,7 +54,7 @@ def check_source(
     if data.source not in SOURCES:
         raise KdoctError(
             f"There is no source '{data.source}'.",
-            fix=f"Known sources: {', '.join(sorted(SOURCES))}",
+            fix=did_you_mean(data.source, SOURCES, 'sources'),
         )
     if data.group_pattern and data.source != 'folder':
         leave_it = "Leave it out; other groups are given in a table: --set data.groups=FILE"

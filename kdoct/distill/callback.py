@@ -303,6 +303,9 @@ def after_step(self:Distill):
 @patch
 def check_learner(self:Distill):
     "Take over normalisation and classes of a Learner; `KdoctError` where a teacher does not fit them."
+    if sum(isinstance(cb, Distill) for cb in self.learn.cbs) > 1:
+        raise KdoctError("This Learner has two Distill callbacks, of which each makes the loss.",
+                         fix="Give one all the teachers: Distill({'first': ..., 'second': ...})")
     found = normalisation_of(self.dls)
     self.group.normalised = self.normalised or found
     names = getattr(self.dls, 'vocab', None)

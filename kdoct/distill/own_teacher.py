@@ -21,7 +21,7 @@ from ..data.fold_data import FoldData, open_fold
 from ..models.backbones import Classifier
 from ..models.folders import load_for_classes, save_model_folder
 from ..training.distributed import best_device, broadcast, init_group, propagate_failure
-from ..training.loop import validation_scores
+from ..training.scores import validation_scores
 from kdoct.training.results import (
     check_start,
     inference_batches,

@@ -61,7 +61,7 @@ class Acid(Method):
 @method('efcm')
 class Efcm(FitNet):
     "First the teacher's features, from all images, then the labels."
-    source = 'EFCM: feature projection, then fine-tuning; in the form of FitNets, arXiv 1412.6550'
+    source = 'EFCM 2024, arXiv 2409.11817; the projection as in FitNets, arXiv 1412.6550'
 
     class Options(Part):
         feature_epochs: float = Field(
@@ -187,7 +187,7 @@ def terms(self:SelfTraining, step:Step)->tuple[torch.Tensor, dict[str, torch.Ten
 class Ctcd(Method):
     "Teacher and student learn together, each from the label and from the other."
     queries = False
-    source = 'Zhang et al. 2018 (mutual learning), arXiv 1706.00384; CTCD'
+    source = 'CTCD 2023, arXiv 2311.02849; mutual learning: arXiv 1706.00384'
 
     class Options(Part):
         start: Literal['trained', 'fresh'] = Field(

@@ -44,6 +44,19 @@ def plain_tensor(
     "The same numbers (and gradients) as a tensor of torch."
     return x.as_subclass(torch.Tensor)
 
+# %% ../../nbs/03h_distill.teachers.ipynb #33ec8e06
+def _check_normalisation(normalised:tuple|None):
+    "`KdoctError` unless pictures can have been normalised by this mean and standard deviation."
+    if normalised is None: return
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).flatten() for v in normalised)
+    if mean.isfinite().all() and std.isfinite().all() and (std > 0).all(): return
+    raise KdoctError(
+        f"No picture was normalised by mean {mean.tolist()} and standard deviation "
+        f"{std.tolist()}.",
+        fix="Give those of the batches, the standard deviations above 0: normalised=(mean, std). "
+            "Leave it out if the batches are pictures in [0, 1].",
+    )
+
 # %% ../../nbs/03h_distill.teachers.ipynb #7a1e4f8f
 def unit_pictures(
     x:torch.Tensor,               # (n, channels, h, w)
@@ -52,6 +65,7 @@ def unit_pictures(
 )->torch.Tensor:                  # the same in [0, 1]
     "Undo a normalisation; `KdoctError` if what comes out are no pictures in [0, 1]."
     x = plain_tensor(x).float()
+    if not known: _check_normalisation(normalised)
     if normalised is not None:
         each = (torch.as_tensor(v, dtype=torch.float32).to(x.device) for v in normalised)
         mean, std = (plain_tensor(v.reshape(1, -1, 1, 1)) for v in each)
@@ -74,7 +88,7 @@ class Teachers:
         recipe:DistillRecipe|None=None,  # method, alpha, beta, temperature, how to combine; None: the defaults
         weights:torch.Tensor|None=None,  # (teachers,) where the recipe weighs them
         normalised:tuple|None=None,      # mean and standard deviation that the batches are normalised by; None: none
-        classes=None,                    # names of the classes in the student's order; None: not compared
+        classes=None,                    # names in the student's order; None: order and names are not checked
     ):
         given = teachers if isinstance(teachers, dict) else dict(teacher=teachers)
         if not given:
@@ -85,6 +99,8 @@ class Teachers:
         if self.recipe.combine == 'nll' and len(given) > 1 and weights is None:
             raise KdoctError("combine is 'nll', and the teachers have no weights.",
                              fix="Give them: weights=teacher_weights([validation losses])")
+        _check_normalisation(normalised)
+        self.checked = set()   # teachers whose first logits were as they should be
         # known: the first batch was as it should be
         self.normalised, self.batches, self.known = normalised, 0, False
         self.set_classes(classes)
@@ -125,6 +141,21 @@ def _computed(self:Teachers, name:str, x:torch.Tensor)->tuple[torch.Tensor, list
     logits = teacher(x)
     return logits, [] if recorder is None else recorder.take()
 
+# %% ../../nbs/03h_distill.teachers.ipynb #b831c479
+@patch
+def _check_logits(self:Teachers, name:str, logits:torch.Tensor):
+    "`KdoctError` if the first answer of a teacher is probabilities; looked at once, since it makes a GPU wait."
+    if name in self.checked: return
+    self.checked.add(name)
+    is_share = bool(((logits >= 0) & (logits <= 1)).all())
+    if not is_share or not torch.allclose(logits.sum(1), logits.new_ones(()), atol=1e-3): return
+    if ((logits == 0) | (logits == 1)).all(): return   # whole numbers
+    raise KdoctError(
+        f"The {name} gives probabilities, not logits: each row is within 0 and 1 and sums to 1.",
+        fix="Give the network without its Softmax at the end. Where that cannot be taken off, "
+            "let the network end in the logarithm of the probabilities.",
+    )
+
 # %% ../../nbs/03h_distill.teachers.ipynb #be285331
 @patch
 def output(self:Teachers,
@@ -139,6 +170,7 @@ def output(self:Teachers,
     if not logits.isfinite().all():
         raise KdoctError(f"The logits of the {name} are not finite{when}.",
                          fix="Set that teacher's precision to fp32, or train it again.")
+    self._check_logits(name, logits)
     return output_of(logits[:, self.order.get(name, slice(None))], maps)
 
 # %% ../../nbs/03h_distill.teachers.ipynb #teachers-loss

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['param_groups', 'companion_groups', 'FrozenStart', 'cosine', 'warmup_cosine', 'learning_rate', 'step_number',
-           'Schedule', 'Accumulate', 'History', 'tempered_loss', 'validation_scores', 'score_of', 'save_resume',
-           'load_resume', 'Checkpoint', 'ResumableLearner', 'accuracy', 'Table', 'make_learner', 'keep_freed_memory']
+           'Schedule', 'Accumulate', 'History', 'save_resume', 'load_resume', 'Checkpoint', 'ResumableLearner',
+           'accuracy', 'Table', 'make_learner', 'keep_freed_memory']
 
 # %% ../../nbs/02j_training.loop.ipynb #imp-training-loop
 import ctypes
@@ -24,7 +24,6 @@ import numpy as np
 
 import torch
 
-import torch.nn.functional as F
 
 from fastai.callback.core import Callback, CancelBatchException
 
@@ -73,6 +72,7 @@ from kdoct.training.distributed import (
 )
 
 from .precision import Compile, Precision, rounds_steps
+from .scores import score_of, validation_scores, WORST
 
 # %% ../../nbs/02j_training.loop.ipynb #9f2ebeba
 def param_groups(
@@ -237,46 +237,6 @@ class History(Callback):
             if not math.isfinite(value): _stop(name, value, self.epoch, batch)
             self.sums[name] = self.sums.get(name, 0.) + value*n
         self.sums['n'] = self.sums.get('n', 0) + n
-
-# %% ../../nbs/02j_training.loop.ipynb #abe9be0d
-def tempered_loss(
-    logits:torch.Tensor,   # (n, classes) float64
-    targets:torch.Tensor,  # (n,) true class numbers
-)->float:                  # [nats an image]
-    "Cross-entropy after division by the best of 41 temperatures from 1/8 to 8."
-    temperatures = torch.logspace(-3, 3, 41, base=2., dtype=logits.dtype)
-    return min(F.cross_entropy(logits/t, targets).item() for t in temperatures)
-
-def validation_scores(
-    logits:torch.Tensor,   # (n, classes) of the validation part
-    targets:torch.Tensor,  # (n,) true class numbers
-)->dict:                   # valid_loss, tempered_loss, accuracy [0-1], balanced_accuracy [0-1]
-    "Losses, accuracy and balanced accuracy of a validation part, in float64."
-    logits = logits.double()
-    hit = (logits.argmax(1) == targets).double()
-    recalls = [hit[targets == c].mean() for c in targets.unique()]
-    return dict(
-        valid_loss=F.cross_entropy(logits, targets).item(),
-        tempered_loss=tempered_loss(logits, targets),
-        accuracy=hit.mean().item(),
-        balanced_accuracy=torch.stack(recalls).mean().item(),
-    )
-
-
-# %% ../../nbs/02j_training.loop.ipynb #dfc06a42
-_WORST = [-math.inf]
-
-def score_of(
-    row:dict,      # of `validation_scores`; epoch, for `last`
-    monitor:str,   # loss, tempered_loss, accuracy, balanced_accuracy or last
-)->list[float]:    # compared like words: the loss decides between equal shares
-    "How good a validation result is; larger is better, and a loss that is not finite is the worst."
-    loss = row['valid_loss']
-    if not math.isfinite(loss): return _WORST
-    if monitor == 'loss': return [-loss]
-    if monitor == 'tempered_loss': return [-row['tempered_loss'], -loss]
-    if monitor == 'last': return [row.get('epoch', 0), -loss]
-    return [row[monitor], -loss]
 
 # %% ../../nbs/02j_training.loop.ipynb #04acb94f
 @patch
@@ -460,7 +420,7 @@ def keep(self:Checkpoint):
 def after_epoch(self:Checkpoint):  # noqa: F811 (of another class)
     "Keep the weights if they are the best so far, and save."
     score = score_of(self.learn.history.rows[-1], self.recipe.monitor)
-    if self.epoch >= self.first and score > (self.best or _WORST):
+    if self.epoch >= self.first and score > (self.best or WORST):
         self.best, self.best_epoch = score, self.epoch
         if not rank_world()[0]: self.keep()
     self.dls.train.start = 0

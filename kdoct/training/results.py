@@ -46,13 +46,13 @@ from kdoct.training.loop import (
     keep_freed_memory,
     make_learner,
     ResumableLearner,
-    score_of,
-    validation_scores,
 )
 
 from .losses import hard_loss
 
 from .precision import peak_memory, rounds_steps
+
+from .scores import score_of, validation_scores
 
 # %% ../../nbs/02k_training.results.ipynb #517955e6
 @torch.inference_mode()
