@@ -117,9 +117,9 @@ def test_two_eyes_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
     ("P0_V1", "P0_V2"), ("P0_20200101", "P0_20210101"), ("P0", "P0-visit 2"), ("7_T1", "7_T2"),
     ("P0_OD_V1", "P0_V2_OS"), ("Doe_baseline", "Doe_follow-up"), ("P0/visit1", "P0/visit2"),
     ("0012 (V1)", "0012_01.02.2020"), ("P0_V1_2020-01-01", "P0_V2_2021-01-01"),
-    ("1:30", "01:30:00"), ("1", "(1)"),
+    ("1:30", "01:30:00"), ("1", "(1)"), ("Doe, J1", "J1 Doe"),
 ])
-def test_two_visits_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
+def test_visits_and_other_forms_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
     listing = of_patients(tmp_path, one, other, "8")
     assert listing.table.group.nunique() == 2 and listing.table.group[0] == listing.table.group[1]
     assert list(listing.findings.problem) == ["patient-spelling"]
@@ -243,6 +243,9 @@ def test_one_rounded_number_beside_many_that_share_its_first_digits_is_doubtful(
     many = [str(12345678901234567 + i) for i in range(12)]
     assert doubtful_spellings([*many, "12345678901234500"])
     assert doubtful_spellings([str(12345678901234500 + i) for i in range(12)]) == []
+    shorter = [str(1234567890123456 + i) for i in range(12)]
+    assert doubtful_spellings([*shorter, "1234567890123450"]) and doubtful_spellings(shorter) == []
+    assert doubtful_spellings([*shorter, "9234567890123450"]) == []
 
 
 def test_long_numbers_in_a_row_are_no_rounded_ones():

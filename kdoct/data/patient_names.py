@@ -7,6 +7,7 @@ __all__ = ['EYE_WORDS', 'dates_meant', 'eye_name', 'same_patient_key', 'patient_
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #7d81e47e
 import re
+from collections import Counter
 from collections.abc import Iterable
 from datetime import date
 from decimal import Decimal
@@ -182,6 +183,8 @@ _TIME = re.compile(r'0*(\d{1,2}:\d\d)(?::00(?:\.0+)?)?')   # as a spreadsheet re
 
 _BRACKETED = re.compile(r'\( *([^()]*[^() ]) *\)|\[ *([^][]*[^][ ]) *\]')
 
+_SURNAME_FIRST = re.compile(r'([^\W\d_][^,]*), *([^\W\d_][^,]*)')   # Doe, Jane
+
 @lru_cache(1 << 16)
 def _patient_part_key(part:str)->str:
     "`part_key` without a title; one key for all forms of a certain date."
@@ -189,6 +192,7 @@ def _patient_part_key(part:str)->str:
     if len(days) == 1: return number_key(min(days))
     if m := _TIME.fullmatch(part): return m[1]
     if m := _BRACKETED.fullmatch(part): part = m[1] or m[2]
+    if m := _SURNAME_FIRST.fullmatch(part): part = f'{m[2]} {m[1]}'
     key = _without_eye(same_name_key(_without_visit(part)))
     if _TITLE.match(key): key = part_key(_TITLE.sub('', key, count=1))
     return number_key(key) or key
@@ -347,10 +351,13 @@ def _kept_digits(parts:list[str])->set[int]:
     "How many digits a spreadsheet may have kept: those of 1.23E+05; 15 where many long numbers end in zeros."
     long = {p for p in parts if re.fullmatch(r'[1-9]\d{15,}', p)}
     cut = [p for p in long if p[_KEPT:].strip('0') == '']
-    lonely = [p for p in cut if not {str(int(p) - 1), str(int(p) + 1)} & long]   # in no row of numbers
+    alone = {p for p in long if not {str(int(p) - 1), str(int(p) + 1)} & long}   # in no row of numbers
+    begins = Counter((p[:_KEPT], len(p)) for p in long)
+    lonely = {p for p in cut if p in alone and begins[p[:_KEPT], len(p)] > 1}
     by_chance = sum(10.**(_KEPT - len(p)) for p in long)
     shown = {1 + len(m[2] or '') for p in parts if (m := _ROUNDED.fullmatch(p))}
-    more_than_by_chance = len(cut) > len(long)/5 or len(lonely) > 4*by_chance
+    only_cut_alone = lonely and lonely == alone
+    more_than_by_chance = len(cut) > len(long)/5 or len(lonely) > 4*by_chance or only_cut_alone
     return shown | {_KEPT} if more_than_by_chance else shown
 
 # %% ../../nbs/01aa_data.patient_names.ipynb #7efbacae
