@@ -201,6 +201,11 @@ HEAD = "path,label,patient\n"
         "line 2: label 'CNV,1\\nb.png,CNV' goes over several lines", "quote",
     ),
     (HEAD + 'a.png,"CNV,1\nb.png,CNV,2\n', "line 2: unexpected end", "Close the quote"),
+    (HEAD + "a.png,CNV,1\nTotal,24,\n", "line 3, 'Total', seems to be a sum", "Delete line 3"),
+    (HEAD + "a.png,CNV,1\nSumme:,1,1\n", "seems to be a sum", "Delete line 3"),
+    (HEAD + "file:///img/a.png,CNV,1\n", "line 2: the path 'file:///img/a.png' is an", "/data/"),
+    (HEAD + "https://x.org/a.png,CNV,1\n", "is an address", "download"),
+    (HEAD + "scan%5Fb.png,CNV,1\n", "as in an address, for 'scan_b.png'", "without %"),
     (HEAD + "a.png,CNV, wet,1\n", "line 2 has 4 cells", "quotes"),
     (HEAD + "a.png,\ufffddem,1\n", "line 2 has \ufffd", "original"),
     ((HEAD + "a.png,\xd6dem,1\n").encode("utf-16-le"), "zero bytes", "CSV UTF-8"),
@@ -227,6 +232,13 @@ def test_a_damaged_archive_is_named_as_such(at, tmp_path):
     data[at:at + 40] = b"\xaa" * 40
     with pytest.raises(KdoctError, match="damaged"):
         load_table(table_recipe(tmp_path, bytes(data), name="t.zip"))
+
+
+def test_files_named_like_a_sum_or_with_a_percent_sign_are_read(tmp_path):
+    lay_out(tmp_path, "Total", "50%25.png", "50%.png")
+    text = HEAD + "50%25.png,CNV,1\n50%.png,DME,2\nTotal,CNV,3\n"
+    t = load_table(table_recipe(tmp_path, text)).table
+    assert sorted(t.path) == ["50%.png", "50%25.png", "Total"]
 
 
 def test_an_empty_path_is_named_with_its_line(tmp_path):

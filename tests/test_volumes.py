@@ -1100,6 +1100,12 @@ def test_previews_and_masks_among_the_pages_are_no_bscans(tmp_path):
         and scan.volume == ""
         and scan.notes == ("several-pictures",)
     )
+    for byteorder in "<>":
+        with tifffile.TiffWriter(tmp_path/"m.tif", byteorder=byteorder) as t:
+            t.write(textured()[0], metadata=None)
+            t.write(textured()[0] > 120, subfiletype=4, photometric="mask", metadata=None)
+        scan, = read_scans(tmp_path/"m.tif")
+        assert np.array_equal(scan.image, textured()[0]) and scan.notes == ("several-pictures",)
     with tifffile.TiffWriter(tmp_path/"b.tif") as t:
         t.write(textured()[0][::2, ::2], subfiletype=1, metadata=None)
         for a in textured()[:2]: t.write(a, metadata=None)
@@ -1215,6 +1221,17 @@ def test_an_orientation_that_does_not_exist_is_said_to_be_invalid(tmp_path, orie
     for name in ("a.png", "a.tif"):
         scan, = read_scans(tmp_path/name)
         assert scan.notes == ("invalid-orientation",) and np.array_equal(scan.image, textured()[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_black_and_white_alone_is_refused_as_a_mask(channels, tmp_path):
+    a = np.where(textured()[0] > 120, 255, 0).astype(np.uint8)
+    one_is_grey = a.copy()
+    one_is_grey[5, 5] = 90
+    for name, pixels in (("a.png", a), ("b.png", one_is_grey)):
+        Image.fromarray(np.stack([pixels]*channels, -1).squeeze()).save(tmp_path/name)
+    assert "black or white: a mask" in refusal(tmp_path/"a.png")
+    assert len(list(read_scans(tmp_path/"b.png"))) == 1
 
 
 def test_one_bit_is_refused_of_pictures_as_of_dicom(tmp_path):
@@ -1534,6 +1551,14 @@ def test_a_clinical_file_or_picture_under_the_name_of_a_text_is_read(tmp_path):
     found = list(find_files(tmp_path))
     assert [p.name for p in found] == ["picture.md", "scan.txt", "volume.csv"]
     assert [len(list(read_scans(p))) for p in found] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["a.ipynb", "a.py", "a.yaml", "a.log", "a.html", "a.jsonl"])
+def test_notebooks_and_programs_beside_pictures_are_passed_over_and_counted(name, tmp_path):
+    (tmp_path/name).write_text("{}")
+    Image.fromarray(textured()[0]).save(tmp_path/"b.png")
+    assert [p.name for p in find_files(tmp_path)] == ["b.png"]
+    assert sum(passed_over(tmp_path).values()) == 1
 
 
 def test_what_is_passed_over_is_counted_by_reason(tmp_path):

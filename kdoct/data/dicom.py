@@ -249,7 +249,7 @@ def _dicom_kind(d, modality:str)->tuple[str, ...]:
     notes = []
     if not any(element == 'SOP class' for element, *_ in stated):
         name = getattr(d.get('SOPClassUID'), 'name', '') or 'unknown kind of DICOM file'
-        notes.append(f"no {wanted.split(' ', 1)[1]}: {name}")
+        notes.append(f"may be no {wanted.split(' ', 1)[1]}: {name}")
     for element, words, what, refused in _described(d, kinds, bool(stated)):
         if refused:
             says = f"{what} by its {element}, which says '{words}', where {wanted} is expected"

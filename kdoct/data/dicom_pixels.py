@@ -243,11 +243,12 @@ def _check_sign(a:np.ndarray, d, bits:int):
         )
 
 # %% ../../nbs/01t_data.dicom_pixels.ipynb #d230bb13
+_NONE = (None, '', [])   # of an element; []: a sequence of no item
 def _place(groups, sequence:str, *keywords):
     "The first place, from the frame to the file, that has one of the elements; None: nowhere."
     places = [*((getattr(g, sequence, None) or [None])[0] for g in groups), groups[-1]]
     return next(
-        (p for p in places if p is not None and any(p.get(k) not in (None, '') for k in keywords)),
+        (p for p in places if p is not None and any(p.get(k) not in _NONE for k in keywords)),
         None,
     )
 

@@ -308,6 +308,12 @@ def is_blank(
     counts = np.array(im.convert('L').histogram())
     return bool(np.convolve(counts, np.ones(5)).max() >= .97*counts.sum())
 
+def _is_black_and_white(im:Image.Image)->bool:
+    "Whether there is something to see, and no pixel is grey or coloured."
+    colours = [colour for _, colour in im.getcolors(2) or ()]
+    black, white = (0, 255) if im.mode == 'L' else ((0,)*3, (255,)*3)
+    return sorted(colours) == [black, white] and not is_blank(im)
+
 DARK = 63   # the brightest grey value of a picture that is noted as dark
 
 def is_dark(
@@ -329,6 +335,9 @@ def decoded(
     two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
     if two_colours: check_depth(1)
     out, notes = _plain(im)
+    if _is_black_and_white(out):
+        what = "all pixels are black or white: a mask or a drawing, no B-scan"
+        raise BadImage('wrong-mode', what)
     notes += [note for note in turned if note not in notes]
     if is_dark(out): notes.append('dark')
     undeclared = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing

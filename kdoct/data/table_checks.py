@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
+from urllib.parse import unquote
 
 import pandas as pd
 
@@ -103,6 +104,52 @@ def _check_names(df:pd.DataFrame, file:Path):
         people = {p for p in df.patient if p and whole_number(p) is None and not eye_name(p)}
         refuse(df.eye.isin(people), lambda r: f"the eye {r.eye!r} is a patient")
 
+# %% ../../nbs/01bc_data.table_checks.ipynb #sum-rows
+_SUM_WORDS = {
+    'total', 'totals', 'subtotal', 'grand total', 'sum', 'count', 'mean', 'average',
+    'summe', 'gesamt', 'anzahl', 'mittelwert',
+}
+
+def _refuse_sums(df:pd.DataFrame, file:Path):
+    "`KdoctError` for a row below the others that adds them up, as 'Total,24,'."
+    last = df.index[-1]
+    is_word = same_name_key(df.path[last].rstrip(': ')) in _SUM_WORDS
+    is_sum = is_word and not (file.parent/df.path[last]).is_file()
+    if is_sum:
+        raise KdoctError(
+            f"{file}, line {last}, {df.path[last]!r}, seems to be a sum and no image.",
+            fix=f"Delete line {last}.",
+        )
+
+# %% ../../nbs/01bc_data.table_checks.ipynb #path-addresses
+_ADDRESS = re.compile(r'(?:file|https?|ftp|s3|gs)://?', re.I)
+
+def _is_coded(path:str, folder:Path)->bool:
+    "Whether only what a path means as a part of a web address is a file: img/000%5F0.png."
+    if not re.search('%[0-9a-f]{2}', path, re.I): return False
+    def is_file(p): return (folder/PureWindowsPath(p).as_posix()).is_file()
+    return not is_file(path) and is_file(unquote(path))
+
+def _check_paths(df:pd.DataFrame, file:Path):
+    "`KdoctError` where a path is an address or written as in one, or the last row is a sum."
+    if not len(df): return
+    _refuse_sums(df, file)
+    _refuse_rows(
+        df,
+        df.path.map(lambda p: bool(_ADDRESS.match(p))),
+        lambda r: f"the path {r.path[:80]!r} is an address, not the name of a file",
+        "Write the path of the file, relative to the table's folder or whole (/data/1.png); "
+        "download what is on the web first.",
+        file,
+    )
+    _refuse_rows(
+        df,
+        df.path.map(lambda p: _is_coded(p, file.parent)),
+        lambda r: f"the path {r.path[:80]!r} is written as in an address, for {unquote(r.path)!r}",
+        "Write the paths as the files are named, without %.",
+        file,
+    )
+
 # %% ../../nbs/01bc_data.table_checks.ipynb #a3187ff9
 def check_cells(
     df:pd.DataFrame,  # from `our_columns`; its index are the lines of the file
@@ -120,6 +167,7 @@ def check_cells(
         _refuse_rows(df, df[c].map(garbled) != '', misread, again, file)
         def lost(r, c=c): return f"{c} {r[c]!r} has lost letters"
         _refuse_rows(df, df[c].map(has_lost_letters), lost, again, file)
+    _check_paths(df, file)
     _check_labels(df, file)
     _check_names(df, file)
 

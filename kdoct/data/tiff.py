@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from tifffile import read_micromanager_metadata, TiffFile, TiffPage
 from tifffile.tifffile import shaped_description_metadata
 
@@ -77,6 +77,9 @@ def has_copies(
 )->bool:
     "Whether a TIFF page names smaller copies of itself, which are no pages (SubIFDs)."
     return im.format == 'TIFF' and 330 in im.tag_v2
+
+# Pillow opens no file with a mask (TIFF 6.0, PhotometricInterpretation 4) at one of its pages
+for _order in (b'II', b'MM'): TiffImagePlugin.OPEN_INFO[_order, 4, (1,), 1, (1,), ()] = ('1', '1')
 
 def full_pages(
     im:Image.Image,  # an opened file; left at the first of these pages

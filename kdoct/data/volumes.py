@@ -138,7 +138,10 @@ def read_scans(
 # %% ../../nbs/01m_data.volumes.ipynb #209f0546
 SYSTEM_FILES = ('dicomdir', 'thumbs.db', 'desktop.ini', '.ds_store')     # compared in lower case
 
-SIDE_FILES = ('.csv', '.tsv', '.json', '.txt', '.md')       # what lies beside images: lists, results, explanations
+SIDE_FILES = (   # what lies beside images: lists, results, explanations, programs
+    '.csv', '.tsv', '.json', '.jsonl', '.txt', '.md', '.rst', '.log', '.html', '.htm',
+    '.ipynb', '.py', '.sh', '.yaml', '.yml', '.toml', '.ini', '.cfg',
+)
 
 def _claimed(xml:Path)->set[str]:
     "The pictures, as `name_key` has them, that a HEYEX XML names; none if it is no such XML."
