@@ -15,6 +15,7 @@ from PIL import Image
 from kdoct.core.files import KdoctError, read_json, sha256_file
 from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
+from kdoct.data import stage
 from kdoct.data.cache import decode_cache
 from kdoct.data.fold_data import folds_of, open_fold
 from kdoct.data.folds import check_folds, make_folds, read_folds, write_folds
@@ -1000,3 +1001,31 @@ def test_fewer_images_than_parts_are_refused_in_words():
               "parts.*\n.*val_fraction",
     ):
         make_folds(t, n_folds=3)
+
+
+def patients_of_both_classes(n):
+    rows = [dict(path=f"{c}/{i}_{k}.png", label=c, patient=str(i))
+            for c in "AB" for i in range(n) for k in range(3)]
+    return image_table(rows)
+
+
+@pytest.mark.parametrize("n, n_folds, left, remedy", [(6, 5, 4, 0.25), (5, 3, 3, 0.34)])
+def test_too_few_patients_for_validation_name_the_share_that_works(n, n_folds, left, remedy):
+    "The number of folds is not what is wrong, and the advice must help."
+    t = patients_of_both_classes(n)
+    with pytest.raises(KdoctError) as e: make_folds(t, n_folds=n_folds)
+    assert f"there are {left} groups (patients); data.val_fraction would split them into 5" in str(e.value)
+    assert f"--set data.val_fraction={remedy}" in e.value.fix
+    assert make_folds(t, n_folds=n_folds, val_fraction=remedy).fold.nunique() == n_folds
+
+
+def test_a_fold_that_validates_on_more_than_it_trains_on_is_warned_of(capsys):
+    per_fold = {
+        "0": dict(train=dict(groups=2), val=dict(groups=3)),
+        "1": dict(train=dict(groups=3), val=dict(groups=2)),
+    }
+    facts = dict(leak=None, val_lacks={}, calib_lacks={}, few_to_learn=stage._few_to_learn(per_fold))
+    stage._print_warnings(facts)
+    printed = capsys.readouterr().out
+    assert "WARNING: fold 0 trains on 2 groups (patients) and validates on 3" in printed
+    assert "fold 1" not in printed

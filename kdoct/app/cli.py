@@ -21,6 +21,7 @@ from typing import Annotated
 
 import typer
 
+import kdoct
 from kdoct.app.cli_options import (
     ClassesOption,
     FoldsOption,
@@ -42,7 +43,6 @@ from kdoct.app.cli_options import (
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .stages import new_run, require_teacher_classes
-from .. import __version__
 from kdoct.core.files import (
     KdoctError,
     outputs_root,
@@ -70,7 +70,7 @@ _command = partial(app.command, cls=PlainHelp)
 def _print_version(is_wanted:bool):
     "Print the version, and leave."
     if not is_wanted: return
-    typer.echo(f'kdoct {__version__}')
+    typer.echo(f'kdoct {kdoct.__version__}')
     raise typer.Exit
 
 _VersionOption = Annotated[

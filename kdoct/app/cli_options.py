@@ -37,7 +37,8 @@ def option(
     **rules,      # of `typer.Option`
 ):                # of typer
     "An option whose help shows what is to be typed, not a type of Python."
-    return typer.Option(*names, metavar=value, help=meaning, **dict(callback=_no_empty_text) | rules)
+    rules = dict(callback=_no_empty_text) | rules
+    return typer.Option(*names, metavar=value, help=meaning, **rules)
 
 class PlainHelp(TyperCommand):
     "A command whose help shows no types of Python beside its arguments."

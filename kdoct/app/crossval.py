@@ -182,6 +182,12 @@ def _changes_for(run:Run, stage:str)->dict|None:
     if stage != 'decide': return None
     return {f'decide.{k}': v for k, v in run.recipe.decide.model_dump(mode='json').items()}
 
+# %% ../../nbs/08_app.crossval.ipynb #f93d0520
+def _print_data_warnings(facts:dict):
+    "What the data stage warns of, which else stands in its notebook alone."
+    if mixed := facts.get('mixed_parts'): print(mixed, flush=True)
+    for words in facts.get('few_to_learn', ()): print(words, flush=True)
+
 # %% ../../nbs/08_app.crossval.ipynb #bfe25861
 def crossval(
     run:Run,                     # existing run
@@ -201,8 +207,7 @@ def crossval(
         began = time.perf_counter()
         run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
         print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
-        mixed = run.stage('data').get('mixed_parts') if stage == 'data' else None
-        if mixed: print(mixed, flush=True)
+        if stage == 'data': _print_data_warnings(run.stage('data'))
     return run
 
 # %% ../../nbs/08_app.crossval.ipynb #aab0b3b8

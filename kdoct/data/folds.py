@@ -77,13 +77,28 @@ def _check_enough(table:pd.DataFrame, n_folds:int, left_out:str=''):
 # %% ../../nbs/01g_data.folds.ipynb #dea9da74
 _MORE_PATIENTS = "Add patients, or raise data.val_fraction (or data.calibration_fraction)"
 
-def _split(table:pd.DataFrame, parts:int, seed:int)->list[np.ndarray]:
-    "Row numbers of each part, by group, strata balanced."
-    groups, sizes = table.group.nunique(), table.stratum.value_counts()
-    if groups < parts:
+def _share_for(groups:int)->str:
+    "The smallest share, in two digits, that so many groups can be split by."
+    return f'{-(-100//groups)/100:g}'
+
+def _refuse_few_groups(groups:int, parts:int, setting:str):
+    "`KdoctError` with the setting that asks for more parts than there are groups; it may ask for a share."
+    if not setting.endswith('fraction'):
         raise KdoctError(
-            f"{groups_text(groups)} cannot be split into {parts} parts.", fix=f"{_MORE_PATIENTS}."
+            f"{groups_text(groups)} cannot be split into {parts} parts ({setting}).",
+            fix=f"Add patients{_or_fewer(groups)}.",
         )
+    remedy = f", or take a larger part of them: --set {setting}={_share_for(groups)}"
+    raise KdoctError(
+        f"Beside what a fold holds out already there are {groups_text(groups)}; {setting} would "
+        f"split them into {parts} parts, to take one.",
+        fix=f"Add patients{remedy if groups > 1 else ''}.",
+    )
+
+def _split(table:pd.DataFrame, parts:int, seed:int, setting:str)->list[np.ndarray]:
+    "Row numbers of each part, by group, strata balanced; `setting` is what the recipe's field is called."
+    groups, sizes = table.group.nunique(), table.stratum.value_counts()
+    if groups < parts: _refuse_few_groups(groups, parts, setting)
     if sizes.iloc[0] < parts:
         raise KdoctError(
             f"The largest class, {sizes.index[0]}, has {counted(sizes.iloc[0], 'image')}; they "
@@ -165,9 +180,11 @@ def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int, prot
             )
 
 # %% ../../nbs/01g_data.folds.ipynb #93da6998
-def _assign(role:np.ndarray, name:str, t:pd.DataFrame, rows:np.ndarray, parts:int, seed:int):
+def _assign(
+    role:np.ndarray, name:str, t:pd.DataFrame, rows:np.ndarray, parts:int, seed:int, setting:str
+):
     "Split these rows into `parts` parts by group and give the first of them a role, in place."
-    first = _split(t.iloc[rows], parts, seed)[0]
+    first = _split(t.iloc[rows], parts, seed, setting)[0]
     role[rows[first]] = name
 
 def _assign_calibration(role:np.ndarray, t:pd.DataFrame, fraction:float, seed:int):
@@ -175,7 +192,8 @@ def _assign_calibration(role:np.ndarray, t:pd.DataFrame, fraction:float, seed:in
     train = np.flatnonzero(role == 'train')
     untested = np.isin(role, ('train', 'val')).sum()
     share = fraction*untested/len(train)   # of what validation has left
-    _assign(role, CALIB, t, train, max(2, round(1/share)), seed)
+    parts = max(2, round(1/share))
+    _assign(role, CALIB, t, train, parts, seed, 'data.calibration_fraction')
 
 # %% ../../nbs/01g_data.folds.ipynb #5ab7c4f3
 def _roles(
@@ -192,14 +210,14 @@ def _roles(
     test = (t.split == 'test').to_numpy() & official
     out = official_overlap(t) & (official and overlap == 'remove')
     rest = np.flatnonzero(~test & ~out)
-    for part in _split(t.iloc[rest], n_folds, seed):
+    for part in _split(t.iloc[rest], n_folds, seed, 'data.n_folds'):
         held_out = rest[part]
         role = np.full(len(t), 'train', object)
         role[test], role[out] = 'test', OUT
         role[held_out] = 'val' if official else 'test'
         if not official:
             others = np.setdiff1d(rest, held_out)
-            _assign(role, 'val', t, others, round(1/val_fraction), seed)
+            _assign(role, 'val', t, others, round(1/val_fraction), seed, 'data.val_fraction')
         if calibration: _assign_calibration(role, t, calibration, seed)
         yield role
 

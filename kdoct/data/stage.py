@@ -23,7 +23,7 @@ from kdoct.data.audit import (
     unlabelled_text,
 )
 from .fold_data import fold_rules, folds_of, recipe_cache, table_hash, table_path
-from .folds import CALIB, OUT, ROLE_NAMES, write_folds
+from .folds import CALIB, OUT, ROLE_NAMES, UNLABELLED, write_folds
 from .images import COLOURED
 from .listing import Listing
 from kdoct.data.plan import (
@@ -125,11 +125,23 @@ def _print_warnings(facts:dict):
         print(f"WARNING: the published leak is kept: {counted(leak['groups'], 'patient')} of the "
               f"official test part {are} trained on too, "
               f"with {counted(leak['images'], 'image')}; the scores will be too good")
+    for words in facts['few_to_learn']: print(words)
     for part, lacks in (('validation', facts['val_lacks']), ('calibration', facts['calib_lacks'])):
         for k, lost in lacks.items():
             print(f"WARNING: the {part} part of fold {k} has no {', '.join(lost)}")
 
 # %% ../../nbs/01_data.ipynb #30723b1c
+def _few_to_learn(per_fold:dict)->list[str]:
+    "Warnings of folds that hold out more patients for validation than they learn from."
+    found = []
+    for k, parts in per_fold.items():
+        groups = {role: parts.get(role, {}).get('groups', 0) for role in ROLE_NAMES}
+        learned = groups['train'] + groups[UNLABELLED]
+        if learned >= groups['val']: continue
+        found.append(f"WARNING: fold {k} trains on {counted(learned, 'group')} (patients) and "
+                     f"validates on {groups['val']}: too few are left to learn from")
+    return found
+
 def _faults(protocol:str, table:pd.DataFrame, folds:pd.DataFrame)->dict:
     "Missing classes, a leak, patients of both official parts, and images that train without a label."
     return dict(
@@ -137,6 +149,7 @@ def _faults(protocol:str, table:pd.DataFrame, folds:pd.DataFrame)->dict:
         calib_lacks=_lacks_by_fold(folds, table, CALIB),
         protocol=protocol,
         leak=leak_of(folds),
+        few_to_learn=_few_to_learn(_counts(folds)),
         overlap=int(official_overlap(table).sum()),
         labels=labels_of(folds, table),
     )

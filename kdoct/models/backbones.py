@@ -13,8 +13,6 @@ import difflib
 import json
 import re
 import zipfile
-from collections import Counter
-from operator import itemgetter
 from pathlib import Path
 
 import timm
@@ -33,6 +31,7 @@ from .arithmetic import autocast, resolve_precision
 from .foundation import foundation_state, pooling_of
 from .multiscale import MultiScale
 from .ofa import map_ofa_names
+from .weight_checks import check_kinds, check_numbers, nearly_fits
 
 # %% ../../nbs/02a_models.backbones.ipynb #fb1c31f8
 class Classifier(nn.Module):
@@ -417,36 +416,6 @@ def _summary(bad:list[str])->tuple[str, str]:
 _VERY_ARCHITECTURE = "Give the weights of this very architecture, with timm's names."
 _ONE_SIZE = " It is made for one input size: weights of another size do not fit."
 
-# %% ../../nbs/02a_models.backbones.ipynb #40f5b433
-def _common_beginning(body:nn.Module, state:dict)->tuple[str, int]:
-    "The beginning without which most tensors of a file have their place, and how many; '' and 0 where none has."
-    own, counts = {k: tuple(v.shape) for k, v in body.state_dict().items()}, Counter()
-    for name, v in state.items():
-        parts = name.split('.')
-        for i in range(1, len(parts)):
-            begin, rest = '.'.join(parts[:i]) + '.', '.'.join(parts[i:])
-            counts[begin] += own.get(rest) == tuple(v.shape)
-    begin, n = max(counts.items(), key=itemgetter(1), default=('', 0))
-    return (begin, n) if 2*n > len(own) else ('', 0)
-
-def _other_names(body:nn.Module, state:dict, begin:str)->str:
-    "Names in a file, without a beginning, that stand for others of the network."
-    own = {k: v.shape for k, v in body.state_dict().items()}
-    given = {k.removeprefix(begin): v.shape for k, v in state.items()}
-    left, free = [k for k in given if k not in own], [k for k in own if k not in given]
-    pairs = []
-    for name in left:
-        same = [k for k in free if own[k] == given[name]]
-        if len(same) == 1: pairs.append(f"{name} for {same[0]}")
-    return f"; it has {', '.join(pairs[:4])}" if pairs else ''
-
-def _nearly_fits(body:nn.Module, state:dict)->str:
-    "How most tensors of a file could be given their place, as a sentence; '' where none can."
-    begin, n = _common_beginning(body, state)
-    if not n: return ''
-    return (f" {n} of {len(body.state_dict())} fit once '{begin}' is taken from their names"
-            f"{_other_names(body, state, begin)}.")
-
 # %% ../../nbs/02a_models.backbones.ipynb #6bccdf5c
 _COUNTER = '.num_batches_tracked'   # of a batch normalisation
 
@@ -461,7 +430,7 @@ def _remedy(body:nn.Module, state:dict, but:tuple[str, ...])->str:
     "What to do with a file that does not fit."
     if parts := _beginnings(body, state, but):
         return f"Choose the part that is meant: kdoct import ... --weights {parts[0][:-1]}"
-    if _nearly_fits(body, state): return "Save the state dict under the names that timm has."
+    if nearly_fits(body, state): return "Save the state dict under the names that timm has."
     return _VERY_ARCHITECTURE + (_ONE_SIZE if _is_fixed(body) else '')
 
 # %% ../../nbs/02a_models.backbones.ipynb #4efc900a
@@ -478,39 +447,6 @@ def adapted(
     counters = {k: v for k, v in body.state_dict().items() if k.endswith(_COUNTER)}
     return state | {k: torch.zeros_like(v) for k, v in counters.items()}
 
-# %% ../../nbs/02a_models.backbones.ipynb #15547ba7
-def _check_kinds(body:nn.Module, state:dict, what:str):
-    "`KdoctError` for numbers of 8 bits or less where the network has others: without their scales they say nothing."
-    own = body.state_dict()
-    weights = {k: v for k, v in state.items() if k in own and own[k].is_floating_point()}
-    packed = [k for k, v in weights.items() if not v.is_floating_point() or v.element_size() < 2]
-    if not packed: return
-    kind = str(state[packed[0]].dtype).removeprefix('torch.')
-    raise KdoctError(
-        f"{what} holds weights as {kind}, in {len(packed)} tensors, first {packed[0]}.",
-        fix="Give the weights as they were before quantisation: float32, float16 or bfloat16.",
-    )
-
-def _is_constant(v:torch.Tensor)->bool:
-    "Whether all numbers of a tensor are the same."
-    return v.numel() == 0 or bool((v == v.flatten()[0]).all())
-
-def _check_numbers(state:dict, what:str):
-    "`KdoctError` if a number is not finite, or no matrix has two different numbers."
-    numbers = {k: v for k, v in state.items() if v.is_floating_point()}
-    odd = [k for k, v in numbers.items() if not v.isfinite().all()]
-    if odd:
-        raise KdoctError(
-            f"{what} holds numbers that are not finite, in {len(odd)} tensors, first {odd[0]}.",
-            fix="That training has failed; use another file.",
-        )
-    matrices = [v for v in numbers.values() if v.ndim > 1]
-    if matrices and all(map(_is_constant, matrices)):
-        raise KdoctError(
-            f"{what} holds no trained weights: in each tensor all numbers are the same.",
-            fix="The file was written before the weights were there; use another file.",
-        )
-
 # %% ../../nbs/02a_models.backbones.ipynb #3d10a939
 def check_fit(
     body:nn.Module,         # network
@@ -525,13 +461,14 @@ def check_fit(
         counts, first = _summary(bad)
         total = len(body.state_dict())
         parts = ' and '.join(map(repr, _beginnings(body, state, but)))
-        where = f" All its tensors stand there under {parts}." if parts else _nearly_fits(body, state)
+        where = nearly_fits(body, state)
+        if parts: where = f" All its tensors stand there under {parts}."
         raise KdoctError(
             f"{what} does not fit {arch}: {counts} of {total} tensors. {first}.{where}",
             fix=_remedy(body, state, but),
         )
-    _check_kinds(body, state, what)
-    _check_numbers(state, what)
+    check_kinds(body, state, what)
+    check_numbers(state, what)
 
 # %% ../../nbs/02a_models.backbones.ipynb #40288219
 _OLD_HEADS = ('head.', 'pre_logits.', 'classifier.')  # of VGG16 and ConvNeXt-T, in timm and torchvision
@@ -579,7 +516,7 @@ def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
 def _require_model_folder(folder:Path):
     "`KdoctError` where there is no model folder."
     if (folder/'model.json').is_file(): return
-    remedy = "Give the folder that a training (outputs/RUN/fold_K/ROLE) or kdoct import has written."
+    remedy = "Give one that a training (outputs/RUN/fold_K/ROLE) or kdoct import has written."
     if folder.is_file():
         problem = f"{folder} is a file, no model folder: its network and classes are not known."
         remedy = f"Make one of weights: kdoct import {folder} --model NAME --classes A,B,C"
