@@ -186,8 +186,8 @@ def test_a_name_that_passes_stays_inside(name):
 
 
 def test_two_names_that_one_file_system_takes_for_one_are_refused(bundle):
-    (bundle / "card.MD").write_text("x")
-    relist(bundle, **{"card.md": dict(bytes=1, sha256="0" * 64)})
+    (bundle / "model_card.md").write_text("x")
+    relist(bundle, **{"model_card.md": dict(bytes=1, sha256="0" * 64)})
     refused(bundle, "capitals")
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from kdoct.core.files import KdoctError
 from kdoct.core.runs import create_run
+from kdoct.core.sections import DistillRecipe
 from kdoct.data.stage import prepare_data
 from kdoct.distill import own_teacher, preparation, student, teacher
 from kdoct.models.arithmetic import float32_products
@@ -161,7 +162,9 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
     monkeypatch.setattr(student, 'ready_teachers', lambda *_: order.append('device') or ({}, {}))
     monkeypatch.setattr(student, 'train_role', lambda *_, **__: order.append('train'))
     class Run:
-        class recipe: distill = type('D', (), dict(combine='logits'))
+        class recipe:
+            student_roles = ('student',)
+            def distillation(role): return DistillRecipe(combine='logits')
         def is_finished(self, *_): return False
         def record(self, *_, **__): pass
     monkeypatch.setattr(student, 'Distill', lambda *_: None)

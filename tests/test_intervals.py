@@ -154,7 +154,7 @@ def test_no_interval_where_many_resamples_lack_a_class():
 
 @pytest.mark.parametrize('undefined,shown', [(20, True), (21, False)])
 def test_the_threshold_of_an_interval_is_a_fifth(undefined, shown):
-    i = N._interval(np.r_[np.full(undefined, np.nan), np.linspace(0, 1, 100 - undefined)], .95)
+    i = N.percentile_interval(np.r_[np.full(undefined, np.nan), np.linspace(0, 1, 100 - undefined)], .95)
     assert np.isfinite(i['low']) == shown and i['n_used'] == 100 - undefined
 
 
