@@ -162,9 +162,10 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
     monkeypatch.setattr(student, 'ready_teachers', lambda *_: order.append('device') or ({}, {}))
     monkeypatch.setattr(student, 'train_role', lambda *_, **__: order.append('train'))
     class Run:
-        class recipe:
+        class Recipe:
             student_roles = ('student',)
-            def distillation(role): return DistillRecipe(combine='logits')
+            def distillation(self, role): return DistillRecipe(combine='logits')
+        recipe = Recipe()
         def is_finished(self, *_): return False
         def record(self, *_, **__): pass
     monkeypatch.setattr(student, 'Distill', lambda *_: None)
