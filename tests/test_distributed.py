@@ -168,7 +168,7 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
         recipe = Recipe()
         def is_finished(self, *_): return False
         def record(self, *_, **__): pass
-    monkeypatch.setattr(student, 'Distill', lambda *_: None)
+    monkeypatch.setattr(student, 'Distill', lambda *_, **__: None)
     student.train_student(Run(), 0)
     assert order == ['join', 'load', 'device', 'train']
 
