@@ -325,6 +325,7 @@ def is_dark(
 # %% ../../nbs/01e_data.images.ipynb #1da4fbef
 def decoded(
     im:Image.Image,                 # an opened file, at one of its pages
+    is_mask:bool=False,             # whether black and white alone is what is looked for
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "The page, decoded completely."
     # PIL turns a TIFF while it decodes it, and forgets that it has
@@ -335,7 +336,7 @@ def decoded(
     two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
     if two_colours: check_depth(1)
     out, notes = _plain(im)
-    if _is_black_and_white(out):
+    if not is_mask and _is_black_and_white(out):
         what = "all pixels are black or white: a mask or a drawing, no B-scan"
         raise BadImage('wrong-mode', what)
     notes += [note for note in turned if note not in notes]
@@ -361,6 +362,7 @@ def _behind_jpeg(data:bytes)->list[str]:
 # %% ../../nbs/01e_data.images.ipynb #1326f0de
 def decode_image(
     data:bytes,                     # content of a file
+    is_mask:bool=False,             # whether black and white alone is what is looked for
 )->tuple[Image.Image, list[str]]:   # upright 8-bit image of mode L or RGB; notes, keys of `PROBLEMS`
     "Decode an image completely; `BadImage` if it cannot be, or not without a guess."
     if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -371,7 +373,7 @@ def decode_image(
     im = _open(data)
     _check_end(im.format, data)
     try:
-        out, notes = decoded(im)
+        out, notes = decoded(im, is_mask)
         if im.format == 'PNG': Image.open(io.BytesIO(data)).verify()
         alone = getattr(im, 'n_frames', 1) == 1 and not has_copies(im)
     except DECODE_ERRORS as e: raise broken_file(e) from e

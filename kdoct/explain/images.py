@@ -42,7 +42,8 @@ def read_mask(
     resize:str='squash',  # how images become squares: squash, crop or pad
 )->np.ndarray:            # bool (size, size)
     "A mask as the network's picture shows it."
-    return to_square(decode_image(read_image_bytes(file))[0], size, 1, resize) > 127
+    mask, _ = decode_image(read_image_bytes(file), is_mask=True)
+    return to_square(mask, size, 1, resize) > 127
 
 def masks_of(
     run:Run,             # run whose data stage is done
