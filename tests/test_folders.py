@@ -200,8 +200,7 @@ def test_sound_folders_are_classes(names, tmp_path):
 
 
 @pytest.mark.parametrize(("typed", "helps"), [
-    (("CNV;NORMAL",), "Put commas between the classes: --classes CNV,NORMAL"),
-    (("CNV NORMAL",), "Put commas"), (("CNV|NORMAL",), "Put commas"),
+    (("CNV;NORMAL", "CNV"), "Put commas between the classes: --classes CNV,NORMAL"),
     (("CNV", "NROMAL"), "Did you mean: --classes CNV,NORMAL"),
     (("normal", "cnv"), "Did you mean: --classes NORMAL,CNV"),
     (("AMD", "DME"), "The images are of these classes: --classes CNV,NORMAL"),
@@ -210,6 +209,12 @@ def test_classes_that_are_misspelt_are_refused_with_what_was_meant(typed, helps,
     with pytest.raises(KdoctError, match="There is no image of class") as e:
         table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png"], typed)
     assert helps in e.value.fix
+
+
+@pytest.mark.parametrize("typed", ["CNV;NORMAL", "CNV NORMAL", "CNV|NORMAL"])
+def test_classes_without_commas_are_refused_by_the_recipe(typed):
+    with pytest.raises(ValueError, match="put commas between several: CNV,NORMAL"):
+        DataRecipe(source="folder", root="", classes=(typed,))
 
 
 def test_some_of_the_classes_may_be_named(tmp_path):

@@ -162,7 +162,11 @@ class DataRecipe(Part):
     @classmethod
     def _several_classes(cls, classes):
         if classes is None or len(classes) != 1: return classes
-        raise ValueError(f"{classes[0]} is one class; name two or more")
+        several = [part for part in re.split(r'[;|\s]+', classes[0]) if part]
+        if len(several) == 1: raise ValueError(f"{classes[0]} is one class; name two or more")
+        raise ValueError(
+            f"{classes[0]} is one class; put commas between several: {','.join(several)}"
+        )
 
     @model_validator(mode='after')
     def _no_hidden_label_of_who_is_tested(self):

@@ -187,7 +187,8 @@ def _classes_meant(classes:tuple[str, ...], there:set[str])->tuple[str, list[str
     "What to say about classes of which some have no image, and the classes that were probably meant."
     others = sorted(there - set(classes))
     meant = [c if c in there else _nearest(c, others) for c in classes]
-    parted = [c for text in classes for c in re.split(r'\s*[;|/]\s*|\s+', text) if c]
+    parts = [c for text in classes for c in re.split(r'\s*[;|/]\s*|\s+', text) if c]
+    parted = list(dict.fromkeys(parts))
     if set(parted) <= there: return "Put commas between the classes", parted
     if all(meant) and len(set(meant)) == len(meant): return "Did you mean", meant
     return "The images are of these classes", sorted(there)
