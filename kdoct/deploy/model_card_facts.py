@@ -18,6 +18,7 @@ from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.protocol import folds_of_origin
+from ..evaluate.tables import TITLES
 from ..evaluate.variants import blanked_warning
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #131af7a5
@@ -80,17 +81,7 @@ def _data_facts(run, fold):
     )
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #92fea03f
-SCORES = {
-    'accuracy': 'accuracy %',
-    'sensitivity': 'macro sensitivity %',
-    'specificity': 'macro specificity %',
-    'precision': 'macro precision %',
-    'f1': 'macro F1 %',
-    'auc': 'AUC',
-    'nll': 'NLL',
-    'ece': 'ECE %',
-    'brier': 'Brier',
-}
+SCORES = TITLES | {'nll': 'NLL', 'ece': 'ECE %', 'brier': 'Brier'}
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #3a623eb8
 def _evaluation(run, fold, role):

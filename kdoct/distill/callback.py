@@ -200,7 +200,6 @@ def unlabelled_step(self:Distill, labelled:Step)->Step|None:
     if self.unlabelled is None or not self.group.method.uses_unlabelled: return None
     x, rows = self.unlabelled.batch(self.dls.train.start + self.iter)
     teachers = labelled.query(x) if self.group.method.queries else {}
-    each = [output.logits for output in teachers.values()]
     return replace(
         labelled,
         images=x,
@@ -208,7 +207,7 @@ def unlabelled_step(self:Distill, labelled:Step)->Step|None:
         hard=None,
         student=labelled.run_student(x),
         teachers=teachers,
-        teacher_logits=combine(each, self.recipe, self.weights) if each else None,
+        teacher_logits=self.combined(teachers),
         rows=rows,
     )
 
@@ -382,9 +381,18 @@ def query(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, columns)
 @patch
 def queried(self:Distill)->list[str]:  # noqa: F811 (of another class)
     "Roles of the teachers that are queried about this batch; `turn` changes them with the optimiser's steps."
-    return self.group.queried(
-        step_number(self.learn)[0] if self.ours else self.epoch * self.n_iter + self.iter
-    )
+    return self.group.queried(self.step_number())
+
+@patch
+def step_number(self:Distill)->int:  # noqa: F811 (of a Learner)
+    "The optimiser's step, counted from 0 over all epochs; in a Learner that is not ours, the batch."
+    return step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter
+
+@patch
+def combined(self:Distill, teachers:dict[str, Output])->torch.Tensor|None:  # (n, classes)
+    "The logits of the teachers that were queried as those of one; None: none was."
+    each = [output.logits for output in teachers.values()]
+    return combine(each, self.recipe, self.weights) if each else None
 
 @patch
 def teacher_outputs(self:Distill)->dict[str, Output]:
@@ -417,17 +425,16 @@ def step(self:Distill)->Step:
     "This batch, and what the networks make of it."
     teachers = self.teacher_outputs()
     student = self.student_outputs(plain_tensor(self.pred))
-    each = [output.logits for output in teachers.values()]
     return Step(
         images=plain_tensor(self.xb[0]),
         targets=plain_tensor(self.yb[0]),
         hard=plain_tensor(self.loss_grad),
         student={role: student[role] for role in teachers or self.teachers},
         teachers=teachers,
-        teacher_logits=combine(each, self.recipe, self.weights) if each else None,
+        teacher_logits=self.combined(teachers),
         rows=self.rows[self.iter] if self.ours else None,
         epoch=self.epoch,
-        number=step_number(self.learn)[0] if self.ours else self.epoch*self.n_iter + self.iter,
+        number=self.step_number(),
         epochs=self.n_epoch,
         run_student=lambda x: self.student_outputs(self.model(x)),
         query=lambda x: {role: self.teacher_output(role, x) for role in self.queried()},
