@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'MEDMNIST', 'DEVICE', 'SEVERITIES', 'CORRUPTIONS', 'SET_VERSION', 'pixel_scale', 'Corruption', 'corrupted',
            'corruptions_named', 'severities_named']
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #6c010298
+# %% ../../nbs/01pb_data.corruptions.ipynb #677e9213
 import hashlib
 import io
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from scipy.signal import fftconvolve
 
 from ..core.files import did_you_mean, KdoctError
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #37faa7b3
+# %% ../../nbs/01pb_data.corruptions.ipynb #69cc7898
 SIDE = 224   # shorter side of the pictures that the published parameters are of [px]
 
 def pixel_scale(
@@ -28,7 +28,7 @@ def pixel_scale(
     "Pixels of a picture for one pixel of the published parameters."
     return min(im.size)/SIDE
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #90491c65
+# %% ../../nbs/01pb_data.corruptions.ipynb #50246d33
 def _pixelate(im:Image.Image, share:float, rng)->Image.Image:
     "Fewer pixels, `share` of those of the published size, each a square."
     scale = pixel_scale(im)
@@ -39,7 +39,7 @@ def _contrast_down(im:Image.Image, factor:float, rng)->Image.Image:
     "Grey values nearer to their mean."
     return ImageEnhance.Contrast(im).enhance(factor)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #2e0711ea
+# %% ../../nbs/01pb_data.corruptions.ipynb #72789d93
 def _as_jpeg(im:Image.Image, quality:int)->Image.Image:
     "A picture as it comes out of a JPEG file."
     file = io.BytesIO()
@@ -60,7 +60,7 @@ def _jpeg_compression(im:Image.Image, quality:int, rng)->Image.Image:
     error = _channels(_as_jpeg(few, quality)) - _channels(few)
     return _picture(_channels(im) + _enlarged(error, im.size), im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #be25f62d
+# %% ../../nbs/01pb_data.corruptions.ipynb #a8791235
 def _channels(im:Image.Image)->np.ndarray:
     "Grey values (h, w, 1 or 3) as numbers from 0 to 255."
     a = np.asarray(im, np.float64)
@@ -75,7 +75,7 @@ def _floored(a:np.ndarray, spare:float=1e-6)->np.ndarray:
     "Grey values cut to whole numbers as the published code does; what lacks no more than `spare` is not cut."
     return np.floor(a.clip(0, 255) + spare)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #b478d4c2
+# %% ../../nbs/01pb_data.corruptions.ipynb #de5df520
 def _grains(im:Image.Image, rng)->np.ndarray:
     "Standard normal numbers (h, w, 3), the same within a grain."
     scale = max(1, pixel_scale(im))
@@ -91,7 +91,7 @@ def _speckle_noise(im:Image.Image, sd:float, rng)->Image.Image:
     noisy = _floored(a + a*sd*_grains(im, rng))
     return _picture(noisy, 'RGB').convert(im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #e4afa2a3
+# %% ../../nbs/01pb_data.corruptions.ipynb #e64fb79f
 def _disc(radius:float, softness:float, scale:float)->np.ndarray:
     "A soft disc of a lens out of focus, sum 1."
     radius, near = radius*scale, max(1, round(scale))
@@ -109,7 +109,7 @@ def _streak(radius:float, sigma:float, angle:float, scale:float)->np.ndarray:
     np.add.at(out, (y + n - 1, x + n - 1), weights/weights.sum())
     return out
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #b8341433
+# %% ../../nbs/01pb_data.corruptions.ipynb #6437e69d
 def _correlated(a:np.ndarray, kernel:np.ndarray, beyond:str)->np.ndarray:
     "The mean of each pixel's surroundings, weighed by an odd kernel; `beyond` the border as `numpy.pad` has it."
     half = len(kernel)//2
@@ -129,7 +129,7 @@ def _motion_blur(im:Image.Image, streak:tuple[float, float], rng)->Image.Image:
     a = _floored(_correlated(_channels(im), kernel, 'edge'), .5/257)   # ImageMagick has 16 bits
     return _picture(a, im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #b78f51da
+# %% ../../nbs/01pb_data.corruptions.ipynb #395fabdb
 class Corruption(NamedTuple):
     "One way in which a picture is changed."
     family:str            # MEDMNIST or DEVICE
@@ -142,7 +142,7 @@ MEDMNIST, DEVICE = 'MedMNIST-C', 'device'   # families
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #13e97782
+# %% ../../nbs/01pb_data.corruptions.ipynb #2d89a074
 CORRUPTIONS:dict[str, Corruption] = {
     'pixelate': Corruption(
         MEDMNIST, 'fewer pixels', (.30, .25, .20, .15, .10), _pixelate),
@@ -161,7 +161,7 @@ CORRUPTIONS:dict[str, Corruption] = {
 
 SET_VERSION = 1   # raised where a corruption of this name would give another picture
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #7a3abdd8
+# %% ../../nbs/01pb_data.corruptions.ipynb #38dc656b
 def _drawn_for(im:Image.Image, name:str, severity:int, seed:int)->np.random.Generator:
     "Random numbers that belong to a picture's content, a corruption and its severity."
     head = f'{name} {severity} {seed} {im.mode} {im.width}x{im.height} '
@@ -180,7 +180,7 @@ def corrupted(
     rng = _drawn_for(im, name, severity, seed)
     return how.change(im, how.parameters[severity - 1], rng)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #7ee2b036
+# %% ../../nbs/01pb_data.corruptions.ipynb #06a5c7c7
 def corruptions_named(
     names:list[str]|None=None,  # of `CORRUPTIONS`, or MedMNIST-C or device for all of a family; None: all
     modality:str='oct',         # what the pictures are; of others than oct, what is for B-scans alone is left out
@@ -201,7 +201,7 @@ def corruptions_named(
                          f"modality {modality}.", fix="Leave it out of --corruptions.")
     return [n for n, out in is_left_out.items() if not out], left_out
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #e7b42c9a
+# %% ../../nbs/01pb_data.corruptions.ipynb #45a4beaf
 def severities_named(
     text:str,  # '1-5', '3' or '1,3,5'
 )->list[int]:
