@@ -258,7 +258,7 @@ def test_a_copy_of_a_class_folder_is_no_class(copy, tmp_path):
 
 
 def test_normal_and_healthy_are_one_class_until_both_are_named(tmp_path):
-    with pytest.raises(KdoctError, match="Healthy .*, NORMAL"):
+    with pytest.raises(KdoctError, match="'Healthy' .*, 'NORMAL'"):
         table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png", "Healthy/1.png"])
     assert len(table_of(tmp_path, [], ("CNV", "Healthy", "NORMAL"))) == 3
 
