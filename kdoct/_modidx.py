@@ -2629,6 +2629,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kdoct.distill.methods._options_of': ( 'distill.methods.html#_options_of',
                                                                               'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods._reasons': ('distill.methods.html#_reasons', 'kdoct/distill/methods.py'),
+                                       'kdoct.distill.methods._reasons_of_first_stage': ( 'distill.methods.html#_reasons_of_first_stage',
+                                                                                          'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods._reasons_of_images': ( 'distill.methods.html#_reasons_of_images',
                                                                                      'kdoct/distill/methods.py'),
                                        'kdoct.distill.methods._validated': ('distill.methods.html#_validated', 'kdoct/distill/methods.py'),
