@@ -40,6 +40,7 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
+from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .cli_stress import stress
@@ -487,6 +488,7 @@ def bench(
 
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
+_command()(adapt)
 _command('make-keys')(make_keys)
 _command()(predict)
 _command()(stress)
