@@ -8,8 +8,9 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from kdoct.core.files import KdoctError
+from kdoct.core.parts import Part
 from kdoct.core.presets import preset
-from kdoct.core.sections import AugmentRecipe, DistillRecipe, Part, TrainRecipe
+from kdoct.core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.unlabelled_batches import UnlabelledBatches
 from kdoct.distill import methods

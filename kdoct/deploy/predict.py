@@ -148,7 +148,10 @@ def _notes(self:Predictor, scan:Scan, coloured:int|None)->tuple[str, ...]:
     return (*scan.notes, *(note for note, holds in notes.items() if holds))
 
 @patch
-def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
+def prepare(
+    self:Predictor,
+    scan:Scan,   # as it was read
+)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     coloured = 0 if self.channels == 1 else self.bundle.about.get('coloured')
     scan = scan._replace(notes=self._notes(scan, coloured))
@@ -159,7 +162,7 @@ def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
     return scan._replace(image=None), picture
 
 def _weight(item:tuple)->int:
-    "Bytes of what `_prepare` gives."
+    "Bytes of what `Predictor.prepare` gives."
     return getattr(item[1], 'nbytes', 0)
 
 # %% ../../nbs/07l_deploy.predict.ipynb #fa004439
@@ -190,7 +193,7 @@ def _slot(about:dict, picture)->Slot:
 def _slots(self:Predictor, paths:Iterable)->Iterator[Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last, ahead = None, 2*self.workers + self.batch
-    read = read_ahead(paths, self.sandbox, self._prepare, self.workers, ahead, weigh=_weight)
+    read = read_ahead(paths, self.sandbox, self.prepare, self.workers, ahead, weigh=_weight)
     for path, item in read:
         if isinstance(item, BadImage):
             is_known = last is not None and last['path'] == as_text(path)
@@ -211,6 +214,16 @@ def predict(
     slots = predict_in_batches(self._slots(find_files(paths)), self._outputs, self.batch)
     return map(self._finished, slots)
 
+# %% ../../nbs/07l_deploy.predict.ipynb #e989f0e6
+@patch
+def rows(
+    self:Predictor,
+    prepared:Iterable,  # what `prepare` gives for scans
+)->Iterator[dict]:      # rows with the columns of `record_fields`, in the order of the scans
+    "A row for every prepared scan."
+    slots = (_slot(about_scan(scan.path, scan), picture) for scan, picture in prepared)
+    return map(self._finished, predict_in_batches(slots, self._outputs, self.batch))
+
 # %% ../../nbs/07l_deploy.predict.ipynb #88c46e26
 @patch
 def image(
@@ -220,9 +233,7 @@ def image(
     "What `predict` says of one picture."
     try: im, notes = decode_image(_bytes_of_picture(picture))
     except BadImage as e: return failed_row(self.classes, about_scan(''), e)
-    scan, array = self._prepare(Scan(im, '', notes=tuple(notes)))
-    slots = [_slot(about_scan('', scan), array)]
-    return self._finished(next(predict_in_batches(slots, self._outputs)))
+    return next(self.rows([self.prepare(Scan(im, '', notes=tuple(notes)))]))
 
 # %% ../../nbs/07l_deploy.predict.ipynb #20253202
 def _with_bar(rows:Iterable, paths)->Iterator[dict]:

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..core.files import KdoctError
-from ..core.sections import DistillRecipe, Part, TrainRecipe
+from ..core.parts import Part
+from ..core.sections import DistillRecipe, TrainRecipe
 from ..data.batches import Batches
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of, Layer
