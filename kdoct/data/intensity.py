@@ -13,8 +13,9 @@ from .retina_frame import coarse, grey_range, padding_cells
 
 # %% ../../nbs/01ha_data.intensity.ipynb #56f01aac
 INTENSITIES = ('as-is', 'range', 'matched')   # what is done to grey values
-REFERENCE = (0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 5, 9, 15, 27, 36, 44, 50, 56, 61, 66, 72, 78, 83, 89, 95, 102,
-             109, 119, 133, 153, 184, 230)  # quantiles 0, 1/32, ..., 1 [0-255]
+# quantiles 0, 1/32, ..., 1 [0-255]
+REFERENCE = (0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 5, 9, 15, 27, 36, 44, 50, 56, 61, 66, 72, 78, 83,
+             89, 95, 102, 109, 119, 133, 153, 184, 230)
 
 # %% ../../nbs/01ha_data.intensity.ipynb #22d70b49
 def _range_table(cells:np.ndarray)->np.ndarray:
