@@ -207,6 +207,16 @@ def _slots(self:Predictor, paths:Iterable)->Iterator[Slot]:
             last = about_scan(path, item[0])
             yield _slot(last, item[1])
 
+# %% ../../nbs/07l_deploy.predict.ipynb #be953ed8
+@patch
+def pictures(self:Predictor,
+    paths:Iterable,   # files, in this order
+)->Iterator[tuple]:   # (path, uint8 (h, w) or (h, w, 3)) for every B-scan; (path, `BadImage`) for what has none
+    "Framed pictures of files."
+    ahead = 2*self.workers + self.batch
+    read = read_ahead(paths, self.sandbox, self.prepare, self.workers, ahead, weigh=_weight)
+    for path, item in read: yield path, item if isinstance(item, BadImage) else item[1]
+
 # %% ../../nbs/07l_deploy.predict.ipynb #8e355fd1
 @patch
 def predict(

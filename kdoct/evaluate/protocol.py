@@ -122,7 +122,11 @@ def folds_of_origin(
         whose = 'these' if start['folds_sha256'] == about.get('folds_sha256') else 'other'
         run = f" (run {start['run']})" if start.get('run') else ''
         return f"{role}: trained in fold {start['fold']} of {whose} folds{run}"
-    file = (start.get('imported') or {}).get('file')
+    imported = start.get('imported') or {}
+    file, images = imported.get('file'), imported.get('trained_on')
+    if images:
+        named = f"{counted(images, 'image')} that its owner named"
+        return f"{role}: imported from {file}, trained on {named}; none of them is tested here"
     whence = f'imported from {file}' if file else 'a network from elsewhere'
     return (f"{role}: folds not known ({whence}, not trained here); if it has learned from images "
             "tested here, its scores and those of students that it taught are too good")
