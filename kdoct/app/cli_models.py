@@ -97,6 +97,7 @@ InterpolationOption = Annotated[
     ),
 ]
 
+# %% ../../nbs/10b_app.cli_models.ipynb #54e7c0f7
 TrainedOnOption = Annotated[
     Path | None,
     option(

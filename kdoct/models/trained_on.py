@@ -36,7 +36,7 @@ def images_named(
     "Images that a network was trained and validated on; `KdoctError` if there is none."
     where = Path(where)
     if not where.exists():
-        raise KdoctError(f"There is no {where}.", fix="Give a folder of images, or a table of them.")
+        raise KdoctError(f"There is no {where}.", fix="Give a folder of images, or a table.")
     files = [where/p for p in walk_images(where)[0]] if where.is_dir() else _listed_in(where)
     if not files:
         raise KdoctError(f"{where} names no image.", fix="Name the images it was trained on.")
@@ -63,6 +63,7 @@ def write_trained_on(
     with atomic_path(Path(folder)/TRAINED_ON) as tmp: table.to_csv(tmp, index=False)
     return len(table)
 
+# %% ../../nbs/02ad_models.trained_on.ipynb #12c0db5b
 def pass_on(
     weights:str|Path,  # the model folder from which a network starts, or another name of weights
     folder:str|Path,   # where the new network will lie
@@ -99,7 +100,8 @@ def seen_images(
         calibration = read_json(folder/'bundle.json').get('calibration') or {}
         seen |= set(calibration.get('sha256', ()))
     if (folder/TRAINED_ON).is_file():
-        seen |= set(pd.read_csv(folder/TRAINED_ON, dtype=str, keep_default_na=False).to_numpy().ravel())
+        hashes = pd.read_csv(folder/TRAINED_ON, dtype=str, keep_default_na=False)
+        seen |= set(hashes.to_numpy().ravel())
     return seen - {''}
 
 # %% ../../nbs/02ad_models.trained_on.ipynb #60365bf2
