@@ -985,6 +985,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'kdoct.data.corruptions._picture': ('data.corruptions.html#_picture', 'kdoct/data/corruptions.py'),
                                         'kdoct.data.corruptions._pixelate': ( 'data.corruptions.html#_pixelate',
                                                                               'kdoct/data/corruptions.py'),
+                                        'kdoct.data.corruptions._resized_kernel': ( 'data.corruptions.html#_resized_kernel',
+                                                                                    'kdoct/data/corruptions.py'),
                                         'kdoct.data.corruptions._speckle_grain': ( 'data.corruptions.html#_speckle_grain',
                                                                                    'kdoct/data/corruptions.py'),
                                         'kdoct.data.corruptions._speckle_noise': ( 'data.corruptions.html#_speckle_noise',
