@@ -181,6 +181,27 @@ def _write(test, stressed:list, out:Path, about:str, facts:dict, names:list[str]
     fig = examples_figure(scan.image, names, severities)
     for p in [*files, save_figure(fig, out/'stress_examples.png')]: typer.echo(f'  {short_path(p)}')
 
+# %% ../../nbs/10d_app.cli_stress.ipynb #df50cfaf
+def _check(corruptions:str, severities:str, out:Path|None):
+    "`KdoctError` for what is not known, or no place for results; at once, before torch is there."
+    from kdoct.data.corruptions import corruptions_named, severities_named
+    corruptions_named(_words(corruptions))
+    severities_named(severities)
+    if out: require_place(out, is_folder=True)
+
+def _measure(network:str, fold:int|None, data, what:tuple, images:int, out:Path, key, how:dict):
+    "Predictions that are not there yet, then tables, figures and record of all."
+    from kdoct.deploy.stress import planned_cells, stress_predictions
+    from kdoct.deploy.stress_images import stressed_networks
+    folds = None if fold is None else [fold]
+    stressed = stressed_networks(network, folds, data, out/'audit.csv', key)
+    chosen = _chosen(stressed, *what)
+    stressed, cells = _drawn(stressed, images), planned_cells(*chosen)
+    facts = stress_predictions(stressed, out/'predictions', cells, **how)
+    test, about = _tested(stressed, out/'predictions', cells), _about(stressed, facts)
+    _echo(test, about)
+    _write(test, stressed, out, about, facts, *chosen)
+
 # %% ../../nbs/10d_app.cli_stress.ipynb #e63e09a0
 def stress(
     network:StressedArgument,
@@ -201,19 +222,8 @@ def stress(
     key:CheckKeyOption=None,
 ):
     "Measure networks under corruptions of five severities. The same command goes on after an interruption."
-    from kdoct.data.corruptions import corruptions_named, severities_named
-    corruptions_named(_words(corruptions)), severities_named(severities)   # before torch is there
-    if out: require_place(out, is_folder=True)
+    _check(corruptions, severities, out)
     data = _data_of(source, data_root, group_pattern, classes, changes)
     out = out or _default_out(network, fold, data is not None)
-    from kdoct.deploy.stress import planned_cells, stress_predictions
-    from kdoct.deploy.stress_images import stressed_networks
-    folds = None if fold is None else [fold]
-    stressed = stressed_networks(network, folds, data, out/'audit.csv', key)
-    chosen = _chosen(stressed, corruptions, severities)
-    stressed, cells = _drawn(stressed, images), planned_cells(*chosen)
     how = dict(engine=engine, threads=threads, workers=workers, batch=batch)
-    facts = stress_predictions(stressed, out/'predictions', cells, **how)
-    test, about = _tested(stressed, out/'predictions', cells), _about(stressed, facts)
-    _echo(test, about)
-    _write(test, stressed, out, about, facts, *chosen)
+    _measure(network, fold, data, (corruptions, severities), images, out, key, how)
