@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import counted, did_you_mean, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
-from ..core.sections import DataRecipe, PhantomRecipe
+from ..core.sections import DataRecipe, OTHER_MODALITIES, PhantomRecipe
 from .class_folders import group_pattern, with_empty_classes
 from kdoct.data.listing import (
     check_labels,
@@ -423,14 +423,12 @@ def wants_near_duplicates(
     return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
 
 # %% ../../nbs/01c_data.sources.ipynb #d1c0b002
-_NO_OCT = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}   # source -> modality
-
 def modality_of(
     data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
 )->str:         # oct, radiograph, histology or other
     "What the pictures of a recipe are; OCT where the recipe does not tell."
     kinds = [data.get('source'), *(s.get('source') for s in (data.get('sources') or {}).values())]
-    known = [_NO_OCT[kind] for kind in kinds if kind in _NO_OCT]
+    known = [OTHER_MODALITIES[kind] for kind in kinds if kind in OTHER_MODALITIES]
     return known[0] if known else data.get('modality') or 'oct'
 
 # %% ../../nbs/01c_data.sources.ipynb #source-sites

@@ -55,6 +55,9 @@ def _framing_text(recipe)->str:
     "How a picture became a square, in words."
     done = dict(fill_white='white padding replaced', mask_scale_bar='scale bar covered')
     changes = [text for field, text in done.items() if getattr(recipe, field)]
+    if recipe.frame != 'image':
+        changes.append(f'cropped to the retina ({recipe.frame}), whole where none is found')
+    if recipe.intensity != 'as-is': changes.append(f'grey values changed ({recipe.intensity})')
     return ', '.join([f'made square by {_SQUARE[recipe.resize]}', f'{recipe.size} px', *changes])
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #a5b2baba
