@@ -42,6 +42,7 @@ from kdoct.app.cli_options import (
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
+from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
 from kdoct.core.files import (
     KdoctError,
@@ -488,6 +489,7 @@ def bench(
 _command()(export)
 _command('make-keys')(make_keys)
 _command()(predict)
+_command()(validate)
 
 # %% ../../nbs/10_app.cli.ipynb #39440e52
 FirstRunArgument = Annotated[
