@@ -6,7 +6,7 @@
 __all__ = ['images_text', 'map_text', 'warnings_of_validation', 'validation_page', 'validation_record', 'all_predictions',
            'check_new_folder', 'write_validation']
 
-# %% ../../nbs/08f_app.validation_page.ipynb #b1972424
+# %% ../../nbs/08f_app.validation_page.ipynb #97088269
 import os
 import tempfile
 import time
@@ -27,7 +27,7 @@ from ..evaluate.intervals import MIN_DEFINED
 from ..evaluate.run_tables import plain_numbers
 from ..evaluate.tables import Section, without_note
 
-# %% ../../nbs/08f_app.validation_page.ipynb #c11219c4
+# %% ../../nbs/08f_app.validation_page.ipynb #4029bcdb
 def _copies_text(copies:pd.DataFrame)->str:
     "How many images are copies, and how many of these of an image in another folder of parts."
     originals = copies.detail.str.partition(' as ')[2]
@@ -36,7 +36,7 @@ def _copies_text(copies:pd.DataFrame)->str:
     which = f' ({across} of an image in another part: training, test, ...)' if across else ''
     return f'{counted(len(copies), "copy", "copies")} of other images{which}; each counts once'
 
-# %% ../../nbs/08f_app.validation_page.ipynb #523e0c53
+# %% ../../nbs/08f_app.validation_page.ipynb #24b72881
 def _left_out_text(result:Audit)->str:
     "What the audit found and left out; '' if nothing."
     gone = result.findings[result.findings.action == 'left out']
@@ -64,7 +64,7 @@ def images_text(
     first = f'{counted(len(t), "image")} of {groups}; by their labels: {counts}.'
     return [s for s in (first, _left_out_text(result), _lone_text(t)) if s]
 
-# %% ../../nbs/08f_app.validation_page.ipynb #22d8e398
+# %% ../../nbs/08f_app.validation_page.ipynb #72fc049b
 def map_text(
     model:ExternalModel,  # a model
 )->list[str]:             # sentences
@@ -79,7 +79,7 @@ def map_text(
                    f'LABEL={lost[0]}')
     return out
 
-# %% ../../nbs/08f_app.validation_page.ipynb #563ccf11
+# %% ../../nbs/08f_app.validation_page.ipynb #04e0fd03
 def _failed_text(model:ExternalModel)->str:
     "Images that a model could not read or refused; '' if there are none."
     failed = model.rows[model.rows.error != '']
@@ -97,7 +97,7 @@ def warnings_of_validation(
     each += [_failed_text(m) for m in models.values()]
     return list(dict.fromkeys(t for t in [_lone_text(result.table), *each] if t))
 
-# %% ../../nbs/08f_app.validation_page.ipynb #a71b1a56
+# %% ../../nbs/08f_app.validation_page.ipynb #a3e50969
 _ORDER = {   # section of the page -> its title, and the tables in it by the first word of their name
     'results': ('Results', ('scores', 'differences', 'folds')),
     'deferral': ('What is deferred', ('deferral', 'unknown')),
@@ -121,7 +121,7 @@ def _page_sections(sections:dict[str, Section])->list[dict]:
         if parts: out.append(dict(id=name, title=title, paragraphs=[], parts=parts, figures=[]))
     return out
 
-# %% ../../nbs/08f_app.validation_page.ipynb #2ecff4dd
+# %% ../../nbs/08f_app.validation_page.ipynb #add4c3be
 def _how_text(models:dict[str, ExternalModel], e:EvaluateRecipe)->str:
     "How networks predicted, and how intervals are made."
     engines = {n['engine'] for m in models.values() for n in m.about['networks']}
@@ -133,7 +133,7 @@ def _how_text(models:dict[str, ExternalModel], e:EvaluateRecipe)->str:
     none where more than {100*(1 - MIN_DEFINED):.0f} % of these do not define the score.'''
     return ' '.join(text.split())
 
-# %% ../../nbs/08f_app.validation_page.ipynb #84f6b07d
+# %% ../../nbs/08f_app.validation_page.ipynb #03b86d8c
 def validation_page(
     name:str,                         # of the data set
     models:dict[str, ExternalModel],  # name -> model
@@ -152,12 +152,13 @@ def validation_page(
         [data, *_page_sections(sections)], warnings,
     )
 
-# %% ../../nbs/08f_app.validation_page.ipynb #69807204
+# %% ../../nbs/08f_app.validation_page.ipynb #2c4ad219
 def _plain(s:Section)->dict:
     "A section as JSON wants it."
     texts = plain_numbers(s.texts.fillna('').astype(str))
     return dict(title=s.title, caption=s.caption, table=plain_numbers(s.table), texts=texts)
 
+# %% ../../nbs/08f_app.validation_page.ipynb #0e9fd229
 def validation_record(
     name:str,                         # of the data set
     models:dict[str, ExternalModel],  # name -> model
@@ -181,7 +182,7 @@ def validation_record(
         sections={k: _plain(s) for k, s in sections.items()},
     )
 
-# %% ../../nbs/08f_app.validation_page.ipynb #3ab6685a
+# %% ../../nbs/08f_app.validation_page.ipynb #26dec340
 def all_predictions(
     models:dict[str, ExternalModel],  # name -> model
 )->pd.DataFrame:                      # a row an image and network
@@ -189,7 +190,7 @@ def all_predictions(
     each = {n: m.rows.drop(columns='sha256', errors='ignore') for n, m in models.items()}
     return pd.concat(each, names=['model']).reset_index(level='model').reset_index(drop=True)
 
-# %% ../../nbs/08f_app.validation_page.ipynb #a414e29f
+# %% ../../nbs/08f_app.validation_page.ipynb #bbd1ba59
 def check_new_folder(
     out:Path,  # folder of the results
 ):
@@ -199,7 +200,7 @@ def check_new_folder(
         raise KdoctError(f"{out} exists already.",
                          fix="Give this validation another name (--name), or delete the folder.")
 
-# %% ../../nbs/08f_app.validation_page.ipynb #22e6778a
+# %% ../../nbs/08f_app.validation_page.ipynb #961f374b
 def write_validation(
     out:Path,              # a new folder
     page:str,              # HTML

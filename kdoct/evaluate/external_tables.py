@@ -7,7 +7,7 @@ __all__ = ['score_numbers', 'external_scores', 'external_differences', 'confusio
            'external_deferral', 'unknown_section', 'banded', 'groups_section', 'external_volumes', 'external_folds',
            'external_sections']
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ed8a2e34
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #47b0b161
 from itertools import combinations
 
 import numpy as np
@@ -27,7 +27,7 @@ from kdoct.evaluate.tables import (
     shown_differences,
 )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #a2024551
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #cc202b73
 _SCORES = {  # score -> its column, whether it is shown in percent
     'accuracy': ('accuracy %', True),
     'sensitivity': ('balanced accuracy %', True),
@@ -55,7 +55,7 @@ def _counts(rows:pd.DataFrame)->tuple[dict, dict]:
     images, groups = rows.path.nunique(), rows.group.nunique()
     return dict(n_images=images, n_groups=groups), {'images (groups)': f'{images} ({groups})'}
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #f71d5c71
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #bf2a237d
 def _section(title:str, made:dict, caption:str)->Section:
     "A section from name -> (numbers, texts)."
     table, texts = (pd.DataFrame({n: pair[i] for n, pair in made.items()}).T for i in (0, 1))
@@ -74,7 +74,7 @@ def score_numbers(
         texts[title] = _text(ci.loc[name], percent)
     return numbers | dict(note=score_row(rows, evaluate, seed, ci=ci)['note']), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #b4cfc767
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e427116e
 def _from_card(card:dict)->tuple[dict, dict]:
     "Numbers and texts of the scores that a card has."
     numbers, texts = dict(note=''), {}
@@ -87,7 +87,7 @@ def _from_card(card:dict)->tuple[dict, dict]:
     counts = dict(n_images=images, n_groups=groups)
     return numbers | counts, {'images (groups)': f'{images} ({groups})'} | texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #7c5eabf6
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1bd45586
 _NOT_KNOWN = {'images (groups)': 'not known'} | {title: '–' for title, _ in _SCORES.values()}
 
 def _home_row(model:ExternalModel)->dict:
@@ -114,7 +114,7 @@ def external_scores(
             made[f'{name}, {place}'] = score_numbers(rows, evaluate, seed)
     return _section('Scores, at home and here', made, _ON_SCORES)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #4abbef11
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e9dcb63c
 def _same_images(a:pd.DataFrame, b:pd.DataFrame)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images that both could read."
     both = set(a.path) & set(b.path)
@@ -133,7 +133,7 @@ def _comparable(a:ExternalModel, b:ExternalModel)->bool:
     same_classes = set(a.classes.joined) == set(b.classes.joined)
     return same_classes and len(a.decisions) == len(b.decisions)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1ef3b0f3
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ae151d79
 def _compared(a:ExternalModel, b:ExternalModel)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images of two models that are compared, their folds counted alike."
     def numbered(rows): return rows.assign(fold=rows.fold.rank(method='dense').astype(int))
@@ -158,7 +158,7 @@ def external_differences(
     texts, caption = shown_differences(d), ' '.join(caption.split())
     return Section('Paired differences here', table, texts, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #f04fb4de
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9c3c6677
 def _confusion(model:ExternalModel)->tuple[pd.DataFrame, int]:
     "Counts of predicted classes by label; how many images count as another class when probabilities are added."
     rows = model.rows[model.rows.error == '']
@@ -174,7 +174,7 @@ def confusion_section(
 )->Section:               # rows: labels there; columns: classes of the network
     "What the images of each label are predicted as."
     t, otherwise = _confusion(model)
-    share = t.div(t.sum(1).clip(lower=1), axis=0)
+    share = t.div(t.sum(axis=1).clip(lower=1), axis=0)
     texts = t.astype(str) + share.map(lambda v: f' ({100*v:.0f} %)')
     texts.insert(0, 'is', ['|'.join(model.classes.labels[c]) or 'not known' for c in t.index])
     k = len(model.decisions)
@@ -185,7 +185,7 @@ def confusion_section(
                     f'probabilities of a joined class are added.')
     return Section(f'Their labels, as the {model.name} predicts them', t, texts, caption.strip())
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #6d04ee74
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9a989b4b
 _DEFERRAL = {   # share -> its title
     'deferred': 'deferred %',
     'unsure': 'low confidence %',
@@ -211,7 +211,7 @@ def deferral_shares(
         deferred_accuracy=share(right, deferred),
     )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #3ba9e932
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #a718309e
 def _shares(rows, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of one row about deferral."
     numbers, texts = _counts(rows)
@@ -220,7 +220,7 @@ def _shares(rows, evaluate, seed)->tuple[dict, dict]:
         texts[_DEFERRAL[name]] = _text(r)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e697c3cc
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2c95f67a
 def _has_decision(rows:pd.DataFrame)->bool: return bool(rows.deferred.notna().all())
 
 def _bare(models:dict[str, ExternalModel])->str:
@@ -245,7 +245,7 @@ def external_deferral(
     of low confidence, and outliers (unlike the training pictures), go to a person.'''
     return _section('What is deferred', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #631b52ba
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #51613784
 def _predicted_as(rows:pd.DataFrame)->str:
     "The classes that images are predicted as, the most frequent first."
     shares = rows.predicted.value_counts(normalize=True)
@@ -263,7 +263,7 @@ def _unknown_row(rows, evaluate, seed)->tuple[dict, dict]:
     texts |= {'predicted as': _predicted_as(rows), 'among the rest': _predicted_as(kept) or 'none'}
     return numbers | rows.predicted.value_counts(normalize=True).to_dict(), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c1426a93
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #27500ebf
 def unknown_section(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -280,7 +280,7 @@ def unknown_section(
     not deferred are predicted as.'''
     return _section('Classes that the network does not know', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c9e0dfbb
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9e5f0497
 _FEW = 8   # values of a column of numbers that are groups of their own
 
 def banded(
@@ -297,7 +297,7 @@ def banded(
         return (low + ' to ' + high).fillna('').astype(str)
     return pd.qcut(numbers, 4, duplicates='drop').astype('string').fillna('').astype(str)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #085e7368
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c4d92455
 _LEAST = 10   # images below which a group is not called the worst
 
 def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[dict, dict]]:
@@ -318,6 +318,7 @@ def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[
         made[f'{column} {value or "(none)"}'] = numbers, texts
     return made
 
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #6959a994
 def _worst_text(name:str, made:dict)->str:
     "Which group of a model is the worst, among those with enough images."
     enough = {k: n['accuracy'] for k, (n, _) in made.items() if n['n_images'] >= _LEAST}
@@ -327,7 +328,7 @@ def _worst_text(name:str, made:dict)->str:
     return (f'{name}: worst {worst} ({100*enough[worst]:.1f} %), {points:.1f} points below '
             f'{best}.')
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c37cbaba
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1b5b31d4
 def groups_section(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table
@@ -347,7 +348,7 @@ def groups_section(
     mean by chance too: look at the intervals.'''
     return _section('The worst group', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #3b1300fb
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #0f59bceb
 _TINY = np.finfo(float).tiny
 
 def _volume_predictions(model:ExternalModel)->pd.DataFrame:
@@ -363,7 +364,7 @@ def _volume_predictions(model:ExternalModel)->pd.DataFrame:
     columns = {f'logit_{c}': logits[:, i] for i, c in enumerate(names)}
     return v.assign(right=names[logits.argmax(1)] == v.label, **columns)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9a0e8a70
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5fd8fa7c
 def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of the volumes of a model."
     v = _volume_predictions(model)
@@ -387,7 +388,7 @@ def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
         texts[_DEFERRAL[name]] = _text(share)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #db917735
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #11e90220
 def _volume_notes(models:dict[str, ExternalModel])->str:
     "Volumes that are in no score, counted, and the first of those with contradicting labels."
     v = next(iter(models.values())).volumes.drop_duplicates('path')
@@ -399,7 +400,7 @@ def _volume_notes(models:dict[str, ExternalModel])->str:
     if len(unknown): out.append(f'{counted(len(unknown), "volume")} of unknown classes left out.')
     return ' '.join(out)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #d322a55e
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #97a43f12
 def external_volumes(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -416,7 +417,7 @@ def external_volumes(
     deferred.'''
     return _section('Volumes here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e563e0df
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5145f464
 def _spread(each:list[dict])->tuple[dict, dict]:
     "Mean and standard deviation of the scores of several networks."
     numbers, texts = dict(note=''), {'images (groups)': ''}
@@ -428,7 +429,7 @@ def _spread(each:list[dict])->tuple[dict, dict]:
         )
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #d0a6f841
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #555ea5ed
 def external_folds(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -449,7 +450,7 @@ def external_folds(
     standard deviation over the folds (ddof 0) show what another training makes of it.'''
     return _section('Every fold here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2694745e
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9690f307
 def external_sections(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table, for the worst group
