@@ -174,6 +174,9 @@ REFUSED = {
     "maps from a cache": (dict(views=2), dict(), 1, "fitnet", "teacher cache"),
     "compiled": (dict(), dict(compile=True), 1, "attention", "torch.compile"),
     "mixed and cached": (dict(views=2), dict(mix_prob=.5), 1, "rkd", "no cache"),
+    "one epoch for two stages": (dict(), dict(epochs=1), 1, "efcm", "two stages"),
+    "a held backbone": (dict(), dict(freeze_epochs=1), 1, "efcm", "freeze_epochs"),
+    "averaged too early": (dict(), dict(average="swa", swa_start=3), 1, "efcm", "epoch 4"),
 }
 
 

@@ -40,8 +40,10 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
+from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
+from .cli_stress import stress
 from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
 from kdoct.core.files import (
@@ -487,8 +489,10 @@ def bench(
 
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
+_command()(adapt)
 _command('make-keys')(make_keys)
 _command()(predict)
+_command()(stress)
 _command()(validate)
 
 # %% ../../nbs/10_app.cli.ipynb #39440e52
