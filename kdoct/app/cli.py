@@ -45,6 +45,7 @@ from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .cli_stress import stress
+from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
 from kdoct.core.files import (
     KdoctError,
@@ -497,6 +498,7 @@ _command()(adapt)
 _command('make-keys')(make_keys)
 _command()(predict)
 _command()(stress)
+_command()(validate)
 
 # %% ../../nbs/10_app.cli.ipynb #39440e52
 FirstRunArgument = Annotated[
