@@ -18,6 +18,7 @@ from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.protocol import folds_of_origin
+from ..evaluate.stress_records import card_stress, NOT_STRESSED
 from ..evaluate.tables import TITLES
 from ..evaluate.variants import blanked_warning
 
@@ -356,6 +357,7 @@ def model_card_facts(
         data=data,
         measured=measured,
         all_folds=_all_folds(run, role),
+        stress=card_stress(run, fold, role),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),
         limits=_limits(data, measured, role),
@@ -468,6 +470,7 @@ def folder_facts(
         data=data,
         measured=_unknown_measured(),
         all_folds=dict(folds=[], mean_sd={}),
+        stress=dict(why=NOT_STRESSED, text='', rows={}),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),
         limits=_unknown_limits(about, decision),
