@@ -2529,6 +2529,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'kdoct/deploy/model_card_facts.py'),
                                                'kdoct.deploy.model_card_facts._warnings': ( 'deploy.model_card_facts.html#_warnings',
                                                                                             'kdoct/deploy/model_card_facts.py'),
+                                               'kdoct.deploy.model_card_facts._where_from': ( 'deploy.model_card_facts.html#_where_from',
+                                                                                              'kdoct/deploy/model_card_facts.py'),
                                                'kdoct.deploy.model_card_facts.folder_facts': ( 'deploy.model_card_facts.html#folder_facts',
                                                                                                'kdoct/deploy/model_card_facts.py'),
                                                'kdoct.deploy.model_card_facts.model_card_facts': ( 'deploy.model_card_facts.html#model_card_facts',

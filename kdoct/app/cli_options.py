@@ -79,6 +79,7 @@ RootOption = Annotated[
     str, option('DIR', "Folder of the images (csv: the table).", '--data-root')
 ]
 
+# %% ../../nbs/10a_app.cli_options.ipynb #99851939
 SourcesOption = Annotated[
     Path | None,
     option(

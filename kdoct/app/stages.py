@@ -106,6 +106,7 @@ def require_methods(
         from kdoct.training.distributed import launched
         check_method(distillation, recipe.training(role), processes=launched()[1])
 
+# %% ../../nbs/08a_app.stages.ipynb #f1d992c0
 def _list_images(recipe:Recipe)->tuple|None:
     "What a source lists for a new run, None for simulated images; `KdoctError` without such images."
     require_data_root(recipe.data)

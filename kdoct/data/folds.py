@@ -71,6 +71,7 @@ def left_out_in(
                          fix="Leave it out, or take data.protocol=grouped-cv.")
     return place
 
+# %% ../../nbs/01g_data.folds.ipynb #072c0376
 def fold_names(
     table:pd.DataFrame,  # image table
     protocol:str,        # of the recipe
@@ -201,6 +202,7 @@ def _check_not_empty(role:np.ndarray, fold:int, calibrated:bool):
                 fix=f"{_MORE_PATIENTS}, or set data.worst_case_train to false.",
             )
 
+# %% ../../nbs/01g_data.folds.ipynb #1c1ede87
 def _check_classes(label:pd.Series, role:np.ndarray, fold:int, n_folds:int, protocol:str):
     "`KdoctError` if training or test part lack a class: nothing could be learned or measured about it."
     for part in ('train', 'test'):
@@ -260,7 +262,10 @@ def _left_out_roles(
         role[(t.place == name).to_numpy()] = 'test'
         role[_is_out(t, name)] = OUT
         others = np.flatnonzero(role == 'train')
-        if len(others): _assign(role, 'val', t, others, round(1/val_fraction), seed, 'data.val_fraction')
+        if not len(others):
+            raise KdoctError(f"Without {name} nothing is left to learn from: all patients have "
+                             f"images there.", fix="Take data.protocol=grouped-cv.")
+        _assign(role, 'val', t, others, round(1/val_fraction), seed, 'data.val_fraction')
         if calibration: _assign_calibration(role, t, calibration, seed)
         yield role
 

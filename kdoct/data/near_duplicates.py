@@ -274,6 +274,7 @@ def _best_copies(pairs:np.ndarray, scores:np.ndarray)->pd.DataFrame:
     out = out.sort_values(['image', 'agreement'], ascending=[True, False], kind='stable')
     return out.drop_duplicates('image')
 
+# %% ../../nbs/01s_data.near_duplicates.ipynb #61937932
 def find_near_duplicates(
     table:pd.DataFrame,   # path, sha256
     root:str|Path,        # folder that the paths are relative to

@@ -28,7 +28,7 @@ class Device:
     axial_um:float   # axial resolution, FWHM [µm]
     lateral_um:float # lateral resolution, FWHM [µm]
     rolloff:float    # sensitivity lost from 30 % of the depth to the bottom [fraction]
-    grain:float|None=None  # speckle grain beside the resolution cell [factor]; None: the cell, its contrast by frames alone
+    grain:float|None=None  # size of the speckle grain in resolution cells; None: one, and weaker where it is coarse
     gamma:float=1.   # exponent of the display curve; below 1 as a logarithmic scale: brighter mid-greys
     flat:bool=False  # each column is moved so that Bruch's membrane is a line
     strip_um:float=0.  # height of the strip about the retina that is exported [µm]; 0: the whole depth
@@ -101,7 +101,8 @@ def _flattened(image, mask, rows):
     source = np.clip(source, 0, len(image) - 1)
     columns = np.arange(image.shape[1])
     dark = np.uint8(np.median(image[:max(1, len(image)//20)]))   # what is not there is as the vitreous
-    return np.where(inside, image[source, columns], dark), mask[source, columns] & inside, rows + shift
+    moved = np.where(inside, image[source, columns], dark)
+    return moved, mask[source, columns] & inside, rows + shift
 
 def _cut_to_strip(image, mask, rows, strip_um):
     "The strip about the retina: two thirds of it above Bruch's membrane and the rest below."

@@ -80,6 +80,7 @@ def _complete(path):
         f.seek(-len(tail), os.SEEK_END)
         return begins and f.read() == tail
 
+# %% ../../nbs/01da_data.phantom_files.ipynb #f7b11856
 def _save(array, path, quality):
     "Write a picture in the format of its name; a JPEG with this quality."
     how = dict(quality=quality) if quality else dict(compress_level=1)

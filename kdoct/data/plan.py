@@ -15,7 +15,15 @@ from ..core.files import atomic_path, KdoctError
 from ..core.recipe import Recipe
 from ..core.sections import DataRecipe
 from .audit import audit, Audit, official_overlap
-from .folds import CALIB, fold_names, LEFT_OUT, make_folds, OUT, shows_diagnosis, UNLABELLED
+from kdoct.data.folds import (
+    CALIB,
+    fold_names,
+    LEFT_OUT,
+    make_folds,
+    OUT,
+    shows_diagnosis,
+    UNLABELLED,
+)
 from .hidden_labels import share_fits
 from .listing import classes_option, Listing
 from .sources import load_table, NEAR_DUPLICATES, wants_near_duplicates
@@ -78,6 +86,7 @@ def _check_number_of_folds(table:pd.DataFrame, data:DataRecipe):
             f"--set data.n_folds={len(names)}",
     )
 
+# %% ../../nbs/01ia_data.plan.ipynb #51cea6d7
 def plan_folds(
     result:Audit,              # the audited images
     recipe:Recipe,             # how they are split

@@ -86,7 +86,8 @@ def site_recipes(
             site = _one_site(name, fields)
             if site.source == 'sites':
                 raise KdoctError("it is itself several sources.", fix="Name each of them.")
-            if site.unlabelled is None: site = site.model_copy(update=dict(unlabelled=data.unlabelled))
+            if site.unlabelled is None:
+                site = site.model_copy(update=dict(unlabelled=data.unlabelled))
         own = site.model_dump(exclude={'map', 'device'})
         out[name] = data.model_copy(update=own | dict(sources={}, protocol='grouped-cv'))
         kinds[name] = modality_of(out[name].model_dump())
@@ -138,7 +139,8 @@ def read_sources(
         name = row['name'].strip()
         if not name or name in out:
             what = f"names {name!r} again" if name else "has no name"
-            raise KdoctError(f"{file}, line {line}, {what}.", fix="Give each source a name of its own.")
+            raise KdoctError(f"{file}, line {line}, {what}.",
+                             fix="Give each source a name of its own.")
         try: out[name] = _fields_in(row, line, file.parent.resolve())
         except KdoctError as e: raise KdoctError(f"{file}, {e.problem}", fix=e.fix) from e
     return out
@@ -160,6 +162,7 @@ def run_classes(
     one_each = {c for c in named if '|' not in c and not says_unlabelled(c)}
     return tuple(sorted((whole | one_each) - {''}))
 
+# %% ../../nbs/01ca_data.sites.ipynb #fabd063f
 def mapped_labels(
     text:str,                 # the map of a source; '': its labels are the run's
     theirs:set[str],          # its labels
@@ -189,6 +192,7 @@ def _from(folder:Path, root:Path, path:str)->str:
     "A path of a source, relative to the folder around all."
     return Path(os.path.relpath(os.path.join(root, path), folder)).as_posix()
 
+# %% ../../nbs/01ca_data.sites.ipynb #2835c720
 _NAMED = ('patient', 'group', 'volume')   # begin with the name of the source
 
 def _rows_of_site(name:str, listing:Listing, labels:dict, device:str, folder:Path)->list[dict]:
@@ -225,6 +229,7 @@ def _check_listed_once(rows:list[dict]):
             raise KdoctError(f"{r['path']} is listed by two sources, '{other}' and '{r['site']}'.",
                              fix="Let each image belong to one: correct root, or the tables.")
 
+# %% ../../nbs/01ca_data.sites.ipynb #2dc81204
 def _check_spelt_alike(labels:dict[str, set[str]]):
     "`KdoctError` where sources without a map write a class in different ways."
     first = {}
@@ -306,6 +311,7 @@ def listing_of_sites(
     notes += _missing_classes(rows, list(parts), classes)
     return make_listing(folder, _shared_columns(rows, list(parts)), notes, 'sites')
 
+# %% ../../nbs/01ca_data.sites.ipynb #cf218956
 def _check_some_left(rows:list[dict], names:list[str]):
     "`KdoctError` for a source of which no image is used."
     there = {r['site'] for r in rows}

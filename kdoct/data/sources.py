@@ -53,6 +53,7 @@ def _check_sites(data:DataRecipe):
     for name, own in site_recipes(data).items():
         with naming_site(name): check_source(own)
 
+# %% ../../nbs/01c_data.sources.ipynb #a4772c94
 def check_source(
     data:DataRecipe,  # the data part of a recipe
 ):

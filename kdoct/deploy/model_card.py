@@ -258,7 +258,12 @@ def _formats_text(formats):
     return [note, *_grid(head, rows)]
 
 # %% ../../nbs/07d_deploy.model_card.ipynb #1ddbff1e
-_PROTOCOL = {'grouped-cv': 'cross-validation by patient', 'official': 'the official test part'}
+_PROTOCOL = {
+    'grouped-cv': 'cross-validation by patient',
+    'official': 'the official test part',
+    'leave-one-source-out': 'each fold tests on one source that it has learned nothing from',
+    'leave-one-device-out': 'each fold tests on one device that it has learned nothing from',
+}
 
 def _data_text(d):
     "Section of the data."

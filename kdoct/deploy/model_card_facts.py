@@ -17,6 +17,7 @@ from ..data.shortcuts import run_verdict
 from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
+from ..data.folds import LEFT_OUT
 from ..evaluate.protocol import folds_of_origin
 from ..evaluate.stress_records import card_stress, NOT_STRESSED
 from ..evaluate.tables import TITLES
@@ -77,6 +78,7 @@ def _data_facts(run, fold):
         parts=(stage.get('per_fold') or {}).get(str(fold)) or NOT,
         framing=_framing_text(recipe),
         protocol=recipe.protocol,
+        left_out=dict(enumerate(stage.get('fold_names') or [])).get(fold),
         folds=recipe.n_folds,
         grouping='patients (groups) are never split between training, validation and test part',
         labels=labels_text(stage.get('labels'), [fold]),
@@ -199,13 +201,28 @@ _NO_VALIDATION = (
     'of what follows for patients.'
 )
 
-def _always_limited(source:str)->list[str]:
+_SAME_SOURCE = (
+    'One data set ({}): all numbers are of pictures from the same source as the training. How it '
+    'does on another device, hospital or population was not measured.'
+)
+
+_LEFT_OUT_LIMIT = (
+    'All numbers are of pictures of a {} that the network has learned nothing from ({}): one of '
+    'few, so how it does on the next may be better or worse.'
+)
+
+def _where_from(data:dict)->str:
+    "How far the tested pictures are from those of the training."
+    protocol, names = data.get('protocol'), data.get('fold_names') or []
+    if protocol not in LEFT_OUT: return _SAME_SOURCE.format(data['source'])
+    what = 'source' if LEFT_OUT[protocol] == 'site' else 'device'
+    return _LEFT_OUT_LIMIT.format(what, data.get('left_out') or ', '.join(names))
+
+def _always_limited(data:dict)->list[str]:
     "Limits of every network of a run."
     return [
         _NO_VALIDATION,
-        f'One data set ({source}): all numbers are of pictures from the same source as the '
-        f'training. How it does on another device, hospital or '
-        'population was not measured.',
+        _where_from(data),
         'All scores are of the network in PyTorch on the pictures of the run; other formats were '
         'compared with it as the '
         'section on formats says.',
@@ -224,7 +241,7 @@ def _size_text(row:dict)->str:
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #3a6d46f0
 def _limits(data, measured, role):
     "What the numbers of the card do not show."
-    out, row = _always_limited(data['source']), measured['models'].get(role, {})
+    out, row = _always_limited(data), measured['models'].get(role, {})
     if row: out.append(_size_text(row))
     if data['source'] == 'phantom':
         out.insert(0, 'Trained on simulated pictures: it knows nothing about eyes.')

@@ -9,7 +9,14 @@ __all__ = ['places_section']
 import pandas as pd
 
 from ..core.result_sections import EvaluateRecipe
-from .places import place_scores, PLACES, places_in, places_note, SMALL_GROUP, worst_place
+from kdoct.evaluate.places import (
+    place_scores,
+    PLACES,
+    places_in,
+    places_note,
+    SMALL_GROUP,
+    worst_place,
+)
 from .tables import interval_text, Section
 
 # %% ../../nbs/05da_evaluate.place_tables.ipynb #8318ef80

@@ -75,6 +75,7 @@ def worst_place(
         n=len(known),
     )
 
+# %% ../../nbs/05ca_evaluate.places.ipynb #e83894be
 def place_columns(
     df:pd.DataFrame,  # predictions of one model
 )->tuple[dict[str, str], dict]:  # texts by the title of a column; numbers by name
@@ -89,6 +90,7 @@ def place_columns(
                     f'worst_{what}_is': w['name'], f'n_{what}s': w['n']}
     return texts, numbers
 
+# %% ../../nbs/05ca_evaluate.places.ipynb #3246172f
 def places_note(
     df:pd.DataFrame,  # predictions
 )->str:               # '' where there is nothing to say

@@ -31,6 +31,7 @@ def _official_text(run, predictions, which):
     left_out = f'{facts.get("overlap", 0)} images of tested groups outside the test part'
     return f'{text}; {left_out} were left out of training'
 
+# %% ../../nbs/05e_evaluate.protocol.ipynb #ba5c803e
 def _left_out_text(run, predictions):
     "Which source (or device) each fold has left out and tests on."
     data, names = run.recipe.data, run.stage('data')['fold_names']
@@ -39,8 +40,10 @@ def _left_out_text(run, predictions):
     each = ', '.join(f'fold {k} {names[k]}' for k in folds)
     images = counted(len(predictions), 'test image')
     groups = counted(predictions.group.nunique(), 'group')
+    out = sum(run.stage('data')['per_fold'][str(k)].get('out', {}).get('images', 0) for k in folds)
+    also = f'; left out were {out} images of groups that have images there too' if out else ''
     return (f'{data.protocol}: each fold tests on all images of one {what} and learns and '
-            f'validates on the others, split by group (patient): {each}; {images} of {groups}')
+            f'validates on the others, split by group (patient): {each}; {images} of {groups}{also}')
 
 def _split_text(run, predictions):
     "Which images were tested, by which models, and what those had seen."
