@@ -46,8 +46,7 @@ LEFT_OUT = {'leave-one-source-out': 'site', 'leave-one-device-out': 'device'}
 
 _WHERE_FROM = {
     'site': "Name several sources: --sources FILE.csv",
-    'device': "Give it: csv, a column device (data.columns.device=...); several sources, device "
-              "of each",
+    'device': "Give it: csv, column device (data.columns.device=...); several sources, device",
 }
 
 def left_out_in(

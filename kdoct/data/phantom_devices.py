@@ -106,7 +106,7 @@ def _flattened(image, mask, rows):
 
 def _cut_to_strip(image, mask, rows, strip_um):
     "The strip about the retina: two thirds of it above Bruch's membrane and the rest below."
-    high = int(min(len(image), round(strip_um/DEPTH_UM*len(image))))
+    high = int(np.clip(round(strip_um/DEPTH_UM*len(image)), 32, len(image)))
     top = int(np.clip(np.median(rows[_BM]) - .68*high, 0, len(image) - high))
     return image[top:top + high], mask[top:top + high], rows - top
 

@@ -58,10 +58,10 @@ def _require_same_images(tested, n_folds):
 # %% ../../nbs/05w_evaluate.all_folds.ipynb #6e6ddbe9
 def _require_other(tested, unit):
     "`KdoctError` unless every group (path) is tested in one fold; `tested` is group -> in how many."
-    twice = tested > 1
+    twice, what = tested > 1, 'image' if unit == 'path' else unit
     if twice.any():
         raise KdoctError(
-            f'{counted(twice.sum(), "image" if unit == "path" else unit)} tested in more than one fold, such as '
+            f'{counted(twice.sum(), what)} tested in more than one fold, such as '
             f'{tested.index[twice][0]}.',
             fix='Evaluate the folds one by one, or make folds whose test parts share no '
                 'patient (01_data).',

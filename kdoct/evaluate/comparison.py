@@ -18,7 +18,7 @@ from ..core.files import counted, KdoctError
 from .compared_runs import ComparedModel
 from .intervals import group_weights, percentile_interval, tested_difference
 from .metrics import check_predictions, GroupedSample, weighted_metrics
-from .places import place_columns, PLACES
+from .places import place_columns, PLACE_TITLES
 from .tables import interval_text, markdown, NO_INTERVAL, Section
 
 # %% ../../nbs/05vb_evaluate.comparison.ipynb #9b0cb3ce
@@ -236,11 +236,11 @@ def scores_texts(
     out['parameters'] = [_number(v, '.2f', 1e6, ' M') for v in t.parameters.astype(float)]
     out['s an epoch'] = [_number(v, '.1f') for v in t.epoch_seconds.astype(float)]
     out['best epoch'] = [_number(v, '.1f') for v in t.best_epoch.astype(float)]
-    for what in PLACES.values():
+    for what, title in PLACE_TITLES.items():
         if f'worst_{what}' not in t: continue
-        out[f'mean over {what}s %'] = [_number(100*v, '.1f') for v in t[f'mean_over_{what}s']]
-        worst = zip(t[f'worst_{what}'], t[f'worst_{what}_is'], strict=True)
-        out[f'worst {what} %'] = [f"{_number(100*v, '.1f')} ({name})" for v, name in worst]
+        columns = (f'mean_over_{what}s', f'worst_{what}', f'worst_{what}_is')
+        each = zip(*(t[c] for c in columns), strict=True)
+        out[title] = [f'{100*mean:.1f}, {100*worst:.1f} ({name})' for mean, worst, name in each]
     if t.runs.max() > 1: out['runs'] = t.runs.astype(int)
     return pd.DataFrame(out, index=t.index)
 

@@ -18,8 +18,7 @@ from .metrics import classes_of, logits_of
 # %% ../../nbs/05ca_evaluate.places.ipynb #11401d5b
 PLACES = {column: 'source' if column == 'site' else column for column in LEFT_OUT.values()}  # column -> in words
 
-PLACE_TITLES = tuple(title for what in PLACES.values()
-                     for title in (f'mean over {what}s %', f'worst {what} %'))   # of columns
+PLACE_TITLES = {what: f'{what}s: mean, worst %' for what in PLACES.values()}   # of columns
 
 SMALL_GROUP = 30   # images; of fewer the accuracy of a source or device is marked
 
@@ -84,8 +83,8 @@ def place_columns(
     for column in places_in(df):
         w, what = worst_place(place_scores(df, column, n_boot=0)), PLACES[column]
         mark = '*' if w['is_small'] else ''
-        texts[f'mean over {what}s %'] = f'{100*w["mean"]:.1f}'
-        texts[f'worst {what} %'] = f'{100*w["worst"]:.1f} ({w["name"]}{mark})'
+        worst = f'{100*w["worst"]:.1f} ({w["name"]}{mark})'
+        texts[PLACE_TITLES[what]] = f'{100*w["mean"]:.1f}, {worst}'
         numbers |= {f'mean_over_{what}s': w['mean'], f'worst_{what}': w['worst'],
                     f'worst_{what}_is': w['name'], f'n_{what}s': w['n']}
     return texts, numbers

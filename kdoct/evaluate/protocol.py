@@ -43,7 +43,8 @@ def _left_out_text(run, predictions):
     out = sum(run.stage('data')['per_fold'][str(k)].get('out', {}).get('images', 0) for k in folds)
     also = f'; left out were {out} images of groups that have images there too' if out else ''
     return (f'{data.protocol}: each fold tests on all images of one {what} and learns and '
-            f'validates on the others, split by group (patient): {each}; {images} of {groups}{also}')
+            f'validates on the others, split by group (patient): {each}; {images} of '
+            f'{groups}{also}')
 
 def _split_text(run, predictions):
     "Which images were tested, by which models, and what those had seen."

@@ -19,6 +19,7 @@ from ..core.runs import create_run, Run, ROLES
 from ..data.batches import Batches
 from ..data.stage import prepare_data
 from ..data.fold_data import open_fold
+from ..data.folds import LEFT_OUT
 from .variants import BLANKED, MANY, ONE
 from ..models.backbones import create_classifier
 from ..models.folders import save_model_folder
@@ -26,7 +27,8 @@ from ..training.results import predict_logits, predictions_frame
 
 # %% ../../nbs/05v_evaluate.simulated.ipynb #4a47db68
 _MARGINS = dict(teacher=4., student=3.4, baseline=2.4)  # how much more logit the true class has
-_ABOUT = ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice')
+_ABOUT = ('path', 'patient', 'group', 'label', 'patient_label', 'eye', 'volume', 'slice',
+          *LEFT_OUT.values())
 
 def simulated_predictions(
     table:pd.DataFrame,  # image table: one row an image, with path, patient, group and label

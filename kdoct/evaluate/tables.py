@@ -159,7 +159,7 @@ def shown(
 ) -> pd.DataFrame:  # its texts only
     "The columns of a table that are for reading."
     columns = [c for c in ('kept', 'parameters', *TITLES.values(), 'chance') if c in table]
-    columns += [c for c in PLACE_TITLES if c in table]
+    columns += [c for c in PLACE_TITLES.values() if c in table]
     return table[columns + (['note'] if table.note.any() else [])]
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #06707be9

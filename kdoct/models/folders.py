@@ -56,7 +56,7 @@ def data_identity(
 )->str:               # the same text for the same images
     "A name for the images that a recipe reads."
     if data.source == 'sites':
-        own = {name: DataRecipe.model_validate(_place_of(site)) for name, site in data.sources.items()}
+        own = {name: DataRecipe(**_place_of(site)) for name, site in data.sources.items()}
         return '; '.join(['sites', *(f'{name} {data_identity(d)}' for name, d in own.items())])
     if data.source == 'phantom':
         later = {'devices'} if data.phantom.devices == PhantomRecipe().devices else None
