@@ -6,7 +6,7 @@
 __all__ = ['StressedArgument', 'StressSourceOption', 'StressRootOption', 'CorruptionsOption', 'SeveritiesOption', 'ImagesOption',
            'StressOutOption', 'stress']
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #5d37ab32
+# %% ../../nbs/10d_app.cli_stress.ipynb #592ac32f
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ from .cli_models import BatchOption, CheckKeyOption, EngineOption, FoldOption
 from .cli_models import ThreadsOption, WorkersOption
 from ..core.files import counted, KdoctError, outputs_root, require_place
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #7cf88a07
+# %% ../../nbs/10d_app.cli_stress.ipynb #ac2a3c91
 StressedArgument = Annotated[
     str,
     typer.Argument(
@@ -47,7 +47,7 @@ StressRootOption = Annotated[
     str, option('DIR', "Folder of these images (csv: the table).", '--data-root')
 ]
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #7cda529e
+# %% ../../nbs/10d_app.cli_stress.ipynb #47ab027f
 CorruptionsOption = Annotated[
     str,
     option(
@@ -74,7 +74,7 @@ StressOutOption = Annotated[
     ),
 ]
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #5c5e45f0
+# %% ../../nbs/10d_app.cli_stress.ipynb #9631ec7a
 def _default_out(network:str, fold:int|None, is_external:bool)->Path:
     "Where the results of a network go that are given no place."
     place = '-external' if is_external else ''
@@ -95,7 +95,7 @@ def _data_of(source:str, root:str, group_pattern:str, classes:str, changes:list[
                          fix="Name them: --source folder --data-root DIR")
     return None
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #525b3b25
+# %% ../../nbs/10d_app.cli_stress.ipynb #3ef2067a
 def _words(text:str)->list[str]|None:
     "Words with commas between them; None where nothing is given."
     return [word.strip() for word in text.split(',') if word.strip()] or None
@@ -113,7 +113,7 @@ def _about(stressed:list, facts:dict)->str:
     if first.name == 'external': images = f'labelled images of another place ({first.root.name})'
     return f'Networks: {names}{of_run}{of_fold}, by the engine {engines}; on {images}.'
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #aa2637d4
+# %% ../../nbs/10d_app.cli_stress.ipynb #76ae001d
 def _echo(test, about:str):
     "Print the tables of a stress test, and how they were made."
     from kdoct.evaluate.stress import (
@@ -124,12 +124,13 @@ def _echo(test, about:str):
     )
     typer.echo(f'\n{summary_texts(test).to_string()}\n')
     for name in test.worst:
-        typer.echo(f'{name}, mean over severities:\n{corruption_texts(test, name, True).to_string()}\n')
+        table = corruption_texts(test, name, True).to_string()
+        typer.echo(f'{name}, mean over severities:\n{table}\n')
     compared = difference_texts(test)
     if len(compared): typer.echo(f'{compared.to_string()}\n')
     typer.echo(textwrap.fill(f'{stress_protocol(test)} {about}', 118) + '\n')
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #f24ad10a
+# %% ../../nbs/10d_app.cli_stress.ipynb #c9e2c155
 def _chosen(stressed:list, corruptions:str, severities:str)->tuple[list[str], list[int]]:
     "Corruptions that suit the pictures of the networks, and severities; what is left out is said."
     from kdoct.data.corruptions import corruptions_named, severities_named
@@ -152,7 +153,7 @@ def _drawn(stressed:list, images:int)->list:
                    f'{counted(s.images.group.nunique(), "group")}; {networks}')
     return few
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #f3131014
+# %% ../../nbs/10d_app.cli_stress.ipynb #bc03d2db
 def _tested(stressed:list, folder:Path, cells:list):
     "Scores from the predictions in a folder."
     import pandas as pd
@@ -180,7 +181,7 @@ def _write(test, stressed:list, out:Path, about:str, facts:dict, names:list[str]
     fig = examples_figure(scan.image, names, severities)
     for p in [*files, save_figure(fig, out/'stress_examples.png')]: typer.echo(f'  {short_path(p)}')
 
-# %% ../../nbs/10d_app.cli_stress.ipynb #b8f62b65
+# %% ../../nbs/10d_app.cli_stress.ipynb #e63e09a0
 def stress(
     network:StressedArgument,
     fold:FoldOption=None,

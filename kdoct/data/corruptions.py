@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'MEDMNIST', 'DEVICE', 'SEVERITIES', 'CORRUPTIONS', 'SET_VERSION', 'pixel_scale', 'Corruption', 'corrupted',
            'corruptions_named', 'severities_named']
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #677e9213
+# %% ../../nbs/01pb_data.corruptions.ipynb #b87cda79
 import hashlib
 import io
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from scipy.signal import fftconvolve
 
 from ..core.files import did_you_mean, KdoctError
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #69cc7898
+# %% ../../nbs/01pb_data.corruptions.ipynb #98026be3
 SIDE = 224   # shorter side of the pictures that the published parameters are of [px]
 
 def pixel_scale(
@@ -28,7 +28,7 @@ def pixel_scale(
     "Pixels of a picture for one pixel of the published parameters."
     return min(im.size)/SIDE
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #50246d33
+# %% ../../nbs/01pb_data.corruptions.ipynb #5c0d41c7
 def _pixelate(im:Image.Image, share:float, rng)->Image.Image:
     "Fewer pixels, `share` of those of the published size, each a square."
     scale = pixel_scale(im)
@@ -39,7 +39,7 @@ def _contrast_down(im:Image.Image, factor:float, rng)->Image.Image:
     "Grey values nearer to their mean."
     return ImageEnhance.Contrast(im).enhance(factor)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #72789d93
+# %% ../../nbs/01pb_data.corruptions.ipynb #fe9916b6
 def _as_jpeg(im:Image.Image, quality:int)->Image.Image:
     "A picture as it comes out of a JPEG file."
     file = io.BytesIO()
@@ -60,7 +60,7 @@ def _jpeg_compression(im:Image.Image, quality:int, rng)->Image.Image:
     error = _channels(_as_jpeg(few, quality)) - _channels(few)
     return _picture(_channels(im) + _enlarged(error, im.size), im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #a8791235
+# %% ../../nbs/01pb_data.corruptions.ipynb #3d59af6a
 def _channels(im:Image.Image)->np.ndarray:
     "Grey values (h, w, 1 or 3) as numbers from 0 to 255."
     a = np.asarray(im, np.float64)
@@ -75,7 +75,7 @@ def _floored(a:np.ndarray, spare:float=1e-6)->np.ndarray:
     "Grey values cut to whole numbers as the published code does; what lacks no more than `spare` is not cut."
     return np.floor(a.clip(0, 255) + spare)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #de5df520
+# %% ../../nbs/01pb_data.corruptions.ipynb #10944ec8
 def _grains(im:Image.Image, rng)->np.ndarray:
     "Standard normal numbers (h, w, 3), the same within a grain."
     scale = max(1, pixel_scale(im))
@@ -91,7 +91,7 @@ def _speckle_noise(im:Image.Image, sd:float, rng)->Image.Image:
     noisy = _floored(a + a*sd*_grains(im, rng))
     return _picture(noisy, 'RGB').convert(im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #e64fb79f
+# %% ../../nbs/01pb_data.corruptions.ipynb #c4c83389
 def _disc(radius:float, softness:float, scale:float)->np.ndarray:
     "A soft disc of a lens out of focus, sum 1."
     radius, near = radius*scale, max(1, round(scale))
@@ -109,7 +109,7 @@ def _streak(radius:float, sigma:float, angle:float, scale:float)->np.ndarray:
     np.add.at(out, (y + n - 1, x + n - 1), weights/weights.sum())
     return out
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #6437e69d
+# %% ../../nbs/01pb_data.corruptions.ipynb #003d567c
 def _correlated(a:np.ndarray, kernel:np.ndarray, beyond:str)->np.ndarray:
     "The mean of each pixel's surroundings, weighed by an odd kernel; `beyond` the border as `numpy.pad` has it."
     half = len(kernel)//2
@@ -129,7 +129,65 @@ def _motion_blur(im:Image.Image, streak:tuple[float, float], rng)->Image.Image:
     a = _floored(_correlated(_channels(im), kernel, 'edge'), .5/257)   # ImageMagick has 16 bits
     return _picture(a, im.mode)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #395fabdb
+# %% ../../nbs/01pb_data.corruptions.ipynb #11f90218
+def _by_device(change:Callable)->Callable:
+    "A corruption of pictures from a change of batches: `change` takes batch, parameter, scale and ids."
+    def changed(im:Image.Image, parameter, rng)->Image.Image:
+        import torch  # here, so that names are checked before torch is there
+        batch = torch.from_numpy(_channels(im)/255).float().permute(2, 0, 1)[None]
+        ids = rng.integers(2**64, size=1, dtype=np.uint64)
+        y = change(batch, parameter, pixel_scale(im), ids)
+        return _picture(255*y[0].permute(1, 2, 0).numpy().astype(np.float64), im.mode)
+    return changed
+
+def _amount(v:float):
+    "An amount for a batch of one."
+    import torch
+    return torch.tensor([float(v)])
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #cd3102d1
+@_by_device
+def _low_resolution(x, fraction:float, scale:float, ids):
+    "Fewer pixels, smoothly: `fraction` of those of the published size."
+    from kdoct.data.device_changes import resample
+    kept = _amount(min(1, fraction/scale))
+    return resample(x, kept, kept)
+
+@_by_device
+def _blur(x, sigmas:tuple[float, float], scale:float, ids):
+    "A Gaussian blur in depth and across."
+    from kdoct.data.device_changes import smooth
+    return smooth(x, *(_amount(s*scale) for s in sigmas))
+
+@_by_device
+def _speckle_grain(x, strength:float, scale:float, ids):
+    "Multiplicative noise of a coarse grain that is wider than deep."
+    from kdoct.data.device_changes import grained, noise_fields, speckle
+    noise = grained(noise_fields(ids, *x.shape[2:]), _amount(.7*scale), _amount(1.2*scale))
+    return speckle(x, _amount(strength), noise)
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #fc04dded
+@_by_device
+def _noise_floor(x, level:float, scale:float, ids):
+    "A grainy noise floor that is added, or (below 0) one that is cut off."
+    from kdoct.data.device_changes import grained, noise_fields, noise_floor
+    grain = _amount(.5*scale)
+    return noise_floor(x, _amount(level), grained(noise_fields(ids, *x.shape[2:]), grain, grain))
+
+@_by_device
+def _gamma(x, exponent:float, scale:float, ids):
+    "Darker (above 1) or brighter (below 1) middle greys."
+    from kdoct.data.device_changes import tone
+    return tone(x, _amount(exponent), _amount(0))
+
+@_by_device
+def _marks(x, counts:tuple[int, int], scale:float, ids):
+    "Legends and scale bars in the corners: so many, and so many more over them."
+    from kdoct.data.device_changes import paste_marks
+    for number, n in enumerate(counts): x = paste_marks(x, _amount(n), ids, 0, number)
+    return x
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #5f413bbe
 class Corruption(NamedTuple):
     "One way in which a picture is changed."
     family:str            # MEDMNIST or DEVICE
@@ -142,7 +200,7 @@ MEDMNIST, DEVICE = 'MedMNIST-C', 'device'   # families
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #2d89a074
+# %% ../../nbs/01pb_data.corruptions.ipynb #22443d57
 CORRUPTIONS:dict[str, Corruption] = {
     'pixelate': Corruption(
         MEDMNIST, 'fewer pixels', (.30, .25, .20, .15, .10), _pixelate),
@@ -159,9 +217,34 @@ CORRUPTIONS:dict[str, Corruption] = {
         MEDMNIST, 'less contrast', (.6, .4, .3, .2, .15), _contrast_down),
 }
 
+# %% ../../nbs/01pb_data.corruptions.ipynb #7298c1af
+CORRUPTIONS |= {
+    'low_resolution': Corruption(
+        DEVICE, 'fewer pixels, smoothly', (.60, .50, .40, .30, .20), _low_resolution),
+    'axial_blur': Corruption(
+        DEVICE, 'blur in depth', ((.5, 0), (1, 0), (1.5, 0), (2, 0), (3, 0)), _blur, True),
+    'lateral_blur': Corruption(
+        DEVICE, 'blur across', ((0, 1), (0, 2), (0, 3), (0, 4), (0, 6)), _blur, True),
+    'speckle_grain': Corruption(
+        DEVICE, 'coarse speckle', (.10, .20, .30, .40, .50), _speckle_grain, True),
+    'noise_floor_up': Corruption(
+        DEVICE, 'a higher noise floor', (.03, .06, .10, .15, .20), _noise_floor),
+    'noise_floor_down': Corruption(
+        DEVICE, 'a noise floor cut off', (-.05, -.10, -.15, -.20, -.25), _noise_floor),
+}
+
+CORRUPTIONS |= {
+    'gamma_up': Corruption(
+        DEVICE, 'darker middle greys', (1.25, 1.5, 1.75, 2., 2.5), _gamma),
+    'gamma_down': Corruption(
+        DEVICE, 'brighter middle greys', (.85, .75, .65, .55, .45), _gamma),
+    'marks': Corruption(
+        DEVICE, 'legends and scale bars', ((1, 0), (2, 0), (3, 0), (4, 0), (4, 4)), _marks),
+}
+
 SET_VERSION = 1   # raised where a corruption of this name would give another picture
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #38dc656b
+# %% ../../nbs/01pb_data.corruptions.ipynb #3166c34b
 def _drawn_for(im:Image.Image, name:str, severity:int, seed:int)->np.random.Generator:
     "Random numbers that belong to a picture's content, a corruption and its severity."
     head = f'{name} {severity} {seed} {im.mode} {im.width}x{im.height} '
@@ -180,7 +263,7 @@ def corrupted(
     rng = _drawn_for(im, name, severity, seed)
     return how.change(im, how.parameters[severity - 1], rng)
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #06a5c7c7
+# %% ../../nbs/01pb_data.corruptions.ipynb #c378a82f
 def corruptions_named(
     names:list[str]|None=None,  # of `CORRUPTIONS`, or MedMNIST-C or device for all of a family; None: all
     modality:str='oct',         # what the pictures are; of others than oct, what is for B-scans alone is left out
@@ -201,7 +284,7 @@ def corruptions_named(
                          f"modality {modality}.", fix="Leave it out of --corruptions.")
     return [n for n, out in is_left_out.items() if not out], left_out
 
-# %% ../../nbs/01pb_data.corruptions.ipynb #45a4beaf
+# %% ../../nbs/01pb_data.corruptions.ipynb #b8111f56
 def severities_named(
     text:str,  # '1-5', '3' or '1,3,5'
 )->list[int]:

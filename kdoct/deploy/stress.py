@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLEAN', 'Cell', 'planned_cells', 'network_facts', 'row_fields', 'stress_predictions']
 
-# %% ../../nbs/07n_deploy.stress.ipynb #da407408
+# %% ../../nbs/07n_deploy.stress.ipynb #cc29ce23
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from .result_files import results_file
 from .streams import read_ahead
 from .stress_images import Stressed
 
-# %% ../../nbs/07n_deploy.stress.ipynb #bacde7aa
+# %% ../../nbs/07n_deploy.stress.ipynb #1fef2d66
 CLEAN = 'clean'   # the pictures as they are
 
 class Cell(NamedTuple):
@@ -42,7 +42,7 @@ def planned_cells(
     "What is predicted, in order: the unchanged pictures, then each corruption with its severities."
     return [Cell(CLEAN, 0), *(Cell(c, s) for c in corruptions for s in severities)]
 
-# %% ../../nbs/07n_deploy.stress.ipynb #d8a438fa
+# %% ../../nbs/07n_deploy.stress.ipynb #4dedaf51
 def network_facts(
     p:Predictor,  # of a network
 )->dict:          # weights_sha256, decision_sha256 (None: it has none), engine, classes
@@ -66,7 +66,7 @@ def _claim(folder:Path, facts:dict):
     raise KdoctError(f"{folder} holds the predictions of another stress test ({', '.join(other)} "
                      "differ).", fix=f"Give another folder with --out, or delete {folder}.")
 
-# %% ../../nbs/07n_deploy.stress.ipynb #f93711bc
+# %% ../../nbs/07n_deploy.stress.ipynb #723cb17d
 def _alike(predictors:list[Predictor])->list[int]:
     "For each network the first that takes pictures as it does."
     how = [(p.channels, p.bundle.framing, p.bundle.about.get('coloured')) for p in predictors]
@@ -85,7 +85,7 @@ def _bytes_of(prepared:list)->int:
     "Bytes of what is kept of a picture."
     return sum({id(p): getattr(p, 'nbytes', 0) for _, p in prepared}.values())
 
-# %% ../../nbs/07n_deploy.stress.ipynb #254b384d
+# %% ../../nbs/07n_deploy.stress.ipynb #2ac1e5ce
 def _pictures(predictors, paths, cell, seed)->Iterator[list]:
     "What each network gets of each file: one picture a file, or why there is none."
     first, last = predictors[0], None
@@ -105,7 +105,7 @@ def _rows(predictors:list[Predictor], pictures)->Iterator[tuple[dict, ...]]:
     each = [p.rows(of(s, i)) for i, (p, s) in enumerate(zip(predictors, streams, strict=True))]
     return zip(*each, strict=True)
 
-# %% ../../nbs/07n_deploy.stress.ipynb #c9d1041b
+# %% ../../nbs/07n_deploy.stress.ipynb #7fc69d74
 def row_fields(
     classes:list[str],  # in the order of the logits
 )->dict[str, type]:
@@ -123,7 +123,7 @@ def _write_cell(path:Path, fields:dict, names:list[str], images, rows, tell):
                 write({k: (known | dict(network=name)).get(k, row.get(k)) for k in fields})
             tell()
 
-# %% ../../nbs/07n_deploy.stress.ipynb #b854f957
+# %% ../../nbs/07n_deploy.stress.ipynb #1f7950b6
 def _todo(stressed:Stressed, folder:Path, cells:list[Cell])->list[Cell]:
     "The cells of a fold that are not done."
     return [c for c in cells if not (folder/stressed.name/c.file).exists()]
@@ -136,7 +136,7 @@ def _open_all(stressed:Stressed, opened:ExitStack, how:dict)->dict[str, Predicto
     raise KdoctError(f"The networks of {stressed.name} have different classes.",
                      fix="Stress them one by one: give their folders.")
 
-# %% ../../nbs/07n_deploy.stress.ipynb #8e0a1418
+# %% ../../nbs/07n_deploy.stress.ipynb #36285135
 def _fold_predictions(stressed:Stressed, folder:Path, cells:list[Cell], seed:int, how:dict, bar):
     "The predictions of one fold that are not there yet."
     with ExitStack() as opened:
@@ -155,7 +155,7 @@ def _fold_predictions(stressed:Stressed, folder:Path, cells:list[Cell], seed:int
                         _rows(predictors, read), bar.update)
     return networks
 
-# %% ../../nbs/07n_deploy.stress.ipynb #9bf28064
+# %% ../../nbs/07n_deploy.stress.ipynb #ec40653c
 def stress_predictions(
     stressed:list[Stressed],  # of `stressed_networks`
     folder:str|Path,          # where the predictions go: a folder a fold, a file a cell

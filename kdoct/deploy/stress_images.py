@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stressed', 'fold_images', 'source_images', 'stressed_networks', 'drawn_images']
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #b481398c
+# %% ../../nbs/07m_deploy.stress_images.ipynb #d37059ae
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from ..data.plan import list_and_audit, write_findings
 from .networks import Bundle, open_network
 from ..evaluate.metrics import read_role
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #1f177cda
+# %% ../../nbs/07m_deploy.stress_images.ipynb #c2fec459
 class Stressed(NamedTuple):
     "Networks that are stressed on the same images."
     name:str                    # fold_K; or external: images of another place
@@ -37,7 +37,7 @@ class Stressed(NamedTuple):
         rows = self.images.sort_values('path').to_csv(index=False, lineterminator='\n')
         return hashlib.sha256(rows.encode()).hexdigest()
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #301b0ffe
+# %% ../../nbs/07m_deploy.stress_images.ipynb #c6ca3706
 _FIX = "Put them back there, or give labelled images: --source folder --data-root DIR"
 
 def _require_files(images:pd.DataFrame, root:Path, of:str):
@@ -61,7 +61,7 @@ def fold_images(
     _require_files(images, Path(root), f"of fold {fold} in run '{run.name}'")
     return Path(root), images
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #9aa2945b
+# %% ../../nbs/07m_deploy.stress_images.ipynb #837dc061
 def _refuse_learned(images:pd.DataFrame, run:Run|None, fold:int|None):
     "`KdoctError` where a network of a run has learned from some of the images, known by their content."
     if run is None or not (table_path(run).exists() and run.folds_csv.exists()): return
@@ -75,7 +75,7 @@ def _refuse_learned(images:pd.DataFrame, run:Run|None, fold:int|None):
         f"these {len(images)}.",
         fix="Leave --source and --data-root out: then the run's own test images are taken.")
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #a6bb900e
+# %% ../../nbs/07m_deploy.stress_images.ipynb #595faa68
 def source_images(
     data:DataRecipe,     # source and root of labelled images
     classes:list[str],   # of the networks
@@ -96,7 +96,7 @@ def source_images(
     columns = ['path', 'group', 'label', 'sha256']
     return Path(listing.root), table[columns].astype(str).reset_index(drop=True)
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #a7526cbe
+# %% ../../nbs/07m_deploy.stress_images.ipynb #91662cdd
 def _run_folds(run:Run, folds:list[int]|None)->list[int]:
     "Folds with a trained network, all or the named ones; `KdoctError` where there is none."
     def trained(k): return [r for r in run.recipe.roles if run.is_finished(r, k)]
@@ -113,7 +113,7 @@ def _networks_of(run:Run, fold:int)->dict[str, Bundle]:
     roles = [r for r in run.recipe.roles if run.is_finished(r, fold)]
     return {r: open_network(run.stage_dir(fold, r)) for r in roles}
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #3ca5b58c
+# %% ../../nbs/07m_deploy.stress_images.ipynb #66267695
 def _stressed_folder(folder:Path, key)->Stressed:
     "One network, and its test images where it lies in a run."
     network = open_network(folder, key)
@@ -137,7 +137,7 @@ def _own(network:str, folds:list[int]|None, key)->list[Stressed]:
         out.append(Stressed(f'fold_{k}', *images, networks, run, k))
     return out
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #b4d9cc50
+# %% ../../nbs/07m_deploy.stress_images.ipynb #d838a8c5
 def _on_source(stressed:list[Stressed], data:DataRecipe, findings:Path)->list[Stressed]:
     "The networks of one fold on images of another place."
     if len(stressed) > 1:
@@ -164,7 +164,7 @@ def stressed_networks(
     raise KdoctError(f"{network} lies in no run here, so there are no test images of its own.",
                      fix="Give labelled images: --source folder --data-root DIR")
 
-# %% ../../nbs/07m_deploy.stress_images.ipynb #40fe93f2
+# %% ../../nbs/07m_deploy.stress_images.ipynb #388220ef
 def drawn_images(
     images:pd.DataFrame,  # path, group, label
     n:int,                # at most; 0: all

@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'MEAN', 'ALL', 'CLEAN', 'Scores', 'group_sums', 'scores_of'
            'scores_table', 'network_differences', 'StressTest', 'stress_test', 'summary_texts', 'corruption_texts',
            'severity_texts', 'difference_texts', 'stress_protocol', 'stress_markdown']
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #bf690095
+# %% ../../nbs/05vg_evaluate.stress.ipynb #731f66c4
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from .intervals import group_weights, percentile_interval, tested_difference
 from .metrics import GroupedSample, macro, ratio
 from .tables import interval_text, markdown, NO_INTERVAL
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #b29ec7b0
+# %% ../../nbs/05vg_evaluate.stress.ipynb #cf0274b3
 SCORES = {  # score -> its title; all are shares
     'accuracy': 'accuracy %',
     'balanced_accuracy': 'balanced accuracy %',
@@ -47,7 +47,7 @@ def _counts(rows:pd.DataFrame)->np.ndarray:
     kept = 1 - np.where(np.isnan(deferred), refused, deferred)
     return np.stack([np.ones(len(rows)), deferred, outlier, refused, kept, kept*right], 1)
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #14ac0cdf
+# %% ../../nbs/05vg_evaluate.stress.ipynb #1069b324
 def _as_sample(rows:pd.DataFrame, classes:list[str])->GroupedSample|None:
     "The predicted pictures as the metrics take them; None where all are refused."
     read = rows[rows.error == '']
@@ -73,7 +73,7 @@ def group_sums(
         predicted[np.searchsorted(groups, sample.groups)] = np.hstack([right, sample.gap])
     return np.hstack([known, predicted])
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #d16151a0
+# %% ../../nbs/05vg_evaluate.stress.ipynb #ec41e62b
 def scores_of(
     sums:np.ndarray,          # (G, M) of `group_sums`
     k:int,                    # number of classes
@@ -99,7 +99,7 @@ def scores_of(
         kept_right=kept_right/images,
     )
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #d24aaa37
+# %% ../../nbs/05vg_evaluate.stress.ipynb #2324062f
 MEAN, ALL, CLEAN = 'mean', 'all corruptions', 'clean'
 
 Scores = dict[str, np.ndarray]   # of `scores_of`
@@ -126,7 +126,7 @@ def with_means(
         out |= {(f, MEAN): mean_of(means[n] for n in some) for f, some in each.items()}
     return out | {(ALL, MEAN): mean_of(means.values())}
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #b14bcea9
+# %% ../../nbs/05vg_evaluate.stress.ipynb #be7b3956
 def worst_corruption(
     cells:dict[tuple, Scores],   # of `with_means`
     families:dict[str, str],     # corruption -> its family
@@ -134,7 +134,7 @@ def worst_corruption(
     "The corruption with the lowest mean accuracy."
     return min(families, key=lambda n: cells[n, MEAN]['accuracy'][0])
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #12e131fe
+# %% ../../nbs/05vg_evaluate.stress.ipynb #a0954e6e
 def _row(of:dict, drawn:np.ndarray, clean:np.ndarray, level:float)->dict:
     "One score with its interval, and its paired difference from the clean one."
     row = of | dict(estimate=float(drawn[0]), difference=float(drawn[0] - clean[0]))
@@ -158,7 +158,7 @@ def scores_table(
             rows += [_row(of | dict(score=m), scores[m], clean[m], level) for m in SCORES]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #82a73221
+# %% ../../nbs/05vg_evaluate.stress.ipynb #e35b7a81
 def network_differences(
     networks:dict[str, dict[tuple, Scores]],  # name -> of `with_means`
     against:str='baseline',                   # name that the others are measured against
@@ -176,7 +176,7 @@ def network_differences(
                                  high=interval.get('high', np.nan)))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #17d223f9
+# %% ../../nbs/05vg_evaluate.stress.ipynb #eab3b06a
 class StressTest(NamedTuple):
     "What a stress test has found."
     table:pd.DataFrame        # of `scores_table`
@@ -195,7 +195,7 @@ def _in_all(tables:list[pd.DataFrame])->list[str]:
     if names: return names
     raise KdoctError("No network is in all of these folds.", fix="Name one fold: --fold 0")
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #272b2c95
+# %% ../../nbs/05vg_evaluate.stress.ipynb #92f9d62e
 class _Summed:
     "What is kept of the predictions: scores and refusals of each network in each cell."
     def __init__(self, tables:list[pd.DataFrame], n_boot:int, seed:int):
@@ -218,7 +218,7 @@ class _Summed:
             kinds = _refusals(rows)
             if kinds: self.refused[name][' '.join(map(str, cell))] = kinds
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #3b7a3cc9
+# %% ../../nbs/05vg_evaluate.stress.ipynb #9bb71df1
 def stress_test(
     cells:list[tuple],        # (corruption, severity); (CLEAN, 0) first
     read:Callable,            # of such a cell: its predictions, one table a fold
@@ -239,7 +239,7 @@ def stress_test(
     differences = network_differences(networks, level=level)
     return StressTest(scores_table(networks, level), differences, worst, how)
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #a1b74ac5
+# %% ../../nbs/05vg_evaluate.stress.ipynb #0a817499
 def _text(row, difference:bool=False)->str:
     "An estimate or difference with its interval, in percent or points."
     if not difference: return interval_text(row.estimate, row.low, row.high)
@@ -262,7 +262,7 @@ def _shown_scores(test:StressTest)->list[str]:
     has_some, is_known = t.max() > 0, t.count() > 0
     return [m for m in SCORES if is_known[m] and (m != 'refused' or has_some[m])]
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #4b912224
+# %% ../../nbs/05vg_evaluate.stress.ipynb #a38f9ee6
 def summary_texts(
     test:StressTest,  # of `stress_test`
 )->pd.DataFrame:      # a row a network and score
@@ -279,7 +279,7 @@ def summary_texts(
             }
     return pd.DataFrame(rows).T.rename_axis(['network', 'score'])
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #7403e3c6
+# %% ../../nbs/05vg_evaluate.stress.ipynb #4d06bdfc
 def corruption_texts(
     test:StressTest,  # of `stress_test`
     name:str,         # of a network
@@ -298,7 +298,7 @@ def corruption_texts(
         rows[c] = {accuracy: row.pop(accuracy)} | difference | row
     return pd.DataFrame(rows).T.fillna('').rename_axis('corruption')
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #753f6621
+# %% ../../nbs/05vg_evaluate.stress.ipynb #b986eb5f
 def severity_texts(
     test:StressTest,       # of `stress_test`
     name:str,              # of a network
@@ -323,7 +323,7 @@ def difference_texts(
         rows.setdefault((f'{r.a} - {r.b}', r.corruption), {})[title] = _text(v, True)
     return pd.DataFrame(rows).T.rename_axis(['networks', 'pictures']) if rows else pd.DataFrame()
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #5131ec0c
+# %% ../../nbs/05vg_evaluate.stress.ipynb #11cb4de1
 def _refused_text(test:StressTest)->str:
     "How many pictures were refused, where any was."
     worst = test.table[test.table.score == 'refused'].nlargest(1, 'estimate').iloc[0]
@@ -349,7 +349,7 @@ def stress_protocol(
         f'is that of the lowest mean accuracy. {intervals}{_refused_text(test)}'
     )
 
-# %% ../../nbs/05vg_evaluate.stress.ipynb #ab360c01
+# %% ../../nbs/05vg_evaluate.stress.ipynb #0c9c7d65
 def _titled(title:str, table:pd.DataFrame)->str:
     "A table as Markdown below its title."
     return f'**{title}**\n\n{markdown(table.reset_index())}\n'

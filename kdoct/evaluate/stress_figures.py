@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stress_figure', 'examples_figure', 'write_stress']
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #9f0d2931
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #052d7054
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ from ..data.corruptions import corrupted, CORRUPTIONS, SET_VERSION
 from .figure_style import colour_of, line_of, save_figure, styled_axes
 from .stress import CLEAN, MEAN, SCORES, stress_markdown, stress_protocol, StressTest
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #9ed0b8f4
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #81af3464
 def _curve(ax, rows, name:str, i:int):
     "One network in one panel: its score by severity, with the interval."
     colour, x = colour_of(name, i), rows.severity.astype(int)
@@ -34,7 +34,7 @@ def _panel(ax, table, corruption:str, names:list[str]):
     ax.set_xticks(severities, ['clean' if not s else str(s) for s in severities])
     ax.grid(axis='y', lw=.4)
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #6dae5203
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #676a4d79
 def stress_figure(
     test:StressTest,       # of `stress_test`
     score:str='accuracy',  # of `SCORES`
@@ -55,7 +55,7 @@ def stress_figure(
                    ncols=len(names))
     return fig
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #33060da6
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #957649bb
 def examples_figure(
     image:Image.Image,      # a test image as it is read
     corruptions:list[str],  # names of `CORRUPTIONS`
@@ -71,12 +71,12 @@ def examples_figure(
                 ax.imshow(corrupted(image, name, s, seed), cmap='gray', vmin=0, vmax=255)
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
-            row[0].set_ylabel(name.replace('_', '\n', 1), rotation=0, ha='right', va='center',
-                              fontsize=8)
+            title = name.replace('_', '\n', 1).replace('_', ' ')
+            row[0].set_ylabel(title, rotation=0, ha='right', va='center', fontsize=8)
         for ax, s in zip(axes[0], shown, strict=True): ax.set_title(s or 'clean', fontsize=8.5)
     return fig
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #3a33e063
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #54be81ad
 def _definitions(test:StressTest)->dict:
     "What each corruption is, with its parameters."
     named = {n: CORRUPTIONS[n] for n in test.how['families'] if n in CORRUPTIONS}
@@ -93,7 +93,7 @@ def _record(test:StressTest, facts:dict)->dict:
 
 _FIGURES = {'stress': 'accuracy', 'stress_deferred': 'deferred', 'stress_rest': 'kept_accuracy'}
 
-# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #ed7fb4a0
+# %% ../../nbs/05vh_evaluate.stress_figures.ipynb #633965fd
 def write_stress(
     test:StressTest,   # of `stress_test`
     folder:str|Path,   # where the files go; made if needed
