@@ -187,6 +187,20 @@ def _marks(x, counts:tuple[int, int], scale:float, ids):
     for number, n in enumerate(counts): x = paste_marks(x, _amount(n), ids, 0, number)
     return x
 
+# %% ../../nbs/01pb_data.corruptions.ipynb #c433c588
+@_by_device
+def _strip(x, shares:tuple[float, float], scale:float, ids):
+    "A strip around the retina, so much of the height; and how much of its tilt and arc is taken away."
+    from torch.nn.functional import interpolate
+
+    from kdoct.data.augment import uniforms
+    from kdoct.data.device_geometry import reframe
+    strip, flatten = shares
+    place, none = uniforms(ids, 1, 0, 0)[0, 0], _amount(0)
+    y = reframe(x, _amount(strip), _amount(flatten), none, none, _amount(place))
+    size = round(strip*x.shape[2]), x.shape[3]   # a strip has fewer rows
+    return interpolate(y, size, mode='bilinear', antialias=True)
+
 # %% ../../nbs/01pb_data.corruptions.ipynb #5f413bbe
 class Corruption(NamedTuple):
     "One way in which a picture is changed."
@@ -218,6 +232,19 @@ CORRUPTIONS:dict[str, Corruption] = {
 }
 
 # %% ../../nbs/01pb_data.corruptions.ipynb #7298c1af
+CORRUPTIONS |= {
+    'strip': Corruption(
+        DEVICE, 'cropped to a strip around the retina',
+        ((.60, 0), (.55, 0), (.50, 0), (.45, 0), (.40, 0)), _strip, True),
+    'flatten': Corruption(
+        DEVICE, 'flattened along the lower boundary',
+        ((1, .2), (1, .4), (1, .6), (1, .8), (1, 1)), _strip, True),
+    'flat_strip': Corruption(
+        DEVICE, 'flattened and cropped to a strip',
+        ((.60, 1), (.55, 1), (.50, 1), (.45, 1), (.40, 1)), _strip, True),
+}
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #ac0da3a8
 CORRUPTIONS |= {
     'low_resolution': Corruption(
         DEVICE, 'fewer pixels, smoothly', (.60, .50, .40, .30, .20), _low_resolution),

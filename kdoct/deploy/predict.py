@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
-from ..data.framing import framed
+from ..data.framing import frame_in, framed
 from ..data.images import COLOURED, decode_image, is_blank, main_colour
 from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
@@ -147,6 +147,7 @@ def _notes(self:Predictor, scan:Scan, coloured:int|None)->tuple[str, ...]:
     }
     return (*scan.notes, *(note for note, holds in notes.items() if holds))
 
+# %% ../../nbs/07l_deploy.predict.ipynb #dp-prepare
 @patch
 def prepare(
     self:Predictor,
@@ -155,9 +156,12 @@ def prepare(
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     coloured = 0 if self.channels == 1 else self.bundle.about.get('coloured')
     scan = scan._replace(notes=self._notes(scan, coloured))
+    framing = self.bundle.framing
     try:
         _check_content(scan.image, coloured)
-        picture = framed(scan.image, self.channels, **self.bundle.framing)
+        at = frame_in(scan.image, **framing)
+        picture = framed(scan.image, self.channels, **framing, at=at)
+        if at is None and 'frame' in framing: scan = scan._replace(notes=(*scan.notes, 'no-retina'))
     except KdoctError as e: picture = bad_image(e)   # nothing is in it, or nothing is left of it but padding
     return scan._replace(image=None), picture
 
@@ -265,7 +269,7 @@ def _outcome(row:dict)->str:
     return 'unsure' if row['deferred'] else 'predicted'
 
 class _Counts(Counter):
-    "Rows by outcome; `both` are outliers of low confidence, 'failed: KIND' are parts of failed."
+    "Rows by outcome; `both` are outliers of low confidence, 'failed: KIND' are parts of failed; `no-retina`."
     @property
     def rows(self)->int: return sum(self[k] for k in ('predicted', 'unsure', 'outliers', 'failed'))
 
@@ -274,6 +278,7 @@ class _Counts(Counter):
         outcome = _outcome(row)
         self[outcome] += 1
         if row['error']: self[f'failed: {row["error"]}'] += 1
+        if 'no-retina' in (row['notes'] or ()): self['no-retina'] += 1
         if outcome == 'outliers' and 'confidence' in row['why']: self['both'] += 1
         return row
 
@@ -306,6 +311,11 @@ def _deferred_text(counts:_Counts)->str:
     }
     return f"{total} deferred ({', '.join(f'{n} {why}' for why, n in kinds.items() if n)})"
 
+def _whole_text(counts:_Counts)->str:
+    "In how many B-scans no retina was found; '' if there is nothing to say."
+    if not (n := counts['no-retina']): return ''
+    return f"No retina was found in {counted(n, 'B-scan')}: taken whole, with the note no-retina."
+
 def _passed_over_text(why:Counter)->str:
     "How many files in the folders were not looked at, and why; '' if all were."
     if not why: return ''
@@ -332,6 +342,8 @@ def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, has_decisio
 def _say(text:str):
     "What is said beside the rows, where there is something to say."
     if text: print(text, file=sys.stderr)
+
+_NO_VOLUME = 'None of these files is a volume: {} has no rows.'
 
 def _check_paths(paths:list, out, volumes_out)->str:
     "What is passed over among the files; `KdoctError` if there is none to read, or no place to write."
@@ -383,7 +395,7 @@ def predict_files(
         _write_rows(p, paths, out, volumes_out, volumes, counts)
     seconds = time.monotonic() - start
     _say(_summary(counts, len(volumes.volumes), seconds, p.engine.name, has_decision))
+    _say(_whole_text(counts))
     _say(skipped)
-    if volumes_out and not volumes.volumes:
-        _say(f'None of these files is a volume: {volumes_out} has no rows.')
+    if volumes_out and not volumes.volumes: _say(_NO_VOLUME.format(volumes_out))
     return dict(counts)

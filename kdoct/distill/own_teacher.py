@@ -14,7 +14,7 @@ import torch
 from ..core.files import KdoctError, read_json
 from ..core.requirements import require_weights
 from ..core.runs import Run
-from ..data.cache import FRAMING
+from ..data.framing import FRAMING
 from ..data.fold_data import FoldData, open_fold
 from ..models.backbones import Classifier
 from ..models.folders import load_for_classes, save_model_folder
@@ -47,7 +47,7 @@ def _notes(run:Run, role:str, about:dict)->list[str]:
     "What is to be said of a network that is used as it is."
     notes, other = [f"The {role} is used as it is, and was not trained here."], []
     data = (about.get('recipe') or {}).get('data') or {}
-    for k in FRAMING:
+    for k in (*FRAMING, 'frame', 'intensity'):
         theirs, here = data.get(k), getattr(run.recipe.data, k)
         if theirs not in (None, here): other.append(f"{k} {theirs}, here {here}")
     if other:

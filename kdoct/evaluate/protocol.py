@@ -45,6 +45,8 @@ def _images_text(data, predictions):
     "What was done to the pictures, and which slices count."
     squared = '' if data.resize == 'squash' else f', made square by {data.resize}'
     out = [f'images of {data.size} px{squared}']
+    if data.frame != 'image': out.append(f'cropped to the retina ({data.frame})')
+    if data.intensity != 'as-is': out.append(f'grey values {data.intensity}')
     if data.fill_white: out.append('white padding replaced by background')
     if data.mask_scale_bar: out.append('scale bar covered')
     if 'patient_label' in predictions:

@@ -28,6 +28,7 @@ from kdoct.core.files import (
 from ..core.recipe import Recipe
 from ..core.runs import ROLES
 from ..core.sections import DataRecipe, TrainRecipe
+from ..data.framing import FRAMING, framing_of
 from ..data.listing import classes_option
 from ..data.packaged_weights import probe_picture
 from kdoct.models.backbones import (
@@ -95,6 +96,9 @@ def save_model_folder(
         data=data_identity(recipe.data),
         recipe=recipe.model_dump(mode='json'),
     )
+    framing = framing_of(recipe.data)
+    # what a later version might do otherwise; the rest stands in the recipe
+    if set(framing) > set(FRAMING): about['framing'] = framing
     return write_model_folder(folder, model, **about, **facts)
 
 # %% ../../nbs/02aa_models.folders.ipynb #acbb5bd8
