@@ -3613,6 +3613,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'kdoct/evaluate/external_tables.py'),
                                                 'kdoct.evaluate.external_tables._text': ( 'evaluate.external_tables.html#_text',
                                                                                           'kdoct/evaluate/external_tables.py'),
+                                                'kdoct.evaluate.external_tables._undecided': ( 'evaluate.external_tables.html#_undecided',
+                                                                                               'kdoct/evaluate/external_tables.py'),
                                                 'kdoct.evaluate.external_tables._unknown_row': ( 'evaluate.external_tables.html#_unknown_row',
                                                                                                  'kdoct/evaluate/external_tables.py'),
                                                 'kdoct.evaluate.external_tables._volume_notes': ( 'evaluate.external_tables.html#_volume_notes',

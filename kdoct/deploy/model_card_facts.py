@@ -202,7 +202,8 @@ _NO_VALIDATION = (
 
 def _elsewhere(external:dict)->str:
     "What is known of other devices and hospitals."
-    if external['why']: return 'How it does on another device, hospital or population was not measured.'
+    if external['why']:
+        return 'How it does on another device, hospital or population was not measured.'
     return ('What was measured on images of other places stands under "External validation"; how '
             'it does on further devices, hospitals and populations is not known.')
 
@@ -220,6 +221,7 @@ def _always_limited(source:str, external:dict)->list[str]:
         'alike is not known.',
     ]
 
+# %% ../../nbs/07c_deploy.model_card_facts.ipynb #ef09b6fa
 def _size_text(row:dict)->str:
     "On how many pictures of how many patients the scores are."
     images = counted(row["n_images"], "test image")
