@@ -68,16 +68,19 @@ def _complete(path):
         f.seek(-len(_PNG_END), os.SEEK_END)
         return head == b'\x89PNG\r\n\x1a\n' and f.read() == _PNG_END
 
-def _write_slice(job):
-    "Simulate and write one image and its mask, unless both are there; returns whether it did."
-    root, seed, patient, eye, slice, height, width = job
+def _files(job):
+    "Places of an image and its mask."
+    root, _, patient, eye, slice, _, _ = job
     tail = f'P{patient:04d}/{EYES[eye]}/{slice:03d}.png'
-    files = [Path(root) / part / tail for part in ('images', 'masks')]
-    if all(_complete(f) for f in files): return False
+    return [Path(root) / part / tail for part in ('images', 'masks')]
+
+def _write_slice(job):
+    "Simulate and write one image and its mask."
+    _, seed, patient, eye, slice, height, width = job
     s = simulate_bscan(seed, patient, eye, slice, height=height, width=width)
-    for f, array in zip(files, (s.image, s.mask.astype(np.uint8) * 255), strict=True):
+    arrays = s.image, s.mask.astype(np.uint8) * 255
+    for f, array in zip(_files(job), arrays, strict=True):
         with atomic_path(f) as tmp: Image.fromarray(array).save(tmp, format='PNG', compress_level=1)
-    return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #3e6cf3aa
 def _claim(root, facts):
@@ -101,9 +104,13 @@ def _claim(root, facts):
 
 def _write_slices(jobs, processes):
     "Write what is missing of these images; returns whether there was anything to write."
-    if processes == 1: return any([_write_slice(job) for job in jobs])
+    missing = [job for job in jobs if not all(map(_complete, _files(job)))]
+    if processes == 1 or not missing:   # a phantom that is there starts no process
+        for job in missing: _write_slice(job)
+        return bool(missing)
     with ProcessPoolExecutor(processes) as pool:
-        return any(list(pool.map(_write_slice, jobs, chunksize=8)))
+        list(pool.map(_write_slice, missing, chunksize=8))
+    return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #c2583e74
 def write_phantom(
