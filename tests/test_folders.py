@@ -257,6 +257,12 @@ def test_a_copy_of_a_class_folder_is_no_class(copy, tmp_path):
     assert len(table_of(tmp_path, [], ("CNV", copy, "NORMAL"))) == 3
 
 
+def test_normal_and_healthy_are_one_class_until_both_are_named(tmp_path):
+    with pytest.raises(KdoctError, match="'Healthy' .*, 'NORMAL'"):
+        table_of(tmp_path, ["CNV/1.png", "NORMAL/1.png", "Healthy/1.png"])
+    assert len(table_of(tmp_path, [], ("CNV", "Healthy", "NORMAL"))) == 3
+
+
 def test_left_overs_below_a_class_are_no_images_of_it(tmp_path):
     root = lay_out(tmp_path, "CNV/1.png", "CNV/trash/2.png", "CNV/gradcam/1.png", "NORMAL/1.png")
     listing = load_table(DataRecipe(source="folder", root=root))

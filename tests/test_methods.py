@@ -9,8 +9,9 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from kdoct.core.files import KdoctError
+from kdoct.core.parts import Part
 from kdoct.core.presets import preset
-from kdoct.core.sections import AugmentRecipe, DistillRecipe, Part, TrainRecipe
+from kdoct.core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from kdoct.data.batches import Batches
 from kdoct.data.unlabelled_batches import UnlabelledBatches
 from kdoct.distill import methods
@@ -180,6 +181,9 @@ REFUSED = {
     "maps from a cache": (dict(views=2), dict(), 1, "fitnet", "teacher cache"),
     "compiled": (dict(), dict(compile=True), 1, "attention", "torch.compile"),
     "mixed and cached": (dict(views=2), dict(mix_prob=.5), 1, "rkd", "no cache"),
+    "one epoch for two stages": (dict(), dict(epochs=1), 1, "efcm", "two stages"),
+    "a held backbone": (dict(), dict(freeze_epochs=1), 1, "efcm", "freeze_epochs"),
+    "averaged too early": (dict(), dict(average="swa", swa_start=3), 1, "efcm", "epoch 4"),
 }
 
 

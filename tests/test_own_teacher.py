@@ -41,9 +41,11 @@ from kdoct.distill.teacher import train_teacher
 from kdoct.distill.teachers import Teachers, plain_tensor
 from kdoct.evaluate.decide import decide_fold
 from kdoct.evaluate.metrics import logits_of
+from kdoct.evaluate.protocol import origins_of_teachers
 from kdoct.evaluate.stage import evaluate_fold
 from kdoct.models.backbones import Classifier, create_classifier
 from kdoct.models.folders import import_model_folder, load_model_folder, save_model_folder
+from kdoct.models.trained_on import seen_images
 from kdoct.training.losses import combine, soft_loss
 
 STATS = (.4, .3, .2), (.2, .3, .4)
@@ -404,14 +406,15 @@ CLASSES = ['CNV', 'DME', 'DRUSEN', 'NORMAL']
 SHORT = {'student.epochs': 1, 'teacher.epochs': 1, 'evaluate.n_boot': 100}
 
 
-def imported(folder, classes=('NORMAL', 'DRUSEN', 'DME', 'CNV'), size=48, seed=1):
+def imported(folder, classes=('NORMAL', 'DRUSEN', 'DME', 'CNV'), size=48, seed=1, trained_on=None):
     torch.manual_seed(seed)
     net = timm.create_model('test_efficientnet', num_classes=len(classes))
     nn.init.normal_(net.classifier.weight)
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.save(net.state_dict(), folder.with_suffix('.pth'))
     import_model_folder(
-        folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher'
+        folder.with_suffix('.pth'), 'test_efficientnet', list(classes), folder, size, 'teacher',
+        trained_on=trained_on,
     )
     return folder
 
@@ -575,3 +578,42 @@ def test_the_command_takes_a_model_folder(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(['crossval', '--preset', 'tiny', '--teacher', str(tmp_path), '--run', 'y'])
     assert 'is no model folder' in capsys.readouterr().err
+
+
+def named_training(tmp_path, run, fold):
+    "The `--trained-on` table of a network that has seen the training images of a fold, saved anew."
+    table, folds = pd.read_parquet(run.path/'table.parquet'), pd.read_csv(run.folds_csv)
+    rows = folds[(folds.fold == fold) & (folds.role == 'train')]
+    root = Path(run.stage('data')['root'])
+    for i, path in enumerate(rows.path): Image.open(root/path).save(tmp_path/f'{i}.bmp')
+    assert set(rows.path) <= set(table.path)
+    names = ''.join(f'{i}.bmp\n' for i in range(len(rows)))
+    (tmp_path/'used.csv').write_text(f'path\n{names}')
+    return tmp_path/'used.csv', len(rows)
+
+
+def test_a_fold_that_tests_an_image_named_at_import_refuses_the_network(tmp_path):
+    run = create_run('first', preset('tiny', **SHORT))
+    prepare_data(run)
+    used, n = named_training(tmp_path, run, 0)
+    mine = imported(tmp_path/'mine', trained_on=used)
+    second = run_with('second', mine)
+    train_teacher(second, 0)
+    (text,) = origins_of_teachers(second)
+    assert f'trained on {n} images that its owner named; none of them is tested here' in text
+    with pytest.raises(KdoctError, match=r'has learned from \d+ of the \d+ test images of fold 1'):
+        train_teacher(second, 1)
+    start = {'student.weights': str(mine), 'student.arch': 'test_efficientnet'}
+    third = create_run('third', preset('tiny', **SHORT, **start))
+    prepare_data(third)
+    with pytest.raises(KdoctError, match='has learned from'): train_baseline(third, 1)
+
+
+def test_a_network_trained_from_an_imported_one_keeps_the_record_of_its_images(tmp_path):
+    run = create_run('first', preset('tiny', **SHORT))
+    prepare_data(run)
+    mine = imported(tmp_path/'mine', trained_on=named_training(tmp_path, run, 0)[0])
+    second = run_with('second', mine)
+    train_teacher(second, 0)
+    copied = shutil.copytree(second.stage_dir(0, 'teacher'), tmp_path/'copied')
+    assert seen_images(copied) == seen_images(mine) != set()

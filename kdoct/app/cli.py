@@ -40,8 +40,10 @@ from kdoct.app.cli_options import (
 )
 
 # %% ../../nbs/10_app.cli.ipynb #80c2276b
+from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
+from .cli_stress import stress
 from .stages import new_run, require_teacher_classes
 from kdoct.core.files import (
     KdoctError,
@@ -486,8 +488,10 @@ def bench(
 
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
+_command()(adapt)
 _command('make-keys')(make_keys)
 _command()(predict)
+_command()(stress)
 
 # %% ../../nbs/10_app.cli.ipynb #39440e52
 FirstRunArgument = Annotated[

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WeightsArgument', 'ModelOption', 'LogitsOption', 'SizeOption', 'ImportRoleOption', 'ModelFolderOption', 'MeanOption',
-           'StdOption', 'ColouredOption', 'PartOption', 'InterpolationOption', 'NetworkArgument', 'FoldOption',
-           'ExportRoleOption', 'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption', 'KeyArgument',
-           'BundleArgument', 'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption', 'SlicesOption',
-           'EngineOption', 'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_', 'baseline_svm',
-           'export', 'make_keys', 'predict']
+           'StdOption', 'ColouredOption', 'PartOption', 'InterpolationOption', 'TrainedOnOption', 'NetworkArgument',
+           'FoldOption', 'ExportRoleOption', 'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption',
+           'KeyArgument', 'BundleArgument', 'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption',
+           'SlicesOption', 'EngineOption', 'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_',
+           'baseline_svm', 'export', 'make_keys', 'predict']
 
 # %% ../../nbs/10b_app.cli_models.ipynb #4ca354f6
 import re
@@ -97,6 +97,16 @@ InterpolationOption = Annotated[
     ),
 ]
 
+# %% ../../nbs/10b_app.cli_models.ipynb #54e7c0f7
+TrainedOnOption = Annotated[
+    Path | None,
+    option(
+        'DIR|CSV',
+        "The images that it was trained and validated on: a folder, or a table with a column path. "
+        "A fold that tests one of them refuses the network. Default: not known.",
+    ),
+]
+
 # %% ../../nbs/10b_app.cli_models.ipynb #48938fd1
 def _numbers(text:str, option:str)->list[float]|None:
     "Numbers with commas between them; None where nothing is given."
@@ -107,6 +117,11 @@ def _numbers(text:str, option:str)->list[float]|None:
         raise KdoctError(f"{option} {text}: these are no numbers.", fix=remedy) from None
 
 # %% ../../nbs/10b_app.cli_models.ipynb #d58758ce
+def _images_text(n:int|None)->str:
+    "What is known of the images that an imported network was trained on."
+    if not n: return "Which images it was trained on is not known; --trained-on names them."
+    return f"It was trained on {n} images; a fold that tests one of them refuses it."
+
 def _what_is_assumed(about:dict, mean:str, std:str, interpolation:str)->str:
     "Normalisation and resize of an imported network, and where they are from."
     def numbers(name): return ', '.join(f'{v:.4g}' for v in about[name])
@@ -117,7 +132,7 @@ def _what_is_assumed(about:dict, mean:str, std:str, interpolation:str)->str:
     return (
         f"Pictures are resized {about['interpolation']}, and normalised by mean {numbers('mean')} "
         f"and standard deviation {numbers('std')}.{doubt}\n"
-        "Which images it was trained on is not known."
+        f"{_images_text(about['imported'].get('trained_on'))}"
     )
 
 # %% ../../nbs/10b_app.cli_models.ipynb #f24a9459
@@ -156,13 +171,14 @@ def import_(
     interpolation:InterpolationOption='',
     coloured:ColouredOption=None,
     weights:PartOption='',
+    trained_on:TrainedOnOption=None,
 ):
     "Make a model folder of somebody else's weights. Every name and shape is checked."
     from kdoct.models.folders import import_model_folder
     folder = out or outputs_root()/'imported'/file.stem
     names = [c.strip() for c in classes.split(',')]
     pixels = _numbers(mean, '--mean'), _numbers(std, '--std'), interpolation or None
-    which = dict(coloured=coloured, weights=weights)
+    which = dict(coloured=coloured, weights=weights, trained_on=trained_on)
     about = import_model_folder(file, model, names, folder, size, role, *pixels, **which)
     network = f"{about['arch']}, {about['parameters']:,} parameters, {size} px"
     typer.echo(f"{network}, classes {', '.join(about['classes'])}: {short_path(folder)}")

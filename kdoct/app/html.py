@@ -19,6 +19,7 @@ from PIL import Image
 
 from .cases import Cases, ThresholdStats
 from .networks import Explorer, lay_back, NetworkOutput, Subject
+from ..data.retina_frame import Frame
 from ..core.files import counted, KdoctError
 from ..core.runs import stage_command
 
@@ -88,12 +89,16 @@ def _fitted(image:Image.Image, width:int=1024, height:int=768)->Image.Image:
     return image
 
 # %% ../../nbs/09c_app.html.ipynb #f754d6fe
-def _map_picture(shown:Image.Image, heatmap:np.ndarray, resize:str)->Image.Image:
+def _map_picture(image:Image.Image, shown:Image.Image, heatmap:np.ndarray, resize:str, at):
     "The map as the report draws it, as large as the picture that is shown."
     from kdoct.explain.figures import overlay
-    values = lay_back(heatmap, (shown.height, shown.width), resize)
+    if at is None: values = lay_back(heatmap, (shown.height, shown.width), resize)
+    else:
+        whole = Image.fromarray(lay_back(heatmap, (image.height, image.width), resize, at))
+        values = np.asarray(whole.resize(shown.size, Image.Resampling.BILINEAR))
     return Image.fromarray((255*overlay(np.asarray(shown), values)).astype(np.uint8))
 
+# %% ../../nbs/09c_app.html.ipynb #hp-picture
 def picture_html(
     image:Image.Image,           # what is shown
     name:str,                    # what a screen reader says of it
@@ -101,6 +106,7 @@ def picture_html(
     resize:str='squash',         # how the picture became a square
     layer:str='kd-map',          # class of the map's picture, whose opacity the page sets
     whole:bool=False,            # all of its pixels; else at most 1024 x 768
+    at:Frame|None=None,          # what of the picture the network saw; None: all of it
 )->str:
     "A picture, and a map above it as the report draws it."
     def img(classes, alt, picture):
@@ -109,7 +115,8 @@ def picture_html(
     size = f'--kd-aspect:{image.width/image.height:.4f};--kd-pixels:{image.width}px'
     layers = [img('kd-base', html.escape(name), shown)]
     if heatmap is not None:
-        layers.append(img(f'kd-base {layer}', 'Score-CAM', _map_picture(shown, heatmap, resize)))
+        drawn = _map_picture(image, shown, heatmap, resize, at)
+        layers.append(img(f'kd-base {layer}', 'Score-CAM', drawn))
     return f'<div class="kd-stack" style="{size}">{"".join(layers)}</div>'
 
 # %% ../../nbs/09c_app.html.ipynb #2cae5406

@@ -28,8 +28,9 @@ from PIL import Image
 from .cases import case_table, Cases, models_there, open_cases, read_case, runs_there
 from ..core.files import KdoctError, outputs_root
 from ..core.runs import open_run, Run
-from ..data.cache import cache_facts, FRAMING, open_cache
-from ..data.framing import to_square
+from ..data.cache import cache_facts, open_cache
+from ..data.framing import framing_of, to_square
+from ..data.retina_frame import Frame, laid_back
 from ..data.sandbox import Sandbox
 from ..evaluate.metrics import log_softmax
 
@@ -81,9 +82,11 @@ def lay_back(
     values:np.ndarray,     # (s, s) of the network's square
     shape:tuple[int, int], # height and width of the picture [px]
     resize:str='squash',   # how the picture became a square: squash, crop or pad
+    at:Frame|None=None,    # what of the picture was shown; None: all of it
 )->np.ndarray:             # (height, width) float32; 0 where the network saw nothing
     "Values of the square, on the picture that it was made of."
     h, w = shape
+    if at is not None: return laid_back(lay_back(values, (at.height, w), resize), at, h)
     sizes = {'squash': (w, h), 'crop': (min(h, w),)*2, 'pad': (max(h, w),)*2}
     square = Image.fromarray(np.asarray(values, np.float32))
     big = np.asarray(square.resize(sizes[resize], Image.Resampling.BILINEAR))
@@ -139,8 +142,7 @@ def seen_by(
 
     from kdoct.data.augment import apply_view, to_unit
     d, channels = run.recipe.data, run.stage('data')['channels']
-    framing = {k: getattr(d, k) for k in FRAMING}
-    square = np.array(to_square(image, d.size + d.margin, channels, **framing))
+    square = np.array(to_square(image, d.size + d.margin, channels, **framing_of(d)))
     x = torch.from_numpy(square)
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
     return apply_view(to_unit(x[None]), 'identity', d.size)
@@ -274,8 +276,8 @@ class Explorer:
     def cache(self):
         "The decoded squares of the run's images (`DecodeCache`); None where they are no longer there."
         d, channels = self.cases.run.recipe.data, self.cases.run.stage('data')['channels']
-        framing = {k: getattr(d, k) for k in FRAMING}
-        wanted = cache_facts(self.hashes.values(), d.size + d.margin, channels, **framing)
+        side = d.size + d.margin
+        wanted = cache_facts(self.hashes.values(), side, channels, **framing_of(d))
         return open_cache(outputs_root()/'cache'/f"{wanted['key']}.npy", wanted)
 
 # %% ../../nbs/09b_app.networks.ipynb #df53c3e5

@@ -32,6 +32,7 @@ from ..evaluate.pooling import complete_folds
 from ..evaluate.all_folds import evaluate_run
 from ..evaluate.run_warnings import warnings_of
 from ..evaluate.stage import evaluate_fold, is_evaluated
+from ..evaluate.stress_records import stress_records, stress_sections
 from ..evaluate.tables import joined_row_names, shown, shown_differences, COMBINED, without_note
 
 # %% ../../nbs/08d_app.report.ipynb #a9a461ac
@@ -138,6 +139,17 @@ def _results(run:Run, result:dict, folds:list[int])->dict:
         sections=_placed_sections(sections, protocol),
     )
 
+# %% ../../nbs/08d_app.report.ipynb #7e6241af
+def _stressed(run:Run)->dict:
+    "Tables and figures of the stress tests of the networks that are there now, and what is not shown."
+    records, notes = stress_records(run)
+    tests = []
+    for found in records:
+        where = f'stress test in {found.folder.name}'
+        sections = [_section(s, '') for s in stress_sections(found)]
+        tests.append((where, sections, pictures_of(found.folder, where)))
+    return dict(tests=tests, notes=notes)
+
 # %% ../../nbs/08d_app.report.ipynb #7ff18657
 def _is_broad(sections:list[dict])->bool:
     "Whether a table is so wide that it is printed on a page turned round."
@@ -204,6 +216,7 @@ def report_html(
         warnings=warnings_of(run, result['sections'] if use else None),
         figures=figure_sections(run, use),
         explained=_explained(run, use),
+        stressed=_stressed(run),
         **_written_down(run, wanted),
     )
     with atomic_path(run.path/'report.html') as tmp: tmp.write_text(page, encoding='utf-8')

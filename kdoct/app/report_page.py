@@ -131,6 +131,7 @@ SECTIONS = (  # id, title
     ('decisions', 'Decisions'),
     ('figures', 'Figures'),
     ('explained', 'Where the networks look'),
+    ('stress', 'Under stress'),
     ('costs', 'What it costs'),
     ('formats', 'Formats'),
     ('data', 'Data'),
@@ -191,6 +192,11 @@ _MODELS = '''<section id="decisions"><h2>Decisions</h2>
 {%- else %}<p>No heatmaps yet. Command: kdoct explain {{ run }}</p>{% endif %}</div>
 {% for title, pictures in explained.figures %}<h3>{{ title }}</h3>
 {#- #}{{ all_of(pictures) }}{% endfor %}</section>
+<section id="stress"><div{% if stressed.tests %} class="broad"{% endif %}><h2>Under stress</h2>
+{% for n in stressed.notes %}<p class="bad">{{ n|marked }}</p>{% endfor %}
+{% for title, sections, pictures in stressed.tests %}<h3>{{ title|capitalize }}</h3>
+{#- #}{{ all_of(pictures) }}{{ parts(sections) }}
+{%- else %}<p>Not measured yet. Command: kdoct stress {{ run }}</p>{% endfor %}</div></section>
 <section id="costs"><h2>What it costs</h2>
 {%- if results %}{{ parts(results.sections.costs) }}
 {%- else %}<p>Not measured yet.</p>{% endif %}</section>

@@ -28,6 +28,7 @@ from kdoct.app.html import (
 )
 from .networks import Background, Explorer, NoHeatmap, seen_picture, Subject
 from ..core.files import human_time, KdoctError
+from ..data.framing import frame_in, NO_RETINA
 
 # %% ../../nbs/09d_app.viewer.ipynb #a1a8278a
 ZOOMS = (
@@ -221,16 +222,20 @@ def result(self:Viewer, kind:str):  # None: not made, or not wanted
 
 # %% ../../nbs/09d_app.viewer.ipynb #906bcf1a
 @patch
-def shown_image(self:Viewer)->tuple:  # the picture, or why there is none; how the map lies on it
+def shown_image(self:Viewer)->tuple:  # the picture, or why there is none; how the map lies on it; words
     "The picture as its file has it, or as the network sees it."
+    image, data = self.subject.image, self.state.cases.run.recipe.data
+    wanted = data.frame != 'image' and not isinstance(image, KdoctError)
+    at = frame_in(image, data.frame) if wanted else None
+    words = NO_RETINA if wanted and at is None else ''
     square = self.result('square') if self.square.value else None
-    if square is not None: return square, 'squash'
-    return self.subject.image, self.state.cases.run.recipe.data.resize
+    if square is not None: return square, dict(resize='squash'), words
+    return image, dict(resize=data.resize, at=at), words
 
 @patch
 def draw_picture(self:Viewer):
     "The picture with its map, and beside it the picture alone."
-    image, resize = self.shown_image()
+    image, how, words = self.shown_image()
     name, heatmap, whole = self.subject.name, self.result('heatmap'), self.zoom.value != 1
     self.beside.layout.display = None if heatmap else 'none'
     self.scale.value = scale_html() if heatmap else ''
@@ -240,8 +245,8 @@ def draw_picture(self:Viewer):
         self.picture.value, self.size.value = error_html(image), ''
         return
     values = heatmap and heatmap.values
-    self.picture.value = picture_html(image, name, values, resize, self.layer, whole)
-    self.size.value = text_html(size_text(image, whole), 'soft')
+    self.picture.value = picture_html(image, name, values, layer=self.layer, whole=whole, **how)
+    self.size.value = text_html(f'{size_text(image, whole)} {words}'.strip(), 'soft')
 
 # %% ../../nbs/09d_app.viewer.ipynb #97c4d0ba
 def _sentence_html(sentence:str)->str:

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator, ValidationError
 
 from .files import KdoctError, read_json
 from .result_sections import DecideRecipe, EvaluateRecipe, ExplainRecipe
-from .sections import DataRecipe, DistillRecipe, Part, TrainRecipe
+from .parts import Part
+from .sections import DataRecipe, DistillRecipe, TrainRecipe
 
 # %% ../../nbs/00c_core.recipe.ipynb #recipe-parts-1
 def _check_name(field:str, name:str):
@@ -33,12 +34,17 @@ def _findings(e:ValidationError, *part:str)->list[str]:
         out.append(': '.join(filter(None, [name, fault['msg'].removeprefix('Value error, ')])))
     return out
 
+def _merged(fields:dict, changes:dict)->dict:
+    "Fields with some changed; of a part or options within, those that are named."
+    out = dict(fields)
+    for name, value in changes.items():
+        is_within = isinstance(out.get(name), dict) and isinstance(value, dict)
+        out[name] = _merged(out[name], value) if is_within else value
+    return out
+
 def _changed(part:Part, changes:dict, where:str)->Part:
     "A part with some fields changed, of parts and options within too; `ValueError` naming what cannot be."
-    fields = part.model_dump()
-    for name, value in changes.items():
-        is_within = isinstance(fields.get(name), dict) and isinstance(value, dict)
-        fields[name] = fields[name] | value if is_within else value
+    fields = _merged(part.model_dump(), changes)
     try: return type(part).model_validate(fields)
     except ValidationError as e: raise ValueError('; '.join(_findings(e, where))) from e
 
@@ -153,7 +159,8 @@ def _hash_of(fields:dict)->str:
 @patch(as_prop=True)
 def key(self:Recipe)->str:  # 16 hexadecimal digits
     "Hash of all fields but `decide` and `explain`, which change no network."
-    return _hash_of(self.model_dump(mode='json', exclude={'decide', 'explain'}))
+    fields = self.key_fields()
+    return _hash_of({k: v for k, v in fields.items() if k not in ('decide', 'explain')})
 
 @patch
 def network_key(
@@ -165,7 +172,7 @@ def network_key(
     if role in self.student_roles:
         parts['distill'] = self.distillation(role)
         parts |= {teacher: self.training(teacher) for teacher in self.teacher_roles}
-    plain = {name: part.model_dump(mode='json') for name, part in parts.items()}
+    plain = {name: part.key_fields() for name, part in parts.items()}
     return _hash_of(plain | dict(seed=self.seed, views=self.evaluate.views))
 
 # %% ../../nbs/00c_core.recipe.ipynb #382f06b3

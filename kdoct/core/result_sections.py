@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from .files import KdoctError
-from .sections import Part
+from .parts import Part
 
 # %% ../../nbs/00ba_core.result_sections.ipynb #b8e05662
 class ExplainRecipe(Part):

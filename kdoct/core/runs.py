@@ -83,7 +83,7 @@ def recipe_differences(
     ]
 
 # %% ../../nbs/00g_core.runs.ipynb #4fb9e338
-_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom')   # in outputs/ beside the runs
+_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom', 'stress')   # in outputs/ beside the runs
 
 _DEVICES = re.compile(r'(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?', re.I)   # no folders on Windows
 

@@ -55,6 +55,8 @@ _NOTES = {
     'dark':
         "no pixel is brighter than a quarter of white, as where values of 4 to 6 bits are stored "
         "with 8: it is taken as it is",
+    'no-retina':
+        "no retina was found to crop to (data.frame): the whole picture is taken",
     'extra-channels': "the TIFF has further channels, and does not say what they are: left out",
     'several-pictures':
         "a preview, a gain map, a mask or a smaller copy in the same file is left out",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import counted, did_you_mean, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
-from ..core.sections import DataRecipe
+from ..core.sections import DataRecipe, OTHER_MODALITIES
 from .class_folders import group_pattern, with_empty_classes
 from kdoct.data.listing import (
     check_labels,
@@ -413,13 +413,11 @@ def wants_near_duplicates(
     return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
 
 # %% ../../nbs/01c_data.sources.ipynb #d1c0b002
-_NO_OCT = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}   # source -> modality
-
 def modality_of(
     data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
 )->str:         # oct, radiograph, histology or other
     "What the pictures of a recipe are; OCT where the recipe does not tell."
-    return _NO_OCT.get(data.get('source'), data.get('modality') or 'oct')
+    return OTHER_MODALITIES.get(data.get('source'), data.get('modality') or 'oct')
 
 # %% ../../nbs/01c_data.sources.ipynb #11989bd0
 PHANTOM_SEED = 0

@@ -7,12 +7,12 @@ __all__ = ['prepare_data']
 
 # %% ../../nbs/01_data.ipynb #imp-data-stage
 import time
-from pathlib import Path
 
 import pandas as pd
 
 from ..core.files import atomic_path, counted, KdoctError, locked, sha256_file, write_json
 from ..core.runs import Run
+from ..core.sections import DataRecipe
 from kdoct.data.audit import (
     Audit,
     groups_text,
@@ -22,7 +22,15 @@ from kdoct.data.audit import (
     PART_WORDS,
     unlabelled_text,
 )
-from .fold_data import fold_rules, folds_of, recipe_cache, table_hash, table_path
+from .cache import DecodeCache
+from kdoct.data.fold_data import (
+    fold_rules,
+    folds_of,
+    frame_text,
+    recipe_cache,
+    table_hash,
+    table_path,
+)
 from .folds import CALIB, OUT, ROLE_NAMES, UNLABELLED, write_folds
 from .images import COLOURED
 from .listing import Listing
@@ -154,8 +162,21 @@ def _faults(protocol:str, table:pd.DataFrame, folds:pd.DataFrame)->dict:
         labels=labels_of(folds, table),
     )
 
+# %% ../../nbs/01_data.ipynb #da-frame-facts
+def _frame_facts(data:DataRecipe, table:pd.DataFrame, cache:DecodeCache)->dict:
+    "Of which images no retina was found; nothing where they are not cropped to it."
+    if data.frame == 'image': return {}
+    whole = table[table.sha256.isin(cache.whole)]
+    return dict(frame=dict(
+        kind=data.frame,
+        images=len(table),
+        whole=len(whole),
+        per_class=whole.label.replace('', 'without a label').value_counts().to_dict(),
+        paths=whole.path.head(20).tolist(),
+    ))
+
 # %% ../../nbs/01_data.ipynb #d0e9deb3
-def _facts(run:Run, listing:Listing, result:Audit, folds:pd.DataFrame, cache:Path)->dict:
+def _facts(run:Run, listing:Listing, result:Audit, folds:pd.DataFrame, cache:DecodeCache)->dict:
     "What run.json says about the data."
     data, table, summary = run.recipe.data, result.table, result.summary
     classes = class_names(table, data.classes)
@@ -173,12 +194,12 @@ def _facts(run:Run, listing:Listing, result:Audit, folds:pd.DataFrame, cache:Pat
         channels=result.channels,
         table_sha256=table_hash(table),
         folds_sha256=sha256_file(run.folds_csv),
-        cache=cache.name,
+        cache=cache.path.name,
+        **_frame_facts(data, table, cache),
         **_faults(data.protocol, table, folds),
         merged_groups=len(summary['merged_groups']),
         mixed_parts=mixed_parts(table, data.protocol),
-        not_used=summary['not_used'],
-        problems=summary['problems'],
+        **{k: summary[k] for k in ('not_used', 'problems')},
     )
 
 # %% ../../nbs/01_data.ipynb #6c8e2b1a
@@ -197,10 +218,11 @@ def prepare_data(
         folds = _folds_for(run, result)
         with atomic_path(table_path(run)) as tmp: table.to_parquet(tmp, index=False)
         cache = recipe_cache(data, table, listing.root, result.channels, workers)
-        facts = _facts(run, listing, result, folds, cache.path)
+        facts = _facts(run, listing, result, folds, cache)
         seconds = round(time.time() - start, 2)
         facts = run.record('data', status='done', **facts, seconds=seconds)
     _print_audit(facts)
+    if text := frame_text(facts.get('frame')): print(text)
     _print_folds(facts['per_fold'])
     if text := labels_text(facts['labels']): print(text)
     _print_warnings(facts)

@@ -20,8 +20,7 @@ import torch
 from ..core.files import KdoctError, require_extra
 from ..core.runs import Run
 from ..data.batches import Batches
-from ..data.cache import FRAMING
-from ..data.framing import framed, resized
+from ..data.framing import framed, framing_of, resized
 from ..data.images import decode_image, read_image_bytes
 from ..data.sandbox import Sandbox
 from ..data.fold_data import FoldData
@@ -98,7 +97,7 @@ def write_formats(
 # %% ../../nbs/07g_deploy.formats.ipynb #1ca908a4
 def _pictures(run:Run, data:FoldData, rows:pd.DataFrame)->Iterator[np.ndarray]:
     "The files of some rows of the image table, as a graph takes them."
-    facts, framing = run.stage('data'), {k: getattr(run.recipe.data, k) for k in FRAMING}
+    facts, framing = run.stage('data'), framing_of(run.recipe.data)
     for path in rows.path:
         try:
             image = decode_image(read_image_bytes(Path(facts['root'])/path))[0]

@@ -95,6 +95,14 @@ def _results_text(card):
         *_folds_text(card['all_folds']),
     ]
 
+# %% ../../nbs/07d_deploy.model_card.ipynb #df386846
+def _stress_text(stress:dict)->list[str]:
+    "Section of corruptions and changes of the device."
+    if stress['why']: return ['', f'{stress["why"][0].upper()}{stress["why"][1:]}.', '']
+    heads = list(next(iter(stress['rows'].values())))
+    rows = [[name, *(row[h] for h in heads)] for name, row in stress['rows'].items()]
+    return [stress['text'], *_grid(['corruption', *heads], rows)]
+
 # %% ../../nbs/07d_deploy.model_card.ipynb #16fd82c4
 def _fitted_text(d:dict)->str:
     "On whom a decision was fitted."
@@ -383,6 +391,7 @@ def model_card_text(
         'Data': _data_text(card['data']),
         'Measured on held-out patients': _results_text(card),
         'Calibration, operating points, deferral, outliers': _decision_text(card),
+        'Under corruptions and on other devices (simulated)': _stress_text(card['stress']),
         'Formats': _formats_text(card['formats']),
         'Licences': _licences_text(card['licences'], card['data']),
         'What it cost': _cost_text(card['cost']),

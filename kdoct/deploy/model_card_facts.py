@@ -18,6 +18,7 @@ from .licences import consequences, licences_of, NOT, start_licence
 from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
 from ..evaluate.protocol import folds_of_origin
+from ..evaluate.stress_records import card_stress, NOT_STRESSED
 from ..evaluate.tables import TITLES
 from ..evaluate.variants import blanked_warning
 
@@ -55,6 +56,9 @@ def _framing_text(recipe)->str:
     "How a picture became a square, in words."
     done = dict(fill_white='white padding replaced', mask_scale_bar='scale bar covered')
     changes = [text for field, text in done.items() if getattr(recipe, field)]
+    if recipe.frame != 'image':
+        changes.append(f'cropped to the retina ({recipe.frame}), whole where none is found')
+    if recipe.intensity != 'as-is': changes.append(f'grey values changed ({recipe.intensity})')
     return ', '.join([f'made square by {_SQUARE[recipe.resize]}', f'{recipe.size} px', *changes])
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #a5b2baba
@@ -353,6 +357,7 @@ def model_card_facts(
         data=data,
         measured=measured,
         all_folds=_all_folds(run, role),
+        stress=card_stress(run, fold, role),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),
         limits=_limits(data, measured, role),
@@ -465,6 +470,7 @@ def folder_facts(
         data=data,
         measured=_unknown_measured(),
         all_folds=dict(folds=[], mean_sd={}),
+        stress=dict(why=NOT_STRESSED, text='', rows={}),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),
         limits=_unknown_limits(about, decision),

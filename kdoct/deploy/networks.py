@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core.files import KdoctError, outputs_root, read_json
 from ..core.runs import run_of
-from ..data.cache import FRAMING
+from ..data.framing import check_framing, framing_of
 from ..data.sources import modality_of
 from .bundle import open_sealed
 from .engines import Engine, ENGINES, make_engine, runs_here
@@ -92,6 +92,7 @@ def open_bundle(
     # a bundle of an earlier version
     about.setdefault('modality', modality_of((model.get('recipe') or {}).get('data') or {}))
     _check_agreement(about, model, decision)
+    check_framing(about['framing'])
     if odd := sorted(set(about['formats']) - set(ENGINES)):
         raise KdoctError(
             f"The bundle has an engine that is not known here: {odd[0]}.", fix="Update kdoct."
@@ -113,7 +114,7 @@ def pictures_taken(
         modality=modality_of(data),
         size=data.get('size', model['input_size']),
         margin=data.get('margin', 0),
-        framing={k: data.get(k, v) for k, v in FRAMING.items()},
+        framing=model.get('framing') or framing_of(data),
     )
 
 def _taken_by(folder:Path, model:dict)->dict:
@@ -156,12 +157,14 @@ def open_model_folder(
             f"decision.json and model.json in {folder} name different classes.",
             fix="Make the decision again with notebook 05g_decide.",
         )
+    taken = _taken_by(folder, model)
+    check_framing(taken['framing'])
     others = {e: dict(kept=False, reason=_TORCH_ONLY, latency_ms=0.) for e in ENGINES}
     about = dict(
         name=folder.name,
         arch=model['arch'],
         classes=list(model['classes']),
-        **_taken_by(folder, model),
+        **taken,
         temperature=None if decision is None else decision.temperature,
         formats=others | dict(torch=dict(kept=True, reason='', latency_ms=0.)),
     )

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
-from ..data.framing import framed
+from ..data.framing import frame_in, framed
 from ..data.images import COLOURED, decode_image, is_blank, main_colour
 from ..data.problems import BadImage
 from ..data.sandbox import bad_image, Sandbox
@@ -147,19 +147,26 @@ def _notes(self:Predictor, scan:Scan, coloured:int|None)->tuple[str, ...]:
     }
     return (*scan.notes, *(note for note, holds in notes.items() if holds))
 
+# %% ../../nbs/07l_deploy.predict.ipynb #dp-prepare
 @patch
-def _prepare(self:Predictor, scan:Scan)->tuple[Scan, np.ndarray|BadImage]:
+def prepare(
+    self:Predictor,
+    scan:Scan,   # as it was read
+)->tuple[Scan, np.ndarray|BadImage]:
     "What is known of a scan, and its picture as the graph takes it, or why there is none."
     coloured = 0 if self.channels == 1 else self.bundle.about.get('coloured')
     scan = scan._replace(notes=self._notes(scan, coloured))
+    framing = self.bundle.framing
     try:
         _check_content(scan.image, coloured)
-        picture = framed(scan.image, self.channels, **self.bundle.framing)
+        at = frame_in(scan.image, **framing)
+        picture = framed(scan.image, self.channels, **framing, at=at)
+        if at is None and 'frame' in framing: scan = scan._replace(notes=(*scan.notes, 'no-retina'))
     except KdoctError as e: picture = bad_image(e)   # nothing is in it, or nothing is left of it but padding
     return scan._replace(image=None), picture
 
 def _weight(item:tuple)->int:
-    "Bytes of what `_prepare` gives."
+    "Bytes of what `Predictor.prepare` gives."
     return getattr(item[1], 'nbytes', 0)
 
 # %% ../../nbs/07l_deploy.predict.ipynb #fa004439
@@ -190,7 +197,7 @@ def _slot(about:dict, picture)->Slot:
 def _slots(self:Predictor, paths:Iterable)->Iterator[Slot]:
     "A slot for every B-scan and every failure; a file that fails after some scans says which volume it is of."
     last, ahead = None, 2*self.workers + self.batch
-    read = read_ahead(paths, self.sandbox, self._prepare, self.workers, ahead, weigh=_weight)
+    read = read_ahead(paths, self.sandbox, self.prepare, self.workers, ahead, weigh=_weight)
     for path, item in read:
         if isinstance(item, BadImage):
             is_known = last is not None and last['path'] == as_text(path)
@@ -199,6 +206,16 @@ def _slots(self:Predictor, paths:Iterable)->Iterator[Slot]:
         else:
             last = about_scan(path, item[0])
             yield _slot(last, item[1])
+
+# %% ../../nbs/07l_deploy.predict.ipynb #be953ed8
+@patch
+def pictures(self:Predictor,
+    paths:Iterable,   # files, in this order
+)->Iterator[tuple]:   # (path, uint8 (h, w) or (h, w, 3)) for every B-scan; (path, `BadImage`) for what has none
+    "Framed pictures of files."
+    ahead = 2*self.workers + self.batch
+    read = read_ahead(paths, self.sandbox, self.prepare, self.workers, ahead, weigh=_weight)
+    for path, item in read: yield path, item if isinstance(item, BadImage) else item[1]
 
 # %% ../../nbs/07l_deploy.predict.ipynb #8e355fd1
 @patch
@@ -211,6 +228,16 @@ def predict(
     slots = predict_in_batches(self._slots(find_files(paths)), self._outputs, self.batch)
     return map(self._finished, slots)
 
+# %% ../../nbs/07l_deploy.predict.ipynb #e989f0e6
+@patch
+def rows(
+    self:Predictor,
+    prepared:Iterable,  # what `prepare` gives for scans
+)->Iterator[dict]:      # rows with the columns of `record_fields`, in the order of the scans
+    "A row for every prepared scan."
+    slots = (_slot(about_scan(scan.path, scan), picture) for scan, picture in prepared)
+    return map(self._finished, predict_in_batches(slots, self._outputs, self.batch))
+
 # %% ../../nbs/07l_deploy.predict.ipynb #88c46e26
 @patch
 def image(
@@ -220,9 +247,7 @@ def image(
     "What `predict` says of one picture."
     try: im, notes = decode_image(_bytes_of_picture(picture))
     except BadImage as e: return failed_row(self.classes, about_scan(''), e)
-    scan, array = self._prepare(Scan(im, '', notes=tuple(notes)))
-    slots = [_slot(about_scan('', scan), array)]
-    return self._finished(next(predict_in_batches(slots, self._outputs)))
+    return next(self.rows([self.prepare(Scan(im, '', notes=tuple(notes)))]))
 
 # %% ../../nbs/07l_deploy.predict.ipynb #20253202
 def _with_bar(rows:Iterable, paths)->Iterator[dict]:
@@ -244,7 +269,7 @@ def _outcome(row:dict)->str:
     return 'unsure' if row['deferred'] else 'predicted'
 
 class _Counts(Counter):
-    "Rows by outcome; `both` are outliers of low confidence, 'failed: KIND' are parts of failed."
+    "Rows by outcome; `both` are outliers of low confidence, 'failed: KIND' are parts of failed; `no-retina`."
     @property
     def rows(self)->int: return sum(self[k] for k in ('predicted', 'unsure', 'outliers', 'failed'))
 
@@ -253,6 +278,7 @@ class _Counts(Counter):
         outcome = _outcome(row)
         self[outcome] += 1
         if row['error']: self[f'failed: {row["error"]}'] += 1
+        if 'no-retina' in (row['notes'] or ()): self['no-retina'] += 1
         if outcome == 'outliers' and 'confidence' in row['why']: self['both'] += 1
         return row
 
@@ -285,6 +311,11 @@ def _deferred_text(counts:_Counts)->str:
     }
     return f"{total} deferred ({', '.join(f'{n} {why}' for why, n in kinds.items() if n)})"
 
+def _whole_text(counts:_Counts)->str:
+    "In how many B-scans no retina was found; '' if there is nothing to say."
+    if not (n := counts['no-retina']): return ''
+    return f"No retina was found in {counted(n, 'B-scan')}: taken whole, with the note no-retina."
+
 def _passed_over_text(why:Counter)->str:
     "How many files in the folders were not looked at, and why; '' if all were."
     if not why: return ''
@@ -311,6 +342,8 @@ def _summary(counts:_Counts, volumes:int, seconds:float, engine:str, has_decisio
 def _say(text:str):
     "What is said beside the rows, where there is something to say."
     if text: print(text, file=sys.stderr)
+
+_NO_VOLUME = 'None of these files is a volume: {} has no rows.'
 
 def _check_paths(paths:list, out, volumes_out)->str:
     "What is passed over among the files; `KdoctError` if there is none to read, or no place to write."
@@ -362,7 +395,7 @@ def predict_files(
         _write_rows(p, paths, out, volumes_out, volumes, counts)
     seconds = time.monotonic() - start
     _say(_summary(counts, len(volumes.volumes), seconds, p.engine.name, has_decision))
+    _say(_whole_text(counts))
     _say(skipped)
-    if volumes_out and not volumes.volumes:
-        _say(f'None of these files is a volume: {volumes_out} has no rows.')
+    if volumes_out and not volumes.volumes: _say(_NO_VOLUME.format(volumes_out))
     return dict(counts)

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..core.sections import Part
+from ..core.parts import Part
 from kdoct.distill.feature_losses import (
     angle_loss,
     attention_loss,

@@ -9,7 +9,7 @@ __all__ = ['Lskd', 'Dkd', 'Nkd', 'Dist', 'HardLabel', 'temperatures_for_top', 'I
 import torch
 from pydantic import Field
 
-from ..core.sections import Part
+from ..core.parts import Part
 from kdoct.distill.logit_losses import (
     correlation_loss,
     decoupled_loss,

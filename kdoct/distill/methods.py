@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..core.files import KdoctError
-from ..core.sections import DistillRecipe, Part, TrainRecipe
+from ..core.parts import Part
+from ..core.sections import DistillRecipe, TrainRecipe
 from ..data.batches import Batches
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of, Layer
@@ -289,6 +290,18 @@ def _reasons(
         )
 
 # %% ../../nbs/03g_distill.methods.ipynb #2f86d227
+def _reasons_of_first_stage(first:int, training:TrainRecipe):
+    "Why a first stage that ends before epoch `first`, and knows no class, cannot be."
+    if not first: return
+    if training.freeze_epochs:
+        yield "trains the backbone first, which freeze_epochs holds", "Set freeze_epochs to 0."
+    if training.average == 'swa' and training.swa_start < first:
+        yield (
+            f"knows no class before epoch {first}, and weights are averaged from epoch "
+            f"{training.swa_start}",
+            f"Set swa_start to {first} or more.",
+        )
+
 def check_method(
     recipe:DistillRecipe,  # names the method
     training:TrainRecipe,  # of the student
@@ -296,9 +309,14 @@ def check_method(
     processes:int=1,       # that train together
 ):
     "`KdoctError` if the recipe's method is unknown or cannot be used in such a training."
-    cls = type(make_method(recipe))
-    for reason, remedy in _reasons(cls, recipe, training, n_classes, processes):
-        raise KdoctError(f"The method '{cls.name}' {reason}.", fix=remedy)
+    method = make_method(recipe)
+    method.plan(training.epochs)
+    reasons = (
+        *_reasons(type(method), recipe, training, n_classes, processes),
+        *_reasons_of_first_stage(method.first_epoch_to_keep, training),
+    )
+    for reason, remedy in reasons:
+        raise KdoctError(f"The method '{method.name}' {reason}.", fix=remedy)
 
 # %% ../../nbs/03g_distill.methods.ipynb #26c3dcd6
 def _compared(cls:type[Method])->str:

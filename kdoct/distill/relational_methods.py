@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 
 from ..core.files import KdoctError
-from ..core.sections import Part
+from ..core.parts import Part
 from ..data.augment import uniforms
 from ..data.batches import Batches
 from kdoct.distill.contrast_losses import (

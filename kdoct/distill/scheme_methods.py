@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import nn
 
 from ..core.files import KdoctError
-from ..core.sections import Part, TrainRecipe
+from ..core.parts import Part
+from ..core.sections import TrainRecipe
 from .feature_methods import FitNet
 from .methods import Method, method, Output, Setting, Step
 from ..models.backbones import Classifier

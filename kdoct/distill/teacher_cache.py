@@ -21,7 +21,8 @@ from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_jso
 from ..core.sections import DataRecipe
 from ..data.augment import DRAWS
 from ..data.batches import Batches
-from ..data.cache import DECODER, FRAMING
+from ..data.cache import DECODER
+from ..data.framing import framing_of
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of
 from ..training.distributed import rank_world
@@ -39,7 +40,7 @@ def picture_facts(
     "What decides the stored pixels of an image beside its file."
     return dict(
         decoder=DECODER,
-        framing={k: getattr(data, k) for k in FRAMING},
+        framing=framing_of(data),
         size=data.size,
         margin=data.margin,
     )

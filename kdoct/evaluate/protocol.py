@@ -45,6 +45,8 @@ def _images_text(data, predictions):
     "What was done to the pictures, and which slices count."
     squared = '' if data.resize == 'squash' else f', made square by {data.resize}'
     out = [f'images of {data.size} px{squared}']
+    if data.frame != 'image': out.append(f'cropped to the retina ({data.frame})')
+    if data.intensity != 'as-is': out.append(f'grey values {data.intensity}')
     if data.fill_white: out.append('white padding replaced by background')
     if data.mask_scale_bar: out.append('scale bar covered')
     if 'patient_label' in predictions:
@@ -120,7 +122,11 @@ def folds_of_origin(
         whose = 'these' if start['folds_sha256'] == about.get('folds_sha256') else 'other'
         run = f" (run {start['run']})" if start.get('run') else ''
         return f"{role}: trained in fold {start['fold']} of {whose} folds{run}"
-    file = (start.get('imported') or {}).get('file')
+    imported = start.get('imported') or {}
+    file, images = imported.get('file'), imported.get('trained_on')
+    if images:
+        named = f"{counted(images, 'image')} that its owner named"
+        return f"{role}: imported from {file}, trained on {named}; none of them is tested here"
     whence = f'imported from {file}' if file else 'a network from elsewhere'
     return (f"{role}: folds not known ({whence}, not trained here); if it has learned from images "
             "tested here, its scores and those of students that it taught are too good")

@@ -12,6 +12,7 @@ from ..core.files import counted
 from ..core.runs import Run
 from ..data.shortcuts import run_verdict
 from .pooling import folds_text
+from ..data.fold_data import frame_text
 from .protocol import origins_of_teachers
 from .tables import joined_row_names, Section
 from .variants import blanked_warning
@@ -48,6 +49,8 @@ def _of_data(run):
     for part, (key, what) in _CHOSEN.items():
         lacks = data.get(key) or {}
         if any(lacks.values()): out.append(f'{_lacking(part, lacks)}. {what} know nothing of it.')
+    frame = data.get('frame')
+    if frame and frame['whole']: out.append(f'Images are {frame_text(frame)}.')
     if n := _torn_duplicates(run):
         out.append(
             f'{n} near-duplicates have another class than the image that they copy: one of the two '

@@ -16,9 +16,10 @@ import torch
 from ..core.runs import Run
 from ..data.augment import image_ids, uniforms
 from ..data.batches import Batches
-from ..data.framing import to_square
+from ..data.framing import frame_in, to_square
 from ..data.images import decode_image, read_image_bytes
 from ..data.fold_data import FoldData
+from ..data.retina_frame import Frame
 
 # %% ../../nbs/06f_explain.images.ipynb #ade0056d
 def explained_rows(
@@ -40,10 +41,11 @@ def read_mask(
     file:str|Path,        # an image, white on what is meant
     size:int,             # side of the network's picture [px]
     resize:str='squash',  # how images become squares: squash, crop or pad
+    at:Frame|None=None,   # what of its image is shown; None: all of it
 )->np.ndarray:            # bool (size, size)
     "A mask as the network's picture shows it."
     mask, _ = decode_image(read_image_bytes(file), is_mask=True)
-    return to_square(mask, size, 1, resize) > 127
+    return to_square(mask, size, 1, resize, at=at) > 127
 
 def masks_of(
     run:Run,             # run whose data stage is done
@@ -53,7 +55,13 @@ def masks_of(
     if 'mask' not in rows or (rows['mask'] == '').all(): return None
     data, root = run.recipe.data, Path(run.stage('data')['root'])
     none = np.zeros((data.size, data.size), bool)
-    masks = [read_mask(root/m, data.size, data.resize) if m else none for m in rows['mask']]
+    def shown(path):
+        if data.frame == 'image': return None
+        return frame_in(decode_image(read_image_bytes(root/path))[0], data.frame)
+    masks = [
+        read_mask(root/m, data.size, data.resize, shown(path)) if m else none
+        for path, m in zip(rows.path, rows['mask'], strict=True)
+    ]
     return np.stack(masks)
 
 # %% ../../nbs/06f_explain.images.ipynb #77273c15

@@ -28,6 +28,7 @@ from kdoct.core.files import (
 from ..core.recipe import Recipe
 from ..core.runs import ROLES
 from ..core.sections import DataRecipe, TrainRecipe
+from ..data.framing import FRAMING, framing_of
 from ..data.listing import classes_option
 from ..data.packaged_weights import probe_picture
 from kdoct.models.backbones import (
@@ -43,6 +44,7 @@ from kdoct.models.backbones import (
     timm_model,
 )
 from .foundation import encoder_state, pooling_of, size_of_positions
+from .trained_on import images_named, write_trained_on
 
 # %% ../../nbs/02aa_models.folders.ipynb #ea5b27f7
 def data_identity(
@@ -94,6 +96,9 @@ def save_model_folder(
         data=data_identity(recipe.data),
         recipe=recipe.model_dump(mode='json'),
     )
+    framing = framing_of(recipe.data)
+    # what a later version might do otherwise; the rest stands in the recipe
+    if set(framing) > set(FRAMING): about['framing'] = framing
     return write_model_folder(folder, model, **about, **facts)
 
 # %% ../../nbs/02aa_models.folders.ipynb #acbb5bd8
@@ -185,8 +190,9 @@ def _chain(origin:dict)->Iterator[dict]:
 def _unknown_images(origin:dict)->list[str]:
     "Texts on what is not known about the images that a start was trained on."
     notes, too_good = [], "if test images are among them, the scores are too good."
-    if origin['kind'] == 'file' or origin.get('imported'):
-        name = origin.get('file') or origin['imported']['file']
+    imported = origin.get('imported') or {}
+    if origin['kind'] == 'file' or imported and not imported.get('trained_on'):
+        name = origin.get('file') or imported['file']
         notes.append(f"It is not known which images {name} was trained on; {too_good}")
     if origin.get('data') in ('folder', 'csv', 'phantom'):   # a shipped model.json tells no folder names
         notes.append(
@@ -344,16 +350,22 @@ def import_model_folder(
     interpolation:str|None=None,  # how pictures were resized: bilinear or bicubic; None: timm's own
     coloured:bool|None=None,      # whether coloured pictures were among those it was trained on; None: not known
     weights:str='',      # which of several state dicts in the file, as `part` of `read_state`
+    trained_on:str|Path|None=None,  # its training and validation images, as for `images_named`; None: not known
 )->dict:                 # what stands in model.json
     "Make a model folder of a state dict; `KdoctError` unless every tensor has its place in the network."
     _check_import(folder, role, classes)
     require_arch(arch)
+    images = [] if trained_on is None else images_named(trained_on)
     given = state_for(arch, path, weights)
     body = timm_model(arch, size, num_classes=len(classes), **pooling_of(arch, given))
     state, imported = _state_that_fits(body, given, arch, path, classes, weights)
     expected = _statistics(body, mean=mean, std=std, interpolation=interpolation)
     body.load_state_dict(state)
+    protocol = _PROTOCOL
+    if images:
+        imported['trained_on'] = write_trained_on(folder, images)
+        protocol = f"imported; trained on {imported['trained_on']} images that its owner named"
     about = dict(role=role, arch=arch, classes=list(classes), **_UNKNOWN, coloured=coloured,
                  imported=imported)
     model = Classifier(body, size, **expected)
-    return write_model_folder(folder, model, **about, protocol=_PROTOCOL)
+    return write_model_folder(folder, model, **about, protocol=protocol)

@@ -30,6 +30,7 @@ from kdoct.models.folders import (
     weights_origin,
     write_model_folder,
 )
+from ..models.trained_on import pass_on, require_unseen
 from .averaging import average_candidates
 
 # %% ../../nbs/02k_training.results.ipynb #7209cb71
@@ -366,7 +367,10 @@ def check_start(
     recipe = run.recipe.training(role)
     origin = weights_origin(recipe)
     notes = check_origin(origin, data_identity(run.recipe.data), data.folds_sha256, data.fold)
+    if origin['kind'] == 'model folder':
+        require_unseen(data.rows('test'), recipe.weights, role, data.fold)
     if rank_world()[0]: return origin
+    pass_on(recipe.weights, run.stage_dir(data.fold, role))
     for note in notes: print(f'WARNING: {note}')
     if (recipe.size or 0) > run.recipe.data.size:
         print(f"The {role} takes {recipe.size} px: images of {run.recipe.data.size} px are "
