@@ -575,6 +575,7 @@ def test_only_training_batches_of_the_most_frequent_size_are_compiled(tmp_path, 
     )
 
 
+@pytest.mark.slow   # half a minute where torch has no kernels of this network in its cache
 def test_compiled_training_has_the_losses_of_plain_training(tmp_path, recipe):
     rows = []
     for on in (False, True):

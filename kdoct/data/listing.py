@@ -475,14 +475,15 @@ def check_labels(
     table:pd.DataFrame,                 # image table
     classes:tuple[str, ...]|None=None,  # `data.classes`; names that are all in it are meant to differ
 ):
-    "`KdoctError` if one class is written in several ways, or stands beside a copy of itself (CNV, CNV (1))."
+    "`KdoctError` if one class is written in several ways (normal, Healthy), or stands beside a copy of itself (CNV, CNV (1))."
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     table = table[table.label != '']
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path
     keys = {same_name_key(c) for c in n.index}
     def key(label):
         original = same_name_key(copied_name(label))
-        return original if original and original in keys else same_name_key(label)
+        name = original if original and original in keys else same_name_key(label)
+        return 'normal' if name == 'healthy' else name
     def named(c): return f"{say_name(c)} ({counted(n[c], 'image')}, first {first[c]})"
     for several in spellings(table.label, key):
         raise KdoctError(
