@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 # Set before torch is imported, here and in the processes that tests start. The workers of pytest share the cores:
@@ -76,7 +77,8 @@ def phantoms_made_once(tmp_path_factory):
     write_phantom = phantom_files.write_phantom
     def copied(root, processes=1, **made):
         if not Path(root).exists():
-            name = "phantom-" + "-".join(f"{k}{v}" for k, v in sorted(made.items()))
+            facts = repr(sorted(made.items())).encode()
+            name = f"phantom-{sha256(facts).hexdigest()[:16]}"
             def make(folder): write_phantom(folder, processes=processes, **made)
             shutil.copytree(made_once(tmp_path_factory, name, make), root)
         return write_phantom(root, **made)

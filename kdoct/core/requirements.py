@@ -76,6 +76,7 @@ def require_data_root(
     layout:str='',    # what the folder must look like, for the message
 ):
     "`KdoctError` if the folder (or table) of the images is not given, or not there."
+    if data.source == 'sites': return   # each of its sources has a place of its own
     fix = ("Give the folder of the images (csv: the table): --data-root DIR (papermill: -p "
            "data_root DIR)")
     if layout: fix += f". Expected layout: {layout}"
