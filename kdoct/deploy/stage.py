@@ -63,8 +63,10 @@ def _arrays(taken:dict, classes:int, decision:Decision|None)->tuple[dict, dict]:
     }
     if decision is None:
         shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
+    first = [k for k in ('frame', 'intensity') if k in taken['framing']]
+    before = f", made by kdoct.data.framing.framed ({' and '.join(first)})" if first else ''
     meaning = (
-        f"decoded pictures, 0 black to 255 white, of any size; made square "
+        f"decoded pictures{before}, 0 black to 255 white, of any size; made square "
         f"({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
         'what was checked; the graph resizes others as PIL does, but for one grey level in a few '
         'pixels, and for pictures higher than wide'
