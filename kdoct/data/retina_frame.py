@@ -260,6 +260,7 @@ def _search(grey:np.ndarray, rows:int, unit:float, price:float, dim=False, thin=
     return Retina(in_pixels(ilm), in_pixels(lower), in_pixels(bruch), float(thickness*to_pixels))
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #rf-find
+_SMALLEST = 64          # side of a picture in which noise can be told from layers [px]
 _FINE = 40              # rows of the retina on the second grid
 _PRICES = .12, .1       # of a row up or down, in the first search and in the second
 _ROOM = (2.2, .5, .8)   # rows above Bruch's membrane, above what is highest, and below; in thicknesses
@@ -281,6 +282,7 @@ def find_retina(
     grey:np.ndarray,  # (H, W) uint8
 )->Retina|None:       # None: none was found
     "ILM and Bruch's membrane of a B-scan, by classical means."
+    if min(grey.shape) < _SMALLEST: return None
     first, how = _first_search(grey)
     if first is None: return None
     unit, highest = first.thickness, np.quantile(first.bruch - first.ilm, .97)
