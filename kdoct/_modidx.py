@@ -4234,6 +4234,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'kdoct.evaluate.stress.difference_texts': ( 'evaluate.stress.html#difference_texts',
                                                                                    'kdoct/evaluate/stress.py'),
                                        'kdoct.evaluate.stress.group_sums': ('evaluate.stress.html#group_sums', 'kdoct/evaluate/stress.py'),
+                                       'kdoct.evaluate.stress.joined_rows': ( 'evaluate.stress.html#joined_rows',
+                                                                              'kdoct/evaluate/stress.py'),
                                        'kdoct.evaluate.stress.mean_of': ('evaluate.stress.html#mean_of', 'kdoct/evaluate/stress.py'),
                                        'kdoct.evaluate.stress.network_differences': ( 'evaluate.stress.html#network_differences',
                                                                                       'kdoct/evaluate/stress.py'),
