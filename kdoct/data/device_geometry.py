@@ -21,7 +21,7 @@ def _mean3(x:torch.Tensor)->torch.Tensor:
 def _reduced(x:torch.Tensor)->torch.Tensor:
     "(n, 112, 32) grey values, smooth, white padding black."
     grey = F.interpolate(x.mean(1, keepdim=True), (_ROWS, _ROWS), mode='area')
-    fringe = F.max_pool2d((_mean3(grey) > .97).float(), 5, 1, 2)
+    fringe = F.max_pool2d((_mean3(grey) > .9).float(), 9, 1, 4)
     return _mean3(F.interpolate(grey*(1 - fringe), (_ROWS, _COLUMNS), mode='area'))[:, 0]
 
 def _mean_of(total:torch.Tensor, first:int, last:int)->torch.Tensor:
@@ -35,6 +35,7 @@ def _lower_edges(small:torch.Tensor)->torch.Tensor:
     total = F.pad(small.cumsum(1), (0, 0, 1, 0))
     light = _mean_of(total, -3, 1)
     step = (light - _mean_of(total, 1, 7)).clamp_min(0)*light
+    step[:, :_ROWS//10] = step[:, -_ROWS//40:] = 0   # what is left of white padding
     strong = step > .5*step.amax(1, keepdim=True)
     y = torch.arange(_ROWS, device=small.device).view(1, -1, 1)
     return torch.where(strong, y, 0).amax(1).float()
@@ -74,12 +75,13 @@ def retina_thickness(
 )->torch.Tensor:            # (n,) from the boundary up to the retina's inner limit [fraction of the height]
     "Height of the retina above its lower boundary, 0.1 or more."
     small = _reduced(x)
-    dark, light = (small.flatten(1).quantile(q, 1).view(-1, 1, 1) for q in (.25, .99))
+    dark, light = (small.flatten(1).quantile(q, 1).view(-1, 1, 1) for q in (.3, .97))
     t = (torch.arange(_COLUMNS, device=x.device) + .5)/_COLUMNS*2 - 1
     y = (torch.arange(_ROWS, device=x.device).view(1, -1, 1) + .5)/_ROWS
     lower = boundary[:, :1] + boundary[:, 1:2]*t + boundary[:, 2:]*t**2
-    inside = (small > dark + .25*(light - dark)) & (y < lower[:, None])
-    top = torch.where(inside, y, 1.).amin(1)
+    lit = ((small - dark)/(light - dark).clamp_min(1e-3)).clamp(0, 1)**2*(y < lower[:, None])
+    share = lit.cumsum(1)/lit.sum(1, keepdim=True).clamp_min(1e-6)
+    top = torch.where(share > .04, y, 1.).amin(1)
     return (lower - top).quantile(.9, 1).clamp(.1, .9)
 
 # %% ../../nbs/01ob_data.device_geometry.ipynb #61b13cae
