@@ -4906,6 +4906,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'kdoct/training/inference.py'),
                                           'kdoct.training.inference.FusedBody.exact': ( 'training.inference.html#fusedbody.exact',
                                                                                         'kdoct/training/inference.py'),
+                                          'kdoct.training.inference.FusedBody.low': ( 'training.inference.html#fusedbody.low',
+                                                                                      'kdoct/training/inference.py'),
                                           'kdoct.training.inference.InferenceModel': ( 'training.inference.html#inferencemodel',
                                                                                        'kdoct/training/inference.py'),
                                           'kdoct.training.inference.InferenceModel.__init__': ( 'training.inference.html#inferencemodel.__init__',
