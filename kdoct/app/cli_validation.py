@@ -6,7 +6,7 @@
 __all__ = ['NetworksArgument', 'MapOption', 'LeaveOutOption', 'ByOption', 'ValidatedFoldsOption', 'ValidatedRolesOption',
            'NameOption', 'OutOption', 'BootOption', 'validate']
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #02572e74
+# %% ../../nbs/10d_app.cli_validation.ipynb #371a8f5e
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ from kdoct.app.cli_options import (
 from ..core.files import KdoctError, outputs_root
 from ..core.result_sections import EvaluateRecipe
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #bd1eddaa
+# %% ../../nbs/10d_app.cli_validation.ipynb #f7b530b0
 NetworksArgument = Annotated[
     list[str],
     typer.Argument(
@@ -34,7 +34,7 @@ NetworksArgument = Annotated[
     ),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #79d56f8c
+# %% ../../nbs/10d_app.cli_validation.ipynb #580ea0df
 MapOption = Annotated[
     str,
     option(
@@ -50,7 +50,7 @@ LeaveOutOption = Annotated[
     option('A,B,...', "Problems of the audit whose images are left out.", '--leave-out'),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #f0c3e6c1
+# %% ../../nbs/10d_app.cli_validation.ipynb #6bb6bf65
 ByOption = Annotated[
     list[str],
     option(
@@ -61,7 +61,7 @@ ByOption = Annotated[
     ),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #b87514fd
+# %% ../../nbs/10d_app.cli_validation.ipynb #f8870672
 ValidatedFoldsOption = Annotated[
     str, option('FOLDS', "Folds of the runs: 0,1 or 0-4. Default: all that are trained.", '--folds')
 ]
@@ -78,7 +78,7 @@ OutOption = Annotated[
 ]
 BootOption = Annotated[int, option('N', "Resamples of the patients.", '--resamples', min=100)]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #769a31a4
+# %% ../../nbs/10d_app.cli_validation.ipynb #d4fdfcac
 def _words(text:str)->list[str]|None:
     "Words with commas between them; None where nothing is given."
     return [word.strip() for word in text.split(',') if word.strip()] or None
@@ -107,7 +107,7 @@ def _name_of(data, name:str)->str:
     "The name of a data set: the one given, or that of its folder."
     return name or Path(data.root or data.source).expanduser().resolve().name
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #5caa0902
+# %% ../../nbs/10d_app.cli_validation.ipynb #eadb47ef
 def _echo(title:str, texts):
     "Print a table of a validation."
     shown = texts.drop(columns='note', errors='ignore')
@@ -128,7 +128,19 @@ def _echo_results(sections:dict, warnings:list[str]):
     for key in ('scores', 'differences', 'deferral', 'unknown'):
         if key in sections: _echo(sections[key].title, sections[key].texts)
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #b3f26254
+# %% ../../nbs/10d_app.cli_validation.ipynb #e8ad2496
+def _echo_files(files:list[Path], noted:list[Path], lost:list[str]):
+    "Print what was written, what goes on the cards, and what cannot."
+    typer.echo()
+    for p in files: typer.echo(f'  {short_path(p)}')
+    for p in noted:
+        typer.echo(f'  {short_path(p)}: for the model card of the next `kdoct export`')
+    if lost:
+        typer.echo(textwrap.fill(
+            f"Not noted for {', '.join(lost)}: a bundle is sealed, and its run is not here. "
+            f"Validate the run, or its model folder, and export it again.", 118))
+
+# %% ../../nbs/10d_app.cli_validation.ipynb #4f71fcb3
 def validate(
     networks:NetworksArgument,
     labels:MapOption='',
@@ -167,5 +179,5 @@ def validate(
     _echo_results(sections, record['warnings'])
     predictions = validation_page.all_predictions(models)
     files = validation_page.write_validation(folder, page, record, predictions)
-    typer.echo()
-    for p in files: typer.echo(f'  {short_path(p)}')
+    noted = validation_page.note_in_homes(opened, models, sections, record, evaluate, files[0])
+    _echo_files(files, *noted)
