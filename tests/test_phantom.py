@@ -1,4 +1,6 @@
 "Simulated B-scans: the same pixels for the same question, masks that mean what labels say, folders that are resumed."
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +20,7 @@ from kdoct.data.phantom import (
     simulate_bscan,
     slice_severity,
 )
+from kdoct.data.phantom_devices import DEVICES, USUAL_DEVICES
 from kdoct.data.phantom_files import phantom_table, write_phantom
 
 SMALL = dict(height=96, width=96)
@@ -160,11 +163,70 @@ def test_a_longer_phantom_contains_the_shorter_one():
     both = short.merge(long, how='left', on=list(short.columns), indicator=True)
     assert both._merge.eq('both').all()
 
-def test_the_device_tells_nothing_about_the_diagnosis():
-    ct = pd.crosstab(
-        [patient_device(9, p) for p in range(48)], [patient_diagnosis(9, p) for p in range(48)]
-    )
-    assert ct.shape == (len(phantom.DEVICES), 4) and ct.values.min() == ct.values.max()
+@pytest.mark.parametrize("devices", [USUAL_DEVICES, ("fine", "haze", "swept", "strip")])
+def test_the_device_tells_nothing_about_the_diagnosis(devices):
+    patients = range(16 * len(devices))
+    of = [patient_device(9, p, devices) for p in patients]
+    ct = pd.crosstab(of, [patient_diagnosis(9, p) for p in patients])
+    assert ct.shape == (len(devices), 4) and ct.values.min() == ct.values.max()
+
+
+def test_the_usual_phantom_has_the_pixels_it_always_had():
+    digest = hashlib.sha256()
+    for place in ((0, 0, 0), (5, 1, 1), (9, 0, 2), (14, 1, 0)):
+        digest.update(simulate_bscan(0, *place).image.tobytes())
+    assert digest.hexdigest().startswith("9f599cb703fcf846")
+
+
+OTHER_DEVICES = [d for d in DEVICES if d not in USUAL_DEVICES]
+
+
+@pytest.mark.parametrize("device", OTHER_DEVICES)
+def test_what_a_device_exports_fits_together(device):
+    s = simulate_bscan(3, 1, 0, 0, diagnosis="CNV", devices=(device,))
+    assert s.device == device and s.image.shape == s.mask.shape and s.image.dtype == np.uint8
+    assert s.layers.shape == (11, s.image.shape[1]) and (np.diff(s.layers, axis=0) > -1e-3).all()
+    rows = np.arange(len(s.image))[:, None]
+    inside = (rows >= s.layers[0] - 2) & (rows <= s.layers[9] + 2)
+    assert s.mask.any() and not (s.mask & ~inside).any()   # the lesion moved with the retina
+
+
+def test_a_strip_is_flat_and_about_the_retina():
+    s = simulate_bscan(3, 1, 0, 0, devices=("strip",))
+    assert np.ptp(s.layers[9]) <= 1 and 0.5 < s.layers[9].mean() / len(s.image) < 0.8
+    assert (s.layers[0] > 0).mean() > 0.95
+
+
+def test_the_lesion_is_there_whatever_the_device():
+    for device in OTHER_DEVICES:
+        ill, healthy = (simulate_bscan(3, 1, 0, 0, diagnosis=d, devices=(device,))
+                        for d in ("CNV", "NORMAL"))
+        twins = np.abs(ill.image.astype(float) - healthy.image)
+        assert twins[ill.mask].mean() > 3 * twins[~ill.mask].mean()
+
+
+def test_devices_write_the_files_and_sizes_that_their_table_says(tmp_path):
+    devices = ("strip", "coarse", "fine")
+    table = write_phantom(tmp_path, 1, 12, 1, 128, 128, devices=devices)
+    sizes = {}
+    for r in table.itertuples():
+        im, mask = Image.open(tmp_path / r.path), Image.open(tmp_path / r.mask)
+        assert im.size == mask.size and im.format == ("PNG" if r.device == "fine" else "JPEG")
+        sizes.setdefault(r.device, set()).add(im.size)
+    assert all(len(of) == 1 for of in sizes.values()) and len(set.union(*sizes.values())) == 3
+    written = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*g")}
+    write_phantom(tmp_path, 1, 12, 1, 128, 128, devices=devices)   # finds all complete
+    assert written == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.*g")}
+    with pytest.raises(KdoctError, match="other parameters"):
+        write_phantom(tmp_path, 1, 12, 1, 128, 128)
+
+
+@pytest.mark.parametrize("devices, says", [
+    (("fine", "haez"), "Did you mean haze"),
+    (("fine", "fine"), "named twice"),
+])
+def test_a_device_that_cannot_be_meant_is_refused(devices, says):
+    with pytest.raises(KdoctError, match=says): simulate_bscan(0, 0, 0, 0, devices=devices)
 
 def test_a_ridge_on_pooled_greys_stays_under_60_percent():
     todo = [(p, e, k) for p in range(40) for e in (0, 1) for k in range(3)]

@@ -7,7 +7,7 @@ __all__ = ['app', 'FindingsOption', 'ShortcutsOption', 'FolderArgument', 'Explai
            'BenchTeacherOption', 'BenchStudentOption', 'BenchSizeOption', 'BenchBatchOption', 'RoundsOption',
            'SecondsOption', 'StepsOption', 'FilesOption', 'CompileOption', 'RecordOption', 'FirstRunArgument',
            'PortOption', 'BrowserOption', 'demo', 'crossval', 'audit', 'folds', 'report', 'notebooks', 'recipe',
-           'sources', 'methods', 'runs', 'explain', 'bench', 'explore', 'main']
+           'sources_', 'methods', 'runs', 'explain', 'bench', 'explore', 'main']
 
 # %% ../../nbs/10_app.cli.ipynb #imp-app-cli
 import re
@@ -36,6 +36,7 @@ from kdoct.app.cli_options import (
     SetOption,
     short_path,
     SourceOption,
+    SourcesOption,
     TeacherOption,
 )
 
@@ -44,6 +45,7 @@ from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
 from .cli_stress import stress
+from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
 from kdoct.core.files import (
     KdoctError,
@@ -126,7 +128,7 @@ def _files_of(run, report:Path)->list[Path]:
 def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.app.crossval import crossval
-    from kdoct.training.distributed import launched
+    from kdoct.core.requirements import launched
     typer.echo(f"Run '{run.name}' in {run.path}")
     with _refused_data_leave_no_run(run) if is_new else nullcontext():
         crossval(run, numbers, notebooks)
@@ -160,6 +162,7 @@ def crossval(
     preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
+    sources:SourcesOption=None,
     run:RunOption='',
     group_pattern:PatternOption='',
     classes:ClassesOption='',
@@ -169,7 +172,7 @@ def crossval(
     notebooks:NotebooksOption=None,
 ):
     "Train and evaluate on your images, fold by fold. The same command continues after an interruption."
-    data = dict(group_pattern=group_pattern, classes=classes)
+    data = dict(group_pattern=group_pattern, classes=classes, sources=sources)
     recipe = recipe_of(preset_name, source, data_root, changes, teachers, run, **data)
     name = run_name(run, preset_name, recipe)
     _all_stages(*_checked_run(recipe, name, folds, notebooks), notebooks)
@@ -226,6 +229,7 @@ def audit(
     preset_name:PresetOption='edge',
     source:SourceOption='',
     data_root:RootOption='',
+    sources:SourcesOption=None,
     group_pattern:PatternOption='',
     classes:ClassesOption='',
     changes:SetOption=[],  # noqa: B006
@@ -236,7 +240,7 @@ def audit(
     _check_file(out, '.csv')
     from kdoct.data.audit import audit_page, check_data_recipe
     from kdoct.data.plan import list_and_audit, plan_folds, write_findings
-    data = dict(group_pattern=group_pattern, classes=classes)
+    data = dict(group_pattern=group_pattern, classes=classes, sources=sources)
     recipe = recipe_of(preset_name, source, data_root, changes, **data)
     check_data_recipe(recipe.data)
     listing, result = list_and_audit(recipe.data)
@@ -279,6 +283,7 @@ def folds(
     preset_name:RunPresetOption='',
     source:SourceOption='',
     data_root:RootOption='',
+    sources:SourcesOption=None,
     run:RunOption='',
     group_pattern:PatternOption='',
     classes:ClassesOption='',
@@ -286,7 +291,7 @@ def folds(
 ):
     "Make the folds of a run, grouped by patient. Shows how many images of each class are in each part."
     from kdoct.data.stage import prepare_data
-    data = dict(group_pattern=group_pattern, classes=classes)
+    data = dict(group_pattern=group_pattern, classes=classes, sources=sources)
     recipe = recipe_of(preset_name, source, data_root, changes, run=run, **data)
     name = run_name(run, preset_name, recipe)
     the_run = create_run(name, recipe, _look_first(name))
@@ -324,13 +329,14 @@ def recipe(
     preset_name:PresetOption='edge',
     source:SourceOption='',
     data_root:RootOption='',
+    sources:SourcesOption=None,
     group_pattern:PatternOption='',
     classes:ClassesOption='',
     changes:SetOption=[],  # noqa: B006
 ):
     "List every recipe field with its value and meaning. So `crossval` with the same options would use it."
     from kdoct.data.audit import check_data_recipe
-    data = dict(group_pattern=group_pattern, classes=classes)
+    data = dict(group_pattern=group_pattern, classes=classes, sources=sources)
     values = recipe_of(preset_name, source, data_root, changes, **data)
     check_data_recipe(values.data)
     for name, (_, meaning) in recipe_fields().items():
@@ -339,8 +345,8 @@ def recipe(
         typer.echo(f'{name} = {value}\n    {meaning}')
 
 # %% ../../nbs/10_app.cli.ipynb #3c3e1969
-@_command()
-def sources():
+@_command('sources')
+def sources_():
     "List the sources of images, with the layout of each."
     import kdoct.data.sources  # noqa: F401 (they register themselves)
     from kdoct.data.registry import sources_text
@@ -492,6 +498,7 @@ _command()(adapt)
 _command('make-keys')(make_keys)
 _command()(predict)
 _command()(stress)
+_command()(validate)
 
 # %% ../../nbs/10_app.cli.ipynb #39440e52
 FirstRunArgument = Annotated[

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PresetOption', 'RunPresetOption', 'RunOption', 'RunArgument', 'FoldsOption', 'SourceOption', 'RootOption',
-           'PatternOption', 'ClassesOption', 'SetOption', 'NotebooksOption', 'TeacherOption', 'option', 'PlainHelp',
-           'recipe_of', 'run_name', 'short_path']
+           'SourcesOption', 'PatternOption', 'ClassesOption', 'SetOption', 'NotebooksOption', 'TeacherOption', 'option',
+           'PlainHelp', 'recipe_of', 'run_name', 'short_path']
 
 # %% ../../nbs/10a_app.cli_options.ipynb #65db0e75
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from .stages import require_archs
+from .stages import require_archs, with_folds_counted, with_sources
 from ..core.files import KdoctError, outputs_root
 from ..core.overrides import merged_overrides, own_teachers
 from ..core.presets import preset, PRESETS
@@ -77,6 +77,16 @@ SourceOption = Annotated[
 
 RootOption = Annotated[
     str, option('DIR', "Folder of the images (csv: the table).", '--data-root')
+]
+
+SourcesOption = Annotated[
+    Path | None,
+    option(
+        'FILE.csv',
+        "Several sources in one run: a table with a line a source and columns name, root, and "
+        "source, group_pattern, columns, map, device where needed.",
+        '--sources',
+    ),
 ]
 
 PatternOption = Annotated[
@@ -142,16 +152,19 @@ def recipe_of(
     changes:list[str],         # 'FIELD=VALUE', as `--set` takes it
     teachers:list[Path]=(),    # model folders of trained teachers; none: the preset's
     run:str='',                # name of the run; '': none is given
+    sources:Path|None=None,    # a table of several sources
     **data,                    # further fields of `data`; '': the preset's
 )->Recipe:
     "The recipe that the options describe; `KdoctError` for a network that timm does not know."
     given = dict(source=source, root=data_root) | data
     options = {f'data.{k}': (_OPTIONS[k], v) for k, v in given.items() if v}
+    if sources: options['data.sources'] = '--sources', str(sources)
     own = own_teachers(teachers) if teachers else {}
     if own: options['teacher.weights'] = '--teacher', own['teacher.weights']
-    recipe = _begun_with(preset_name, run).override(**own | merged_overrides(changes, options))
+    given = with_sources(merged_overrides(changes, options))
+    recipe = _begun_with(preset_name, run).override(**own | given)
     require_archs(recipe)
-    return recipe
+    return with_folds_counted(recipe)
 
 # %% ../../nbs/10a_app.cli_options.ipynb #9232e8ae
 def run_name(

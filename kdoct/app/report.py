@@ -27,11 +27,14 @@ from kdoct.app.report_parts import (
 # %% ../../nbs/08d_app.report.ipynb #1656389f
 from ..core.files import atomic_path, KdoctError
 from ..core.runs import open_run, Run
+from ..data.folds import LEFT_OUT
 from ..data.shortcuts import run_verdict
 from ..evaluate.pooling import complete_folds
 from ..evaluate.all_folds import evaluate_run
 from ..evaluate.run_warnings import warnings_of
 from ..evaluate.stage import evaluate_fold, is_evaluated
+from ..evaluate.external_records import report_external
+from ..evaluate.stress_records import stress_records, stress_sections
 from ..evaluate.tables import joined_row_names, shown, shown_differences, COMBINED, without_note
 
 # %% ../../nbs/08d_app.report.ipynb #a9a461ac
@@ -66,7 +69,8 @@ def _short_protocol(run:Run, folds:list[int])->str:
     d = run.recipe.data
     overlap = 'kept' if d.official_overlap == 'keep' else 'removed'
     official = f'official test part, overlap {overlap}'
-    split = official if d.protocol == 'official' else f'{d.n_folds} folds by patient'
+    splits = dict.fromkeys(LEFT_OUT, d.protocol) | dict(official=official)
+    split = splits.get(d.protocol, f'{d.n_folds} folds by patient')
     which = f'{"fold" if len(folds) == 1 else "folds"} {", ".join(map(str, folds))}'
     return f'{d.source}; {split}; {which}; seed {run.recipe.seed}; one view'
 
@@ -79,9 +83,10 @@ def _shown_values(values:pd.Series, digits:str, factor:int=1)->list[str]:
     "Numbers as texts; what is not a number is undefined."
     return [f'{factor*v:{digits}}' if v == v else 'undefined' for v in values]
 
-def _per_fold(per:pd.DataFrame)->pd.DataFrame:
-    "Every fold and model, for reading."
+def _per_fold(per:pd.DataFrame, names:list[str])->pd.DataFrame:
+    "Every fold and model, for reading; with what it leaves out and tests on where folds have names."
     out = per[['fold', 'model']].assign(**{'test images': per.n_images})
+    if names: out['fold'] = [f'{k} ({names[k]})' for k in per.fold]
     for m in ('accuracy', 'sensitivity', 'specificity', 'precision', 'f1'):
         out[f'{"F1" if m == "f1" else m} %'] = _shown_values(per[m], '.1f', 100)
     return out.assign(AUC=_shown_values(per.auc, '.3f'))
@@ -93,7 +98,7 @@ def _section(s, protocol:str)->dict:
     return dict(title=s.title, text=s.caption, notes=notes, tables=[table])
 
 # %% ../../nbs/08d_app.report.ipynb #9bb04762
-def _main_tables(result:dict, folds:list[int], protocol:str)->list[dict]:
+def _main_tables(result:dict, folds:list[int], protocol:str, names:list[str])->list[dict]:
     "Scores, differences, and every fold where there are several."
     one, several = f'Test images of fold {folds[0]}', 'All test images of the folds together'
     scores = f'{one if len(folds) == 1 else several}; intervals by resampling patients.'
@@ -107,7 +112,7 @@ def _main_tables(result:dict, folds:list[int], protocol:str)->list[dict]:
         page_table(shown_differences(result['differences']), 'difference', paired, protocol),
     ]
     if len(folds) == 1: return tables
-    return [*tables, page_table(_per_fold(result['per_fold']), None, each, protocol)]
+    return [*tables, page_table(_per_fold(result['per_fold'], names), None, each, protocol)]
 
 _PLACES = dict.fromkeys(('calibration', 'operating', 'deferral', 'sets', 'outliers'), 'decisions')
 _PLACES['costs'] = 'costs'   # name of a section -> where it stands; the others stand with the results
@@ -133,10 +138,26 @@ def _results(run:Run, result:dict, folds:list[int])->dict:
         sentence=_sentence(result['table'], result['differences']),
         protocol=result['protocol'],
         one_fold=one,
-        tables=_main_tables(result, folds, protocol),
+        tables=_main_tables(result, folds, protocol, run.stage('data').get('fold_names') or []),
         notes=_notes(result['table'].note),
         sections=_placed_sections(sections, protocol),
     )
+
+# %% ../../nbs/08d_app.report.ipynb #7e6241af
+def _external(run:Run)->dict:
+    "The table of validations on images of other places, of the networks that are there now."
+    found, notes = report_external(run.path)
+    return dict(sections=[_section(found, '')] if found else [], notes=notes)
+
+def _stressed(run:Run)->dict:
+    "Tables and figures of the stress tests of the networks that are there now, and what is not shown."
+    records, notes = stress_records(run)
+    tests = []
+    for found in records:
+        where = f'stress test in {found.folder.name}'
+        sections = [_section(s, '') for s in stress_sections(found)]
+        tests.append((where, sections, pictures_of(found.folder, where)))
+    return dict(tests=tests, notes=notes)
 
 # %% ../../nbs/08d_app.report.ipynb #7ff18657
 def _is_broad(sections:list[dict])->bool:
@@ -204,6 +225,8 @@ def report_html(
         warnings=warnings_of(run, result['sections'] if use else None),
         figures=figure_sections(run, use),
         explained=_explained(run, use),
+        external=_external(run),
+        stressed=_stressed(run),
         **_written_down(run, wanted),
     )
     with atomic_path(run.path/'report.html') as tmp: tmp.write_text(page, encoding='utf-8')

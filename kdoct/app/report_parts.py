@@ -104,6 +104,10 @@ _ALT |= {
                         'put in, and taken out, one curve a network',
     'explained_agreement': 'Rank correlation and overlap of the maps of student and teacher, by '
                            'who was right',
+    'stress': 'Accuracy of each network by severity, a panel a corruption; shaded: interval',
+    'stress_deferred': 'Share that each network defers by severity, a panel a corruption',
+    'stress_rest': 'Accuracy among the pictures that are not deferred, a panel a corruption',
+    'stress_examples': 'One test image as it is and after each corruption, a column a severity',
 }
 
 # %% ../../nbs/08b_app.report_parts.ipynb #2a152563

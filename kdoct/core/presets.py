@@ -26,6 +26,19 @@ PRESETS['demo'] = {
     'teacher.lr_floor': 5e-6,
 }
 
+# %% ../../nbs/00e_core.presets.ipynb #preset-devices
+PRESETS['devices'] = {  # a phantom of five devices; each fold tests on one that no network has seen
+    'data.size': 128,
+    'data.protocol': 'leave-one-device-out',
+    'data.phantom.devices': ('fine', 'haze', 'swept', 'coarse', 'strip'),
+    'data.phantom.slices': 3,
+    'teacher.arch': 'tf_efficientnet_lite0',
+    'teacher.lr': 5e-4,
+    'teacher.lr_floor': 5e-6,
+    'teacher.epochs': 5,
+    'student.epochs': 5,
+}
+
 # %% ../../nbs/00e_core.presets.ipynb #710c359d
 PRESETS['tiny'] = {
     'data.size': 64,

@@ -333,6 +333,15 @@ def validated_recipe(
         ) from e
 
 # %% ../../nbs/00c_core.recipe.ipynb #e32cef09
+def _require_number_of_folds(data:Part, wanted):
+    "`KdoctError` where a number of folds is wanted, and what is left out in turn is another number."
+    if wanted is None or str(wanted) == str(data.n_folds): return
+    raise KdoctError(
+        f"data.n_folds is {wanted}, and data.protocol is {data.protocol}: that makes "
+        f"{data.n_folds} folds.",
+        fix="Leave data.n_folds out.",
+    )
+
 @patch
 def override(
     self:Recipe,
@@ -341,4 +350,6 @@ def override(
     "A copy with some fields changed; `KdoctError` for an unknown name or a value out of range."
     d = self.model_dump(mode='json')
     for name, value in changes.items(): _set_dotted(d, name, value)
-    return validated_recipe(_as_model_folders_say(d, changes))
+    out = validated_recipe(_as_model_folders_say(d, changes))
+    _require_number_of_folds(out.data, changes.get('data.n_folds'))
+    return out

@@ -81,8 +81,10 @@ def _near_duplicates(table:pd.DataFrame, root:str|Path, profile:str)->tuple[pd.S
     from kdoct.data.near_duplicates import find_near_duplicates, PROFILES
     if profile == 'by-colour':
         profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'radiograph'
+    apart = 'site' if profile == 'across-sites' else ''
+    if apart: profile = 'histology' if (table.colour >= COLOUR_SHARE).any() else 'b-scan'
     each_once = table[table.pixels != ''].drop_duplicates('pixels')
-    similar = find_near_duplicates(each_once, root, PROFILES[profile])
+    similar = find_near_duplicates(each_once, root, PROFILES[profile], apart)
     if not len(similar): return table.group, []
     copies, by_path = similar[similar.path != similar.set], table.set_index('path')
     found = [_near_duplicate_note(r, by_path) for r in copies.itertuples()]
@@ -361,8 +363,10 @@ def mixed_parts(
     parts = ', '.join(
         f"{PART_WORDS.get(part, part)} {counted(k, 'image')}" for part, k in n.items()
     )
+    how = 'source' if protocol == 'leave-one-source-out' else (
+        'device' if protocol == 'leave-one-device-out' else 'patient')
     warning = (f"WARNING: the images come in parts ({parts}); they are put together, and split "
-               f"anew by patient (data.protocol is grouped-cv).")
+               f"anew by {how} (data.protocol is {protocol}).")
     can_keep = 'test' in n and set(table.split) <= {'train', 'val', 'test'}
     return warning + (
         " To test on the source's own test part: --set data.protocol=official" if can_keep else ''

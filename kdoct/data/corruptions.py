@@ -92,14 +92,25 @@ def _speckle_noise(im:Image.Image, sd:float, rng)->Image.Image:
     return _picture(noisy, 'RGB').convert(im.mode)
 
 # %% ../../nbs/01pb_data.corruptions.ipynb #c4c83389
-def _disc(radius:float, softness:float, scale:float)->np.ndarray:
-    "A soft disc of a lens out of focus, sum 1."
-    radius, near = radius*scale, max(1, round(scale))
-    half = int(np.ceil(radius)) + near + 1
+def _disc(radius:float, softness:float)->np.ndarray:
+    "A soft disc of a lens out of focus, as published, sum 1."
+    half = int(np.ceil(radius)) + 2
     y, x = np.mgrid[-half:half + 1, -half:half + 1]
     disc = (x**2 + y**2 <= radius**2).astype(float)
-    return ndimage.gaussian_filter(disc/disc.sum(), softness*scale, radius=near, mode='mirror')
+    return ndimage.gaussian_filter(disc/disc.sum(), softness, radius=1, mode='mirror')
 
+def _resized_kernel(kernel:np.ndarray, scale:float)->np.ndarray:
+    "A kernel for pixels that are `scale` times as fine, each the share of the old ones that it covers."
+    half = len(kernel)//2
+    n = max(0, int(np.ceil((half + .5)*scale - .5)))
+    old = np.arange(-half, half + 1)
+    new = np.arange(-n, n + 1)[:, None]/scale
+    ends = np.minimum(new + .5/scale, old + .5) - np.maximum(new - .5/scale, old - .5)
+    shares = scale*ends.clip(0)
+    out = shares @ kernel @ shares.T
+    return out/out.sum()
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #43f3c516
 def _streak(radius:float, sigma:float, angle:float, scale:float)->np.ndarray:
     "One half of a Gaussian along a line, from the middle on, sum 1."
     n = 2*int(np.ceil(radius*scale)) + 1
@@ -120,7 +131,7 @@ def _correlated(a:np.ndarray, kernel:np.ndarray, beyond:str)->np.ndarray:
 
 def _defocus_blur(im:Image.Image, lens:tuple[float, float], rng)->Image.Image:
     "A lens out of focus: radius and softness of its disc."
-    kernel = _disc(*lens, pixel_scale(im))
+    kernel = _resized_kernel(_disc(*lens), pixel_scale(im))
     return _picture(_floored(_correlated(_channels(im), kernel, 'reflect')), im.mode)
 
 def _motion_blur(im:Image.Image, streak:tuple[float, float], rng)->Image.Image:
@@ -187,6 +198,20 @@ def _marks(x, counts:tuple[int, int], scale:float, ids):
     for number, n in enumerate(counts): x = paste_marks(x, _amount(n), ids, 0, number)
     return x
 
+# %% ../../nbs/01pb_data.corruptions.ipynb #3a377615
+@_by_device
+def _strip(x, shares:tuple[float, float], scale:float, ids):
+    "A strip around the retina, so much of the height; and how much of its tilt and arc is taken away."
+    from torch.nn.functional import interpolate
+
+    from kdoct.data.augment import uniforms
+    from kdoct.data.device_geometry import reframe
+    strip, flatten = shares
+    place, none = uniforms(ids, 1, 0, 0)[0, 0], _amount(0)
+    y = reframe(x, _amount(strip), _amount(flatten), none, none, _amount(place))
+    size = round(strip*x.shape[2]), x.shape[3]   # a strip has fewer rows
+    return interpolate(y, size, mode='bilinear', antialias=True)
+
 # %% ../../nbs/01pb_data.corruptions.ipynb #5f413bbe
 class Corruption(NamedTuple):
     "One way in which a picture is changed."
@@ -218,6 +243,19 @@ CORRUPTIONS:dict[str, Corruption] = {
 }
 
 # %% ../../nbs/01pb_data.corruptions.ipynb #7298c1af
+CORRUPTIONS |= {
+    'strip': Corruption(
+        DEVICE, 'cropped to a strip around the retina',
+        ((.60, 0), (.55, 0), (.50, 0), (.45, 0), (.40, 0)), _strip, True),
+    'flatten': Corruption(
+        DEVICE, 'flattened along the lower boundary',
+        ((1, .2), (1, .4), (1, .6), (1, .8), (1, 1)), _strip, True),
+    'flat_strip': Corruption(
+        DEVICE, 'flattened and cropped to a strip',
+        ((.60, 1), (.55, 1), (.50, 1), (.45, 1), (.40, 1)), _strip, True),
+}
+
+# %% ../../nbs/01pb_data.corruptions.ipynb #ad41c8b2
 CORRUPTIONS |= {
     'low_resolution': Corruption(
         DEVICE, 'fewer pixels, smoothly', (.60, .50, .40, .30, .20), _low_resolution),

@@ -175,6 +175,8 @@ LISTING_PROBLEMS = {  # problem -> (severity, meaning)
     ),
     'folder-without-image': ('note', "a folder that is none of data.classes, without an image"),
     'unlisted': ('note', "an image that the table does not list"),
+    'label-left-out': ('note', "the map of a source has no class for this label"),
+    'class-not-in-source': ('note', "a source has no image of a class that others have"),
     'eye-unclear': (
         'note',
         "the table's eye is neither right nor left, not the folder's, or given in two ways",
@@ -312,6 +314,7 @@ def is_no_data(
 )->bool:
     "Whether an entry is hidden, a folder that the system made, or the folder of our own results."
     if entry.name.startswith('.') or entry.name.lower() in _SYSTEM_FOLDERS: return True
+    if entry.is_file(follow_symlinks=False): return False   # before anything is looked up
     return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(
         outputs_root()
     )

@@ -58,6 +58,7 @@ class Profile:
 PROFILES = {
     'histology': Profile(threshold=.55, join=.42, turn=180, zoom=1.5, flips=True, lowest=1),
     'radiograph': Profile(threshold=.9, join=math.inf, turn=12, zoom=1.2, flips=True, lowest=3),
+    'b-scan': Profile(threshold=.95, join=math.inf, turn=12, zoom=1.2, flips=True, lowest=3),
 }
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #8a5b48f8
@@ -277,12 +278,17 @@ def find_near_duplicates(
     table:pd.DataFrame,   # path, sha256
     root:str|Path,        # folder that the paths are relative to
     profile:Profile,      # what counts as a copy
+    apart:str='',         # column in which a copy must differ, such as site; '': none
 )->pd.DataFrame:          # one row an image with copies: path, match (its best copy), agreement, set (its group's first)
     "Which images are near-duplicates of which; `KdoctError` if the backbone's package is missing."
     t = table.sort_values('path', ignore_index=True)
     if len(t) < 2: return pd.DataFrame(columns=['path', 'match', 'agreement', 'set'])
     files = [Path(os.path.join(root, p)) for p in t.path]
     pairs, scores = proposals(files, list(t.sha256), profile)
+    if apart:
+        of = t[apart].to_numpy()
+        differ = of[pairs[:, 0]] != of[pairs[:, 1]]
+        pairs, scores = pairs[differ], scores[differ]
     group = linked_groups(len(t), pairs[scores >= profile.threshold])
     group = joined(group, pairs, scores, profile.join)
     enough = scores >= min(profile.threshold, profile.join)

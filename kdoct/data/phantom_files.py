@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core.files import atomic_path, KdoctError, locked, read_json, write_json
+from .phantom_devices import check_devices, DEVICES, USUAL_DEVICES
 from kdoct.data.phantom import (
     check_size,
     EYES,
@@ -26,20 +27,25 @@ from kdoct.data.phantom import (
 )
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #6bc91b17
-def _table_row(seed, patient, eye, slice):
+def _file_of(seed, patient, eye, slice, devices):
+    "Path of an image below `images`, as its device writes it."
+    ending = 'jpg' if DEVICES[patient_device(seed, patient, devices)].jpeg else 'png'
+    return f'P{patient:04d}/{EYES[eye]}/{slice:03d}.{ending}'
+
+def _table_row(seed, patient, eye, slice, devices):
     "What the table says about one slice."
     name, diagnosis = f'P{patient:04d}', patient_diagnosis(seed, patient)
     diseased = slice_severity(seed, patient, eye, slice, diagnosis) > 0
     file = f'{name}/{EYES[eye]}/{slice:03d}.png'
     return dict(
-        path=f'images/{file}',
+        path=f'images/{_file_of(seed, patient, eye, slice, devices)}',
         label=diagnosis if diseased else 'NORMAL',
         diagnosis=diagnosis,
         patient=name,
         eye=EYES[eye],
         volume=f'{name}-{EYES[eye]}',
         slice=slice,
-        device=patient_device(seed, patient),
+        device=patient_device(seed, patient, devices),
         mask=f'masks/{file}',
     )
 
@@ -52,32 +58,48 @@ def phantom_table(
     seed:int,     # seed of the phantom, >= 0
     patients:int, # number of patients, >= 1
     slices:int,   # slices an eye, >= 1
+    devices:tuple[str, ...]=USUAL_DEVICES,  # of the patients, keys of DEVICES
 )->pd.DataFrame:  # path, label, diagnosis, patient, eye, volume, slice, device, mask
     "The table of a phantom, known without rendering it."
     check_size(seed, patients, slices, 64, 64)
-    return pd.DataFrame([_table_row(seed, *place) for place in _places(patients, slices)])
+    check_devices(devices)
+    return pd.DataFrame([_table_row(seed, *place, devices) for place in _places(patients, slices)])
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #02eda078
-_PNG_END = b'IEND\xaeB`\x82' # the last bytes of every complete PNG
+_ENDS = {  # ending -> the first and the last bytes of every complete file
+    '.png': (b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'),
+    '.jpg': (b'\xff\xd8\xff', b'\xff\xd9'),
+}
 
 def _complete(path):
-    "Is `path` a PNG with both ends?"
+    "Is `path` a picture with both ends?"
     if not path.is_file() or path.stat().st_size < 64: return False
+    head, tail = _ENDS[path.suffix]
     with open(path, 'rb') as f:
-        head = f.read(8)
-        f.seek(-len(_PNG_END), os.SEEK_END)
-        return head == b'\x89PNG\r\n\x1a\n' and f.read() == _PNG_END
+        begins = f.read(len(head)) == head
+        f.seek(-len(tail), os.SEEK_END)
+        return begins and f.read() == tail
+
+def _save(array, path, quality):
+    "Write a picture in the format of its name; a JPEG with this quality."
+    how = dict(quality=quality) if quality else dict(compress_level=1)
+    kind = 'JPEG' if quality else 'PNG'
+    with atomic_path(path) as tmp: Image.fromarray(array).save(tmp, format=kind, **how)
+
+def _files(job):
+    "Places of an image and its mask."
+    root, seed, patient, eye, slice, _, _, devices = job
+    image = Path(root)/'images'/_file_of(seed, patient, eye, slice, devices)
+    return image, Path(root)/'masks'/f'P{patient:04d}'/EYES[eye]/f'{slice:03d}.png'
 
 def _write_slice(job):
-    "Simulate and write one image and its mask, unless both are there; returns whether it did."
-    root, seed, patient, eye, slice, height, width = job
-    tail = f'P{patient:04d}/{EYES[eye]}/{slice:03d}.png'
-    files = [Path(root) / part / tail for part in ('images', 'masks')]
-    if all(_complete(f) for f in files): return False
-    s = simulate_bscan(seed, patient, eye, slice, height=height, width=width)
-    for f, array in zip(files, (s.image, s.mask.astype(np.uint8) * 255), strict=True):
-        with atomic_path(f) as tmp: Image.fromarray(array).save(tmp, format='PNG', compress_level=1)
-    return True
+    "Simulate and write one image and its mask."
+    _, seed, patient, eye, slice, height, width, devices = job
+    how = dict(height=height, width=width, devices=devices)
+    s = simulate_bscan(seed, patient, eye, slice, **how)
+    image, mask = _files(job)
+    _save(s.image, image, DEVICES[s.device].jpeg)
+    _save(s.mask.astype(np.uint8) * 255, mask, 0)
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #3e6cf3aa
 def _claim(root, facts):
@@ -101,9 +123,13 @@ def _claim(root, facts):
 
 def _write_slices(jobs, processes):
     "Write what is missing of these images; returns whether there was anything to write."
-    if processes == 1: return any([_write_slice(job) for job in jobs])
+    missing = [job for job in jobs if not all(map(_complete, _files(job)))]
+    if processes == 1 or not missing:   # a phantom that is there starts no process
+        for job in missing: _write_slice(job)
+        return bool(missing)
     with ProcessPoolExecutor(processes) as pool:
-        return any(list(pool.map(_write_slice, jobs, chunksize=8)))
+        list(pool.map(_write_slice, missing, chunksize=8))
+    return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #c2583e74
 def write_phantom(
@@ -114,15 +140,18 @@ def write_phantom(
     height:int=496,  # rows, >= 64 [px]
     width:int=512,   # columns, >= 64 [px]
     processes:int=1, # worker processes, >= 1; the files do not depend on it
+    devices:tuple[str, ...]=USUAL_DEVICES,  # of the patients, keys of DEVICES
 )->pd.DataFrame:     # the table, see `phantom_table`
     "Write a phantom, or finish one; `KdoctError` if `root` holds another one or something else."
     check_size(seed, patients, slices, height, width)
     if processes < 1:
         raise KdoctError(f"processes={processes!r} cannot work.", fix="Give a whole number >= 1.")
-    root, table = Path(root), phantom_table(seed, patients, slices)
+    devices = tuple(devices)
+    root, table = Path(root), phantom_table(seed, patients, slices, devices)
     numbers = dict(seed=seed, patients=patients, slices=slices, height=height, width=width)
     places = _places(patients, slices)
-    jobs = [(str(root), seed, *place, height, width) for place in places]
+    if devices != USUAL_DEVICES: numbers['devices'] = list(devices)
+    jobs = [(str(root), seed, *place, height, width, devices) for place in places]
     with locked(root / 'phantom', what=f'the phantom in {root}', wait=600):
         _claim(root, dict(simulator=PHANTOM_VERSION, **numbers))
         wrote = _write_slices(jobs, processes)

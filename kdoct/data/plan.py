@@ -15,7 +15,7 @@ from ..core.files import atomic_path, KdoctError
 from ..core.recipe import Recipe
 from ..core.sections import DataRecipe
 from .audit import audit, Audit, official_overlap
-from .folds import CALIB, make_folds, OUT, shows_diagnosis, UNLABELLED
+from .folds import CALIB, fold_names, LEFT_OUT, make_folds, OUT, shows_diagnosis, UNLABELLED
 from .hidden_labels import share_fits
 from .listing import classes_option, Listing
 from .sources import load_table, NEAR_DUPLICATES, wants_near_duplicates
@@ -67,6 +67,17 @@ def write_findings(
     with atomic_path(path) as tmp: result.findings.to_csv(tmp, index=False, lineterminator='\n')
 
 # %% ../../nbs/01ia_data.plan.ipynb #7a783a85
+def _check_number_of_folds(table:pd.DataFrame, data:DataRecipe):
+    "`KdoctError` unless there is a fold for each source (or device) that is left out in turn."
+    names = fold_names(table, data.protocol)
+    if not names or len(names) == data.n_folds: return
+    raise KdoctError(
+        f"data.protocol is {data.protocol}, and the usable images are of {len(names)} "
+        f"({', '.join(names)}), not of {data.n_folds}.",
+        fix="Correct the sources (audit.csv says which images cannot be used), or give the number: "
+            f"--set data.n_folds={len(names)}",
+    )
+
 def plan_folds(
     result:Audit,              # the audited images
     recipe:Recipe,             # how they are split
@@ -76,6 +87,7 @@ def plan_folds(
     "New folds of audited images; `KdoctError` where a run would stop."
     table, data = result.check(where, new_run).table, recipe.data
     class_names(table, data.classes)
+    _check_number_of_folds(table, data)
     return make_folds(
         table,
         n_folds=data.n_folds,
@@ -119,6 +131,26 @@ def _labels_are_hidden(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)-
         for _, rows in part.groupby('fold')
     )
 
+# %% ../../nbs/01ia_data.plan.ipynb #left-out-fit
+def _left_out_fit(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
+    "Whether fold k tests on all labelled images of source (or device) k, and leaves out the rest of their groups."
+    names = fold_names(table, data.protocol)
+    t = table.set_index('path')
+    place, has_label = t[LEFT_OUT[data.protocol]], t.label != ''
+    places = place.groupby(t.group).agg(frozenset)
+    rows = folds.assign(
+        place=folds.path.map(place),
+        name=folds.fold.map(dict(enumerate(names))),
+        has_label=folds.path.map(has_label),
+    )
+    pairs = zip(rows.name, rows.group, strict=True)
+    is_there = np.array([name in places[group] for name, group in pairs])
+    is_left_out = rows.place == rows.name
+    labelled, out, tested = rows.has_label, rows.role == OUT, rows.role == 'test'
+    if (tested != (is_left_out & labelled)).any(): return False
+    if (out[labelled] != (is_there & ~is_left_out)[labelled]).any(): return False
+    return bool(out[~labelled & is_there].all())
+
 # %% ../../nbs/01ia_data.plan.ipynb #7f64aca2
 def folds_fit(
     folds:pd.DataFrame,  # path, group, fold, role
@@ -129,8 +161,13 @@ def folds_fit(
     if not _same_images(folds, table, data.n_folds): return False
     no_label = folds.path.isin(table.path[table.label == ''])
     if not folds.role[no_label].isin([UNLABELLED, OUT]).all(): return False
-    folds = folds[~no_label]
+    all_folds, folds = folds, folds[~no_label]
     if not _labels_are_hidden(folds, table, data): return False
+    if data.protocol in LEFT_OUT:
+        is_calibrated = bool((folds.role == CALIB).any())
+        return _left_out_fit(all_folds, table, data) and is_calibrated == (
+            data.calibration_fraction > 0
+        )
     may = _may(table, data).loc[folds.path].set_axis(folds.index)
     learns, calib = folds.role.isin(['train', UNLABELLED, 'val']), folds.role == CALIB
     tested, out = folds.role == 'test', folds.role == OUT

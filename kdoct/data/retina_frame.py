@@ -44,9 +44,11 @@ def _padding_depth(white:np.ndarray)->np.ndarray:
 
 def padding_cells(
     cells:np.ndarray,  # from `coarse`
+    thin:bool=False,   # whether all that is so bright is padding, thin arcs too
 )->np.ndarray:         # bool, same shape
     "Cells of padding around the B-scan."
     white = cells >= max(_BRIGHT, _OF_BRIGHTEST*cells.max())
+    if thin: return ndimage.maximum_filter(white, (5, 3), mode='nearest')
     if white.sum() < _PLATEAU.size and not white[[0, -1]].any(): return np.zeros_like(white)
     rows = np.arange(len(cells))[:, None]
     above, below = _padding_depth(white), _padding_depth(white[::-1])
@@ -104,8 +106,16 @@ def _moved(a:np.ndarray, rows:int)->np.ndarray:
     return a[at]
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #37515721
-_SATURATED = .35   # of the brightness
+_BASE, _SATURATED = .3, .35   # of the brightness
 
+def _compensated(n:np.ndarray, unit:float)->np.ndarray:
+    "Brightness where what lies below is dark counts more: layers under edema and in shadows come up."
+    depth = max(round(2*unit), 2)
+    below = _mean_of_rows(n, 1, 1 + depth)*depth/unit
+    rate = n/(below + _BASE)
+    return np.minimum(rate/max(np.percentile(rate, 99), 1e-3), 1.1)
+
+# %% ../../nbs/01h_data.retina_frame.ipynb #rf-scores-2
 def _lower_score(n:np.ndarray, reach:int, gap:int)->np.ndarray:
     "How much each cell looks like the last of the RPE; `n` in units of the brightness."
     above, below = _mean_of_rows(n, 1 - reach, 1), _mean_of_rows(n, 1, 1 + 2*reach)
@@ -196,6 +206,8 @@ def cropped(
 # %% ../../nbs/01h_data.retina_frame.ipynb #f6920623
 _EVIDENCE, _MOST = (.35, .5), .6   # of the lower boundary and the ILM; share of columns that have it
 _THINNEST, _THICKEST = .04, .7     # of the height
+_ILM_PRICE = .03  # of a row up or down: lesions are steep
+_DIFFERENCE = .2  # of the retina to what lies outside
 _AT_BORDER = .6   # evidence that the retina goes on beyond the upper border
 _REACH, _GAP, _LEAST = .12, .09, .18   # rows compared, left out, between the two; in thicknesses
 
@@ -204,32 +216,43 @@ def _is_retina(lower:np.ndarray, upper:np.ndarray, thickness:float)->bool:
     has = [(s > least).mean() >= _MOST for s, least in zip((lower, upper), _EVIDENCE, strict=True)]
     return all(has) and _THINNEST <= thickness <= _THICKEST
 
-def _boundaries(n:np.ndarray, unit:float, price:float):
+def _contrast(n:np.ndarray, ilm:np.ndarray, lower:np.ndarray)->float:
+    "How much brighter the retina is than what lies above it; than what lies below where it fills the top."
+    rows = np.arange(len(n))[:, None]
+    inside, outside = (rows > ilm) & (rows < lower), rows < ilm - 1
+    if outside.mean() < .1: outside = rows > lower + 1
+    if not inside.any() or not outside.any(): return 0.
+    return float(n[inside].mean() - n[outside].mean())
+
+# %% ../../nbs/01h_data.retina_frame.ipynb #rf-bound
+def _boundaries(n:np.ndarray, unit:float, price:float, dim:bool):
     "First row of the retina, first row below the RPE, and the evidence for each, by column."
     rows, columns = np.arange(len(n))[:, None], np.arange(n.shape[1])
     scale = max(2, round(_REACH*unit)), max(2, round(_GAP*unit))
-    lower_score, upper_score = _lower_score(n, *scale), _upper_score(n, *scale)
+    lower_score = _lower_score(_compensated(n, unit) if dim else n, *scale)
+    upper_score = _upper_score(n, *scale)
     goes_on = n[:scale[0]].mean(0) > _SATURATED   # tissue up to the border
     upper_score[0] = np.where(goes_on, _AT_BORDER, upper_score[0])
     lower = _best_path(lower_score, price)
     is_above = rows < lower - max(2, _LEAST*unit)
-    ilm = _best_path(np.where(is_above, upper_score, -3), price)
+    ilm = _best_path(np.where(is_above, upper_score, -3), _ILM_PRICE)
     return ilm, lower + 1, upper_score[ilm, columns], lower_score[lower, columns]
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #0bdcb0fe
 _USUAL = .16   # thickness of a retina in a whole B-scan [of the height]
 
-def _search(grey:np.ndarray, rows:int, unit:float, price:float)->Retina|None:
-    "ILM and Bruch's membrane on a grid of so many rows, where the retina is about `unit` of the height."
+def _search(grey:np.ndarray, rows:int, unit:float, price:float, dim=False, thin=False):
+    "The retina on a grid of so many rows, where it is about `unit` of the height; None where there is none."
     cells = coarse(grey, rows)
-    padding = padding_cells(cells)
+    padding = padding_cells(cells, thin)
     n = _brightness(cells, padding)
     if n is None: return None
-    ilm, lower, upper_evidence, lower_evidence = _boundaries(n, unit*len(n), price)
+    ilm, lower, upper_evidence, lower_evidence = _boundaries(n, unit*len(n), price, dim)
     weight = np.clip(lower_evidence, .02, 1)*~padding.all(0)
     bruch = _smooth_line(lower, weight, max(np.median(lower - ilm), 1))
     thickness = np.median(bruch - ilm)
-    if not _is_retina(lower_evidence, upper_evidence, thickness/len(n)): return None
+    is_found = _is_retina(lower_evidence, upper_evidence, thickness/len(n))
+    if not is_found or _contrast(n, ilm, lower) < _DIFFERENCE: return None
     height, width = grey.shape
     x = (np.arange(width) + .5)*n.shape[1]/width - .5
     to_pixels = height/len(n)
@@ -237,22 +260,37 @@ def _search(grey:np.ndarray, rows:int, unit:float, price:float)->Retina|None:
     return Retina(in_pixels(ilm), in_pixels(lower), in_pixels(bruch), float(thickness*to_pixels))
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #rf-find
+_SMALLEST = 64          # side of a picture in which noise can be told from layers [px]
 _FINE = 40              # rows of the retina on the second grid
-_PRICES = .06, .1       # of a row up or down, in the first search and in the second
+_PRICES = .12, .1       # of a row up or down, in the first search and in the second
 _ROOM = (2.2, .5, .8)   # rows above Bruch's membrane, above what is highest, and below; in thicknesses
 
+_THIN, _TWICE = .12, 2.  # of the height: perhaps only the inner retina; how much more the whole must be
+
+def _first_search(grey:np.ndarray)->tuple[Retina|None, dict]:
+    "The retina on the whole picture, and what else was assumed to find it: a dim RPE, thin arcs of padding."
+    def search(**how): return _search(grey, ROWS, _USUAL, _PRICES[0], **how)
+    first = search()
+    if first is None: return search(thin=True), dict(thin=True)
+    if first.thickness > _THIN*len(grey): return first, {}
+    other = search(dim=True)
+    is_more = other is not None and other.thickness > _TWICE*first.thickness
+    return (other, dict(dim=True)) if is_more else (first, {})
+
+# %% ../../nbs/01h_data.retina_frame.ipynb #rf-find-2
 def find_retina(
     grey:np.ndarray,  # (H, W) uint8
 )->Retina|None:       # None: none was found
     "ILM and Bruch's membrane of a B-scan, by classical means."
-    first = _search(grey, ROWS, _USUAL, _PRICES[0])
+    if min(grey.shape) < _SMALLEST: return None
+    first, how = _first_search(grey)
     if first is None: return None
     unit, highest = first.thickness, np.quantile(first.bruch - first.ilm, .97)
     above = max(_ROOM[0]*unit, highest + _ROOM[1]*unit)
     top = np.round(first.bruch - above).astype(np.int64)
     along = Frame(top, max(round(above + _ROOM[2]*unit), 2), np.zeros_like(top))
     rows = round(_FINE*along.height/unit)
-    again = _search(cropped(grey, along)[0], rows, unit/along.height, _PRICES[1])
+    again = _search(cropped(grey, along)[0], rows, unit/along.height, _PRICES[1], **how)
     if again is None: return first
     ilm, bruch = np.maximum(again.ilm + top, 0), again.bruch + top
     return Retina(ilm, again.lower + top, bruch, float(np.median(bruch - ilm)))

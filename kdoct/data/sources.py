@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COVID_LABELS', 'LC25000_LABELS', 'NEAR_DUPLICATES', 'PHANTOM_SEED', 'check_source', 'check_classes', 'load_table',
-           'ucsd', 'covid_qu_ex', 'lc25000', 'wants_near_duplicates', 'modality_of', 'phantom']
+           'ucsd', 'covid_qu_ex', 'lc25000', 'wants_near_duplicates', 'modality_of', 'sites', 'phantom']
 
 # %% ../../nbs/01c_data.sources.ipynb #imp-data-sources
 import difflib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import counted, did_you_mean, KdoctError, outputs_root, usable_cores
 from ..core.requirements import require_data_root
-from ..core.sections import DataRecipe, OTHER_MODALITIES
+from ..core.sections import DataRecipe, OTHER_MODALITIES, PhantomRecipe
 from .class_folders import group_pattern, with_empty_classes
 from kdoct.data.listing import (
     check_labels,
@@ -27,7 +27,7 @@ from kdoct.data.listing import (
     with_findings,
 )
 from .patient_names import eye_name
-from .registry import source, source_root, SOURCES
+from .registry import naming_site, source, source_root, SOURCES
 from .spellings import same_name_key, says_unlabelled
 from .table_columns import check_columns
 from .table_sources import regroup, resolve_paths
@@ -47,6 +47,12 @@ def _check_unlabelled(data:DataRecipe):
     )
 
 # %% ../../nbs/01c_data.sources.ipynb #22f8bb6b
+def _check_sites(data:DataRecipe):
+    "`KdoctError` where what the recipe says of several sources is wrong."
+    from kdoct.data.sites import site_recipes   # it lists each by `load_table`
+    for name, own in site_recipes(data).items():
+        with naming_site(name): check_source(own)
+
 def check_source(
     data:DataRecipe,  # the data part of a recipe
 ):
@@ -65,6 +71,7 @@ def check_source(
         )
     if data.group_pattern: group_pattern(data.group_pattern)
     check_columns(data.columns)
+    if data.source == 'sites': return _check_sites(data)
     _check_unlabelled(data)
     if data.root and data.source != 'phantom':
         require_data_root(data, SOURCES[data.source].layout)
@@ -233,10 +240,12 @@ def _refuse_no_image(data:DataRecipe, listing:Listing):
 # %% ../../nbs/01c_data.sources.ipynb #load-tab1
 def load_table(
     data:DataRecipe,  # `source`, `root` and what that source reads
+    site:str='',      # name of the source where it is one of several, for what is printed
 )->Listing:
     "The image table of the recipe's source; `KdoctError` if there is no image, or a class has two spellings."
     check_source(data)
     listing = SOURCES[data.source](data)
+    if data.source == 'sites': return listing   # each of its sources has come this way
     if len(listing.table) == 0: _refuse_no_image(data, listing)
     if (listing.table.label == '').all():
         raise KdoctError(
@@ -252,7 +261,7 @@ def load_table(
         _warning_of_lone_images, _warning_of_slices, _warning_of_other_names, _warning_of_forms
     )
     for warn in warnings_of:
-        if warning := warn(listing, data): print(warning)
+        if warning := warn(listing, data): print(f"Source '{site}': {warning}" if site else warning)
     return listing
 
 # %% ../../nbs/01c_data.sources.ipynb #0fee678d
@@ -407,9 +416,10 @@ NEAR_DUPLICATES = {'lc25000': 'histology', 'covid_qu_ex': 'radiograph'}
 
 def wants_near_duplicates(
     data:DataRecipe,  # reads `source`, `near_duplicates` and `groups`
-)->str:               # a profile; 'by-colour': the one that fits the images; '': they are not looked for
+)->str:               # a profile; 'by-colour': the one that fits; 'across-sites': of other sources; '': none
     "Whether the audit is to look for near-duplicates, and with which profile."
     if data.groups or data.near_duplicates == 'separate': return ''
+    if data.source == 'sites' and data.near_duplicates == 'auto': return 'across-sites'
     return NEAR_DUPLICATES.get(data.source, 'by-colour' if data.near_duplicates == 'group' else '')
 
 # %% ../../nbs/01c_data.sources.ipynb #d1c0b002
@@ -417,7 +427,22 @@ def modality_of(
     data:dict,  # the data part of a recipe, as plain values; empty: not known, as of an imported network
 )->str:         # oct, radiograph, histology or other
     "What the pictures of a recipe are; OCT where the recipe does not tell."
-    return OTHER_MODALITIES.get(data.get('source'), data.get('modality') or 'oct')
+    kinds = [data.get('source'), *(s.get('source') for s in (data.get('sources') or {}).values())]
+    known = [OTHER_MODALITIES[kind] for kind in kinds if kind in OTHER_MODALITIES]
+    return known[0] if known else data.get('modality') or 'oct'
+
+# %% ../../nbs/01c_data.sources.ipynb #source-sites
+@source(
+    'sites',
+    layout="several sources in one run, each with a name: a table with a line a source and columns "
+           "name, source, root, map, ..., given by --sources FILE.csv",
+)
+def sites(
+    data:DataRecipe,  # reads `sources`
+)->Listing:
+    "Images of several hospitals or data sets; `site` is the name of each image's source."
+    from kdoct.data.sites import listing_of_sites   # it lists each by `load_table`
+    return listing_of_sites(data)
 
 # %% ../../nbs/01c_data.sources.ipynb #11989bd0
 PHANTOM_SEED = 0
@@ -433,6 +458,7 @@ def phantom(
     from kdoct.data.phantom_files import write_phantom  # here, so that real data does not wait for the simulator
     made = dict(seed=PHANTOM_SEED, **data.phantom.model_dump())
     key = 'p{patients}-s{slices}-{height}x{width}-seed{seed}'.format(**made)
+    if data.phantom.devices != PhantomRecipe().devices: key += f"-{'-'.join(data.phantom.devices)}"
     root = Path(data.root).expanduser() if data.root else outputs_root()/'phantom'/key
     table = write_phantom(root, **made, processes=usable_cores())
     return make_listing(root, table.to_dict('records'), [], 'phantom')

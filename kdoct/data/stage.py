@@ -31,7 +31,7 @@ from kdoct.data.fold_data import (
     table_hash,
     table_path,
 )
-from .folds import CALIB, OUT, ROLE_NAMES, UNLABELLED, write_folds
+from .folds import CALIB, fold_names, OUT, ROLE_NAMES, UNLABELLED, write_folds
 from .images import COLOURED
 from .listing import Listing
 from kdoct.data.plan import (
@@ -44,6 +44,7 @@ from kdoct.data.plan import (
     plan_folds,
     write_findings,
 )
+from .sites import colour_text, shared_groups_text
 
 # %% ../../nbs/01_data.ipynb #ba4a9eff
 def _same_or_first(run:Run, name:str, now:str):
@@ -109,6 +110,8 @@ def _print_audit(facts:dict):
     print(f"audit: {problems or 'nothing to note'}")
     if facts['merged_groups']:
         print(f"{merged_groups_text(facts['merged_groups'])} audit.json names them.")
+    if facts['shared_groups']: print(facts['shared_groups'])
+    if facts['colour_of_sources']: print(facts['colour_of_sources'])
     if facts['mixed_parts']: print(facts['mixed_parts'])
     elif facts['overlap']:
         are = 'is' if facts['overlap'] == 1 else 'are'
@@ -116,15 +119,16 @@ def _print_audit(facts:dict):
               f"and of patients in it")
 
 # %% ../../nbs/01_data.ipynb #f9fc1690
-def _print_folds(per_fold:dict):
-    "Images and groups of each part of each fold."
+def _print_folds(per_fold:dict, names:list[str]=()):
+    "Images and groups of each part of each fold, and what is left out and tested where folds have names."
     for k, roles in per_fold.items():
+        name = f' ({names[int(k)]} left out)' if names else ''
         parts = []
         for role in (*ROLE_NAMES, OUT):
             if role not in roles: continue
             images, groups = (counted(roles[role][f'{what}s'], what) for what in ('image', 'group'))
             parts.append(f"{PART_WORDS[role]} {images} / {groups}")
-        print(f"fold {k}: " + ', '.join(parts))
+        print(f"fold {k}{name}: " + ', '.join(parts))
 
 def _print_warnings(facts:dict):
     "A leak that is kept, and classes that a part lacks."
@@ -200,6 +204,9 @@ def _facts(run:Run, listing:Listing, result:Audit, folds:pd.DataFrame, cache:Dec
         merged_groups=len(summary['merged_groups']),
         mixed_parts=mixed_parts(table, data.protocol),
         **{k: summary[k] for k in ('not_used', 'problems')},
+        fold_names=fold_names(table, data.protocol),
+        shared_groups=shared_groups_text(table),
+        colour_of_sources=colour_text(table),
     )
 
 # %% ../../nbs/01_data.ipynb #6c8e2b1a
@@ -223,7 +230,7 @@ def prepare_data(
         facts = run.record('data', status='done', **facts, seconds=seconds)
     _print_audit(facts)
     if text := frame_text(facts.get('frame')): print(text)
-    _print_folds(facts['per_fold'])
+    _print_folds(facts['per_fold'], facts['fold_names'])
     if text := labels_text(facts['labels']): print(text)
     _print_warnings(facts)
     return facts

@@ -43,7 +43,7 @@ def _column(df:pd.DataFrame, theirs:str, chosen:bool)->pd.Series|None:
     return parts[0].str.cat(parts[1:], sep='/').where(~blank, '')
 
 # %% ../../nbs/01bb_data.table_columns.ipynb #a05e241d
-_OURS = (*(c for c in TABLE_COLUMNS if c not in ('source', 'sha256')), 'patient_label')
+_OURS = (*(c for c in TABLE_COLUMNS if c not in ('source', 'sha256')), 'patient_label', 'device')
 
 def check_columns(
     columns:dict[str, str],  # `data.columns`: our column -> the file's

@@ -63,8 +63,10 @@ def _arrays(taken:dict, classes:int, decision:Decision|None)->tuple[dict, dict]:
     }
     if decision is None:
         shapes['outlier']['meaning'] = 'NaN, not measured: the network has no decision'
+    first = [k for k in ('frame', 'intensity') if k in taken['framing']]
+    before = f", made by kdoct.data.framing.framed ({' and '.join(first)})" if first else ''
     meaning = (
-        f"decoded pictures, 0 black to 255 white, of any size; made square "
+        f"decoded pictures{before}, 0 black to 255 white, of any size; made square "
         f"({taken['size'] + taken['margin']} px) by PIL, as kdoct does, they give "
         'what was checked; the graph resizes others as PIL does, but for one grey level in a few '
         'pixels, and for pictures higher than wide'
@@ -230,6 +232,7 @@ _TAKEN = ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin'
 def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPictures)->dict:
     "Everything but the seal, of a network without a run; returns what bundle.json says."
     from kdoct.deploy.model_card import folder_model_card
+    from kdoct.evaluate.external_records import card_external
     folder, decision = opened.folder, opened.decision
     model, _ = read_model_folder(folder)
     write_json(work/'model.json', _shareable(model))
@@ -241,7 +244,8 @@ def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPic
     made = tuple(f for f in formats if f != 'int8')
     _write_and_check(work, about, decision, made, [], pictures)
     if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
-    _write_model_card(work, *folder_model_card(about, model, decision))
+    external = card_external(folder, model['weights_sha256'])
+    _write_model_card(work, *folder_model_card(about, model, decision, external))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #93bb1422

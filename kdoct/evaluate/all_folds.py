@@ -56,12 +56,12 @@ def _require_same_images(tested, n_folds):
         )
 
 # %% ../../nbs/05w_evaluate.all_folds.ipynb #6e6ddbe9
-def _require_other_groups(tested):
-    "`KdoctError` unless every group is tested in one fold; `tested` is group -> in how many."
+def _require_other(tested, unit):
+    "`KdoctError` unless every group (path) is tested in one fold; `tested` is group -> in how many."
     twice = tested > 1
     if twice.any():
         raise KdoctError(
-            f'{counted(twice.sum(), "group")} tested in more than one fold, such as '
+            f'{counted(twice.sum(), "image" if unit == "path" else unit)} tested in more than one fold, such as '
             f'{tested.index[twice][0]}.',
             fix='Evaluate the folds one by one, or make folds whose test parts share no '
                 'patient (01_data).',
@@ -73,10 +73,10 @@ def _pool(per_fold, protocol='grouped-cv'):
     names = [m for m in first if all(m in models for models in others)]
     def joined(m): return pd.concat([models[m] for models in per_fold.values()], ignore_index=True)
     pooled = {m: joined(m) for m in names}
-    unit = 'path' if protocol == 'official' else 'group'
+    unit = 'group' if protocol == 'grouped-cv' else 'path'
     tested = pooled['student'].groupby(unit).fold.nunique()
     if protocol == 'official': _require_same_images(tested, len(per_fold))
-    else: _require_other_groups(tested)
+    else: _require_other(tested, unit)
     return pooled
 
 # %% ../../nbs/05w_evaluate.all_folds.ipynb #89804609

@@ -18,6 +18,7 @@ from ..core.files import counted, KdoctError
 from .compared_runs import ComparedModel
 from .intervals import group_weights, percentile_interval, tested_difference
 from .metrics import check_predictions, GroupedSample, weighted_metrics
+from .places import place_columns, PLACES
 from .tables import interval_text, markdown, NO_INTERVAL, Section
 
 # %% ../../nbs/05vb_evaluate.comparison.ipynb #9b0cb3ce
@@ -97,6 +98,14 @@ def drawn_scores(
             for m in scores}
 
 # %% ../../nbs/05vb_evaluate.comparison.ipynb #dac78ec4
+def _places_of_runs(model):
+    "Mean over sources (and devices), and the worst of them, as means over the runs of a model."
+    each = [place_columns(df)[1] for df in model.predictions.values()]
+    shared = [k for k in each[0] if all(k in other for other in each)]
+    out = {k: float(np.mean([e[k] for e in each])) for k in shared if not k.endswith('_is')}
+    names = {k: dict.fromkeys(e[k] for e in each) for k in shared if k.endswith('_is')}
+    return out | {k: ', '.join(of) for k, of in names.items()}
+
 def method_row(
     model:ComparedModel,     # a model, or a method of several runs
     drawn:dict[str, Drawn],  # from `drawn_scores`
@@ -108,7 +117,8 @@ def method_row(
         interval = percentile_interval(d.resampled, level)
         row |= {m: d.of_runs.mean(), f'{m}_low': interval['low'], f'{m}_high': interval['high']}
     facts = ('parameters', 'epoch_seconds', 'best_epoch')
-    return row | {fact: model.mean(fact) for fact in facts}
+    row |= {fact: model.mean(fact) for fact in facts}
+    return row | _places_of_runs(model)
 
 # %% ../../nbs/05vb_evaluate.comparison.ipynb #645e0ed9
 BETTER, WORSE = 'above 0 after correction', 'below 0 after correction'
@@ -226,6 +236,11 @@ def scores_texts(
     out['parameters'] = [_number(v, '.2f', 1e6, ' M') for v in t.parameters.astype(float)]
     out['s an epoch'] = [_number(v, '.1f') for v in t.epoch_seconds.astype(float)]
     out['best epoch'] = [_number(v, '.1f') for v in t.best_epoch.astype(float)]
+    for what in PLACES.values():
+        if f'worst_{what}' not in t: continue
+        out[f'mean over {what}s %'] = [_number(100*v, '.1f') for v in t[f'mean_over_{what}s']]
+        worst = zip(t[f'worst_{what}'], t[f'worst_{what}_is'], strict=True)
+        out[f'worst {what} %'] = [f"{_number(100*v, '.1f')} ({name})" for v, name in worst]
     if t.runs.max() > 1: out['runs'] = t.runs.astype(int)
     return pd.DataFrame(out, index=t.index)
 

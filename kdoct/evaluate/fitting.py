@@ -9,7 +9,7 @@ __all__ = ['caveat_of', 'share_of_outliers', 'fit_network']
 import numpy as np
 
 from ..core.runs import Run
-from ..data.folds import CALIB
+from ..data.folds import CALIB, LEFT_OUT
 from ..data.fold_data import FoldData
 from .decisions import Decision, fit_decision
 from .features import fold_outputs
@@ -20,6 +20,8 @@ def _part(data_recipe)->str:
     "On which part decisions are fitted."
     return 'calibration' if data_recipe.calibration_fraction > 0 else 'validation'
 
+_LEFT_OUT_WORDS = {'leave-one-source-out': 'source', 'leave-one-device-out': 'device'}
+
 def caveat_of(
     run:Run,  # the run
 )->str:       # a sentence; '' where they are drawn alike
@@ -27,6 +29,8 @@ def caveat_of(
     d, part = run.recipe.data, _part(run.recipe.data)
     if d.protocol == 'official':
         return f'The test part is the official one, not drawn as {part} was.'
+    if d.protocol in LEFT_OUT:
+        return f'The test part is of a {_LEFT_OUT_WORDS[d.protocol]} that {part} has no image of.'
     if d.worst_case_test and not d.worst_case_train:
         return f'The test part has only slices that show the diagnosis, {part} has all.'
     # the calibration part is as the test part

@@ -12,6 +12,7 @@ import pandas as pd
 from ..data.folds import shows_diagnosis
 from .intervals import fold_summary
 from .metrics import evaluate_predictions
+from .places import place_columns
 from .tables import Section, TITLES
 from .variants import MANY, ONE, VIEW_NAMES
 
@@ -177,7 +178,10 @@ def folds_section(
         there = {k: evaluate_predictions(some[key]) for k, some in rows.items() if key in some}
         name, first = ', '.join(key), next(k for k in keys if k[0] == key[0])
         what, note = _what_row(key, first), _fold_notes(there, each)
-        numbers[name], texts[name] = _summary_row(name, there, what, note)
+        row, words = _summary_row(name, there, what, note)
+        together = pd.concat([some[key] for some in rows.values() if key in some])
+        place_words, place_numbers = place_columns(together)
+        numbers[name], texts[name] = row | place_numbers, words | place_words
     title = 'Mean and standard deviation over folds'
     table = pd.DataFrame(numbers).T.infer_objects()
     caption = _folds_caption(each, keys, n_folds, views)

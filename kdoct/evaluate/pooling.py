@@ -19,6 +19,7 @@ from ..data.fold_data import folds_of
 from .decision_tables import DecidedPredictions, read_decided
 from .metrics import classes_of, log_softmax, logits_of, read_role
 from .patients import rule_of
+from .place_tables import places_section
 from kdoct.evaluate.tables import (
     classes_section,
     costs_section,
@@ -348,6 +349,7 @@ def sections_of(
     e, seed = run.recipe.evaluate, run.recipe.seed
     rule = rule_of(run.recipe.decide, run.recipe.data.severity)
     made = dict(
+        places=places_section(models, e, seed),
         classes=classes_section(models, e, seed, drawn),
         selection=selection_section(models, e, seed),
         volumes=volumes_section(models, decided, rule, e, seed),

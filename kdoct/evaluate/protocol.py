@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..core.files import counted
 from ..core.runs import Run
+from ..data.folds import LEFT_OUT
 from ..data.plan import labels_text
 from .intervals import MIN_DEFINED
 from .metrics import classes_of
@@ -30,11 +31,23 @@ def _official_text(run, predictions, which):
     left_out = f'{facts.get("overlap", 0)} images of tested groups outside the test part'
     return f'{text}; {left_out} were left out of training'
 
+def _left_out_text(run, predictions):
+    "Which source (or device) each fold has left out and tests on."
+    data, names = run.recipe.data, run.stage('data')['fold_names']
+    what = 'source' if LEFT_OUT[data.protocol] == 'site' else 'device'
+    folds = sorted(predictions.fold.unique())
+    each = ', '.join(f'fold {k} {names[k]}' for k in folds)
+    images = counted(len(predictions), 'test image')
+    groups = counted(predictions.group.nunique(), 'group')
+    return (f'{data.protocol}: each fold tests on all images of one {what} and learns and '
+            f'validates on the others, split by group (patient): {each}; {images} of {groups}')
+
 def _split_text(run, predictions):
     "Which images were tested, by which models, and what those had seen."
     data, folds = run.recipe.data, sorted(predictions.fold.unique())
     which = ('fold ' if len(folds) == 1 else 'folds ') + ', '.join(map(str, folds))
     if data.protocol == 'official': return _official_text(run, predictions, which)
+    if data.protocol in LEFT_OUT: return _left_out_text(run, predictions)
     images = counted(len(predictions), 'test image')
     groups = counted(predictions.group.nunique(), 'group')
     split = f'{data.n_folds}-fold cross-validation split by group (patient)'
@@ -103,7 +116,7 @@ def _students_text(recipe):
     return f' How the students learned, further ones by what differs: {"; ".join(out)}.'
 
 # %% ../../nbs/05e_evaluate.protocol.ipynb #e3a5d617
-_NO_PLACE = ('folder', 'csv', 'phantom')   # data of a model.json that was shipped: which images is not told
+_NO_PLACE = ('folder', 'csv', 'phantom', 'sites')   # data of a model.json that was shipped: which images is not told
 
 def has_known_folds(
     start:dict,  # `weights_from` of a network that is used as it is

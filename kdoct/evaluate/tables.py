@@ -25,6 +25,7 @@ from kdoct.evaluate.intervals import (
 )
 from .metrics import evaluate_predictions, HEADLINE
 from .patients import published_selection
+from .places import place_columns, PLACE_TITLES
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #c6557244
 TITLES = {  # score -> its column in tables for reading
@@ -147,7 +148,9 @@ def table_of(
     drawn = drawn or resampled(models, e, seed)
     for name, df in models.items():
         n, scores = params[name], score_row(df, e, seed, ci=drawn[name][0])
-        rows[name] = {'parameters': _size(n), **scores, 'n_parameters': n, 'protocol': protocol}
+        texts, numbers = place_columns(df)
+        about = {'n_parameters': n, 'protocol': protocol}
+        rows[name] = {'parameters': _size(n), **scores, **texts, **numbers, **about}
     return pd.DataFrame(rows).T.rename_axis('model').infer_objects()
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #7afa3ce2
@@ -156,6 +159,7 @@ def shown(
 ) -> pd.DataFrame:  # its texts only
     "The columns of a table that are for reading."
     columns = [c for c in ('kept', 'parameters', *TITLES.values(), 'chance') if c in table]
+    columns += [c for c in PLACE_TITLES if c in table]
     return table[columns + (['note'] if table.note.any() else [])]
 
 # %% ../../nbs/05d_evaluate.tables.ipynb #06707be9

@@ -27,7 +27,7 @@ from kdoct.core.files import (
 )
 from ..core.recipe import Recipe
 from ..core.runs import ROLES
-from ..core.sections import DataRecipe, TrainRecipe
+from ..core.sections import DataRecipe, PhantomRecipe, TrainRecipe
 from ..data.framing import FRAMING, framing_of
 from ..data.listing import classes_option
 from ..data.packaged_weights import probe_picture
@@ -47,11 +47,20 @@ from .foundation import encoder_state, pooling_of, size_of_positions
 from .trained_on import images_named, write_trained_on
 
 # %% ../../nbs/02aa_models.folders.ipynb #ea5b27f7
+def _place_of(site:dict)->dict:
+    "Source and root of one of several sources."
+    return dict(source=site.get('source', 'folder'), root=site.get('root'))
+
 def data_identity(
     data:DataRecipe,  # part of a recipe
 )->str:               # the same text for the same images
     "A name for the images that a recipe reads."
-    if data.source == 'phantom': return f'phantom {data.phantom.model_dump_json()}'
+    if data.source == 'sites':
+        own = {name: DataRecipe.model_validate(_place_of(site)) for name, site in data.sources.items()}
+        return '; '.join(['sites', *(f'{name} {data_identity(d)}' for name, d in own.items())])
+    if data.source == 'phantom':
+        later = {'devices'} if data.phantom.devices == PhantomRecipe().devices else None
+        return f'phantom {data.phantom.model_dump_json(exclude=later)}'
     if data.source in ('folder', 'csv'):
         place = Path(data.root or '').expanduser().resolve()
         return f'{data.source} {place.as_posix()}'

@@ -21,6 +21,7 @@ from ..data.augment import image_ids
 from ..data.batches import Batches
 from ..data.retina_mask import blank_retina
 from ..data.fold_data import FoldData, open_fold
+from ..data.folds import LEFT_OUT
 from ..models.backbones import Classifier, create_classifier
 from ..models.foundation import changes_text
 from kdoct.models.folders import (
@@ -77,7 +78,7 @@ def predictions_frame(
 )->pd.DataFrame:         # one row an image, as evaluation reads it
     "Predictions beside what identifies an image."
     columns = ['path', 'patient', 'group', 'label', 'eye', 'volume', 'slice']
-    if 'patient_label' in data.table: columns.append('patient_label')
+    columns += [c for c in ('patient_label', *LEFT_OUT.values()) if c in data.table]
     frame = data.rows(role)[columns].reset_index(drop=True)
     frame.insert(3, 'fold', data.fold)
     each = {f'logit_{c}': logits[:, i].astype(np.float32) for i, c in enumerate(data.classes)}
