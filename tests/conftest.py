@@ -1,7 +1,10 @@
 "What all tests share: a trained run, a temporary folder for outputs, few threads, hypothesis that repeats itself."
+import gc
 import os
 import shutil
+import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 # Set before torch is imported, here and in the processes that tests start. The workers of pytest share the cores:
@@ -11,12 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("kdoct")
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-slow[file(item)], -tests[file(item)], file(item)))
 
 
+def pytest_collection_finish():
+    "What was imported stays: the garbage collector need not look through it again and again."
+    gc.collect()
+    gc.freeze()
+
+
 def lay_out(folder, *names):
     "Make empty files with these names; the folder, as text."
     for n in names:
@@ -52,9 +59,40 @@ def table_recipe(folder, text, encoding="utf-8", name="table.csv"):
     return DataRecipe(source="csv", root=str(folder / name))
 
 
+def folder_run(folder, pattern, name="r", of="tiny", **changes):
+    "A run on folders of classes, small and not yet prepared; `changes` are of its data part."
+    from kdoct.core.presets import preset
+    from kdoct.core.runs import create_run
+    data = dict(source="folder", root=str(folder), group_pattern=pattern, n_folds=3, size=32) | changes
+    return create_run(name, preset(of, **{f"data.{k}": v for k, v in data.items()}))
+
+
 def problems(listing):
     "Path -> problem of a listing's findings."
     return dict(zip(listing.findings.path, listing.findings.problem, strict=True))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    "One thread for torch, also where OMP_NUM_THREADS was set to more; torch is imported only by tests that need it."
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def phantoms_made_once(tmp_path_factory):
+    "Simulate each data set of a recipe once a session; a run that asks for the same gets a copy of the files."
+    from kdoct.data import phantom_files
+    write_phantom = phantom_files.write_phantom
+    def copied(root, processes=1, **made):
+        if not Path(root).exists():
+            facts = repr(sorted(made.items())).encode()
+            name = f"phantom-{sha256(facts).hexdigest()[:16]}"
+            def make(folder): write_phantom(folder, processes=processes, **made)
+            shutil.copytree(made_once(tmp_path_factory, name, make), root)
+        return write_phantom(root, **made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom_files, "write_phantom", copied)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import prepared
 import pytest
 from click.testing import CliRunner
 from jupyter_client.manager import KernelManager
@@ -59,23 +60,14 @@ TRAIN = ("from kdoct.core.runs import open_run; from kdoct.distill.teacher impor
 
 
 @pytest.mark.slow
-def test_two_processes_never_train_the_same_fold():
+def test_two_processes_never_train_the_same_fold(tmp_path):
     from kdoct.data.stage import prepare_data
-    run = create_run('two', preset('tiny', **{'teacher.epochs': 8}))
+    run = create_run('two', preset('tiny', **{'teacher.epochs': 4}))
     prepare_data(run)
-    both = [
-        subprocess.Popen(
-            [sys.executable, '-c', TRAIN],
-            env={**ENV, 'KDOCT_OUTPUTS': str(outputs_root())},
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    said = [p.communicate()[1] for p in both]
-    lost = [s for p, s in zip(both, said, strict=True) if p.returncode]
+    errors = [tmp_path/'first', tmp_path/'second']
+    both = [prepared.start(TRAIN, folder=ROOT, errors=file) for file in errors]
+    for p in both: p.join()
+    lost = [file.read_text() for p, file in zip(both, errors, strict=True) if p.exitcode]
     # The slower one finds the lock held, or, if it was that slow, the finished teacher.
     assert len(lost) <= 1 and all(
         "Another process is working on teacher of fold 0" in s for s in lost

@@ -1,13 +1,11 @@
 "Several processes train as one does; what one of them meets, all meet."
-import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pandas as pd
+import prepared
 import pytest
 import torch
 from conftest import copied_run
@@ -78,14 +76,7 @@ SCRIPT = textwrap.dedent('''
 def run(code, tmp_path):
     "Run `code` after the script, on one thread a process; what it printed."
     for d in 'ab': (tmp_path/d).mkdir()
-    done = subprocess.run(
-        [sys.executable, '-c', SCRIPT + code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    done = prepared.run(SCRIPT + code, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -275,14 +266,7 @@ def test_a_process_that_no_error_wakes_is_woken_and_says_whose_fault_it_was(tmp_
 
 @pytest.mark.slow
 def test_a_process_that_cannot_be_woken_is_ended_with_the_reason(tmp_path):
-    done = subprocess.run(
-        [sys.executable, '-c', SCRIPT + WAITS + 'fate(False)'],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    done = prepared.run(SCRIPT + WAITS + 'fate(False)', folder=tmp_path, timeout=100)
     assert done.returncode == 1 and 'Process 1 of this training failed: out of luck' in done.stderr
 
 
@@ -293,14 +277,8 @@ def test_weights_accumulation_and_bars_run_in_two_processes(tmp_path):
     )
     assert code.count('hard_loss') == 2 and 'no_bar' not in code
     (tmp_path/'a').mkdir()
-    done = subprocess.run(
-        [sys.executable, '-c', code + "train('a', 2, 4, accumulate=2, class_weights='balanced')"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    code += "train('a', 2, 4, accumulate=2, class_weights='balanced')"
+    done = prepared.run(code, folder=tmp_path, timeout=100)
     assert done.returncode == 0, done.stderr
     a, b = (pd.read_csv(tmp_path/f'a/history{r}.csv') for r in (0, 1))
     pd.testing.assert_frame_equal(a, b, check_exact=True)

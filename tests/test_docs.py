@@ -204,12 +204,37 @@ def test_the_readme_has_at_most_900_words():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
-@pytest.mark.slow
-def test_the_python_quick_start_runs_as_it_stands(tmp_path):
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory):
+    "The README's quick start for Python as it stands: what it prints, and its outputs folder."
+    folder = tmp_path_factory.mktemp("quick")
     blocks = [text for _, text in fenced("python", [ROOT / "README.md"])]
-    printed = run_python("\n".join(blocks), tmp_path)
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv("KDOCT_OUTPUTS", str(folder / "outputs"))
+        env.delenv("IN_TEST", raising=False)
+        return run_python("\n".join(blocks), folder), folder / "outputs"
+
+
+@pytest.mark.slow
+def test_the_python_quick_start_runs_as_it_stands(quick_start):
+    printed, outputs = quick_start
     assert "images/CNV/P" in printed and "split by group (patient)" in printed
-    assert (tmp_path / "outputs" / "first" / "report.html").is_file()
+    assert (outputs / "first" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_its_run_is_finished_and_nothing_runs_again(quick_start, monkeypatch, capsys):
+    import kdoct
+    from kdoct.core.runs import Run, planned_stages
+    monkeypatch.setenv("KDOCT_OUTPUTS", str(quick_start[1]))
+    run = kdoct.open_run("first")
+    stages = planned_stages(run, [0])
+    assert len(stages) == 6 and all(run.is_finished(*stage) for stage in stages)
+    other = Run(run.path, run.recipe.override(**{"decide.defer": "risk"}))
+    assert not other.is_finished("decide", 0)
+    monkeypatch.setattr("kdoct.app.crossval.run_stage", None)
+    kdoct.crossval(run, [0])
+    assert capsys.readouterr().out.count("finished before") == 6
 
 
 # --- the public names

@@ -174,10 +174,8 @@ def test_score_cam_of_a_network_that_has_learned_finds_the_lesion(phantom_networ
 
 @pytest.mark.slow
 def test_score_cam_of_networks_with_shuffled_weights_does_not_find_it(phantom_network):
-    net, x, classes, masks = phantom_network   # one shuffle may hit the place by luck: 0.4 to 2.5 were seen
-    assert (
-        np.mean(
-            [energy_over_area(randomised(net, seed, x), x, classes, masks) for seed in range(4)]
-        )
-        < 2
-    )
+    # one shuffle may hit the place by luck: 0.4 to 2.5 were seen; so few images and many shuffles
+    net, x, classes, masks = phantom_network
+    two = x[:2], classes[:2], masks[:2]
+    shares = [energy_over_area(randomised(net, seed, x), *two) for seed in range(4)]
+    assert np.mean(shares) < 2, shares

@@ -1,17 +1,25 @@
 "Pictures cropped to the retina, and grey values that do not depend on the scanner."
+import hashlib
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from kdoct.core.files import KdoctError
+from kdoct.app.networks import lay_back
+from kdoct.core.files import KdoctError, read_json
 from kdoct.core.presets import preset
+from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe
 from kdoct.data.cache import cache_facts, decode_cache
-from kdoct.data.framing import FRAMING, check_framing, framed, framing_of, to_square
+from kdoct.data.fold_data import open_fold
+from kdoct.data.framing import FRAMING, check_framing, frame_in, framed, framing_of, to_square
 from kdoct.data.phantom import simulate_bscan
 from kdoct.data.retina_frame import FRAMES, find_retina
+from kdoct.data.stage import prepare_data
+from kdoct.evaluate.run_warnings import warnings_of
+from kdoct.explain.images import explained_images
 
 SIZE = dict(height=496, width=512)
 
@@ -88,9 +96,6 @@ def test_the_retina_is_found_where_the_picture_is_hard(change):
 
 
 def test_where_no_retina_is_found_the_whole_image_is_taken_and_named(tmp_path):
-    import hashlib
-
-    import pandas as pd
     rng = np.random.default_rng(0)
     noise = rng.normal(60, 20, (200, 300)).clip(0, 255).astype(np.uint8)
     rows = []
@@ -132,3 +137,51 @@ def test_every_frame_goes_with_every_way_to_a_square(frame, resize):
                mask_scale_bar=True)
     assert resize == "squash" or a.shape[0] == a.shape[1]
     assert a.dtype == np.uint8 and np.isfinite(a).all() and a.std() > 5
+
+
+@pytest.mark.parametrize("frame", FRAMES[1:])
+def test_a_map_of_a_cropped_picture_lies_where_the_network_saw_it(frame):
+    image = scan(1)
+    at = frame_in(Image.fromarray(image), frame)
+    marked, row = np.zeros_like(image), int(find_retina(image).ilm[300]) + 20
+    marked[row - 6:row + 6, 290:310] = 255
+    seen = to_square(Image.fromarray(marked), 64, 1, at=at)/255
+    place = np.argwhere(lay_back(seen, image.shape, at=at) > .5*seen.max()).mean(0)
+    assert np.abs(place - (row - .5, 299.5)).max() < 6
+
+
+@pytest.fixture
+def framed_run():
+    small = {"data.phantom.height": 240, "data.phantom.width": 256, "explain.images": 6}
+    return create_run("framed", preset("tiny", **{"data.frame": "retina-flat", **small}))
+
+
+def test_the_data_stage_records_and_says_what_is_not_cropped(framed_run, capsys, monkeypatch):
+    monkeypatch.setattr("kdoct.data.framing.find_retina", lambda grey: None)
+    facts = prepare_data(framed_run)["frame"]
+    assert facts["whole"] == facts["images"] == sum(facts["per_class"].values()) > 0
+    assert f"none was found in {facts['whole']} of" in capsys.readouterr().out
+    assert any("which are taken whole" in words for words in warnings_of(framed_run))
+    assert read_json(framed_run.json)["stages"]["data"]["frame"] == facts
+
+
+def test_lesion_masks_are_cropped_like_their_images(framed_run):
+    assert prepare_data(framed_run)["frame"]["whole"] == 0
+    images = explained_images(framed_run, open_fold(framed_run, 0))
+    for row, mask in zip(images.rows.itertuples(), images.masks, strict=True):
+        assert mask.any() == (row.label != "NORMAL")
+        assert mask.mean() < .4
+
+
+def test_the_retina_of_real_bscans_is_found_alike_in_a_strip(shared_data):
+    files = sorted((shared_data/"ucsd_oct").glob("*/*.jpeg"))[::40]
+    assert len(files) == 20
+    for f in files:
+        image = np.asarray(Image.open(f).convert("L"))
+        whole = find_retina(image)
+        low, high = int(whole.ilm.min()) - 30, int(whole.bruch.max()) + 50
+        top = max(low, 0)
+        part = find_retina(image[top:high])
+        for name in ("ilm", "bruch"):
+            away = np.abs(getattr(whole, name) - top - getattr(part, name))
+            assert np.median(away) < .02*len(image), f.name

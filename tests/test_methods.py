@@ -1,5 +1,6 @@
 "Methods of distillation: what drives them, what they learn, what they refuse; each is resumed exactly."
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -38,6 +39,12 @@ def originals():
     return {"teacher": network("test_resnet"), "teacher-convnext": network("test_convnext2")}
 
 
+@functools.cache
+def copies_of(networks):
+    "Inference copies of these networks, made once."
+    return {name: InferenceModel(network) for name, network in networks}
+
+
 def learner(folder, originals, recipe, cbs=(), teachers=None, unlabelled=None, **changes):
     "A small student, 24 images of training in batches of 8, teachers as inference copies."
     torch.manual_seed(1)
@@ -47,7 +54,7 @@ def learner(folder, originals, recipe, cbs=(), teachers=None, unlabelled=None, *
     ids = np.arange(ROWS, dtype=np.uint64)
     train = Batches(images, LABELS, ids, np.arange(24), small.batch_size, AugmentRecipe(), seed=1)
     valid = Batches(images, LABELS, ids, np.arange(24, ROWS), 8)
-    if teachers is None: teachers = {k: InferenceModel(v) for k, v in originals.items()}
+    if teachers is None: teachers = dict(copies_of(tuple(originals.items())))
     distill = Distill(teachers, recipe, originals=originals.__getitem__, unlabelled=unlabelled)
     student = create_classifier(small, 3, 64)
     return make_learner(student, train, valid, cross_entropy, small, folder, "k", [distill, *cbs])

@@ -146,8 +146,8 @@ def test_compared_networks_round_trip_through_a_model_folder(arch, tmp_path):
     assert len(net.body.get_classifier().weight) == 3
 
 
-def round_trip(arch, drop_path, size, folder):
-    "One training step on two images, then a model folder that gives the same network."
+def round_trip(arch, drop_path, size, folder, images=2):
+    "One training step on one or two images, then a model folder that gives the same network."
     recipe = preset(
         'tiny',
         **{'student.arch': arch, 'student.drop_rate': 0.3, 'student.drop_path_rate': drop_path},
@@ -155,7 +155,7 @@ def round_trip(arch, drop_path, size, folder):
     net = backbones.create_classifier(recipe.student, 3, size)
     before = net.body.get_classifier().weight.detach().clone()
     opt = torch.optim.AdamW(param_groups(net, recipe.student), fused=True)
-    loss = F.cross_entropy(net(torch.rand(2, 1, size, size)), torch.tensor([0, 2]))
+    loss = F.cross_entropy(net(torch.rand(images, 1, size, size)), torch.tensor([2, 0])[:images])
     loss.backward()
     opt.step()
     del opt
@@ -184,9 +184,11 @@ def round_trip(arch, drop_path, size, folder):
 def test_the_true_networks_take_a_step_at_384_px_and_round_trip(
     arch, drop_path, parameters, tmp_path
 ):
-    # ConvNeXtV2-L: 50 s of processor time and 5.6 GB
+    # ConvNeXtV2-L takes 5 GB, and a second image, which it does not need, half as much time again
     if psutil.virtual_memory().available < 7*2**30: pytest.skip("less than 7 GiB of memory is free")
-    assert backbones.count_parameters(round_trip(arch, drop_path, 384, tmp_path)) == parameters
+    images = 1 if arch.startswith('convnext') else 2
+    net = round_trip(arch, drop_path, 384, tmp_path, images)
+    assert backbones.count_parameters(net) == parameters
 
 
 SECOND = {

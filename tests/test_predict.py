@@ -23,6 +23,7 @@ from PIL import Image
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError
 from kdoct.data.images import inspect_file
+from kdoct.data.phantom import simulate_bscan
 from kdoct.data.problems import BadImage
 from kdoct.data.sandbox import Reader, Sandbox, is_plain
 from kdoct.deploy.bundle import new_keys, seal
@@ -235,6 +236,16 @@ def test_a_picture_of_nothing_but_padding_stops_nothing(folder):
     assert rows['3b.png']['error'] == 'refused' and 'white padding' in rows['3b.png']['detail']
     assert rows['4.png']['predicted'] and len(rows) == 11
     assert p.image(Image.open(folder/'3b.png'))['error'] == 'refused'
+
+
+def test_a_picture_without_a_retina_is_taken_whole_with_a_note(folder):
+    bundle = straw()
+    bundle.framing = dict(frame='retina', finder=1)
+    with Predictor(bundle) as p:
+        row = p.image(noise(1, (200, 200)))
+        bscan = Image.fromarray(simulate_bscan(0, 1, 0, 0, height=240, width=256).image)
+        assert 'no-retina' in row['notes'] and row['predicted']
+        assert 'no-retina' not in p.image(bscan)['notes']
 
 
 def test_what_no_reader_expects_is_a_row_and_stops_nothing(folder):

@@ -105,6 +105,16 @@ def test_a_label_may_be_left_out_or_train_without_one(tmp_path):
     assert sorted(notes.action) == ["not used", "used without a label"]
 
 
+def test_a_hospital_without_any_label_needs_no_map(tmp_path):
+    hospital(tmp_path / "north", ("CNV", "NORMAL"))
+    hospital(tmp_path / "new", ("unlabelled",), first=180)
+    common = dict(group_pattern=r"(P\d+)_")
+    sources = {name: dict(root=str(tmp_path / name)) | common for name in ("north", "new")}
+    table = load_table(DataRecipe(source="sites", sources=sources)).table
+    assert set(table.label[table.site == "new"]) == {""}
+    assert set(table.label[table.site == "north"]) == {"CNV", "NORMAL"}
+
+
 def test_a_class_that_one_hospital_lacks_is_named_and_a_fold_may_test_without_it(tmp_path):
     data = two_hospitals(tmp_path)
     for name, root, label in (("east", "east", "CNV"),):

@@ -31,7 +31,7 @@ from kdoct.deploy.predict import Predictor
 from kdoct.deploy.stress import planned_cells, stress_predictions
 from kdoct.deploy.stress_images import drawn_images, fold_images, stressed_networks
 from kdoct.evaluate.simulated import write_simulated_stages
-from kdoct.evaluate.stress import CLEAN, stress_protocol, stress_test, summary_texts
+from kdoct.evaluate.stress import CLEAN, joined_rows, stress_protocol, stress_test, summary_texts
 from kdoct.evaluate.stress_figures import write_stress
 from kdoct.evaluate.stress_records import card_stress, stress_records
 
@@ -310,13 +310,21 @@ def pictures(folder, classes):
 
 
 @pytest.mark.slow
-def test_a_class_that_the_network_does_not_know_is_named(here, tmp_path):
-    root = pictures(tmp_path / "d", ["CNV", "NORMAL", "RVO"])
-    data = DataRecipe(source="folder", root=str(root))
-    folder = here.stage_dir(0, "baseline")
-    with pytest.raises(KdoctError, match="does not know the class RVO") as e:
-        quiet(stressed_networks, str(folder), None, data, tmp_path / "audit.csv")
-    assert "--classes CNV,NORMAL" in e.value.fix
+def test_labels_of_another_place_are_mapped_or_named(here, tmp_path):
+    data = DataRecipe(source="folder", root=str(pictures(tmp_path / "d", ["amd", "NORMAL", "rvo"])))
+    where = str(here.stage_dir(0, "baseline")), None, data, tmp_path / "audit.csv", None
+    with pytest.raises(KdoctError, match="amd"): quiet(stressed_networks, *where)
+    one, = quiet(stressed_networks, *where, "amd=CNV|DRUSEN,rvo=?")[0]
+    assert (len(one.images), one.unknown) == (6, 3)
+    assert set(one.images.label) == {"CNV|DRUSEN", "NORMAL"}
+    cells = planned_cells(["gamma_up"], [1])
+    stress_predictions([one], tmp_path / "out", cells)
+
+    def read(cell):
+        rows = pd.read_parquet(tmp_path / "out" / "external" / cell.file)
+        return [joined_rows(rows, one.labels)]
+    test = stress_test(cells, read, dict(gamma_up="device"), 100)
+    assert test.how["classes"][0] == "CNV|DRUSEN" and test.how["images"] == 6
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 "Training survives a kill at any moment and ends with the weights of the uninterrupted run."
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pandas as pd
+import prepared
 import pytest
 import timm
 import torch
@@ -68,18 +68,17 @@ SCRIPT = textwrap.dedent('''
 
 def train(folder, out, every, average, kill_at=None):
     "Run the script; kill it with SIGKILL as soon as it has printed `kill_at`. Returns whether it ended by itself."
-    p = subprocess.Popen(
-        [sys.executable, '-c', SCRIPT, str(folder), str(out), str(every), average],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
-    for line in p.stdout:
-        if line.strip() == kill_at:
-            p.send_signal(signal.SIGKILL)
-            break
-    p.stdout.close()
-    return p.wait() == 0
+    pipe = out.with_suffix('.pipe')
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    p = prepared.start(SCRIPT, folder, out, every, average, output=pipe)
+    with open(pipe) as printed:
+        for line in printed:
+            if line.strip() == kill_at:
+                p.kill()
+                break
+    p.join()
+    return p.exitcode == 0
 
 
 @pytest.mark.slow
@@ -535,8 +534,10 @@ def test_dropout_and_rounding_are_no_reason_against_compiled_kernels(tmp_path, r
 # torch keeps kernels in a folder, by a key that lacks the vector units they were made for: two processes that share the folder.
 KEPT = textwrap.dedent('''
     import torch
+    import torch._inductor.config
     from torch._dynamo.utils import counters
     from kdoct.training.precision import compile_here
+    torch._inductor.config.cpp_cache_precompile_headers = False   # that pays for many kernels; this is one
     made, x = compile_here(lambda x: torch.softmax(x, 1).sum(0)), torch.arange(96.).reshape(4, 24).sin()
     assert torch.allclose(made(x), torch.softmax(x, 1).sum(0)), made(x)
     print(dict(counters['inductor']).get('fxgraph_cache_hit', 0))
@@ -574,6 +575,7 @@ def test_only_training_batches_of_the_most_frequent_size_are_compiled(tmp_path, 
     )
 
 
+@pytest.mark.slow   # half a minute where torch has no kernels of this network in its cache
 def test_compiled_training_has_the_losses_of_plain_training(tmp_path, recipe):
     rows = []
     for on in (False, True):

@@ -7,14 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import copied_run
 from PIL import Image
 
 from kdoct.app import validation
 from kdoct.app.cli import main
 from kdoct.app.validation import Network
-from kdoct.core.files import KdoctError, write_json
+from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.deploy.engines import Engine
+from kdoct.deploy.model_card import model_card
+from kdoct.deploy.networks import open_bundle
 from kdoct.evaluate.decisions import Decision
+from kdoct.evaluate.external_records import report_external
+from kdoct.evaluate.metrics import read_role
 from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule
 
@@ -215,3 +220,115 @@ def test_images_without_a_label_are_refused(tmp_path):
     data = DataRecipe(source="folder", root=str(tmp_path), unlabelled=True)
     with pytest.raises(KdoctError, match="without a label"):
         validation.audited_images(data, tmp_path/"f.csv")
+
+
+# --- what is noted for cards and reports
+
+@pytest.fixture
+def run(tmp_path):
+    "A simulated run whose fold 0 is evaluated."
+    from simulated_models import quiet
+
+    from kdoct.core.presets import preset
+    from kdoct.core.runs import create_run
+    from kdoct.evaluate.simulated import write_simulated_stages
+    made = create_run("here", preset("tiny"))
+    quiet(write_simulated_stages, made, 0)
+    return made
+
+
+def as_network(run, role, answer=brightness):
+    "A straw network in the place of a trained one."
+    folder = run.stage_dir(0, role)
+    about = read_json(folder/"model.json")
+    bundle = straw(folder, role, answer, False, ("CNV", "DME", "DRUSEN", "NORMAL"))
+    (folder/"bundle.json").unlink()
+    write_json(folder/"model.json", about | dict(weights_sha256=f"hash of {role}"))
+    return Network(role, bundle, 0, role, run)
+
+
+def four_classes(x):
+    "Likewise, and never DME."
+    p, d = brightness(x)
+    return np.concatenate([p, 0*p[:, :1]], 1)[:, [0, 3, 1, 2]], d
+
+
+@pytest.fixture
+def noted(run, validated):
+    "The run with a validation of its student."
+    record, shown = validated("--name", "clinic", networks={"student": [as_network(run, "student", four_classes)]})
+    return run, record, shown
+
+
+def test_the_card_of_a_network_shows_its_validation_and_that_of_another_says_there_is_none(noted):
+    run, record, shown = noted
+    assert "external/clinic.json" in shown
+    text, facts = model_card({}, run, 0, "student")
+    section = text.partition("## External validation")[2].partition("\n## ")[0]
+    assert record["sections"]["scores"]["texts"]["student, here"]["accuracy %"] in section
+    assert "rvo, which it does not know" in section and "stands under" in " ".join(facts["limits"])
+    other, facts = model_card({}, run, 0, "baseline")
+    assert "Not validated on images of another place" in other
+    assert any("was not measured" in limit for limit in facts["limits"])
+
+
+def test_the_figures_at_home_are_those_of_the_run_in_the_joined_classes(noted):
+    run, record, _ = noted
+    own = read_role(run, 0, "student")
+    predicted = own[[f"logit_{c}" for c in ("CNV", "DME", "DRUSEN", "NORMAL")]].to_numpy()
+    p = np.exp(predicted - predicted.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    joined = np.stack([p[:, 0] + p[:, 2], p[:, 1], p[:, 3]], 1).argmax(1)
+    truth = own.label.map(dict(CNV=0, DRUSEN=0, DME=1, NORMAL=2))
+    at_home = record["sections"]["scores"]["table"]["student, at home"]["accuracy"]
+    assert at_home == pytest.approx((joined == truth).mean())
+
+
+def test_the_report_shows_validations_of_the_networks_that_are_there_and_names_others(noted):
+    run, record, _ = noted
+    found, notes = report_external(run.path)
+    assert found.texts.index.tolist() == ["clinic, student, fold 0"] and not notes
+    write_json(run.stage_dir(0, "student")/"model.json", dict(weights_sha256="trained again"))
+    found, notes = report_external(run.path)
+    assert found is None and "clinic is of other networks" in notes[0]
+
+
+def test_a_bundle_whose_run_is_not_here_is_said_to_be_noted_nowhere(validated, tmp_path):
+    _, shown = validated()
+    assert "Not noted for straw" in shown
+    assert not (tmp_path/"straw/external").exists()   # its seal allows no further file
+
+
+def test_networks_of_several_folds_are_means_of_theirs_and_shown_alone(validated, tmp_path):
+    def other(x):
+        p, d = brightness(x)
+        return p[:, [2, 1, 0]], d   # dark is CNV: all controls are wrong
+    folds = [Network("straw", straw(tmp_path/"a", "a"), 0), Network("straw", straw(tmp_path/"b", "b", other), 1)]
+    record, _ = validated(networks={"straw": folds})
+    alone = record["sections"]["folds"]["table"]
+    each = [alone[f"straw, fold {k}"]["accuracy"] for k in (0, 1)]
+    assert each[0] == 1 and each[1] < 1
+    scores = record["sections"]["scores"]["table"]["straw, here"]
+    assert scores["accuracy"] == pytest.approx(np.mean(each)) and scores["n_images"] == 12
+    assert alone["straw, mean ± standard deviation"]["accuracy_sd"] == pytest.approx(np.std(each))
+
+
+@pytest.mark.slow
+def test_a_bundle_is_validated_as_it_is_and_the_next_one_has_it_on_its_card(exported_outputs, tmp_path, monkeypatch,
+                                                                           capsys):
+    run = copied_run(exported_outputs, tmp_path/"outputs")
+    bundle, root = run.stage_dir(0, "baseline")/"bundle", run.stage("data")["root"]
+    before = sorted(p.name for p in bundle.iterdir())
+    monkeypatch.chdir(tmp_path)
+    table = pd.read_csv(f"{root}/table.csv", dtype=str).groupby("label").head(12)
+    table.to_csv(f"{root}/some.csv", index=False)
+    argv = ["validate", str(bundle), "--source", "csv", "--data-root", f"{root}/some.csv", "--name", "again",
+            "--engine", "torch", "--resamples", "100"]
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert not e.value.code, capsys.readouterr().err
+    assert sorted(p.name for p in bundle.iterdir()) == before
+    open_bundle(bundle)   # its seal holds
+    (record,) = json.loads((run.path/"external/again.json").read_text())["networks"]
+    assert (record["role"], record["fold"]) == ("baseline", 0)
+    text, _ = model_card({}, run, 0, "baseline")
+    assert "| again |" in text.partition("## External validation")[2]

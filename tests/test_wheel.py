@@ -98,13 +98,11 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     "A new environment with the wheel, which sees the core requirements of this one and nothing else of it."
     env = tmp_path_factory.mktemp("env") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", env], check=True, timeout=300)
-    python = env / "bin" / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel],
-        check=True,
-        timeout=300,
-    )
+    create = [sys.executable, "-m", "venv", "--without-pip", env]
+    subprocess.run(create, check=True, timeout=300)
+    pip = [sys.executable, "-m", "pip", "--python", env / "bin" / "python"]
+    install = ["install", "--quiet", "--no-index", "--no-deps", wheel]
+    subprocess.run([*pip, *install], check=True, timeout=300)
     (site,) = env.glob("lib/python*/site-packages")
     (site / "_core_only.py").write_text(CORE_ONLY)
     # a path file adds this environment's packages, but not its editable kdoct, whose own path file is not read again

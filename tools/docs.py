@@ -12,6 +12,7 @@ import posixpath
 import re
 import sys
 import tokenize
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from textwrap import dedent
@@ -109,34 +110,43 @@ def is_imports_only(cell):
     return all(isinstance(s, ast.Import | ast.ImportFrom) for s in statements)
 
 
+@cache
+def notebook_exporter():
+    "What turns a notebook into Markdown; one for all, because its templates take longer to compile than to fill."
+    config = Config({"NbConvertBase": {"display_data_priority": FIRST}})
+    return MarkdownExporter(config=config, template_file="page.md.j2",
+                            extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})])
+
+
 def notebook_page(notebook):
     "A notebook as Markdown, and its pictures: name -> bytes."
     nb = nbformat.read(notebook, as_version=4)
     cells = [shown(cell) for cell in nb.cells if not is_imports_only(cell)]
     nb.cells = [cell for cell in cells if cell is not None and cell.source.strip()]
     nb.metadata["language_info"] = {"name": "python"}
-    config = Config({"NbConvertBase": {"display_data_priority": FIRST}})
-    exporter = MarkdownExporter(config=config, template_file="page.md.j2",
-                                extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})])
     names = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
-    text, resources = exporter.from_notebook_node(nb, resources=names)
+    text, resources = notebook_exporter().from_notebook_node(nb, resources=names)
     def below_title(match): return f'\n<p class="subtitle">{as_html(match[1])}</p>\n'
     text = re.sub(r"\n> *(.+)\n", below_title, text, count=1)
     return re.sub(r"\n{3,}", "\n\n", text), resources.get("outputs", {})
 
 
+@cache
+def cells_of(notebook):
+    "A notebook's cells, to be read only."
+    return nbformat.read(notebook, as_version=4).cells
+
+
 def subtitle(notebook):
     "The line below a notebook's title that says what it is about."
-    cells = nbformat.read(notebook, as_version=4).cells
-    text = next((c.source for c in cells if c.cell_type == "markdown"), "")
+    text = next((c.source for c in cells_of(notebook) if c.cell_type == "markdown"), "")
     found = re.search(r"^> *(.+)$", text, re.M)
     return found[1] if found else ""
 
 
 def exported_module(notebook):
     "Dotted name of the module that a notebook exports; '' if it exports none."
-    cells = nbformat.read(notebook, as_version=4).cells
-    source = "\n".join(c.source for c in cells if c.cell_type == "code")
+    source = "\n".join(c.source for c in cells_of(notebook) if c.cell_type == "code")
     found = re.search(r"^#\| *default_exp:? +([\w.]+)", source, re.M)
     return found[1] if found else ""
 

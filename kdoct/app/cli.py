@@ -128,7 +128,7 @@ def _files_of(run, report:Path)->list[Path]:
 def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.app.crossval import crossval
-    from kdoct.training.distributed import launched
+    from kdoct.core.requirements import launched
     typer.echo(f"Run '{run.name}' in {run.path}")
     with _refused_data_leave_no_run(run) if is_new else nullcontext():
         crossval(run, numbers, notebooks)

@@ -21,9 +21,8 @@ from papermill.exceptions import PapermillExecutionError
 
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
 from ..core.recipe import Recipe
-from ..core.requirements import require_weights
+from ..core.requirements import launched, require_weights
 from ..core.runs import planned_stages, Run, stage_of
-from ..training.distributed import launched
 
 # %% ../../nbs/08_app.crossval.ipynb #ad933817
 _FOLDS = r'\d+(-\d+)?(,\d+(-\d+)?)*'

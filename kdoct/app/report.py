@@ -33,6 +33,7 @@ from ..evaluate.pooling import complete_folds
 from ..evaluate.all_folds import evaluate_run
 from ..evaluate.run_warnings import warnings_of
 from ..evaluate.stage import evaluate_fold, is_evaluated
+from ..evaluate.external_records import report_external
 from ..evaluate.stress_records import stress_records, stress_sections
 from ..evaluate.tables import joined_row_names, shown, shown_differences, COMBINED, without_note
 
@@ -143,6 +144,11 @@ def _results(run:Run, result:dict, folds:list[int])->dict:
     )
 
 # %% ../../nbs/08d_app.report.ipynb #7e6241af
+def _external(run:Run)->dict:
+    "The table of validations on images of other places, of the networks that are there now."
+    found, notes = report_external(run.path)
+    return dict(sections=[_section(found, '')] if found else [], notes=notes)
+
 def _stressed(run:Run)->dict:
     "Tables and figures of the stress tests of the networks that are there now, and what is not shown."
     records, notes = stress_records(run)
@@ -219,6 +225,7 @@ def report_html(
         warnings=warnings_of(run, result['sections'] if use else None),
         figures=figure_sections(run, use),
         explained=_explained(run, use),
+        external=_external(run),
         stressed=_stressed(run),
         **_written_down(run, wanted),
     )

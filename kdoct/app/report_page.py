@@ -131,6 +131,7 @@ SECTIONS = (  # id, title
     ('decisions', 'Decisions'),
     ('figures', 'Figures'),
     ('explained', 'Where the networks look'),
+    ('external', 'Other places'),
     ('stress', 'Under stress'),
     ('costs', 'What it costs'),
     ('formats', 'Formats'),
@@ -192,6 +193,11 @@ _MODELS = '''<section id="decisions"><h2>Decisions</h2>
 {%- else %}<p>No heatmaps yet. Command: kdoct explain {{ run }}</p>{% endif %}</div>
 {% for title, pictures in explained.figures %}<h3>{{ title }}</h3>
 {#- #}{{ all_of(pictures) }}{% endfor %}</section>
+<section id="external"><h2>On images of other places</h2>
+{% for n in external.notes %}<p class="bad">{{ n|marked }}</p>{% endfor %}
+{% if external.sections %}{{ parts(external.sections) }}
+{%- else %}<p>Not validated on images of another place. Command: kdoct validate {{ run }}
+{#- #} --data-root DIR --map 'LABEL=CLASS,...'</p>{% endif %}</section>
 <section id="stress"><div{% if stressed.tests %} class="broad"{% endif %}><h2>Under stress</h2>
 {% for n in stressed.notes %}<p class="bad">{{ n|marked }}</p>{% endfor %}
 {% for title, sections, pictures in stressed.tests %}<h3>{{ title|capitalize }}</h3>

@@ -103,7 +103,7 @@ def require_methods(
         if distillation.method == 'kl' and not distillation.options: continue
         # here, so that the presets do not wait for torch
         from kdoct.distill.methods import check_method
-        from kdoct.training.distributed import launched
+        from kdoct.core.requirements import launched
         check_method(distillation, recipe.training(role), processes=launched()[1])
 
 # %% ../../nbs/08a_app.stages.ipynb #f1d992c0

@@ -234,7 +234,9 @@ class DataRecipe(Part):
 
     @model_validator(mode='after')
     def _framed_by_what_is_there(self):
-        modality = OTHER_MODALITIES.get(self.source, self.modality)
+        kinds = [self.source, *(site.get('source') for site in self.sources.values())]
+        others = [OTHER_MODALITIES[kind] for kind in kinds if kind in OTHER_MODALITIES]
+        modality = others[0] if others else self.modality
         for name, value, default in (
             ('frame', self.frame, 'image'), ('intensity', self.intensity, 'as-is')
         ):

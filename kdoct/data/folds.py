@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
 from ..core.files import atomic_path, counted, KdoctError
 from .audit import groups_text, official_overlap
@@ -143,6 +142,7 @@ def _split(table:pd.DataFrame, parts:int, seed:int, setting:str)->list[np.ndarra
             f"cannot be split into {parts} parts.",
             fix=f"{_MORE_PATIENTS}, or make fewer folds (data.n_folds), at least 2.",
         )
+    from sklearn.model_selection import StratifiedGroupKFold   # here: reading folds needs no sklearn
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
     rows = np.zeros(len(table))
     with warnings.catch_warnings():

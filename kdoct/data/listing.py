@@ -314,6 +314,7 @@ def is_no_data(
 )->bool:
     "Whether an entry is hidden, a folder that the system made, or the folder of our own results."
     if entry.name.startswith('.') or entry.name.lower() in _SYSTEM_FOLDERS: return True
+    if entry.is_file(follow_symlinks=False): return False   # before anything is looked up
     return entry.name == outputs_root().name and os.path.realpath(entry.path) == os.path.realpath(
         outputs_root()
     )

@@ -87,17 +87,20 @@ def _save(array, path, quality):
     kind = 'JPEG' if quality else 'PNG'
     with atomic_path(path) as tmp: Image.fromarray(array).save(tmp, format=kind, **how)
 
-def _write_slice(job):
-    "Simulate and write one image and its mask, unless both are there; returns whether it did."
-    root, seed, patient, eye, slice, height, width, devices = job
+def _files(job):
+    "Places of an image and its mask."
+    root, seed, patient, eye, slice, _, _, devices = job
     image = Path(root)/'images'/_file_of(seed, patient, eye, slice, devices)
-    mask = Path(root)/'masks'/f'P{patient:04d}'/EYES[eye]/f'{slice:03d}.png'
-    if _complete(image) and _complete(mask): return False
+    return image, Path(root)/'masks'/f'P{patient:04d}'/EYES[eye]/f'{slice:03d}.png'
+
+def _write_slice(job):
+    "Simulate and write one image and its mask."
+    _, seed, patient, eye, slice, height, width, devices = job
     how = dict(height=height, width=width, devices=devices)
     s = simulate_bscan(seed, patient, eye, slice, **how)
+    image, mask = _files(job)
     _save(s.image, image, DEVICES[s.device].jpeg)
     _save(s.mask.astype(np.uint8) * 255, mask, 0)
-    return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #3e6cf3aa
 def _claim(root, facts):
@@ -121,9 +124,13 @@ def _claim(root, facts):
 
 def _write_slices(jobs, processes):
     "Write what is missing of these images; returns whether there was anything to write."
-    if processes == 1: return any([_write_slice(job) for job in jobs])
+    missing = [job for job in jobs if not all(map(_complete, _files(job)))]
+    if processes == 1 or not missing:   # a phantom that is there starts no process
+        for job in missing: _write_slice(job)
+        return bool(missing)
     with ProcessPoolExecutor(processes) as pool:
-        return any(list(pool.map(_write_slice, jobs, chunksize=8)))
+        list(pool.map(_write_slice, missing, chunksize=8))
+    return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #c2583e74
 def write_phantom(

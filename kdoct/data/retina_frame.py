@@ -207,7 +207,7 @@ def cropped(
 _EVIDENCE, _MOST = (.35, .5), .6   # of the lower boundary and the ILM; share of columns that have it
 _THINNEST, _THICKEST = .04, .7     # of the height
 _ILM_PRICE = .03  # of a row up or down: lesions are steep
-_DIFFERENCE = .2  # of the retina to what lies above it
+_DIFFERENCE = .2  # of the retina to what lies outside
 _AT_BORDER = .6   # evidence that the retina goes on beyond the upper border
 _REACH, _GAP, _LEAST = .12, .09, .18   # rows compared, left out, between the two; in thicknesses
 
@@ -217,11 +217,12 @@ def _is_retina(lower:np.ndarray, upper:np.ndarray, thickness:float)->bool:
     return all(has) and _THINNEST <= thickness <= _THICKEST
 
 def _contrast(n:np.ndarray, ilm:np.ndarray, lower:np.ndarray)->float:
-    "How much brighter the retina is than what lies above it; 1 where nothing does."
+    "How much brighter the retina is than what lies above it; than what lies below where it fills the top."
     rows = np.arange(len(n))[:, None]
-    above, inside = rows < ilm - 1, (rows > ilm) & (rows < lower)
-    if above.mean() < .02: return 1.
-    return float(n[inside].mean() - n[above].mean()) if inside.any() else 0.
+    inside, outside = (rows > ilm) & (rows < lower), rows < ilm - 1
+    if outside.mean() < .1: outside = rows > lower + 1
+    if not inside.any() or not outside.any(): return 0.
+    return float(n[inside].mean() - n[outside].mean())
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #rf-bound
 def _boundaries(n:np.ndarray, unit:float, price:float, dim:bool):
@@ -259,8 +260,9 @@ def _search(grey:np.ndarray, rows:int, unit:float, price:float, dim=False, thin=
     return Retina(in_pixels(ilm), in_pixels(lower), in_pixels(bruch), float(thickness*to_pixels))
 
 # %% ../../nbs/01h_data.retina_frame.ipynb #rf-find
+_SMALLEST = 64          # side of a picture in which noise can be told from layers [px]
 _FINE = 40              # rows of the retina on the second grid
-_PRICES = .06, .1       # of a row up or down, in the first search and in the second
+_PRICES = .12, .1       # of a row up or down, in the first search and in the second
 _ROOM = (2.2, .5, .8)   # rows above Bruch's membrane, above what is highest, and below; in thicknesses
 
 _THIN, _TWICE = .12, 2.  # of the height: perhaps only the inner retina; how much more the whole must be
@@ -280,6 +282,7 @@ def find_retina(
     grey:np.ndarray,  # (H, W) uint8
 )->Retina|None:       # None: none was found
     "ILM and Bruch's membrane of a B-scan, by classical means."
+    if min(grey.shape) < _SMALLEST: return None
     first, how = _first_search(grey)
     if first is None: return None
     unit, highest = first.thickness, np.quantile(first.bruch - first.ilm, .97)

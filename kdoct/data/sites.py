@@ -157,7 +157,8 @@ def run_classes(
 )->tuple[str, ...]:
     "The classes of a run: those that are named, else all that sources without a map have or maps name."
     if classes: return classes
-    whole = {c for name, of in labels.items() if not maps[name].strip() for c in of}
+    whole = {c for name, of in labels.items() if not maps[name].strip() for c in of
+             if not says_unlabelled(c)}
     named = {c for text in maps.values() for _, c in _entries(text) if c not in (UNKNOWN, '-')}
     one_each = {c for c in named if '|' not in c and not says_unlabelled(c)}
     return tuple(sorted((whole | one_each) - {''}))
@@ -173,7 +174,7 @@ def mapped_labels(
     without = {label for label, c in entries if says_unlabelled(c)}
     kept = ','.join(f"{label}={UNKNOWN if c == '-' else c}" for label, c in entries
                     if label not in without)
-    if not entries: return {label: label for label in theirs}
+    if not entries: return {label: '' if says_unlabelled(label) else label for label in theirs}
     there = theirs - without
     known = class_map(kept, sorted(there), ours).one_class_each() if there else {}
     return {label: c or None for label, c in known.items()} | dict.fromkeys(without & theirs, '')
@@ -274,6 +275,9 @@ def _check_some_shared(
     maps:dict[str, str], labels:dict[str, set[str]], classes:tuple[str, ...]
 ):
     "`KdoctError` for a source without a map of whose labels none is a class of another source."
+    # a source whose images have no label only trains
+    labels = {name: of for name, of in labels.items() if not all(map(says_unlabelled, of))}
+    if len(labels) < 2: return
     for name, own in labels.items():
         others = [c for n, of in labels.items() if n != name and not maps[n].strip() for c in of]
         mapped = [c for n, text in maps.items() if n != name for _, c in _entries(text)]

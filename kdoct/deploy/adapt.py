@@ -115,6 +115,7 @@ def _write(bundle:Bundle, model:Classifier, about:dict, facts:dict, out:Path):
     fitted = d.about | dict(weights_sha256=written['weights_sha256'])
     save_decision(out, replace(d, about=fitted, notes=(*d.notes, NOTE)))
 
+# %% ../../nbs/07o_deploy.adapt.ipynb #a6971d45
 def adapt(
     network:str|Path,    # bundle or model folder
     paths:Iterable,      # pictures of the new place, without labels: files and folders
@@ -149,6 +150,6 @@ def adaptation_text(
     if failed := facts['failed']:
         first, why = failed[0]
         lines.append(f"Not read: {counted(len(failed), 'file')}, first {first} ({why}).")
-    lines.append("Whether it is better there only labelled pictures can say, other ones than these: "
-                 "kdoct validate")
+    lines.append("Whether it is better there only labelled pictures can say, other ones than "
+                 "these: kdoct validate")
     return '\n'.join(lines)

@@ -96,6 +96,14 @@ def _results_text(card):
     ]
 
 # %% ../../nbs/07d_deploy.model_card.ipynb #df386846
+def _external_text(external:dict)->list[str]:
+    "Section of images of other places."
+    if external['why']: return ['', f'{external["why"][0].upper()}{external["why"][1:]}.', '']
+    heads = list(dict.fromkeys(h for row in external['rows'].values() for h in row))
+    rows = [[name, *(row.get(h, '') for h in heads)] for name, row in external['rows'].items()]
+    text = 'Labelled images of other places, predicted as `kdoct predict` does (`kdoct validate`):'
+    return [text, *_grid(['data set', *heads], rows), *_list(external['notes'])]
+
 def _stress_text(stress:dict)->list[str]:
     "Section of corruptions and changes of the device."
     if stress['why']: return ['', f'{stress["why"][0].upper()}{stress["why"][1:]}.', '']
@@ -396,6 +404,7 @@ def model_card_text(
         'Data': _data_text(card['data']),
         'Measured on held-out patients': _results_text(card),
         'Calibration, operating points, deferral, outliers': _decision_text(card),
+        'External validation': _external_text(card['external']),
         'Under corruptions and on other devices (simulated)': _stress_text(card['stress']),
         'Formats': _formats_text(card['formats']),
         'Licences': _licences_text(card['licences'], card['data']),
@@ -424,7 +433,8 @@ def folder_model_card(
     about:dict,      # what bundle.json says: name, created, classes, input, outputs, formats, ...
     model:dict,      # model.json of the model folder
     decision=None,   # `kdoct.evaluate.decisions.Decision`; None: not known
+    external=None,   # from `card_external`; None: it was not validated on images of another place
 )->tuple[str, dict]: # Markdown for MODEL_CARD.md, plain values for model_card.json
     "The model card of a network without a run."
-    facts = folder_facts(about, model, decision)
+    facts = folder_facts(about, model, decision, external)
     return model_card_text(facts), facts

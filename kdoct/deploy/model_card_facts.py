@@ -19,6 +19,7 @@ from ..evaluate.decisions import fitted_on
 from ..evaluate.intervals import EACH_CLASS
 from ..data.folds import LEFT_OUT
 from ..evaluate.protocol import folds_of_origin
+from ..evaluate.external_records import card_external
 from ..evaluate.stress_records import card_stress, NOT_STRESSED
 from ..evaluate.tables import TITLES
 from ..evaluate.variants import blanked_warning
@@ -201,28 +202,28 @@ _NO_VALIDATION = (
     'of what follows for patients.'
 )
 
-_SAME_SOURCE = (
-    'One data set ({}): all numbers are of pictures from the same source as the training. How it '
-    'does on another device, hospital or population was not measured.'
-)
+def _elsewhere(external:dict)->str:
+    "What is known of other devices and hospitals."
+    if external['why']:
+        return 'How it does on another device, hospital or population was not measured.'
+    return ('What was measured on images of other places stands under "External validation"; how '
+            'it does on further devices, hospitals and populations is not known.')
 
-_LEFT_OUT_LIMIT = (
-    'All numbers are of pictures of a {} that the network has learned nothing from ({}): one of '
-    'few, so how it does on the next may be better or worse.'
-)
-
-def _where_from(data:dict)->str:
+def _where_from(data:dict, external:dict)->str:
     "How far the tested pictures are from those of the training."
-    protocol, names = data.get('protocol'), data.get('fold_names') or []
-    if protocol not in LEFT_OUT: return _SAME_SOURCE.format(data['source'])
-    what = 'source' if LEFT_OUT[protocol] == 'site' else 'device'
-    return _LEFT_OUT_LIMIT.format(what, data.get('left_out') or ', '.join(names))
+    if data.get('protocol') not in LEFT_OUT:
+        return (f'One data set ({data["source"]}): all scores on held-out patients are of pictures from '
+                f'the same source as the training. {_elsewhere(external)}')
+    what = 'source' if LEFT_OUT[data['protocol']] == 'site' else 'device'
+    name = f' ({data["left_out"]})' if data.get('left_out') else ''
+    return (f'All scores on held-out patients are of pictures of one {what}{name} that the network '
+            f'has learned nothing from: on the next one it may do better or worse.')
 
-def _always_limited(data:dict)->list[str]:
+def _always_limited(data:dict, external:dict)->list[str]:
     "Limits of every network of a run."
     return [
         _NO_VALIDATION,
-        _where_from(data),
+        _where_from(data, external),
         'All scores are of the network in PyTorch on the pictures of the run; other formats were '
         'compared with it as the '
         'section on formats says.',
@@ -231,6 +232,7 @@ def _always_limited(data:dict)->list[str]:
         'alike is not known.',
     ]
 
+# %% ../../nbs/07c_deploy.model_card_facts.ipynb #ef09b6fa
 def _size_text(row:dict)->str:
     "On how many pictures of how many patients the scores are."
     images = counted(row["n_images"], "test image")
@@ -239,9 +241,10 @@ def _size_text(row:dict)->str:
     return f'{images} of {groups}: the intervals are as wide as that makes them.{note}'
 
 # %% ../../nbs/07c_deploy.model_card_facts.ipynb #3a6d46f0
-def _limits(data, measured, role):
+def _limits(data, measured, role, external):
     "What the numbers of the card do not show."
-    out, row = _always_limited(data), measured['models'].get(role, {})
+    out = _always_limited(data, external)
+    row = measured['models'].get(role, {})
     if row: out.append(_size_text(row))
     if data['source'] == 'phantom':
         out.insert(0, 'Trained on simulated pictures: it knows nothing about eyes.')
@@ -363,6 +366,7 @@ def model_card_facts(
     "All that a card says, from the run's records."
     model = _model_of(run, fold, role)
     data, measured = _data_facts(run, fold), _measured(run, fold, role)
+    external = card_external(run.path, model.get('weights_sha256', ''))
     classes = model.get('classes') or about.get('classes') or []
     return dict(
         model_card=1,
@@ -374,10 +378,11 @@ def model_card_facts(
         data=data,
         measured=measured,
         all_folds=_all_folds(run, role),
+        external=external,
         stress=card_stress(run, fold, role),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),
-        limits=_limits(data, measured, role),
+        limits=_limits(data, measured, role, external),
         licences=licences_of(run, fold, role),
         cost=_cost(run, fold, role),
         source=_source_facts(run, fold, model),
@@ -473,6 +478,7 @@ def folder_facts(
     about:dict,      # what bundle.json says: name, created, classes, input, outputs, formats, ...
     model:dict,      # model.json of the model folder
     decision=None,   # `kdoct.evaluate.decisions.Decision`; None: not known
+    external=None,   # from `card_external`; None: it was not validated on images of another place
 )->dict:             # plain values, as of `model_card_facts`
     "All that a card can say of a network without a run."
     data = _unknown_data(model)
@@ -487,6 +493,7 @@ def folder_facts(
         data=data,
         measured=_unknown_measured(),
         all_folds=dict(folds=[], mean_sd={}),
+        external=external or card_external(None, ''),
         stress=dict(why=NOT_STRESSED, text='', rows={}),
         decision=_decision_facts(decision),
         formats=about.get('formats', NOT),

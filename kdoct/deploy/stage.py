@@ -232,6 +232,7 @@ _TAKEN = ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin'
 def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPictures)->dict:
     "Everything but the seal, of a network without a run; returns what bundle.json says."
     from kdoct.deploy.model_card import folder_model_card
+    from kdoct.evaluate.external_records import card_external
     folder, decision = opened.folder, opened.decision
     model, _ = read_model_folder(folder)
     write_json(work/'model.json', _shareable(model))
@@ -243,7 +244,8 @@ def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPic
     made = tuple(f for f in formats if f != 'int8')
     _write_and_check(work, about, decision, made, [], pictures)
     if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
-    _write_model_card(work, *folder_model_card(about, model, decision))
+    external = card_external(folder, model['weights_sha256'])
+    _write_model_card(work, *folder_model_card(about, model, decision, external))
     return about
 
 # %% ../../nbs/07_deploy.ipynb #93bb1422

@@ -16,6 +16,7 @@ from ..core.files import counted, KdoctError, outputs_root
 from ..core.runs import open_run, Run, run_of
 from ..core.sections import DataRecipe
 from ..data.audit import check_data_recipe
+from ..data.class_map import class_map, ClassMap
 from ..data.fold_data import table_path
 from ..data.plan import list_and_audit, write_findings
 from .networks import Bundle, open_network
@@ -30,6 +31,8 @@ class Stressed(NamedTuple):
     networks:dict[str, Bundle]  # role, or name of the folder -> opened network
     run:Run|None=None           # whose networks these are, where that is known
     fold:int|None=None          # of that run, counted from 0
+    labels:ClassMap|None=None   # which classes the labels of another place are; None: the networks' own
+    unknown:int=0               # images of another place whose class the networks do not know: left out
 
     @property
     def images_sha256(self)->str:
@@ -80,21 +83,19 @@ def source_images(
     data:DataRecipe,     # source and root of labelled images
     classes:list[str],   # of the networks
     findings:Path,       # file for the findings of the audit
-)->tuple[Path, pd.DataFrame]:  # folder; path, group, label, sha256
+    labels:str='',       # which class each label is, as `class_map` takes it; '': the labels are the classes
+)->Stressed:             # without networks
     "Labelled images of a source after the audit; `KdoctError` where it stops them, or a class is not known."
     check_data_recipe(data)
     listing, result = list_and_audit(data)
     if len(result.findings): write_findings(result, findings)
     table = result.check(findings).table
-    table = table[table.label != '']
-    if other := sorted(set(table.label) - set(classes)):
-        shared = [c for c in classes if c in set(table.label)]
-        fix = (f"Leave them out: --classes {','.join(shared)}" if shared
-               else f"Name the folders or labels as the network does: {', '.join(classes)}")
-        raise KdoctError(f"The network does not know the class {', '.join(other)}; it knows "
-                         f"{', '.join(classes)}.", fix=fix)
-    columns = ['path', 'group', 'label', 'sha256']
-    return Path(listing.root), table[columns].astype(str).reset_index(drop=True)
+    table = table[table.label != ''].astype(dict(path=str, group=str, label=str, sha256=str))
+    known = class_map(labels, table.label.unique(), classes)
+    truth = table.label.map(known.truth_of)   # '': a class that the networks do not know
+    images = table.assign(label=truth)[truth != ''][['path', 'group', 'label', 'sha256']]
+    return Stressed('external', Path(listing.root), images.reset_index(drop=True), {},
+                    labels=known, unknown=int((truth == '').sum()))
 
 # %% ../../nbs/07m_deploy.stress_images.ipynb #91662cdd
 def _run_folds(run:Run, folds:list[int]|None)->list[int]:
@@ -138,28 +139,33 @@ def _own(network:str, folds:list[int]|None, key)->list[Stressed]:
     return out
 
 # %% ../../nbs/07m_deploy.stress_images.ipynb #d838a8c5
-def _on_source(stressed:list[Stressed], data:DataRecipe, findings:Path)->list[Stressed]:
+def _on_source(stressed:list[Stressed], data:DataRecipe, findings:Path, labels:str)->list[Stressed]:
     "The networks of one fold on images of another place."
     if len(stressed) > 1:
         raise KdoctError("Images of another place are for the networks of one fold.",
                          fix="Name it: --fold 0")
-    one = stressed[0]
-    classes = list(next(iter(one.networks.values())).classes)
-    root, images = source_images(data, classes, findings)
-    _refuse_learned(images, one.run, one.fold)
-    return [one._replace(name='external', root=root, images=images[['path', 'group', 'label']])]
+    own = stressed[0]
+    classes = list(next(iter(own.networks.values())).classes)
+    there = source_images(data, classes, findings, labels)
+    _refuse_learned(there.images, own.run, own.fold)
+    images = there.images[['path', 'group', 'label']]
+    whose = dict(networks=own.networks, run=own.run, fold=own.fold)
+    return [there._replace(images=images, **whose)]
 
+# %% ../../nbs/07m_deploy.stress_images.ipynb #b04ba0c2
 def stressed_networks(
     network:str,                # name of a run; a model folder, or a bundle
     folds:list[int]|None=None,  # of a run; None: all with trained networks
     data:DataRecipe|None=None,  # labelled images of another place; None: the run's own test images
     findings:Path|None=None,    # file for the findings of their audit; None: outputs/audit/stress.csv
     key=None,                   # file of the public key that a bundle must be signed with; None: any is opened
+    labels:str='',              # which class each label of another place is, as `class_map` takes it
 )->list[Stressed]:              # an entry a fold
     "What a stress test is about; `KdoctError` where networks or images are not there."
     stressed = _own(network, folds, key)
     if data is not None:
-        return _on_source(stressed, data, findings or outputs_root()/'audit'/'stress.csv')
+        findings = findings or outputs_root()/'audit'/'stress.csv'
+        return _on_source(stressed, data, findings, labels)
     if len(stressed[0].images): return stressed
     raise KdoctError(f"{network} lies in no run here, so there are no test images of its own.",
                      fix="Give labelled images: --source folder --data-root DIR")

@@ -7,7 +7,7 @@ __all__ = ['score_numbers', 'external_scores', 'external_differences', 'confusio
            'external_deferral', 'unknown_section', 'banded', 'groups_section', 'external_volumes', 'external_folds',
            'external_sections']
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #47b0b161
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #0ee619ac
 from itertools import combinations
 
 import numpy as np
@@ -27,7 +27,7 @@ from kdoct.evaluate.tables import (
     shown_differences,
 )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #cc202b73
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9b94ba2d
 _SCORES = {  # score -> its column, whether it is shown in percent
     'accuracy': ('accuracy %', True),
     'sensitivity': ('balanced accuracy %', True),
@@ -55,7 +55,7 @@ def _counts(rows:pd.DataFrame)->tuple[dict, dict]:
     images, groups = rows.path.nunique(), rows.group.nunique()
     return dict(n_images=images, n_groups=groups), {'images (groups)': f'{images} ({groups})'}
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #bf2a237d
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5ba267d5
 def _section(title:str, made:dict, caption:str)->Section:
     "A section from name -> (numbers, texts)."
     table, texts = (pd.DataFrame({n: pair[i] for n, pair in made.items()}).T for i in (0, 1))
@@ -74,7 +74,7 @@ def score_numbers(
         texts[title] = _text(ci.loc[name], percent)
     return numbers | dict(note=score_row(rows, evaluate, seed, ci=ci)['note']), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e427116e
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #86ade052
 def _from_card(card:dict)->tuple[dict, dict]:
     "Numbers and texts of the scores that a card has."
     numbers, texts = dict(note=''), {}
@@ -87,7 +87,7 @@ def _from_card(card:dict)->tuple[dict, dict]:
     counts = dict(n_images=images, n_groups=groups)
     return numbers | counts, {'images (groups)': f'{images} ({groups})'} | texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1bd45586
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #23a63fa9
 _NOT_KNOWN = {'images (groups)': 'not known'} | {title: '–' for title, _ in _SCORES.values()}
 
 def _home_row(model:ExternalModel)->dict:
@@ -114,7 +114,7 @@ def external_scores(
             made[f'{name}, {place}'] = score_numbers(rows, evaluate, seed)
     return _section('Scores, at home and here', made, _ON_SCORES)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e9dcb63c
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c7787de4
 def _same_images(a:pd.DataFrame, b:pd.DataFrame)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images that both could read."
     both = set(a.path) & set(b.path)
@@ -133,7 +133,7 @@ def _comparable(a:ExternalModel, b:ExternalModel)->bool:
     same_classes = set(a.classes.joined) == set(b.classes.joined)
     return same_classes and len(a.decisions) == len(b.decisions)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ae151d79
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #34673331
 def _compared(a:ExternalModel, b:ExternalModel)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images of two models that are compared, their folds counted alike."
     def numbered(rows): return rows.assign(fold=rows.fold.rank(method='dense').astype(int))
@@ -158,7 +158,7 @@ def external_differences(
     texts, caption = shown_differences(d), ' '.join(caption.split())
     return Section('Paired differences here', table, texts, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9c3c6677
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ca99c95d
 def _confusion(model:ExternalModel)->tuple[pd.DataFrame, int]:
     "Counts of predicted classes by label; how many images count as another class when probabilities are added."
     rows = model.rows[model.rows.error == '']
@@ -185,7 +185,7 @@ def confusion_section(
                     f'probabilities of a joined class are added.')
     return Section(f'Their labels, as the {model.name} predicts them', t, texts, caption.strip())
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9a989b4b
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #6b542a35
 _DEFERRAL = {   # share -> its title
     'deferred': 'deferred %',
     'unsure': 'low confidence %',
@@ -211,7 +211,7 @@ def deferral_shares(
         deferred_accuracy=share(right, deferred),
     )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #a718309e
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #233a074b
 def _shares(rows, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of one row about deferral."
     numbers, texts = _counts(rows)
@@ -220,7 +220,7 @@ def _shares(rows, evaluate, seed)->tuple[dict, dict]:
         texts[_DEFERRAL[name]] = _text(r)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2c95f67a
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #086ca829
 def _has_decision(rows:pd.DataFrame)->bool: return bool(rows.deferred.notna().all())
 
 def _bare(models:dict[str, ExternalModel])->str:
@@ -245,7 +245,7 @@ def external_deferral(
     of low confidence, and outliers (unlike the training pictures), go to a person.'''
     return _section('What is deferred', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #51613784
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #fc4d0aff
 def _predicted_as(rows:pd.DataFrame)->str:
     "The classes that images are predicted as, the most frequent first."
     shares = rows.predicted.value_counts(normalize=True)
@@ -263,7 +263,7 @@ def _unknown_row(rows, evaluate, seed)->tuple[dict, dict]:
     texts |= {'predicted as': _predicted_as(rows), 'among the rest': _predicted_as(kept) or 'none'}
     return numbers | rows.predicted.value_counts(normalize=True).to_dict(), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #27500ebf
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #b016a9ce
 def unknown_section(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -280,7 +280,7 @@ def unknown_section(
     not deferred are predicted as.'''
     return _section('Classes that the network does not know', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9e5f0497
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #f669596c
 _FEW = 8   # values of a column of numbers that are groups of their own
 
 def banded(
@@ -297,7 +297,7 @@ def banded(
         return (low + ' to ' + high).fillna('').astype(str)
     return pd.qcut(numbers, 4, duplicates='drop').astype('string').fillna('').astype(str)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c4d92455
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #52d57fc5
 _LEAST = 10   # images below which a group is not called the worst
 
 def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[dict, dict]]:
@@ -318,7 +318,7 @@ def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[
         made[f'{column} {value or "(none)"}'] = numbers, texts
     return made
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #6959a994
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c67425d4
 def _worst_text(name:str, made:dict)->str:
     "Which group of a model is the worst, among those with enough images."
     enough = {k: n['accuracy'] for k, (n, _) in made.items() if n['n_images'] >= _LEAST}
@@ -328,7 +328,7 @@ def _worst_text(name:str, made:dict)->str:
     return (f'{name}: worst {worst} ({100*enough[worst]:.1f} %), {points:.1f} points below '
             f'{best}.')
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1b5b31d4
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2db2df9d
 def groups_section(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table
@@ -348,13 +348,15 @@ def groups_section(
     mean by chance too: look at the intervals.'''
     return _section('The worst group', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #0f59bceb
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #de44a338
 _TINY = np.finfo(float).tiny
+
+def _of_known_class(v:pd.DataFrame)->pd.Series: return v.label.notna() & (v.label != '')
 
 def _volume_predictions(model:ExternalModel)->pd.DataFrame:
     "Volumes of a known class that could be decided, as a table of predictions."
     v = model.volumes
-    v = v[v.label.notna() & (v.label != '') & (v.predicted != '')].reset_index(drop=True)
+    v = v[_of_known_class(v) & (v.predicted != '')].reset_index(drop=True)
     p = v[[f'probability_{c}' for c in model.classes.ours]].to_numpy(float)
     joined = model.classes.joined_probabilities(p)
     names, logits = np.array(list(model.classes.joined)), np.log(joined.clip(_TINY))
@@ -364,14 +366,23 @@ def _volume_predictions(model:ExternalModel)->pd.DataFrame:
     columns = {f'logit_{c}': logits[:, i] for i, c in enumerate(names)}
     return v.assign(right=names[logits.argmax(1)] == v.label, **columns)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5fd8fa7c
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #4b735fb1
+def _undecided(model:ExternalModel)->dict:
+    "A note on volumes that could not be decided; empty where all could."
+    v = model.volumes
+    n = int((_of_known_class(v) & (v.predicted == '')).sum())
+    if not n: return {}
+    return dict(note=f'{counted(n, "volume")} without a usable B-scan: deferred, and in no score')
+
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #3e7f549f
 def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of the volumes of a model."
     v = _volume_predictions(model)
     is_mean = v.rule.str.startswith('mean').all()
     names = HEADLINE if is_mean else LABEL_METRICS
     ci = bootstrap(v, *_how(evaluate, seed), metrics=names)
-    numbers, texts = dict(n_volumes=v.path.nunique(), n_groups=v.group.nunique()), {}
+    numbers = dict(n_volumes=v.path.nunique(), n_groups=v.group.nunique()) | _undecided(model)
+    texts = {}
     texts['volumes (groups)'] = f'{v.path.nunique()} ({v.group.nunique()})'
     for name in ('accuracy', 'sensitivity', 'specificity', 'auc'):
         title, percent = _SCORES[name]
@@ -380,15 +391,16 @@ def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
             numbers |= _numbers(name, ci.loc[name])
             texts[title] = _text(ci.loc[name], percent)
     if not model.has_decision: return numbers, texts
-    deferred, right, e = v.deferred.to_numpy(bool), v.right.to_numpy(bool), _how(evaluate, seed)
-    shares = dict(deferred=share_interval(deferred, v.group, None, *e),
-                  kept_accuracy=share_interval(right, v.group, ~deferred, *e))
+    every, e = model.volumes[_of_known_class(model.volumes)], _how(evaluate, seed)
+    kept = ~v.deferred.to_numpy(bool)
+    shares = dict(deferred=share_interval(every.deferred.to_numpy(bool), every.group, None, *e),
+                  kept_accuracy=share_interval(v.right.to_numpy(bool), v.group, kept, *e))
     for name, share in shares.items():
         numbers |= _numbers(name, share)
         texts[_DEFERRAL[name]] = _text(share)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #11e90220
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #36381707
 def _volume_notes(models:dict[str, ExternalModel])->str:
     "Volumes that are in no score, counted, and the first of those with contradicting labels."
     v = next(iter(models.values())).volumes.drop_duplicates('path')
@@ -400,7 +412,7 @@ def _volume_notes(models:dict[str, ExternalModel])->str:
     if len(unknown): out.append(f'{counted(len(unknown), "volume")} of unknown classes left out.')
     return ' '.join(out)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #97a43f12
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #853fc00c
 def external_volumes(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -417,19 +429,18 @@ def external_volumes(
     deferred.'''
     return _section('Volumes here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5145f464
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #020a15f5
 def _spread(each:list[dict])->tuple[dict, dict]:
     "Mean and standard deviation of the scores of several networks."
     numbers, texts = dict(note=''), {'images (groups)': ''}
     for name, (title, percent) in _SCORES.items():
-        values = np.array([n[name] for n in each], float)*(100 if percent else 1)
-        numbers |= {name: float(values.mean()), f'{name}_sd': float(values.std())}
-        texts[title] = f'{values.mean():.1f} ± {values.std():.1f}' if percent else (
-            f'{values.mean():.3f} ± {values.std():.3f}'
-        )
+        values = np.array([n[name] for n in each], float)
+        mean, sd = float(values.mean()), float(values.std())
+        numbers |= {name: mean, f'{name}_sd': sd}
+        texts[title] = f'{100*mean:.1f} ± {100*sd:.1f}' if percent else f'{mean:.3f} ± {sd:.3f}'
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #555ea5ed
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #99cedf38
 def external_folds(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -450,7 +461,7 @@ def external_folds(
     standard deviation over the folds (ddof 0) show what another training makes of it.'''
     return _section('Every fold here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9690f307
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2bfe673c
 def external_sections(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table, for the worst group

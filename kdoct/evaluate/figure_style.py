@@ -6,12 +6,13 @@
 __all__ = ['PALETTE', 'ROLE_COLOUR', 'colour_of', 'line_of', 'figure_style', 'styled_axes', 'save_figure']
 
 # %% ../../nbs/05r_evaluate.figure_style.ipynb #e42c7967
-import io
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
@@ -70,6 +71,20 @@ def styled_axes(
         yield fig, fig.subplots(rows, cols, squeeze=False, **kw)
 
 # %% ../../nbs/05r_evaluate.figure_style.ipynb #2d548aa3
+def _pixels(fig:Figure, dpi:int)->PILImage.Image:
+    "A figure as a picture, laid out and drawn once; `savefig` does both twice."
+    canvas, own_dpi, face = fig.canvas, fig.dpi, fig.get_facecolor()
+    fig.set_dpi(dpi)
+    fig.set_facecolor('white')
+    try:
+        drawn = FigureCanvasAgg(fig)
+        drawn.draw()
+        return PILImage.fromarray(np.asarray(drawn.buffer_rgba())).convert('RGB')
+    finally:
+        fig.set_dpi(own_dpi)
+        fig.set_facecolor(face)
+        fig.set_canvas(canvas)
+
 def save_figure(
     fig:Figure,  # what to save
     path:str|Path,  # a .png
@@ -77,9 +92,7 @@ def save_figure(
     method:PILImage.Quantize|None=None,  # how the 256 colours are chosen; None: Pillow's choice
 ) -> Path:  # the same path
     "Write a figure as PNG, atomically; 256 colours are enough for all of them and a third of the size."
-    with io.BytesIO() as raw, atomic_path(path) as tmp:
-        fig.savefig(raw, dpi=min(dpi, 150), format='png', facecolor='white')
-        PILImage.open(raw).convert('RGB').quantize(
-            256, method=method, dither=PILImage.Dither.NONE
-        ).save(tmp, 'png', optimize=True)
+    picture = _pixels(fig, min(dpi, 150))
+    few = picture.quantize(256, method=method, dither=PILImage.Dither.NONE)
+    with atomic_path(path) as tmp: few.save(tmp, 'png', optimize=True)
     return Path(path)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 
 from ..core.files import KdoctError
 from ..models.backbones import Classifier
@@ -139,6 +138,7 @@ def cluster_maps(
     n:int,                    # number of clusters
 )->tuple[torch.Tensor, torch.Tensor]:  # (n, h, w) their means; (k,) the cluster of each map
     "Maps that look alike once they are stretched (k-means)."
+    from sklearn.cluster import KMeans   # here: most kinds of maps need no sklearn
     flat = stretch(maps).flatten(1).cpu().numpy()
     found = KMeans(n, n_init=1, random_state=0).fit(flat)
     centres = torch.from_numpy(found.cluster_centers_).to(maps).view(n, *maps.shape[1:])
