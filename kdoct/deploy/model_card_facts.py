@@ -212,8 +212,8 @@ def _elsewhere(external:dict)->str:
 def _where_from(data:dict, external:dict)->str:
     "How far the tested pictures are from those of the training."
     if data.get('protocol') not in LEFT_OUT:
-        return (f'One data set ({data["source"]}): all scores on held-out patients are of pictures from '
-                f'the same source as the training. {_elsewhere(external)}')
+        return (f'One data set ({data["source"]}): all scores on held-out patients are of pictures '
+                f'from the same source as the training. {_elsewhere(external)}')
     what = 'source' if LEFT_OUT[data['protocol']] == 'site' else 'device'
     name = f' ({data["left_out"]})' if data.get('left_out') else ''
     return (f'All scores on held-out patients are of pictures of one {what}{name} that the network '
