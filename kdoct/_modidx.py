@@ -269,6 +269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'kdoct.app.cli_stress._default_out': ('app.cli_stress.html#_default_out', 'kdoct/app/cli_stress.py'),
                                       'kdoct.app.cli_stress._drawn': ('app.cli_stress.html#_drawn', 'kdoct/app/cli_stress.py'),
                                       'kdoct.app.cli_stress._echo': ('app.cli_stress.html#_echo', 'kdoct/app/cli_stress.py'),
+                                      'kdoct.app.cli_stress._first_picture': ( 'app.cli_stress.html#_first_picture',
+                                                                               'kdoct/app/cli_stress.py'),
                                       'kdoct.app.cli_stress._measure': ('app.cli_stress.html#_measure', 'kdoct/app/cli_stress.py'),
                                       'kdoct.app.cli_stress._tested': ('app.cli_stress.html#_tested', 'kdoct/app/cli_stress.py'),
                                       'kdoct.app.cli_stress._words': ('app.cli_stress.html#_words', 'kdoct/app/cli_stress.py'),
