@@ -59,6 +59,14 @@ def table_recipe(folder, text, encoding="utf-8", name="table.csv"):
     return DataRecipe(source="csv", root=str(folder / name))
 
 
+def folder_run(folder, pattern, name="r", of="tiny", **changes):
+    "A run on folders of classes, small and not yet prepared; `changes` are of its data part."
+    from kdoct.core.presets import preset
+    from kdoct.core.runs import create_run
+    data = dict(source="folder", root=str(folder), group_pattern=pattern, n_folds=3, size=32) | changes
+    return create_run(name, preset(of, **{f"data.{k}": v for k, v in data.items()}))
+
+
 def problems(listing):
     "Path -> problem of a listing's findings."
     return dict(zip(listing.findings.path, listing.findings.problem, strict=True))

@@ -29,7 +29,7 @@ def test_the_entries_that_a_refusal_proposes_are_the_ones_that_are_missing():
     ("amd=cnv", "amd is cnv", "Did you mean CNV?"),
     ("amdd=CNV,amd=CNV", "label amdd", "Did you mean amd?"),
     ("AMD=CNV,amd=CNV", "label AMD", "Did you mean amd?"),
-    ("amd=CNV DRUSEN", "amd is CNV DRUSEN", "CNV"),
+    ("amd=CNV DRUSEN", "amd is 'CNV DRUSEN'", "amd=CNV|DRUSEN"),
     ("amd=CNV;dme=DME", "no entry", "commas"),
 ])
 def test_a_slip_of_the_pen_is_named_with_what_was_meant(text, problem, fix):

@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import folder_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -371,14 +372,7 @@ def make_images(folder, patients=16, seed=0):
 
 
 def a_run(folder, name="r", **changes):
-    data = {
-        "data.source": "folder",
-        "data.root": str(folder),
-        "data.group_pattern": r"/(\d+)-",
-        "data.n_folds": 3,
-        "data.size": 32,
-    }
-    return create_run(name, preset("edge", **data, **{"data." + k: v for k, v in changes.items()}))
+    return folder_run(folder, r"/(\d+)-", name, "edge", **changes)
 
 
 def test_stage_writes_its_files_and_a_second_call_changes_none(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import lay_out, problems, table_recipe
+from conftest import folder_run, lay_out, problems, table_recipe
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from kdoct.app.report_parts import data_tables
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
-from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe
 from kdoct.data.audit import audit, audit_page
 from kdoct.data.fold_data import open_fold
@@ -386,20 +385,13 @@ def pictures(folder, patients=18, unlabelled=4):
     return folder
 
 
-def a_run(folder, name="r", **changes):
-    data = {
-        "data.source": "folder",
-        "data.root": str(folder),
-        "data.group_pattern": r"(p\d+)-",
-        "data.n_folds": 3,
-        "data.size": 32,
-    }
-    run = create_run(name, preset("tiny", **data, **{f"data.{k}": v for k, v in changes.items()}))
+def prepared_run(folder, name="r", **changes):
+    run = folder_run(folder, r"(p\d+)-", name, **changes)
     return run, prepare_data(run)
 
 
 def test_a_fold_gives_unlabelled_images_their_pixels_and_no_label(tmp_path):
-    run, facts = a_run(pictures(tmp_path))
+    run, facts = prepared_run(pictures(tmp_path))
     for k in range(3):
         data = open_fold(run, k)
         rows, at = data.rows("unlabelled"), data.idx["unlabelled"]
@@ -411,7 +403,7 @@ def test_a_fold_gives_unlabelled_images_their_pixels_and_no_label(tmp_path):
 
 
 def test_hidden_labels_are_in_the_table_and_not_in_what_training_sees(tmp_path):
-    run, facts = a_run(pictures(tmp_path, unlabelled=0), labelled=0.5)
+    run, facts = prepared_run(pictures(tmp_path, unlabelled=0), labelled=0.5)
     data = open_fold(run, 0)
     at, rows = data.idx["unlabelled"], data.rows("unlabelled")
     assert len(at) and (data.labels[at] == -1).all() and set(rows.label) == {"A", "B"}
@@ -422,7 +414,7 @@ def test_hidden_labels_are_in_the_table_and_not_in_what_training_sees(tmp_path):
 def test_the_same_pixels_with_and_without_a_label_are_one_group_and_keep_the_label(tmp_path):
     pictures(tmp_path)
     shutil.copy(tmp_path / "A" / "p00-0.png", tmp_path / "unlabelled" / "p99-0.png")
-    run, facts = a_run(tmp_path)
+    run, facts = prepared_run(tmp_path)
     folds = read_folds(run.folds_csv)
     assert set(folds.group[folds.path == "unlabelled/p99-0.png"]) == {"p00"}
     for k in range(3):
@@ -488,14 +480,14 @@ def test_audit_and_stage_say_how_many_images_have_no_label(tmp_path, capsys):
         "8 images of 4 groups (patients) have no label; 4 of these groups have no labelled image."
     )
     assert said in page and "(no label)" in page
-    _, facts = a_run(tmp_path)
+    _, facts = prepared_run(tmp_path)
     out = capsys.readouterr().out
     assert said in out and "unlabelled 8 images / 4 groups" in out
     assert facts["labels"]["0"]["unlabelled_images"] == 8
 
 
 def test_a_run_without_unlabelled_images_says_nothing_of_them(tmp_path, capsys):
-    _, facts = a_run(pictures(tmp_path, unlabelled=0))
+    _, facts = prepared_run(pictures(tmp_path, unlabelled=0))
     assert not facts["labels"] and not facts["unlabelled"]
     assert "label" not in capsys.readouterr().out
 
@@ -523,7 +515,7 @@ def test_a_plan_reads_the_share_from_the_recipe(tmp_path):
 
 
 def test_protocol_report_and_card_say_of_how_many_patients_the_labels_were_used(tmp_path):
-    run, facts = a_run(pictures(tmp_path, unlabelled=2), labelled=0.5)
+    run, facts = prepared_run(pictures(tmp_path, unlabelled=2), labelled=0.5)
     of = facts["labels"]["1"]
     kept = f"({of['labelled_groups']} of {of['training_groups']})"
     test = open_fold(run, 1).rows("test").assign(fold=1, logit_A=0.0, logit_B=0.0)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import copied_run
 from PIL import Image
 
 from kdoct.app import validation
@@ -15,6 +16,7 @@ from kdoct.app.validation import Network
 from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.deploy.engines import Engine
 from kdoct.deploy.model_card import model_card
+from kdoct.deploy.networks import open_bundle
 from kdoct.evaluate.decisions import Decision
 from kdoct.evaluate.external_records import report_external
 from kdoct.evaluate.metrics import read_role
@@ -309,3 +311,24 @@ def test_networks_of_several_folds_are_means_of_theirs_and_shown_alone(validated
     scores = record["sections"]["scores"]["table"]["straw, here"]
     assert scores["accuracy"] == pytest.approx(np.mean(each)) and scores["n_images"] == 12
     assert alone["straw, mean ± standard deviation"]["accuracy_sd"] == pytest.approx(np.std(each))
+
+
+@pytest.mark.slow
+def test_a_bundle_is_validated_as_it_is_and_the_next_one_has_it_on_its_card(exported_outputs, tmp_path, monkeypatch,
+                                                                           capsys):
+    run = copied_run(exported_outputs, tmp_path/"outputs")
+    bundle, root = run.stage_dir(0, "baseline")/"bundle", run.stage("data")["root"]
+    before = sorted(p.name for p in bundle.iterdir())
+    monkeypatch.chdir(tmp_path)
+    table = pd.read_csv(f"{root}/table.csv", dtype=str).groupby("label").head(12)
+    table.to_csv(f"{root}/some.csv", index=False)
+    argv = ["validate", str(bundle), "--source", "csv", "--data-root", f"{root}/some.csv", "--name", "again",
+            "--engine", "torch", "--resamples", "100"]
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert not e.value.code, capsys.readouterr().err
+    assert sorted(p.name for p in bundle.iterdir()) == before
+    open_bundle(bundle)   # its seal holds
+    (record,) = json.loads((run.path/"external/again.json").read_text())["networks"]
+    assert (record["role"], record["fold"]) == ("baseline", 0)
+    text, _ = model_card({}, run, 0, "baseline")
+    assert "| again |" in text.partition("## External validation")[2]

@@ -6,7 +6,7 @@
 __all__ = ['NetworksArgument', 'MapOption', 'LeaveOutOption', 'ByOption', 'ValidatedFoldsOption', 'ValidatedRolesOption',
            'NameOption', 'OutOption', 'BootOption', 'validate']
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #371a8f5e
+# %% ../../nbs/10d_app.cli_validation.ipynb #054d8cb8
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -22,10 +22,11 @@ from kdoct.app.cli_options import (
     short_path,
     SourceOption,
 )
+from .cli_models import CheckKeyOption, EngineOption
 from ..core.files import KdoctError, outputs_root
 from ..core.result_sections import EvaluateRecipe
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #f7b530b0
+# %% ../../nbs/10d_app.cli_validation.ipynb #6ecb1b52
 NetworksArgument = Annotated[
     list[str],
     typer.Argument(
@@ -34,7 +35,7 @@ NetworksArgument = Annotated[
     ),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #580ea0df
+# %% ../../nbs/10d_app.cli_validation.ipynb #e0049979
 MapOption = Annotated[
     str,
     option(
@@ -50,7 +51,7 @@ LeaveOutOption = Annotated[
     option('A,B,...', "Problems of the audit whose images are left out.", '--leave-out'),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #6bb6bf65
+# %% ../../nbs/10d_app.cli_validation.ipynb #c521c74e
 ByOption = Annotated[
     list[str],
     option(
@@ -61,7 +62,7 @@ ByOption = Annotated[
     ),
 ]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #f8870672
+# %% ../../nbs/10d_app.cli_validation.ipynb #56071de3
 ValidatedFoldsOption = Annotated[
     str, option('FOLDS', "Folds of the runs: 0,1 or 0-4. Default: all that are trained.", '--folds')
 ]
@@ -78,7 +79,7 @@ OutOption = Annotated[
 ]
 BootOption = Annotated[int, option('N', "Resamples of the patients.", '--resamples', min=100)]
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #d4fdfcac
+# %% ../../nbs/10d_app.cli_validation.ipynb #09d51fae
 def _words(text:str)->list[str]|None:
     "Words with commas between them; None where nothing is given."
     return [word.strip() for word in text.split(',') if word.strip()] or None
@@ -107,7 +108,7 @@ def _name_of(data, name:str)->str:
     "The name of a data set: the one given, or that of its folder."
     return name or Path(data.root or data.source).expanduser().resolve().name
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #eadb47ef
+# %% ../../nbs/10d_app.cli_validation.ipynb #a28da75a
 def _echo(title:str, texts):
     "Print a table of a validation."
     shown = texts.drop(columns='note', errors='ignore')
@@ -128,7 +129,7 @@ def _echo_results(sections:dict, warnings:list[str]):
     for key in ('scores', 'differences', 'deferral', 'unknown'):
         if key in sections: _echo(sections[key].title, sections[key].texts)
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #e8ad2496
+# %% ../../nbs/10d_app.cli_validation.ipynb #7937ed22
 def _echo_files(files:list[Path], noted:list[Path], lost:list[str]):
     "Print what was written, what goes on the cards, and what cannot."
     typer.echo()
@@ -140,7 +141,27 @@ def _echo_files(files:list[Path], noted:list[Path], lost:list[str]):
             f"Not noted for {', '.join(lost)}: a bundle is sealed, and its run is not here. "
             f"Validate the run, or its model folder, and export it again.", 118))
 
-# %% ../../nbs/10d_app.cli_validation.ipynb #4f71fcb3
+# %% ../../nbs/10d_app.cli_validation.ipynb #2563d37e
+def _check_map(labels:str, theirs, networks:dict):
+    "`KdoctError` where the map does not fit the classes of a network."
+    from kdoct.data.class_map import class_map
+    for several in networks.values(): class_map(labels, theirs, several[0].bundle.classes)
+
+def _predicted(networks:dict, data, labels:str, by:list[str], name:str, engine:str)->tuple:
+    "Every model on the audited images, the columns that group these, and the audit."
+    from kdoct.app import validation
+    from kdoct.app.validation_page import images_text
+    findings = outputs_root()/'audit'/f'external-{name}.csv'
+    listing, result = validation.audited_images(data, findings)
+    images, columns = validation.grouped_images(result.table, data, by)
+    _check_map(labels, images.label, networks)
+    for text in images_text(result): typer.echo(text)
+    how = images, listing.root, labels
+    models = {n: validation.validated_model(several, *how, engine=engine)
+              for n, several in networks.items()}
+    return models, columns, result
+
+# %% ../../nbs/10d_app.cli_validation.ipynb #82986788
 def validate(
     networks:NetworksArgument,
     labels:MapOption='',
@@ -155,29 +176,25 @@ def validate(
     name:NameOption='',
     out:OutOption=None,
     resamples:BootOption=1000,
+    engine:EngineOption='',
+    key:CheckKeyOption=None,
 ):
     "Validate networks on labelled images of another place. One page: scores beside those at home, what is deferred."
     data = _data_recipe(source, data_root, group_pattern, leave_out, changes)
-    from kdoct.app import validation, validation_page
-    from kdoct.data.class_map import class_map
+    from kdoct.app import validation, validation_page as pages
     from kdoct.evaluate.external_tables import external_sections
     name, evaluate = _name_of(data, name), EvaluateRecipe(n_boot=resamples)
-    opened = validation.networks_to_validate(networks, _folds_given(folds), _words(roles))
-    for several in opened.values(): class_map(labels, None, several[0].bundle.classes)
+    which = _folds_given(folds), _words(roles), key
+    opened = validation.networks_to_validate(networks, *which)
+    _check_map(labels, None, opened)
     folder = _result_folder(opened, name, out)
-    findings = outputs_root()/'audit'/f'external-{name}.csv'
-    listing, result = validation.audited_images(data, findings)
-    images, columns = validation.grouped_images(result.table, data, by)
-    for several in opened.values(): class_map(labels, images.label, several[0].bundle.classes)
-    for text in validation_page.images_text(result): typer.echo(text)
-    how = images, listing.root, labels
-    models = {n: validation.validated_model(several, *how) for n, several in opened.items()}
+    models, columns, result = _predicted(opened, data, labels, by, name, engine)
     sections = external_sections(models, columns, evaluate)
     facts = name, models, sections, result, evaluate
-    record = validation_page.validation_record(*facts, source=data.source, map=labels)
-    page = validation_page.validation_page(*facts)
+    record = pages.validation_record(*facts, source=data.source, map=labels)
+    page = pages.validation_page(*facts)
     _echo_results(sections, record['warnings'])
-    predictions = validation_page.all_predictions(models)
-    files = validation_page.write_validation(folder, page, record, predictions)
-    noted = validation_page.note_in_homes(opened, models, sections, record, evaluate, files[0])
+    predictions = pages.all_predictions(models)
+    files = pages.write_validation(folder, page, record, predictions)
+    noted = pages.note_in_homes(opened, models, sections, record, evaluate, files[0])
     _echo_files(files, *noted)

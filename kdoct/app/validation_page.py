@@ -6,7 +6,8 @@
 __all__ = ['images_text', 'map_text', 'map_texts', 'warnings_of_validation', 'validation_page', 'validation_record',
            'all_predictions', 'note_in_homes', 'check_new_folder', 'write_validation']
 
-# %% ../../nbs/08f_app.validation_page.ipynb #3cb1db87
+# %% ../../nbs/08f_app.validation_page.ipynb #412f729a
+import base64
 import os
 import tempfile
 import time
@@ -23,12 +24,14 @@ from ..core.result_sections import EvaluateRecipe
 from ..data.audit import Audit
 from ..data.listing import part_name
 from ..evaluate.external import ExternalModel
+from ..evaluate.external_figures import places_figure
 from ..evaluate.external_records import network_records, note_validation
+from ..evaluate.figure_style import save_figure
 from ..evaluate.intervals import MIN_DEFINED
 from ..evaluate.run_tables import plain_numbers
 from ..evaluate.tables import Section, without_note
 
-# %% ../../nbs/08f_app.validation_page.ipynb #a654b5d2
+# %% ../../nbs/08f_app.validation_page.ipynb #22c75d59
 def _copies_text(copies:pd.DataFrame)->str:
     "How many images are copies, and how many of these of an image in another folder of parts."
     originals = copies.detail.str.partition(' as ')[2]
@@ -37,7 +40,7 @@ def _copies_text(copies:pd.DataFrame)->str:
     which = f' ({across} of an image in another part: training, test, ...)' if across else ''
     return f'{counted(len(copies), "copy", "copies")} of other images{which}; each counts once'
 
-# %% ../../nbs/08f_app.validation_page.ipynb #493303b2
+# %% ../../nbs/08f_app.validation_page.ipynb #c142c8d3
 def _left_out_text(result:Audit)->str:
     "What the audit found and left out; '' if nothing."
     gone = result.findings[result.findings.action == 'left out']
@@ -65,7 +68,7 @@ def images_text(
     first = f'{counted(len(t), "image")} of {groups}; by their labels: {counts}.'
     return [s for s in (first, _left_out_text(result), _lone_text(t)) if s]
 
-# %% ../../nbs/08f_app.validation_page.ipynb #362e8b30
+# %% ../../nbs/08f_app.validation_page.ipynb #3535d6aa
 def map_text(
     model:ExternalModel,  # a model
 )->list[str]:             # sentences
@@ -80,7 +83,7 @@ def map_text(
                    f'LABEL={lost[0]}')
     return out
 
-# %% ../../nbs/08f_app.validation_page.ipynb #25a7c14f
+# %% ../../nbs/08f_app.validation_page.ipynb #6e7d3e00
 def _failed_text(model:ExternalModel)->str:
     "Images that a model could not read or refused; '' if there are none."
     failed = model.rows[model.rows.error != '']
@@ -107,7 +110,7 @@ def warnings_of_validation(
     each += [_failed_text(m) for m in models.values()]
     return list(dict.fromkeys(t for t in [_lone_text(result.table), *each] if t))
 
-# %% ../../nbs/08f_app.validation_page.ipynb #136af8cc
+# %% ../../nbs/08f_app.validation_page.ipynb #41b47c1b
 _ORDER = {   # section of the page -> its title, and the tables in it by the first word of their name
     'results': ('Results', ('scores', 'differences', 'folds')),
     'deferral': ('What is deferred', ('deferral', 'unknown')),
@@ -131,7 +134,16 @@ def _page_sections(sections:dict[str, Section])->list[dict]:
         if parts: out.append(dict(id=name, title=title, paragraphs=[], parts=parts, figures=[]))
     return out
 
-# %% ../../nbs/08f_app.validation_page.ipynb #d966cccc
+# %% ../../nbs/08f_app.validation_page.ipynb #d3418acd
+def _figure(sections:dict[str, Section], names:list[str])->dict:
+    "The figure of the two places as data for the page."
+    caption = 'Scores of each model at home and here, with intervals over groups.'
+    with tempfile.TemporaryDirectory() as d:
+        path = save_figure(places_figure(sections, names), Path(d)/'places.png')
+        picture = base64.b64encode(path.read_bytes()).decode()
+    return dict(src=f'data:image/png;base64,{picture}', alt=caption, caption=caption)
+
+# %% ../../nbs/08f_app.validation_page.ipynb #151e4283
 def _how_text(models:dict[str, ExternalModel], e:EvaluateRecipe)->str:
     "How networks predicted, and how intervals are made."
     engines = {n['engine'] for m in models.values() for n in m.about['networks']}
@@ -143,7 +155,7 @@ def _how_text(models:dict[str, ExternalModel], e:EvaluateRecipe)->str:
     none where more than {100*(1 - MIN_DEFINED):.0f} % of these do not define the score.'''
     return ' '.join(text.split())
 
-# %% ../../nbs/08f_app.validation_page.ipynb #fe6f45db
+# %% ../../nbs/08f_app.validation_page.ipynb #9a6b7ff3
 def validation_page(
     name:str,                         # of the data set
     models:dict[str, ExternalModel],  # name -> model
@@ -156,19 +168,18 @@ def validation_page(
     protocol = [' '.join(about), _how_text(models, evaluate)]
     data = dict(id='data', title='Images and labels', paragraphs=protocol, parts=[], figures=[])
     made = time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())
-    warnings = warnings_of_validation(models, result)
-    return simple_page(
-        f'External validation: {name}', f'Made {made} with kdoct {kdoct.__version__}.',
-        [data, *_page_sections(sections)], warnings,
-    )
+    warnings, tables = warnings_of_validation(models, result), _page_sections(sections)
+    tables[0]['figures'] = [_figure(sections, list(models))]
+    title, subtitle = f'External validation: {name}', f'Made {made} with kdoct {kdoct.__version__}.'
+    return simple_page(title, subtitle, [data, *tables], warnings)
 
-# %% ../../nbs/08f_app.validation_page.ipynb #36486b69
+# %% ../../nbs/08f_app.validation_page.ipynb #4e0449a1
 def _plain(s:Section)->dict:
     "A section as JSON wants it."
     texts = plain_numbers(s.texts.fillna('').astype(str))
     return dict(title=s.title, caption=s.caption, table=plain_numbers(s.table), texts=texts)
 
-# %% ../../nbs/08f_app.validation_page.ipynb #0dda444a
+# %% ../../nbs/08f_app.validation_page.ipynb #7965e24a
 def validation_record(
     name:str,                         # of the data set
     models:dict[str, ExternalModel],  # name -> model
@@ -192,7 +203,7 @@ def validation_record(
         sections={k: _plain(s) for k, s in sections.items()},
     )
 
-# %% ../../nbs/08f_app.validation_page.ipynb #02adcd7d
+# %% ../../nbs/08f_app.validation_page.ipynb #65431022
 def all_predictions(
     models:dict[str, ExternalModel],  # name -> model
 )->pd.DataFrame:                      # a row an image and network
@@ -200,7 +211,7 @@ def all_predictions(
     each = {n: m.rows.drop(columns='sha256', errors='ignore') for n, m in models.items()}
     return pd.concat(each, names=['model']).reset_index(level='model').reset_index(drop=True)
 
-# %% ../../nbs/08f_app.validation_page.ipynb #27d20745
+# %% ../../nbs/08f_app.validation_page.ipynb #11975e38
 def note_in_homes(
     networks:dict[str, list[Network]],  # model -> its networks
     models:dict[str, ExternalModel],    # the same, validated
@@ -222,7 +233,7 @@ def note_in_homes(
              for home, facts in each.items()]
     return noted, list(dict.fromkeys(lost))
 
-# %% ../../nbs/08f_app.validation_page.ipynb #ffd78f1e
+# %% ../../nbs/08f_app.validation_page.ipynb #2db06529
 def check_new_folder(
     out:Path,  # folder of the results
 ):
@@ -232,7 +243,7 @@ def check_new_folder(
         raise KdoctError(f"{out} exists already.",
                          fix="Give this validation another name (--name), or delete the folder.")
 
-# %% ../../nbs/08f_app.validation_page.ipynb #29e5fa2f
+# %% ../../nbs/08f_app.validation_page.ipynb #1ec48dd2
 def write_validation(
     out:Path,              # a new folder
     page:str,              # HTML

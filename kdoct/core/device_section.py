@@ -57,13 +57,13 @@ class DeviceRecipe(Part):
                     "[fraction of the grey range]",
     )
     gamma: float = Field(
-        2.0, ge=1, le=5, description="largest exponent of the grey values, and its inverse; 1: none"
+        1.8, ge=1, le=5, description="largest exponent of the grey values, and its inverse; 1: none"
     )
     contrast: float = Field(
         0.5, ge=0, le=1, description="strongest S-shaped contrast curve, and its inverse"
     )
     amplitude: float = Field(
-        0.6, ge=0, le=1,
+        0.4, ge=0, le=1,
         description="largest share of the Fourier amplitudes that another training image gives "
                     "(FACT)",
     )

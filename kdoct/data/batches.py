@@ -30,6 +30,8 @@ from kdoct.data.augment import (
     to_unit,
     uniforms,
 )
+from .device_style import Styles
+from .device_views import change_device
 
 # %% ../../nbs/01oe_data.batches.ipynb #03eab5a8
 def in_thread(
@@ -140,7 +142,8 @@ class Batches:
         self.device, self.size = torch.device(device), size
         self.view, self.views, self.refresh, self.share = view, views, refresh, share
         self.accumulate = 1   # batches a step of the optimiser, in one process; a training sets it
-        self.epoch, self.start = 0, 0
+        self.clean = False    # what is computed of a batch sees it without changes of devices; likewise
+        self.styles, self.epoch, self.start = None, 0, 0
 
 # %% ../../nbs/01oe_data.batches.ipynb #7136bc75
 @patch
@@ -188,26 +191,56 @@ def read(self:Batches,
 
 # %% ../../nbs/01oe_data.batches.ipynb #630e685e
 @patch
+def styles_of(self:Batches)->Styles:
+    "The training images that give others their style, chosen once, the same in every process."
+    if self.styles is None:
+        self.styles = Styles(self.images, self.ids, self.rows, self.size, self.seed)
+    return self.styles
+
+@patch
+def is_changed(self:Batches)->bool:
+    "Whether views are changed as other devices would."
+    return self.recipe is not None and self.recipe.device.prob > 0
+
+# %% ../../nbs/01oe_data.batches.ipynb #9133d10c
+@patch
+def both(self:Batches,
+    x:torch.Tensor,       # see `read`
+    rows:np.ndarray,      # (n,) rows of the data set
+    number:int|None=None, # of the random view; None: the one of this epoch
+)->tuple[torch.Tensor, torch.Tensor]:  # (n, 1 or 3, size, size) float in [0, 1], on the device
+    "Views, and the same views without the changes of devices: one tensor twice where there are none."
+    x = put(x, self.device)
+    if self.recipe is None: return (apply_view(to_unit(x), self.view, self.size),)*2
+    if number is None: number = view_number(self.epoch, self.views, self.refresh)
+    ids = self.ids[rows]
+    u = torch.from_numpy(uniforms(ids, N_DRAWS, self.seed, number))
+    clean = augment(x, u, self.recipe, self.size)
+    if not self.is_changed(): return clean, clean
+    how = self.recipe.device, self.styles_of(), self.seed, number, self.recipe.fill
+    return change_device(clean, ids, *how), clean
+
+# %% ../../nbs/01oe_data.batches.ipynb #e64598ea
+@patch
 def make(self:Batches,
     x:torch.Tensor,       # see `read`
     rows:np.ndarray,      # (n,) rows of the data set
     number:int|None=None, # of the random view; None: the one of this epoch
-)->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
+)->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; the same without changes of devices; (n,) int64
     "Random views of images if there is a recipe, else the fixed view; and labels. On the device."
-    x, y = put(x, self.device), put(torch.from_numpy(self.labels[rows]), self.device)
-    if self.recipe is None: return apply_view(to_unit(x), self.view, self.size), y
-    if number is None: number = view_number(self.epoch, self.views, self.refresh)
-    u = torch.from_numpy(uniforms(self.ids[rows], N_DRAWS, self.seed, number))
-    return augment(x, u, self.recipe, self.size), y
+    y = put(torch.from_numpy(self.labels[rows]), self.device)
+    return *self.both(x, rows, number), y
 
 # %% ../../nbs/01oe_data.batches.ipynb #a42b5e50
 @patch
 def batch(self:Batches,
     rows:np.ndarray,      # (n,) rows of the data set
     number:int|None=None, # of the random view; None: the one of this epoch
+    clean:bool=False,     # without the changes of devices
 )->tuple:                 # (n, 1 or 3, size, size) float in [0, 1]; (n,) int64
     "One batch on the device."
-    return self.make(self.read(rows), rows, number)
+    x, without, y = self.make(self.read(rows), rows, number)
+    return without if clean else x, y
 
 # %% ../../nbs/01oe_data.batches.ipynb #194106de
 @patch
@@ -224,8 +257,9 @@ def blocks(self:Batches,
         for parts, rows, after in zip(blocks, joined, [*joined[1:], None], strict=True):
             pixels = coming.result()
             coming = None if after is None else in_thread(self.read, after)
-            x, y = self.make(pixels, rows)
-            yield parts, x, y, None if compute is None else compute(x, rows)
+            x, clean, y = self.make(pixels, rows)
+            seen = clean if self.clean else x
+            yield parts, x, y, None if compute is None else compute(seen, rows)
     finally: wait([coming] if coming else [])
 
 # %% ../../nbs/01oe_data.batches.ipynb #550dbf93

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'ClassMap', 'class_map']
 
-# %% ../../nbs/01ac_data.class_map.ipynb #3c19b8f9
+# %% ../../nbs/01ac_data.class_map.ipynb #7bc7cf1a
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from fastcore.basics import patch
 from ..core.files import did_you_mean, KdoctError
 from .spellings import same_name_key
 
-# %% ../../nbs/01ac_data.class_map.ipynb #78326f29
+# %% ../../nbs/01ac_data.class_map.ipynb #585c436a
 UNKNOWN = '?'   # stands for a class that the network does not know
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ClassMap:
         known = {c for members in self.labels.values() for c in members}
         return tuple(c for c in self.ours if c not in known)
 
-# %% ../../nbs/01ac_data.class_map.ipynb #34e6ff1f
+# %% ../../nbs/01ac_data.class_map.ipynb #2c56afe1
 _EXAMPLE = ("Write entries LABEL=CLASS with commas between them, as "
             "'amd=CNV|DRUSEN,healthy=NORMAL,rvo=?'")
 
@@ -61,7 +62,7 @@ def _entry(part:str)->tuple[str, tuple[str, ...]]:
         )
     return label, classes
 
-# %% ../../nbs/01ac_data.class_map.ipynb #e1d4958e
+# %% ../../nbs/01ac_data.class_map.ipynb #24f0df65
 def _entries(text:str)->dict[str, tuple[str, ...]]:
     "Label -> classes as written, of a whole map."
     out = {}
@@ -73,7 +74,7 @@ def _entries(text:str)->dict[str, tuple[str, ...]]:
         out[label] = classes
     return out
 
-# %% ../../nbs/01ac_data.class_map.ipynb #d4ddaec1
+# %% ../../nbs/01ac_data.class_map.ipynb #fa1212c0
 def _same_name(name:str, known:Iterable[str])->str:
     "The known name that differs by case or spelling alone; '' if there is none."
     key = same_name_key(name)
@@ -84,16 +85,25 @@ def _other(name:str, known:Iterable[str], kind:str)->str:
     near = _same_name(name, known)
     return f"Did you mean {near}?" if near else did_you_mean(name, known, kind)
 
+def _check_separator(label:str, text:str, ours:tuple[str, ...]):
+    "`KdoctError` where several classes of the network stand in one entry without | between them."
+    parts = [part for part in re.split(r'[+;/&\s]+', text) if part]
+    if len(parts) < 2 or not set(parts) <= set(ours): return
+    raise KdoctError(f"The map says {label} is {text!r}, which is no class of the network.",
+                     fix=f"Put | between several: {label}={'|'.join(parts)}")
+
 def _check_ours(entries:dict, ours:tuple[str, ...]):
     "`KdoctError` for a class that the network does not have."
     for label, classes in entries.items():
         for c in classes:
             if c == UNKNOWN or c in ours: continue
+            _check_separator(label, c, ours)
             raise KdoctError(
                 f"The map says {label} is {c}, which is no class of the network.",
                 fix=f"{_other(c, ours, 'classes')} If it has no such class: {label}={UNKNOWN}",
             )
 
+# %% ../../nbs/01ac_data.class_map.ipynb #045af5e7
 def _check_theirs(entries:dict, theirs:tuple[str, ...]):
     "`KdoctError` for a label that no image has."
     for label in entries:
@@ -103,7 +113,7 @@ def _check_theirs(entries:dict, theirs:tuple[str, ...]):
             fix=f"{_other(label, theirs, 'labels')} Else take the entry out.",
         )
 
-# %% ../../nbs/01ac_data.class_map.ipynb #cf4fe7a2
+# %% ../../nbs/01ac_data.class_map.ipynb #9ddc08b1
 def _missing_entry(label:str, ours:tuple[str, ...])->str:
     "The entry to write for a label that has none."
     return f'{label}={_same_name(label, ours) or "..."}'
@@ -120,7 +130,7 @@ def _check_complete(entries:dict, theirs:tuple[str, ...], ours:tuple[str, ...]):
             f"not one of them: {UNKNOWN})",
     )
 
-# %% ../../nbs/01ac_data.class_map.ipynb #7e92516d
+# %% ../../nbs/01ac_data.class_map.ipynb #d93089bb
 def _check_disjoint(labels:dict[str, tuple[str, ...]]):
     "`KdoctError` where two labels share a class of ours and are not the same: which is right could not be said."
     of = {}
@@ -135,7 +145,7 @@ def _check_disjoint(labels:dict[str, tuple[str, ...]]):
                 fix=f"Map both to the same: {first}={both},{label}={both}",
             )
 
-# %% ../../nbs/01ac_data.class_map.ipynb #66436216
+# %% ../../nbs/01ac_data.class_map.ipynb #b9536a48
 def class_map(
     text:str,                    # 'LABEL=CLASS|CLASS,LABEL=?,...'; '': labels are our classes
     theirs:Iterable[str]|None,   # labels of the images there; None: not known yet, the text alone is checked
@@ -161,7 +171,7 @@ def class_map(
         raise KdoctError(f"The map joins all classes into one: {text}.", fix="Leave two at least.")
     return out
 
-# %% ../../nbs/01ac_data.class_map.ipynb #b55ffd7b
+# %% ../../nbs/01ac_data.class_map.ipynb #e316b1f1
 @patch
 def truth_of(
     self:ClassMap,
@@ -188,7 +198,7 @@ def joined_probabilities(
     places = [[self.ours.index(c) for c in members] for members in self.joined.values()]
     return np.stack([p[:, place].sum(1) for place in places], axis=1)
 
-# %% ../../nbs/01ac_data.class_map.ipynb #e17cc929
+# %% ../../nbs/01ac_data.class_map.ipynb #98f61656
 @patch
 def one_class_each(
     self:ClassMap,

@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance
 from scipy import ndimage
 from scipy.signal import fftconvolve
 
-from ..core.files import did_you_mean, KdoctError
+from ..core.files import KdoctError
 
 # %% ../../nbs/01pb_data.corruptions.ipynb #98026be3
 SIDE = 224   # shorter side of the pictures that the published parameters are of [px]
@@ -312,8 +312,9 @@ def corruptions_named(
     known = {f.lower(): some for f, some in families.items()} | {n: [n] for n in CORRUPTIONS}
     for name in names or ():
         if name.lower() not in known:
-            remedy = did_you_mean(name, [*CORRUPTIONS, MEDMNIST, DEVICE], 'corruptions')
-            raise KdoctError(f"There is no corruption '{name}'.", fix=remedy)
+            there = [*CORRUPTIONS, *(f.lower() for f in families)]
+            raise KdoctError(f"There is no corruption '{name}'.",
+                             fix=f"There is: {', '.join(there)}")
     named = [n for name in names or CORRUPTIONS for n in known[name.lower()]]
     is_left_out = {n: modality != 'oct' and CORRUPTIONS[n].oct_only for n in named}
     left_out = [n for n, out in is_left_out.items() if out]

@@ -88,7 +88,7 @@ def transfer_noise(
     return match_histogram(torch.stack(out).clamp(0, 1), other)
 
 # %% ../../nbs/01oc_data.device_style.ipynb #184bb8e1
-_POOL = (1 << 50) + 1   # views have smaller numbers
+_POOL = 1 << 52   # views, and what is drawn for them, have smaller numbers
 
 class Styles:
     "Some images of the training part, to take a style from."

@@ -71,17 +71,26 @@ def places(self:UnlabelledBatches,
 
 # %% ../../nbs/01of_data.unlabelled_batches.ipynb #3e1972df
 @patch
+def both(self:UnlabelledBatches,
+    number:int,     # of the labelled batch in its epoch: `train.start + learn.iter`
+)->tuple[torch.Tensor, torch.Tensor, np.ndarray]:  # two times (n, 1 or 3, size, size) in [0, 1]; (n,) int64
+    "The unlabelled images beside a labelled batch, also without the changes of devices; their rows in `train.images`."
+    places, n, source, made = self.places(number), len(self.source.rows), self.source, []
+    source.device = self.train.device
+    if source.is_changed(): source.styles = self.train.styles_of()
+    for k in np.unique(places//n):
+        rows = self.order(int(k))[places[places//n == k] % n]
+        made.append((*source.both(source.read(rows), rows, int(k)), rows))
+    x, clean, rows = zip(*made, strict=True)
+    return torch.cat(x), torch.cat(clean), np.concatenate(rows)
+
+@patch
 def batch(self:UnlabelledBatches,
     number:int,     # of the labelled batch in its epoch: `train.start + learn.iter`
 )->tuple[torch.Tensor, np.ndarray]:  # (n, 1 or 3, size, size) float in [0, 1], on the device; (n,) int64
     "The unlabelled images that stand beside a labelled batch, and their rows in `train.images`."
-    places, n = self.places(number), len(self.source.rows)
-    self.source.device, made = self.train.device, []
-    for k in np.unique(places//n):
-        rows = self.order(int(k))[places[places//n == k] % n]
-        made.append((self.source.batch(rows, int(k))[0], rows))
-    x, rows = zip(*made, strict=True)
-    return torch.cat(x), np.concatenate(rows)
+    x, _, rows = self.both(number)
+    return x, rows
 
 # %% ../../nbs/01of_data.unlabelled_batches.ipynb #c99e0111
 def unlabelled_batches(

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core.files import counted, KdoctError
-from ..core.sections import DistillRecipe, TrainRecipe
+from ..core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from ..data.batches import Batches, view_number
 from .methods import check_method, LayerPair, Output, output_of, Setting, Step
 from .teacher_cache import TeacherCache
@@ -143,8 +143,9 @@ def _check(self:Distill, n_classes:int):
     "`KdoctError` if the method cannot be used in this Learner."
     used = {cb.name for cb in self.learn.cbs}
     accumulate = self.dls.train.accumulate if self.ours else 1
+    augment = (self.dls.train.recipe if self.ours else None) or AugmentRecipe()
     training = TrainRecipe(accumulate=accumulate, mix_prob=float('mix' in used),
-                           compile='compile' in used)
+                           compile='compile' in used, augment=augment)
     check_method(self.recipe, training, n_classes, rank_world()[1])
 
 # %% ../../nbs/03i_distill.callback.ipynb #960d1425
@@ -164,6 +165,7 @@ def prepare(self:Distill):
     self._open_unlabelled()
     known = self.originals, self.beginnings, tuple(self.teachers), self.learn.loss_func
     batches = train if self.ours else None
+    if self.ours: train.clean = self.recipe.teacher_view == 'clean'
     method.setup(Setting(self.model, self.pairs, n_classes, labels, rows, *known, batches))
     method.to(self.dls.device)
 
@@ -198,8 +200,9 @@ def _open_unlabelled(self:Distill):
 def unlabelled_step(self:Distill, labelled:Step)->Step|None:
     "The unlabelled images beside a batch, and what the networks make of them; None: there are none."
     if self.unlabelled is None or not self.group.method.uses_unlabelled: return None
-    x, rows = self.unlabelled.batch(self.dls.train.start + self.iter)
-    teachers = labelled.query(x) if self.group.method.queries else {}
+    x, clean, rows = self.unlabelled.both(self.dls.train.start + self.iter)
+    seen = clean if self.dls.train.clean else x
+    teachers = labelled.query(seen) if self.group.method.queries else {}
     return replace(
         labelled,
         images=x,
@@ -268,8 +271,9 @@ def before_train(self:Distill):
     self.rows = train.parts()
     if not self.group.method.queries: return
     if not self.online: self.build()
-    elif self._alone(): return   # queried about each batch, in after_loss
-    self.block = max(1, recipe.teacher_batch//train.batch_size) if self.online else 1
+    elif self._alone() and not train.clean: return   # queried about each batch, in after_loss
+    at_once = self.online and not self._alone()
+    self.block = max(1, recipe.teacher_batch//train.batch_size) if at_once else 1
     self.learn.dl = QueriedBatches(self, train)
 
 @patch
@@ -300,6 +304,23 @@ def after_step(self:Distill):
 
 # %% ../../nbs/03i_distill.callback.ipynb #fd578544
 @patch
+def refuse_views(self:Distill):
+    "`KdoctError` where the recipe wants views that only kdoct's own batches make."
+    if not self.online or self.recipe.views:
+        raise KdoctError(
+            "Views that come back are made by kdoct's own batches, which this Learner "
+            "does not have.",
+            fix="Set views to 0, and give networks.",
+        )
+    if self.recipe.teacher_view == 'clean':
+        raise KdoctError(
+            "The clean view of an image is made by kdoct's own batches, which this Learner does "
+            "not have.",
+            fix="Train with kdoct's own stages, or set teacher_view to same.",
+        )
+
+# %% ../../nbs/03i_distill.callback.ipynb #ca24a3ef
+@patch
 def check_learner(self:Distill):
     "Take over normalisation and classes of a Learner; `KdoctError` where a teacher does not fit them."
     if sum(isinstance(cb, Distill) for cb in self.learn.cbs) > 1:
@@ -310,12 +331,7 @@ def check_learner(self:Distill):
     names = getattr(self.dls, 'vocab', None)
     are_names = names is not None and all(isinstance(c, str) for c in names)
     self.group.set_classes(names if are_names else None)
-    if not self.online or self.recipe.views:
-        raise KdoctError(
-            "Views that come back are made by kdoct's own batches, which this Learner "
-            "does not have.",
-            fix="Set views to 0, and give networks.",
-        )
+    self.refuse_views()
     for name, teacher in self.teachers.items():
         if teacher is self.learn.model:
             raise KdoctError(f"The {name} is the student itself.", fix="Give another network.")
@@ -369,8 +385,9 @@ def teacher_output(self:Distill, role:str, x:torch.Tensor)->Output:  # of (n, ch
 # %% ../../nbs/03i_distill.callback.ipynb #e5e1e7f4
 @patch
 def query(self:Distill, x:torch.Tensor, rows)->torch.Tensor:  # (n, columns)
-    "What each teacher gives for a block of batches, side by side: logits, embedding."
+    "What each teacher gives for a block of batches, side by side: logits, embedding; else what it will see."
     train = self.dls.train
+    if self.online and self._alone(): return x
     number = view_number(train.epoch, train.views, train.refresh)
     if self.online: each = [as_columns(self.teacher_output(role, x)) for role in self.teachers]
     else: each = [cache.columns(rows, number) for cache in self.teachers.values()]
@@ -398,8 +415,9 @@ def combined(self:Distill, teachers:dict[str, Output])->torch.Tensor|None:  # (n
 def teacher_outputs(self:Distill)->dict[str, Output]:
     "What the teachers give for this batch, by role."
     if not self.group.method.queries: return {}
-    if self.columns is None:
-        return {role: self.teacher_output(role, self.xb[0]) for role in self.queried()}
+    if self.online and (self.columns is None or self._alone()):
+        seen = self.xb[0] if self.columns is None else self.columns
+        return {role: self.teacher_output(role, seen) for role in self.queried()}
     each = dict(zip(self.teachers, self.columns.split(self.widths, 1), strict=True))
     outputs = {role: from_columns(each[role], self.pred.shape[1]) for role in self.queried()}
     if not hasattr(self.learn, 'mix'): return outputs

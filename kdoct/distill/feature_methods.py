@@ -65,6 +65,7 @@ class ProjectedMethod(FeatureMethod):
 @method('fitnet')
 class FitNet(ProjectedMethod):
     "The student's last maps, projected, shall be the teacher's."
+    compares_places = True
     source = 'Romero et al. 2015, arXiv 1412.6550'
 
     class Options(Part):
@@ -82,7 +83,7 @@ class FitNet(ProjectedMethod):
 @method('attention')
 class Attention(FeatureMethod):
     "Where the maps of the last three stages are large."
-    needs = 'stages'
+    needs, compares_places = 'stages', True
     source = 'Zagoruyko and Komodakis 2017, arXiv 1612.03928'
 
     class Options(Part):
@@ -126,7 +127,6 @@ class Rkd(Method):
         distance = self.over_all(step, lambda part: self.compared(part, distance_loss))
         angle = self.over_all(step, lambda part: self.compared(part, angle_loss))
         return dict(distance=self.options.distance*distance, angle=self.options.angle*angle)
-
 
 # %% ../../nbs/03k_distill.feature_methods.ipynb #f398fb55
 @method('channels')

@@ -128,6 +128,8 @@ class Method(nn.Module):
     extra_images = False      # queries teachers about pictures of its own: no teacher cache
     own_views = False         # makes further views of the images: kdoct's own batches, images are not blended
     remembers = False         # something of each image: one process
+    compares_places = False   # maps of student and teacher, place by place
+    same_images = False       # student and teachers see the same pictures, whatever is done to them
     queries = True            # the teachers about each batch; False: their outputs are not needed
     least_classes = 2
     source = ''               # paper
@@ -241,6 +243,40 @@ def make_method(
     return cls(recipe, _validated(cls, recipe.options))
 
 # %% ../../nbs/03g_distill.methods.ipynb #56cc00d8
+def _moving_changes(training:TrainRecipe)->str:
+    "Fields that move what a changed view shows, with the value that turns each off."
+    device = training.augment.device
+    moving = dict(strip=device.strip < 1, flatten=device.flatten, bend=device.bend > 0)
+    off = dict(strip='1', flatten='false', bend='0')
+    return ' '.join(f'student.augment.device.{k}={off[k]}' for k, moves in moving.items() if moves)
+
+def _reasons_of_views(cls:type[Method], recipe:DistillRecipe, training:TrainRecipe):
+    "Why teachers cannot see the views without the changes of devices."
+    if recipe.teacher_view == 'same': return
+    same = "Set distill.teacher_view to same"
+    if training.augment.device.prob == 0:
+        yield (
+            "shall learn from teachers that see the clean view (distill.teacher_view), and all "
+            "views are clean: augment.device.prob of the student is 0",
+            f"Set student.augment.device.prob, for example to 0.8. {same} otherwise.",
+        )
+    if cls.same_images:
+        reason = "makes student and teachers see the same pictures, and teacher_view is clean"
+        yield reason, f"{same}."
+    if training.mix_prob > 0 and not recipe.views:
+        yield (
+            "has teachers that see the clean view, and images are blended after they were changed",
+            f"Set mix_prob to 0, or distill.views above 0. {same} otherwise.",
+        )
+    if cls.compares_places and _moving_changes(training):
+        yield (
+            "compares maps place by place, and the student's views are moved against the "
+            "teachers' clean ones",
+            f"Leave the moving changes out of the student's recipe: {_moving_changes(training)}. "
+            f"{same} otherwise.",
+        )
+
+# %% ../../nbs/03g_distill.methods.ipynb #f3bd3a0a
 def _reasons_of_images(cls:type[Method], training:TrainRecipe, processes:int):
     "Why a method that remembers images, or makes views of them, cannot be used."
     if cls.remembers and processes > 1:
@@ -262,6 +298,7 @@ def _reasons(
     if cls.compares_images and processes > 1:
         yield "compares the images of a step, which several processes share", "Start one process."
     yield from _reasons_of_images(cls, training, processes)
+    yield from _reasons_of_views(cls, recipe, training)
     if cls.uses_labels and training.mix_prob > 0:
         yield "looks at the label of each image, and images are blended", "Set mix_prob to 0."
     if recipe.views and cls.needs in ('last', 'stages'):

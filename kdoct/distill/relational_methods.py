@@ -63,8 +63,8 @@ def further_view(
     epoch:int,        # counted from 0
     place:int=0,      # which of the views in this epoch, below 256
 )->torch.Tensor:      # (n, channels, h, w) in [0, 1]
-    "Another random view of some images."
-    return batches.batch(rows, _FURTHER + 256*epoch + place)[0]
+    "Another random view of some images, as teachers see it: `batches.clean` is without changes of devices."
+    return batches.batch(rows, _FURTHER + 256*epoch + place, batches.clean)[0]
 
 # %% ../../nbs/03m_distill.relational_methods.ipynb #eb559ff2
 class MeanTeacher(nn.Module):
@@ -348,6 +348,7 @@ def frozen_statistics(
 class SsdKd(Method):
     "Relations between and within images, and what the teacher makes of further views of each image."
     needs, compares_images, uses_labels, extra_images, own_views = 'last', True, True, True, True
+    same_images = True
     source = 'Wang et al. 2023, arXiv 2203.11490'
 
     class Options(Part):

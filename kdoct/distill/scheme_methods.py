@@ -187,7 +187,7 @@ def terms(self:SelfTraining, step:Step)->tuple[torch.Tensor, dict[str, torch.Ten
 @method('ctcd')
 class Ctcd(Method):
     "Teacher and student learn together, each from the label and from the other."
-    queries = False
+    queries, same_images = False, True
     source = 'CTCD 2023, arXiv 2311.02849; mutual learning: arXiv 1706.00384'
 
     class Options(Part):

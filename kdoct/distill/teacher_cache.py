@@ -22,6 +22,7 @@ from ..core.sections import DataRecipe
 from ..data.augment import DRAWS
 from ..data.batches import Batches
 from ..data.cache import DECODER
+from ..data.device_views import DEVICE_DRAWS
 from ..data.framing import framing_of
 from ..models.backbones import Classifier
 from ..models.feature_maps import embedding_of
@@ -46,6 +47,16 @@ def picture_facts(
     )
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #04e1efc1
+def _changes(batches:Batches)->dict:
+    "What is done to the pixels; views without changes of devices say nothing of these, whatever the student sees."
+    augment = batches.recipe.key_fields()
+    device = augment.pop('device', None)
+    if batches.clean or not batches.is_changed(): return dict(augment=augment)
+    styles = np.ascontiguousarray(batches.images[batches.styles_of().rows])
+    return dict(augment=augment | dict(device=device), device_draws=list(DEVICE_DRAWS),
+                styles=_digest(styles.tobytes()))
+
+# %% ../../nbs/03a_distill.teacher_cache.ipynb #088dd27f
 def view_facts(
     batches:Batches,  # training batches of a student
 )->dict:              # what JSON can hold
@@ -55,10 +66,10 @@ def view_facts(
     return dict(
         seed=batches.seed,
         size=batches.size,
-        augment=batches.recipe.model_dump(mode='json'),
         draws=list(DRAWS),
         stored=list(batches.images.shape[1:]),
         pixels=_digest(np.ascontiguousarray(batches.images[few]).tobytes()),
+        **_changes(batches),
     )
 
 def arithmetic(
@@ -152,7 +163,8 @@ def _missing(self:TeacherCache, number:int)->np.ndarray:
 @torch.no_grad()
 def _query(self:TeacherCache, places:np.ndarray, number:int)->np.ndarray:
     "What the teacher gives today; `KdoctError` if it is not finite."
-    x, _ = self.batches.batch(self.batches.rows[self.first[places]], number)
+    rows = self.batches.rows[self.first[places]]
+    x, _ = self.batches.batch(rows, number, self.batches.clean)
     if self.recorder is None: z = self.model(x).cpu().numpy()
     else:
         logits, maps = self.model.with_maps(x, self.recorder)

@@ -221,6 +221,12 @@ def require_logits(self:Teachers,
             fix="Train with kdoct's own stages, or choose a method that compares logits: "
                 "kl, dkd, ...",
         )
+    if self.recipe.teacher_view == 'clean':
+        raise KdoctError(
+            "Teachers shall see the clean view (teacher_view), and a loop of one's own gives one "
+            "view.",
+            fix="Set teacher_view to same, or train with kdoct's own stages.",
+        )
     if method.uses_labels and targets is None:
         raise KdoctError(f"The method '{method.name}' looks at the label of each image.",
                          fix="Give them: loss(hard, logits, x, targets)")

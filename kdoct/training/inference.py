@@ -8,6 +8,7 @@ __all__ = ['private_copy', 'fold_batchnorm', 'ScaledMlp', 'scale_weights', 'Fuse
 
 # %% ../../nbs/02i_training.inference.ipynb #imp-training-inference
 import copy
+import functools
 from concurrent.futures import wait
 
 import torch
@@ -135,7 +136,11 @@ class FusedBody:
         if not torch.allclose(got, want, rtol=1e-3, atol=1e-3*float(want.abs().max())):
             raise KdoctError("The network computes something else once it is simplified.",
                              fix="Report this network.")
-        self.low = copy.deepcopy(self.body).bfloat16()
+
+    @functools.cached_property
+    def low(self)->nn.Module:
+        "The body in bfloat16, made when it is first needed."
+        return copy.deepcopy(self.body).bfloat16()
 
     def exact(self, x:torch.Tensor)->torch.Tensor: return self.body(x)
     def cheap(self, x:torch.Tensor)->torch.Tensor:

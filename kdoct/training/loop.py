@@ -9,58 +9,32 @@ __all__ = ['param_groups', 'companion_groups', 'FrozenStart', 'cosine', 'warmup_
 
 # %% ../../nbs/02j_training.loop.ipynb #imp-training-loop
 import ctypes
-
 import json
-
 import math
-
 import platform
-
 import time
-
 from pathlib import Path
 
 import numpy as np
-
 import torch
-
-
 from fastai.callback.core import Callback, CancelBatchException
-
 from fastai.callback.progress import ProgressCallback
-
 from fastai.data.core import DataLoaders
-
 from fastai.learner import Learner, Recorder
-
 from fastai.optimizer import OptimWrapper
-
 from fastcore.basics import noop, patch
-
 from fastcore.foundation import L
-
 from safetensors import safe_open
-
 from safetensors.torch import load_file, save_file
-
 from torch import nn
 
 from ..core.files import atomic_path, KdoctError
-
 from ..core.sections import TrainRecipe
-
 from ..data.batches import Batches
-
 from ..data.mixing import Mix
-
 from ..models.backbones import Classifier, head_modules, undecayed
-
 from ..models.arithmetic import float32_products
-
-# %% ../../nbs/02j_training.loop.ipynb #15abd7ff
 from .averaging import Averaging
-
-# %% ../../nbs/02j_training.loop.ipynb #45195dd2
 from kdoct.training.distributed import (
     all_reduce,
     all_reduce_gradients,
@@ -70,7 +44,6 @@ from kdoct.training.distributed import (
     rank_world,
     set_random_states,
 )
-
 from .precision import Compile, Precision, rounds_steps
 from .scores import score_of, validation_scores, WORST
 
