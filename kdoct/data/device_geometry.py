@@ -118,7 +118,7 @@ def reframe(
     strip:torch.Tensor,    # (n,) rows that stay, in (0, 1]; 1: all [fraction of the height]
     flatten:torch.Tensor,  # (n,) share of the boundary's tilt and arc that is taken away; 1: all, 0: none
     tilt:torch.Tensor,     # (n,) tilt that is added, from the middle to the right edge [fraction of the height]
-    arc:torch.Tensor,      # (n,) arc that is added, from the middle to both edges; above 0: a smile
+    arc:torch.Tensor,      # (n,) arc that is added, from the middle to both edges; above 0: a dome
     place:torch.Tensor,    # (n,) of the strip, from 0 (the retina at its end) to 1 (at its top)
     fill:str='reflect',    # outside the image: reflect or black
 )->torch.Tensor:           # (n, c, h, w)

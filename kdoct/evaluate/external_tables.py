@@ -7,7 +7,7 @@ __all__ = ['score_numbers', 'external_scores', 'external_differences', 'confusio
            'external_deferral', 'unknown_section', 'banded', 'groups_section', 'external_volumes', 'external_folds',
            'external_sections']
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #0ee619ac
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #b6cfe33a
 from itertools import combinations
 
 import numpy as np
@@ -27,7 +27,7 @@ from kdoct.evaluate.tables import (
     shown_differences,
 )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #9b94ba2d
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ab2843bc
 _SCORES = {  # score -> its column, whether it is shown in percent
     'accuracy': ('accuracy %', True),
     'sensitivity': ('balanced accuracy %', True),
@@ -55,7 +55,7 @@ def _counts(rows:pd.DataFrame)->tuple[dict, dict]:
     images, groups = rows.path.nunique(), rows.group.nunique()
     return dict(n_images=images, n_groups=groups), {'images (groups)': f'{images} ({groups})'}
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #5ba267d5
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #59b81385
 def _section(title:str, made:dict, caption:str)->Section:
     "A section from name -> (numbers, texts)."
     table, texts = (pd.DataFrame({n: pair[i] for n, pair in made.items()}).T for i in (0, 1))
@@ -74,7 +74,7 @@ def score_numbers(
         texts[title] = _text(ci.loc[name], percent)
     return numbers | dict(note=score_row(rows, evaluate, seed, ci=ci)['note']), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #86ade052
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #f79fccdf
 def _from_card(card:dict)->tuple[dict, dict]:
     "Numbers and texts of the scores that a card has."
     numbers, texts = dict(note=''), {}
@@ -87,7 +87,7 @@ def _from_card(card:dict)->tuple[dict, dict]:
     counts = dict(n_images=images, n_groups=groups)
     return numbers | counts, {'images (groups)': f'{images} ({groups})'} | texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #23a63fa9
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e78f1d69
 _NOT_KNOWN = {'images (groups)': 'not known'} | {title: '–' for title, _ in _SCORES.values()}
 
 def _home_row(model:ExternalModel)->dict:
@@ -114,7 +114,7 @@ def external_scores(
             made[f'{name}, {place}'] = score_numbers(rows, evaluate, seed)
     return _section('Scores, at home and here', made, _ON_SCORES)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c7787de4
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e25dc14c
 def _same_images(a:pd.DataFrame, b:pd.DataFrame)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images that both could read."
     both = set(a.path) & set(b.path)
@@ -133,7 +133,7 @@ def _comparable(a:ExternalModel, b:ExternalModel)->bool:
     same_classes = set(a.classes.joined) == set(b.classes.joined)
     return same_classes and len(a.decisions) == len(b.decisions)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #34673331
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2eb25e78
 def _compared(a:ExternalModel, b:ExternalModel)->tuple[pd.DataFrame, pd.DataFrame]:
     "The images of two models that are compared, their folds counted alike."
     def numbered(rows): return rows.assign(fold=rows.fold.rank(method='dense').astype(int))
@@ -158,7 +158,7 @@ def external_differences(
     texts, caption = shown_differences(d), ' '.join(caption.split())
     return Section('Paired differences here', table, texts, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ca99c95d
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #35bc1c99
 def _confusion(model:ExternalModel)->tuple[pd.DataFrame, int]:
     "Counts of predicted classes by label; how many images count as another class when probabilities are added."
     rows = model.rows[model.rows.error == '']
@@ -185,7 +185,7 @@ def confusion_section(
                     f'probabilities of a joined class are added.')
     return Section(f'Their labels, as the {model.name} predicts them', t, texts, caption.strip())
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #6b542a35
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c914cd0e
 _DEFERRAL = {   # share -> its title
     'deferred': 'deferred %',
     'unsure': 'low confidence %',
@@ -211,7 +211,7 @@ def deferral_shares(
         deferred_accuracy=share(right, deferred),
     )
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #233a074b
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #87d9e444
 def _shares(rows, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of one row about deferral."
     numbers, texts = _counts(rows)
@@ -220,7 +220,7 @@ def _shares(rows, evaluate, seed)->tuple[dict, dict]:
         texts[_DEFERRAL[name]] = _text(r)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #086ca829
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #7fd4d381
 def _has_decision(rows:pd.DataFrame)->bool: return bool(rows.deferred.notna().all())
 
 def _bare(models:dict[str, ExternalModel])->str:
@@ -245,11 +245,11 @@ def external_deferral(
     of low confidence, and outliers (unlike the training pictures), go to a person.'''
     return _section('What is deferred', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #fc4d0aff
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #3b92311d
 def _predicted_as(rows:pd.DataFrame)->str:
     "The classes that images are predicted as, the most frequent first."
     shares = rows.predicted.value_counts(normalize=True)
-    return ', '.join(f'{c} {100*v:.0f} %' for c, v in shares.items() if v > 0)
+    return ', '.join(f'{c} {100*v:.0f} %' for c, v in shares.items() if v >= .005)
 
 def _unknown_row(rows, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of one unknown class."
@@ -263,7 +263,7 @@ def _unknown_row(rows, evaluate, seed)->tuple[dict, dict]:
     texts |= {'predicted as': _predicted_as(rows), 'among the rest': _predicted_as(kept) or 'none'}
     return numbers | rows.predicted.value_counts(normalize=True).to_dict(), texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #b016a9ce
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #8220fc93
 def unknown_section(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -280,7 +280,7 @@ def unknown_section(
     not deferred are predicted as.'''
     return _section('Classes that the network does not know', made, caption + _bare(models))
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #f669596c
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #402084bd
 _FEW = 8   # values of a column of numbers that are groups of their own
 
 def banded(
@@ -297,7 +297,7 @@ def banded(
         return (low + ' to ' + high).fillna('').astype(str)
     return pd.qcut(numbers, 4, duplicates='drop').astype('string').fillna('').astype(str)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #52d57fc5
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1f12e077
 _LEAST = 10   # images below which a group is not called the worst
 
 def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[dict, dict]]:
@@ -318,7 +318,7 @@ def _group_rows(rows:pd.DataFrame, column:str, evaluate, seed)->dict[str, tuple[
         made[f'{column} {value or "(none)"}'] = numbers, texts
     return made
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #c67425d4
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #e8c2fdb6
 def _worst_text(name:str, made:dict)->str:
     "Which group of a model is the worst, among those with enough images."
     enough = {k: n['accuracy'] for k, (n, _) in made.items() if n['n_images'] >= _LEAST}
@@ -328,7 +328,7 @@ def _worst_text(name:str, made:dict)->str:
     return (f'{name}: worst {worst} ({100*enough[worst]:.1f} %), {points:.1f} points below '
             f'{best}.')
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2db2df9d
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #667fba74
 def groups_section(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table
@@ -348,7 +348,7 @@ def groups_section(
     mean by chance too: look at the intervals.'''
     return _section('The worst group', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #de44a338
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #7466274e
 _TINY = np.finfo(float).tiny
 
 def _of_known_class(v:pd.DataFrame)->pd.Series: return v.label.notna() & (v.label != '')
@@ -366,15 +366,16 @@ def _volume_predictions(model:ExternalModel)->pd.DataFrame:
     columns = {f'logit_{c}': logits[:, i] for i, c in enumerate(names)}
     return v.assign(right=names[logits.argmax(1)] == v.label, **columns)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #4b735fb1
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #43ddf9f8
 def _undecided(model:ExternalModel)->dict:
     "A note on volumes that could not be decided; empty where all could."
-    v = model.volumes
-    n = int((_of_known_class(v) & (v.predicted == '')).sum())
+    known = model.volumes[_of_known_class(model.volumes)]
+    n = int((known.predicted == '').sum())
     if not n: return {}
-    return dict(note=f'{counted(n, "volume")} without a usable B-scan: deferred, and in no score')
+    each = 'volumes' if len(model.decisions) == 1 else 'decisions on volumes, all folds together'
+    return dict(note=f'{n} of {len(known)} {each}: no usable B-scan, so deferred and in no score')
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #3e7f549f
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #88af5f7e
 def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
     "Numbers and texts of the volumes of a model."
     v = _volume_predictions(model)
@@ -400,7 +401,7 @@ def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
         texts[_DEFERRAL[name]] = _text(share)
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #36381707
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1650134b
 def _volume_notes(models:dict[str, ExternalModel])->str:
     "Volumes that are in no score, counted, and the first of those with contradicting labels."
     v = next(iter(models.values())).volumes.drop_duplicates('path')
@@ -412,7 +413,7 @@ def _volume_notes(models:dict[str, ExternalModel])->str:
     if len(unknown): out.append(f'{counted(len(unknown), "volume")} of unknown classes left out.')
     return ' '.join(out)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #853fc00c
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #ad0b1130
 def external_volumes(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -429,7 +430,7 @@ def external_volumes(
     deferred.'''
     return _section('Volumes here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #020a15f5
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #83586d61
 def _spread(each:list[dict])->tuple[dict, dict]:
     "Mean and standard deviation of the scores of several networks."
     numbers, texts = dict(note=''), {'images (groups)': ''}
@@ -440,7 +441,7 @@ def _spread(each:list[dict])->tuple[dict, dict]:
         texts[title] = f'{100*mean:.1f} ± {100*sd:.1f}' if percent else f'{mean:.3f} ± {sd:.3f}'
     return numbers, texts
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #99cedf38
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #17230c1b
 def external_folds(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
@@ -461,7 +462,7 @@ def external_folds(
     standard deviation over the folds (ddof 0) show what another training makes of it.'''
     return _section('Every fold here', made, caption)
 
-# %% ../../nbs/05xa_evaluate.external_tables.ipynb #2bfe673c
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1fe07649
 def external_sections(
     models:dict[str, ExternalModel],  # name -> model
     columns:list[str],                # of the image table, for the worst group
