@@ -40,7 +40,7 @@ def test_fold_writes_every_number_and_figure(made):
     for m in HEADLINE:
         assert saved['estimates']['student'][m] == pytest.approx(evaluate_predictions(df)[m])
     # one view, one set of weights, no diagnosis of the patient
-    assert list(saved['sections']) == ['classes', 'volumes', 'blanked', 'costs']
+    assert list(saved['sections']) == ['places', 'classes', 'volumes', 'blanked', 'costs']
     assert set(saved['figures']) == {
         'confusion',
         'roc',

@@ -63,5 +63,6 @@ def places_section(
         'lowest of them, and as a minimum lower than it is where there are few images '
         f'({places_note(first) or f"none has fewer than {SMALL_GROUP}"}).'
     )
-    table = pd.DataFrame(numbers).T
+    table = pd.DataFrame(numbers).T.astype(object)
+    table = table.where(table.notna(), None)   # mean and worst have no interval
     return Section(f'Accuracy by {by}', table, pd.DataFrame(texts).T, caption)
