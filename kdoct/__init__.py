@@ -3,6 +3,7 @@
 What a user imports stands in `__all__`. Each name is loaded when it is first used, so that
 `import kdoct` waits for nothing.
 """
+import os
 import warnings
 from importlib import import_module
 
@@ -10,6 +11,10 @@ __version__ = "0.1.0"
 
 # fastai 2 says so when it is imported beside torch 2.15; who reads it here can do nothing about it
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarning)
+
+# OpenMP's threads wait for each other by spinning, up to a hundredth of a second. Where another program has a core,
+# they take it from each other, and training gets many times slower: docs/speed.md. Read before torch is loaded.
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 
 PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',

@@ -177,6 +177,9 @@ def test_kdoct_commands_of_the_guide_have_these_options():
         given = commands[name].make_context(name, list(arguments)).params
         changes = {}
         for text in given.get("changes", ()): changes |= parse_overrides(text)
+        if given.get("sources"):
+            two = {"north": dict(root="north"), "south": dict(root="south")}
+            changes |= {"data.source": "sites", "data.sources": two, "data.n_folds": 2}
         preset(given.get("preset_name") or "edge", **changes)
         seen.add(name)
     assert seen == set(commands), "commands that the guide does not name"

@@ -53,7 +53,7 @@ def adapt(
     out:AdaptedFolderOption=None,
     prior:PriorOption=16.,
 ):
-    "Fit the normalisation of a network to pictures of another place. Labels are not needed; a collapse is refused."
+    "Fit a network to another place, by its pictures. No label is needed; a collapse is refused."
     from kdoct.deploy import adapt as adaptation
     from kdoct.deploy.networks import open_network
     folder = out or outputs_root()/'adapted'/_name_of(network)
