@@ -1,4 +1,5 @@
 "What all tests share: a trained run, a temporary folder for outputs, few threads, hypothesis that repeats itself."
+import functools
 import gc
 import os
 import shutil
@@ -83,6 +84,7 @@ def phantoms_made_once(tmp_path_factory):
     "Simulate each data set of a recipe once a session; a run that asks for the same gets a copy of the files."
     from kdoct.data import phantom_files
     write_phantom = phantom_files.write_phantom
+    @functools.wraps(write_phantom)
     def copied(root, processes=1, **made):
         if not Path(root).exists():
             facts = repr(sorted(made.items())).encode()

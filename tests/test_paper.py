@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageOps
 
 from kdoct.app.report import report_html
 from kdoct.core.files import KdoctError, read_json
@@ -138,7 +139,8 @@ def test_a_second_run_starts_from_the_first_ones_teacher_with_another_head(
         )
         path = f'{r.label}/{n}/{i:03d}_{label.lower()}.png'
         (tmp_path/'neh'/path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source/r.path, tmp_path/'neh'/path)
+        mirrored = ImageOps.mirror(Image.open(source/r.path))   # no image that the teacher has seen
+        mirrored.save(tmp_path/'neh'/path)
         rows.append(
             {
                 'Patient ID': n,

@@ -46,6 +46,10 @@ class Drawn:
         made = torch.Generator().manual_seed(100*self.train.epoch + number)
         return torch.rand(4, 1, 64, 64, generator=made), np.arange(4)
 
+    def both(self, number):
+        images, rows = self.batch(number)
+        return images, images, rows
+
 
 @pytest.fixture(scope='module')
 def teacher(): return network().eval().requires_grad_(False)
