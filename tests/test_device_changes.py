@@ -13,7 +13,7 @@ from kdoct.data.augment import N_DRAWS, augment, uniforms
 from kdoct.data.batches import Batches
 from kdoct.data.device_changes import jpeg_blocks
 from kdoct.data.device_geometry import reframe
-from kdoct.data.device_style import Styles
+from kdoct.data.device_style import Styles, singular_vectors
 from kdoct.data.device_views import DEVICE_CHANGES, change_device, device_uniforms, drawn_changes
 from kdoct.data.phantom import simulate_bscan
 from kdoct.data.unlabelled_batches import UnlabelledBatches
@@ -236,3 +236,13 @@ def test_gpu_gives_the_same_changed_views(images):
     device = DeviceRecipe(prob=1.0, each=0.4)
     a, b = (by_label(batches(images, device, device=d)) for d in ("cpu", "cuda"))
     assert all((a[k] - b[k].cpu()).abs().mean() < 2e-3 for k in a)
+
+
+def test_singular_vectors_are_sought_in_float64(monkeypatch):
+    seen, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: seen.append(m.dtype) or eigh(m))
+    images = torch.zeros(2, 1, 32, 32)
+    images[:, :, 8:16] = torch.rand(2, 1, 8, 32)   # LAPACK's float32 has given NaN for such
+    vectors = singular_vectors(images, 8)
+    assert seen == [torch.float64]*2 and vectors.dtype == torch.float32
+    assert vectors.isfinite().all()

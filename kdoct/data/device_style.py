@@ -64,8 +64,10 @@ def singular_vectors(
     most:int,        # of them, 1 or more
 )->torch.Tensor:     # (n, c, h, most), that of the largest singular value first
     "Left singular vectors of each channel."
-    each = [torch.linalg.eigh(im @ im.mT)[1].flip(-1)[..., :most] for im in x]
-    return torch.stack(each)
+    # in float32 some images with many black rows give NaN
+    squares = ((im @ im.mT).double() for im in x)
+    each = [torch.linalg.eigh(m)[1].flip(-1)[..., :most] for m in squares]
+    return torch.stack(each).to(x.dtype)
 
 def _anatomy(im:torch.Tensor, vectors:torch.Tensor, keep:int)->torch.Tensor:
     "What the first singular values hold of an image (c, h, w)."
