@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from torch import nn
+from trainings import Stop, fit
 
 from kdoct.core.files import KdoctError
 from kdoct.core.parts import Part
@@ -58,20 +59,6 @@ def learner(folder, originals, recipe, cbs=(), teachers=None, unlabelled=None, *
     distill = Distill(teachers, recipe, originals=originals.__getitem__, unlabelled=unlabelled)
     student = create_classifier(small, 3, 64)
     return make_learner(student, train, valid, cross_entropy, small, folder, "k", [distill, *cbs])
-
-
-def fit(learn):
-    with learn.no_bar(), learn.no_logging(): learn.fit(learn.checkpoint.recipe.epochs)
-    return learn
-
-
-class Stop(Callback):
-    "Ends the training after some batches, as a crash would."
-    order, run_valid = 100, False
-    def __init__(self, after): self.left = after
-    def after_batch(self):
-        self.left -= 1
-        if self.left == 0: raise KeyboardInterrupt
 
 
 def state(learn):

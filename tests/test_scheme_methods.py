@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import copied_run
 from fastai.callback.core import Callback
+from trainings import fit
 from typer.testing import CliRunner
 
 from kdoct.app.cli import app
@@ -67,11 +68,6 @@ def learner(folder, teacher, method, unlabelled=None, training=SMALL, **options)
     valid = Batches(images, LABELS, ids, np.arange(16, 24), 8)
     torch.manual_seed(7)
     return make_learner(student, train, valid, loss, training, folder, cbs=[distill])
-
-
-def fit(learn):
-    with learn.no_bar(), learn.no_logging(): learn.fit(learn.checkpoint.recipe.epochs)
-    return learn
 
 
 class Stop(Exception): "Training was killed."

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from torch import nn
+from trainings import Stop, fit
 
 from kdoct.core.device_section import DeviceRecipe
 from kdoct.core.files import KdoctError
@@ -66,20 +67,6 @@ def learner(
     return make_learner(
         student, batches(device), valid, cross_entropy, small, folder, "k", [distill, *cbs]
     )
-
-
-def fit(learn):
-    with learn.no_bar(), learn.no_logging(): learn.fit(learn.checkpoint.recipe.epochs)
-    return learn
-
-
-class Stop(Callback):
-    "Ends the training after some batches, as a crash would."
-    order, run_valid = 100, False
-    def __init__(self, after): self.left = after
-    def after_batch(self):
-        self.left -= 1
-        if self.left == 0: raise KeyboardInterrupt
 
 
 class Seen(InferenceModel):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PresetOption', 'RunPresetOption', 'RunOption', 'RunArgument', 'FoldsOption', 'SourceOption', 'RootOption',
            'SourcesOption', 'PatternOption', 'ClassesOption', 'SetOption', 'NotebooksOption', 'TeacherOption', 'option',
-           'PlainHelp', 'recipe_of', 'run_name', 'short_path']
+           'PlainHelp', 'recipe_of', 'run_name', 'short_path', 'words_of', 'require_data_fields']
 
 # %% ../../nbs/10a_app.cli_options.ipynb #65db0e75
 from pathlib import Path
@@ -184,3 +184,19 @@ def short_path(
 )->str:
     "A path as seen from here, where it lies below."
     return str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p)
+
+# %% ../../nbs/10a_app.cli_options.ipynb #b7a4b743
+def words_of(
+    text:str,  # 'student,baseline'
+)->list[str]|None:
+    "Words with commas between them; None where nothing is given."
+    return [word.strip() for word in text.split(',') if word.strip()] or None
+
+def require_data_fields(
+    changes:list[str],  # of a recipe, as `--set` takes them
+    example:str,        # a field that the command is often given, for the remedy
+):
+    "`KdoctError` for a change that does not describe images."
+    if other := [c for c in changes if not c.startswith('data.')]:
+        raise KdoctError(f"--set {other[0]}: only fields of data describe images.",
+                         fix=f"`kdoct recipe` lists them: {example}=..., ...")

@@ -17,7 +17,9 @@ from kdoct.app.cli_options import (
     option,
     PatternOption,
     recipe_of,
+    require_data_fields,
     short_path,
+    words_of,
 )
 from .cli_models import BatchOption, CheckKeyOption, EngineOption
 from .cli_models import ThreadsOption, WorkersOption
@@ -105,9 +107,7 @@ def _default_out(network:str, fold:int|None, is_external:bool)->Path:
 
 def _data_of(source:str, root:str, group_pattern:str, classes:str, changes:list[str], labels:str):
     "The labelled images that the options describe; None where they name none."
-    if other := [c for c in changes if not c.startswith('data.')]:
-        raise KdoctError(f"--set {other[0]}: only fields of data describe images.",
-                         fix="`kdoct recipe` lists them: data.leave_out=..., ...")
+    require_data_fields(changes, 'data.leave_out')
     if source or root:
         of_data = dict(group_pattern=group_pattern, classes=classes)
         return recipe_of('edge', source or 'folder', root, changes, **of_data).data
@@ -119,10 +119,6 @@ def _data_of(source:str, root:str, group_pattern:str, classes:str, changes:list[
     return None
 
 # %% ../../nbs/10f_app.cli_stress.ipynb #3ef2067a
-def _words(text:str)->list[str]|None:
-    "Words with commas between them; None where nothing is given."
-    return [word.strip() for word in text.split(',') if word.strip()] or None
-
 def _about(stressed:list, facts:dict)->str:
     "Networks, images and engine, in a sentence."
     names = ', '.join(dict.fromkeys(n for s in stressed for n in s.networks))
@@ -160,7 +156,7 @@ def _chosen(stressed:list, corruptions:str, severities:str)->tuple[list[str], li
     from kdoct.data.corruptions import corruptions_named, severities_named
     network = next(iter(stressed[0].networks.values()))
     modality = network.about.get('modality', 'oct')
-    names, left_out = corruptions_named(_words(corruptions), modality)
+    names, left_out = corruptions_named(words_of(corruptions), modality)
     if modality != 'oct':
         left = f" Left out: {', '.join(left_out)}." if left_out else ''
         typer.echo(f"The pictures of this network are of the modality {modality}; corruptions and "
@@ -227,7 +223,7 @@ def _write(test, stressed:list, out:Path, about:str, facts:dict, names:list[str]
 def _check(corruptions:str, severities:str, out:Path|None):
     "`KdoctError` for what is not known, or no place for results; at once, before torch is there."
     from kdoct.data.corruptions import corruptions_named, severities_named
-    corruptions_named(_words(corruptions))
+    corruptions_named(words_of(corruptions))
     severities_named(severities)
     if out: require_place(out, is_folder=True)
 

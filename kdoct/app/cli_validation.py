@@ -17,10 +17,12 @@ from kdoct.app.cli_options import (
     option,
     PatternOption,
     recipe_of,
+    require_data_fields,
     RootOption,
     SetOption,
     short_path,
     SourceOption,
+    words_of,
 )
 from .cli_models import CheckKeyOption, EngineOption
 from ..core.files import KdoctError, outputs_root
@@ -80,16 +82,9 @@ OutOption = Annotated[
 BootOption = Annotated[int, option('N', "Resamples of the patients.", '--resamples', min=100)]
 
 # %% ../../nbs/10d_app.cli_validation.ipynb #09d51fae
-def _words(text:str)->list[str]|None:
-    "Words with commas between them; None where nothing is given."
-    return [word.strip() for word in text.split(',') if word.strip()] or None
-
 def _data_recipe(source:str, data_root:str, group_pattern:str, leave_out:str, changes:list[str]):
     "The data part of the recipe that the options describe; `KdoctError` for other fields."
-    other = [c for c in changes if not c.startswith('data.')]
-    if other:
-        raise KdoctError(f"--set {other[0]}: only fields of data describe images.",
-                         fix="`kdoct recipe` lists them: data.columns.patient=..., ...")
+    require_data_fields(changes, 'data.columns.patient')
     options = [f'data.leave_out={leave_out}'] if leave_out else []
     if not data_root and source != 'phantom':
         raise KdoctError("Where the images lie is not given.",
@@ -184,7 +179,7 @@ def validate(
     from kdoct.app import validation, validation_page as pages
     from kdoct.evaluate.external_tables import external_sections
     name, evaluate = _name_of(data, name), EvaluateRecipe(n_boot=resamples)
-    which = _folds_given(folds), _words(roles), key
+    which = _folds_given(folds), words_of(roles), key
     opened = validation.networks_to_validate(networks, *which)
     _check_map(labels, None, opened)
     folder = _result_folder(opened, name, out)
