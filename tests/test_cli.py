@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -36,6 +37,21 @@ def test_a_wrong_place_of_the_images_leaves_no_run(command, capsys, tmp_path):
     printed = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "nowhere")
     assert "nowhere does not exist" in printed and "--data-root DIR" in printed
     assert not outputs_root().exists()
+
+
+def test_weights_that_do_not_fit_are_refused_at_once_and_leave_no_run(capsys, tmp_path):
+    torch.save({"conv.weight": torch.ones(2)}, tmp_path / "other.pth")
+    change = f"teacher.weights={tmp_path / 'other.pth'}"
+    printed = refused(capsys, "crossval", "--preset", "tiny", "--set", change)
+    assert "other.pth does not fit" in printed and not outputs_root().exists()
+
+
+def test_a_table_without_labels_leads_to_the_option_that_makes_classes_of_its_words(capsys, tmp_path):
+    for i in range(4): Image.effect_noise((64, 64), 20).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{('NA', 'None')[i % 2]},{i}" for i in range(4)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label,patient", *rows]))
+    printed = refused(capsys, "audit", "--source", "csv", "--data-root", tmp_path)
+    assert "name all of them: --classes NA,None" in printed and "Expected layout" not in printed
 
 
 @pytest.mark.parametrize("command", ["crossval", "folds"])
