@@ -474,6 +474,17 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(typed, 
     assert PLACES[typed] in refused(capsys, *typed.format(**places).split())
 
 
+@pytest.mark.parametrize("command", ["explain", "report", "compare", "learning-curve"])
+def test_a_run_that_is_not_there_is_said_before_torch_is_imported(command):
+    code = (
+        "import sys\nfrom kdoct.app.cli import main\n"
+        f"try: main(['{command}', 'nosuch'])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "There is no run 'nosuch'" in result.stderr and "torch" not in result.stderr
+
+
 def test_a_folder_that_the_system_refuses_is_said(capsys):
     if not Path("/proc/self").exists(): pytest.skip("no /proc here")
     assert "cannot be written" in refused(capsys, "notebooks", "/proc/x")

@@ -472,7 +472,8 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
 
 @pytest.mark.parametrize(
     ('classes', 'says'),
-    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')],
+    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more'),
+     (['CNV'], 'Name two or more')],
 )
 def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
     with pytest.raises(KdoctError, match=says):

@@ -397,6 +397,13 @@ def test_a_class_in_two_spellings_is_refused_unless_both_are_named(labels, tmp_p
     assert listing.table.label.nunique() == 2
 
 
+def test_classes_whose_letters_look_the_same_are_told_apart_in_the_message(tmp_path):
+    "On a screen the two forms of an accent are one word twice."
+    lay_out(tmp_path, "Dru\u0308sen/1.png", "Dr\u00fcsen/2.png", "CNV/3.png")
+    with pytest.raises(KdoctError, match="signs of their own .Unicode NFD."):
+        load_table(DataRecipe(source="folder", root=str(tmp_path)))
+
+
 def test_class_folders_that_differ_only_by_case_are_refused(tmp_path):
     with pytest.raises(KdoctError, match="'CNV' .*'Cnv'"):
         load_table(DataRecipe(source="folder", root=lay_out(tmp_path, "CNV/1.png", "Cnv/2.png")))

@@ -274,7 +274,8 @@ def _check_import(folder:str|Path, role:str, classes:list[str]):
         raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)):
         raise KdoctError(
-            f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once."
+            f"These are not two or more classes: {', '.join(classes)}.",
+            fix="Name two or more, each once, in the order of the network's outputs.",
         )
 
 def _check_classes(body:nn.Module, state:dict, file:str, classes:list[str]):
