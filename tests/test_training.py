@@ -1,6 +1,5 @@
 "Training survives a kill at any moment and ends with the weights of the uninterrupted run."
 import os
-import sys
 import textwrap
 
 import numpy as np
