@@ -272,7 +272,22 @@ FILES = {  # name -> (bytes, the problems that the audit must report, and no oth
         f"cut, too.{end}": (coded(scan(channels=3), kind)[:-2000], "truncated|corrupt")
         for end, kind in dict(jp2="JPEG2000", webp="WEBP", gif="GIF").items()
     },
-    "half black.bmp": (coded(np.vstack([scan(), scan()*0]), "BMP"), ""),
+    **{
+        f"{what}.{end}": (coded(np.vstack(parts()), kind), "constant-rows")
+        for what, parts in {
+            "half black": lambda: [scan(), scan()*0],
+            "half white": lambda: [scan(), scan()*0 + 255],
+            "black above": lambda: [scan()*0, scan()],
+            "black between": lambda: [scan(), scan()[:20]*0, scan()],
+        }.items()
+        for end, kind in dict(bmp="BMP", tif="TIFF").items()
+    },
+    "half black, colour.tif": (
+        coded(np.vstack([scan(channels=3), scan(channels=3)*0]), "TIFF"), "constant-rows"
+    ),
+    "half black, lzw.tif": (
+        coded(np.vstack([scan(), scan()*0]), "TIFF", compression="tiff_lzw"), ""
+    ),
     "half black.webp": (coded(np.dstack([np.vstack([scan(), scan()*0])]*3), "WEBP"), ""),
     "half black.jp2": (coded(np.vstack([scan(), scan()*0]), "JPEG2000"), ""),
     "restarts.jpg": (coded(scan(), "JPEG", restart_marker_blocks=4), ""),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -36,6 +37,21 @@ def test_a_wrong_place_of_the_images_leaves_no_run(command, capsys, tmp_path):
     printed = refused(capsys, command, "--source", "ucsd", "--data-root", tmp_path / "nowhere")
     assert "nowhere does not exist" in printed and "--data-root DIR" in printed
     assert not outputs_root().exists()
+
+
+def test_weights_that_do_not_fit_are_refused_at_once_and_leave_no_run(capsys, tmp_path):
+    torch.save({"conv.weight": torch.ones(2)}, tmp_path / "other.pth")
+    change = f"teacher.weights={tmp_path / 'other.pth'}"
+    printed = refused(capsys, "crossval", "--preset", "tiny", "--set", change)
+    assert "other.pth does not fit" in printed and not outputs_root().exists()
+
+
+def test_a_table_without_labels_leads_to_the_option_that_makes_classes_of_its_words(capsys, tmp_path):
+    for i in range(4): Image.effect_noise((64, 64), 20).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{('NA', 'None')[i % 2]},{i}" for i in range(4)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label,patient", *rows]))
+    printed = refused(capsys, "audit", "--source", "csv", "--data-root", tmp_path)
+    assert "name all of them: --classes NA,None" in printed and "Expected layout" not in printed
 
 
 @pytest.mark.parametrize("command", ["crossval", "folds"])
@@ -456,6 +472,17 @@ def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(typed, 
     (tmp_path / "file").touch()
     places = dict(folder=tmp_path / "folder", file=tmp_path / "file")
     assert PLACES[typed] in refused(capsys, *typed.format(**places).split())
+
+
+@pytest.mark.parametrize("command", ["explain", "report", "compare", "learning-curve"])
+def test_a_run_that_is_not_there_is_said_before_torch_is_imported(command):
+    code = (
+        "import sys\nfrom kdoct.app.cli import main\n"
+        f"try: main(['{command}', 'nosuch'])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "There is no run 'nosuch'" in result.stderr and "torch" not in result.stderr
 
 
 def test_a_folder_that_the_system_refuses_is_said(capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from kdoct.app.cli import main
 from kdoct.core.files import KdoctError, read_json, sha256_file, write_json
 from kdoct.core.presets import preset
-from kdoct.core.requirements import require_weights
+from kdoct.core.requirements import require_weights, weight_file
 from kdoct.core.sections import TrainRecipe
 from kdoct.data import packaged_weights
 from kdoct.models import backbones, folders
@@ -472,7 +472,8 @@ def test_every_misfit_is_counted_and_the_first_are_named(theirs, tmp_path):
 
 @pytest.mark.parametrize(
     ('classes', 'says'),
-    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more')],
+    [(['CNV', 'DME', 'DRUSEN', 'NORMAL'], 'has 3 classes, not 4'), (['CNV', 'CNV', 'NORMAL'], 'not two or more'),
+     (['CNV'], 'Name two or more')],
 )
 def test_classes_that_cannot_be_the_files_are_refused(classes, says, theirs, tmp_path):
     with pytest.raises(KdoctError, match=says):
@@ -776,6 +777,58 @@ def test_two_networks_in_one_file_are_named_and_none_is_chosen(theirs, tmp_path)
     assert '--weights student' in e.value.fix
     about = imported(tmp_path, state, weights='teacher')
     assert about['imported']['weights'] == 'teacher'
+
+
+def encoder_of(net): return {k: v for k, v in net.state_dict().items() if 'classifier' not in k}
+
+
+def flat(student, teacher):
+    parts = {'student': student, 'teacher': teacher}
+    return {f'{part}.{k}': v for part, state in parts.items() for k, v in state.items()}
+
+
+@pytest.mark.parametrize('wrap', [
+    flat,
+    lambda student, teacher: {'student': student, 'teacher': teacher, 'epoch': 3},
+    lambda *both: {'state_dict': flat(*both), 'epoch': 3},
+], ids=['flat', 'nested', 'both'])
+def test_a_training_starts_from_the_encoder_that_is_named_of_two(wrap, theirs, tmp_path):
+    encoder, file = encoder_of(theirs), tmp_path/'two.pth'
+    checkpoint = wrap(encoder, {k: v + 1 for k, v in encoder.items()})
+    with pytest.raises(KdoctError) as e: imported(tmp_path, checkpoint, name='two.pth')
+    assert 'student' in str(e.value) and 'teacher' in str(e.value)
+    assert 'teacher.weights=two.pth:' in e.value.fix
+    with pytest.raises(KdoctError, match='has no classifier') as e:
+        imported(tmp_path, checkpoint, name='two.pth', weights='teacher')
+    assert f'teacher.weights={file}:teacher' in e.value.fix
+    recipe = TrainRecipe(arch='test_efficientnet', weights=str(file))
+    with pytest.raises(KdoctError) as e: backbones.create_classifier(recipe, 3, 64)
+    assert 'teacher.weights=two.pth:' in e.value.fix
+    recipe = recipe.model_copy(update=dict(weights=f'{file}:teacher'))
+    net = backbones.create_classifier(recipe, 3, 64)
+    assert torch.equal(net.body.conv_stem.weight, theirs.conv_stem.weight + 1)
+    assert folders.weights_origin(recipe)['weights'] == 'teacher'
+
+
+def test_a_file_whose_name_has_a_colon_is_that_file(theirs, tmp_path):
+    for name in ('a.pth', 'a.pth:b'): torch.save(encoder_of(theirs), tmp_path/name)
+    assert weight_file(f'{tmp_path}/a.pth:b') == (tmp_path/'a.pth:b', '')
+    assert weight_file(f'{tmp_path}/a.pth:c') == (tmp_path/'a.pth', 'c')
+    assert weight_file('C:/nowhere.pth') == (Path('C:/nowhere.pth'), '')
+
+
+@pytest.mark.parametrize('bias', [0, 1])
+@pytest.mark.parametrize('row', [0, 1])
+def test_a_classifier_that_was_never_trained_is_refused_with_the_start_that_it_is(
+    row, bias, theirs, tmp_path
+):
+    "Equal weights for every class, zeros most often: one prediction whatever the picture."
+    state = theirs.state_dict()
+    same = state['classifier.weight'][:1]*row
+    state |= {'classifier.weight': same.repeat(3, 1), 'classifier.bias': torch.arange(3.)*bias}
+    with pytest.raises(KdoctError, match='never trained') as e: imported(tmp_path, state)
+    assert 'teacher.arch=test_efficientnet' in e.value.fix and 'theirs.pth' in e.value.fix
+    assert not (tmp_path/'folder').exists()
 
 
 def test_losses_beside_a_network_are_left_out_where_it_is_named(theirs, tmp_path):

@@ -117,6 +117,8 @@ def test_two_eyes_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
     ("P0_V1", "P0_V2"), ("P0_20200101", "P0_20210101"), ("P0", "P0-visit 2"), ("7_T1", "7_T2"),
     ("P0_OD_V1", "P0_V2_OS"), ("Doe_baseline", "Doe_follow-up"), ("P0/visit1", "P0/visit2"),
     ("0012 (V1)", "0012_01.02.2020"), ("P0_V1_2020-01-01", "P0_V2_2021-01-01"),
+    ("P1", "P1 II"), ("P1_I", "P1_II"), ("P1 ii", "p1-III"), ("1016042 (II)", "1016042"),
+    ("CNV/P1 II", "CNV/P1"), ("P1_II_OD", "P1"),
     ("1:30", "01:30:00"), ("1", "(1)"), ("Doe, J1", "J1 Doe"),
 ])
 def test_visits_and_other_forms_of_a_patient_are_one_group_with_a_note(one, other, tmp_path):
@@ -129,6 +131,8 @@ def test_visits_and_other_forms_of_a_patient_are_one_group_with_a_note(one, othe
     ("Smith_V1", "Smith_V2"), ("V1", "V2"), ("site1_20200101", "site1_20200102"),
     ("1_20200101", "1_20200102"), ("CNV-1016042-1", "CNV-1016042-2"), ("Li Fu", "Li"),
     ("P0_20201301", "P0_20201302"), ("P0V1", "P0V2"), ("P0_1", "P0_2"),
+    ("Smith II", "Smith"), ("7 II", "8 II"), ("Group 1 II", "Group 1"), ("P1 IIII", "P1"),
+    ("P1 A", "P1 B"),
 ])
 def test_what_may_be_no_visit_keeps_patients_apart(one, other, tmp_path):
     listing = of_patients(tmp_path, one, other)
@@ -391,6 +395,13 @@ def test_a_class_in_two_spellings_is_refused_unless_both_are_named(labels, tmp_p
         )
     )
     assert listing.table.label.nunique() == 2
+
+
+def test_classes_whose_letters_look_the_same_are_told_apart_in_the_message(tmp_path):
+    "On a screen the two forms of an accent are one word twice."
+    lay_out(tmp_path, "Dru\u0308sen/1.png", "Dr\u00fcsen/2.png", "CNV/3.png")
+    with pytest.raises(KdoctError, match="signs of their own .Unicode NFD."):
+        load_table(DataRecipe(source="folder", root=str(tmp_path)))
 
 
 def test_class_folders_that_differ_only_by_case_are_refused(tmp_path):

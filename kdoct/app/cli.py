@@ -306,8 +306,9 @@ def report(
     run:RunArgument,
 ):
     "Write report.html of a run: one self-contained page."
+    the_run = open_run(run)   # at once
     from kdoct.app.report import report_html
-    typer.echo(short_path(report_html(open_run(run))))
+    typer.echo(short_path(report_html(the_run)))
 
 FolderArgument = Annotated[
     Path,
@@ -405,11 +406,12 @@ def explain(
     notebooks:NotebooksOption=None,
 ):
     "Draw heatmaps of the networks of a run, and test them. The report then shows them."
+    recipe = open_run(run).recipe   # at once, before torch is imported
     from kdoct.app.crossval import parse_folds, run_stage
     from kdoct.explain.stage import explanation_sections
     from kdoct.app.report import report_html
     overrides = _explain_overrides(changes)
-    the_run = new_run(run, open_run(run).recipe.override(**overrides))
+    the_run = new_run(run, recipe.override(**overrides))
     numbers = parse_folds(folds, the_run.recipe.data.n_folds)
     for k in numbers:
         typer.echo(f'fold {k} ...')

@@ -20,7 +20,7 @@ from ..core.files import KdoctError, outputs_root, read_json, temporary_outputs
 from ..core.overrides import own_teachers, parse_overrides
 from ..core.presets import preset, PRESETS
 from ..core.recipe import Recipe
-from ..core.requirements import require_data_root
+from ..core.requirements import require_data_root, weight_file
 from ..core.runs import as_papermill_reads, create_run, open_run, Run
 
 # %% ../../nbs/08a_app.stages.ipynb #6d1f0b14
@@ -107,9 +107,19 @@ def require_methods(
         check_method(distillation, recipe.training(role), processes=launched()[1])
 
 # %% ../../nbs/08a_app.stages.ipynb #f1d992c0
-def _list_images(recipe:Recipe)->tuple|None:
-    "What a source lists for a new run, None for simulated images; `KdoctError` without such images."
+def _require_fitting_files(recipe:Recipe):
+    "`KdoctError` for a weight file that does not fit its network; at once, not after the audit of all images."
+    for role in recipe.roles:
+        training = recipe.training(role)
+        if not weight_file(training.weights)[0].is_file(): continue
+        # here, so that the presets do not wait for torch
+        from kdoct.models.backbones import create_classifier
+        create_classifier(training, 2, training.size or recipe.data.size)
+
+def _looked_at(recipe:Recipe)->tuple|None:
+    "What a source lists for a new run, None for simulated images; `KdoctError` without images, or if weights misfit."
     require_data_root(recipe.data)
+    _require_fitting_files(recipe)
     if recipe.data.source == 'phantom':
         from kdoct.data.phantom import CLASSES
         from kdoct.data.phantom_devices import check_devices
@@ -120,6 +130,7 @@ def _list_images(recipe:Recipe)->tuple|None:
     require_teacher_classes(recipe, sorted(set(listing.table.label) - {''}))
     return listing, None
 
+# %% ../../nbs/08a_app.stages.ipynb #89c55e56
 def new_run(
     name:str,       # name of the run: letters, digits, '.', '_' and '-'
     recipe:Recipe,  # what to do
@@ -128,7 +139,7 @@ def new_run(
     require_archs(recipe)   # of students that are added to a run, too
     require_methods(recipe)
     recipe = with_folds_counted(recipe)
-    return create_run(name, recipe, _list_images)
+    return create_run(name, recipe, _looked_at)
 
 # %% ../../nbs/08a_app.stages.ipynb #453803bd
 def _assigned_names(code:str)->set[str]:

@@ -374,7 +374,8 @@ class TrainRecipe(Part):
     weights: str = Field(
         'package',
         description="package (installed ImageNet weights, extra `offline`), hub, none, "
-        "a .safetensors/.pth file, or a model folder (of another run, or of `kdoct import`)",
+        "a .safetensors/.pth file (FILE:PART where it holds several networks), "
+        "or a model folder (of another run, or of `kdoct import`)",
     )
     train: bool = Field(
         True,

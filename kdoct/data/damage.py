@@ -185,14 +185,31 @@ def _breaks_off(rows:np.ndarray)->bool:
         if aside and rows[r, :end].mean() >= _LIT and rows[r - 1, end:].mean() >= _LIT: return True
     return False
 
+# %% ../../nbs/01x_data.damage.ipynb #106327bc
+def _constant_rows(pixels:np.ndarray)->bool:
+    "Whether many rows in succession have one value, and the rows beside them begin sharply."
+    rows = pixels.reshape(len(pixels), pixels.shape[1], -1)
+    value = rows[:, 0]
+    is_flat = (rows == value[:, None]).all((1, 2))
+    goes_on = is_flat[1:] & is_flat[:-1] & (value[1:] == value[:-1]).all(1)
+    starts = np.flatnonzero(is_flat & ~np.r_[False, goes_on])
+    ends = np.flatnonzero(is_flat & ~np.r_[goes_on, False]) + 1
+    def is_sharp(row, first):
+        return not 0 <= row < len(rows) or (rows[row] != value[first]).any(1).mean() >= _LIT
+    return any(
+        len(rows) > b - a >= len(rows)/_HIGH and is_sharp(a - 1, a) and is_sharp(b, a)
+        for a, b in zip(starts, ends, strict=True)
+    )
+
 def check_zeroed_rows(
     pixels:np.ndarray,  # (h, w) or (h, w, channels) as they are stored, in the order of the file
-):
+)->list[str]:           # notes, keys of `PROBLEMS`
     "`BadImage` where pixels break off within a row, or begin within one, and are zero before or behind."
     lit = pixels.astype(bool) if pixels.ndim == 2 else pixels.any(2)
     if _breaks_off(lit) or _breaks_off(lit[::-1, ::-1]):
         what = "its pixels break off within a row, and all behind or before them is zero"
         raise BadImage('corrupt', f"{what}; copy or export the file again")
+    return ['constant-rows'] if _constant_rows(pixels) else []
 
 # %% ../../nbs/01x_data.damage.ipynb #c7e00df7
 _ONE_AT_A_TIME = threading.Lock()

@@ -332,14 +332,14 @@ def decoded(
     turned = _orientation_note(im.tag_v2.get(274, 1)) if im.format == 'TIFF' else []
     plainly, bottom_up = _stored_plainly(im), im.format == 'BMP'
     _load(im)
-    if plainly: check_zeroed_rows(np.asarray(im)[::-1] if bottom_up else np.asarray(im))
+    lost = check_zeroed_rows(np.asarray(im)[::-1 if bottom_up else 1]) if plainly else []
     two_colours = (im.mode in ('P', 'PA') or im.format == 'GIF') and len(im.getcolors(2) or ()) == 2
     if two_colours: check_depth(1)
     out, notes = _plain(im)
     if not is_mask and _is_black_and_white(out):
         what = "all pixels are black or white: a mask or a drawing, no B-scan"
         raise BadImage('wrong-mode', what)
-    notes += [note for note in turned if note not in notes]
+    notes += lost + [note for note in turned if note not in notes]
     if is_dark(out): notes.append('dark')
     undeclared = im.format == 'TIFF' and 0 in im.tag_v2.get(338, ())   # channels of which it says nothing
     if undeclared: notes.append('extra-channels')

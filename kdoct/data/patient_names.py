@@ -131,6 +131,8 @@ _COUNTED_WORDS = r'visite?|besuch|session|exam|time ?point|month|week|day|year'
 
 _SHORT_WORDS = 'v|t|tp|fu|bl|ses'   # they may be anything, but for a code before them
 
+_ROMAN = 'i{1,3}|iv|vi{0,3}|ix|x'   # P1 II: the second time
+
 _VISIT_DAY = r'(?:19|20)\d\d[-._ ]?\d\d?[-._ ]?\d\d?|\d\d?[-._]\d\d?[-._](?:19|20)\d\d'
 
 _EYE_BEHIND = rf'(?:[\s_–—-]+[(\[]?(?:{_LONG_EYES}|{_SHORT_EYES})[)\]]?)?'
@@ -139,7 +141,7 @@ _VISIT = re.compile(   # what may stand behind a patient
     rf'(?P<patient>.*[^\s_–—-])[\s_–—-]+[(\[]?'
     rf'(?:(?:(?:{_BASE_WORDS})[ _-]*\d{{0,3}}|(?:{_COUNTED_WORDS})[ _-]*\d{{1,3}})'
     rf'|(?P<short>(?:{_SHORT_WORDS})\d{{1,2}}|fu|bl)'
-    rf'|(?P<day>{_VISIT_DAY}))[)\]]?{_EYE_BEHIND}'
+    rf'|(?P<roman>{_ROMAN})|(?P<day>{_VISIT_DAY}))[)\]]?{_EYE_BEHIND}'
 )
 
 _PLACES = 'site|cent(?:er|re)|hospital|clinic|study|batch|scanner|device|group|class'
@@ -161,6 +163,7 @@ def _without_visit(part:str)->str:
     while m := _VISIT.fullmatch(part):
         patient, day = m['patient'], m['day']
         if day: is_visit = _CODE.fullmatch(patient) and _is_day(day)
+        elif m['roman']: is_visit = _CODE.fullmatch(patient)
         else: is_visit = not m['short'] or re.search(r'\d', patient)
         if not is_visit: break
         part = patient

@@ -55,6 +55,9 @@ _NOTES = {
     'dark':
         "no pixel is brighter than a quarter of white, as where values of 4 to 6 bits are stored "
         "with 8: it is taken as it is",
+    'constant-rows':
+        "rows in succession have one value, and begin sharply: padding, or a part of the file "
+        "that was lost; look at it",
     'no-retina':
         "no retina was found to crop to (data.frame): the whole picture is taken",
     'extra-channels': "the TIFF has further channels, and does not say what they are: left out",

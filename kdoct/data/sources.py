@@ -222,6 +222,7 @@ def check_classes(
 _INSTEAD_OF_LAYOUT = {  # problem of all rows of a table -> what helps
     'ambiguous-path': "Write each path with its folder and its ending, as the file is named.",
     'contradictory-rows': "Keep one row an image, the one that is right.",
+    'no-label': "Write the class of each image into the column of the labels.",
 }
 
 def _refuse_no_image(data:DataRecipe, listing:Listing):

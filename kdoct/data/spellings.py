@@ -63,12 +63,14 @@ def look_alikes(
 def say_name(
     name:str,  # of a class, patient or group
 )->str:        # in quotes
-    "A name as a message gives it, with the letters that only look Latin."
+    "A name as a message gives it, with what cannot be seen: letters that only look Latin, accents apart."
     def with_alphabet(letter):
         alphabet = unicodedata.name(letter).split()[0]
         return f"{letter} ({alphabet.capitalize()})"
     odd = ', '.join(map(with_alphabet, dict.fromkeys(look_alikes(name))))
-    return repr(name) + (f", whose {odd} only looks Latin," if odd else '')
+    if odd: return f"{name!r}, whose {odd} only looks Latin,"
+    is_other_form = unicodedata.normalize('NFC', name) != name
+    return repr(name) + (", whose accents are signs of their own (Unicode NFD)," if is_other_form else '')
 
 # %% ../../nbs/01a_data.spellings.ipynb #5c1016aa
 # how names with these letters are written without them; other accents are left out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Classifier', 'head_modules', 'undecayed', 'require_arch', 'timm_model', 'read_state', 'recorded_classes', 'misfits',
-           'adapted', 'check_fit', 'head_names', 'state_for', 'read_model_folder', 'create_classifier',
+           'head_names', 'adapted', 'check_fit', 'state_for', 'read_model_folder', 'create_classifier',
            'count_parameters']
 
 # %% ../../nbs/02a_models.backbones.ipynb #imp-models-backbones
@@ -24,14 +24,21 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ..core.files import KdoctError, read_json, sha256_file
-from ..core.requirements import require_same_arch, require_weights
+from ..core.requirements import require_same_arch, require_weights, weight_file
 from ..core.sections import TrainRecipe
 from ..data.packaged_weights import load_packaged_weights
 from .arithmetic import autocast, resolve_precision
 from .foundation import foundation_state, pooling_of
 from .multiscale import MultiScale
 from .ofa import map_ofa_names
-from .weight_checks import check_kinds, check_numbers, nearly_fits
+from kdoct.models.weight_checks import (
+    beginnings,
+    check_kinds,
+    check_numbers,
+    COUNTER,
+    encoders,
+    nearly_fits,
+)
 
 # %% ../../nbs/02a_models.backbones.ipynb #fb1c31f8
 class Classifier(nn.Module):
@@ -315,8 +322,8 @@ def _refuse_several(names:list[str], file:str):
     shown = ', '.join(names[:6]) + (', ...' if len(names) > 6 else '')
     raise KdoctError(
         f"{file} holds several state dicts: {shown}.",
-        fix=f"Choose the one that is meant: kdoct import {file} --weights {names[-1]} ... "
-            f"A training can start from the model folder that this writes.",
+        fix=f"Choose the one that is meant: kdoct import {file} --weights {names[-1]} ... To start "
+            f"a training from one: --set teacher.weights={file}:{names[-1]}",
     )
 
 def _not_tensors(state)->list[str]:
@@ -416,20 +423,32 @@ def _summary(bad:list[str])->tuple[str, str]:
 _VERY_ARCHITECTURE = "Give the weights of this very architecture, with timm's names."
 _ONE_SIZE = " It is made for one input size: weights of another size do not fit."
 
-# %% ../../nbs/02a_models.backbones.ipynb #6bccdf5c
-_COUNTER = '.num_batches_tracked'   # of a batch normalisation
+# %% ../../nbs/02a_models.backbones.ipynb #382f5147
+def head_names(
+    body:nn.Module,      # timm model
+)->tuple[str, ...]:
+    "Beginnings of the names of the classifier's tensors, as timm knows them."
+    names = getattr(body, 'pretrained_cfg', {}).get('classifier')
+    names = (names,) if isinstance(names, str) else names or ()
+    return tuple(f'{n}.' for n in names)
 
-def _beginnings(body:nn.Module, state:dict, but:tuple[str, ...]=())->list[str]:
-    "Beginnings of names under which a file has every tensor of a network: 'student.', 'teacher.'."
-    names = [k for k in body.state_dict() if not k.startswith(but) and not k.endswith(_COUNTER)]
-    if not names or names[0] in state: return []
-    begin = {k.removesuffix(names[0]) for k in state if k.endswith(f'.{names[0]}')}
-    return sorted(b for b in begin if all(b + k in state for k in names))
+# %% ../../nbs/02a_models.backbones.ipynb #6b00a923
+def _alternatives(option:str, parts:list[str])->str:
+    "An option with the name of the first part, and the names of the others."
+    first, *others = (part[:-1] for part in parts)
+    return f"{option}{first}" + (f" (or {', '.join(others)})" if others else '')
 
-def _remedy(body:nn.Module, state:dict, but:tuple[str, ...])->str:
+def _remedy(body:nn.Module, state:dict, but:tuple[str, ...], file:str)->str:
     "What to do with a file that does not fit."
-    if parts := _beginnings(body, state, but):
-        return f"Choose the part that is meant: kdoct import ... --weights {parts[0][:-1]}"
+    parts = beginnings(body, state, but)
+    starts = [] if parts else encoders(body, state, head_names(body))
+    if parts and not but:
+        option = _alternatives('kdoct import ... --weights ', parts)
+        return f"Choose the part that is meant: {option}"
+    if start := parts or starts:
+        what = "" if parts else "No part has a classifier. "
+        option = _alternatives(f'--set teacher.weights={file}:', start)
+        return f"{what}Start a training from the part that is meant: {option}"
     if nearly_fits(body, state): return "Save the state dict under the names that timm has."
     return _VERY_ARCHITECTURE + (_ONE_SIZE if _is_fixed(body) else '')
 
@@ -440,11 +459,11 @@ def adapted(
     but:tuple[str, ...]=(), # beginnings of names that are not looked at
 )->dict:                    # the same tensors, and counters of batches
     "Names without a beginning that all share, where the rest fits; zeros for counters that old PyTorch lacked."
-    parts = _beginnings(body, state, but)
+    parts = beginnings(body, state, but)
     if len(parts) == 1 and all(k.startswith(parts[0]) for k in state):
         state = {k.removeprefix(parts[0]): v for k, v in state.items()}
-    if any(k.endswith(_COUNTER) for k in state): return state
-    counters = {k: v for k, v in body.state_dict().items() if k.endswith(_COUNTER)}
+    if any(k.endswith(COUNTER) for k in state): return state
+    counters = {k: v for k, v in body.state_dict().items() if k.endswith(COUNTER)}
     return state | {k: torch.zeros_like(v) for k, v in counters.items()}
 
 # %% ../../nbs/02a_models.backbones.ipynb #3d10a939
@@ -460,26 +479,18 @@ def check_fit(
     if bad:
         counts, first = _summary(bad)
         total = len(body.state_dict())
-        parts = ' and '.join(map(repr, _beginnings(body, state, but)))
+        parts = ' and '.join(map(repr, beginnings(body, state, but)))
         where = nearly_fits(body, state)
         if parts: where = f" All its tensors stand there under {parts}."
         raise KdoctError(
             f"{what} does not fit {arch}: {counts} of {total} tensors. {first}.{where}",
-            fix=_remedy(body, state, but),
+            fix=_remedy(body, state, but, what),
         )
     check_kinds(body, state, what)
     check_numbers(state, what)
 
 # %% ../../nbs/02a_models.backbones.ipynb #40288219
 _OLD_HEADS = ('head.', 'pre_logits.', 'classifier.')  # of VGG16 and ConvNeXt-T, in timm and torchvision
-
-def head_names(
-    body:nn.Module,      # timm model
-)->tuple[str, ...]:
-    "Beginnings of the names of the classifier's tensors, as timm knows them."
-    names = body.pretrained_cfg.get('classifier')
-    names = (names,) if isinstance(names, str) else names or ()
-    return tuple(f'{n}.' for n in names)
 
 def _load_all_but_head(body:nn.Module, state:dict, what:str, arch:str)->nn.Module:
     "Put every tensor but the classifier's into the network."
@@ -507,10 +518,11 @@ def state_for(
 def _from_file(path:str, arch:str, size:int, **kwargs)->nn.Module:
     "A model with weights of a local file; only the classifier may be missing or have other classes."
     require_arch(arch)
-    state = state_for(arch, path)
+    file, part = weight_file(path)
+    state = state_for(arch, file, part)
     body = timm_model(arch, size, **kwargs, **pooling_of(arch, state))
     state, body.changes = foundation_state(body, state)
-    return _load_all_but_head(body, state, Path(path).name, arch)
+    return _load_all_but_head(body, state, file.name, arch)
 
 # %% ../../nbs/02a_models.backbones.ipynb #a803b65f
 def _require_model_folder(folder:Path):

@@ -26,6 +26,7 @@ from kdoct.core.files import (
     write_json,
 )
 from ..core.recipe import Recipe
+from ..core.requirements import weight_file
 from ..core.runs import ROLES
 from ..core.sections import DataRecipe, PhantomRecipe, TrainRecipe
 from ..data.framing import FRAMING, framing_of
@@ -182,9 +183,11 @@ def weights_origin(
     recipe:TrainRecipe,  # architecture and weights
 )->dict:                 # for model.json, under `weights_from`
     "Where a network's first weights come from; of a model folder also its training and its own origin."
-    path = Path(recipe.weights)
     if recipe.weights in ('none', 'hub', 'package'): return dict(kind=recipe.weights)
-    if not path.is_dir(): return dict(kind='file', file=path.name, sha256=sha256_file(path))
+    path, part = weight_file(recipe.weights)
+    if not path.is_dir():
+        named = dict(weights=part) if part else {}
+        return dict(kind='file', file=path.name, sha256=sha256_file(path), **named)
     about, run = read_json(path/'model.json'), path.resolve().parents[1]
     known = {k: about.get(k) for k in _PASSED_ON}
     return dict(kind='model folder', run=run.name if (run/'run.json').exists() else None, **known)
@@ -271,7 +274,8 @@ def _check_import(folder:str|Path, role:str, classes:list[str]):
         raise KdoctError(f"'{role}' is no role.", fix=f"Roles are {', '.join(ROLES)}.")
     if not 1 < len(classes) == len(set(classes)):
         raise KdoctError(
-            f"These are not two or more classes: {', '.join(classes)}.", fix="Name each once."
+            f"These are not two or more classes: {', '.join(classes)}.",
+            fix="Name two or more, each once, in the order of the network's outputs.",
         )
 
 def _check_classes(body:nn.Module, state:dict, file:str, classes:list[str]):
@@ -309,16 +313,33 @@ def _names_in_file(path:str|Path, classes:list[str])->list[str]:
     return others
 
 # %% ../../nbs/02aa_models.folders.ipynb #8d84b9df
-def _refuse_encoder(body:nn.Module, state:dict, arch:str, path:str|Path):
+def _refuse_as_encoder(what:str, arch:str, path:str|Path, weights:str):
+    "`KdoctError` for a file that is a start, no trained network."
+    start = f'{path}:{weights}' if weights else str(path)
+    raise KdoctError(
+        f"{Path(path).name} has {what}",
+        fix=f"Train a network from it: --set teacher.arch={arch} "
+            f"--set teacher.weights={shlex.quote(start)}",
+    )
+
+def _refuse_encoder(body:nn.Module, state:dict, arch:str, path:str|Path, weights:str):
     "`KdoctError` if a file has all of a network but its classifier."
     head = head_names(body)
     own = {k for k in body.state_dict() if not k.startswith(head)}
-    if own != set(encoder_state(state)[0]): return
-    raise KdoctError(
-        f"{Path(path).name} has no classifier: it is an encoder, which knows no classes.",
-        fix=f"Train a network from it: --set teacher.arch={arch} "
-            f"--set teacher.weights={shlex.quote(str(path))}",
-    )
+    if own in (set(state), set(encoder_state(state)[0])):
+        what = "no classifier: it is an encoder, which knows no classes."
+        _refuse_as_encoder(what, arch, path, weights)
+
+# %% ../../nbs/02aa_models.folders.ipynb #408b0b2b
+def _refuse_untrained_classifier(
+    body:nn.Module, state:dict, arch:str, path:str|Path, weights:str
+):
+    "`KdoctError` if the classifier of a file gives every class the same score, but for its bias."
+    head = head_names(body)
+    matrices = [v for k, v in state.items() if k.startswith(head) and v.ndim > 1]
+    if not any((v == v[:1]).all() for v in matrices): return
+    what = "a classifier that was never trained: its weights are the same for every class."
+    _refuse_as_encoder(what, arch, path, weights)
 
 def _require_own_size(body:nn.Module, state:dict, file:str):
     "`KdoctError` if a transformer's positions are of another input size."
@@ -334,9 +355,10 @@ def _state_that_fits(
     "Tensors of a file under the network's names, and what is to be known of it; `KdoctError` if they do not fit."
     file, state = Path(path).name, adapted(body, given)
     _check_classes(body, state, file, classes)
-    _refuse_encoder(body, state, arch, path)
+    _refuse_encoder(body, state, arch, path, weights)
     _require_own_size(body, state, file)
     check_fit(body, state, file, arch)
+    _refuse_untrained_classifier(body, state, arch, path, weights)
     others = _names_in_file(path, classes)
     noted = dict(weights=weights, classes=others, counters=len(state) - len(given),
                  **pooling_of(arch, state))
