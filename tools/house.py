@@ -15,7 +15,8 @@ from textwrap import wrap
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-# The one order of the packages: a package imports only what stands before it. `.importlinter` holds the same, from the top.
+# The one order of the packages: a package imports only what stands before it.
+# `.importlinter` holds the same, from the top.
 PACKAGES = ("core", "data", "models", "training", "distill", "evaluate", "explain", "deploy", "app")
 ASSERTIONS = re.compile(r"test_(?:eq|ne|close|fail|is|shuffled|stdout|warns)|is_close|all_equal")
 

@@ -1,10 +1,10 @@
 """Write README.md from nbs/index.ipynb: `python tools/readme.py [OUT]`.
 
 Left out: cells with `#| hide` or the tag `hide`, the code of cells with `#| echo: false` or the tag `hide_input`, and
-the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record, `<!-- table of sources -->` and
-`<!-- table of methods -->` by the registered sources and methods.
-Relative links of the notebook, which count from nbs/, are made to count from the README. Figures are files (nbs/images/*.png)
-that Markdown cells name, not outputs: a README cannot carry those.
+the directives themselves. `<!-- table of FILE.json -->` is followed by the table of that record,
+`<!-- table of sources -->` and `<!-- table of methods -->` by the registered sources and methods.
+Relative links of the notebook, which count from nbs/, are made to count from the README. Figures are
+files (nbs/images/*.png) that Markdown cells name, not outputs: a README cannot carry those.
 """
 import json
 import posixpath

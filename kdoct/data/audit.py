@@ -290,7 +290,7 @@ def audit(
     classes:tuple[str, ...]|None=None,      # allowed labels; None: all
     leave_out:tuple[str, ...]=(),           # problems whose images are left out
     workers:int=0,                          # threads; 0: one a core, 8 at most
-    near_duplicates:str='',                           # from `wants_near_duplicates`; '': near-duplicates are not looked for
+    near_duplicates:str='',                           # from `wants_near_duplicates`; '': none are looked for
 )->Audit:
     "Open every image of a table, one pass a file."
     _check_leave_out(leave_out)

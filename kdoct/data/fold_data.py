@@ -85,7 +85,7 @@ class FoldData:
     labels:np.ndarray           # int64 (N,), index into `classes`; -1: it has no label, or it is hidden in this fold
     groups:np.ndarray           # str (N,), group of each image
     classes:list[str]           # in the order of the logits
-    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', and 'unlabelled', 'calib' where there are -> int64 rows of `images`
+    idx:dict[str, np.ndarray]   # 'train', 'val', 'test', perhaps 'unlabelled', 'calib' -> int64 rows of `images`
     table:pd.DataFrame          # image table with column `role`, and all labels, hidden ones too
     fold:int                    # counted from 0
     folds_sha256:str            # hash of folds.csv

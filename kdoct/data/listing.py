@@ -477,7 +477,7 @@ def check_labels(
     table:pd.DataFrame,                 # image table
     classes:tuple[str, ...]|None=None,  # `data.classes`; names that are all in it are meant to differ
 ):
-    "`KdoctError` if one class is written in several ways (normal, Healthy), or stands beside a copy of itself (CNV, CNV (1))."
+    "`KdoctError` if a class is written in several ways (normal, Healthy) or beside its copy (CNV, CNV (1))."
     if classes: return   # who names the classes has decided; other labels are the audit's unknown-label
     table = table[table.label != '']
     n, first = table.label.value_counts(), table.drop_duplicates('label').set_index('label').path

@@ -280,7 +280,7 @@ def find_near_duplicates(
     root:str|Path,        # folder that the paths are relative to
     profile:Profile,      # what counts as a copy
     apart:str='',         # column in which a copy must differ, such as site; '': none
-)->pd.DataFrame:          # one row an image with copies: path, match (its best copy), agreement, set (its group's first)
+)->pd.DataFrame:          # one row an image with copies: path, match (best copy), agreement, set (first of its group)
     "Which images are near-duplicates of which; `KdoctError` if the backbone's package is missing."
     t = table.sort_values('path', ignore_index=True)
     if len(t) < 2: return pd.DataFrame(columns=['path', 'match', 'agreement', 'set'])

@@ -426,7 +426,7 @@ def detect_run_shortcuts(
     workers:int=0,  # threads; 0: one a core, 8 at most
     limit:int=3000, # images at most, see `detect_shortcuts`
 )->dict:            # as `detect_shortcuts` about the files; 'seen': the same about the decoded images
-    "Look for shortcuts in a run's images and write shortcuts.json; a result about the same images is read, not made anew."
+    "Look for shortcuts in a run's images and write shortcuts.json; one about the same images is read."
     facts, file = run.stage('data'), run.path/'shortcuts.json'
     if 'cache' not in facts:
         raise KdoctError(

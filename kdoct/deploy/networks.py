@@ -171,7 +171,8 @@ def open_model_folder(
     return Bundle(folder, about, decision)
 
 # %% ../../nbs/07h_deploy.networks.ipynb #fb9da27e
-_OF_BUNDLES = ('bundle.json', 'signature.json', 'model_card.json')   # a bundle that has lost its seal is no model folder
+# a bundle that has lost its seal is no model folder
+_OF_BUNDLES = ('bundle.json', 'signature.json', 'model_card.json')
 
 _MAKERS = "`kdoct export` writes a bundle, `kdoct import` a model folder."
 _PLACES = ("The model folders of a run are outputs/RUN/fold_K/ROLE; `kdoct export RUN` "
