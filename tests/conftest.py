@@ -23,8 +23,9 @@ hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("kdoct")
 
 
-# What these make takes long, whichever test asks first: a browser, a served page, the site of the guide, the wheel.
-SLOW_FIXTURES = {"browser", "page", "site", "wheel"}
+# What these make takes long, whichever test asks first: a browser, a network in every format, a served page, the site
+# of the guide, the server of stage kernels, the wheel.
+SLOW_FIXTURES = {"browser", "exported_outputs", "page", "site", "stage_server", "wheel"}
 
 
 @pytest.hookimpl(tryfirst=True)   # before `-m "not slow"` is looked at
@@ -189,6 +190,13 @@ def exported_outputs(trained_outputs, tmp_path_factory):
                 env.setitem(engines.LIMITS, name, limit)
             export_fold(copied_run(trained_outputs, folder), 0, "baseline")
     return made_once(tmp_path_factory, "exported", make)
+
+
+@pytest.fixture(scope="session")
+def stage_server():
+    "The process whose forks are the kernels of stages, for this whole session."
+    from kdoct.app import kernels
+    with kernels.prepared_kernels(): yield kernels._SERVERS[0] if kernels._SERVERS else None
 
 
 # --- a browser

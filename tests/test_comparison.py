@@ -205,6 +205,7 @@ def test_the_evaluation_of_several_students_has_the_corrected_comparison():
     assert (run.path / "figures" / "comparison.png").exists()
 
 
+@pytest.mark.slow
 def test_the_report_of_one_fold_shows_the_comparison_of_students():
     page = quiet(report_html, simulated("page", (0,), students={"at": {}}))[0].read_text()
     assert "Every model against the baseline" in page and "Students compared" in page

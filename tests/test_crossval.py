@@ -14,7 +14,8 @@ from papermill.cli import papermill
 from PIL import Image
 
 from kdoct.app.cli import main
-from kdoct.app.crossval import RUN_HEADING, _LocalKernel, run_stage, stage_cells
+from kdoct.app.crossval import RUN_HEADING, run_stage, stage_cells
+from kdoct.app.kernels import StageKernel
 from kdoct.app.stages import open_stage
 from kdoct.core.files import outputs_root
 from kdoct.core.presets import preset
@@ -91,7 +92,7 @@ def test_a_kernel_that_has_done_its_work_is_not_interrupted(monkeypatch):
     signals = []
     async def noted(self): signals.append('interrupt')
     monkeypatch.setattr(KernelManager, '_async_interrupt_kernel', noted)
-    kernel = _LocalKernel(kernel_name='python3')
+    kernel = StageKernel(kernel_name='python3')
     kernel.start_kernel()
     kernel.shutdown_kernel()
     assert signals == [] and not kernel.is_alive()
@@ -101,7 +102,7 @@ def test_the_work_that_a_user_breaks_off_is_interrupted(monkeypatch):
     signals = []
     async def noted(self): signals.append('interrupt')
     monkeypatch.setattr(KernelManager, '_async_interrupt_kernel', noted)
-    kernel = _LocalKernel(kernel_name='python3')
+    kernel = StageKernel(kernel_name='python3')
     kernel.start_kernel()
     try: raise KeyboardInterrupt
     except KeyboardInterrupt: kernel.shutdown_kernel()
@@ -109,7 +110,9 @@ def test_the_work_that_a_user_breaks_off_is_interrupted(monkeypatch):
 
 
 @pytest.mark.slow
-def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(folder, capsys):
+def test_refused_data_leave_no_run_and_the_run_goes_on_without_them(
+    folder, stage_server, capsys
+):
     recipe = {
         'data.source': 'folder',
         'data.root': str(folder),

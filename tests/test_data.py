@@ -482,6 +482,7 @@ def test_identical_files_share_a_row_and_keep_their_own_lines(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_real_images_patients_under_two_classes_stay_together(shared_data):
     run = create_run(
         "real", preset("edge", **{"data.root": str(shared_data / "ucsd_oct"), "data.size": 64})

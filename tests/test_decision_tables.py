@@ -61,6 +61,7 @@ def test_a_fold_without_a_decision_is_named():
     assert notes == ['teacher: no decision in fold 1, not in the tables about decisions']
 
 
+@pytest.mark.slow
 def test_evaluation_shows_decisions_where_they_are():
     run = create_run('shown', preset('tiny'))
     simulated.write_simulated_stages(run, 0)

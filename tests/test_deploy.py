@@ -317,6 +317,7 @@ def test_a_graph_of_another_network_is_refused(bundle, tmp_path):
         engines.make_engine(bundle.folder, "onnx", about, bundle.decision)
 
 
+@pytest.mark.slow
 def test_colour_pictures_go_through_the_graph(tmp_path):
     torch.manual_seed(0)
     model = create_classifier(

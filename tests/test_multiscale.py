@@ -167,6 +167,7 @@ def test_features_do_not_depend_on_colour_or_on_the_stored_size():
     assert np.corrcoef(hog_features(larger[None])[0], grey[0])[0, 1] > .9
 
 
+@pytest.mark.slow
 def test_the_control_reaches_on_real_b_scans_what_it_was_measured_to_reach(shared_data):
     real = create_run(
         'ucsd', preset('edge', **{'data.root': str(shared_data / 'ucsd_oct'), 'data.size': 128})

@@ -43,6 +43,7 @@ def test_a_run_that_leaves_devices_out_names_its_folds_and_its_worst_device(caps
     assert all("devices: mean, worst %" in row for row in own.values())
 
 
+@pytest.mark.slow
 def test_a_fold_of_one_device_has_no_worst_and_one_of_several_has_with_small_ones_marked():
     left_out, mixed = simulated("lodo", **LEFT_OUT), simulated("mixed")
     assert "places" not in evaluate_fold(left_out, 0, verbose=False)["sections"]

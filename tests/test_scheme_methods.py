@@ -269,6 +269,7 @@ def test_the_peer_is_a_model_folder_beside_the_student_s(distilled):
     assert list(rows[0].path) == list(rows[1].path) and list(rows[0].columns) == list(rows[1].columns)
 
 
+@pytest.mark.slow
 def test_the_peer_predicts_and_is_exported(distilled, tmp_path):
     pytest.importorskip('onnx', reason='the extra deploy is not installed')
     folder, images = distilled.stage_dir(0, 'student-both')/'peer-teacher', tmp_path/'images'

@@ -1,11 +1,10 @@
 "Stress tests: corruptions that are the published ones and repeat, the shipped path behind them, errors by name."
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import prepared
 import pytest
 from conftest import copied_run
 from PIL import Image, ImageEnhance
@@ -120,7 +119,8 @@ im = Image.open({str(tmp_path / 'scan.png')!r})
 for name in {RANDOM[::-1]}:
     print(name, hashlib.sha256(corrupted(im, name, 3).tobytes()).hexdigest())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = prepared.run(code)
+    assert done.returncode == 0, done.stderr
     assert dict(line.split() for line in done.stdout.splitlines()) == {
         name: digest(scan, name) for name in RANDOM
     }

@@ -488,7 +488,7 @@ def test_weights_of_every_teacher_are_asked_for_beforehand(monkeypatch, tmp_path
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_a_further_teacher_by_name():
+def test_the_notebook_trains_a_further_teacher_by_name(stage_server):
     run = create_run('named', preset('tiny', **{**TWO, 'teacher.epochs': 1}))
     prepare_data(run)
     executed = C.run_stage(run, 'teacher-vit', 2)   # papermill, in a process of its own

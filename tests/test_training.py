@@ -1,7 +1,5 @@
 "Training survives a kill at any moment and ends with the weights of the uninterrupted run."
 import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -545,17 +543,13 @@ KEPT = textwrap.dedent('''
 
 
 @pytest.mark.slow
-def test_kernels_made_for_other_vector_units_are_not_taken_from_the_cache(tmp_path):
+def test_kernels_made_for_other_vector_units_are_not_taken_from_the_cache(tmp_path, monkeypatch):
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX512'):
         pytest.skip('this processor has no two kinds of vector units to try')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     def hits(**env):
-        done = subprocess.run(
-            [sys.executable, '-c', KEPT],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env={**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **env},
-        )
+        for name, value in env.items(): monkeypatch.setenv(name, value)
+        done = prepared.run(KEPT)
         if 'compiler' in done.stderr.lower() and done.returncode:
             pytest.skip('no C++ compiler here')
         assert done.returncode == 0, done.stderr

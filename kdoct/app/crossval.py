@@ -8,7 +8,6 @@ __all__ = ['RUN_HEADING', 'parse_folds', 'stage_cells', 'require_notebooks', 'ru
 # %% ../../nbs/08_app.crossval.ipynb #imp-app-crossval
 import os
 import re
-import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from jupyter_client.manager import KernelManager
 from papermill.exceptions import PapermillExecutionError
 
+from .kernels import prepared_kernels, StageKernel
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
 from ..core.recipe import Recipe
 from ..core.requirements import launched, require_weights
@@ -68,23 +67,6 @@ def stage_cells(
         if c.cell_type == 'code': c.outputs, c.execution_count = [], None
     return nbformat.v4.new_notebook(cells=kept, metadata=nb.metadata)
 
-# %% ../../nbs/08_app.crossval.ipynb #805d98c4
-class _LocalKernel(KernelManager):
-    "A kernel that is reached through files of this user instead of network ports, where the system has them."
-    def __init__(self, **kwargs):
-        files = dict(transport='ipc', ip=f'{tempfile.gettempdir()}/kdoct-{os.getpid()}')
-        super().__init__(**(files if os.name != 'nt' else {}) | kwargs)
-
-    def shutdown_kernel(self, now:bool=False, restart:bool=False):
-        "End the kernel, and note whether the user has broken its work off."
-        self.is_broken_off = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-        super().shutdown_kernel(now, restart)
-
-    async def _async_interrupt_kernel(self):
-        "Interrupt the kernel, unless it only ends."
-        if self.shutting_down and not self.is_broken_off: return
-        await super()._async_interrupt_kernel()
-
 # %% ../../nbs/08_app.crossval.ipynb #12edb824
 @contextmanager
 def _environment(stage:str):
@@ -131,7 +113,7 @@ def _execute(notebook:Path, given:dict):
         given,
         kernel_name='python3',
         progress_bar=False,
-        kernel_manager_class=_LocalKernel,
+        kernel_manager_class=StageKernel,
     )
 
 # %% ../../nbs/08_app.crossval.ipynb #bb4dcf1d
@@ -196,17 +178,18 @@ def crossval(
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
     stages = _planned(run, folds)
-    for number, (stage, fold) in enumerate(stages, 1):
-        name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
-        name = f'[{number}/{len(stages)}] {name}'
-        if run.is_finished(stage, fold):
-            print(f'{name}: finished before', flush=True)
-            continue
-        print(f'{name} ...', flush=True)
-        began = time.perf_counter()
-        run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
-        print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
-        if stage == 'data': _print_data_warnings(run.stage('data'))
+    with prepared_kernels():
+        for number, (stage, fold) in enumerate(stages, 1):
+            name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
+            name = f'[{number}/{len(stages)}] {name}'
+            if run.is_finished(stage, fold):
+                print(f'{name}: finished before', flush=True)
+                continue
+            print(f'{name} ...', flush=True)
+            began = time.perf_counter()
+            run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
+            print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
+            if stage == 'data': _print_data_warnings(run.stage('data'))
     return run
 
 # %% ../../nbs/08_app.crossval.ipynb #aab0b3b8

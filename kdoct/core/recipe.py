@@ -7,6 +7,7 @@ __all__ = ['Recipe', 'recipe_fields', 'field_kind', 'model_folder_facts', 'valid
 
 # %% ../../nbs/00c_core.recipe.ipynb #imp-core-recipe
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -250,11 +251,17 @@ def _near_fields(name:str, known:dict[str, tuple])->list[str]:
     return described[:3] or near or [k for k in known if k.endswith('.' + name)]
 
 # %% ../../nbs/00c_core.recipe.ipynb #recipe-set-dotted
+@functools.cache
+def _known_fields()->tuple[dict, tuple[str, ...]]:
+    "The recipe's fields; the beginnings of names within those that take names of one's own, such as `data.columns.`."
+    known = recipe_fields()
+    with_names = [f for f in known if field_kind(f) in ('named texts', 'dict')]
+    return known, tuple(f'{f}.' for f in with_names)
+
 def _require_field(name:str, value):
     "`KdoctError` for a name that is no field, with its nearest neighbours."
-    known, field = recipe_fields(), _mirrored(name)   # of a further network: the field that it changes
-    with_names = (f for f in known if field_kind(f) in ('named texts', 'dict'))
-    is_within = any(field.startswith(f + '.') for f in with_names)   # data.columns.label
+    (known, begins), field = _known_fields(), _mirrored(name)   # of a further network: the field that it changes
+    is_within = field.startswith(begins)   # data.columns.label
     is_fields = field != name and isinstance(value, dict)   # several fields of a further network
     if field in known or is_within or is_fields: return
     _refuse_part(field, known)
