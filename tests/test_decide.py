@@ -10,9 +10,9 @@ import torch
 from conftest import copied_run
 from simulated_decisions import QUICK, fitted, same
 
-from kdoct.core.files import KdoctError
+from kdoct.core.files import KdoctError, read_json, write_json
 from kdoct.core.presets import preset
-from kdoct.core.runs import create_run
+from kdoct.core.runs import Run, create_run, has_decision
 from kdoct.data.fold_data import open_fold
 from kdoct.data.stage import prepare_data
 from kdoct.evaluate.decide import _check_same, decide_all, decide_fold
@@ -142,6 +142,43 @@ def test_a_stage_is_finished_while_the_targets_stay(made, run):
     assert not other.is_finished('decide', 0) and other.recipe.key == run.recipe.key
     with pytest.raises(KdoctError, match='another recipe'):
         create_run('tiny', run.recipe.override(**{'decide.defer': 'risk', 'data.size': 96}))
+
+
+def asking_for_views(run, n):
+    "The run, whose decisions are to be fitted on training views too."
+    decide = run.recipe.decide.model_copy(update=dict(views=n))
+    return Run(run.path, run.recipe.model_copy(update=dict(decide=decide)))
+
+
+@pytest.mark.parametrize('part,changes', [('test', False), ('val', True)])
+def test_views_of_held_out_images_are_fitted_on_and_none_of_test_images(run, part, changes):
+    viewing, data = asking_for_views(run, 2), open_fold(run, 0)
+    model, _ = load_model_folder(run.stage_dir(0, 'baseline'))
+    both = [fit_network(viewing, d, model, role='baseline') for d in (data, poisoned(data, part))]
+    assert same(*both) != changes
+
+
+def test_a_decision_with_views_says_so_and_counts_each_image_once(made, run):
+    data, (model, _) = open_fold(run, 0), load_model_folder(run.stage_dir(0, 'baseline'))
+    decision = fit_network(asking_for_views(run, 2), data, model, role='baseline')
+    assert not same(decision, made[1])
+    assert decision.about['images'] == made[1].about['images'] == len(data.idx['val'])
+    assert 'on 2 random training views of each' in decision.about['caveat']
+
+
+def test_other_views_ask_for_another_decision(made, run):
+    assert has_decision(run, 0, 'baseline')
+    assert not has_decision(asking_for_views(run, 1), 0, 'baseline')
+
+
+def test_a_decision_of_before_there_were_views_is_kept(made, run):
+    file = run.stage_dir(0, 'baseline')/'decision.json'
+    before = file.read_text()
+    record = read_json(file)
+    del record['about']['recipe']['views']
+    write_json(file, record)
+    try: assert has_decision(run, 0, 'baseline')
+    finally: file.write_text(before)
 
 
 def test_predictions_made_later_need_a_new_decision(made, run):

@@ -25,17 +25,25 @@ METHODS = re.compile(r"(<!-- table of methods -->\n)(?:\n(?:\|[^\n]*\n)+)?")
 COLUMNS = ["parameters", "accuracy %", "macro sensitivity %", "macro specificity %", "AUC"]
 
 
+def markdown_table(rows, caption):
+    "Rows (the first has the names of the columns) and the caption below them, as Markdown."
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join(["---"]*len(rows[0])) + " |")
+    return "\n".join([*lines, "", f"*{caption}*", ""])
+
+
 def record_table(file):
-    "The main table of a recorded run and its protocol, as Markdown."
-    summary = json.loads((ROOT / file).read_text(encoding="utf-8"))["summary"]
+    "The table of a record, as Markdown: the main table of a run, or rows that the record holds."
+    record = json.loads((ROOT / file).read_text(encoding="utf-8"))
+    if "rows" in record: return markdown_table(record["rows"], record["caption"])
+    summary = record["summary"]
     names = {"hog_svm": "HOG + SVM"}
-    rows = [["model", *COLUMNS], ["---"]*(1 + len(COLUMNS))]
+    rows = [["model", *COLUMNS]]
     for model, row in summary["table"].items():
         rows.append([names.get(model, model), *(row[c] for c in COLUMNS)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     protocol = summary["protocol"].replace("Hog_svm", "HOG + SVM")
     protocol = protocol.partition(" No ensemble over folds")[0]   # the table has none either
-    return "\n".join([*lines, "", f"*{protocol}*", ""])
+    return markdown_table(rows, protocol)
 
 
 def sources_table():

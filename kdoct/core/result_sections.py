@@ -137,6 +137,13 @@ class DecideRecipe(Part):
                     "all, where there are fewer",
     )
     drop_outliers:bool = Field(True, description="leave outliers out when a volume is decided")
+    views: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="random training views of each held-out image that decisions are fitted on "
+                    "beside the image itself, with the changes of devices where training has them",
+    )
 
     @model_validator(mode='after')
     def _fractions(self):

@@ -26,6 +26,7 @@ from kdoct.core.files import (
     write_json,
 )
 from .recipe import Recipe, validated_recipe
+from .result_sections import DecideRecipe
 
 # %% ../../nbs/00g_core.runs.ipynb #52b27ea3
 ROLES = ('teacher', 'student', 'baseline')
@@ -264,6 +265,10 @@ def _is_trained(run:Run, fold:int, stage:str)->bool:
     is_tested = not run.predicts_test or (folder/'predictions.parquet').exists()
     return is_tested and (folder/'model.json').exists()
 
+def _with_defaults(decide):
+    "Targets that an earlier version wrote, with the fields that it had not yet."
+    return DecideRecipe().model_dump(mode='json') | (decide or {})
+
 def has_decision(
     run:Run,   # the run
     fold:int,  # counted from 0
@@ -273,9 +278,8 @@ def has_decision(
     folder = run.stage_dir(fold, role)
     made, read = folder/'decision.json', folder/'predictions.parquet'
     if not made.exists() or made.stat().st_mtime < read.stat().st_mtime: return False
-    return read_json(made).get('about', {}).get('recipe') == run.recipe.decide.model_dump(
-        mode='json'
-    )
+    fitted = read_json(made).get('about', {}).get('recipe')
+    return _with_defaults(fitted) == run.recipe.decide.model_dump(mode='json')
 
 def _is_decided(run:Run, fold:int, stage:str)->bool:
     trained = [role for role in run.recipe.roles if run.is_finished(role, fold)]

@@ -54,7 +54,7 @@ def _counts(held, train_features):
 def fit_decision(
     held:pd.DataFrame,          # predictions of patients who trained nothing: the calibration part, or validation
     features:np.ndarray,        # (n, d) pooled features of the same images
-    train_features:np.ndarray,  # (m, d) pooled features of training images, unchanged views
+    train_features:np.ndarray,  # (m, d) pooled features of training images
     recipe:DecideRecipe,        # the targets
     severity=None,              # classes from harmless to severe, for the volume rule; None: no order
     **about,                    # on what it is fitted
@@ -72,7 +72,8 @@ def fit_decision(
     outlier, remark = with_threshold(outlier, features, groups, recipe.outliers)
     notes = tuple(n for n in [*notes, remark] if n)
     points = operating_points(probs, y, classes_of(held), recipe)
-    about |= _counts(held, train_features) | dict(recipe=recipe.model_dump(mode='json'))
+    about = _counts(held, train_features) | about
+    about['recipe'] = recipe.model_dump(mode='json')
     minimum = {a: least for a, (least, _) in sets.items()}
     return Decision(tuple(classes_of(held)), temperature, defer_below, minimum, points,
                     outlier, notes, about, rule_of(recipe, severity))

@@ -7,12 +7,13 @@ __all__ = ['caveat_of', 'share_of_outliers', 'fit_network']
 
 # %% ../../nbs/05n_evaluate.fitting.ipynb #b1734d24
 import numpy as np
+import pandas as pd
 
 from ..core.runs import Run
 from ..data.folds import CALIB, LEFT_OUT
 from ..data.fold_data import FoldData
 from .decisions import Decision, fit_decision
-from .features import fold_outputs
+from .features import fold_outputs, view_outputs
 from .outliers import outlier_pictures
 
 # %% ../../nbs/05n_evaluate.fitting.ipynb #4543f6b1
@@ -57,22 +58,46 @@ def share_of_outliers(
         out[kind] = dict(images=len(pictures), outliers=float(found.mean()))
     return out
 
+# %% ../../nbs/05n_evaluate.fitting.ipynb #d19e937d
+_VIEWS_CAVEAT = (
+    'Fitted on the images and on {} random training views of each: of images as they are, fewer '
+    'are deferred than the target says, and prediction sets are larger.'
+)
+
+def _viewed(run, data, model, role, part, views):
+    "Features and logits of the images of a part, then of each of their training views."
+    rows = data.idx[part]
+    plain = fold_outputs(run, data, model, rows)
+    return [plain, *(view_outputs(run, data, model, role, rows, k) for k in range(views))]
+
+def _predictions(data, part, outputs):
+    "Predictions of a part and its views as one table; a row is named by its path and the view."
+    from kdoct.training.results import predictions_frame
+    frames = [predictions_frame(data, part, logits) for _, logits in outputs]
+    for k, frame in enumerate(frames[1:]): frame['path'] += f' [view {k}]'
+    return pd.concat(frames, ignore_index=True)
+
+def _features(outputs): return np.concatenate([features for features, _ in outputs])
+
 # %% ../../nbs/05n_evaluate.fitting.ipynb #a1636892
 def fit_network(
-    run:Run,        # the run
-    data:FoldData,  # the fold
-    model,          # Classifier of the fold, on its device
-    **about,        # further facts to note
+    run:Run,             # the run
+    data:FoldData,       # the fold
+    model,               # Classifier of the fold, on its device
+    role:str='student',  # of the classifier
+    **about,             # further facts to note
 )->Decision:
     "The decision of a network, from training images and those of the calibration part or of validation."
-    from kdoct.training.results import predictions_frame
     recipe, part = run.recipe, _part(run.recipe.data)
-    held = CALIB if part == 'calibration' else 'val'
-    train_features, _ = fold_outputs(run, data, model, data.idx['train'])
-    features, logits = fold_outputs(run, data, model, data.idx[held])
-    predictions = predictions_frame(data, held, logits)
-    about |= dict(part=part, caveat=caveat_of(run), run=run.name, fold=data.fold)
-    decision = fit_decision(predictions, features, train_features, recipe.decide,
-                            recipe.data.severity, **about)
+    held, views = CALIB if part == 'calibration' else 'val', recipe.decide.views
+    one = min(views, 1)   # for the statistics of so many training images one view is enough
+    train = _viewed(run, data, model, role, 'train', one)
+    outputs = _viewed(run, data, model, role, held, views)
+    caveats = caveat_of(run), _VIEWS_CAVEAT.format(views) if views else ''
+    about |= dict(part=part, caveat=' '.join(filter(None, caveats)), run=run.name,
+                  fold=data.fold, role=role, images=len(data.idx[held]),
+                  train_images=len(data.idx['train']))
+    decision = fit_decision(_predictions(data, held, outputs), _features(outputs),
+                            _features(train), recipe.decide, recipe.data.severity, **about)
     decision.about['outlier_pictures'] = share_of_outliers(run, data, model, decision)
     return decision
