@@ -46,6 +46,22 @@ def test_weights_that_do_not_fit_are_refused_at_once_and_leave_no_run(capsys, tm
     assert "other.pth does not fit" in printed and not outputs_root().exists()
 
 
+@pytest.mark.parametrize("command", ["crossval", "folds", "audit"])
+@pytest.mark.parametrize("source", ["phantom", "folder"])
+def test_an_order_of_severity_of_other_classes_is_refused_before_training(
+    command, source, capsys, tmp_path
+):
+    "Evaluation would refuse it, after all networks are trained."
+    for k in range(24):
+        (tmp_path / "CNV NORMAL".split()[k % 2]).mkdir(exist_ok=True)
+        Image.effect_noise((64, 64), 20 + k).save(tmp_path / "CNV NORMAL".split()[k % 2] / f"{k}.png")
+    place = ["--source", "folder", "--data-root", tmp_path] if source == "folder" else []
+    severity = ["--set", "data.severity=NORMAL,DME"]
+    printed = refused(capsys, command, "--preset", "tiny", *place, *severity)
+    assert "data.severity is NORMAL, DME; the classes are CNV, " in printed
+    assert not list(outputs_root().glob("*/run.json"))
+
+
 def test_a_table_without_labels_leads_to_the_option_that_makes_classes_of_its_words(capsys, tmp_path):
     for i in range(4): Image.effect_noise((64, 64), 20).save(tmp_path / f"{i}.png")
     rows = [f"{i}.png,{('NA', 'None')[i % 2]},{i}" for i in range(4)]

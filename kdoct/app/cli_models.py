@@ -311,7 +311,7 @@ def export(
     write = export_fold if isinstance(place[0], Run) else export_folder
     written = write(*place, out, chosen, key)
     formats = summary(open_bundle(written).about['formats'])
-    typer.echo(formats.to_string(float_format='{:.4g}'.format))
+    typer.echo(formats.to_string(float_format='{:.4g}'.format, na_rep='-'))
     typer.echo(short_path(written))
 
 # %% ../../nbs/10b_app.cli_models.ipynb #e447aae4

@@ -116,6 +116,14 @@ def _require_fitting_files(recipe:Recipe):
         from kdoct.models.backbones import create_classifier
         create_classifier(training, 2, training.size or recipe.data.size)
 
+def _check_classes(recipe:Recipe, found:list[str]):
+    "`KdoctError` where classes do not fit: those of a teacher that is used as it is, or the order of severity."
+    require_teacher_classes(recipe, found)
+    if not recipe.data.severity: return
+    from kdoct.data.plan import check_severity   # here, so that `kdoct --help` does not wait for pandas
+    check_severity(recipe.data.severity, recipe.data.classes or found)
+
+# %% ../../nbs/08a_app.stages.ipynb #7fb9f970
 def _looked_at(recipe:Recipe)->tuple|None:
     "What a source lists for a new run, None for simulated images; `KdoctError` without images, or if weights misfit."
     require_data_root(recipe.data)
@@ -124,10 +132,10 @@ def _looked_at(recipe:Recipe)->tuple|None:
         from kdoct.data.phantom import CLASSES
         from kdoct.data.phantom_devices import check_devices
         check_devices(recipe.data.phantom.devices)
-        return require_teacher_classes(recipe, CLASSES)
+        return _check_classes(recipe, sorted(CLASSES))
     from kdoct.data.sources import load_table  # here, so that `kdoct --help` does not wait for pandas
     listing = load_table(recipe.data)
-    require_teacher_classes(recipe, sorted(set(listing.table.label) - {''}))
+    _check_classes(recipe, sorted(set(listing.table.label) - {''}))
     return listing, None
 
 # %% ../../nbs/08a_app.stages.ipynb #89c55e56
