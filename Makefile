@@ -16,12 +16,12 @@ help: ## say what the targets do
 demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (5 minutes)
 	$(BIN)/kdoct demo
 
-test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (14 minutes)
+test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (13 minutes)
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest $(WORKERS)
 
-test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (5 minutes)
+test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (4 minutes)
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
