@@ -59,6 +59,7 @@ def test_an_order_of_severity_of_other_classes_is_refused_before_training(
     severity = ["--set", "data.severity=NORMAL,DME"]
     printed = refused(capsys, command, "--preset", "tiny", *place, *severity)
     assert "data.severity is NORMAL, DME; the classes are CNV, " in printed
+    assert recipe_of("edge-paper", "", "", ["data.severity=null"]).data.severity is None
     assert not list(outputs_root().glob("*/run.json"))
 
 

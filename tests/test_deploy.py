@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from kdoct.app import cli_models
 from kdoct.core.files import KdoctError
 from kdoct.core.runs import open_run
 from kdoct.core.sections import TrainRecipe
@@ -414,6 +415,7 @@ def test_an_imported_network_is_exported_and_its_bundle_predicts_without_a_decis
         and "NaN" in opened.about["outputs"]["outlier"]["meaning"]
     )
     assert not any("decision" in name for name in opened.about["files"])
+    assert "NaN" not in cli_models._formats_text(formats.summary(f))
     def rows(folder, engine):
         with Predictor(folder, engine=engine) as p: return list(p.predict(theirs.pictures))
     want = rows(theirs.folder, "torch")

@@ -291,6 +291,11 @@ def _network_of(network:str, fold:int|None, role:str, images:Path|None)->tuple:
     remedy = "Give a folder of pictures: --images DIR"
     raise KdoctError(f"There is no folder {images}.", fix=remedy)
 
+# %% ../../nbs/10b_app.cli_models.ipynb #d7dc5651
+def _formats_text(formats)->str:
+    "The table of exported formats as it is printed; '-' for what a network without a decision has not."
+    return formats.to_string(float_format='{:.4g}'.format, na_rep='-')
+
 # %% ../../nbs/10b_app.cli_models.ipynb #37e81017
 def export(
     network:NetworkArgument,
@@ -311,7 +316,7 @@ def export(
     write = export_fold if isinstance(place[0], Run) else export_folder
     written = write(*place, out, chosen, key)
     formats = summary(open_bundle(written).about['formats'])
-    typer.echo(formats.to_string(float_format='{:.4g}'.format, na_rep='-'))
+    typer.echo(_formats_text(formats))
     typer.echo(short_path(written))
 
 # %% ../../nbs/10b_app.cli_models.ipynb #e447aae4

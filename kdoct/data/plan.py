@@ -58,7 +58,8 @@ def check_severity(
     if sorted(severity) != sorted(classes):
         raise KdoctError(
             f"data.severity is {', '.join(severity)}; the classes are {', '.join(classes)}.",
-            fix='Name every class once, from harmless to severe.',
+            fix='Name every class once, from harmless to severe: --set data.severity=A,B,... '
+                'Or give no order: --set data.severity=null',
         )
     return list(severity)
 
