@@ -70,7 +70,8 @@ def say_name(
     odd = ', '.join(map(with_alphabet, dict.fromkeys(look_alikes(name))))
     if odd: return f"{name!r}, whose {odd} only looks Latin,"
     is_other_form = unicodedata.normalize('NFC', name) != name
-    return repr(name) + (", whose accents are signs of their own (Unicode NFD)," if is_other_form else '')
+    if is_other_form: return f"{name!r}, whose accents are signs of their own (Unicode NFD),"
+    return repr(name)
 
 # %% ../../nbs/01a_data.spellings.ipynb #5c1016aa
 # how names with these letters are written without them; other accents are left out
