@@ -132,7 +132,7 @@ def _looked_at(recipe:Recipe)->tuple|None:
         from kdoct.data.phantom import CLASSES
         from kdoct.data.phantom_devices import check_devices
         check_devices(recipe.data.phantom.devices)
-        return _check_classes(recipe, sorted(CLASSES))
+        return _check_classes(recipe, list(CLASSES))
     from kdoct.data.sources import load_table  # here, so that `kdoct --help` does not wait for pandas
     listing = load_table(recipe.data)
     _check_classes(recipe, sorted(set(listing.table.label) - {''}))
