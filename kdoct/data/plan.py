@@ -57,7 +57,7 @@ def check_severity(
     "`KdoctError` unless `severity` orders exactly these classes."
     if sorted(severity) != sorted(classes):
         raise KdoctError(
-            f"data.severity is {', '.join(severity)}; the classes are {', '.join(classes)}.",
+            f"data.severity is {', '.join(severity)}; the classes are {', '.join(sorted(classes))}.",
             fix='Name every class once, from harmless to severe: --set data.severity=A,B,... '
                 'Or give no order: --set data.severity=null',
         )
