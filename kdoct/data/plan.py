@@ -56,8 +56,9 @@ def check_severity(
 )->list[str]:             # the same as a list
     "`KdoctError` unless `severity` orders exactly these classes."
     if sorted(severity) != sorted(classes):
+        theirs = ', '.join(sorted(classes))
         raise KdoctError(
-            f"data.severity is {', '.join(severity)}; the classes are {', '.join(sorted(classes))}.",
+            f"data.severity is {', '.join(severity)}; the classes are {theirs}.",
             fix='Name every class once, from harmless to severe: --set data.severity=A,B,... '
                 'Or give no order: --set data.severity=null',
         )
