@@ -78,10 +78,14 @@ def view_outputs(
     model,           # Classifier
     role:str,        # whose training views
     rows:np.ndarray, # (n,) rows of the images, of any part of the fold
-    number:int,      # of the view
-)->tuple[np.ndarray, np.ndarray]: # (n, d) pooled features, (n, classes) logits; float32
-    "Features and logits of a random training view of each image."
+    views:int,       # random training views of each image
+)->list[tuple[np.ndarray, np.ndarray]]:  # for each view (n, d) pooled features, (n, classes) logits; float32
+    "Features and logits of random training views of each image."
     from kdoct.training.results import training_batches
+    if not views: return []
     batches = training_batches(data, run, run.recipe.training(role), model.mean.device)
-    parts = (rows[first:first + 32] for first in range(0, len(rows), 32))
-    return features_and_logits(model, (batches.batch(part, number) for part in parts))
+    parts = [rows[first:first + 32] for first in range(0, len(rows), 32)]
+    return [
+        features_and_logits(model, (batches.batch(part, number) for part in parts))
+        for number in range(views)
+    ]

@@ -68,7 +68,7 @@ def _viewed(run, data, model, role, part, views):
     "Features and logits of the images of a part, then of each of their training views."
     rows = data.idx[part]
     plain = fold_outputs(run, data, model, rows)
-    return [plain, *(view_outputs(run, data, model, role, rows, k) for k in range(views))]
+    return [plain, *view_outputs(run, data, model, role, rows, views)]
 
 def _predictions(data, part, outputs):
     "Predictions of a part and its views as one table; a row is named by its path and the view."
