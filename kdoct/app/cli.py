@@ -406,7 +406,8 @@ def explain(
     notebooks:NotebooksOption=None,
 ):
     "Draw heatmaps of the networks of a run, and test them. The report then shows them."
-    recipe = open_run(run).recipe   # at once, before torch is imported
+    require_extra('explain')        # said at once, before torch is imported
+    recipe = open_run(run).recipe
     from kdoct.app.crossval import parse_folds, run_stage
     from kdoct.explain.stage import explanation_sections
     from kdoct.app.report import report_html

@@ -192,6 +192,7 @@ def baseline_svm(
     folds:FoldsOption='all',
 ):
     "Fit a support vector machine on HOG features. It uses the folds of a run whose data stage is done."
+    require_extra('explain', 'skimage')
     from kdoct.evaluate.hog_svm import run_hog_svm
     from kdoct.app.crossval import parse_folds
     the_run = open_run(run)

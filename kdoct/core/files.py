@@ -188,6 +188,7 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'deploy': ('cryptography', 'nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino'),
     'volumes': ('pydicom',),
     'app': ('voila',),
+    'explain': ('pytorch_grad_cam', 'skimage'),
     'tune': ('optuna',),
 }
 

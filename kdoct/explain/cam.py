@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.files import KdoctError
+from ..core.files import KdoctError, require_extra
 from ..models.backbones import Classifier
 from ..models.arithmetic import resolve_precision
 from ..models.feature_maps import Layer, layer_of, watched
@@ -304,13 +304,14 @@ def _gradient_one(method:str, body, at:Layer, x, number, score)->torch.Tensor:
 
 # %% ../../nbs/06a_explain.cam.ipynb #11c6fafe
 def _check_method(method:str, options:dict):
-    "`KdoctError` for a kind of map that there is not, or options that it does not have."
+    "`KdoctError` for a kind of map that there is not, whose package is not installed, or that lacks these options."
     if method not in METHODS:
         raise KdoctError(f"There is no method '{method}'.", fix=f"There are: {', '.join(METHODS)}.")
     if options and method != 'score-cam':
         raise KdoctError(
             f"{method} has no {', '.join(options)}.", fix="Give them to score-cam only."
         )
+    if method not in ('score-cam', 'occlusion'): require_extra('explain', 'pytorch_grad_cam')
 
 # %% ../../nbs/06a_explain.cam.ipynb #5d7766bc
 def explain(

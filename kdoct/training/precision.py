@@ -24,6 +24,7 @@ from torch import nn
 
 from ..core.files import human_time
 from ..core.sections import TrainRecipe
+from ..core.torch_versions import cpu_capabilities
 from ..models.backbones import Classifier
 from ..models.arithmetic import computes_bf16, float32_products
 from .distributed import all_reduce, broadcast, broadcast_tensors, rank_world
@@ -158,7 +159,7 @@ def _most_resident()->int:
 # %% ../../nbs/02h_training.precision.ipynb #5c1e90a7
 def vector_units()->str:   # e.g. 'AVX2 avx2 fma3'
     "The vector instructions that torch uses, and those that the processor has."
-    has = sorted(f'{k}:{v}' for k, v in torch.cpu.get_capabilities().items() if v)
+    has = sorted(f'{k}:{v}' for k, v in cpu_capabilities().items() if v)
     return ' '.join([torch.backends.cpu.get_cpu_capability(), *has])
 
 def compile_here(
