@@ -1438,6 +1438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'kdoct.data.folds._with_unlabelled': ('data.folds.html#_with_unlabelled', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds.check_folds': ('data.folds.html#check_folds', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds.fold_names': ('data.folds.html#fold_names', 'kdoct/data/folds.py'),
+                                  'kdoct.data.folds.groups_in_drawn_order': ( 'data.folds.html#groups_in_drawn_order',
+                                                                              'kdoct/data/folds.py'),
                                   'kdoct.data.folds.left_out_in': ('data.folds.html#left_out_in', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds.make_folds': ('data.folds.html#make_folds', 'kdoct/data/folds.py'),
                                   'kdoct.data.folds.protocol_of': ('data.folds.html#protocol_of', 'kdoct/data/folds.py'),

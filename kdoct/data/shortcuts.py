@@ -25,6 +25,7 @@ from sklearn.tree import DecisionTreeClassifier
 from ..core.files import counted, KdoctError, read_json, usable_cores, write_json
 from ..core.runs import Run, stage_command
 from .fold_data import open_fold
+from .folds import groups_in_drawn_order
 from .framing import scale_bar
 from .images import decode_image, FORMATS, read_image_bytes
 from .problems import BadImage
@@ -314,8 +315,8 @@ def _all_features(hit, y, groups, classes, seed):
 # %% ../../nbs/01r_data.shortcuts.ipynb #a851bcf0
 def _scores(f, y, groups, n_folds, classes, seed):
     "The scores from features (n, columns), class numbers and groups."
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    splits = list(folds.split(f, y, groups))
+    drawn = groups_in_drawn_order(groups, seed)
+    splits = list(StratifiedGroupKFold(n_folds).split(f, y, drawn))
     hit = _out_of_fold(_trees(seed), f.to_numpy(), y, splits) == y
     alone = _alone(f, y, splits, classes, seed)
     return dict(
