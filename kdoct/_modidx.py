@@ -735,6 +735,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'kdoct/core/light_imports.py'),
                                           'kdoct.core.light_imports._LightLoader.exec_module': ( 'core.light_imports.html#_lightloader.exec_module',
                                                                                                  'kdoct/core/light_imports.py'),
+                                          'kdoct.core.light_imports._disable': ( 'core.light_imports.html#_disable',
+                                                                                 'kdoct/core/light_imports.py'),
                                           'kdoct.core.light_imports._is_compile_supported': ( 'core.light_imports.html#_is_compile_supported',
                                                                                               'kdoct/core/light_imports.py'),
                                           'kdoct.core.light_imports._without_compiler': ( 'core.light_imports.html#_without_compiler',

@@ -18,7 +18,7 @@ def test_stages_load_torch_without_its_compiler():
         "kdoct.distill.student", "kdoct.evaluate.stage", "kdoct.explain.stage",
         "kdoct.deploy.predict", "kdoct.app.report", "torchvision.transforms.v2",
     )
-    assert loaded(f"import {', '.join(modules)}", COMPILER | {"torch", "skimage"}) == ["torch"]
+    assert loaded(f"import {', '.join(modules)}", COMPILER | {"torch"}) == ["torch"]
 
 
 def test_help_loads_no_library_of_numbers():

@@ -19,6 +19,11 @@ def _is_compile_supported(device_type):
     from torch._dynamo.utils import is_compile_supported
     return is_compile_supported(device_type)
 
+def _disable(fn=None, recursive=True, **how):
+    "`torch.compiler.disable` as torch's optimisers use it: it loads the compiler when the function is called."
+    import torch
+    return torch._disable_dynamo(fn, recursive)
+
 @contextmanager
 def _without_compiler():
     "What is loaded meanwhile does not load torch's compiler; nothing changes where it is there already."
@@ -29,7 +34,7 @@ def _without_compiler():
     stand_in, disable = ModuleType(_COMPILER), torch.compiler.disable
     stand_in.is_compile_supported = _is_compile_supported
     sys.modules[_COMPILER] = stand_in
-    torch.compiler.disable = lambda fn=None, recursive=True, **_: torch._disable_dynamo(fn, recursive)
+    torch.compiler.disable = _disable
     try: yield
     finally:
         torch.compiler.disable = disable
