@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'kdoct.app.kernels._Server.close': ('app.kernels.html#_server.close', 'kdoct/app/kernels.py'),
                                    'kdoct.app.kernels._Server.fork': ('app.kernels.html#_server.fork', 'kdoct/app/kernels.py'),
                                    'kdoct.app.kernels._become_kernel': ('app.kernels.html#_become_kernel', 'kdoct/app/kernels.py'),
+                                   'kdoct.app.kernels._import': ('app.kernels.html#_import', 'kdoct/app/kernels.py'),
                                    'kdoct.app.kernels.prepared_kernels': ('app.kernels.html#prepared_kernels', 'kdoct/app/kernels.py'),
                                    'kdoct.app.kernels.serve': ('app.kernels.html#serve', 'kdoct/app/kernels.py')},
             'kdoct.app.networks': { 'kdoct.app.networks.Background': ('app.networks.html#background', 'kdoct/app/networks.py'),
