@@ -19,6 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from .kernels import prepared_kernels, StageKernel
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
+from ..core.progress import followed, hearer, is_verbose, PROGRESS_FILE, say, shown
 from ..core.recipe import Recipe
 from ..core.requirements import launched, require_weights
 from ..core.runs import planned_stages, Run, stage_of
@@ -69,12 +70,13 @@ def stage_cells(
 
 # %% ../../nbs/08_app.crossval.ipynb #12edb824
 @contextmanager
-def _environment(stage:str):
-    "What the kernel of a stage must know: where the runs are, and which processes it meets."
-    names = ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST')
+def _environment(stage:str, reports:str):
+    "What the kernel of a stage must know: where the runs are, where it reports, and which processes it meets."
+    names = ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST', PROGRESS_FILE)
     before = {name: os.environ.get(name) for name in names}
     os.environ |= dict(KDOCT_OUTPUTS=str(outputs_root().resolve()), KDOCT_STAGE=stage)
-    os.environ.pop('IN_TEST', None)
+    for name in ('IN_TEST', PROGRESS_FILE): os.environ.pop(name, None)
+    if reports: os.environ[PROGRESS_FILE] = reports
     try: yield
     finally:
         for name, value in before.items():
@@ -105,8 +107,27 @@ def _folder_of_notebooks(run:Run, fold:int):
     return tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold))
 
 # %% ../../nbs/08_app.crossval.ipynb #ee110b9a
+@contextmanager
+def _kernel_reports():
+    "The file to which a kernel reports, '' where nobody wants to hear it."
+    with shown() as line:
+        if (hear := hearer()) is None: yield ''
+        else:
+            with followed(hear, line.tick) as path: yield str(path)
+
+class _Printed:
+    "What a kernel prints, line by line, for --verbose."
+    rest = ''
+    def write(self, text:str):
+        *lines, self.rest = (self.rest + text).split('\n')
+        with shown() as line:
+            for words in lines: line.write(f'  {words}')
+
+    def flush(self): pass
+
 def _execute(notebook:Path, given:dict):
     "Run a notebook in its place."
+    printed = _Printed() if is_verbose() else None
     papermill.execute_notebook(
         str(notebook),
         str(notebook),
@@ -114,6 +135,8 @@ def _execute(notebook:Path, given:dict):
         kernel_name='python3',
         progress_bar=False,
         kernel_manager_class=StageKernel,
+        stdout_file=printed,
+        stderr_file=printed,
     )
 
 # %% ../../nbs/08_app.crossval.ipynb #bb4dcf1d
@@ -145,7 +168,8 @@ def run_stage(
     source = _stage_notebook(stage, notebooks)
     given = dict(run=run.name, fold=fold) | stage_of(stage).parameters(stage)
     if overrides: given['overrides'] = overrides
-    with _folder_of_notebooks(run, fold) as folder, _environment(f'{stage}-{fold}'):
+    where = _folder_of_notebooks(run, fold)
+    with where as folder, _kernel_reports() as file, _environment(f'{stage}-{fold}', file):
         out = Path(folder)/f'{stage}.ipynb'
         with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
         try: _execute(out, given)
@@ -170,6 +194,15 @@ def _print_data_warnings(facts:dict):
     for words in facts.get('few_to_learn', ()): print(words, flush=True)
 
 # %% ../../nbs/08_app.crossval.ipynb #bfe25861
+def _run_stage_with_its_time(run:Run, stage:str, fold:int, notebooks:Path|None, name:str, line):
+    "A stage of a cross-validation, and two lines on it: of its beginning and of its end."
+    if not line.live: say(f'{name} ...')
+    line.begin(name)
+    began = time.perf_counter()
+    try: run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
+    finally: line.begin('')
+    say(f'{name}: {human_time(time.perf_counter() - began)}')
+
 def crossval(
     run:Run,                     # existing run
     folds:list[int],             # folds, counted from 0
@@ -178,17 +211,14 @@ def crossval(
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
     stages = _planned(run, folds)
-    with prepared_kernels():
+    with prepared_kernels(), shown() as line:
         for number, (stage, fold) in enumerate(stages, 1):
             name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
             name = f'[{number}/{len(stages)}] {name}'
             if run.is_finished(stage, fold):
-                print(f'{name}: finished before', flush=True)
+                say(f'{name}: finished before')
                 continue
-            print(f'{name} ...', flush=True)
-            began = time.perf_counter()
-            run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
-            print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
+            _run_stage_with_its_time(run, stage, fold, notebooks, name, line)
             if stage == 'data': _print_data_warnings(run.stage('data'))
     return run
 
