@@ -17,6 +17,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from .costs import Costs, estimate, later_seconds
 from .kernels import prepared_kernels, StageKernel
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
 from ..core.progress import followed, hearer, is_verbose, PROGRESS_FILE, say, shown
@@ -125,6 +126,7 @@ class _Printed:
 
     def flush(self): pass
 
+# %% ../../nbs/08_app.crossval.ipynb #5591d4f0
 def _execute(notebook:Path, given:dict):
     "Run a notebook in its place."
     printed = _Printed() if is_verbose() else None
@@ -194,15 +196,21 @@ def _print_data_warnings(facts:dict):
     for words in facts.get('few_to_learn', ()): print(words, flush=True)
 
 # %% ../../nbs/08_app.crossval.ipynb #bfe25861
-def _run_stage_with_its_time(run:Run, stage:str, fold:int, notebooks:Path|None, name:str, line):
+def _run_stage_with_its_time(run:Run, stage:str, fold:int, notebooks:Path|None, name:str, later):
     "A stage of a cross-validation, and two lines on it: of its beginning and of its end."
-    if not line.live: say(f'{name} ...')
-    line.begin(name)
-    began = time.perf_counter()
-    try: run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
-    finally: line.begin('')
+    with shown() as line:
+        if not line.live: say(f'{name} ...')
+        line.begin(name, later)
+        began = time.perf_counter()
+        try: run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
+        finally: line.begin('')
     say(f'{name}: {human_time(time.perf_counter() - began)}')
 
+def _unfinished(run:Run, stages:list[tuple[str, int]])->list[tuple[str, int]]:
+    "Stages and folds that are still to be run."
+    return [(stage, fold) for stage, fold in stages if not run.is_finished(stage, fold)]
+
+# %% ../../nbs/08_app.crossval.ipynb #303f873e
 def crossval(
     run:Run,                     # existing run
     folds:list[int],             # folds, counted from 0
@@ -210,15 +218,18 @@ def crossval(
 )->Run:
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
-    stages = _planned(run, folds)
-    with prepared_kernels(), shown() as line:
+    stages, costs = _planned(run, folds), Costs(run)
+    with prepared_kernels(), shown():
         for number, (stage, fold) in enumerate(stages, 1):
             name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
             name = f'[{number}/{len(stages)}] {name}'
             if run.is_finished(stage, fold):
                 say(f'{name}: finished before')
                 continue
-            _run_stage_with_its_time(run, stage, fold, notebooks, name, line)
+            todo = _unfinished(run, stages[number - 1:])
+            estimate(costs, todo)
+            later = later_seconds(costs, stage, [s for s, _ in todo[1:]])
+            _run_stage_with_its_time(run, stage, fold, notebooks, name, later)
             if stage == 'data': _print_data_warnings(run.stage('data'))
     return run
 

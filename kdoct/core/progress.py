@@ -58,6 +58,7 @@ def hearer()->Callable|None:
     "Who hears the reports of this process; None: nobody does, or a file."
     return _hearers[-1] if _hearers else None
 
+# %% ../../nbs/00gb_core.progress.ipynb #ddafb729
 def report(
     **facts,  # see `kdoct.core.progress_line`
 ):
@@ -158,7 +159,7 @@ class Pace:
 class _Silent(ProgressLine):
     "A line that shows nothing."
     def __call__(self, report:dict): pass
-    def begin(self, head:str, later:float|None=None): pass
+    def begin(self, head:str, later:Callable|None=None): pass
     def write(self, text:str): pass
 
 @contextmanager
@@ -190,6 +191,7 @@ def _count_facts(count)->dict:
     about = dict(what=count.what, done=count.done, total=count.total, unit=count.unit)
     return about | dict(rate=count.done/took if took > 0 else None, left=left)
 
+# %% ../../nbs/00gb_core.progress.ipynb #3844d9b3
 class Count:
     "Counts what is done, and reports it with the pace and the time left."
     def __init__(self,

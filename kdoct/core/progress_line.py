@@ -9,6 +9,7 @@ __all__ = ['left_text', 'loss_text', 'progress_text', 'ProgressLine']
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from fastcore.basics import patch
@@ -19,8 +20,10 @@ from .files import human_time
 def left_text(
     seconds:float,  # that a work still takes [s]
 )->str:
-    "A time that is left, in whole seconds."
-    return human_time(max(round(seconds), 1))
+    "A time that is left: seconds, from ten minutes on minutes."
+    seconds = max(round(seconds), 1)
+    if seconds < 10: return f'{seconds} s'
+    return f'{round(seconds/60)} min' if 600 <= seconds < 7170 else human_time(seconds)
 
 def loss_text(
     terms:dict[str, float],  # name -> mean; `loss` is the sum
@@ -41,27 +44,27 @@ def _count_text(report:dict)->str:
 def _left_texts(report:dict, later:float|None)->str:
     "Time left for the stage, and with what comes later for the command."
     left, of_stage = report.get('left'), report.get('of_stage')
-    if left is None: return ''
-    if not of_stage: return f'left: {left_text(left)}'
+    if left is None or not of_stage and report.get('done') == report.get('total'): return ''
+    if not of_stage: return f'left {left_text(left)}'
     all_text = '' if later is None else f', all {left_text(left + later)}'
-    return f'left: stage {left_text(left)}{all_text}'
+    return f'left {left_text(left)}{all_text}'
 
 def _parts(report:dict, later:float|None, without:tuple[str, ...])->list[str]:
     "What a line says, in order."
-    rate, unit = report.get('rate'), report.get('unit', '')
-    loss = report.get('loss')
+    rate, loss, scores = report.get('rate'), report.get('loss'), report.get('scores') or ['']
     said = dict(
         what=report.get('what', ''),
         count=_count_text(report),
-        rate=f'{rate:.3g} {unit}/s' if rate else '',
+        rate=f'{rate:.3g}/s' if rate else '',
         loss=loss_text(loss, 'terms' not in without) if loss else '',
-        score=report.get('score', ''),
+        score=scores[0],
+        scores=', '.join(scores[1:]),
         left=_left_texts(report, later),
     )
     return [text for name, text in said.items() if text and name not in without]
 
 # %% ../../nbs/00ga_core.progress_line.ipynb #7b2a8943
-_LEAST = ('rate', 'terms', 'count', 'score', 'loss')   # what a narrow line leaves out, in this order
+_LEAST = ('scores', 'terms', 'rate', 'count', 'score', 'loss')   # what a narrow line leaves out, in this order
 
 def progress_text(
     head:str,                # stage, as '[3/7] fold 0, student'; '': none
@@ -89,19 +92,19 @@ class ProgressLine:
         self.stream = sys.stderr if stream is None else stream
         self.live, self.verbose = self.stream.isatty(), verbose
         self.pause, self.every, self.clock = pause, every, clock
-        self.head, self.later, self.known, self.bar = '', None, {}, None
-        self.began = self.last = clock()
+        self.head, self.later, self.total, self.known, self.bar = '', None, None, {}, None
+        self.began = self.last = self.heard = clock()
         self.lock = threading.RLock()
 
 # %% ../../nbs/00ga_core.progress_line.ipynb #7ebc5373
 @patch
 def begin(self:ProgressLine,
-    head:str,               # what begins: a stage
-    later:float|None=None,  # what comes after it [s]; None: not known
+    head:str,                  # what begins: a stage; '': nothing
+    later:Callable|None=None,  # of what it takes in all [s] or None: what comes after it [s] or None
 ):
     "Another stage."
     with self.lock:
-        self.head, self.later, self.known = head, later, {}
+        self.head, self.later, self.known, self.total = head, later, {}, None
         self.began = self.last = self.clock()
         if head: self.tick()
         elif self.bar is not None: self.bar.clear()
@@ -112,7 +115,7 @@ def __call__(self:ProgressLine,
 ):
     "Show a report."
     with self.lock:
-        self.known = report
+        self.known, self.heard = report, self.clock()
         if self.live: self._draw()
         since, ends = self.clock() - self.last, report.get('ends', False)
         is_due = since >= (self.pause if ends else self.every)
@@ -123,26 +126,37 @@ def __call__(self:ProgressLine,
 def tick(self:ProgressLine):
     "Draw the line anew, with the time that a stage without reports has taken so far."
     with self.lock:
-        if self.live and self.head and not self.known: self._draw()
+        known, silent = self.known, self.clock() - self.heard
+        is_over = silent > 2 and known.get('done') == known.get('total')
+        if is_over: self.known = {}
+        if self.live and self.head and (is_over or not known): self._draw()
+
+@patch
+def _later(self:ProgressLine)->float|None:
+    "Time of what comes after the stage, by what the stage takes in all as its pace says."
+    left, share = self.known.get('left'), self.known.get('share', 1.)
+    if left is not None and share < .95: self.total = left/(1 - share)
+    return self.later(self.total) if self.later else None
 
 @patch
 def _text(self:ProgressLine, width:int)->str:
     "What the line says now."
     took = self.clock() - self.began
     known = self.known or dict(what=left_text(took) if took >= 1 else '')
-    return progress_text(self.head, known, self.later, width)
+    return progress_text(self.head, known, self._later(), width)
 
+# %% ../../nbs/00ga_core.progress_line.ipynb #65e72bf3
 @patch
 def _draw(self:ProgressLine):
     "The line in a terminal."
     if self.bar is None:
         from tqdm import tqdm   # here, so that `kdoct --help` does not wait for it
-        look = dict(bar_format='{bar:10} {desc}', leave=False, dynamic_ncols=True)
+        look = dict(bar_format='{bar:8} {desc}', leave=False, dynamic_ncols=True)
         self.bar = tqdm(total=1., file=self.stream, delay=1e-9, **look)
     columns, total = self.bar.format_dict['ncols'] or 200, self.known.get('total')
     share = self.known.get('share', self.known.get('done', 0)/total if total else 0.)
     self.bar.n = min(share, 1.)
-    self.bar.set_description_str(self._text(columns - 12), refresh=False)
+    self.bar.set_description_str(self._text(columns - 10), refresh=False)
     self.bar.refresh()
 
 # %% ../../nbs/00ga_core.progress_line.ipynb #1c6f8056
@@ -159,6 +173,7 @@ def write(self:ProgressLine,
     "A line of its own where the progress is shown, above the one that changes."
     with self.lock, self.hidden(): print(text, file=self.stream, flush=True)
 
+# %% ../../nbs/00ga_core.progress_line.ipynb #e516465c
 @patch
 @contextmanager
 def hidden(self:ProgressLine):

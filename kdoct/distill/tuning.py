@@ -328,7 +328,7 @@ def _trial_line(study, search, done:int, n_trials:int):
     each = [t.user_attrs['seconds'] for t in _ended(study) if t.user_attrs.get('seconds')]
     later = (n_trials - done - 1)*sum(each)/len(each) if each else None
     with shown() as line:
-        line.begin(f"[{done + 1}/{n_trials}] search '{search.name}'", later)
+        line.begin(f"[{done + 1}/{n_trials}] search '{search.name}'", lambda total: later)
         try: yield
         finally: line.begin('')
 
