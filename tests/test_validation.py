@@ -209,12 +209,6 @@ def test_an_interrupted_validation_leaves_nothing(validated, tmp_path, monkeypat
     assert not [p for p in tmp_path.iterdir() if "out" in p.name or "validation" in p.name]
 
 
-def test_a_bar_is_drawn_where_standard_error_is_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    from kdoct.app.validation import progress
-    assert not progress(iter(()), 5, "x").disable
-
-
 def test_images_without_a_label_are_refused(tmp_path):
     from kdoct.core.sections import DataRecipe
     data = DataRecipe(source="folder", root=str(tmp_path), unlabelled=True)

@@ -45,9 +45,9 @@ def _left_texts(report:dict, later:float|None)->str:
     "Time left for the stage, and with what comes later for the command."
     left, of_stage = report.get('left'), report.get('of_stage')
     if left is None or not of_stage and report.get('done') == report.get('total'): return ''
-    if not of_stage: return f'left {left_text(left)}'
+    if not of_stage: return f'{left_text(left)} left'
     all_text = '' if later is None else f', all {left_text(left + later)}'
-    return f'left {left_text(left)}{all_text}'
+    return f'stage {left_text(left)} left{all_text}'
 
 def _parts(report:dict, later:float|None, without:tuple[str, ...])->list[str]:
     "What a line says, in order."
