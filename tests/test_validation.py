@@ -1,6 +1,5 @@
 "Images of another place: audited, predicted as they ship, counted, and written whole or not at all."
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
