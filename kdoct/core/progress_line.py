@@ -52,10 +52,11 @@ def _left_texts(report:dict, later:float|None)->str:
 def _parts(report:dict, later:float|None, without:tuple[str, ...])->list[str]:
     "What a line says, in order."
     rate, loss, scores = report.get('rate'), report.get('loss'), report.get('scores') or ['']
+    unit = '' if 'done' in report or 'unit' not in report else f" {report['unit']}"
     said = dict(
         what=report.get('what', ''),
         count=_count_text(report),
-        rate=f'{rate:.3g}/s' if rate else '',
+        rate=f'{rate:.3g}{unit}/s' if rate else '',
         loss=loss_text(loss, 'terms' not in without) if loss else '',
         score=scores[0],
         scores=', '.join(scores[1:]),
