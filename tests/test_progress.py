@@ -7,9 +7,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import typer
 from conftest import copied_run
+from nbformat.v4 import new_code_cell, new_markdown_cell
 
 from kdoct.app import costs as C
 from kdoct.app import crossval as V
@@ -152,6 +154,19 @@ def test_what_a_verbose_kernel_prints_stands_above_the_line():
         printed.write('one\ntw')
         printed.write('o\n')
     assert '  one\n' in screen.getvalue() and '  two\n' in screen.getvalue()
+
+
+def test_a_kernel_that_is_killed_ends_the_command_and_is_named(tmp_path):
+    "As the system does where memory is short; the command used to wait for ever."
+    dying = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    cells = [new_markdown_cell('# t'), new_markdown_cell(V.RUN_HEADING), new_code_cell(dying)]
+    kernel = dict(name='python3', language='python', display_name='python3')
+    nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
+    nbformat.write(nb, tmp_path / '03_teacher.ipynb')
+    run = create_run('r', preset('tiny'))
+    with pytest.raises(KdoctError, match='teacher stage of fold 0 failed: its process has ended'):
+        V.run_stage(run, 'teacher', 0, tmp_path)
+    assert run.stage('fold_0/teacher')['status'] == 'failed'
 
 
 # --- a training

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .costs import Costs, estimate, later_seconds
@@ -89,15 +90,20 @@ def _key(stage:str, fold:int)->str:
     "A stage's name in run.json."
     return 'data' if stage == 'data' else f'fold_{fold}/{stage}'
 
-def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
+_ENDED = ("its process has ended without a word. Mostly the system ends one when memory is short: "
+          "close other programs, or take smaller batches (batch_size).")
+
+def _failure(run:Run, stage:str, fold:int, out:Path, e:Exception)->KdoctError:
     "What a failed stage says, and where to look; noted in run.json."
-    message = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
+    message, is_refusal = _ENDED, getattr(e, 'ename', '') == 'KdoctError'
+    if isinstance(e, PapermillExecutionError):
+        message = e.evalue if is_refusal else f'{e.ename}: {e.evalue}'
     if not launched()[0]:
         notebook = out.relative_to(run.path)
         run.record(_key(stage, fold), status='failed', error=message, notebook=notebook)
     where = '' if stage == 'data' else f' of fold {fold}'
     again = "once that is done, the same command goes on from here."
-    if e.ename != 'KdoctError': again = "the same command goes on from here."
+    if not is_refusal: again = "the same command goes on from here."
     return KdoctError(
         f"The {stage} stage{where} failed: {message}",
         fix=f"Look at {out}; {again}",
@@ -127,6 +133,12 @@ class _Printed:
     def flush(self): pass
 
 # %% ../../nbs/08_app.crossval.ipynb #5591d4f0
+class _WatchedKernel(StageKernel):
+    "A stage's kernel whose death is noticed: waiting for what it says, the command still looks after it."
+    def __init__(self, **kwargs):
+        client = dict(client_class='jupyter_client.asynchronous.AsyncKernelClient')
+        super().__init__(**client | kwargs)
+
 def _execute(notebook:Path, given:dict):
     "Run a notebook in its place."
     printed = _Printed() if is_verbose() else None
@@ -136,7 +148,7 @@ def _execute(notebook:Path, given:dict):
         given,
         kernel_name='python3',
         progress_bar=False,
-        kernel_manager_class=StageKernel,
+        kernel_manager_class=_WatchedKernel,
         stdout_file=printed,
         stderr_file=printed,
     )
@@ -175,7 +187,8 @@ def run_stage(
         out = Path(folder)/f'{stage}.ipynb'
         with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
         try: _execute(out, given)
-        except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
+        except (PapermillExecutionError, DeadKernelError) as e:
+            raise _failure(run, stage, fold, out, e) from e
     return out
 
 # %% ../../nbs/08_app.crossval.ipynb #374dc885
