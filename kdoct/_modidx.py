@@ -328,6 +328,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'kdoct.app.crossval._WatchedKernel': ('app.crossval.html#_watchedkernel', 'kdoct/app/crossval.py'),
                                     'kdoct.app.crossval._WatchedKernel.__init__': ( 'app.crossval.html#_watchedkernel.__init__',
                                                                                     'kdoct/app/crossval.py'),
+                                    'kdoct.app.crossval._WatchedKernel.shutdown_kernel': ( 'app.crossval.html#_watchedkernel.shutdown_kernel',
+                                                                                           'kdoct/app/crossval.py'),
                                     'kdoct.app.crossval._changes_for': ('app.crossval.html#_changes_for', 'kdoct/app/crossval.py'),
                                     'kdoct.app.crossval._environment': ('app.crossval.html#_environment', 'kdoct/app/crossval.py'),
                                     'kdoct.app.crossval._execute': ('app.crossval.html#_execute', 'kdoct/app/crossval.py'),
