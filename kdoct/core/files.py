@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'KdoctError', 'did_you_mean', 'require_place', 'atomic_path', 'to_plain', 'write_json', 'read_json',
            'sha256_file', 'locked', 'seed_everything', 'require_extra', 'outputs_root', 'notebooks_dir',
-           'temporary_outputs', 'usable_cores', 'provenance', 'human_time', 'counted']
+           'temporary_outputs', 'usable_cores', 'processor_name', 'provenance', 'human_time', 'counted']
 
 # %% ../../nbs/00a_core.files.ipynb #imp-core-files
 import atexit
@@ -188,6 +188,7 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'volumes': ('pydicom',),
     'app': ('voila',),
     'tune': ('optuna',),
+    'tracking': ('alembic', 'mlflow', 'sqlalchemy', 'tensorboard'),
 }
 
 def require_extra(
@@ -272,7 +273,7 @@ def usable_cores()->int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../../nbs/00a_core.files.ipynb #44dde7c0
-def _processor()->str:
+def processor_name()->str:
     "Name of the processor as the system gives it."
     info = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else []
@@ -288,7 +289,7 @@ def provenance()->dict:
         packages={p: _version(p) for p in _PACKAGES},
         machine=dict(
             system=f'{platform.system()} {platform.machine()}',
-            processor=_processor(),
+            processor=processor_name(),
             cores=usable_cores(),
             memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
             gpu=gpu,
