@@ -98,6 +98,14 @@ def phantoms_made_once(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    "No test cuts the power, so none waits until what it wrote is on the disk: milliseconds for each file."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def outputs(tmp_path, monkeypatch):
     "A test's own outputs folder, for the processes it starts too."
