@@ -22,6 +22,7 @@ import re
 import subprocess
 import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -249,7 +250,9 @@ _PACKAGES = (
     'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
 )
 
+@cache
 def _version(package:str)->str|None:
+    "Version of an installed package, read once: what a process has loaded does not change."
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
@@ -257,16 +260,9 @@ def _git_commit()->str|None:
     "Commit of the kdoct checkout, with '+' where files differ from it; None for an installed package."
     root = Path(str(importlib.resources.files('kdoct'))).parent
     if not (root/'.git').exists(): return None
-    def git(*a):
-        return subprocess.run(
-            ['git', '-C', str(root), *a], capture_output=True, text=True
-        ).stdout.strip()
-    commit = git('rev-parse', '--verify', 'HEAD')
-    return (
-        commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
-        if commit
-        else None
-    )
+    describe = ['git', '-C', str(root), 'describe', '--always', '--abbrev=40', '--exclude=*']
+    shown = subprocess.run([*describe, '--dirty=+'], capture_output=True, text=True)
+    return shown.stdout.strip() or None
 
 def usable_cores()->int:
     "Cores that this process may use."

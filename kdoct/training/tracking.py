@@ -49,7 +49,9 @@ def parameters_of(
     return {name: value for name, value in _flat(parts).items() if value not in (None, [], {})}
 
 # %% ../../nbs/02ja_training.tracking.ipynb #266623a1
-def tracking_folder()->Path: return outputs_root().absolute()/'tracking'
+def tracking_folder()->Path:
+    "Where trackers write on this machine."
+    return outputs_root().absolute()/'tracking'
 
 class TensorBoard:
     "A folder of events: `tensorboard --logdir outputs/tracking/tensorboard`."
