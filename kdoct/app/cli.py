@@ -29,9 +29,9 @@ from kdoct.app.cli_options import (
     NotebooksOption,
     option,
     PatternOption,
-    PlainHelp,
     PresetOption,
     recipe_of,
+    register,
     RootOption,
     run_name, RunArgument, RunOption, RunPresetOption,
     SetOption,
@@ -58,6 +58,7 @@ from kdoct.core.files import (
     write_json,
 )
 from ..core.overrides import merged_overrides
+from ..core.progress import say, shown
 from ..core.recipe import recipe_fields
 from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run
@@ -70,7 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_command = partial(app.command, cls=PlainHelp)
+_command = partial(register, app)
 
 # %% ../../nbs/10_app.cli.ipynb #8daee107
 def _print_version(is_wanted:bool):
@@ -98,7 +99,7 @@ def _checked_run(
     # at once; `new_run` checks it too, after torch is there
     if is_new: require_data_root(recipe.data)
     for role in recipe.roles: require_weights(recipe.training(role))
-    typer.echo(f'{about}Loading libraries ...')
+    say(f'{about}Loading libraries ...')
     # here, so that `kdoct --help` does not wait for torch
     from kdoct.app.crossval import parse_folds, require_notebooks
     numbers = parse_folds(folds, recipe.data.n_folds)
@@ -139,18 +140,18 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.app.crossval import crossval
     from kdoct.core.requirements import launched
-    typer.echo(f"Run '{run.name}' in {run.path}")
+    say(f"Run '{run.name}' in {run.path}")
     with _refused_data_leave_no_run(run) if is_new else nullcontext():
         crossval(run, numbers, notebooks)
     if launched()[0]: return   # process 0 reports
     from kdoct.evaluate.all_folds import evaluate_run
     from kdoct.app.report import report_html
-    typer.echo('Tables and report ...')
+    say('Tables and report ...')
     report = report_html(run, numbers, result=evaluate_run(run, numbers))
     files = _files_of(run, report)
     _track(run, files)
-    typer.echo("\nFiles:")
-    for p in files: typer.echo(f'  {short_path(p)}')
+    say("\nFiles:")
+    for p in files: say(f'  {short_path(p)}')
 
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
 _DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a "
@@ -425,10 +426,13 @@ def explain(
     overrides = _explain_overrides(changes)
     the_run = new_run(run, recipe.override(**overrides))
     numbers = parse_folds(folds, the_run.recipe.data.n_folds)
-    for k in numbers:
-        typer.echo(f'fold {k} ...')
-        notebook = run_stage(the_run, 'explain', k, notebooks, overrides)
-        typer.echo(f'fold {k}: {short_path(notebook)}')
+    with shown() as line:
+        for k in numbers:
+            if not line.live: say(f'fold {k} ...')
+            line.begin(f'fold {k}, explain')
+            notebook = run_stage(the_run, 'explain', k, notebooks, overrides)
+            line.begin('')
+            say(f'fold {k}: {short_path(notebook)}')
     for s in explanation_sections(the_run, numbers).values():
         typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
     typer.echo(f'\n{short_path(report_html(the_run))}')

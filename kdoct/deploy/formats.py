@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from ..core.files import KdoctError, require_extra
+from ..core.progress import counted_off, report
 from ..core.runs import Run
 from ..data.batches import Batches
 from ..data.framing import framed, framing_of, resized
@@ -87,6 +88,7 @@ def write_formats(
     last = max((list(FORMATS).index(f) for f in formats), default=-1)
     todo = list(FORMATS)[:1 + last]
     for i, f in enumerate(todo):
+        report(what=f'writing {f}', done=i, total=len(todo), unit='formats')
         try: steps[f]()
         except KdoctError: raise
         # Three packages with exceptions of their own; the record says which and why
@@ -214,11 +216,13 @@ def check_engines(
     out = {name: dict(kept=False, reason=why) for name in names if (why := runs_here(name))}
     usable = [name for name in names if name not in out]
     engines = {name: make_engine(folder, name, about, decision) for name in usable}
-    got = predict_all(engines, pictures.read())
+    read = counted_off(pictures.read(), 'checking', len(pictures.squares), 'pictures')
+    got = predict_all(engines, read)
     for name in engines:
         parity = compare(got[name], want, pictures.labels, threshold, pictures.val)
         why = refused(parity, name in _EXACT)
         out[name] = dict(kept=not why, reason=why, **_size(folder, name), parity=parity)
+    report(what=f"timing {', '.join(engines)}")
     timed = time_engines(engines, pictures.middle)
     for name, t in timed.items(): out[name] |= t | dict(picture=list(pictures.middle.shape))
     return {name: out[name] for name in names}

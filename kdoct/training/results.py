@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
+from ..core.progress import counted_off
 from ..core.sections import TrainRecipe
 from ..core.runs import require_same_folds, Run
 from ..data.augment import image_ids
@@ -68,7 +69,8 @@ def predict_logits(
     trained_in, model.precision = model.precision, 'fp32'
     try:
         model.eval()
-        return torch.cat([model(x).cpu() for x, _ in batches]).numpy()
+        seen = counted_off(batches, 'predicting', unit='batches')
+        return torch.cat([model(x).cpu() for x, _ in seen]).numpy()
     finally: model.precision = trained_in
 
 # %% ../../nbs/02k_training.results.ipynb #4058e22f
