@@ -14,8 +14,6 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import psutil
-
 from ..core.files import KdoctError, outputs_root, read_json, temporary_outputs
 from ..core.overrides import own_teachers, parse_overrides
 from ..core.presets import preset, PRESETS
@@ -185,6 +183,7 @@ def _values_in(words:list[str], name:str)->list[str]:
 
 def _typed_values(name:str)->list[str]:
     "What the command lines of the processes above this one give for a papermill parameter."
+    import psutil  # here, so that `kdoct --help` does not wait for it
     found = []
     for process in psutil.Process().parents():
         try: found += _values_in(process.cmdline(), name)

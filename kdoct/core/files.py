@@ -15,19 +15,17 @@ import importlib.resources
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-
-import numpy as np
-import psutil
-from filelock import FileLock, Timeout
 
 # %% ../../nbs/00a_core.files.ipynb #1941e837
 class KdoctError(Exception):
@@ -115,10 +113,11 @@ def to_plain(
     "Turn numpy and path values, and non-finite floats, into what JSON knows."
     if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [to_plain(v) for v in o]
-    if isinstance(o, np.ndarray): return to_plain(o.tolist())
-    if isinstance(o, np.generic): return to_plain(o.item())
+    np = sys.modules.get('numpy')   # values of numpy exist only where it is loaded
+    if np and isinstance(o, np.ndarray): return to_plain(o.tolist())
+    if np and isinstance(o, np.generic): return to_plain(o.item())
     if isinstance(o, Path): return o.as_posix()
-    if isinstance(o, float) and not np.isfinite(o): return None
+    if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
 def write_json(
@@ -164,6 +163,7 @@ def locked(
     wait:float=0.,          # seconds to wait for the other process; -1 waits for ever
 ):
     "Hold an inter-process lock on `path`; `KdoctError` if another process holds it for longer than `wait` seconds."
+    from filelock import FileLock, Timeout  # here, so that `kdoct --help` does not wait for it
     lock = Path(f'{path}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,7 +177,8 @@ def seed_everything(
     seed:int,  # 0 to 2**32-1
 ):
     "Seed Python, numpy and torch (all devices), and ask cuDNN for repeatable algorithms."
-    import torch  # here, so that `kdoct --help` does not wait for it
+    import numpy as np  # here, so that `kdoct --help` does not wait for them
+    import torch
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -277,6 +278,7 @@ def processor_name()->str:
 
 def provenance()->dict:
     "Git commit, package versions and machine of this process."
+    import psutil  # here, so that `kdoct --help` does not wait for them
     import torch
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return dict(
