@@ -57,7 +57,7 @@ distclean: clean ## remove .venv too
 
 # The stamps are as old as the installation: it is repeated only when what it depends on has changed.
 # uv needs half a minute for what pip needs three and a half for; where it is not to be had, pip alone is enough.
-.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,dev
+.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,tracking,dev
 .venv/.installed-offline: EXTRAS := offline
 .venv/.installed-%: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \

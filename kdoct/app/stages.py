@@ -144,6 +144,9 @@ def new_run(
     "Make the run folder, or open it; `KdoctError` before there is one if networks, methods or images cannot be had."
     require_archs(recipe)   # of students that are added to a run, too
     require_methods(recipe)
+    if recipe.tracking != 'none':   # torch is imported for it
+        from kdoct.training.tracking import require_tracking
+        require_tracking(recipe)
     recipe = with_folds_counted(recipe)
     return create_run(name, recipe, _looked_at)
 

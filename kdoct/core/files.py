@@ -190,6 +190,7 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'volumes': ('pydicom',),
     'app': ('voila',),
     'tune': ('optuna',),
+    'tracking': ('alembic', 'mlflow', 'sqlalchemy', 'tensorboard'),
 }
 
 def require_extra(

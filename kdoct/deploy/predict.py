@@ -387,6 +387,7 @@ def predict_files(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     skipped = _check_paths(paths, out, volumes_out)
     with _interruptible(counts, out), Predictor(bundle, **how) as p:
+        if origin := p.bundle.about.get('hub'): _say(f'Network: {origin}')
         has_decision = p.decision is not None
         shipped = p.decision.volume if has_decision else None
         rule, about_rule = chosen_rule(shipped, volume_rule, min_slices)

@@ -34,6 +34,7 @@ from kdoct.models.folders import (
 )
 from ..models.trained_on import pass_on, require_unseen
 from .averaging import average_candidates
+from .tracking import tracking_callbacks
 
 # %% ../../nbs/02k_training.results.ipynb #7209cb71
 from kdoct.training.distributed import (
@@ -425,4 +426,5 @@ def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLear
     valid = inference_batches(data, 'val', run, recipe, device, share=rank_world())
     loss = hard_loss(recipe, data.labels[data.idx['train']], n_classes, device)
     folder = run.stage_dir(data.fold, role)/'resume'
+    cbs = [*cbs, *tracking_callbacks(run, data.fold, role)]
     return make_learner(model, train, valid, loss, recipe, folder, key, cbs)
