@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 import kdoct
+from .cli_errors import echo_error, GOES_ON, INTERRUPTED, said_error
 from kdoct.app.cli_options import (
     ClassesOption,
     FoldsOption,
@@ -44,6 +45,7 @@ from kdoct.app.cli_options import (
 from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
+from .cli_machine import doctor
 from .cli_stress import stress
 from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
@@ -65,7 +67,7 @@ from ..core.runs import create_run, open_run
 app = typer.Typer(
     help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -126,6 +128,14 @@ def _files_of(run, report:Path)->list[Path]:
     figures = sorted(run.path.glob('fold_*/figures/*.png'))
     return [report, run.json, *notebooks, *figures]
 
+def _track(run, files:list[Path]):
+    "Send figures and report where the recipe names a tracker."
+    if run.recipe.tracking == 'none': return
+    from kdoct.training.tracking import track_results
+    shown = sorted(run.path.glob('figures/*.png'))
+    track_results(run, [*shown, *(p for p in files if p.suffix in ('.png', '.html'))])
+
+# %% ../../nbs/10_app.cli.ipynb #7727d983
 def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.app.crossval import crossval
@@ -138,8 +148,10 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     from kdoct.app.report import report_html
     say('Tables and report ...')
     report = report_html(run, numbers, result=evaluate_run(run, numbers))
+    files = _files_of(run, report)
+    _track(run, files)
     say("\nFiles:")
-    for p in _files_of(run, report): say(f'  {short_path(p)}')
+    for p in files: say(f'  {short_path(p)}')
 
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
 _DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a "
@@ -501,6 +513,7 @@ def bench(
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
 _command()(adapt)
+_command()(doctor)
 _command('make-keys')(make_keys)
 _command()(predict)
 _command()(stress)
@@ -531,13 +544,12 @@ def explore(
 def main(
     argv:list[str]|None=None,  # arguments; None: those of the process
 )->None:                       # leaves by SystemExit
-    "Run the command; a `KdoctError` becomes one message and exit status 1."
-    try: app(args=argv, prog_name='kdoct')
-    except KdoctError as e:
-        typer.echo(f'kdoct: {e}', err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo('kdoct: interrupted; the same command goes on from here.', err=True)
-        sys.exit(130)
+    "Run the command. Whatever goes wrong is said in one form; the exit status says of which kind it is."
+    try: status = app(args=argv, prog_name='kdoct', standalone_mode=False)
+    except Exception as e:  # noqa: BLE001 (the last place where anything can be said)
+        sys.exit(said_error(e))
+    except (KeyboardInterrupt, typer.Abort): status = INTERRUPTED
+    if status == INTERRUPTED: echo_error('interrupted.', GOES_ON)
+    sys.exit(status if isinstance(status, int) else 0)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # `python -m kdoct.app.cli`; a notebook has no __file__
