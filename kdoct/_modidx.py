@@ -5562,6 +5562,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'kdoct/training/tracking.py'),
                                          'kdoct.training.tracking._pixels': ( 'training.tracking.html#_pixels',
                                                                               'kdoct/training/tracking.py'),
+                                         'kdoct.training.tracking._tracked_run': ( 'training.tracking.html#_tracked_run',
+                                                                                   'kdoct/training/tracking.py'),
                                          'kdoct.training.tracking.mlflow_address': ( 'training.tracking.html#mlflow_address',
                                                                                      'kdoct/training/tracking.py'),
                                          'kdoct.training.tracking.parameters_of': ( 'training.tracking.html#parameters_of',
