@@ -68,7 +68,7 @@ def label_and_rest(
     is_label = F.one_hot(target, logits.shape[1]).bool()
     others = logits.masked_fill(is_label, -torch.inf)
     log_sum_others = others.logsumexp(1)
-    label_logit = logits[is_label]
+    label_logit = logits.gather(1, target[:, None])[:, 0]
     binary = torch.stack([label_logit, log_sum_others], 1)
     return F.log_softmax(binary, 1), others - log_sum_others[:, None]
 
