@@ -193,8 +193,8 @@ def resume(o):
         def after_batch(self):
             self.left -= 1
             if not self.left: raise KeyboardInterrupt
-    class Random(Callback):
-        order, run_valid = 90, False
+    class Random(Callback):   # before Checkpoint (50), which saves the random state
+        order, run_valid = 40, False
         def after_batch(self): self.drawn = torch.rand(4, device=self.dls.device).cpu()
     def made(folder, *cbs):   # 4 batches an epoch
         return learner(o, recipe, size, f'{o.folder}/{folder}', 32, [Random(), *cbs])
