@@ -372,8 +372,8 @@ def peer_names(
     out = []
     for role in run.recipe.student_roles:
         if not run.is_finished(role, fold): continue
-        peers = read_json(run.stage_dir(fold, role)/'model.json').get('metrics', {}).get('peers', {})
-        out += [f"{role}/{peer['folder']}" for peer in peers.values()]
+        metrics = read_json(run.stage_dir(fold, role)/'model.json').get('metrics', {})
+        out += [f"{role}/{peer['folder']}" for peer in metrics.get('peers', {}).values()]
     return out
 
 # %% ../../nbs/00g_core.runs.ipynb #stage-plan
