@@ -165,7 +165,7 @@ def test_folds_whose_tested_patients_have_helped_to_choose_are_not_called_untouc
     search, of, searched_folds, left
 ):
     assert untouched_folds(of, searched_folds) == left
-    study = searched(search._replace(folds=searched_folds), 10)
+    study = searched(search._replace(folds=searched_folds), 5)
     text = " ".join(found_text(study, search._replace(folds=searched_folds), of).split())
     words = {0: "every test part have helped to choose", 1: "test part of fold 0 is untouched",
              3: "The test folds are untouched."}
