@@ -270,5 +270,5 @@ def tune(
     use = _folds_named(','.join(map(str, folds)), [the_run])
     search = Search(the_run, space, tuple(use), _monitor_named(monitor, score), name, prune)
     typer.echo(f'Every trial is in {short_path(search.folder/"trials.csv")}')
-    study = search_recipe(search, trials, tell=typer.echo)
+    study = search_recipe(search, trials)
     typer.echo(f'\n{found_text(study, search, folds_of(the_run))}')

@@ -84,7 +84,7 @@ def recipe_differences(
     ]
 
 # %% ../../nbs/00g_core.runs.ipynb #4fb9e338
-_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom', 'stress')   # in outputs/ beside the runs
+_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom', 'stress', 'hub', 'tracking')   # in outputs/ beside the runs
 
 _DEVICES = re.compile(r'(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?', re.I)   # no folders on Windows
 
@@ -152,6 +152,12 @@ def _require_same_students(run:Run, recipe:Recipe):
                 f"To start {role} over, delete {', '.join(map(str, folders))}.",
         )
 
+# %% ../../nbs/00g_core.runs.ipynb #9e950fba
+def _record_tracking(run:Run, tracking:str):
+    "Note another tracker in run.json, whose lock is held: stages read it there."
+    facts = read_json(run.json)
+    write_json(run.json, facts | dict(recipe=facts['recipe'] | dict(tracking=tracking)))
+
 def _record_students(run:Run, recipe:Recipe):
     "Note other further students in run.json, whose lock is held."
     _require_same_students(run, recipe)
@@ -167,7 +173,7 @@ def _continued(name:str, recipe:Recipe)->Run:
     diff = recipe_differences(run.recipe, recipe)
     if not diff: return run
     # nothing that was trained depends on it
-    free = ('decide.', 'explain.', 'students: ')
+    free = ('decide.', 'explain.', 'students: ', 'tracking: ')
     if any(not d.startswith(free) for d in diff):
         raise KdoctError(
             f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
@@ -175,6 +181,7 @@ def _continued(name:str, recipe:Recipe)->Run:
                 f"Give a new run another name, or delete {run.path} to start over.",
         )
     if run.recipe.students != recipe.students: _record_students(run, recipe)
+    if run.recipe.tracking != recipe.tracking: _record_tracking(run, recipe.tracking)
     return Run(run.path, recipe)
 
 # %% ../../nbs/00g_core.runs.ipynb #create-run

@@ -32,6 +32,7 @@ from kdoct.core.files import (
     write_json,
 )
 from ..core.overrides import parse_overrides
+from ..core.progress import part_of_work, say, shown
 from ..core.recipe import Recipe
 from ..core.runs import Run, stage_command
 
@@ -282,7 +283,8 @@ def _scores_of(trial, recipe, search, scores):
     "Validation scores fold by fold; fewer where the trial is pruned. `KdoctError` for one that is not finite."
     each = []
     for i, fold in enumerate(search.folds):
-        score = scores(search.run, recipe, fold, search.folder)[search.score]
+        with part_of_work(f'fold {fold}') if len(search.folds) > 1 else contextlib.nullcontext():
+            score = scores(search.run, recipe, fold, search.folder)[search.score]
         if score is None or not math.isfinite(score):
             raise KdoctError(f"The {search.score} of fold {fold} is not finite.",
                              fix="Nothing: the search goes on with other values.")
@@ -320,12 +322,23 @@ def _trial_text(trial, search):
     took = human_time(row['seconds'] or 0)
     return f'{values}: {result}{why}, {took}'
 
+# %% ../../nbs/04b_distill.tuning.ipynb #ff843aef
+@contextlib.contextmanager
+def _trial_line(study, search, done:int, n_trials:int):
+    "The line of a trial, with the time of those that come later."
+    each = [t.user_attrs['seconds'] for t in _ended(study) if t.user_attrs.get('seconds')]
+    later = (n_trials - done - 1)*sum(each)/len(each) if each else None
+    with shown() as line:
+        line.begin(f"[{done + 1}/{n_trials}] search '{search.name}'", lambda total: later)
+        try: yield
+        finally: line.begin('')
+
 # %% ../../nbs/04b_distill.tuning.ipynb #e8027d43
 def search_recipe(
     search:Search,  # what is tried, where
     n_trials:int,   # ended trials there shall be, those of before included
     scores:Callable=trained_scores,  # of (run, recipe, fold, folder): validation scores
-    tell:Callable=print,             # of a line of text
+    tell:Callable=say,               # of a line of text
 ):                  # optuna's study
     "Try values until there are so many trials; the same call goes on after an interruption."
     require_extra('tune')
@@ -338,7 +351,7 @@ def search_recipe(
             seed = search.run.recipe.seed + done
             study.sampler = optuna.samplers.TPESampler(seed=seed)
             trial = study.ask(space)
-            _try(study, trial, search, scores)
+            with _trial_line(study, search, done, n_trials): _try(study, trial, search, scores)
             _write_trials(study, search)
             text = _trial_text(study.trials[trial.number], search)
             tell(f'[{done + 1}/{n_trials}] {text}')
