@@ -13,7 +13,7 @@ help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=...      the Python 3.10 to 3.13 that makes .venv (default: python3)"
 
-demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (5 minutes)
+demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (2 minutes)
 	$(BIN)/kdoct demo
 
 test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (13 minutes)
