@@ -13,7 +13,7 @@ help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=...      the Python 3.10 to 3.13 that makes .venv (default: python3)"
 
-demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (5 minutes)
+demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (2 minutes)
 	$(BIN)/kdoct demo
 
 test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (13 minutes)
@@ -60,7 +60,7 @@ distclean: clean ## remove .venv too
 
 # The stamps are as old as the installation: it is repeated only when what it depends on has changed.
 # uv needs half a minute for what pip needs three and a half for; where it is not to be had, pip alone is enough.
-.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,dev
+.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,tracking,dev
 .venv/.installed-offline: EXTRAS := offline
 .venv/.installed-%: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \

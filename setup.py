@@ -56,7 +56,7 @@ setup(
     install_requires=requirements("requirements"),
     extras_require={
         extra: requirements(f"{extra}_requirements")
-        for extra in ("offline", "deploy", "volumes", "app", "tune", "dev")
+        for extra in ("offline", "deploy", "volumes", "app", "tune", "tracking", "dev")
     },
     entry_points={
         "console_scripts": requirements("console_scripts"),

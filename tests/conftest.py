@@ -17,6 +17,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
+import kdoct  # noqa: E402, F401 (before timm and torchvision, which then load no compiler)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, database=None)

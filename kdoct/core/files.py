@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'KdoctError', 'did_you_mean', 'require_place', 'atomic_path', 'to_plain', 'write_json', 'read_json',
            'sha256_file', 'locked', 'seed_everything', 'require_extra', 'outputs_root', 'notebooks_dir',
-           'temporary_outputs', 'usable_cores', 'provenance', 'human_time', 'counted']
+           'temporary_outputs', 'usable_cores', 'processor_name', 'provenance', 'human_time', 'counted']
 
 # %% ../../nbs/00a_core.files.ipynb #imp-core-files
 import atexit
@@ -15,19 +15,17 @@ import importlib.resources
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-
-import numpy as np
-import psutil
-from filelock import FileLock, Timeout
 
 # %% ../../nbs/00a_core.files.ipynb #1941e837
 class KdoctError(Exception):
@@ -115,10 +113,11 @@ def to_plain(
     "Turn numpy and path values, and non-finite floats, into what JSON knows."
     if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [to_plain(v) for v in o]
-    if isinstance(o, np.ndarray): return to_plain(o.tolist())
-    if isinstance(o, np.generic): return to_plain(o.item())
+    np = sys.modules.get('numpy')   # values of numpy exist only where it is loaded
+    if np and isinstance(o, np.ndarray): return to_plain(o.tolist())
+    if np and isinstance(o, np.generic): return to_plain(o.item())
     if isinstance(o, Path): return o.as_posix()
-    if isinstance(o, float) and not np.isfinite(o): return None
+    if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
 def write_json(
@@ -164,6 +163,7 @@ def locked(
     wait:float=0.,          # seconds to wait for the other process; -1 waits for ever
 ):
     "Hold an inter-process lock on `path`; `KdoctError` if another process holds it for longer than `wait` seconds."
+    from filelock import FileLock, Timeout  # here, so that `kdoct --help` does not wait for it
     lock = Path(f'{path}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,7 +177,8 @@ def seed_everything(
     seed:int,  # 0 to 2**32-1
 ):
     "Seed Python, numpy and torch (all devices), and ask cuDNN for repeatable algorithms."
-    import torch  # here, so that `kdoct --help` does not wait for it
+    import numpy as np  # here, so that `kdoct --help` does not wait for them
+    import torch
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -189,6 +190,7 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'volumes': ('pydicom',),
     'app': ('voila',),
     'tune': ('optuna',),
+    'tracking': ('alembic', 'mlflow', 'sqlalchemy', 'tensorboard'),
 }
 
 def require_extra(
@@ -268,7 +270,7 @@ def usable_cores()->int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../../nbs/00a_core.files.ipynb #44dde7c0
-def _processor()->str:
+def processor_name()->str:
     "Name of the processor as the system gives it."
     info = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else []
@@ -276,6 +278,7 @@ def _processor()->str:
 
 def provenance()->dict:
     "Git commit, package versions and machine of this process."
+    import psutil  # here, so that `kdoct --help` does not wait for them
     import torch
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return dict(
@@ -284,7 +287,7 @@ def provenance()->dict:
         packages={p: _version(p) for p in _PACKAGES},
         machine=dict(
             system=f'{platform.system()} {platform.machine()}',
-            processor=_processor(),
+            processor=processor_name(),
             cores=usable_cores(),
             memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
             gpu=gpu,

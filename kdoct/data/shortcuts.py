@@ -23,6 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
 from ..core.files import counted, KdoctError, read_json, usable_cores, write_json
+from ..core.progress import counted_off
 from ..core.runs import Run, stage_command
 from .fold_data import open_fold
 from .framing import scale_bar
@@ -277,7 +278,7 @@ def _alone(f, y, splits, classes, seed):
         max_leaf_nodes=8, min_samples_leaf=10, class_weight='balanced', random_state=seed
     )
     out = []
-    for name, x in f.items():
+    for name, x in counted_off(f.items(), 'shortcuts', f.shape[1], 'features'):
         if x.nunique(dropna=False) < 2: continue
         hit = _out_of_fold(tree, x.to_numpy()[:, None], y, splits) == y
         out.append(dict(
