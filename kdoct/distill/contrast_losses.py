@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.files import KdoctError
-from .logit_losses import at_least_float32, kl_divergence
+from .logit_losses import kl_divergence
+from ..training.losses import at_least_float32
 
 # %% ../../nbs/03l_distill.contrast_losses.ipynb #fbb9f33c
 class UnitEmbedding(nn.Module):

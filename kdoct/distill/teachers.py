@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.files import KdoctError
 from ..core.sections import DistillRecipe
-from .methods import make_method, Output, output_of, Step
+from .methods import make_method, Method, Output, output_of, Step
 from .teacher_cache import TeacherCache
 from ..models.backbones import Classifier
 from ..models.folders import class_order, load_model_folder
@@ -216,7 +216,8 @@ def require_logits(self:Teachers,
     "`KdoctError` if the method needs more than logits and, where it looks at them, targets."
     method = self.method
     has_state = any(True for part in (method.parameters(), method.buffers()) for _ in part)
-    further = method.needs != 'logits' or method.extra_images or method.own_views
+    chooses = type(method).select is not Method.select   # images, by a loss of each that it is not given here
+    further = method.needs != 'logits' or method.extra_images or method.own_views or chooses
     if further or has_state:
         raise KdoctError(
             f"The method '{method.name}' needs more than the logits of a batch.",

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.files import atomic_path, KdoctError
+from ..core.progress import is_heard
 from ..core.sections import TrainRecipe
 from ..data.batches import Batches
 from ..data.mixing import Mix
@@ -45,6 +46,7 @@ from kdoct.training.distributed import (
     set_random_states,
 )
 from .precision import Compile, Precision, rounds_steps
+from .reporting import Report
 from .scores import score_of, validation_scores, WORST
 
 # %% ../../nbs/02j_training.loop.ipynb #9f2ebeba
@@ -514,6 +516,7 @@ def _callbacks(recipe:TrainRecipe, model:Classifier, folder:str|Path, key:str)->
     ]
     if recipe.compile: out.append(Compile())
     if recipe.mix_prob > 0: out.append(Mix(recipe, model.body.num_classes))
+    if is_heard() and not rank_world()[0]: out.append(Report(recipe))
     return out
 
 # %% ../../nbs/02j_training.loop.ipynb #make-learner
