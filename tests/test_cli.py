@@ -130,7 +130,7 @@ def test_help_has_whole_sentences_and_no_types_of_python():
 def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
     monkeypatch.setattr("kdoct.app.cli.new_run", lambda *_: sys.exit(7))
     with pytest.raises(SystemExit): main(["demo"])
-    assert "about 5 minutes" in capsys.readouterr().out
+    assert "about 2 minutes" in capsys.readouterr().out
 
 
 def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):

@@ -96,6 +96,13 @@ def test_every_command_can_be_quiet_and_verbose():
     assert len(commands) > 15 and not without
 
 
+def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
+    def broken_off(): raise KeyboardInterrupt
+    monkeypatch.setattr('kdoct.app.cli.outputs_root', broken_off)
+    with pytest.raises(SystemExit) as e: main(['runs'])
+    assert e.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
+
+
 def test_quiet_and_verbose_at_once_are_refused(capsys):
     with pytest.raises(SystemExit): main(['runs', '--quiet', '--verbose'])
     assert '--quiet and --verbose contradict each other' in capsys.readouterr().err

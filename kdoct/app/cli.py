@@ -156,7 +156,7 @@ def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
 _DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a "
          "baseline on one fold,\n"
-         "evaluates them, and writes a report: about 5 minutes on 2 cores.\n")
+         "evaluates them, and writes a report: about 2 minutes on 2 cores.\n")
 
 @_command()
 def demo(
@@ -164,7 +164,7 @@ def demo(
     changes:SetOption=[],  # noqa: B006 (typer copies it)
     notebooks:NotebooksOption=None,
 ):
-    "Run every stage on a small simulated data set. It takes about 5 minutes on 2 cores."
+    "Run every stage on a small simulated data set. It takes about 2 minutes on 2 cores."
     recipe = recipe_of('demo', '', '', changes)
     name = run_name(run, 'demo', recipe)
     _all_stages(*_checked_run(recipe, name, '0', notebooks, _DEMO), notebooks)

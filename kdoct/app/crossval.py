@@ -8,6 +8,7 @@ __all__ = ['RUN_HEADING', 'parse_folds', 'stage_cells', 'require_notebooks', 'ru
 # %% ../../nbs/08_app.crossval.ipynb #imp-app-crossval
 import os
 import re
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -139,6 +140,15 @@ class _WatchedKernel(StageKernel):
         client = dict(client_class='jupyter_client.asynchronous.AsyncKernelClient')
         super().__init__(**client | kwargs)
 
+    def shutdown_kernel(self, now:bool=False, restart:bool=False):
+        "What a user breaks off may tidy up for a second, and is ended before it prints why it was."
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            self.interrupt_kernel()
+            time.sleep(1)
+            now = True
+        super().shutdown_kernel(now, restart)
+
+# %% ../../nbs/08_app.crossval.ipynb #126fdd7c
 def _execute(notebook:Path, given:dict):
     "Run a notebook in its place."
     printed = _Printed() if is_verbose() else None
