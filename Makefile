@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast install lab export readme docs wheel clean distclean
+.PHONY: help demo test test-fast gpu-check install lab export readme docs wheel clean distclean
 
 help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, p
 test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (4 minutes)
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+gpu-check: ## the tests and timings that need a GPU, with the Python that has torch (8 minutes; PYTHON=...)
+	$(PYTHON) tools/gpu_check.py
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need
 
