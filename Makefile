@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-lowest install lab export readme docs wheel clean distclean
+.PHONY: help demo test test-fast test-lowest gpu-check install lab export readme docs wheel clean distclean
 
 help: ## say what the targets do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,8 @@ test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (
 
 test-lowest: .venv/.installed-dev ## the fast tests with the lowest versions that settings.ini allows (30 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/lowest.py
+gpu-check: ## the tests and timings that need a GPU, with the Python that has torch (8 minutes; PYTHON=...)
+	$(PYTHON) tools/gpu_check.py
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need
 

@@ -41,6 +41,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-slow[file(item)], -tests[file(item)], file(item)))
 
 
+def pytest_runtest_setup(item):
+    "A test of a GPU is skipped where there is none."
+    if item.get_closest_marker("gpu") is None: return
+    import torch  # here: most workers collect without it
+    if not torch.cuda.is_available(): pytest.skip("no GPU here")
+
+
 def pytest_collection_finish():
     "What was imported stays: the garbage collector need not look through it again and again."
     gc.collect()

@@ -151,7 +151,7 @@ class Pace:
         half = (first[0] + now)/2
         then, before = [m for m in self.marks if m[0] <= half][-1]
         self.marks.append((now, done))
-        if len(self.marks) > 200: self.marks[1::2] = []
+        if len(self.marks) > 200: del self.marks[1::2]
         if done <= before or now <= then: return None
         return max(total - done, 0)*(now - then)/(done - before)
 

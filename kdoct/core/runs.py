@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'recipe_differences', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record',
-           'Stage', 'has_decision', 'stage_of', 'is_finished', 'planned_stages', 'teachers_of', 'stage_command',
-           'as_papermill_reads', 'train_again', 'require_same_folds']
+           'Stage', 'has_decision', 'stage_of', 'is_finished', 'peer_names', 'planned_stages', 'teachers_of',
+           'stage_command', 'as_papermill_reads', 'train_again', 'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -369,6 +369,19 @@ def is_finished(
     return finished(run, fold, stage)
 
 Run.is_finished = is_finished
+
+# %% ../../nbs/00g_core.runs.ipynb #27f07237
+def peer_names(
+    run:Run,   # existing run
+    fold:int,  # counted from 0
+)->list[str]:  # such as 'student-both/peer-teacher'
+    "Networks that have learned beside the students of a fold, as `stage_dir` and `is_finished` take them."
+    out = []
+    for role in run.recipe.student_roles:
+        if not run.is_finished(role, fold): continue
+        metrics = read_json(run.stage_dir(fold, role)/'model.json').get('metrics', {})
+        out += [f"{role}/{peer['folder']}" for peer in metrics.get('peers', {}).values()]
+    return out
 
 # %% ../../nbs/00g_core.runs.ipynb #stage-plan
 def planned_stages(

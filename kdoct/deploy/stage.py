@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import KdoctError, provenance, write_json
-from ..core.runs import require_same_folds, Run, stage_command
+from ..core.runs import peer_names, require_same_folds, Run, stage_command
 from ..data.fold_data import FoldData, open_fold
 from .bundle import seal
 from .engines import calibration_rows, graph_signature
@@ -227,6 +227,11 @@ def export_fold(
 )->Path:                           # the bundle
     "Write the bundle of one network: formats are checked against PyTorch on real images, timed, and kept if they pass."
     formats, out = checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
+    if role in peer_names(run, fold):
+        raise KdoctError(
+            f"The network {role} has learned beside a student, and has no decision of its own.",
+            fix=f"Export its folder: kdoct export {run.stage_dir(fold, role)} --images DIR",
+        )
     if not run.is_finished(role, fold):
         raise KdoctError(
             f"Fold {fold} of run '{run.name}' has no finished {role}.",

@@ -8,6 +8,7 @@ __all__ = ['TRACKERS', 'parameters_of', 'tracking_folder', 'TensorBoard', 'mlflo
 
 # %% ../../nbs/02ja_training.tracking.ipynb #6ed21ff6
 import os
+import time
 import warnings
 from contextlib import contextmanager
 from hashlib import sha256
@@ -94,6 +95,13 @@ def _experiment(client, run:str)->str:
     place = (tracking_folder()/'mlflow-artefacts'/run).as_uri() if is_here else None
     return client.create_experiment(run, artifact_location=place)
 
+def _tracked_run(client, run:str, name:str)->str:
+    "The tracked run of a network, which an interrupted training has begun or which is made now."
+    experiment, of_name = _experiment(client, run), f"attributes.run_name = '{name}'"
+    found = client.search_runs([experiment], of_name, max_results=1)
+    begun = found[0] if found else client.create_run(experiment, run_name=name)
+    return begun.info.run_id
+
 # %% ../../nbs/02ja_training.tracking.ipynb #455d2f02
 class MLflow:
     "An experiment a run of kdoct, a run a network: `mlflow ui --backend-store-uri sqlite:///...`."
@@ -105,18 +113,18 @@ class MLflow:
     ):
         from mlflow import MlflowClient
         self.client = MlflowClient(tracking_uri=mlflow_address())
-        experiment = _experiment(self.client, run)
-        of_name = f"attributes.run_name = '{name}'"
-        found = self.client.search_runs([experiment], of_name, max_results=1)
-        begun = found[0] if found else self.client.create_run(
-            experiment, run_name=name, tags={'kdoct.run': run})
-        self.id = begun.info.run_id
+        self.id = _tracked_run(self.client, run, name)
         self.client.update_run(self.id, status='RUNNING')
 
     def parameters(self, values:dict):
-        for name, value in values.items(): self.client.log_param(self.id, name, str(value)[:500])
+        from mlflow.entities import Param
+        sent = [Param(name, str(value)[:500]) for name, value in values.items()]
+        for i in range(0, len(sent), 100): self.client.log_batch(self.id, params=sent[i:i + 100])
     def scores(self, epoch:int, values:dict):
-        for name, value in values.items(): self.client.log_metric(self.id, name, value, step=epoch)
+        from mlflow.entities import Metric
+        now = int(time.time()*1000)
+        sent = [Metric(name, value, now, epoch) for name, value in values.items()]
+        self.client.log_batch(self.id, metrics=sent)
     def artefact(self, path:Path): self.client.log_artifact(self.id, str(path))
     def close(self): self.client.set_terminated(self.id)
 
