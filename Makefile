@@ -7,13 +7,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast install lab export readme docs wheel clean distclean
+.PHONY: help demo test test-fast test-lowest gpu-check install lab export readme docs wheel clean distclean
 
 help: ## say what the targets do
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PYTHON=...      the Python 3.10 to 3.13 that makes .venv (default: python3)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=...       the Python 3.10 to 3.14 that makes .venv (default: python3)"
 
-demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (5 minutes)
+demo: .venv/.installed-offline ## install and run the whole pipeline on simulated images (2 minutes)
 	$(BIN)/kdoct demo
 
 test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, pytest (13 minutes)
@@ -24,6 +24,11 @@ test: .venv/.installed-dev ## install and run every test: ruff, the notebooks, p
 test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (4 minutes)
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-lowest: .venv/.installed-dev ## the fast tests with the lowest versions that settings.ini allows (30 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/lowest.py
+gpu-check: ## the tests and timings that need a GPU, with the Python that has torch (8 minutes; PYTHON=...)
+	$(PYTHON) tools/gpu_check.py
 
 install: .venv/.installed-dev ## make .venv with all that demo, test and lab need
 
@@ -57,7 +62,7 @@ distclean: clean ## remove .venv too
 
 # The stamps are as old as the installation: it is repeated only when what it depends on has changed.
 # uv needs half a minute for what pip needs three and a half for; where it is not to be had, pip alone is enough.
-.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,dev
+.venv/.installed-dev: EXTRAS := offline,deploy,volumes,app,tune,tracking,explain,lab,dev
 .venv/.installed-offline: EXTRAS := offline
 .venv/.installed-%: settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; ok = sys.version_info >= (3, 10); \

@@ -11,6 +11,7 @@ cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read_string((ROOT / "settings.ini").read_text(encoding="utf-8"))
 cfg = cfg["DEFAULT"]
 name = cfg["lib_name"]
+EXTRA = "_requirements"  # ends the key of an extra's list
 
 
 def requirements(key):
@@ -55,8 +56,7 @@ setup(
     include_package_data=False,
     install_requires=requirements("requirements"),
     extras_require={
-        extra: requirements(f"{extra}_requirements")
-        for extra in ("offline", "deploy", "volumes", "app", "tune", "dev")
+        key.removesuffix(EXTRA): requirements(key) for key in cfg if key.endswith(EXTRA)
     },
     entry_points={
         "console_scripts": requirements("console_scripts"),

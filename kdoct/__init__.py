@@ -7,6 +7,8 @@ import os
 import warnings
 from importlib import import_module
 
+from .core.light_imports import import_lightly
+
 __version__ = "0.1.0"
 
 # fastai 2 says so when it is imported beside torch 2.15; who reads it here can do nothing about it
@@ -15,6 +17,8 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated', FutureWarn
 # OpenMP's threads wait for each other by spinning, up to a hundredth of a second. Where another program has a core,
 # they take it from each other, and training gets many times slower: docs/speed.md. Read before torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+
+import_lightly()
 
 PUBLIC = {  # public name -> module that defines it
     'KdoctError': 'core.files',

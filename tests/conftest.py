@@ -17,6 +17,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
+import kdoct  # noqa: E402, F401 (before timm and torchvision, which then load no compiler)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("kdoct", derandomize=True, deadline=None, database=None)
@@ -37,6 +39,13 @@ def pytest_collection_modifyitems(items):
     tests = Counter(map(file, items))
     slow = Counter(file(item) for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (-slow[file(item)], -tests[file(item)], file(item)))
+
+
+def pytest_runtest_setup(item):
+    "A test of a GPU is skipped where there is none."
+    if item.get_closest_marker("gpu") is None: return
+    import torch  # here: most workers collect without it
+    if not torch.cuda.is_available(): pytest.skip("no GPU here")
 
 
 def pytest_collection_finish():
@@ -95,6 +104,14 @@ def phantoms_made_once(tmp_path_factory):
         return write_phantom(root, **made)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phantom_files, "write_phantom", copied)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    "No test cuts the power, so none waits until what it wrote is on the disk: milliseconds for each file."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 

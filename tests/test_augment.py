@@ -454,7 +454,7 @@ def test_colour_images_pass_through_batches():
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_gpu_gives_the_same_views():
     for channels in (1, 3):
         for recipe in PIPELINES.values():

@@ -211,7 +211,7 @@ def test_interrupted_stream_closes_what_makes_the_blocks(monkeypatch):
     assert closed == [True]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gpu_hands_out_the_batches_of_the_cpu(channels):
     here, there = batches(channels=channels), batches(channels=channels, device="cuda")

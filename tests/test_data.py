@@ -1024,3 +1024,24 @@ def test_a_fold_that_validates_on_more_than_it_trains_on_is_warned_of(capsys):
     printed = capsys.readouterr().out
     assert "WARNING: fold 0 trains on 2 groups (patients) and validates on 3" in printed
     assert "fold 1" not in printed
+
+
+PARTS_OF_1_9 = {
+    0: [["P3", "P7", "P8"], ["P0", "P2", "P4"], ["P1", "P5", "P6"]],
+    1: [["P0", "P7", "P8"], ["P1", "P2", "P3"], ["P4", "P5", "P6"]],
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parts_are_those_of_scikit_learn_1_8_with_every_release(seed):
+    "Drawn by hand: its own shuffle was mended in 1.8. The numbers are what 1.9.1 gives with `shuffle=True`."
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    from kdoct.data.folds import groups_in_drawn_order
+    patients = np.repeat([f"P{i}" for i in range(9)], 2)
+    labels = np.repeat(list("ABCABCABC"), 2)
+    drawn = groups_in_drawn_order(patients, seed)
+    parts = [sorted(set(patients[test]))
+             for _, test in StratifiedGroupKFold(3).split(labels, labels, drawn)]
+    assert parts == PARTS_OF_1_9[seed]
+    assert all(len(set(labels[np.isin(patients, part)])) == 3 for part in parts)

@@ -231,7 +231,7 @@ def test_a_strip_keeps_the_band_wherever_it_is(place, at):
     assert (y > 0.4).float().mean() > 2 * (x > 0.4).float().mean()   # enlarged
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_gpu_gives_the_same_changed_views(images):
     device = DeviceRecipe(prob=1.0, each=0.4)
     a, b = (by_label(batches(images, device, device=d)) for d in ("cpu", "cuda"))

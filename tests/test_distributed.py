@@ -29,6 +29,7 @@ SCRIPT = textwrap.dedent('''
     from kdoct.core.files import seed_everything
     from kdoct.core.presets import preset
     from kdoct.core.sections import DistillRecipe
+    from kdoct.data.unlabelled_batches import UnlabelledBatches
     from kdoct.distill.callback import Distill
     from kdoct.models.backbones import create_classifier
     from kdoct.training.distributed import DistributedBatches, init_group, propagate_failure, rank_world
@@ -36,14 +37,14 @@ SCRIPT = textwrap.dedent('''
     from kdoct.training.loop import make_learner
     from kdoct.training.losses import hard_loss
 
-    def train(folder, processes, batch, stop_at=None, rows=41, method='', side=32, **changes):
+    def train(folder, processes, batch, stop_at=None, rows=41, method='', side=32, options={}, unlabelled=False, epochs=3, **changes):
         with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
         children = [pid for r in range(1, processes) if (pid := os.fork()) or os.environ.update(RANK=str(r))]
         os.environ.update({'RANK': '0'} | dict(os.environ), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='test')
         rank, size = init_group()
         g = np.random.default_rng(0)
         images, labels, ids = g.integers(0, 255, (64, side, side), dtype=np.uint8), np.array([0, 0, 0, 1, 1, 2])[np.arange(64) % 6], np.arange(64, dtype=np.uint64)
-        r = preset('tiny').student.model_copy(update=dict(arch='test_convnext2', epochs=3, batch_size=batch, drop_rate=0., lr=1e-3,
+        r = preset('tiny').student.model_copy(update=dict(arch='test_convnext2', epochs=epochs, batch_size=batch, drop_rate=0., lr=1e-3,
                                                           checkpoint_minutes=1e-9, freeze_epochs=1, **changes))
         seed_everything(1 + rank)   # all begin as process 0 does
         class Stop(Callback):
@@ -58,11 +59,14 @@ SCRIPT = textwrap.dedent('''
         if method:
             torch.manual_seed(0)
             teacher = create_classifier(r, 3, side).eval().requires_grad_(False)
-            cbs.append(Distill(InferenceModel(teacher), DistillRecipe(method=method), originals=lambda name: teacher))
+            others = np.arange(rows, 64)   # without a label
+            def found(train): return UnlabelledBatches(train, others, ids[others], batch)
+            cbs.append(Distill(InferenceModel(teacher), DistillRecipe(method=method, options=options), originals=lambda name: teacher,
+                               unlabelled=found if unlabelled else None))
             torch.manual_seed(1)
         learn = make_learner(create_classifier(r, 3, side), train, valid, loss, r, folder, 'k', cbs)
         try:
-            with propagate_failure(), learn.no_bar(), learn.no_logging(): learn.fit(3)
+            with propagate_failure(), learn.no_bar(), learn.no_logging(): learn.fit(epochs)
         except Exception as e: print(rank, type(e).__name__, e, flush=True)
         else:
             pd.DataFrame(learn.history.rows).drop(columns='seconds').to_csv(f'{folder}/history{rank}.csv', index=False)
@@ -81,12 +85,16 @@ def run(code, tmp_path):
     return done.stdout
 
 
+PSEUDO_LABELS = (
+    "method='self_training', unlabelled=True, rows=40, options=dict(mixup=0, threshold=0, ramp=0)"
+)
 FOCAL = "class_weights='balanced', loss='focal', label_smoothing=.1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'how', [FOCAL, "loss='auc'", "method='efcm', side=64", "method='ctcd', loss='auc'"]
+    'how',
+    [FOCAL, "loss='auc'", "method='efcm', side=64", "method='ctcd', loss='auc'", PSEUDO_LABELS],
 )
 def test_two_processes_train_as_one_whatever_the_batches(tmp_path, how):
     run(f"if os.fork() == 0: train('a', 2, 2, accumulate=4, {how}); os._exit(0)\n"

@@ -73,10 +73,14 @@ def test_a_training_that_stops_in_the_middle_ends_with_the_same_weights(tmp_path
     def made(folder, *cbs):
         recipe = DistillRecipe(method=name)
         return learner(tmp_path / folder, originals, recipe, cbs, unlabelled=more)
+    before = copy.deepcopy({k: v.state_dict() for k, v in originals.items()})
     whole = fit(made("a"))
     with pytest.raises(KeyboardInterrupt): fit(made("b", Stop(5)))
     resumed = fit(made("b"))
     assert resumed.first_epoch == 1
+    for k, teacher in originals.items():   # they stay as they are
+        assert all(torch.equal(v, before[k][n]) for n, v in teacher.state_dict().items())
+        assert all(p.grad is None for p in teacher.parameters())
     a, b = state(whole), state(resumed)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     terms = [k for k in whole.history.rows[-1] if k.startswith("train_")]
@@ -166,6 +170,8 @@ REFUSED = {
     "processes": (dict(), dict(), 2, "dist", "several processes"),
     "mixed images": (dict(), dict(mix_prob=.5), 1, "dkd", "blended"),
     "maps from a cache": (dict(views=2), dict(), 1, "fitnet", "teacher cache"),
+    "choice among a part": (dict(), dict(accumulate=2), 1, "acid", "several batches"),
+    "choice among parts": (dict(), dict(), 2, "acid", "several processes"),
     "compiled": (dict(), dict(compile=True), 1, "attention", "torch.compile"),
     "mixed and cached": (dict(views=2), dict(mix_prob=.5), 1, "rkd", "no cache"),
     "one epoch for two stages": (dict(), dict(epochs=1), 1, "efcm", "two stages"),

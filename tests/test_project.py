@@ -102,7 +102,9 @@ def test_requirements_agree_everywhere(settings, metadata):
     want = {norm(r) for r in lines(settings["requirements"])}
     made = [Requirement(r) for r in metadata.requires]
     assert {norm(str(r)) for r in made if r.marker is None} == want
-    for extra in ("offline", "dev"):
+    extras = {k.removesuffix("_requirements") for k in settings if k.endswith("_requirements")}
+    assert set(metadata.metadata.get_all("Provides-Extra")) == extras
+    for extra in extras:
         listed = {norm(r) for r in lines(settings[f"{extra}_requirements"])}
         assert {
             norm(str(r)) for r in made if r.marker and r.marker.evaluate({"extra": extra})
@@ -118,7 +120,6 @@ def test_pyproject_repeats_nothing_of_settings():
 
 def test_every_requirement_is_capped(settings):
     lists = [k for k in settings if k == "requirements" or k.endswith("_requirements")]
-    assert len(lists) == 7
     listed = [requirement for name in lists for requirement in lines(settings[name])]
     bounds = {r: {s.operator for s in Requirement(r).specifier} for r in listed}
     loose = [r for r, operators in bounds.items() if not {">=", "<"} <= operators]
@@ -319,10 +320,24 @@ def test_public_definitions_are_documented(name):
     assert not faults, f"kdoct.{name}\n" + "\n".join(faults)
 
 
-@pytest.mark.parametrize("extra", ["deploy", "app", "tune"])
+@pytest.mark.parametrize("extra", ["deploy", "app", "tune", "explain"])
 def test_an_extra_is_known_by_what_its_packages_are_imported_as(extra, settings):
     "`require_extra` asks for names to import; they are those that the extra's requirements install."
     from kdoct.core.files import EXTRAS
     wanted = {norm(line)[0] for line in lines(settings[f"{extra}_requirements"])}
     installed_as = importlib.metadata.packages_distributions()
     assert {norm(installed_as[name][0])[0] for name in EXTRAS[extra]} == wanted
+
+
+def imported_packages():
+    "Distributions that modules of the library import when they are loaded."
+    text = "\n".join(f.read_text(encoding="utf-8") for f in (ROOT / "kdoct").rglob("*.py"))
+    tops = set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
+    installed_as = importlib.metadata.packages_distributions()
+    return {norm(installed_as[t][0])[0] for t in tops - sys.stdlib_module_names - {"kdoct"}}
+
+
+def test_what_the_library_imports_when_loaded_is_required_by_name(settings):
+    "None of it comes along by chance, with a requirement that may drop it."
+    wanted = {norm(line)[0] for line in lines(settings["requirements"])}
+    assert imported_packages() <= wanted

@@ -17,10 +17,14 @@ from kdoct.core.presets import preset
 from kdoct.core.runs import Run
 from kdoct.core.sections import AugmentRecipe, DistillRecipe, TrainRecipe
 from kdoct.data.batches import Batches
+from kdoct.deploy.stage import export_fold
 from kdoct.distill.callback import Distill
 from kdoct.distill.methods import check_method
 from kdoct.distill.scheme_methods import loss_of_each, pseudo_labels
 from kdoct.distill.student import train_student
+from kdoct.evaluate.compared_runs import read_models
+from kdoct.evaluate.comparison import compare_models
+from kdoct.evaluate.pooling import finished_models
 from kdoct.models.backbones import create_classifier
 from kdoct.models.folders import load_model_folder
 from kdoct.training.inference import InferenceModel
@@ -267,6 +271,25 @@ def test_the_peer_is_a_model_folder_beside_the_student_s(distilled):
     assert noted['folder'] == 'peer-teacher' and 0 <= noted['accuracy'] <= 1
     rows = [pd.read_parquet(p/'predictions.parquet') for p in (folder, folder/'peer-teacher')]
     assert list(rows[0].path) == list(rows[1].path) and list(rows[0].columns) == list(rows[1].columns)
+
+
+def test_the_peer_is_a_row_of_every_table_and_is_compared(distilled):
+    peer = 'student-both/peer-teacher'
+    models, notes = read_models([distilled])
+    assert list(models) == ['student-both', peer, 'teacher', 'baseline']
+    assert notes == [f"student of run '{distilled.name}' is not trained in fold 0 and is left out"]
+    about = read_json(distilled.stage_dir(0, peer)/'model.json')
+    assert models[peer].mean('parameters') == about['parameters']
+    made = compare_models(models, n_boot=200).differences
+    assert ((made.a == peer) & (made.b == 'baseline')).any()
+    assert list(read_models([distilled], roles=[peer])[0]) == [peer, 'baseline']
+    assert peer in finished_models(distilled, 0)
+
+
+def test_a_peer_is_exported_by_its_folder(distilled):
+    with pytest.raises(KdoctError, match='learned beside a student') as e:
+        export_fold(distilled, 0, 'student-both/peer-teacher')
+    assert 'peer-teacher --images DIR' in e.value.fix
 
 
 @pytest.mark.slow

@@ -358,6 +358,20 @@ def test_a_resumed_training_keeps_its_precision(tmp_path, recipe, quick):
     assert again.model.precision == 'bf16' and not asked and len(again.history.rows) == 3
 
 
+def test_a_trial_is_remembered_for_this_network_torch_and_processor(tmp_path, recipe, quick, monkeypatch):
+    def trial(arch='test_efficientnet'):
+        auto = recipe.model_copy(update=dict(precision='auto', arch=arch))
+        learn, asked = measured(learner(tmp_path, auto), 1., .5)
+        assert learn.precision.measured() == dict(precision='bf16', step_seconds=dict(fp32=1., bf16=.5))
+        return bool(asked)
+    assert trial() and not trial()
+    assert trial('test_convnext2')
+    monkeypatch.setattr(torch, '__version__', '0.0')
+    assert trial()
+    monkeypatch.setattr('kdoct.training.precision.processor_name', lambda: 'another')
+    assert trial() and not trial()
+
+
 def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatch):
     monkeypatch.setattr('kdoct.training.precision.computes_bf16', lambda device: False)
     learn, asked = measured(
@@ -384,7 +398,7 @@ def test_without_bf16_units_nothing_is_tried(tmp_path, recipe, quick, monkeypatc
     ],
 )
 def test_the_processor_is_asked_whether_it_multiplies_in_bf16(monkeypatch, has, kernels, able):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has, raising=False)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: kernels)
     assert computes_bf16('cpu') is able
     assert resolve_precision('auto', 'cpu') == ('bf16' if has.get('amx_tile') else 'fp32')
@@ -826,6 +840,17 @@ def test_tokens_and_tables_of_positions_do_not_decay(arch, table, how_many):
     )
     assert all(id(p) in free for n, p in body.named_parameters() if p.ndim <= 1 or table in n)
     assert not any(id(p) in free for n, p in body.named_parameters() if n.endswith('qkv.weight'))
+
+
+@pytest.mark.parametrize('arch', ['test_efficientnet', 'test_convnext2', 'vit_tiny_patch16_224'])
+def test_what_does_not_decay_is_what_timm_says(arch):
+    from timm.optim import param_groups_weight_decay  # here: it loads torch's compiler
+    body = without_weights(arch)
+    body.get_classifier().bias.requires_grad_(False)
+    names = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
+    groups = param_groups_weight_decay(body, 1., no_weight_decay_list=(*names, '*pos_embed'))
+    theirs = [p for g in groups if g['weight_decay'] == 0 for p in g['params']]
+    assert list(map(id, undecayed(body))) == list(map(id, theirs))
 
 
 def test_the_norm_of_a_convnext_head_learns_with_it(tmp_path, recipe):

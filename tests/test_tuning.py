@@ -12,7 +12,7 @@ from kdoct.core.files import KdoctError
 from kdoct.core.overrides import merged_overrides
 from kdoct.core.presets import preset
 from kdoct.core.runs import Run, create_run
-from kdoct.distill.tuning import Search, TrialRun, found_text, parse_space, search_recipe
+from kdoct.distill.tuning import Search, TrialRun, found_text, parse_space, search_recipe, untouched_folds
 
 pytest.importorskip("optuna", reason="optuna is not installed: pip install 'kdoct[tune]'")
 FIELDS = ["student.lr=log:1e-4..1e-2", "distill.alpha=0..1", "distill.temperature=1,2,4"]
@@ -36,6 +36,15 @@ def search(monkeypatch):
 
 def searched(search, n, scores=formula):
     return search_recipe(search, n, scores, lambda _: None)
+
+
+def folds(n=3, fixed=False):
+    "Two patients tested in each of n folds, or the same two in all."
+    def role(fold, patient):
+        place = (patient//2 - (0 if fixed else fold)) % n
+        return ("test", "val", "train")[min(place, 2)]
+    rows = [(k, f"P{p}", role(k, p)) for k in range(n) for p in range(2*n)]
+    return pd.DataFrame(rows, columns=["fold", "group", "role"])
 
 
 def record(search):
@@ -131,8 +140,8 @@ def test_a_search_without_teachers_names_the_command():
 
 def test_the_options_at_the_end_make_the_best_recipe(search):
     study = searched(search, 10)
-    text = found_text(study, search)
-    options = shlex.split(re.search(r"crossval --run searched (.*)", text)[1])
+    text = found_text(study, search, folds())
+    options = shlex.split(re.search(r"crossval --run searched --folds 0 (.*)", text)[1])
     recipe = search.run.recipe.override(**merged_overrides(options[1::2]))
     table = record(search)
     best = table.loc[table.valid_loss.astype(float).idxmin()]
@@ -145,25 +154,49 @@ def test_the_options_at_the_end_make_the_best_recipe(search):
 def test_where_the_values_of_the_run_are_the_best_nothing_is_recommended(search):
     def worse_elsewhere(run, recipe, fold, folder):
         return dict(valid_loss=float(recipe.distill != run.recipe.distill))
-    text = found_text(searched(search, 4, worse_elsewhere), search)
+    text = found_text(searched(search, 4, worse_elsewhere), search, folds())
     assert "own values: they stay" in text and "--set" not in text
 
 
-@pytest.mark.slow
-def test_trials_train_on_the_folds_and_teachers_of_the_run_and_never_predict_its_test_part(
-    tmp_path,
+@pytest.mark.parametrize("of, searched_folds, left", [
+    (folds(), (0,), [0]), (folds(), (0, 1), []), (folds(fixed=True), (0, 1), [0, 1, 2]),
+])
+def test_folds_whose_tested_patients_have_helped_to_choose_are_not_called_untouched(
+    search, of, searched_folds, left
 ):
+    assert untouched_folds(of, searched_folds) == left
+    study = searched(search._replace(folds=searched_folds), 5)
+    text = " ".join(found_text(study, search._replace(folds=searched_folds), of).split())
+    words = {0: "every test part have helped to choose", 1: "test part of fold 0 is untouched",
+             3: "The test folds are untouched."}
+    assert words[len(left)] in text and ("--folds" in text) == (left == [0])
+
+
+@pytest.mark.slow
+def test_trials_train_on_the_folds_and_teachers_of_the_run_and_never_read_its_test_part(
+    monkeypatch,
+):
+    from kdoct.data.batches import Batches
+    from kdoct.data.fold_data import open_fold
     from kdoct.data.stage import prepare_data
     from kdoct.distill.student import train_student
     from kdoct.distill.teacher import train_teacher
+    seen, plain_read = set(), Batches.read
+    def read(batches, rows):
+        seen.update(rows.tolist())
+        return plain_read(batches, rows)
     run = create_run("two-trials", preset("tiny", **{"data.phantom.patients": 24}))
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_data(run)
         train_teacher(run, 0)
         teacher = (run.stage_dir(0, "teacher") / "model.json").read_bytes()
         search = Search(run, parse_space(FIELDS, run.recipe), monitor="loss")
+        monkeypatch.setattr(Batches, "read", read)
         study = search_recipe(search, 2)
+        monkeypatch.setattr(Batches, "read", plain_read)
+        parts = open_fold(run, 0).idx
         own = train_student(run, 0)
+    assert set(parts["train"]) | set(parts["val"]) <= seen and not set(parts["test"]) & seen
     assert not list(search.folder.rglob("predictions.parquet"))
     assert not list(search.folder.rglob("variants.parquet"))
     assert (run.stage_dir(0, "teacher") / "model.json").read_bytes() == teacher

@@ -1,6 +1,5 @@
 "Images of another place: audited, predicted as they ship, counted, and written whole or not at all."
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -212,12 +211,6 @@ def test_an_interrupted_validation_leaves_nothing(validated, tmp_path, monkeypat
     monkeypatch.setattr("kdoct.app.validation_page.write_json", stop)
     validated()
     assert not [p for p in tmp_path.iterdir() if "out" in p.name or "validation" in p.name]
-
-
-def test_a_bar_is_drawn_where_standard_error_is_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    from kdoct.app.validation import progress
-    assert not progress(iter(()), 5, "x").disable
 
 
 def test_images_without_a_label_are_refused(tmp_path):

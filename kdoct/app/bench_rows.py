@@ -25,7 +25,7 @@ from .bench_harness import side_of, timed_stretch, wait_for
 from .bench_reference import pil_loader, ReferenceStep
 
 # %% ../../nbs/12c_app.bench_rows.ipynb #131736b0
-from ..core.files import KdoctError
+from ..core.files import KdoctError, require_extra
 from ..core.sections import AugmentRecipe, TrainRecipe
 from ..data.batches import Batches
 from ..data.cache import decode_cache
@@ -437,6 +437,7 @@ def by_grad_cam(
     layer:Layer,       # of `target_layer`
 )->torch.Tensor:       # (h, w) in [0, 1]
     "Score-CAM by pytorch-grad-cam."
+    require_extra('explain', 'pytorch_grad_cam')
     from pytorch_grad_cam import ScoreCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     with torch.no_grad(), ScoreCAM(model.body, [layer.module], reshape_transform=layer.maps) as cam:

@@ -38,7 +38,7 @@ def runs_there()->list[str]:  # the one worked on last is first
     if not there:
         raise KdoctError(
             f"There is no run in {outputs_root().absolute()}.",
-            fix="`kdoct demo` makes a first one in about 5 minutes. Runs elsewhere: "
+            fix="`kdoct demo` makes a first one in about 2 minutes. Runs elsewhere: "
                 "KDOCT_OUTPUTS=FOLDER kdoct explore",
         )
     return [p.parent.name for p in there]

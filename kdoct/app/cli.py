@@ -22,15 +22,16 @@ from typing import Annotated
 import typer
 
 import kdoct
+from .cli_errors import echo_error, GOES_ON, INTERRUPTED, said_error
 from kdoct.app.cli_options import (
     ClassesOption,
     FoldsOption,
     NotebooksOption,
     option,
     PatternOption,
-    PlainHelp,
     PresetOption,
     recipe_of,
+    register,
     RootOption,
     run_name, RunArgument, RunOption, RunPresetOption,
     SetOption,
@@ -44,6 +45,7 @@ from kdoct.app.cli_options import (
 from .cli_adapt import adapt
 from .cli_comparison import compare, learning_curve, tune
 from .cli_models import baseline_svm, export, import_, make_keys, predict
+from .cli_machine import doctor
 from .cli_stress import stress
 from .cli_validation import validate
 from .stages import new_run, require_teacher_classes
@@ -56,6 +58,7 @@ from kdoct.core.files import (
     write_json,
 )
 from ..core.overrides import merged_overrides
+from ..core.progress import say, shown
 from ..core.recipe import recipe_fields
 from ..core.requirements import require_data_root, require_weights
 from ..core.runs import create_run, open_run
@@ -64,11 +67,11 @@ from ..core.runs import create_run, open_run
 app = typer.Typer(
     help="Compress a retinal-OCT classifier by knowledge distillation, and trust the result.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_command = partial(app.command, cls=PlainHelp)
+_command = partial(register, app)
 
 # %% ../../nbs/10_app.cli.ipynb #8daee107
 def _print_version(is_wanted:bool):
@@ -96,7 +99,7 @@ def _checked_run(
     # at once; `new_run` checks it too, after torch is there
     if is_new: require_data_root(recipe.data)
     for role in recipe.roles: require_weights(recipe.training(role))
-    typer.echo(f'{about}Loading libraries ...')
+    say(f'{about}Loading libraries ...')
     # here, so that `kdoct --help` does not wait for torch
     from kdoct.app.crossval import parse_folds, require_notebooks
     numbers = parse_folds(folds, recipe.data.n_folds)
@@ -125,25 +128,35 @@ def _files_of(run, report:Path)->list[Path]:
     figures = sorted(run.path.glob('fold_*/figures/*.png'))
     return [report, run.json, *notebooks, *figures]
 
+def _track(run, files:list[Path]):
+    "Send figures and report where the recipe names a tracker."
+    if run.recipe.tracking == 'none': return
+    from kdoct.training.tracking import track_results
+    shown = sorted(run.path.glob('figures/*.png'))
+    track_results(run, [*shown, *(p for p in files if p.suffix in ('.png', '.html'))])
+
+# %% ../../nbs/10_app.cli.ipynb #7727d983
 def _all_stages(run, numbers:list[int], is_new:bool, notebooks:Path|None):
     "Stages, pooled results, report; prints the table and the files."
     from kdoct.app.crossval import crossval
     from kdoct.core.requirements import launched
-    typer.echo(f"Run '{run.name}' in {run.path}")
+    say(f"Run '{run.name}' in {run.path}")
     with _refused_data_leave_no_run(run) if is_new else nullcontext():
         crossval(run, numbers, notebooks)
     if launched()[0]: return   # process 0 reports
     from kdoct.evaluate.all_folds import evaluate_run
     from kdoct.app.report import report_html
-    typer.echo('Tables and report ...')
+    say('Tables and report ...')
     report = report_html(run, numbers, result=evaluate_run(run, numbers))
-    typer.echo("\nFiles:")
-    for p in _files_of(run, report): typer.echo(f'  {short_path(p)}')
+    files = _files_of(run, report)
+    _track(run, files)
+    say("\nFiles:")
+    for p in files: say(f'  {short_path(p)}')
 
 # %% ../../nbs/10_app.cli.ipynb #e33f19ae
 _DEMO = ("The demo simulates OCT images of four classes, trains a teacher, a student and a "
          "baseline on one fold,\n"
-         "evaluates them, and writes a report: about 5 minutes on 2 cores.\n")
+         "evaluates them, and writes a report: about 2 minutes on 2 cores.\n")
 
 @_command()
 def demo(
@@ -151,7 +164,7 @@ def demo(
     changes:SetOption=[],  # noqa: B006 (typer copies it)
     notebooks:NotebooksOption=None,
 ):
-    "Run every stage on a small simulated data set. It takes about 5 minutes on 2 cores."
+    "Run every stage on a small simulated data set. It takes about 2 minutes on 2 cores."
     recipe = recipe_of('demo', '', '', changes)
     name = run_name(run, 'demo', recipe)
     _all_stages(*_checked_run(recipe, name, '0', notebooks, _DEMO), notebooks)
@@ -406,17 +419,21 @@ def explain(
     notebooks:NotebooksOption=None,
 ):
     "Draw heatmaps of the networks of a run, and test them. The report then shows them."
-    recipe = open_run(run).recipe   # at once, before torch is imported
+    require_extra('explain')        # said at once, before torch is imported
+    recipe = open_run(run).recipe
     from kdoct.app.crossval import parse_folds, run_stage
     from kdoct.explain.stage import explanation_sections
     from kdoct.app.report import report_html
     overrides = _explain_overrides(changes)
     the_run = new_run(run, recipe.override(**overrides))
     numbers = parse_folds(folds, the_run.recipe.data.n_folds)
-    for k in numbers:
-        typer.echo(f'fold {k} ...')
-        notebook = run_stage(the_run, 'explain', k, notebooks, overrides)
-        typer.echo(f'fold {k}: {short_path(notebook)}')
+    with shown() as line:
+        for k in numbers:
+            if not line.live: say(f'fold {k} ...')
+            line.begin(f'fold {k}, explain')
+            notebook = run_stage(the_run, 'explain', k, notebooks, overrides)
+            line.begin('')
+            say(f'fold {k}: {short_path(notebook)}')
     for s in explanation_sections(the_run, numbers).values():
         typer.echo(f'\n{s.title}\n\n{s.texts.T.to_string()}\n\n{s.caption}')
     typer.echo(f'\n{short_path(report_html(the_run))}')
@@ -497,6 +514,7 @@ def bench(
 # %% ../../nbs/10_app.cli.ipynb #9dbe144d
 _command()(export)
 _command()(adapt)
+_command()(doctor)
 _command('make-keys')(make_keys)
 _command()(predict)
 _command()(stress)
@@ -527,13 +545,12 @@ def explore(
 def main(
     argv:list[str]|None=None,  # arguments; None: those of the process
 )->None:                       # leaves by SystemExit
-    "Run the command; a `KdoctError` becomes one message and exit status 1."
-    try: app(args=argv, prog_name='kdoct')
-    except KdoctError as e:
-        typer.echo(f'kdoct: {e}', err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo('kdoct: interrupted; the same command goes on from here.', err=True)
-        sys.exit(130)
+    "Run the command. Whatever goes wrong is said in one form; the exit status says of which kind it is."
+    try: status = app(args=argv, prog_name='kdoct', standalone_mode=False)
+    except Exception as e:  # noqa: BLE001 (the last place where anything can be said)
+        sys.exit(said_error(e))
+    except (KeyboardInterrupt, typer.Abort): status = INTERRUPTED
+    if status == INTERRUPTED: echo_error('interrupted.', GOES_ON)
+    sys.exit(status if isinstance(status, int) else 0)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # `python -m kdoct.app.cli`; a notebook has no __file__

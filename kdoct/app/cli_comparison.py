@@ -261,13 +261,14 @@ def tune(
     name:SearchOption='search',
     prune:PruneOption=False,
 ):
-    "Search the student's recipe by validation scores (optuna). The same command goes on; test folds stay untouched."
+    "Search the student's recipe by validation scores (optuna). The same command goes on; no test part is read."
     require_extra('tune')
     the_run = open_run(run)
+    from kdoct.data.fold_data import folds_of
     from kdoct.distill.tuning import found_text, parse_space, Search, search_recipe
     space, score = parse_space(fields, the_run.recipe), the_run.recipe.student.monitor
     use = _folds_named(','.join(map(str, folds)), [the_run])
     search = Search(the_run, space, tuple(use), _monitor_named(monitor, score), name, prune)
     typer.echo(f'Every trial is in {short_path(search.folder/"trials.csv")}')
-    study = search_recipe(search, trials, tell=typer.echo)
-    typer.echo(f'\n{found_text(study, search)}')
+    study = search_recipe(search, trials)
+    typer.echo(f'\n{found_text(study, search, folds_of(the_run))}')

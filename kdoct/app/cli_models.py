@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WeightsArgument', 'ModelOption', 'LogitsOption', 'SizeOption', 'ImportRoleOption', 'ModelFolderOption', 'MeanOption',
            'StdOption', 'ColouredOption', 'PartOption', 'InterpolationOption', 'TrainedOnOption', 'NetworkArgument',
-           'FoldOption', 'ExportRoleOption', 'CheckImagesOption', 'BundleOption', 'FormatsOption', 'SignKeyOption',
-           'KeyArgument', 'BundleArgument', 'PathsArgument', 'RowsOption', 'VolumesOption', 'RuleOption',
-           'SlicesOption', 'EngineOption', 'ThreadsOption', 'WorkersOption', 'BatchOption', 'CheckKeyOption', 'import_',
-           'baseline_svm', 'export', 'make_keys', 'predict']
+           'FoldOption', 'ExportRoleOption', 'CheckImagesOption', 'BundleOption', 'FormatsOption', 'PushOption',
+           'SignKeyOption', 'KeyArgument', 'BundleArgument', 'PathsArgument', 'RowsOption', 'VolumesOption',
+           'RuleOption', 'SlicesOption', 'EngineOption', 'ThreadsOption', 'WorkersOption', 'BatchOption',
+           'CheckKeyOption', 'import_', 'baseline_svm', 'export', 'make_keys', 'predict']
 
 # %% ../../nbs/10b_app.cli_models.ipynb #4ca354f6
 import re
@@ -192,6 +192,7 @@ def baseline_svm(
     folds:FoldsOption='all',
 ):
     "Fit a support vector machine on HOG features. It uses the folds of a run whose data stage is done."
+    require_extra('explain', 'skimage')
     from kdoct.evaluate.hog_svm import run_hog_svm
     from kdoct.app.crossval import parse_folds
     the_run = open_run(run)
@@ -237,9 +238,23 @@ BundleOption = Annotated[
         "Folder of the bundle. Default: bundle, in the model folder (outputs/RUN/fold_K/ROLE).",
     ),
 ]
+
+# %% ../../nbs/10b_app.cli_models.ipynb #cb97e42a
 FormatsOption = Annotated[
     str,
-    option('A,B,...', "Formats beside PyTorch: onnx, openvino, int8.", callback=None),   # '': none
+    option(
+        'A,B,...',
+        "Formats beside PyTorch: onnx, openvino, int8, and timm (what timm and the Hub read).",
+        callback=None,   # '': none
+    ),
+]
+PushOption = Annotated[
+    str,
+    option(
+        'hf:USER/NAME',
+        "Put the bundle into this repository of the Hugging Face Hub, with format timm. A new "
+        "repository is private. Given a bundle, it is pushed as it is.",
+    ),
 ]
 SignKeyOption = Annotated[
     Path | None,
@@ -296,6 +311,35 @@ def _formats_text(formats)->str:
     "The table of exported formats as it is printed; '-' for what a network without a decision has not."
     return formats.to_string(float_format='{:.4g}'.format, na_rep='-')
 
+# %% ../../nbs/10b_app.cli_models.ipynb #1c32fd2b
+def _chosen_formats(formats:str, push_to:str)->tuple[str, ...]:
+    "Formats that are to be made; the Hub is given timm's too. `KdoctError` if it cannot be written to."
+    chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
+    if not push_to: return chosen
+    from kdoct.deploy.hub import require_writable
+    require_writable(push_to)   # before the work
+    return tuple(dict.fromkeys((*chosen, 'timm')))
+
+def _is_bundle(network:str)->bool: return (Path(network)/'bundle.json').exists()
+
+def _timm_text(about:dict, folder:str)->list[str]:
+    "How timm opens a bundle, and what it does otherwise; nothing where that format was not chosen."
+    if not (found := about.get('timm')): return []
+    if not found['kept']: return [f"timm cannot open it: {found['reason']}."]
+    opens = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    return [f'timm: {opens}', *(f'  {text}' for text in found['differences'])]
+
+# %% ../../nbs/10b_app.cli_models.ipynb #1f824e78
+def _push(folder:Path, push_to:str):
+    "Put a bundle on the Hub, and say where it is; if that fails, how to try again."
+    from kdoct.deploy.hub import push_bundle
+    try: done = push_bundle(folder, push_to)
+    except KdoctError as e:
+        again = f"kdoct export {shlex.quote(short_path(folder))} --push-to {push_to}"
+        raise KdoctError(e.problem, fix=f"{e.fix} The bundle is there; then: {again}") from e
+    seen = 'private' if done['private'] else 'PUBLIC: everybody can read it'
+    typer.echo(f"hf_hub:{done['repo']}@{done['commit']} ({seen})")
+
 # %% ../../nbs/10b_app.cli_models.ipynb #37e81017
 def export(
     network:NetworkArgument,
@@ -305,19 +349,23 @@ def export(
     out:BundleOption=None,
     formats:FormatsOption='onnx,openvino,int8',
     key:SignKeyOption=None,
+    push_to:PushOption='',
 ):
     "Write a bundle: one graph from picture to probabilities. Each format is checked against PyTorch and timed."
-    chosen = tuple(f.strip() for f in formats.split(',') if f.strip())
-    if chosen or key: require_extra('deploy')   # said now, not after torch is imported
+    chosen = _chosen_formats(formats, push_to)
+    if {*chosen} - {'timm'} or key: require_extra('deploy')   # said now, not after torch is imported
+    if push_to and _is_bundle(network): return _push(Path(network), push_to)
     place = _network_of(network, fold, role, images)
     from kdoct.deploy.formats import summary
     from kdoct.deploy.networks import open_bundle
     from kdoct.deploy.stage import export_fold, export_folder
     write = export_fold if isinstance(place[0], Run) else export_folder
-    written = write(*place, out, chosen, key)
-    formats = summary(open_bundle(written).about['formats'])
-    typer.echo(_formats_text(formats))
-    typer.echo(short_path(written))
+    opens = f"hf_hub:{push_to.removeprefix('hf:')}" if push_to else 'BUNDLE'
+    written = write(*place, out, chosen, key, place=opens)
+    about = open_bundle(written).about
+    typer.echo(_formats_text(summary(about['formats'])))
+    typer.echo('\n'.join([*_timm_text(about, short_path(written)), short_path(written)]))
+    if push_to: _push(written, push_to)
 
 # %% ../../nbs/10b_app.cli_models.ipynb #e447aae4
 KeyArgument = Annotated[
@@ -342,7 +390,7 @@ BundleArgument = Annotated[
     typer.Argument(
         metavar='BUNDLE|DIR',
         help="A bundle, which `kdoct export` writes, or a model folder (of a run, or of "
-        "`kdoct import`).",
+        "`kdoct import`), or a bundle of the Hugging Face Hub: hf_hub:USER/NAME[@REVISION].",
     ),
 ]
 PathsArgument = Annotated[
@@ -419,6 +467,7 @@ def _refuse_patterns(paths:list[Path]):
         fix="Take the quotes away, or give the folder." if n else "Look for the folder's name.",
     )
 
+# %% ../../nbs/10b_app.cli_models.ipynb #29301957
 def predict(
     network:BundleArgument,
     paths:PathsArgument,

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['PresetOption', 'RunPresetOption', 'RunOption', 'RunArgument', 'FoldsOption', 'SourceOption', 'RootOption',
            'SourcesOption', 'PatternOption', 'ClassesOption', 'SetOption', 'NotebooksOption', 'TeacherOption', 'option',
-           'PlainHelp', 'recipe_of', 'run_name', 'short_path', 'words_of', 'require_data_fields']
+           'PlainHelp', 'register', 'recipe_of', 'run_name', 'short_path', 'words_of', 'require_data_fields']
 
 # %% ../../nbs/10a_app.cli_options.ipynb #65db0e75
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +21,7 @@ from .stages import require_archs, with_folds_counted, with_sources
 from ..core.files import KdoctError, outputs_root
 from ..core.overrides import merged_overrides, own_teachers
 from ..core.presets import preset, PRESETS
+from ..core.progress import at_verbosity, shown
 from ..core.recipe import Recipe
 from ..core.runs import open_run
 
@@ -40,6 +44,7 @@ def option(
     rules = dict(callback=_no_empty_text) | rules
     return typer.Option(*names, metavar=value, help=meaning, **rules)
 
+# %% ../../nbs/10a_app.cli_options.ipynb #fe02676b
 class PlainHelp(TyperCommand):
     "A command whose help shows no types of Python beside its arguments."
     def format_options(self, ctx, formatter):
@@ -47,6 +52,41 @@ class PlainHelp(TyperCommand):
             if parameter.param_type_name == 'argument':
                 parameter.display_type_rich = lambda ctx: None
         super().format_options(ctx, formatter)
+
+# %% ../../nbs/10a_app.cli_options.ipynb #589d8413
+_INTERRUPTED = 'kdoct: interrupted; the same command goes on from here.'
+
+_QUIET = "Show no progress: results, warnings and errors alone."
+_VERBOSE = "Also print what the stages print, and a line for every epoch."
+
+def _with_progress(f:Callable)->Callable:
+    "A command's function, which takes the options that every command has, and shows the progress."
+    @functools.wraps(f)
+    def run(*args, quiet:bool=False, verbose:bool=False, **kwargs):
+        try:
+            with at_verbosity(quiet, verbose), shown(): return f(*args, **kwargs)
+        except KeyboardInterrupt:   # typer itself would end without a word
+            typer.echo(_INTERRUPTED, err=True)
+            raise typer.Exit(130) from None
+    signature, kind = inspect.signature(f), inspect.Parameter.KEYWORD_ONLY
+    about = dict(quiet=_QUIET, verbose=_VERBOSE)
+    own = {name: Annotated[bool, typer.Option(f'--{name}', help=words)]
+           for name, words in about.items()}
+    more = [inspect.Parameter(n, kind, default=False, annotation=a) for n, a in own.items()]
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
+    run.__annotations__ = f.__annotations__ | own
+    return run
+
+# %% ../../nbs/10a_app.cli_options.ipynb #4469cdb0
+def register(
+    app:typer.Typer,  # the program
+    name:str='',      # of the command; '': that of its function
+)->Callable:          # decorator, which leaves the function as it is
+    "Make a function a command, with plain help and the options that every command has."
+    def decorate(f):
+        app.command(name or None, cls=PlainHelp)(_with_progress(f))
+        return f
+    return decorate
 
 # %% ../../nbs/10a_app.cli_options.ipynb #bd11cf95
 _PRESET = f"Recipe to start from: {', '.join(PRESETS)}."

@@ -8,6 +8,7 @@ __all__ = ['RUN_HEADING', 'parse_folds', 'stage_cells', 'require_notebooks', 'ru
 # %% ../../nbs/08_app.crossval.ipynb #imp-app-crossval
 import os
 import re
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from .costs import Costs, estimate, later_seconds
 from .kernels import prepared_kernels, StageKernel
 from ..core.files import atomic_path, human_time, KdoctError, notebooks_dir, outputs_root
+from ..core.progress import followed, hearer, is_verbose, PROGRESS_FILE, say, shown
 from ..core.recipe import Recipe
 from ..core.requirements import launched, require_weights
 from ..core.runs import planned_stages, Run, stage_of
@@ -69,12 +73,13 @@ def stage_cells(
 
 # %% ../../nbs/08_app.crossval.ipynb #12edb824
 @contextmanager
-def _environment(stage:str):
-    "What the kernel of a stage must know: where the runs are, and which processes it meets."
-    names = ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST')
+def _environment(stage:str, reports:str):
+    "What the kernel of a stage must know: where the runs are, where it reports, and which processes it meets."
+    names = ('KDOCT_OUTPUTS', 'KDOCT_STAGE', 'IN_TEST', PROGRESS_FILE)
     before = {name: os.environ.get(name) for name in names}
     os.environ |= dict(KDOCT_OUTPUTS=str(outputs_root().resolve()), KDOCT_STAGE=stage)
-    os.environ.pop('IN_TEST', None)
+    for name in ('IN_TEST', PROGRESS_FILE): os.environ.pop(name, None)
+    if reports: os.environ[PROGRESS_FILE] = reports
     try: yield
     finally:
         for name, value in before.items():
@@ -86,15 +91,20 @@ def _key(stage:str, fold:int)->str:
     "A stage's name in run.json."
     return 'data' if stage == 'data' else f'fold_{fold}/{stage}'
 
-def _failure(run:Run, stage:str, fold:int, out:Path, e:PapermillExecutionError)->KdoctError:
+_ENDED = ("its process has ended without a word. Mostly the system ends one when memory is short: "
+          "close other programs, or take smaller batches (batch_size).")
+
+def _failure(run:Run, stage:str, fold:int, out:Path, e:Exception)->KdoctError:
     "What a failed stage says, and where to look; noted in run.json."
-    message = e.evalue if e.ename == 'KdoctError' else f'{e.ename}: {e.evalue}'
+    message, is_refusal = _ENDED, getattr(e, 'ename', '') == 'KdoctError'
+    if isinstance(e, PapermillExecutionError):
+        message = e.evalue if is_refusal else f'{e.ename}: {e.evalue}'
     if not launched()[0]:
         notebook = out.relative_to(run.path)
         run.record(_key(stage, fold), status='failed', error=message, notebook=notebook)
     where = '' if stage == 'data' else f' of fold {fold}'
     again = "once that is done, the same command goes on from here."
-    if e.ename != 'KdoctError': again = "the same command goes on from here."
+    if not is_refusal: again = "the same command goes on from here."
     return KdoctError(
         f"The {stage} stage{where} failed: {message}",
         fix=f"Look at {out}; {again}",
@@ -105,15 +115,52 @@ def _folder_of_notebooks(run:Run, fold:int):
     return tempfile.TemporaryDirectory() if launched()[0] else nullcontext(run.notebooks_dir(fold))
 
 # %% ../../nbs/08_app.crossval.ipynb #ee110b9a
+@contextmanager
+def _kernel_reports():
+    "The file to which a kernel reports, '' where nobody wants to hear it."
+    with shown() as line:
+        if (hear := hearer()) is None: yield ''
+        else:
+            with followed(hear, line.tick) as path: yield str(path)
+
+class _Printed:
+    "What a kernel prints, line by line, for --verbose."
+    rest = ''
+    def write(self, text:str):
+        *lines, self.rest = (self.rest + text).split('\n')
+        with shown() as line:
+            for words in lines: line.write(f'  {words}')
+
+    def flush(self): pass
+
+# %% ../../nbs/08_app.crossval.ipynb #5591d4f0
+class _WatchedKernel(StageKernel):
+    "A stage's kernel whose death is noticed: waiting for what it says, the command still looks after it."
+    def __init__(self, **kwargs):
+        client = dict(client_class='jupyter_client.asynchronous.AsyncKernelClient')
+        super().__init__(**client | kwargs)
+
+    def shutdown_kernel(self, now:bool=False, restart:bool=False):
+        "What a user breaks off may tidy up for a second, and is ended before it prints why it was."
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            self.interrupt_kernel()
+            time.sleep(1)
+            now = True
+        super().shutdown_kernel(now, restart)
+
+# %% ../../nbs/08_app.crossval.ipynb #126fdd7c
 def _execute(notebook:Path, given:dict):
     "Run a notebook in its place."
+    printed = _Printed() if is_verbose() else None
     papermill.execute_notebook(
         str(notebook),
         str(notebook),
         given,
         kernel_name='python3',
         progress_bar=False,
-        kernel_manager_class=StageKernel,
+        kernel_manager_class=_WatchedKernel,
+        stdout_file=printed,
+        stderr_file=printed,
     )
 
 # %% ../../nbs/08_app.crossval.ipynb #bb4dcf1d
@@ -145,11 +192,13 @@ def run_stage(
     source = _stage_notebook(stage, notebooks)
     given = dict(run=run.name, fold=fold) | stage_of(stage).parameters(stage)
     if overrides: given['overrides'] = overrides
-    with _folder_of_notebooks(run, fold) as folder, _environment(f'{stage}-{fold}'):
+    where = _folder_of_notebooks(run, fold)
+    with where as folder, _kernel_reports() as file, _environment(f'{stage}-{fold}', file):
         out = Path(folder)/f'{stage}.ipynb'
         with atomic_path(out) as tmp: nbformat.write(stage_cells(nbformat.read(source, 4)), tmp)
         try: _execute(out, given)
-        except PapermillExecutionError as e: raise _failure(run, stage, fold, out, e) from e
+        except (PapermillExecutionError, DeadKernelError) as e:
+            raise _failure(run, stage, fold, out, e) from e
     return out
 
 # %% ../../nbs/08_app.crossval.ipynb #374dc885
@@ -170,6 +219,21 @@ def _print_data_warnings(facts:dict):
     for words in facts.get('few_to_learn', ()): print(words, flush=True)
 
 # %% ../../nbs/08_app.crossval.ipynb #bfe25861
+def _run_stage_with_its_time(run:Run, stage:str, fold:int, notebooks:Path|None, name:str, later):
+    "A stage of a cross-validation, and two lines on it: of its beginning and of its end."
+    with shown() as line:
+        if not line.live: say(f'{name} ...')
+        line.begin(name, later)
+        began = time.perf_counter()
+        try: run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
+        finally: line.begin('')
+    say(f'{name}: {human_time(time.perf_counter() - began)}')
+
+def _unfinished(run:Run, stages:list[tuple[str, int]])->list[tuple[str, int]]:
+    "Stages and folds that are still to be run."
+    return [(stage, fold) for stage, fold in stages if not run.is_finished(stage, fold)]
+
+# %% ../../nbs/08_app.crossval.ipynb #303f873e
 def crossval(
     run:Run,                     # existing run
     folds:list[int],             # folds, counted from 0
@@ -177,18 +241,18 @@ def crossval(
 )->Run:
     "Run every unfinished stage of these folds, in order."
     for role in run.recipe.roles: require_weights(run.recipe.training(role))  # now, not after an hour
-    stages = _planned(run, folds)
-    with prepared_kernels():
+    stages, costs = _planned(run, folds), Costs(run)
+    with prepared_kernels(), shown():
         for number, (stage, fold) in enumerate(stages, 1):
             name = 'data' if stage == 'data' else f'fold {fold}, {stage}'
             name = f'[{number}/{len(stages)}] {name}'
             if run.is_finished(stage, fold):
-                print(f'{name}: finished before', flush=True)
+                say(f'{name}: finished before')
                 continue
-            print(f'{name} ...', flush=True)
-            began = time.perf_counter()
-            run_stage(run, stage, fold, notebooks, _changes_for(run, stage))
-            print(f'{name}: {human_time(time.perf_counter() - began)}', flush=True)
+            todo = _unfinished(run, stages[number - 1:])
+            estimate(costs, todo)
+            later = later_seconds(costs, stage, [s for s, _ in todo[1:]])
+            _run_stage_with_its_time(run, stage, fold, notebooks, name, later)
             if stage == 'data': _print_data_warnings(run.stage('data'))
     return run
 

@@ -55,18 +55,24 @@ _STAGES_IMPORT = (
     'kdoct.evaluate.stage',
 )
 
+def _import(*names:str):
+    "Load modules; they stay shared with the forks."
+    for name in names: import_module(name)
+    gc.collect()
+    gc.freeze()
+
 def serve(
     number:int,  # of the open socket on which kernels are ordered
 ):
     "The process that is forked: import what stages need; one kernel for each line, answered with its process id."
-    for name in _STAGES_IMPORT: import_module(name)
-    gc.collect()
-    gc.freeze()   # what was imported stays shared with the forks
+    _import(*_STAGES_IMPORT)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # nobody waits for the kernels here
     order = None
     with socket.socket(fileno=number) as orders, orders.makefile('rw') as lines:
         for line in lines:
-            if pid := os.fork(): print(pid, file=lines, flush=True)
+            if pid := os.fork():
+                print(pid, file=lines, flush=True)
+                _import('torch._dynamo')   # torch's optimisers load it; here, while the first stage works
             else:
                 order = json.loads(line)
                 break

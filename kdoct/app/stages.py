@@ -14,8 +14,6 @@ import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import psutil
-
 from ..core.files import KdoctError, outputs_root, read_json, temporary_outputs
 from ..core.overrides import own_teachers, parse_overrides
 from ..core.presets import preset, PRESETS
@@ -146,6 +144,9 @@ def new_run(
     "Make the run folder, or open it; `KdoctError` before there is one if networks, methods or images cannot be had."
     require_archs(recipe)   # of students that are added to a run, too
     require_methods(recipe)
+    if recipe.tracking != 'none':   # torch is imported for it
+        from kdoct.training.tracking import require_tracking
+        require_tracking(recipe)
     recipe = with_folds_counted(recipe)
     return create_run(name, recipe, _looked_at)
 
@@ -182,6 +183,7 @@ def _values_in(words:list[str], name:str)->list[str]:
 
 def _typed_values(name:str)->list[str]:
     "What the command lines of the processes above this one give for a papermill parameter."
+    import psutil  # here, so that `kdoct --help` does not wait for it
     found = []
     for process in psutil.Process().parents():
         try: found += _values_in(process.cmdline(), name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'KdoctError', 'did_you_mean', 'require_place', 'atomic_path', 'to_plain', 'write_json', 'read_json',
            'sha256_file', 'locked', 'seed_everything', 'require_extra', 'outputs_root', 'notebooks_dir',
-           'temporary_outputs', 'usable_cores', 'provenance', 'human_time', 'counted']
+           'temporary_outputs', 'usable_cores', 'processor_name', 'provenance', 'human_time', 'counted']
 
 # %% ../../nbs/00a_core.files.ipynb #imp-core-files
 import atexit
@@ -15,18 +15,17 @@ import importlib.resources
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-
-import numpy as np
-import psutil
-from filelock import FileLock, Timeout
 
 # %% ../../nbs/00a_core.files.ipynb #1941e837
 class KdoctError(Exception):
@@ -114,10 +113,11 @@ def to_plain(
     "Turn numpy and path values, and non-finite floats, into what JSON knows."
     if isinstance(o, dict): return {str(k): to_plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple, set)): return [to_plain(v) for v in o]
-    if isinstance(o, np.ndarray): return to_plain(o.tolist())
-    if isinstance(o, np.generic): return to_plain(o.item())
+    np = sys.modules.get('numpy')   # values of numpy exist only where it is loaded
+    if np and isinstance(o, np.ndarray): return to_plain(o.tolist())
+    if np and isinstance(o, np.generic): return to_plain(o.item())
     if isinstance(o, Path): return o.as_posix()
-    if isinstance(o, float) and not np.isfinite(o): return None
+    if isinstance(o, float) and not math.isfinite(o): return None
     return o
 
 def write_json(
@@ -163,6 +163,7 @@ def locked(
     wait:float=0.,          # seconds to wait for the other process; -1 waits for ever
 ):
     "Hold an inter-process lock on `path`; `KdoctError` if another process holds it for longer than `wait` seconds."
+    from filelock import FileLock, Timeout  # here, so that `kdoct --help` does not wait for it
     lock = Path(f'{path}.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -176,7 +177,8 @@ def seed_everything(
     seed:int,  # 0 to 2**32-1
 ):
     "Seed Python, numpy and torch (all devices), and ask cuDNN for repeatable algorithms."
-    import torch  # here, so that `kdoct --help` does not wait for it
+    import numpy as np  # here, so that `kdoct --help` does not wait for them
+    import torch
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -187,7 +189,9 @@ EXTRAS = {  # extra of the package -> what its requirements are imported as
     'deploy': ('cryptography', 'nncf', 'onnx', 'onnxruntime', 'onnxscript', 'openvino'),
     'volumes': ('pydicom',),
     'app': ('voila',),
+    'explain': ('pytorch_grad_cam', 'skimage'),
     'tune': ('optuna',),
+    'tracking': ('alembic', 'mlflow', 'sqlalchemy', 'tensorboard'),
 }
 
 def require_extra(
@@ -248,7 +252,9 @@ _PACKAGES = (
     'kdoct torch torchvision timm fastai numpy pandas scikit-learn pillow papermill nbdev'.split()
 )
 
+@cache
 def _version(package:str)->str|None:
+    "Version of an installed package, read once: what a process has loaded does not change."
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
@@ -256,23 +262,16 @@ def _git_commit()->str|None:
     "Commit of the kdoct checkout, with '+' where files differ from it; None for an installed package."
     root = Path(str(importlib.resources.files('kdoct'))).parent
     if not (root/'.git').exists(): return None
-    def git(*a):
-        return subprocess.run(
-            ['git', '-C', str(root), *a], capture_output=True, text=True
-        ).stdout.strip()
-    commit = git('rev-parse', '--verify', 'HEAD')
-    return (
-        commit + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
-        if commit
-        else None
-    )
+    describe = ['git', '-C', str(root), 'describe', '--always', '--abbrev=40', '--exclude=*']
+    shown = subprocess.run([*describe, '--dirty=+'], capture_output=True, text=True)
+    return shown.stdout.strip() or None
 
 def usable_cores()->int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../../nbs/00a_core.files.ipynb #44dde7c0
-def _processor()->str:
+def processor_name()->str:
     "Name of the processor as the system gives it."
     info = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else []
@@ -280,6 +279,7 @@ def _processor()->str:
 
 def provenance()->dict:
     "Git commit, package versions and machine of this process."
+    import psutil  # here, so that `kdoct --help` does not wait for them
     import torch
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return dict(
@@ -288,7 +288,7 @@ def provenance()->dict:
         packages={p: _version(p) for p in _PACKAGES},
         machine=dict(
             system=f'{platform.system()} {platform.machine()}',
-            processor=_processor(),
+            processor=processor_name(),
             cores=usable_cores(),
             memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
             gpu=gpu,

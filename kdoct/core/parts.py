@@ -16,7 +16,10 @@ LATER = {'later': True}   # json_schema_extra of a field that recipes without it
 
 class Part(BaseModel):
     "A part of the recipe: immutable, unknown keys refused."
-    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
+    # defer_build: validators are made at first use, which `kdoct --help` has not
+    model_config = ConfigDict(
+        extra='forbid', frozen=True, allow_inf_nan=False, defer_build=True
+    )
 
     @field_validator('*', mode='before')
     @classmethod

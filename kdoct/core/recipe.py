@@ -12,13 +12,14 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 from fastcore.basics import patch
 from pydantic import Field, model_validator, ValidationError
 
 from .files import KdoctError, read_json
 from .result_sections import DecideRecipe, EvaluateRecipe, ExplainRecipe
-from .parts import Part
+from .parts import LATER, Part
 from .sections import DataRecipe, DistillRecipe, TrainRecipe
 
 # %% ../../nbs/00c_core.recipe.ipynb #recipe-parts-1
@@ -73,6 +74,12 @@ class Recipe(Part):
     evaluate:EvaluateRecipe = EvaluateRecipe()
     decide:DecideRecipe = DecideRecipe()
     explain:ExplainRecipe = ExplainRecipe()
+    tracking: Literal['none', 'tensorboard', 'mlflow', 'wandb'] = Field(
+        'none',
+        json_schema_extra=LATER,
+        description="where parameters, curves, figures and the report are sent too (extra "
+        "`tracking`)",
+    )
 
     @model_validator(mode='after')
     def _known_teachers(self):
@@ -159,9 +166,10 @@ def _hash_of(fields:dict)->str:
 
 @patch(as_prop=True)
 def key(self:Recipe)->str:  # 16 hexadecimal digits
-    "Hash of all fields but `decide` and `explain`, which change no network."
+    "Hash of all fields but `decide`, `explain` and `tracking`, which change no network."
     fields = self.key_fields()
-    return _hash_of({k: v for k, v in fields.items() if k not in ('decide', 'explain')})
+    changes_none = ('decide', 'explain', 'tracking')
+    return _hash_of({k: v for k, v in fields.items() if k not in changes_none})
 
 @patch
 def network_key(

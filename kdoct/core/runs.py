@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'STAGES', 'Run', 'recipe_differences', 'check_run_name', 'create_run', 'open_run', 'run_of', 'record',
-           'Stage', 'has_decision', 'stage_of', 'is_finished', 'planned_stages', 'teachers_of', 'stage_command',
-           'as_papermill_reads', 'train_again', 'require_same_folds']
+           'Stage', 'has_decision', 'stage_of', 'is_finished', 'peer_names', 'planned_stages', 'teachers_of',
+           'stage_command', 'as_papermill_reads', 'train_again', 'require_same_folds']
 
 # %% ../../nbs/00g_core.runs.ipynb #imp-core-runs
 import os
@@ -84,7 +84,7 @@ def recipe_differences(
     ]
 
 # %% ../../nbs/00g_core.runs.ipynb #4fb9e338
-_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom', 'stress')   # in outputs/ beside the runs
+_OTHER_FOLDERS = ('cache', 'audit', 'imported', 'phantom', 'stress', 'hub', 'tracking')   # in outputs/ beside the runs
 
 _DEVICES = re.compile(r'(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?', re.I)   # no folders on Windows
 
@@ -152,6 +152,12 @@ def _require_same_students(run:Run, recipe:Recipe):
                 f"To start {role} over, delete {', '.join(map(str, folders))}.",
         )
 
+# %% ../../nbs/00g_core.runs.ipynb #9e950fba
+def _record_tracking(run:Run, tracking:str):
+    "Note another tracker in run.json, whose lock is held: stages read it there."
+    facts = read_json(run.json)
+    write_json(run.json, facts | dict(recipe=facts['recipe'] | dict(tracking=tracking)))
+
 def _record_students(run:Run, recipe:Recipe):
     "Note other further students in run.json, whose lock is held."
     _require_same_students(run, recipe)
@@ -167,7 +173,7 @@ def _continued(name:str, recipe:Recipe)->Run:
     diff = recipe_differences(run.recipe, recipe)
     if not diff: return run
     # nothing that was trained depends on it
-    free = ('decide.', 'explain.', 'students: ')
+    free = ('decide.', 'explain.', 'students: ', 'tracking: ')
     if any(not d.startswith(free) for d in diff):
         raise KdoctError(
             f"Run '{name}' was made with another recipe ({'; '.join(diff[:6])}).",
@@ -175,6 +181,7 @@ def _continued(name:str, recipe:Recipe)->Run:
                 f"Give a new run another name, or delete {run.path} to start over.",
         )
     if run.recipe.students != recipe.students: _record_students(run, recipe)
+    if run.recipe.tracking != recipe.tracking: _record_tracking(run, recipe.tracking)
     return Run(run.path, recipe)
 
 # %% ../../nbs/00g_core.runs.ipynb #create-run
@@ -362,6 +369,19 @@ def is_finished(
     return finished(run, fold, stage)
 
 Run.is_finished = is_finished
+
+# %% ../../nbs/00g_core.runs.ipynb #27f07237
+def peer_names(
+    run:Run,   # existing run
+    fold:int,  # counted from 0
+)->list[str]:  # such as 'student-both/peer-teacher'
+    "Networks that have learned beside the students of a fold, as `stage_dir` and `is_finished` take them."
+    out = []
+    for role in run.recipe.student_roles:
+        if not run.is_finished(role, fold): continue
+        metrics = read_json(run.stage_dir(fold, role)/'model.json').get('metrics', {})
+        out += [f"{role}/{peer['folder']}" for peer in metrics.get('peers', {}).values()]
+    return out
 
 # %% ../../nbs/00g_core.runs.ipynb #stage-plan
 def planned_stages(

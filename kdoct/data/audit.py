@@ -8,7 +8,6 @@ __all__ = ['PART_WORDS', 'map_in_order', 'official_overlap', 'Audit', 'check_dat
 
 # %% ../../nbs/01f_data.audit.ipynb #imp-data-audit
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from fastcore.basics import patch
-from tqdm import tqdm
 
 from ..core.files import counted, KdoctError, usable_cores
+from ..core.progress import counted_off
 from ..core.sections import DataRecipe
 from .images import COLOUR_SHARE, inspect_file
 from kdoct.data.listing import (
@@ -247,8 +246,8 @@ def _seen_pixels(listing:Listing, workers:int)->tuple[pd.DataFrame, list[dict]]:
     "The table with what each file's bytes and pixels show, and the findings."
     table = listing.table
     paths = (os.path.join(listing.root, p) for p in table.path)
-    bar = dict(total=len(table), unit=' files', desc='audit', disable=None, leave=False)
-    seen = list(tqdm(map_in_order(inspect_file, paths, workers), file=sys.stderr, **bar))
+    inspected = map_in_order(inspect_file, paths, workers)
+    seen = list(counted_off(inspected, 'audit', len(table), 'files'))
     found = [
         finding(path, kind, detail, problems=PROBLEMS)
         for path, facts in zip(table.path, seen, strict=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_json, write_json
+from ..core.progress import counted_off
 from .audit import map_in_order
 from .framing import frame_in, FRAMING, to_square
 from .images import decode_image, read_image_bytes
@@ -106,7 +107,8 @@ def _write_rows(path:Path, facts:dict, files:dict[str, Path], workers:int)->list
     def square(sha256): return _square_of(files[sha256], sha256, shape[1], channels, framing)
     with atomic_path(path) as tmp, open(tmp, 'wb') as f:
         np.lib.format.write_array_header_1_0(f, header)
-        rows = map_in_order(square, facts['sha256'], workers)
+        squares = map_in_order(square, facts['sha256'], workers)
+        rows = counted_off(squares, 'decoding', shape[0])
         for sha256, (row, is_whole) in zip(facts['sha256'], rows, strict=True):
             f.write(row.tobytes())
             if is_whole: whole.append(sha256)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLD_COLUMNS', 'OUT', 'NEEDED', 'CALIB', 'UNLABELLED', 'HELD_OUT', 'ROLE_NAMES', 'LEFT_OUT', 'shows_diagnosis',
-           'left_out_in', 'fold_names', 'make_folds', 'protocol_of', 'check_folds', 'write_folds', 'read_folds']
+           'left_out_in', 'fold_names', 'groups_in_drawn_order', 'make_folds', 'protocol_of', 'check_folds',
+           'write_folds', 'read_folds']
 
 # %% ../../nbs/01g_data.folds.ipynb #imp-data-folds
 import warnings
@@ -111,6 +112,17 @@ def _check_enough(table:pd.DataFrame, n_folds:int, left_out:str=''):
             fix=f"Add patients{_or_fewer(min(few.values()) - 1)}.{if_wrong}",
         )
 
+# %% ../../nbs/01g_data.folds.ipynb #24c4fd36
+def groups_in_drawn_order(
+    groups,          # (n,) group of each image
+    seed:int,        # of the draw
+)->np.ndarray:       # (n,) number of the group of each image
+    "The groups numbered in an order that the seed draws."
+    _, number = np.unique(np.asarray(groups), return_inverse=True)
+    order = np.arange(number.max() + 1)
+    np.random.RandomState(seed).shuffle(order)
+    return np.argsort(order)[number]
+
 # %% ../../nbs/01g_data.folds.ipynb #dea9da74
 _MORE_PATIENTS = "Add patients, or raise data.val_fraction (or data.calibration_fraction)"
 
@@ -143,12 +155,12 @@ def _split(table:pd.DataFrame, parts:int, seed:int, setting:str)->list[np.ndarra
             fix=f"{_MORE_PATIENTS}, or make fewer folds (data.n_folds), at least 2.",
         )
     from sklearn.model_selection import StratifiedGroupKFold   # here: reading folds needs no sklearn
-    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
-    rows = np.zeros(len(table))
+    splitter = StratifiedGroupKFold(parts)
+    rows, drawn = np.zeros(len(table)), groups_in_drawn_order(table.group, seed)
     with warnings.catch_warnings():
         # a small stratum; small classes were refused
         warnings.filterwarnings('ignore', 'The least populated class in y')
-        return [part for _, part in splitter.split(rows, table.stratum, table.group)]
+        return [part for _, part in splitter.split(rows, table.stratum, drawn)]
 
 # %% ../../nbs/01g_data.folds.ipynb #dfd646b5
 def _check_official(table:pd.DataFrame, overlap:str='remove'):

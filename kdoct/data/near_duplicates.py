@@ -11,7 +11,6 @@ __all__ = ['SIDE', 'RINGS', 'ANGLES', 'INNER', 'PROFILES', 'ARCH', 'LOOK', 'NEAR
 import hashlib
 import math
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-from ..core.files import atomic_path, human_time, outputs_root, usable_cores
+from ..core.files import atomic_path, outputs_root, usable_cores
+from ..core.progress import Count
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #ff09f909
 SIDE, RINGS, ANGLES, INNER = 96, 32, 64, 6   # pixels, rings, samples a ring, radius of the first ring [px]
@@ -173,28 +173,17 @@ def _look(path:Path)->tuple[np.ndarray, np.ndarray]:
         rgb = ImageOps.exif_transpose(im).convert('RGB')
     return polar_map(rgb), np.asarray(rgb.resize((LOOK, LOOK), Image.Resampling.BICUBIC))
 
-def _progress(done:int, total:int, start:float, every:int):
-    "A line after each `every` images of a long search."
-    if total > every and done//every > (done - 1)//every or done == total > every:
-        took = time.time() - start
-        left = took/done*(total - done)
-        print(
-            f"near-duplicates: {done} of {total} images seen, {human_time(took)}, about "
-            f"{human_time(left)} to go",
-            flush=True,
-        )
-
 # %% ../../nbs/01s_data.near_duplicates.ipynb #dd4edae4
 def _all_looks(paths:list[Path], batch:int=32)->tuple[np.ndarray, np.ndarray]:
     "Rings (n, RINGS, ANGLES) and features (n, features) of all files."
-    body, maps, features, start, seen = _backbone(), [], [], time.time(), 0
-    with ThreadPoolExecutor(min(4, usable_cores())) as pool:
+    body, maps, features = _backbone(), [], []
+    counting = Count('near-duplicates', len(paths), 'files')
+    with ThreadPoolExecutor(min(4, usable_cores())) as pool, counting as count:
         for k in range(0, len(paths), batch):
             looks = list(pool.map(_look, paths[k:k + batch]))
             maps += [m for m, _ in looks]
             features.append(embed(np.stack([p for _, p in looks]), body).astype(np.float16))
-            if (seen := k + len(looks))%1024 < batch or seen == len(paths):
-                _progress(seen, len(paths), start, 1024)
+            count.add(len(looks))
     return np.stack(maps), np.concatenate(features)
 
 # %% ../../nbs/01s_data.near_duplicates.ipynb #45fa8978

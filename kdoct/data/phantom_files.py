@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core.files import atomic_path, KdoctError, locked, read_json, write_json
+from ..core.progress import counted_off
 from .phantom_devices import check_devices, DEVICES, USUAL_DEVICES
 from kdoct.data.phantom import (
     check_size,
@@ -126,10 +127,11 @@ def _write_slices(jobs, processes):
     "Write what is missing of these images; returns whether there was anything to write."
     missing = [job for job in jobs if not all(map(_complete, _files(job)))]
     if processes == 1 or not missing:   # a phantom that is there starts no process
-        for job in missing: _write_slice(job)
+        for job in counted_off(missing, 'simulating'): _write_slice(job)
         return bool(missing)
     with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(_write_slice, missing, chunksize=8))
+        written = pool.map(_write_slice, missing, chunksize=8)
+        for _ in counted_off(written, 'simulating', len(missing)): pass
     return True
 
 # %% ../../nbs/01da_data.phantom_files.ipynb #c2583e74

@@ -150,6 +150,7 @@ def _same_images(folds:pd.DataFrame, table:pd.DataFrame, n_folds:int)->bool:
 # %% ../../nbs/01ia_data.plan.ipynb #759bb637
 def _labels_are_hidden(folds:pd.DataFrame, table:pd.DataFrame, data:DataRecipe)->bool:
     "Whether in each fold as many training groups keep their labels as the recipe says."
+    if data.labelled == 1: return not (folds.role == UNLABELLED).any()
     part = folds[folds.role.isin(['train', UNLABELLED])]
     part = part.assign(label=part.path.map(table.set_index('path').label))
     return all(

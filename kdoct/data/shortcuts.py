@@ -23,8 +23,10 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
 from ..core.files import counted, KdoctError, read_json, usable_cores, write_json
+from ..core.progress import counted_off
 from ..core.runs import Run, stage_command
 from .fold_data import open_fold
+from .folds import groups_in_drawn_order
 from .framing import scale_bar
 from .images import decode_image, FORMATS, read_image_bytes
 from .problems import BadImage
@@ -277,7 +279,7 @@ def _alone(f, y, splits, classes, seed):
         max_leaf_nodes=8, min_samples_leaf=10, class_weight='balanced', random_state=seed
     )
     out = []
-    for name, x in f.items():
+    for name, x in counted_off(f.items(), 'shortcuts', f.shape[1], 'features'):
         if x.nunique(dropna=False) < 2: continue
         hit = _out_of_fold(tree, x.to_numpy()[:, None], y, splits) == y
         out.append(dict(
@@ -314,8 +316,8 @@ def _all_features(hit, y, groups, classes, seed):
 # %% ../../nbs/01r_data.shortcuts.ipynb #a851bcf0
 def _scores(f, y, groups, n_folds, classes, seed):
     "The scores from features (n, columns), class numbers and groups."
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    splits = list(folds.split(f, y, groups))
+    drawn = groups_in_drawn_order(groups, seed)
+    splits = list(StratifiedGroupKFold(n_folds).split(f, y, drawn))
     hit = _out_of_fold(_trees(seed), f.to_numpy(), y, splits) == y
     alone = _alone(f, y, splits, classes, seed)
     return dict(

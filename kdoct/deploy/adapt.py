@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..core.files import counted, KdoctError, require_place
+from ..core.progress import counted_off
 from ..data.problems import BadImage
 from ..data.volumes import find_files
 from .graph import Prepare
@@ -52,7 +53,8 @@ class _Place:
 
     def __iter__(self):
         with Predictor(self.bundle, 'torch') as predictor, torch.inference_mode():
-            for path, picture in predictor.pictures(self.files):
+            read = counted_off(predictor.pictures(self.files), 'measuring', unit='pictures')
+            for path, picture in read:
                 if isinstance(picture, BadImage): self.failed.append((path, picture.detail))
                 else: yield self.prepare(torch.from_numpy(np.array(picture))[None])
 

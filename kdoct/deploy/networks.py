@@ -7,7 +7,7 @@ __all__ = ['Bundle', 'open_bundle', 'pictures_taken', 'open_model_folder', 'open
 
 # %% ../../nbs/07h_deploy.networks.ipynb #e8874f61
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ from ..data.framing import check_framing, framing_of
 from ..data.sources import modality_of
 from .bundle import open_sealed
 from .engines import Engine, ENGINES, make_engine, runs_here
+from .hub import fetch_bundle, FROM_HUB
 from ..evaluate.decisions import Decision, load_decision
 from ..models.backbones import read_model_folder
 
@@ -188,11 +189,19 @@ def _where_else(folder:Path)->str:
     return f"Give the folder of the network: {' or '.join(near)}" if near else ''
 
 # %% ../../nbs/07h_deploy.networks.ipynb #89a915c3
+def _open_of_hub(text:str, public_key)->Bundle:
+    "A bundle of the Hub, whose record says of which commit it is."
+    folder, commit = fetch_bundle(text)
+    opened = open_bundle(folder, public_key)
+    return replace(opened, about=opened.about | dict(hub=f"{text.partition('@')[0]}@{commit}"))
+
+# %% ../../nbs/07h_deploy.networks.ipynb #cd849d49
 def open_network(
-    folder:str|Path,     # a bundle, or a model folder
+    folder:str|Path,     # a bundle, a model folder, or a bundle of the Hub: hf_hub:USER/NAME[@REVISION]
     public_key=None,     # file of the public key that must have signed a bundle; None: a signature is not required
 )->Bundle:
     "Open what can be predicted with; `KdoctError` if it is neither, or not signed where it must be."
+    if str(folder).startswith(FROM_HUB): return _open_of_hub(str(folder), public_key)
     folder = Path(folder)
     if not folder.exists():
         raise KdoctError(

@@ -17,9 +17,9 @@ from contextlib import contextmanager, ExitStack, suppress
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from tqdm import tqdm
 
 from ..core.files import counted, human_time, KdoctError, usable_cores
+from ..core.progress import Count, is_heard
 from ..data.framing import frame_in, framed
 from ..data.images import COLOURED, decode_image, is_blank, main_colour
 from ..data.problems import BadImage
@@ -250,16 +250,17 @@ def image(
     return next(self.rows([self.prepare(Scan(im, '', notes=tuple(notes)))]))
 
 # %% ../../nbs/07l_deploy.predict.ipynb #20253202
-def _with_bar(rows:Iterable, paths)->Iterator[dict]:
-    "The same rows, and a bar that counts files, where standard error is a terminal."
-    total = sum(1 for _ in find_files(paths)) if sys.stderr.isatty() else None
-    with tqdm(total=total, unit=' files', disable=None, file=sys.stderr, smoothing=.05) as bar:
+def _counted_files(rows:Iterable, paths)->Iterator[dict]:
+    "The same rows; the files that they are from are counted."
+    is_shown = is_heard() or sys.stderr.isatty()
+    total = sum(1 for _ in find_files(paths)) if is_shown else None
+    with Count('predicting', total, 'files') as count:
         last = None
         for row in rows:
-            if last not in (None, row['path']): bar.update()
+            if last not in (None, row['path']): count.add()
             last = row['path']
             yield row
-        bar.update(last is not None)
+        count.add(last is not None)
 
 # %% ../../nbs/07l_deploy.predict.ipynb #dad43b5f
 def _outcome(row:dict)->str:
@@ -367,7 +368,7 @@ def _write_rows(p:Predictor, paths:list, out, volumes_out, volumes:Volumes, coun
         else: write = csv_rows(_standard_output(), fields)
         write_volume = None
         if volumes_out: write_volume = files.enter_context(results_file(volumes_out, of_volumes))
-        for row in _with_bar(p.predict(paths), paths): write(volumes.add(counts.add(row)))
+        for row in _counted_files(p.predict(paths), paths): write(volumes.add(counts.add(row)))
         if volumes_out:
             for row in volumes.rows(): write_volume(row)
 
@@ -386,6 +387,7 @@ def predict_files(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     skipped = _check_paths(paths, out, volumes_out)
     with _interruptible(counts, out), Predictor(bundle, **how) as p:
+        if origin := p.bundle.about.get('hub'): _say(f'Network: {origin}')
         has_decision = p.decision is not None
         shipped = p.decision.volume if has_decision else None
         rule, about_rule = chosen_rule(shipped, volume_rule, min_slices)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import KdoctError, provenance, write_json
-from ..core.runs import require_same_folds, Run, stage_command
+from ..core.runs import peer_names, require_same_folds, Run, stage_command
 from ..data.fold_data import FoldData, open_fold
 from .bundle import seal
 from .engines import calibration_rows, graph_signature
@@ -30,10 +30,12 @@ from kdoct.deploy.formats import (
     FORMATS,
     pictures_of_files,
     pictures_of_run,
+    TIMM,
     write_formats,
 )
 from .graph import Deployable
 from .networks import Bundle, open_model_folder, pictures_taken
+from .timm_folder import readme_text, write_timm_config
 from ..evaluate.decide import decide_fold
 from ..evaluate.decisions import Decision, load_decision
 from ..models.backbones import read_model_folder
@@ -110,6 +112,7 @@ def _keep_files_of(kept:dict, found:dict, work:Path):
     for f in made | {'model.onnx', 'openvino.xml', 'openvino.bin'}:
         if f not in keep: (work/f).unlink(missing_ok=True)
 
+# %% ../../nbs/07_deploy.ipynb #60e26696
 def _write_and_check(
     work:Path,               # the folder that becomes the bundle
     about:dict,              # bundle.json; is given `formats`
@@ -120,6 +123,7 @@ def _write_and_check(
 ):
     "Write formats beside the network, and keep the files of engines that pass."
     net = Deployable(load_model_folder(work)[0], decision, about['size'], about['margin'])
+    formats = tuple(f for f in formats if f != TIMM)
     failed = write_formats(net, work, formats, about['channels'], calibration)
     engines = ['torch', *(e for f in formats if f not in failed for e in ENGINES_OF[f])]
     beside = ['openvino'] if 'int8' in engines and 'openvino' not in engines else []   # INT8 is compared with it
@@ -135,6 +139,12 @@ def _write_model_card(work:Path, text:str, card:dict):
     "The model card, for people and for programs."
     (work/'MODEL_CARD.md').write_text(text, encoding='utf-8')
     write_json(work/'model_card.json', card)
+
+def _write_timm(work:Path, about:dict, place:str):
+    "What timm and the Hub read, beside the same weights; `about` is told what timm does otherwise."
+    found = about[TIMM] = write_timm_config(work, about)
+    card = (work/'MODEL_CARD.md').read_text(encoding='utf-8')
+    (work/'README.md').write_text(readme_text(card, found, place), encoding='utf-8')
 
 # %% ../../nbs/07_deploy.ipynb #b8fa1f40
 def _sealed(out:Path, key, fill:Callable)->dict:
@@ -183,7 +193,9 @@ def _source(run:Run, fold:int, role:str, model:dict)->dict:
     )
 
 # %% ../../nbs/07_deploy.ipynb #5355e1b5
-def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->dict:
+def _fill(
+    run:Run, fold:int, role:str, work:Path, formats:tuple, images:int, place:str
+)->dict:
     "Everything but the seal; returns what bundle.json says."
     # the card reads records of evaluation, which this notebook does not need
     from kdoct.deploy.model_card import model_card
@@ -199,6 +211,7 @@ def _fill(run:Run, fold:int, role:str, work:Path, formats:tuple, images:int)->di
     _write_and_check(work, about, decision, formats, calibration, pictures)
     if 'int8' in formats: about['calibration'] = _calibration_facts(data, rows)
     _write_model_card(work, *model_card(about, run, fold, role, decision))
+    if TIMM in formats: _write_timm(work, about, place)
     return about
 
 # %% ../../nbs/07_deploy.ipynb #ffc18afe
@@ -207,18 +220,24 @@ def export_fold(
     fold:int,                      # counted from 0
     role:str='student',            # student, baseline, teacher or teacher-NAME
     out:str|Path|None=None,        # folder of the bundle, which must not exist; None: `bundle` beside the network
-    formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino, int8
+    formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino, int8; timm: what timm and the Hub read
     key:str|Path|None=None,        # private key file to sign with, see `kdoct.deploy.bundle.new_keys`; None: not signed
     images:int=400,                # most images of validation and test on which engines are compared
+    place:str='BUNDLE',            # what README.md tells to open: hf_hub:USER/NAME where it goes to the Hub
 )->Path:                           # the bundle
     "Write the bundle of one network: formats are checked against PyTorch on real images, timed, and kept if they pass."
     formats, out = checked_formats(formats), Path(out or run.stage_dir(fold, role)/'bundle')
+    if role in peer_names(run, fold):
+        raise KdoctError(
+            f"The network {role} has learned beside a student, and has no decision of its own.",
+            fix=f"Export its folder: kdoct export {run.stage_dir(fold, role)} --images DIR",
+        )
     if not run.is_finished(role, fold):
         raise KdoctError(
             f"Fold {fold} of run '{run.name}' has no finished {role}.",
             fix=f"Train it first: {stage_command(role, run, fold)}",
         )
-    about = _sealed(out, key, lambda work: _fill(run, fold, role, work, formats, images))
+    about = _sealed(out, key, lambda work: _fill(run, fold, role, work, formats, images, place))
     noted = {k: about[k] for k in ('name', 'created', 'formats', 'calibration') if k in about}
     run.record(f'fold_{fold}/deploy', status='done', **{role: noted})
     return out
@@ -229,7 +248,9 @@ _NO_INT8 = ('it needs training pictures to be made and labelled ones to be evalu
 
 _TAKEN = ('channels', 'channels_known', 'coloured', 'modality', 'size', 'margin', 'framing')
 
-def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPictures)->dict:
+def _fill_from_folder(
+    opened:Bundle, work:Path, formats:tuple, pictures:CheckPictures, place:str
+)->dict:
     "Everything but the seal, of a network without a run; returns what bundle.json says."
     from kdoct.deploy.model_card import folder_model_card
     from kdoct.evaluate.external_records import card_external
@@ -246,6 +267,7 @@ def _fill_from_folder(opened:Bundle, work:Path, formats:tuple, pictures:CheckPic
     if 'int8' in formats: about['formats']['int8'] = dict(kept=False, reason=_NO_INT8)
     external = card_external(folder, model['weights_sha256'])
     _write_model_card(work, *folder_model_card(about, model, decision, external))
+    if TIMM in formats: _write_timm(work, about, place)
     return about
 
 # %% ../../nbs/07_deploy.ipynb #93bb1422
@@ -253,14 +275,15 @@ def export_folder(
     folder:str|Path,               # a model folder that lies in no run
     pictures,                      # files and folders, or one of either: pictures of the kind that it was trained on
     out:str|Path|None=None,        # folder of the bundle, which must not exist; None: `bundle` in the model folder
-    formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino; int8 is left out, and the record says why
+    formats:Iterable[str]=tuple(FORMATS),   # beside PyTorch: onnx, openvino, timm; int8 is left out, as the record says
     key:str|Path|None=None,        # private key file to sign with, see `kdoct.deploy.bundle.new_keys`; None: not signed
     images:int=400,                # most pictures on which engines are compared
+    place:str='BUNDLE',            # what README.md tells to open: hf_hub:USER/NAME where it goes to the Hub
 )->Path:                           # the bundle
     "Write the bundle of a network without a run; formats are checked and timed on pictures of one's own."
     folder, formats = Path(folder), checked_formats(formats)
     opened = open_model_folder(folder)
     checked = pictures_of_files(pictures, opened.about, images)
     out = Path(out or folder/'bundle')
-    _sealed(out, key, lambda work: _fill_from_folder(opened, work, formats, checked))
+    _sealed(out, key, lambda work: _fill_from_folder(opened, work, formats, checked, place))
     return out

@@ -6,16 +6,15 @@
 __all__ = ['CLEAN', 'Cell', 'planned_cells', 'network_facts', 'row_fields', 'stress_predictions']
 
 # %% ../../nbs/07n_deploy.stress.ipynb #cc29ce23
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
 
 from ..core.files import KdoctError, locked, read_json, sha256_file, write_json
+from ..core.progress import Count
 from ..data.corruptions import corrupted, SET_VERSION
 from ..data.problems import BadImage
 from ..data.scans import Scan
@@ -137,7 +136,7 @@ def _open_all(stressed:Stressed, opened:ExitStack, how:dict)->dict[str, Predicto
                      fix="Stress them one by one: give their folders.")
 
 # %% ../../nbs/07n_deploy.stress.ipynb #36285135
-def _fold_predictions(stressed:Stressed, folder:Path, cells:list[Cell], seed:int, how:dict, bar):
+def _fold_predictions(stressed:Stressed, folder:Path, cells:list[Cell], seed:int, how:dict, count):
     "The predictions of one fold that are not there yet."
     with ExitStack() as opened:
         named = _open_all(stressed, opened, how)
@@ -149,10 +148,10 @@ def _fold_predictions(stressed:Stressed, folder:Path, cells:list[Cell], seed:int
         fields = row_fields(predictors[0].classes)
         paths = [str(stressed.root/p) for p in stressed.images.path]
         for cell in _todo(stressed, folder, cells):
-            bar.set_description(f'{stressed.name} {cell.corruption} {cell.severity or ""}'.strip())
+            count.add(0, f'{stressed.name} {cell.corruption} {cell.severity or ""}'.strip())
             read = _pictures(predictors, paths, cell, seed)
             _write_cell(folder/stressed.name/cell.file, fields, list(named), stressed.images,
-                        _rows(predictors, read), bar.update)
+                        _rows(predictors, read), count.add)
     return networks
 
 # %% ../../nbs/07n_deploy.stress.ipynb #ec40653c
@@ -168,6 +167,6 @@ def stress_predictions(
     todo = sum(len(s.images)*len(_todo(s, folder, cells)) for s in stressed)
     facts = {}
     with locked(folder/'.stress', what=f'the stress test in {folder}'):
-        with tqdm(total=todo, unit=' pictures', disable=None, file=sys.stderr) as bar:
-            for s in stressed: facts[s.name] = _fold_predictions(s, folder, cells, seed, how, bar)
+        with Count('corruptions', todo, 'pictures') as count:
+            for s in stressed: facts[s.name] = _fold_predictions(s, folder, cells, seed, how, count)
     return facts

@@ -227,7 +227,7 @@ def before_fit(self:Distill):
     "Learn what kind of batches there are, open the caches, watch the student."
     if 'group' not in self.__dict__: return   # an exported Learner, which predicts
     self.ours = isinstance(self.dls.train, Batches)   # a callback that came later
-    self.group.known = self.ours
+    self.group.known, self.group.watched = self.ours, hasattr(self.learn, 'history')
     if not self.ours: self.check_learner()
     came_late = self.pairs is None
     self.prepare()

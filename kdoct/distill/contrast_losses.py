@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.files import KdoctError
-from .logit_losses import at_least_float32, kl_divergence
+from .logit_losses import kl_divergence
+from ..training.losses import at_least_float32
 
 # %% ../../nbs/03l_distill.contrast_losses.ipynb #fbb9f33c
 class UnitEmbedding(nn.Module):
@@ -92,10 +93,13 @@ def noise_contrastive_loss(
 def class_centroids(
     rows:torch.Tensor,    # (m, length) remembered embeddings
     labels:torch.Tensor,  # (m,) class numbers
+    n_classes:int=0,      # where it is known that each of so many occurs; 0: looked up, which makes a GPU wait
 )->torch.Tensor:          # (classes that occur, length), each of length 1, in the order of their numbers
     "Mean of each class's embeddings, without negative parts."
-    kinds, number = labels.unique(return_inverse=True)
-    belongs = F.one_hot(number, len(kinds)).to(rows.dtype)
+    if not n_classes:
+        kinds, labels = labels.unique(return_inverse=True)
+        n_classes = len(kinds)
+    belongs = F.one_hot(labels, n_classes).to(rows.dtype)
     # the length does not matter: a sum is as good as a mean
     return F.normalize(belongs.T @ rows.relu(), dim=1)
 
@@ -144,13 +148,12 @@ def kept_answers(
     scores = at_least_float32(scores)
     of_right = scores.gather(1, right[:, None])
     n_likelier = (scores > of_right).sum(1)
-    n_wrong = int((n_likelier > 0).sum())
-    n_kept = len(scores) - n_wrong + int(n_wrong*wrong_share)
+    n_wrong = (n_likelier > 0).sum()   # stays where it is: a GPU need not be waited for
+    n_kept = len(scores) - n_wrong + (n_wrong.double()*wrong_share).long()
     p_right = scores.double().softmax(1).gather(1, right[:, None])[:, 0]
     order = (n_likelier + 1 - p_right).argsort(stable=True)
-    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    kept[order[:n_kept]] = True
-    return kept
+    place = torch.arange(len(scores), device=scores.device)
+    return torch.empty_like(place).scatter_(0, order, place) < n_kept
 
 # %% ../../nbs/03l_distill.contrast_losses.ipynb #8730b3d5
 def selected_divergence(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.files import KdoctError
-from .logit_losses import at_least_float32
+from ..training.losses import at_least_float32
 
 # %% ../../nbs/03f_distill.feature_losses.ipynb #feat-size
 def same_grid(

@@ -67,6 +67,10 @@ def further_view(
     return batches.batch(rows, _FURTHER + 256*epoch + place, batches.clean)[0]
 
 # %% ../../nbs/03m_distill.relational_methods.ipynb #eb559ff2
+def _as_loaded(teacher:nn.Module, keys):
+    "A mean teacher goes on with the steps of the state that it was given."
+    teacher.done = int(teacher.steps)
+
 class MeanTeacher(nn.Module):
     "The moving average of a network's weights, as a network without gradients."
     def __init__(self,
@@ -79,6 +83,8 @@ class MeanTeacher(nn.Module):
         self.follow = ema_step(decay)
         self.recorder = None if layer is None else MapRecorder(self.network.body, [layer])
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+        self.done = 0   # the same as a number of Python: a GPU need not be waited for
+        self.register_load_state_dict_post_hook(_as_loaded)
 
     @torch.no_grad()
     def forward(self, x:torch.Tensor)->Output:  # of (n, channels, h, w) in [0, 1]
@@ -96,7 +102,7 @@ def update(self:MeanTeacher,
     student:Classifier,  # after a step of the optimiser
 ):
     "Follow the student by one step."
-    done = int(self.steps)
+    done, self.done = self.done, self.done + 1
     self.steps += 1
     self.network.precision = student.precision
     for mine, new in zip(_numbers(self.network), _numbers(student), strict=True):
@@ -160,7 +166,9 @@ class ClassContrast(nn.Module):
         self.banks = nn.ModuleList(MemoryBank(len(labels), length, kept) for _ in channels)
         self.register_buffer('log_z', torch.zeros(2))   # of the first batch
         self.register_buffer('begun', torch.zeros((), dtype=torch.bool))
-        self.register_buffer('labels', labels, persistent=False)
+        kinds, dense = labels.unique(return_inverse=True)   # classes that occur, numbered from 0
+        self.n_classes = len(kinds)
+        self.register_buffer('labels', dense, persistent=False)
 
     def pairs(self, places:torch.Tensor, u:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:
         "Which remembered images belong to each image, and which do not; u as for `drawn`."
@@ -196,7 +204,7 @@ def forward(self:ClassContrast,
         for s, log_z in zip(similarities, self.normalisers(similarities), strict=True)
     )
     for bank, new in zip(self.banks, (student, teacher), strict=True): bank.update(places, new)
-    centroids = [class_centroids(bank.rows, self.labels) for bank in self.banks]
+    centroids = [class_centroids(bank.rows, self.labels, self.n_classes) for bank in self.banks]
     relations = centroid_relation_loss(student, teacher, *centroids, self.temperature)
     return contrast, relations
 
@@ -379,6 +387,7 @@ def setup(self:SsdKd, setting:Setting):  # noqa: F811 (of another class)
         name: ViewHead(p.teacher.channels).requires_grad_(False) for name, p in pairs.items()
     })
     self.student = [setting.student]   # in a list: it is no part of the method
+    self.looked = set()                # teachers that are known to have their small network
 
 @patch
 def views(self:SsdKd,
@@ -463,8 +472,9 @@ def related(self:SsdKd,
 @patch
 def further(self:SsdKd, step:Step)->dict[str, torch.Tensor]:  # noqa: F811 (of another class)
     "The weighted terms beside hard and soft."
-    if not all(bool(self.teacher_heads[name].ready) for name in step.teachers):
-        self.fit_heads(step)
+    if new := step.teachers.keys() - self.looked:   # once each: a GPU is waited for
+        self.looked |= new
+        if not all(bool(self.teacher_heads[name].ready) for name in new): self.fit_heads(step)
     terms = dict(zip(('distance', 'angle', 'channels'), self.related(step), strict=True))
     augmented, alike = self.of_views(step)
     o = self.options

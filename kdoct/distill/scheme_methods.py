@@ -40,7 +40,7 @@ def loss_of_each(
 @method('acid')
 class Acid(Method):
     "Learns from the images of a batch that the student gets wrong and the teacher right."
-    uses_labels = True
+    uses_labels, compares_images = True, True
     source = 'Udandarao et al. 2024 (ACID), arXiv 2411.18674'
 
     class Options(Part):

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_json, write_json
+from ..core.progress import Count
 from ..core.sections import DataRecipe
 from ..data.augment import DRAWS
 from ..data.batches import Batches
@@ -218,9 +219,11 @@ def build(self:TeacherCache,
     self.model.to(self.batches.device)
     left = sum(-(-_n_missing(self, v)//self.batch) for v in new)
     with closing(_todo(self, new[first:] + new[:first])) as todo:
-        for v, part in progress_bar(todo, total=left, leave=False) if left else todo:
-            self.views[v][part] = _query(self, part, v)
-            self.queried += len(part)
+        with Count('teacher outputs', left, 'batches') as count:
+            for v, part in progress_bar(todo, total=left, leave=False) if left else todo:
+                self.views[v][part] = _query(self, part, v)
+                self.queried += len(part)
+                count.add()
     self.seconds += time.perf_counter() - began
 
 # %% ../../nbs/03a_distill.teacher_cache.ipynb #1a377a9d

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.files import KdoctError
 from ..core.sections import DistillRecipe
-from .methods import make_method, Output, output_of, Step
+from .methods import make_method, Method, Output, output_of, Step
 from .teacher_cache import TeacherCache
 from ..models.backbones import Classifier
 from ..models.folders import class_order, load_model_folder
@@ -101,6 +101,7 @@ class Teachers:
                              fix="Give them: weights=teacher_weights([validation losses])")
         _check_normalisation(normalised)
         self.checked = set()   # teachers whose first logits were as they should be
+        self.watched = False   # whether the terms of the loss are looked at (by History), many batches at once
         # known: the first batch was as it should be
         self.normalised, self.batches, self.known = normalised, 0, False
         self.set_classes(classes)
@@ -167,7 +168,8 @@ def output(self:Teachers,
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         logits, maps = self._computed(name, x)
     logits = plain_tensor(logits).float()
-    if not logits.isfinite().all():
+    looks = logits.device.type == 'cpu' or not self.watched   # makes a GPU wait
+    if looks and not logits.isfinite().all():
         raise KdoctError(f"The logits of the {name} are not finite{when}.",
                          fix="Set that teacher's precision to fp32, or train it again.")
     self._check_logits(name, logits)
@@ -214,7 +216,8 @@ def require_logits(self:Teachers,
     "`KdoctError` if the method needs more than logits and, where it looks at them, targets."
     method = self.method
     has_state = any(True for part in (method.parameters(), method.buffers()) for _ in part)
-    further = method.needs != 'logits' or method.extra_images or method.own_views
+    chooses = type(method).select is not Method.select   # images, by a loss of each that it is not given here
+    further = method.needs != 'logits' or method.extra_images or method.own_views or chooses
     if further or has_state:
         raise KdoctError(
             f"The method '{method.name}' needs more than the logits of a batch.",

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import counted, KdoctError, read_json, sha256_file
-from ..core.runs import require_same_folds, Run, stage_command
+from ..core.runs import peer_names, require_same_folds, Run, stage_command
 from ..data.fold_data import table_path
 from .metrics import classes_of, read_role
 from .pooling import folds_text
@@ -22,7 +22,7 @@ from .pooling import folds_text
 @dataclass
 class ComparedModel:
     "A model of a run, or a method that was trained in several runs."
-    role:str                             # teacher, teacher-NAME, student, student-NAME or baseline
+    role:str                             # teacher, teacher-NAME, student, student-NAME, baseline or ROLE/peer-NAME
     predictions:dict[str, pd.DataFrame]  # run -> predictions of its test images, all folds together
     training:dict[str, dict]=field(default_factory=dict)  # run -> parameters, epoch_seconds, best_epoch
 
@@ -85,9 +85,14 @@ def _in_order(roles, against):
     def place(role): return role == against, role.startswith('teacher'), role == 'baseline'
     return sorted(roles, key=place)
 
-def _roles_to_compare(run, roles, against):
-    "Roles of a run to compare: all, or the chosen ones that it has."
-    chosen = [r for r in run.recipe.roles if roles is None or r in roles or r == against]
+def _roles_of(run, folds):
+    "Roles of a run, and the networks that have learned beside its students in one of the folds."
+    peers = [name for k in folds for name in peer_names(run, k)]
+    return list(dict.fromkeys([*run.recipe.roles, *peers]))
+
+def _roles_to_compare(run, folds, roles, against):
+    "Models of a run to compare: all, or the chosen ones that it has."
+    chosen = [r for r in _roles_of(run, folds) if roles is None or r in roles or r == against]
     return _in_order(chosen, against)
 
 def models_of_run(
@@ -98,7 +103,7 @@ def models_of_run(
 )->tuple[dict[str, ComparedModel], list[str]]:  # role -> model; notes on those that are left out
     "The trained models of a run."
     use, models, notes = compared_folds(run, folds, against), {}, []
-    for role in _roles_to_compare(run, roles, against):
+    for role in _roles_to_compare(run, use, roles, against):
         lost = [k for k in use if not run.is_finished(role, k)]
         if lost:
             notes.append(f"{role} of run '{run.name}' is not trained in {folds_text(lost)} and is "
@@ -201,7 +206,7 @@ def read_models(
     against:str='baseline',      # role that the others are measured against
 )->tuple[dict[str, ComparedModel], list[str]]:  # name -> model; notes on those that are left out
     "Models of the runs, all tested on the same images; `KdoctError` that says how they differ where they are not."
-    known = dict.fromkeys(role for run in runs for role in run.recipe.roles)
+    known = dict.fromkeys(r for run in runs for r in _roles_of(run, range(run.recipe.data.n_folds)))
     if unknown := [role for role in roles or [] if role not in known]:
         raise KdoctError(f"No run has a role '{unknown[0]}'.", fix=f"There is: {', '.join(known)}")
     each, notes = {}, []

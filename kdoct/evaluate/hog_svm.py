@@ -10,13 +10,12 @@ import time
 
 import numpy as np
 from PIL import Image
-from skimage.feature import hog
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.pipeline import make_pipeline, Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from ..core.files import atomic_path, provenance, read_json, write_json
+from ..core.files import atomic_path, provenance, read_json, require_extra, write_json
 from ..core.runs import require_same_folds, Run
 from ..data.fold_data import open_fold
 from ..training.results import predictions_frame
@@ -33,7 +32,9 @@ def _small(image):
 def hog_features(
     images:np.ndarray,  # uint8, (n, h, w) or (n, h, w, 3)
 )->np.ndarray:          # (n, 1764) float32
-    "Histograms of oriented gradients of grey images at 128 x 128 (Dalal and Triggs 2005)."
+    "Histograms of oriented gradients of grey images at 128 x 128 (Dalal and Triggs 2005), by scikit-image."
+    require_extra('explain', 'skimage')
+    from skimage.feature import hog
     return np.stack([hog(_small(im), **HOG) for im in images]).astype(np.float32)
 
 # %% ../../nbs/05u_evaluate.hog_svm.ipynb #ea6b25b1

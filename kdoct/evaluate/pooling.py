@@ -14,7 +14,15 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import KdoctError, locked, read_json, write_json
-from ..core.runs import open_run, ROLES, Run, stage_command, teachers_of, train_again
+from kdoct.core.runs import (
+    open_run,
+    peer_names,
+    ROLES,
+    Run,
+    stage_command,
+    teachers_of,
+    train_again,
+)
 from ..data.fold_data import folds_of
 from .decision_tables import DecidedPredictions, read_decided
 from .metrics import classes_of, log_softmax, logits_of, read_role
@@ -58,9 +66,10 @@ def model_dir(
 def finished_models(
     run:Run,   # the run
     fold:int,  # counted from 0
-)->list[str]:  # roles, and names of `FURTHER`
+)->list[str]:  # roles, networks that learned beside a student, and names of `FURTHER`
     "Names of the models of a fold that have predictions."
-    return [m for m in (*run.recipe.roles, *FURTHER) if run.is_finished(FURTHER.get(m, m), fold)]
+    models = *run.recipe.roles, *peer_names(run, fold), *FURTHER
+    return [m for m in models if run.is_finished(FURTHER.get(m, m), fold)]
 
 # %% ../../nbs/05t_evaluate.pooling.ipynb #6e1c211e
 def _distilled_from(run, fold):

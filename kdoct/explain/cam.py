@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core.files import KdoctError
+from ..core.files import KdoctError, require_extra
+from ..core.progress import counted_off
 from ..models.backbones import Classifier
 from ..models.arithmetic import resolve_precision
 from ..models.feature_maps import Layer, layer_of, watched
@@ -243,7 +244,8 @@ def score_cam(
     how = dict(score=score, tolerance=tolerance, variant=variant, clusters=clusters, batch=batch)
     with torch.inference_mode():
         quick = FusedBody(body, prepared[:1])
-        for p, number in zip(prepared.split(1), numbers.tolist(), strict=True):
+        images = counted_off(prepared.split(1), 'score-cam')
+        for p, number in zip(images, numbers.tolist(), strict=True):
             with watched(at.module) as kept: body(p)
             cam, c = _score_cam_one(quick, p, at.maps(kept[-1])[0].float(), number, **how)
             cams.append(_as_large(cam, x.shape[-2:]))
@@ -304,13 +306,14 @@ def _gradient_one(method:str, body, at:Layer, x, number, score)->torch.Tensor:
 
 # %% ../../nbs/06a_explain.cam.ipynb #11c6fafe
 def _check_method(method:str, options:dict):
-    "`KdoctError` for a kind of map that there is not, or options that it does not have."
+    "`KdoctError` for a kind of map that there is not, whose package is not installed, or that lacks these options."
     if method not in METHODS:
         raise KdoctError(f"There is no method '{method}'.", fix=f"There are: {', '.join(METHODS)}.")
     if options and method != 'score-cam':
         raise KdoctError(
             f"{method} has no {', '.join(options)}.", fix="Give them to score-cam only."
         )
+    if method not in ('score-cam', 'occlusion'): require_extra('explain', 'pytorch_grad_cam')
 
 # %% ../../nbs/06a_explain.cam.ipynb #5d7766bc
 def explain(
@@ -330,7 +333,8 @@ def explain(
     if method == 'occlusion': at, quick = Layer('', None, ''), FusedBody(body, prepared[:1])
     else: at = layer_of(body, model.size, layer)
     cams, cost = [], []
-    for p, number in zip(prepared.split(1), numbers.tolist(), strict=True):
+    images = counted_off(prepared.split(1), method)
+    for p, number in zip(images, numbers.tolist(), strict=True):
         if method == 'occlusion':
             with torch.inference_mode(): cam, c = _occlusion_one(quick, p, number, score, 4)
         else: cam, c = _gradient_one(method, body, at, p, number, score), dict(exact=1)

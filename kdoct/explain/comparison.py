@@ -15,9 +15,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
-from skimage.metrics import structural_similarity
 
-from ..core.files import KdoctError
+from ..core.files import KdoctError, require_extra
 from .faithfulness import check_maps
 from ..models.backbones import Classifier
 from ..training.averaging import refresh_norms
@@ -111,6 +110,8 @@ def map_ssim(
     b,           # (n, H, W) maps of the same images
 )->np.ndarray:   # (n,) -1 to 1
     "Structural similarity of two maps (scikit-image, windows of 7 cells); `KdoctError` below 7 px."
+    require_extra('explain', 'skimage')
+    from skimage.metrics import structural_similarity
     a, b = _pair(a, b)
     if min(a.shape[1:]) < 7:
         raise KdoctError(f'maps of {a.shape[1:]} px are too small for SSIM',

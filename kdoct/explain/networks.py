@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from ..core.files import KdoctError
+from ..core.progress import part_of_work, report
 from ..core.runs import Run, stage_command
 from ..core.result_sections import ExplainRecipe
 from .cam import explain
@@ -109,7 +110,8 @@ def sanity_numbers(
     x, path, out = images.x[:n], images.rows.path[:n], []
     lost = randomised(model, seed, x)
     for method, maps in made.maps.items():
-        other, _ = _maps(lost, x, method, made.predicted[:n], layer, recipe)
+        with part_of_work('shuffled weights'):
+            other, _ = _maps(lost, x, method, made.predicted[:n], layer, recipe)
         out.append(pd.DataFrame(dict(
             path=path,
             method=method,
@@ -126,6 +128,7 @@ def _numbers_of_role(role, images, m, network, run, classes):
     about = images.rows[['path', 'patient', 'group', 'label']]
     predicted, right = [classes[c] for c in m.predicted], m.predicted == images.labels
     for method, maps in m.maps.items():
+        report(what=f'{method}, faithfulness')
         numbers = map_numbers(network, images.x, maps, m.predicted, images.masks, e.steps)
         named = about.assign(role=role, method=method, predicted=predicted, right=right)
         again = sanity[sanity.method == method].drop(columns='method')
@@ -144,7 +147,8 @@ def numbers_frame(
     "What each map is worth."
     out = []
     for role, m in made.items():
-        out += _numbers_of_role(role, images, m, networks[role], run, classes)
+        with part_of_work(role):
+            out += _numbers_of_role(role, images, m, networks[role], run, classes)
     frame = pd.concat(out, ignore_index=True)
     frame.insert(4, 'fold', fold)
     return frame

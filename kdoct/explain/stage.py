@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.files import atomic_path, counted, KdoctError, read_json, write_json
+from ..core.progress import part_of_work
 from ..core.runs import Run
 from ..data.fold_data import open_fold
 from ..evaluate.figure_style import save_figure
@@ -93,7 +94,8 @@ def _explained(run:Run, fold:int, roles:list[str], images:Images)->tuple[dict, d
                          fix=f"The networks of this run are {', '.join(roles)}.")
     for role in roles:
         networks[role] = net = load_network(run, fold, role)
-        made[role] = explain_network(net, images.x.to(net.mean.device), e, e.layers.get(role, ''))
+        x = images.x.to(net.mean.device)
+        with part_of_work(role): made[role] = explain_network(net, x, e, e.layers.get(role, ''))
     return networks, made
 
 def _write_tables(folder:Path, **tables):

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..core.torch_versions import cpu_capabilities, tf32_allowed
+
 # %% ../../nbs/02_models.arithmetic.ipynb #6a161677
 def computes_bf16(
     device='cpu',   # where the network runs
@@ -19,7 +21,7 @@ def computes_bf16(
     kind = torch.device(device).type
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != 'cpu': return False
-    has = torch.cpu.get_capabilities()
+    has = cpu_capabilities()
     on_x86 = has.get('avx512_bf16', False) or has.get('amx_tile', False)
     on_arm = has.get('bf16', False)
     # which torch may be told not to use
@@ -33,7 +35,7 @@ def resolve_precision(
     "What `auto` means on this machine."
     if wanted != 'auto': return wanted
     on_gpu = torch.device(device).type == 'cuda'
-    fast = on_gpu or torch.cpu.get_capabilities().get('amx_tile', False)
+    fast = on_gpu or cpu_capabilities().get('amx_tile', False)
     return 'bf16' if fast and computes_bf16(device) else 'fp32'
 
 # %% ../../nbs/02_models.arithmetic.ipynb #3313eb67
@@ -102,7 +104,7 @@ def float32_products(
 ):
     "The same for a while; afterwards as before, also after an error."
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [s.fp32_precision == 'tf32' for s in (products, convolutions.conv)]
+    before = tf32_allowed()
     set_tf32(rounded)
     try: yield
     finally: products.allow_tf32, convolutions.allow_tf32 = before

@@ -13,6 +13,7 @@ import difflib
 import json
 import re
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import timm
@@ -20,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from ..core.files import KdoctError, read_json, sha256_file
@@ -89,10 +89,13 @@ _POSITIONS = ('pos_embed[0-9_]*', '*.rel_pos_[hw]', '*.height_rel', '*.width_rel
 def undecayed(
     body:nn.Module,            # timm model
 )->list[nn.Parameter]:
-    "Parameters without weight decay: timm's choice, and tables of positions that it does not name."
+    "Parameters without weight decay: those of timm's `param_groups_weight_decay`, and tables of positions."
+    # written out: timm.optim loads torch's compiler, seconds of every process
     exempt = body.no_weight_decay() if hasattr(body, 'no_weight_decay') else ()
-    groups = param_groups_weight_decay(body, 1., no_weight_decay_list=(*exempt, *_POSITIONS))
-    return [p for g in groups if g['weight_decay'] == 0 for p in g['params']]
+    def is_free(name, p):
+        is_named = any(fnmatch(name, pattern) for pattern in (*exempt, *_POSITIONS))
+        return p.ndim <= 1 or name.endswith('.bias') or is_named
+    return [p for name, p in body.named_parameters() if p.requires_grad and is_free(name, p)]
 
 # %% ../../nbs/02a_models.backbones.ipynb #d638b54d
 # what networks raise for a size that is not theirs

@@ -24,7 +24,14 @@ from ..data.batches import in_thread
 from ..models.backbones import Classifier
 from ..models.arithmetic import computes_bf16, float32_products
 from ..models.feature_maps import layer_of, MapRecorder
-from .precision import faster, measure_steps, seconds_of
+from kdoct.training.precision import (
+    faster,
+    keep_trial,
+    measure_steps,
+    recall_trial,
+    seconds_of,
+    trial_facts,
+)
 
 # %% ../../nbs/02i_training.inference.ipynb #27f3f298
 def private_copy(
@@ -248,8 +255,14 @@ def inference_model(
     if precision == 'auto' and not computes_bf16(device): precision = 'fp32'
     if precision != 'auto':
         return InferenceModel(model, precision, device), dict(precision=precision)
-    both = {p: InferenceModel(model, p, device) for p in ('fp32', 'bf16')}
     n = 2*torch.get_num_threads() if device.type == 'cpu' else 32
     x = torch.rand(n, 1, model.size, model.size, device=device)
-    medians = measure_steps(lambda p: both[p](x), seconds, timer)
-    return both[faster(medians)], dict(precision=faster(medians), pass_seconds=medians)
+    facts = trial_facts(model, x.shape, device, 'forward pass')
+    if medians := recall_trial(facts): copies = {}
+    else:
+        copies = {p: InferenceModel(model, p, device) for p in ('fp32', 'bf16')}
+        medians = measure_steps(lambda p: copies[p](x), seconds, timer)
+        keep_trial(facts, medians)
+    chosen = faster(medians)
+    copy = copies.get(chosen) or InferenceModel(model, chosen, device)
+    return copy, dict(precision=chosen, pass_seconds=medians)

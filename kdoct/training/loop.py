@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.files import atomic_path, KdoctError
+from ..core.progress import is_heard
 from ..core.sections import TrainRecipe
 from ..data.batches import Batches
 from ..data.mixing import Mix
@@ -45,6 +46,7 @@ from kdoct.training.distributed import (
     set_random_states,
 )
 from .precision import Compile, Precision, rounds_steps
+from .reporting import Report
 from .scores import score_of, validation_scores, WORST
 
 # %% ../../nbs/02j_training.loop.ipynb #9f2ebeba
@@ -187,10 +189,13 @@ def _stop(term:str, value:float, epoch:int, batch:int):
 class History(Callback):
     "Collects `history.csv` and stops on a loss that is not finite."
     order = 15
-    def __init__(self): self.rows, self.sums = [], {}
+    at_once = 'cpu'   # device whose losses are looked at batch by batch; another one would be waited for
+    interval = 100    # batches after which it is waited for
+    def __init__(self): self.rows, self.sums, self.unread = [], {}, []
 
     def before_epoch(self): self.began = time.perf_counter()
     def before_train(self):
+        self.unread = []
         if self.dls.train.start == 0: self.sums = {}
     def before_validate(self): self.logits, self.places = [], []
 
@@ -205,16 +210,29 @@ class History(Callback):
         terms = getattr(self.learn, 'loss_terms', None) or {'hard': self.loss}
         terms = {**terms, 'loss': self.loss}   # the sum last: it does not say which
         n, batch = self.learn.accumulate.mine, self.dls.train.start + self.iter
-        # a GPU is waited for once
-        for name, value in zip(terms, torch.stack(list(terms.values())).tolist(), strict=True):
+        values = torch.stack(list(terms.values())).detach()
+        self.unread.append((list(terms), values, n, batch))
+        if values.device.type == self.at_once or len(self.unread) >= self.interval: self.read()
+
+# %% ../../nbs/02j_training.loop.ipynb #77887121
+@patch
+def read(self:History):
+    "Add the losses that are still on the device to the sums, in the order of the batches."
+    if not self.unread: return
+    values = iter(torch.cat([each[1] for each in self.unread]).tolist())
+    for names, _, n, batch in self.unread:
+        for name in names:
+            value = next(values)
             if not math.isfinite(value): _stop(name, value, self.epoch, batch)
             self.sums[name] = self.sums.get(name, 0.) + value*n
         self.sums['n'] = self.sums.get('n', 0) + n
+    self.unread = []
 
 # %% ../../nbs/02j_training.loop.ipynb #04acb94f
 @patch
 def totals(self:History)->dict[str, float]:
     "Sums of this epoch's loss terms, and images, over all processes."
+    self.read()
     sums = torch.tensor(list(self.sums.values()), dtype=torch.float64)
     return dict(zip(self.sums, all_reduce(sums).tolist(), strict=True))
 
@@ -466,7 +484,7 @@ class Table(Recorder):
         if not self.training: return
         sums = self.learn.history.sums
         # beside the progress bar: mean of the epoch so far, in this process
-        self.learn.smooth_loss = torch.tensor(sums['loss']/max(sums['n'], 1))
+        self.learn.smooth_loss = torch.tensor(sums.get('loss', 0.)/max(sums.get('n', 0), 1))
         self.smooth_loss.count += 1
         self.lrs.append(self.opt.hypers[-1]['lr'])
         self.losses.append(self.learn.smooth_loss)
@@ -498,6 +516,7 @@ def _callbacks(recipe:TrainRecipe, model:Classifier, folder:str|Path, key:str)->
     ]
     if recipe.compile: out.append(Compile())
     if recipe.mix_prob > 0: out.append(Mix(recipe, model.body.num_classes))
+    if is_heard() and not rank_world()[0]: out.append(Report(recipe))
     return out
 
 # %% ../../nbs/02j_training.loop.ipynb #make-learner

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from ..core.files import atomic_path, KdoctError, read_json, seed_everything
+from ..core.progress import counted_off
 from ..core.sections import TrainRecipe
 from ..core.runs import require_same_folds, Run
 from ..data.augment import image_ids
@@ -33,6 +34,7 @@ from kdoct.models.folders import (
 )
 from ..models.trained_on import pass_on, require_unseen
 from .averaging import average_candidates
+from .tracking import tracking_callbacks
 
 # %% ../../nbs/02k_training.results.ipynb #7209cb71
 from kdoct.training.distributed import (
@@ -67,7 +69,8 @@ def predict_logits(
     trained_in, model.precision = model.precision, 'fp32'
     try:
         model.eval()
-        return torch.cat([model(x).cpu() for x, _ in batches]).numpy()
+        seen = counted_off(batches, 'predicting', unit='batches')
+        return torch.cat([model(x).cpu() for x, _ in seen]).numpy()
     finally: model.precision = trained_in
 
 # %% ../../nbs/02k_training.results.ipynb #4058e22f
@@ -423,4 +426,5 @@ def _fold_learner(run:Run, data:FoldData, role:str, key:str, cbs)->ResumableLear
     valid = inference_batches(data, 'val', run, recipe, device, share=rank_world())
     loss = hard_loss(recipe, data.labels[data.idx['train']], n_classes, device)
     folder = run.stage_dir(data.fold, role)/'resume'
+    cbs = [*cbs, *tracking_callbacks(run, data.fold, role)]
     return make_learner(model, train, valid, loss, recipe, folder, key, cbs)
