@@ -213,7 +213,7 @@ def exported_outputs(trained_outputs, tmp_path_factory):
 def stage_server():
     "The process whose forks are the kernels of stages, for this whole session."
     from kdoct.app import kernels
-    with kernels.prepared_kernels(): yield kernels._SERVERS[0] if kernels._SERVERS else None
+    with kernels.prepared_kernels(): yield kernels.SERVERS[0] if kernels.SERVERS else None
 
 
 # --- a browser

@@ -99,7 +99,7 @@ ORDERS = textwrap.dedent("""
     with kernels.prepared_kernels():
         kernel = kernels.StageKernel(kernel_name="python3")
         kernel.start_kernel()
-        print(kernels._SERVERS[0].process.pid, kernel.provisioner.pid, flush=True)
+        print(kernels.SERVERS[0].process.pid, kernel.provisioner.pid, flush=True)
         time.sleep(600)
 """)
 
@@ -114,9 +114,9 @@ def test_server_and_kernel_end_with_the_process_that_wanted_them():
 
 
 def test_where_the_server_has_ended_a_kernel_is_a_new_process(monkeypatch):
-    monkeypatch.setattr(kernels, "_SERVERS", [])
+    monkeypatch.setattr(kernels, "SERVERS", [])
     with prepared_kernels():
-        server = kernels._SERVERS[0]
+        server = kernels.SERVERS[0]
         server._start()
         server.process.kill()
         server.process.wait()
@@ -127,14 +127,14 @@ def test_where_the_server_has_ended_a_kernel_is_a_new_process(monkeypatch):
 
 
 def test_without_an_order_no_server_is_started(monkeypatch):
-    monkeypatch.setattr(kernels, "_SERVERS", [])
-    with prepared_kernels(): assert kernels._SERVERS[0].process is None
+    monkeypatch.setattr(kernels, "SERVERS", [])
+    with prepared_kernels(): assert kernels.SERVERS[0].process is None
 
 
 def test_within_another_the_same_server_is_used(monkeypatch):
-    monkeypatch.setattr(kernels, "_SERVERS", [])
+    monkeypatch.setattr(kernels, "SERVERS", [])
     with prepared_kernels():
-        (server,) = kernels._SERVERS
-        with prepared_kernels(): assert kernels._SERVERS == [server]
-        assert kernels._SERVERS == [server]
-    assert kernels._SERVERS == []
+        (server,) = kernels.SERVERS
+        with prepared_kernels(): assert kernels.SERVERS == [server]
+        assert kernels.SERVERS == [server]
+    assert kernels.SERVERS == []

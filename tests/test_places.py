@@ -9,6 +9,7 @@ from kdoct.data.stage import prepare_data
 from kdoct.evaluate.all_folds import evaluate_run
 from kdoct.evaluate.compared_runs import read_models
 from kdoct.evaluate.comparison import compare_models, scores_texts
+from kdoct.evaluate.hog_svm import run_hog_svm
 from kdoct.evaluate.places import SMALL_GROUP
 from kdoct.evaluate.simulated import write_simulated_stages
 from kdoct.evaluate.stage import evaluate_fold
@@ -63,6 +64,17 @@ def test_runs_of_two_protocols_are_compared_on_all_their_images_and_not_on_one_f
     assert {"mixed: student", "lodo: student"} <= set(made.scores.index)
     assert scores_texts(made)["devices: mean, worst %"].str.contains("fine|haze|strip").all()
     with pytest.raises(KdoctError, match="not tested alike"): read_models(runs, folds=[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"data.labelled": .5}])
+def test_hog_and_svm_learn_from_the_other_devices_alone(changes):
+    run = create_run("lodo", preset("tiny", **DEVICES, **LEFT_OUT, **changes))
+    prepare_data(run)
+    about = run_hog_svm(run, 1)
+    found = pd.read_parquet(run.stage_dir(1, "hog_svm")/"predictions.parquet")
+    table = pd.read_parquet(run.path/"table.parquet").set_index("path")
+    assert (table.device[found.path] == "haze").all() and len(found) == (table.device == "haze").sum()
+    assert run_hog_svm(run, 1) == about   # finished: nothing is done again
 
 
 def test_folds_that_test_another_device_are_not_taken_over():

@@ -1,5 +1,6 @@
 "Several sources in one run: patients and labels that stay apart, copies that are found, and sources left out in turn."
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -7,12 +8,15 @@ from PIL import Image
 
 from kdoct.core.files import KdoctError
 from kdoct.core.presets import preset
+from kdoct.core.runs import create_run
 from kdoct.core.sections import DataRecipe
 from kdoct.data.folds import check_folds, fold_names, make_folds
 from kdoct.data.listing import image_table
 from kdoct.data.plan import folds_fit, list_and_audit, plan_folds
 from kdoct.data.sites import read_sources, site_recipes
 from kdoct.data.sources import load_table
+from kdoct.data.stage import prepare_data
+from kdoct.evaluate.hog_svm import run_hog_svm
 
 
 def picture(file, grey, mode="L"):
@@ -313,3 +317,18 @@ def test_a_source_is_read_by_its_own_fields_alone(tmp_path):
     own = site_recipes(data)
     assert own["north"].classes is None and own["south"].protocol == "grouped-cv"
     assert isinstance(load_table(data).table, pd.DataFrame)
+
+
+def test_hog_and_svm_are_tested_on_the_source_left_out(tmp_path):
+    south = tmp_path / "south"
+    hospital(tmp_path / "west", ("CNV", "NORMAL"), first=50)
+    given = two_hospitals(tmp_path)
+    given["sources"]["west"] = dict(root=str(tmp_path / "west"), group_pattern=r"(P\d+)_")
+    shutil.rmtree(south / "healthy")   # a fold tests without a class
+    given["sources"]["south"]["map"] = "amd=CNV"
+    fields = given | dict(protocol="leave-one-source-out", size=32)
+    run = create_run("loso", preset("tiny", **{f"data.{k}": v for k, v in fields.items()}))
+    prepare_data(run)
+    assert run_hog_svm(run, 1)["classes"] == ["CNV", "NORMAL"]
+    found = pd.read_parquet(run.stage_dir(1, "hog_svm") / "predictions.parquet")
+    assert found.path.str.startswith("south/").all() and set(found.label) == {"CNV"}

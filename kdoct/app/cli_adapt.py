@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import option, short_path
+from .cli_options import network_name, option, short_path
 from ..core.files import outputs_root
 
 # %% ../../nbs/10e_app.cli_adapt.ipynb #d4ff10e4
@@ -32,7 +32,8 @@ PlaceArgument = Annotated[
 ]
 AdaptedFolderOption = Annotated[
     Path | None,
-    option('DIR', "The new model folder. Default: outputs/adapted/NAME-OF-THE-NETWORK.", '--out'),
+    option('DIR', "The new model folder. Default: outputs/adapted/RUN-fold_K-ROLE, or the name of "
+                  "its folder.", '--out'),
 ]
 PriorOption = Annotated[
     float,
@@ -42,11 +43,6 @@ PriorOption = Annotated[
 ]
 
 # %% ../../nbs/10e_app.cli_adapt.ipynb #96c1abcc
-def _name_of(network:Path)->str:
-    "A name for what is made of a network: of a run's folders, run and fold too."
-    parts = network.resolve().parts
-    return '-'.join(parts[-3:] if parts[-2].startswith('fold_') else parts[-1:])
-
 def adapt(
     network:AdaptedArgument,
     paths:PlaceArgument,
@@ -56,7 +52,7 @@ def adapt(
     "Fit a network to another place, by its pictures. No label is needed; a collapse is refused."
     from kdoct.deploy import adapt as adaptation
     from kdoct.deploy.networks import open_network
-    folder = out or outputs_root()/'adapted'/_name_of(network)
+    folder = out or outputs_root()/'adapted'/network_name(network)
     facts = adaptation.adapt(network, paths, folder, prior)
     typer.echo(adaptation.adaptation_text(facts, open_network(folder).classes))
     typer.echo(short_path(folder))

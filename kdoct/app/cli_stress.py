@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from kdoct.app.cli_options import (
+    network_name,
     option,
     PatternOption,
     recipe_of,
@@ -91,7 +92,7 @@ StressOutOption = Annotated[
     Path | None,
     option(
         'DIR', "Folder for predictions, tables and figures. Default: outputs/RUN/stress (of one "
-        "fold stress-fold_N), of a single network outputs/stress/NAME.", '--out',
+        "fold stress-fold_N), of a single network outputs/stress/RUN-fold_K-ROLE, or the name of its folder.", '--out',
     ),
 ]
 
@@ -102,8 +103,7 @@ def _default_out(network:str, fold:int|None, is_external:bool)->Path:
     if (outputs_root()/network/'run.json').is_file():
         of_fold = '' if fold is None else f'-fold_{fold}'
         return outputs_root()/network/f'stress{of_fold}{place}'
-    name = '-'.join(Path(network).resolve().parts[-3:]).strip('-/')
-    return outputs_root()/'stress'/f'{name}{place}'
+    return outputs_root()/'stress'/f'{network_name(network)}{place}'
 
 def _data_of(source:str, root:str, group_pattern:str, classes:str, changes:list[str], labels:str):
     "The labelled images that the options describe; None where they name none."

@@ -118,9 +118,10 @@ def _result_folder(networks:dict, name:str, out:Path|None)->Path:
     check_new_folder(folder)
     return folder
 
-def _echo_results(sections:dict, warnings:list[str]):
-    "Print the main tables and what must be known."
+def _echo_results(sections:dict, warnings:list[str], short:list[str]):
+    "Print what must be known, how each network does in words, and the main tables."
     for text in warnings: typer.echo('\n' + textwrap.fill(f'WARNING: {text}', 118))
+    for text in short: typer.echo('\n' + textwrap.fill(text, 118))
     for key in ('scores', 'differences', 'deferral', 'unknown'):
         if key in sections: _echo(sections[key].title, sections[key].texts)
 
@@ -188,7 +189,7 @@ def validate(
     facts = name, models, sections, result, evaluate
     record = pages.validation_record(*facts, source=data.source, map=labels)
     page = pages.validation_page(*facts)
-    _echo_results(sections, record['warnings'])
+    _echo_results(sections, record['warnings'], record['in_short'])
     predictions = pages.all_predictions(models)
     files = pages.write_validation(folder, page, record, predictions)
     noted = pages.note_in_homes(opened, models, sections, record, evaluate, files[0])

@@ -391,6 +391,7 @@ def _volume_scores(v:pd.DataFrame, how:tuple)->tuple[dict, dict]:
             texts[title] = _text(ci.loc[name], percent)
     return numbers, texts
 
+# %% ../../nbs/05xa_evaluate.external_tables.ipynb #1b63f800
 def _volume_row(model:ExternalModel, volumes:pd.DataFrame, how:tuple)->tuple[dict, dict]:
     "Numbers and texts of the volumes of a model at one place."
     v = _volume_predictions(volumes, model.classes)
