@@ -13,14 +13,17 @@ from kdoct.app import validation
 from kdoct.app.cli import main
 from kdoct.app.validation import Network
 from kdoct.core.files import KdoctError, read_json, write_json
+from kdoct.core.result_sections import EvaluateRecipe
 from kdoct.deploy.engines import Engine
 from kdoct.deploy.model_card import model_card
 from kdoct.deploy.networks import open_bundle
+from kdoct.evaluate.decision_tables import DecidedPredictions
 from kdoct.evaluate.decisions import Decision
 from kdoct.evaluate.external_records import report_external
 from kdoct.evaluate.metrics import read_role
 from kdoct.evaluate.outliers import Outlier
 from kdoct.evaluate.patients import VolumeRule
+from kdoct.evaluate.volume_tables import volumes_section
 
 OURS = ("CNV", "DRUSEN", "NORMAL")
 MAP = "amd=CNV|DRUSEN,healthy=NORMAL,rvo=?"
@@ -183,8 +186,10 @@ def test_volumes_are_decided_by_the_shipped_rule(validated, tmp_path):
     record, _ = validated("--group-pattern", r"/(?P<patient>(?P<volume>[a-z]+\d))_",
                           networks={"worst": [Network("worst", bundle, 0)]})
     volumes = record["sections"]["volumes"]
-    assert volumes["table"]["worst"]["n_volumes"] == 6 and volumes["table"]["worst"]["accuracy"] == 1
-    assert rule.text in volumes["caption"] and "3 volumes of unknown classes" in volumes["caption"]
+    assert list(volumes["table"]) == ["worst, here"]   # its run is not here
+    here = volumes["table"]["worst, here"]
+    assert here["n_volumes"] == 6 and here["accuracy"] == 1
+    assert rule.text in volumes["caption"] and "3 volumes of unknown classes here" in volumes["caption"]
 
 
 def test_groups_of_the_pattern_show_the_worst(validated, tmp_path):
@@ -275,6 +280,23 @@ def test_the_figures_at_home_are_those_of_the_run_in_the_joined_classes(noted):
     truth = own.label.map(dict(CNV=0, DRUSEN=0, DME=1, NORMAL=2))
     at_home = record["sections"]["scores"]["table"]["student, at home"]["accuracy"]
     assert at_home == pytest.approx((joined == truth).mean())
+
+
+def test_volumes_at_home_are_those_of_the_evaluation_of_the_run(run, validated, monkeypatch):
+    predictions, network = read_role(run, 0, "student"), as_network(run, "student", four_classes)
+    rule = VolumeRule("worst", 1, True, ("NORMAL", "DRUSEN", "DME", "CNV"))
+    network.bundle.decision = decision(classes=("CNV", "DME", "DRUSEN", "NORMAL"), volume=rule)
+    far = np.arange(len(predictions)) % 7 / 2.5   # two of seven are outliers
+    decided = DecidedPredictions(network.bundle.decision, predictions, far)
+    monkeypatch.setattr(validation, "read_decided", lambda *_: decided)
+    record, _ = validated("--group-pattern", r"/(?P<patient>(?P<volume>[a-z]+\d))_",
+                          networks={"student": [network]}, labels="amd=CNV,healthy=NORMAL,rvo=?")
+    at_home = record["sections"]["volumes"]["table"]["student, at home"]
+    models = {"student": predictions}, {"student": [decided]}
+    evaluated = volumes_section(*models, rule, EvaluateRecipe(n_boot=100)).table.loc["student, volumes"]
+    assert at_home["n_volumes"] == evaluated.n_units - evaluated.without
+    assert at_home["accuracy"] == pytest.approx(evaluated.accuracy)
+    assert 0 < at_home["deferred"] == pytest.approx(evaluated.deferred)
 
 
 def test_the_report_shows_validations_of_the_networks_that_are_there_and_names_others(noted):

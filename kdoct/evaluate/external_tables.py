@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core.files import counted
 from ..core.result_sections import EvaluateRecipe
+from ..data.class_map import ClassMap
 from .external import ExternalModel, HERE, of_unknown_class
 from .external_points import refitted_points, shipped_points
 from .intervals import bootstrap, share_interval
@@ -353,82 +354,98 @@ _TINY = np.finfo(float).tiny
 
 def _of_known_class(v:pd.DataFrame)->pd.Series: return v.label.notna() & (v.label != '')
 
-def _volume_predictions(model:ExternalModel)->pd.DataFrame:
+def _volume_predictions(v:pd.DataFrame, classes:ClassMap)->pd.DataFrame:
     "Volumes of a known class that could be decided, as a table of predictions."
-    v = model.volumes
     v = v[_of_known_class(v) & (v.predicted != '')].reset_index(drop=True)
-    p = v[[f'probability_{c}' for c in model.classes.ours]].to_numpy(float)
-    joined = model.classes.joined_probabilities(p)
-    names, logits = np.array(list(model.classes.joined)), np.log(joined.clip(_TINY))
+    p = v[[f'probability_{c}' for c in classes.ours]].to_numpy(float)
+    joined = classes.joined_probabilities(p)
+    names, logits = np.array(list(classes.joined)), np.log(joined.clip(_TINY))
     if not v.rule.str.startswith('mean').all():   # a class, without probabilities
-        ours = v.predicted.map(model.classes.joined_name).to_numpy(object)
+        ours = v.predicted.map(classes.joined_name).to_numpy(object)
         logits = (ours[:, None] == names).astype(float)
     columns = {f'logit_{c}': logits[:, i] for i, c in enumerate(names)}
     return v.assign(right=names[logits.argmax(1)] == v.label, **columns)
 
 # %% ../../nbs/05xa_evaluate.external_tables.ipynb #43ddf9f8
-def _undecided(model:ExternalModel)->dict:
+def _undecided(volumes:pd.DataFrame, n_folds:int)->dict:
     "A note on volumes that could not be decided; empty where all could."
-    known = model.volumes[_of_known_class(model.volumes)]
+    known = volumes[_of_known_class(volumes)]
     n = int((known.predicted == '').sum())
     if not n: return {}
-    each = 'volumes' if len(model.decisions) == 1 else 'decisions on volumes, all folds together'
+    each = 'volumes' if n_folds == 1 else 'decisions on volumes, all folds together'
     return dict(note=f'{n} of {len(known)} {each}: no usable B-scan, so deferred and in no score')
 
 # %% ../../nbs/05xa_evaluate.external_tables.ipynb #88af5f7e
-def _volume_row(model:ExternalModel, evaluate, seed)->tuple[dict, dict]:
-    "Numbers and texts of the volumes of a model."
-    v = _volume_predictions(model)
+def _volume_scores(v:pd.DataFrame, how:tuple)->tuple[dict, dict]:
+    "Numbers and texts of decided volumes: how many, and what they score."
     is_mean = v.rule.str.startswith('mean').all()
     names = HEADLINE if is_mean else LABEL_METRICS
-    ci = bootstrap(v, *_how(evaluate, seed), metrics=names)
-    numbers = dict(n_volumes=v.path.nunique(), n_groups=v.group.nunique()) | _undecided(model)
-    texts = {}
-    texts['volumes (groups)'] = f'{v.path.nunique()} ({v.group.nunique()})'
+    ci = bootstrap(v, *how, metrics=names)
+    numbers = dict(n_volumes=v.path.nunique(), n_groups=v.group.nunique())
+    texts = {'volumes (groups)': f'{v.path.nunique()} ({v.group.nunique()})'}
     for name in ('accuracy', 'sensitivity', 'specificity', 'auc'):
         title, percent = _SCORES[name]
         if name not in names: texts[title] = '–'
         else:
             numbers |= _numbers(name, ci.loc[name])
             texts[title] = _text(ci.loc[name], percent)
+    return numbers, texts
+
+def _volume_row(model:ExternalModel, volumes:pd.DataFrame, how:tuple)->tuple[dict, dict]:
+    "Numbers and texts of the volumes of a model at one place."
+    v = _volume_predictions(volumes, model.classes)
+    numbers, texts = _volume_scores(v, how)
+    numbers |= _undecided(volumes, len(model.decisions))
     if not model.has_decision: return numbers, texts
-    every, e = model.volumes[_of_known_class(model.volumes)], _how(evaluate, seed)
-    kept = ~v.deferred.to_numpy(bool)
-    shares = dict(deferred=share_interval(every.deferred.to_numpy(bool), every.group, None, *e),
-                  kept_accuracy=share_interval(v.right.to_numpy(bool), v.group, kept, *e))
+    every, kept = volumes[_of_known_class(volumes)], ~v.deferred.to_numpy(bool)
+    shares = dict(deferred=share_interval(every.deferred.to_numpy(bool), every.group, None, *how),
+                  kept_accuracy=share_interval(v.right.to_numpy(bool), v.group, kept, *how))
     for name, share in shares.items():
         numbers |= _numbers(name, share)
         texts[_DEFERRAL[name]] = _text(share)
     return numbers, texts
 
 # %% ../../nbs/05xa_evaluate.external_tables.ipynb #1650134b
-def _volume_notes(models:dict[str, ExternalModel])->str:
-    "Volumes that are in no score, counted, and the first of those with contradicting labels."
-    v = next(iter(models.values())).volumes.drop_duplicates('path')
+def _place_notes(volumes:pd.DataFrame, place:str)->list[str]:
+    "Volumes of a place that are in no score, counted."
+    v = volumes.drop_duplicates('path')
     torn, unknown = v[v.label.isna()], v[v.label == '']
     out = []
     if len(torn):
-        out.append(f'{counted(len(torn), "volume")} with B-scans of several labels left out, '
-                   f'such as {torn.path.iloc[0]}.')
-    if len(unknown): out.append(f'{counted(len(unknown), "volume")} of unknown classes left out.')
-    return ' '.join(out)
+        out.append(f'{counted(len(torn), "volume")} {place} with B-scans of several labels left '
+                   f'out, such as {torn.path.iloc[0]}.')
+    if len(unknown):
+        out.append(f'{counted(len(unknown), "volume")} of unknown classes {place} left out.')
+    return out
+
+def _volume_notes(models:dict[str, ExternalModel])->str:
+    "Volumes that are in no score, counted, at each place."
+    places = next(iter(models.values())).volumes_where.items()
+    return ' '.join(text for place, v in places for text in _place_notes(v, place))
 
 # %% ../../nbs/05xa_evaluate.external_tables.ipynb #ad0b1130
+def _scored_volumes(model:ExternalModel)->dict[str, pd.DataFrame]:
+    "Place -> volumes, of two groups or more that are in the scores; empty where there is none here."
+    def groups(v): return _volume_predictions(v, model.classes).group.nunique()
+    enough = {place: v for place, v in model.volumes_where.items() if groups(v) > 1}
+    return enough if HERE in enough else {}
+
 def external_volumes(
     models:dict[str, ExternalModel],  # name -> model
     evaluate:EvaluateRecipe,          # resamples and level
     seed:int=0,                       # of the resampling
-)->Section|None:                      # None where the images name no volume
-    "Scores of volumes."
-    named = {n: m for n, m in models.items() if m.volumes is not None}
-    named = {n: m for n, m in named.items() if _volume_predictions(m).group.nunique() > 1}
+)->Section|None:                      # None where the images here name no volume
+    "Scores of volumes, at home and here: rows 'MODEL, at home' and 'MODEL, here'."
+    named = {n: m for n, m in models.items() if _scored_volumes(m)}
     if not named: return None
-    made = {n: _volume_row(m, evaluate, seed) for n, m in named.items()}
+    how = _how(evaluate, seed)
+    made = {f'{n}, {place}': _volume_row(m, v, how)
+            for n, m in named.items() for place, v in _scored_volumes(m).items()}
     rules = '; '.join(f'{n}: {m.volumes.rule.iloc[0]}' for n, m in named.items())
     caption = f'''Decided as `kdoct predict` decides, by the rule that each network ships with
-    ({rules}). {_volume_notes(named)} Deferred: most of its B-scans left out, or all deciding ones
-    deferred.'''
-    return _section('Volumes here', made, caption)
+    ({rules}), at home too. {_volume_notes(named)} Deferred: most of its B-scans left out, or all
+    deciding ones deferred.'''
+    return _section('Volumes, at home and here', made, caption)
 
 # %% ../../nbs/05xa_evaluate.external_tables.ipynb #83586d61
 def _spread(each:list[dict])->tuple[dict, dict]:
