@@ -27,6 +27,7 @@ test-fast: .venv/.installed-dev ## ruff and the tests that are not marked slow (
 
 test-lowest: .venv/.installed-dev ## the fast tests with the lowest versions that settings.ini allows (30 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/lowest.py
+
 gpu-check: ## the tests and timings that need a GPU, with the Python that has torch (8 minutes; PYTHON=...)
 	$(PYTHON) tools/gpu_check.py
 

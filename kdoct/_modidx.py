@@ -3436,6 +3436,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'kdoct/distill/relational_methods.py'),
                                                   'kdoct.distill.relational_methods._as_loaded': ( 'distill.relational_methods.html#_as_loaded',
                                                                                                    'kdoct/distill/relational_methods.py'),
+                                                  'kdoct.distill.relational_methods._look_again': ( 'distill.relational_methods.html#_look_again',
+                                                                                                    'kdoct/distill/relational_methods.py'),
                                                   'kdoct.distill.relational_methods._numbers': ( 'distill.relational_methods.html#_numbers',
                                                                                                  'kdoct/distill/relational_methods.py'),
                                                   'kdoct.distill.relational_methods.fit_view_head': ( 'distill.relational_methods.html#fit_view_head',

@@ -483,7 +483,7 @@ def test_the_model_folder_of_a_run_is_exported_as_the_run_is(made, monkeypatch):
     monkeypatch.setattr(
         deploy_stage,
         "export_fold",
-        lambda run, *rest: asked.append((run.name, *rest)) or made.folder,
+        lambda run, *rest, place: asked.append((run.name, *rest)) or made.folder,
     )
     folder = str(made.run.stage_dir(0, "baseline"))
     with pytest.raises(SystemExit) as e: cli.main(["export", folder, "--formats", "onnx"])

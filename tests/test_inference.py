@@ -7,6 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from kdoct.core.sections import TrainRecipe
+from kdoct.core.torch_versions import tf32_allowed
 from kdoct.models.arithmetic import float32_products
 from kdoct.models.backbones import create_classifier
 from kdoct.training.inference import (
@@ -41,15 +42,15 @@ class LikeAGpu(TorchFunctionMode):
     "Convolutions and matrix products as a GPU with TF32 computes them, by torch's own settings."
     matmuls, rounded, exact = ("linear", "matmul", "mm", "bmm", "baddbmm"), 0, 0
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, backends = getattr(func, "__name__", ""), torch.backends
+        name, (in_products, in_convolutions) = getattr(func, "__name__", ""), tf32_allowed()
         by = (
-            backends.cudnn.conv
+            in_convolutions
             if name == "conv2d"
-            else backends.cuda.matmul
+            else in_products
             if name in self.matmuls
             else None
         )
-        if by is not None and by.fp32_precision == "tf32":
+        if by:
             args, self.rounded = tuple(map(to_tf32, args)), self.rounded + 1
         elif by is not None: self.exact += 1
         return func(*args, **(kwargs or {}))
@@ -71,7 +72,7 @@ def test_the_check_of_a_simplified_network_is_exact_where_gpus_round(arch):
         # finding what to fold is one rounded pass, whose numbers nobody uses
         products, looked = gpu.exact, gpu.rounded
         assert products >= 2*looked > 0             # both sides of the comparison are exact
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"   # as it was
+        assert tf32_allowed()[1]                    # as it was
     with torch.no_grad():
         assert torch.allclose(
             quick.exact(x), body(x), rtol=1e-3, atol=1e-3 * float(body(x).abs().max())

@@ -100,7 +100,7 @@ def test_an_interrupted_command_says_that_it_goes_on(monkeypatch, capsys):
     def broken_off(): raise KeyboardInterrupt
     monkeypatch.setattr('kdoct.app.cli.outputs_root', broken_off)
     with pytest.raises(SystemExit) as e: main(['runs'])
-    assert e.value.code == 130 and 'the same command goes on' in capsys.readouterr().err
+    assert e.value.code == 130 and 'goes on from here with the same command' in capsys.readouterr().err
 
 
 def test_quiet_and_verbose_at_once_are_refused(capsys):

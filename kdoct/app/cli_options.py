@@ -54,8 +54,6 @@ class PlainHelp(TyperCommand):
         super().format_options(ctx, formatter)
 
 # %% ../../nbs/10a_app.cli_options.ipynb #589d8413
-_INTERRUPTED = 'kdoct: interrupted; the same command goes on from here.'
-
 _QUIET = "Show no progress: results, warnings and errors alone."
 _VERBOSE = "Also print what the stages print, and a line for every epoch."
 
@@ -63,11 +61,7 @@ def _with_progress(f:Callable)->Callable:
     "A command's function, which takes the options that every command has, and shows the progress."
     @functools.wraps(f)
     def run(*args, quiet:bool=False, verbose:bool=False, **kwargs):
-        try:
-            with at_verbosity(quiet, verbose), shown(): return f(*args, **kwargs)
-        except KeyboardInterrupt:   # typer itself would end without a word
-            typer.echo(_INTERRUPTED, err=True)
-            raise typer.Exit(130) from None
+        with at_verbosity(quiet, verbose), shown(): return f(*args, **kwargs)
     signature, kind = inspect.signature(f), inspect.Parameter.KEYWORD_ONLY
     about = dict(quiet=_QUIET, verbose=_VERBOSE)
     own = {name: Annotated[bool, typer.Option(f'--{name}', help=words)]

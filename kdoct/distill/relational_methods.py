@@ -374,6 +374,10 @@ class SsdKd(Method):
         head_images:int = Field(4096, ge=2, description="images that it learns from, at most")
 
 # %% ../../nbs/03m_distill.relational_methods.ipynb #06623d21
+def _look_again(method:Method, keys):
+    "After a state is loaded, whether a teacher has its small network is looked up again."
+    method.looked = set()
+
 @patch
 def setup(self:SsdKd, setting:Setting):  # noqa: F811 (of another class)
     "Projections, and a small network on the embeddings of the student and of each teacher."
@@ -388,6 +392,7 @@ def setup(self:SsdKd, setting:Setting):  # noqa: F811 (of another class)
     })
     self.student = [setting.student]   # in a list: it is no part of the method
     self.looked = set()                # teachers that are known to have their small network
+    self.register_load_state_dict_post_hook(_look_again)
 
 @patch
 def views(self:SsdKd,
