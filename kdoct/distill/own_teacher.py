@@ -18,6 +18,7 @@ from ..data.framing import FRAMING
 from ..data.fold_data import FoldData, open_fold
 from ..models.backbones import Classifier
 from ..models.folders import load_for_classes, save_model_folder
+from ..models.trained_on import require_unseen
 from ..training.distributed import best_device, broadcast, init_group, propagate_failure
 from ..training.scores import validation_scores
 from kdoct.training.results import (
@@ -87,6 +88,7 @@ def _use(run:Run, data:FoldData, role:str)->dict:
     require_weights(recipe)
     model, own = load_for_classes(recipe.weights, data.classes)
     _require_one_source(run, role, own['weights_sha256'])
+    require_unseen(data.rows('test'), recipe.weights, role, data.fold)
     origin, notes = check_start(run, data, role), _notes(run, role, own)
     for note in notes: print(note)
     model.precision, device = 'bf16' if recipe.precision == 'bf16' else 'fp32', best_device()
