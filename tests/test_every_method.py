@@ -105,7 +105,7 @@ class Batch:
 
     def loss(self, student, teacher, order=None):
         "What the student learns from; without what others learn from it, which gives it no gradient."
-        self.method.load_state_dict(self.before)   # nothing remembered
+        self.method.load_state_dict(copy.deepcopy(self.before), assign=True)   # nothing remembered
         torch.manual_seed(0)
         loss, terms = self.method.terms(self.step(student, teacher, order))
         others = [v for k, v in terms.items() if k.startswith("peer_")]
