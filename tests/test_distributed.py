@@ -10,10 +10,8 @@ import pytest
 import torch
 from conftest import copied_run
 from safetensors.torch import load_file
-from test_sites import two_hospitals
 
 from kdoct.core.files import KdoctError
-from kdoct.core.presets import preset
 from kdoct.core.runs import create_run
 from kdoct.core.sections import DistillRecipe
 from kdoct.data.stage import prepare_data
@@ -29,8 +27,7 @@ SCRIPT = textwrap.dedent('''
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
-    from kdoct.core.presets import preset
-    from kdoct.core.sections import DistillRecipe
+        from kdoct.core.sections import DistillRecipe
     from kdoct.data.unlabelled_batches import UnlabelledBatches
     from kdoct.distill.callback import Distill
     from kdoct.models.backbones import create_classifier
@@ -172,49 +169,6 @@ def test_processes_meet_before_a_teacher_is_loaded_or_put_on_a_device(monkeypatc
     monkeypatch.setattr(student, 'Distill', lambda *_, **__: None)
     student.train_student(Run(), 0)
     assert order == ['join', 'load', 'device', 'train']
-
-
-LEFT_OUT = textwrap.dedent('''
-    import os, signal, socket, sys, warnings
-    warnings.simplefilter('ignore')
-    from fastai.callback.core import Callback
-    from kdoct.core.runs import open_run
-    from kdoct.training.distributed import init_group
-    from kdoct.training.results import train_role
-
-    class Kill(Callback):
-        order, run_valid, seen = 100, False, 0
-        def after_batch(self):
-            self.seen += 1
-            if self.seen == 5: os.kill(os.getpid(), signal.SIGKILL)
-
-    def train(name, cbs=()):
-        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-        for rank in (0, 1):
-            if os.fork() == 0:
-                os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), KDOCT_STAGE='t')
-                init_group()
-                train_role(open_run(name), 1, 'teacher', cbs)
-                os._exit(0)
-        return [os.waitstatus_to_exitcode(os.wait()[1]) for _ in (0, 1)]
-
-    first = train('whole')
-    killed = train('killed', [Kill()])
-    print(first, killed, train('killed'), flush=True)
-''')
-
-
-@pytest.mark.slow
-def test_two_killed_processes_go_on_exactly_where_a_source_is_left_out(tmp_path):
-    given = two_hospitals(tmp_path) | dict(protocol='leave-one-source-out', size=32)
-    recipe = preset('tiny', **{f'data.{k}': v for k, v in given.items()}, **{'teacher.checkpoint_minutes': 1e-9})
-    runs = [create_run(name, recipe) for name in ('whole', 'killed')]
-    for run_ in runs: prepare_data(run_)
-    done = prepared.run(LEFT_OUT, folder=tmp_path)
-    assert done.stdout.splitlines()[-1] == '[0, 0] [-9, -9] [0, 0]', done.stdout + done.stderr
-    a, b = (pd.read_parquet(r.stage_dir(1, 'teacher')/'predictions.parquet') for r in runs)
-    pd.testing.assert_frame_equal(a, b, check_exact=True)
-    assert len(a) == 16 and a.path.str.startswith('south/').all()   # the one left out
 
 
 class Reached(Exception): "A stage has asked for its device."

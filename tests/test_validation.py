@@ -104,10 +104,11 @@ def test_the_page_is_whole_and_loads_nothing(validated, tmp_path):
 def test_the_page_begins_with_how_the_network_does_here(validated, tmp_path):
     record, shown = validated()
     (text,) = record["in_short"]
-    assert text.startswith("straw: of 12 images of classes that it knows, 100.0") and "at home is not known" in text
-    assert "It leaves 0.0" in text and "It does not know rvo: 100.0" in text
+    assert text.startswith("straw: of 12 images of classes that it knows, 100.0") and "at home: not known" in text
+    left = record["sections"]["deferral"]["table"]["straw, here"]["deferred"]
+    assert f"It leaves {100*left:.1f} [" in text and "It does not know rvo: 100.0" in text
     page = (tmp_path/"out/validation.html").read_text()
-    assert page.index(">In short<") < page.index("straw: of 12 images") < page.index(">Images and labels<")
+    assert page.index('id="short"') < page.index("straw: of 12 images") < page.index('id="data"')
     assert "It does not know rvo" in " ".join(shown.split())
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PresetOption', 'RunPresetOption', 'RunOption', 'RunArgument', 'FoldsOption', 'SourceOption', 'RootOption',
            'SourcesOption', 'PatternOption', 'ClassesOption', 'SetOption', 'NotebooksOption', 'TeacherOption', 'option',
-           'PlainHelp', 'register', 'recipe_of', 'run_name', 'short_path', 'words_of', 'require_data_fields']
+           'PlainHelp', 'register', 'recipe_of', 'run_name', 'short_path', 'network_name', 'words_of',
+           'require_data_fields']
 
 # %% ../../nbs/10a_app.cli_options.ipynb #65db0e75
 import functools
@@ -218,6 +219,15 @@ def short_path(
 )->str:
     "A path as seen from here, where it lies below."
     return str(p.relative_to(Path.cwd())) if p.is_relative_to(Path.cwd()) else str(p)
+
+# %% ../../nbs/10a_app.cli_options.ipynb #c65f1bc3
+def network_name(
+    folder:Path|str,  # model folder or bundle
+)->str:
+    "A name for what is made of a network: RUN-fold_K-ROLE within a run, else the name of its folder."
+    parts = Path(folder).resolve().parts
+    fold = next((i for i, p in enumerate(parts) if p.startswith('fold_')), len(parts))
+    return '-'.join(parts[max(fold - 1, 0):]) if fold < len(parts) else parts[-1]
 
 # %% ../../nbs/10a_app.cli_options.ipynb #b7a4b743
 def words_of(

@@ -206,6 +206,7 @@ def shipped_volumes(
     rule = chosen_rule(decision.volume if decision else None)[0]
     return Volumes(classes, rule, decision is not None)
 
+# %% ../../nbs/08e_app.validation.ipynb #982468f4
 def predicted_images(
     predictor:Predictor,   # of the network
     images:pd.DataFrame,   # image table
@@ -275,6 +276,7 @@ def _at_home(network:Network, classes:ClassMap)->tuple[pd.DataFrame|None, pd.Dat
     rows = home_rows(predictions, read_decided(folder, predictions), classes, network.fold)
     return rows, _home_volumes(network, rows, classes)
 
+# %% ../../nbs/08e_app.validation.ipynb #3644d7b2
 def _card(network:Network)->dict:
     "The scores of a network on its own test images as its card has them; empty: not known."
     path = network.bundle.folder/'model_card.json'

@@ -115,7 +115,7 @@ def _at_home_text(scores:Section, name:str)->str:
     "The accuracy of a model at home, in words."
     rows = [r for r in scores.texts.index if r.startswith(f'{name}, at home')]
     text = scores.texts.loc[rows[0], 'accuracy %'] if rows else '–'
-    return 'at home is not known' if text == '–' else f'at home {text} %'
+    return 'at home: not known' if text == '–' else f'at home {text} %'
 
 def _deferral_text(sections:dict[str, Section], name:str)->str:
     "What a model leaves to a person, in words; '' where it has no decision."

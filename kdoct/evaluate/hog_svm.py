@@ -94,7 +94,8 @@ def _finished(run, fold, data):
 
 def _fit_fold(run, data, folder):
     "Fit, predict the test part, and write both files; what stands in model.json."
-    part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in data.idx.items()}
+    rows = {r: data.idx[r] for r in ('train', 'val', 'test')}   # images without a label are of no use
+    part = {r: (hog_features(data.images[i]), data.labels[i]) for r, i in rows.items()}
     machine, scores = fit_svm(part['train'], part['val'], run.recipe.seed)
     predictions = predictions_frame(data, 'test', margins(machine, part['test'][0]))
     with atomic_path(folder/'predictions.parquet') as tmp: predictions.to_parquet(tmp, index=False)
