@@ -340,7 +340,7 @@ def streams(o):
 
 @item(60)
 def cam(o):
-    "Score-CAM on the device is that of the CPU."
+    "Approximate Score-CAM is near the exact one, both on the device."
     recipe, size = recipe_of(o)
     seed_everything(0)
     model = create_classifier(recipe, 3, size, 'cpu').eval()
