@@ -27,7 +27,8 @@ SCRIPT = textwrap.dedent('''
     from fastai.callback.core import Callback
     from safetensors.torch import save_file
     from kdoct.core.files import seed_everything
-        from kdoct.core.sections import DistillRecipe
+    from kdoct.core.presets import preset
+    from kdoct.core.sections import DistillRecipe
     from kdoct.data.unlabelled_batches import UnlabelledBatches
     from kdoct.distill.callback import Distill
     from kdoct.models.backbones import create_classifier
