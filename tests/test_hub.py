@@ -211,11 +211,12 @@ def test_a_file_that_would_leave_the_folder_is_not_asked_for(on_hub):
     with pytest.raises(KdoctError, match="no plain name"): open_network(f"hf_hub:{REPO}")
 
 
-def test_what_was_downloaded_opens_without_a_network(on_hub, outputs):
+def test_what_was_downloaded_opens_without_a_network(on_hub, outputs, monkeypatch):
     open_network(f"hf_hub:{REPO}")
     shutil.rmtree(outputs / "hub")   # the cache of huggingface_hub remains
     def unreachable(request): raise httpx.ConnectError("no route")
     import huggingface_hub
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)   # retries
     huggingface_hub.set_client_factory(
         lambda: httpx.Client(transport=httpx.MockTransport(unreachable))
     )

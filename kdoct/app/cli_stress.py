@@ -92,7 +92,8 @@ StressOutOption = Annotated[
     Path | None,
     option(
         'DIR', "Folder for predictions, tables and figures. Default: outputs/RUN/stress (of one "
-        "fold stress-fold_N), of a single network outputs/stress/RUN-fold_K-ROLE, or the name of its folder.", '--out',
+        "fold stress-fold_N), of a single network outputs/stress/RUN-fold_K-ROLE, or the name of "
+        "its folder.", '--out',
     ),
 ]
 
