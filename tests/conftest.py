@@ -78,6 +78,26 @@ def folder_run(folder, pattern, name="r", of="tiny", **changes):
     return create_run(name, preset(of, **{f"data.{k}": v for k, v in data.items()}))
 
 
+def imported_network(folder, n_pictures):
+    "A network of 64 px as `kdoct import` writes it, `mine`, and random pictures of several sizes, in a folder."
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image
+
+    from kdoct.models.folders import import_model_folder
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=3)
+    torch.nn.init.normal_(net.classifier.weight)
+    torch.save(net.state_dict(), folder / "their-own.pth")
+    classes = ["CNV", "DRUSEN", "NORMAL"]
+    import_model_folder(folder / "their-own.pth", "test_efficientnet", classes, folder / "mine", 64)
+    (folder / "pictures").mkdir()
+    for i in range(n_pictures):
+        pixels = np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
+
+
 def problems(listing):
     "Path -> problem of a listing's findings."
     return dict(zip(listing.findings.path, listing.findings.problem, strict=True))

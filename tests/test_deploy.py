@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copied_run
+from conftest import copied_run, imported_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -371,22 +371,8 @@ def test_a_freed_engine_leaves_signals_alone():
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     "A model folder as `kdoct import` writes it, and pictures."
-    import timm
-
-    from kdoct.models.folders import import_model_folder
     at = tmp_path_factory.mktemp("theirs")
-    torch.manual_seed(0)
-    net = timm.create_model("test_efficientnet", num_classes=3)
-    torch.nn.init.normal_(net.classifier.weight)
-    torch.save(net.state_dict(), at / "their-own.pth")
-    import_model_folder(
-        at / "their-own.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64
-    )
-    (at / "pictures").mkdir()
-    for i in range(7):
-        Image.fromarray(
-            np.random.default_rng(i).integers(0, 256, (70 + i, 90), dtype=np.uint8)
-        ).save(at / "pictures" / f"{i}.png")
+    imported_network(at, 7)
     return SimpleNamespace(
         folder=at / "mine",
         pictures=at / "pictures",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import imported_network
 from PIL import Image
 
 from kdoct.app.cli import main
@@ -92,19 +93,8 @@ def the_hub(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     "A network of 64 px without a run, its pictures, and its bundle for timm."
-    import timm
-
-    from kdoct.models.folders import import_model_folder
     at = tmp_path_factory.mktemp("timm")
-    torch.manual_seed(0)
-    net = timm.create_model("test_efficientnet", num_classes=3)
-    torch.nn.init.normal_(net.classifier.weight)
-    torch.save(net.state_dict(), at / "their.pth")
-    import_model_folder(at / "their.pth", "test_efficientnet", ["CNV", "DRUSEN", "NORMAL"], at / "mine", 64)
-    (at / "pictures").mkdir()
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (70 + i, 90), np.uint8)
-        Image.fromarray(pixels).save(at / "pictures" / f"{i}.png")
+    imported_network(at, 3)
     bundle = export_folder(at / "mine", at / "pictures", at / "bundle", ["timm"])
     return SimpleNamespace(at=at, folder=at / "mine", bundle=bundle, pictures=at / "pictures")
 

@@ -338,12 +338,17 @@ def streams(o):
             dict(network_ms=alone, streamed_ms=streamed, in_turn_ms=in_turn).items()}
 
 
+def network_of(o):
+    "The student's network on the CPU, the same each time, and the side of its pictures."
+    recipe, size = recipe_of(o)
+    seed_everything(0)
+    return create_classifier(recipe, 3, size, 'cpu').eval(), size
+
+
 @item(60)
 def cam(o):
     "Approximate Score-CAM is near the exact one, both on the device."
-    recipe, size = recipe_of(o)
-    seed_everything(0)
-    model = create_classifier(recipe, 3, size, 'cpu').eval()
+    model, size = network_of(o)
     x = torch.rand(1, 1, size, size)
     began = time.perf_counter()
     quick = score_cam(model.to(o.device), x.to(o.device), classes=1, batch=32)
@@ -357,9 +362,7 @@ def cam(o):
 @item(60)
 def predict(o):
     "Logits of an inference copy on the device are those of the CPU; images a second."
-    recipe, size = recipe_of(o)
-    seed_everything(0)
-    model = create_classifier(recipe, 3, size, 'cpu').eval()
+    model, size = network_of(o)
     for m in model.modules():   # as trained: statistics that are not 0 and 1
         if isinstance(m, nn.BatchNorm2d): m.running_var.uniform_(.5, 1.5)
     x = torch.rand(4, 1, size, size)

@@ -20,6 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from ..core.files import atomic_path, KdoctError, locked, outputs_root, read_json, write_json
 from ..core.progress import Count
 from ..core.sections import DataRecipe
+from ..core.torch_versions import tf32_allowed
 from ..data.augment import DRAWS
 from ..data.batches import Batches
 from ..data.cache import DECODER
@@ -78,7 +79,7 @@ def arithmetic(
     device='cpu',      # where it computes
 )->dict:               # precision: fp32 or bf16; tf32: whether a GPU rounds the inputs of products to 10 bits
     "In which numbers a network calculates."
-    rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    rounded = any(tf32_allowed())
     return dict(
         precision=model.precision,
         tf32=torch.device(device).type == 'cuda' and model.precision == 'fp32' and rounded,
